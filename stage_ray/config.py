@@ -1,0 +1,279 @@
+"""The configuration of a run: pydantic models, YAML plus dotted overrides, unknown keys refused by name.
+
+Imports neither torch, ray nor vllm: ``stage-ray train --dry-run`` and every error about a config answer at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+
+class ConfigError(ValueError):
+    """A config that cannot be used: one sentence that names the key, the value and the mend. Exit code 2."""
+
+
+class Section(BaseModel):
+    """Base of every section: closed to unknown keys, frozen after validation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class PromptsConfig(Section):
+    """Which prompts are trained on, and which are held out."""
+
+    train: str = Field(description="JSON Lines in GenEval's record format, or plain text, one prompt a line. A path, or package:MODULE/FILE")
+    heldout: str | None = Field(None, description="Prompts of the evaluation before and after; same formats")
+    shuffle: bool = Field(True, description="A new order every epoch, fixed by the run's seed")
+
+
+class PolicyConfig(Section):
+    """The model that is trained."""
+
+    family: Literal["janus"] = Field("janus", description="Model family, a file in stage_ray/policies")
+    path: str = Field(description="A Hugging Face directory, package:MODULE/DIR, or a hub id")
+    template: Literal["official", "paper"] = Field(
+        "official", description='Chat roles: "<|User|>"/"<|Assistant|>" (official Janus-Pro) or "User"/"Assistant" (the paper\'s code)'
+    )
+    trust_remote_code: bool = Field(False, description="Run code that comes with a checkpoint. Off unless you wrote it")
+
+
+class RolloutConfig(Section):
+    """How images are sampled."""
+
+    engine: Literal["vllm", "torch"] = Field("vllm", description="vllm: paged attention, tensor parallel; torch: static cache, best for tiny models")
+    workers: int = Field(1, ge=1, description="Rollout actors")
+    group_size: int = Field(8, ge=2, description="G, images of one prompt")
+    groups_per_step: int = Field(8, ge=1, description="N, groups (prompts) of one update")
+    guidance_scale: float = Field(5.0, ge=1.0, description="w in u + w (c - u); 1 is off")
+    temperature: float = Field(1.0, gt=0.0, description="Sampling temperature after guidance")
+    top_k: int = Field(0, ge=0, description="Keep the k likeliest tokens; 0 is off")
+    top_p: float = Field(1.0, gt=0.0, le=1.0, description="Keep the smallest set of tokens with this mass; 1 is off")
+    images_per_wave: int = Field(64, ge=1, description="Images in flight at once on one worker")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 where the hardware computes in it")
+    cpus: float = Field(1.0, gt=0, description="CPUs reserved for one worker")
+    gpus: float = Field(0.0, ge=0, description="GPUs reserved for one worker")
+    kv_cache_gib: float = Field(1.0, gt=0, description="vLLM's key-value cache on a CPU, GiB")
+    gpu_memory_utilization: float = Field(0.5, gt=0, le=1, description="vLLM's share of a GPU's memory")
+    timeout_s: float = Field(600.0, gt=0, description="Seconds one wave may take")
+
+
+class RewardConfig(Section):
+    """One scorer. ``type`` is a name of the registry (geneval, clip) or the dotted path of your own class."""
+
+    type: str = Field(description="geneval, clip, or package.module.Class")
+    name: str | None = Field(None, description="Column name in metrics; the type by default")
+    weight: float = Field(1.0, description="Weight in the sum of scorers")
+    options: dict[str, Any] = Field(default_factory=dict, description="Keyword arguments of the scorer")
+
+    @property
+    def column(self) -> str:
+        """Name of this scorer's column."""
+        return self.name or self.type.rsplit(".", 1)[-1]
+
+
+class ScoringConfig(Section):
+    """The pool of reward actors; each holds every scorer."""
+
+    workers: int = Field(1, ge=1, description="Reward actors")
+    groups_per_call: int = Field(8, ge=1, description="Groups scored in one batched call")
+    timeout_s: float = Field(120.0, gt=0, description="Seconds a call may take before its groups are scored again")
+    attempts: int = Field(2, ge=1, description="Times a group is scored before it is replaced by a fresh one")
+    cpus: float = Field(0.5, gt=0, description="CPUs reserved for one worker")
+    gpus: float = Field(0.0, ge=0, description="GPUs reserved for one worker")
+
+
+class AlgorithmConfig(Section):
+    """STAGE (arXiv 2509.25027); every switch off is plain GRPO."""
+
+    beta: float = Field(0.03, ge=0, description="Weight of the KL to the reference model")
+    reweight_advantage: bool = Field(True, description="Similarity-aware weight of the policy term")
+    reweight_kl: bool = Field(True, description="Similarity-aware weight of the KL")
+    entropy_reward: float = Field(0.4, ge=0, description="Weight of the entropy reward; 0 is off")
+    entropy_best_only: bool = Field(True, description="Entropy reward for the best images of a group only")
+    drop_constant: bool = Field(True, description="Ignore, per group, scorers that gave every image the same score")
+    advantage_eps: float = Field(1e-4, gt=0, description="Added to the standard deviation of a group's rewards")
+    clip: float | None = Field(None, gt=0, description="PPO clip of the importance ratio; null is off")
+
+
+class LearnerConfig(Section):
+    """The optimiser and how the update is cut to fit memory."""
+
+    lr: float = Field(5e-6, gt=0, description="Peak learning rate of AdamW")
+    schedule: Literal["linear", "constant"] = Field("linear", description="linear: to 0 at the last step")
+    warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's betas")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay")
+    max_grad_norm: float = Field(1.0, gt=0, description="Gradient norm is clipped to this")
+    micro_batch_images: int = Field(32, ge=1, description="Images in one forward and backward pass")
+    autocast: Literal["auto", "off", "bfloat16"] = Field("auto", description="auto: bfloat16 where the hardware computes in it")
+    gradient_checkpointing: bool = Field(False, description="Recompute activations to save memory")
+    max_mismatch: float | None = Field(
+        0.5, gt=0, description="Synchronous runs stop when mean |delta log p| between rollout and learner exceeds this; null is off"
+    )
+    cpus: float = Field(1.0, gt=0, description="CPUs reserved for the learner")
+    gpus: float = Field(0.0, ge=0, description="GPUs reserved for the learner")
+
+
+class PipelineConfig(Section):
+    """How far generation may run ahead of training."""
+
+    max_staleness: Literal[0] = Field(0, description="Versions a group may lag behind the learner; 0 is synchronous training")
+    order: Literal["strict"] = Field("strict", description="strict: groups train in the order they were admitted")
+
+
+class CheckpointConfig(Section):
+    """When to save, and how much to keep."""
+
+    every: int = Field(50, ge=1, description="Steps between checkpoints; the last step is always saved")
+    keep: int = Field(2, ge=1, description="Newest checkpoints kept")
+
+
+class EvaluationConfig(Section):
+    """Held-out evaluation before the first and after the last step, and the fixed sample grid."""
+
+    enabled: bool = Field(True, description="Evaluate on prompts.heldout before and after")
+    images_per_prompt: int = Field(4, ge=1, description="Images of each held-out prompt")
+    guidance_scale: float | None = Field(None, ge=1.0, description="Guidance of evaluation; the rollout's by default")
+    seed: int = Field(20, ge=0, description="Seed of evaluation and sample images")
+    sample_every: int = Field(50, ge=1, description="Steps between pictures of samples")
+    sample_prompts: int = Field(12, ge=1, description="Held-out prompts in a sample picture")
+
+
+class ClusterConfig(Section):
+    """Where Ray runs."""
+
+    address: str | None = Field(None, description="null: a running cluster if this process is a Ray job, else one on this machine; auto or HOST:PORT attaches")
+    num_cpus: int | None = Field(None, ge=1, description="Logical CPUs of a local cluster; what the roles ask for if that is more than the machine has")
+    object_store_mb: int = Field(512, ge=80, description="Object store of a local cluster, MB")
+    dashboard: bool = Field(False, description="Ray's dashboard on a local cluster, on 127.0.0.1")
+    metrics_port: int | None = Field(0, ge=0, le=65535, description="Prometheus port; 0 picks a free one, null is off")
+    metrics_host: str = Field("127.0.0.1", description="Address the Prometheus endpoint binds to")
+    start_timeout_s: float = Field(300.0, gt=0, description="Seconds the workers may take to start")
+
+
+class RunConfig(Section):
+    """A whole run. ``stage-ray train CONFIG --set learner.lr=1e-5`` overrides any key by its dotted name."""
+
+    steps: int = Field(ge=1, description="Updates of the policy")
+    seed: int = Field(20, ge=0, lt=2**31, description="Fixes prompts' order, every image's seed and the learner")
+    run_dir: str = Field("runs/default", description="Everything the run writes")
+    prompts: PromptsConfig
+    policy: PolicyConfig
+    rollout: RolloutConfig = RolloutConfig()  # type: ignore[call-arg]
+    rewards: list[RewardConfig] = Field(min_length=1)
+    scoring: ScoringConfig = ScoringConfig()  # type: ignore[call-arg]
+    algorithm: AlgorithmConfig = AlgorithmConfig()  # type: ignore[call-arg]
+    learner: LearnerConfig = LearnerConfig()  # type: ignore[call-arg]
+    pipeline: PipelineConfig = PipelineConfig()  # type: ignore[call-arg]
+    checkpoint: CheckpointConfig = CheckpointConfig()  # type: ignore[call-arg]
+    evaluation: EvaluationConfig = EvaluationConfig()  # type: ignore[call-arg]
+    cluster: ClusterConfig = ClusterConfig()  # type: ignore[call-arg]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RunConfig:
+        columns = [reward.column for reward in self.rewards]
+        repeated = sorted({name for name in columns if columns.count(name) > 1})
+        if repeated:
+            raise ValueError(f"rewards: the name {repeated[0]!r} is used twice; give each scorer a name of its own")
+        if all(reward.weight == 0 for reward in self.rewards):
+            raise ValueError("rewards: every weight is 0, so nothing would be trained")
+        if self.evaluation.enabled and self.prompts.heldout is None:
+            raise ValueError("evaluation.enabled is true but prompts.heldout is not set; set it, or evaluation.enabled=false")
+        return self
+
+
+def load_config(path: Path, overrides: list[str] | None = None, run_dir: Path | None = None) -> RunConfig:
+    """Read a YAML config, apply ``KEY=VALUE`` overrides (values are YAML) and validate.
+
+    Raises:
+        ConfigError: missing or unreadable file, unknown key (with the nearest right one), impossible value.
+
+    Example:
+        load_config(Path("configs/stage_shapeworld.yaml"), ["learner.lr=1e-5", "rewards.0.weight=2"])
+    """
+    if not path.is_file():
+        raise ConfigError(f"config file {path} does not exist")
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path} holds no mapping of keys to values")
+    for override in overrides or []:
+        _apply_override(data, override)
+    if run_dir is not None:
+        data["run_dir"] = str(run_dir)
+    return validate_config(data, source=str(path))
+
+
+def validate_config(data: dict[str, Any], source: str = "config") -> RunConfig:
+    """Validate plain data into a `RunConfig`; errors name the key, the value and the mend.
+
+    Raises:
+        ConfigError: as `load_config`.
+    """
+    try:
+        return RunConfig.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(f"{source}: " + "; ".join(_explain(item) for item in error.errors())) from error
+
+
+def _apply_override(data: dict[str, Any], override: str) -> None:
+    key, sign, text = override.partition("=")
+    if not sign or not key:
+        raise ConfigError(f"--set {override!r} is not KEY=VALUE, for example learner.lr=1e-5")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override!r}: {text!r} is not a YAML value") from error
+    node: Any = data
+    *parents, last = key.split(".")
+    for part in parents:
+        node = node.setdefault(part, {}) if isinstance(node, dict) else _item(node, part, key)
+    if isinstance(node, list):
+        _item(node, last, key)
+        node[int(last)] = value
+    elif isinstance(node, dict):
+        node[last] = value
+    else:
+        raise ConfigError(f"--set {override!r}: {'.'.join(parents)} is a value, not a section")
+
+
+def _item(node: Any, part: str, key: str) -> Any:
+    if not isinstance(node, list) or not part.isdigit() or int(part) >= len(node):
+        raise ConfigError(f"--set {key}: there is no {part!r} here; lists are indexed from 0, for example rewards.0.weight")
+    return node[int(part)]
+
+
+def _explain(item: Any) -> str:
+    location = [str(part) for part in item["loc"]]
+    key = ".".join(location) or "config"
+    if item["type"] == "extra_forbidden":
+        names = _fields_at(location[:-1])
+        near = difflib.get_close_matches(location[-1], names, n=1, cutoff=0.5)
+        mend = f"did you mean {'.'.join([*location[:-1], near[0]])!r}?" if near else f"known here: {', '.join(sorted(names))}"
+        return f"unknown key {key!r}: {mend}"
+    if item["type"] == "missing":
+        return f"{key} is missing"
+    if item["type"] == "value_error":
+        return str(item["ctx"]["error"])
+    return f"{key} = {item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}"
+
+
+def _fields_at(location: list[str]) -> list[str]:
+    """Names that are allowed in the section at a location, list positions skipped."""
+    model: type[BaseModel] = RunConfig
+    for part in location:
+        if part.isdigit():
+            continue
+        annotation = model.model_fields[part].annotation
+        inner = [a for a in (annotation, *get_args(annotation)) if isinstance(a, type) and issubclass(a, BaseModel)]
+        if not inner:
+            return []
+        model = inner[0]
+    return list(model.model_fields)

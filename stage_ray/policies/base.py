@@ -1,0 +1,73 @@
+"""What a policy is: a model family's prompts, log-probabilities and pictures. No sampling loop lives here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, slots=True)
+class PromptIds:
+    """Token ids of one prompt, both branches of equal length, ending in the token that begins an image.
+
+    Example:
+        >>> PromptIds((1, 5, 9), (1, 0, 9)).conditional
+        (1, 5, 9)
+    """
+
+    conditional: tuple[int, ...]
+    unconditional: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenStatistics:
+    """Teacher-forced statistics of image tokens under the conditional branch, in nats: float32 [B, T] each."""
+
+    logprobs: Tensor
+    entropy: Tensor
+
+
+class Policy(Protocol):
+    """One autoregressive image model, loaded by plain transformers."""
+
+    model: nn.Module
+    image_tokens: int  # T
+    codebook_size: int  # V
+
+    def encode_prompt(self, text: str) -> PromptIds:
+        """Prompt to token ids, chat template applied."""
+        ...
+
+    def image_logits(self, prompts: Sequence[Sequence[int]], tokens: Tensor) -> Tensor:
+        """Teacher-forced logits of the image tokens: prompts of B lengths, tokens int64 [B, T] -> float [B, T, V]."""
+        ...
+
+    def statistics(self, prompts: Sequence[Sequence[int]], tokens: Tensor) -> TokenStatistics:
+        """Log-probability and entropy of each token at temperature 1; differentiable where the model is."""
+        ...
+
+    def codebook(self) -> Tensor:
+        """Codebook vectors as the image decoder gets them, float32 [V, D]."""
+        ...
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Tokens int64 [B, T] -> images uint8 [B, H, W, 3]."""
+        ...
+
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters that STAGE trains, by their ``state_dict`` name; the rest is frozen."""
+        ...
+
+    def save(self, directory: Path) -> None:
+        """Write a Hugging Face checkpoint that plain transformers loads."""
+        ...
+
+
+def device_for(gpus: float) -> torch.device:
+    """A GPU where the role reserved one, else the CPU."""
+    return torch.device("cuda" if gpus > 0 and torch.cuda.is_available() else "cpu")

@@ -1,0 +1,151 @@
+"""The records that travel between the rooms: frozen, slotted, without behaviour.
+
+``G`` images a group, ``T`` tokens an image, ``R`` reward functions, ``H x W`` pixels. Arrays are NumPy, so that Ray
+hands them over without a copy. A *group* (one prompt, G images) is the unit of everything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One line of a prompt file.
+
+    ``record`` is the whole line as read (GenEval's format: ``tag``, ``include``, ``exclude``, ``prompt``); scorers that
+    need only text read ``text``.
+
+    Example:
+        >>> Prompt(index=0, text="a photo of a circle", record={"tag": "single_object"}).text
+        'a photo of a circle'
+    """
+
+    index: int
+    text: str
+    record: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutRequest:
+    """Ask for one group: one prompt, one image per seed.
+
+    ``group_id`` grows with admission and is unique in a run; ``seeds`` (each 0 <= seed < 2**63) fix every image wholly.
+
+    Example:
+        >>> RolloutRequest(group_id=3, prompt=Prompt(0, "a photo of a ring"), seeds=(11, 12)).seeds
+        (11, 12)
+    """
+
+    group_id: int
+    prompt: Prompt
+    seeds: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutGroup:
+    """What an engine made of one request. Every token of it comes from one policy version.
+
+    Invariants: all arrays share ``G`` and ``T``; log-probabilities are <= 0 and entropies >= 0 up to rounding (nats).
+
+    Attributes:
+        tokens: int32 [G, T], codebook ids 0..V-1.
+        logprobs: float32 [G, T], log p of each token under the *conditional* branch at temperature 1: what STAGE trains.
+        guided_logprobs: float32 [G, T], log p of each token under the distribution it was really sampled from
+            (guidance, temperature, top-k and top-p applied).
+        entropy: float32 [G, T], entropy of the conditional branch at temperature 1.
+        images: uint8 [G, H, W, 3], decoded.
+        policy_version: the version of the weights that sampled every token.
+
+    Example:
+        >>> a = np.zeros((1, 2), np.float32)
+        >>> g = RolloutGroup(0, Prompt(0, "x"), (7,), a.astype(np.int32), a, a, a, np.zeros((1, 4, 4, 3), np.uint8), 5, "w0", 0.1)
+        >>> g.policy_version
+        5
+    """
+
+    group_id: int
+    prompt: Prompt
+    seeds: tuple[int, ...]
+    tokens: np.ndarray
+    logprobs: np.ndarray
+    guided_logprobs: np.ndarray
+    entropy: np.ndarray
+    images: np.ndarray
+    policy_version: int
+    worker: str
+    generate_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredGroup:
+    """The scores of one group. A failed score is NaN with ``valid`` False, never a number (promise 4).
+
+    Attributes:
+        names: the R scorers, in column order.
+        scores: float32 [G, R].
+        valid: bool [G, R]; ``scores`` is finite wherever it is True.
+        details: per image, what each scorer said of it (``details[i][name]``); JSON-able.
+
+    Example:
+        >>> s = ScoredGroup(0, ("geneval",), np.ones((2, 1), np.float32), np.ones((2, 1), bool), ({}, {}), 0.01)
+        >>> bool(s.valid.all())
+        True
+    """
+
+    group_id: int
+    names: tuple[str, ...]
+    scores: np.ndarray
+    valid: np.ndarray
+    details: tuple[Mapping[str, Any], ...]
+    score_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreReceipt:
+    """What the driver reads of a scored group, so that it never touches a tensor: did it work, and why not.
+
+    Example:
+        >>> ScoreReceipt(0, ok=False, error="geneval: 2 of 8 scores are not finite").ok
+        False
+    """
+
+    group_id: int
+    ok: bool
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """Where one tensor lies in a version's chunks, and its checksum (xxh3-64 of its bytes, hexadecimal).
+
+    Example:
+        >>> TensorSpec("w", (2, 2), "float32", chunk=0, offset=0, nbytes=16, checksum="0" * 16).nbytes
+        16
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    chunk: int
+    offset: int
+    nbytes: int
+    checksum: str
+
+
+@dataclass(frozen=True, slots=True)
+class WeightManifest:
+    """One policy version, whole or not at all (promise 6).
+
+    Example:
+        >>> WeightManifest(version=1, tensors=(), chunks=0).version
+        1
+    """
+
+    version: int
+    tensors: tuple[TensorSpec, ...]
+    chunks: int

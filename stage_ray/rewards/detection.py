@@ -1,0 +1,41 @@
+"""What a detector is: the eyes of GenEval and of every other object-level scorer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True)
+class Detection:
+    """One object in one image.
+
+    Attributes:
+        label: class name as prompts use it.
+        confidence: 0..1, of the class.
+        box: (x1, y1, x2, y2) in pixels.
+        color: colour name as prompts use it, or None where it is unclear.
+        color_confidence: 0..1.
+        mask: bool [H, W] or None where the detector has none.
+
+    Example:
+        >>> Detection("ring", 0.9, (0.0, 0.0, 8.0, 8.0), "red", 0.8).label
+        'ring'
+    """
+
+    label: str
+    confidence: float
+    box: tuple[float, float, float, float]
+    color: str | None = None
+    color_confidence: float = 0.0
+    mask: np.ndarray | None = None
+
+
+class Detector(Protocol):
+    """Finds objects. Named in a config by the dotted path of a class without required arguments."""
+
+    def detect(self, images: np.ndarray) -> list[list[Detection]]:
+        """Images uint8 [B, H, W, 3] -> per image its detections, most confident first."""
+        ...
