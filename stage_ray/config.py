@@ -12,9 +12,7 @@ from typing import Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-
-class ConfigError(ValueError):
-    """A config that cannot be used: one sentence that names the key, the value and the mend. Exit code 2."""
+from stage_ray.errors import ConfigError
 
 
 class Section(BaseModel):
@@ -57,6 +55,7 @@ class RolloutConfig(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 where the hardware computes in it")
     cpus: float = Field(1.0, gt=0, description="CPUs reserved for one worker")
     gpus: float = Field(0.0, ge=0, description="GPUs reserved for one worker")
+    threads: int | None = Field(None, ge=1, description="Threads of one worker; null: every core, since roles take turns in synchronous runs")
     kv_cache_gib: float = Field(1.0, gt=0, description="vLLM's key-value cache on a CPU, GiB")
     gpu_memory_utilization: float = Field(0.5, gt=0, le=1, description="vLLM's share of a GPU's memory")
     timeout_s: float = Field(600.0, gt=0, description="Seconds one wave may take")
@@ -116,6 +115,7 @@ class LearnerConfig(Section):
         0.5, gt=0, description="Synchronous runs stop when mean |delta log p| between rollout and learner exceeds this; null is off"
     )
     cpus: float = Field(1.0, gt=0, description="CPUs reserved for the learner")
+    threads: int | None = Field(None, ge=1, description="Threads of the learner; null: every core, since roles take turns in synchronous runs")
     gpus: float = Field(0.0, ge=0, description="GPUs reserved for the learner")
 
 
@@ -138,7 +138,6 @@ class EvaluationConfig(Section):
 
     enabled: bool = Field(True, description="Evaluate on prompts.heldout before and after")
     images_per_prompt: int = Field(4, ge=1, description="Images of each held-out prompt")
-    guidance_scale: float | None = Field(None, ge=1.0, description="Guidance of evaluation; the rollout's by default")
     seed: int = Field(20, ge=0, description="Seed of evaluation and sample images")
     sample_every: int = Field(50, ge=1, description="Steps between pictures of samples")
     sample_prompts: int = Field(12, ge=1, description="Held-out prompts in a sample picture")

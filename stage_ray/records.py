@@ -58,7 +58,7 @@ class RolloutGroup:
         guided_logprobs: float32 [G, T], log p of each token under the distribution it was really sampled from
             (guidance, temperature, top-k and top-p applied).
         entropy: float32 [G, T], entropy of the conditional branch at temperature 1.
-        images: uint8 [G, H, W, 3], decoded.
+        images: uint8 [G, H, W, 3], decoded; H = W = 0 where the pictures travel apart, to scorers only.
         policy_version: the version of the weights that sampled every token.
 
     Example:
@@ -78,6 +78,20 @@ class RolloutGroup:
     images: np.ndarray
     policy_version: int
     worker: str
+    generate_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutReceipt:
+    """What the driver reads of a finished wave.
+
+    Example:
+        >>> RolloutReceipt("rollout-0", policy_version=4, generate_s=1.5).policy_version
+        4
+    """
+
+    worker: str
+    policy_version: int
     generate_s: float
 
 

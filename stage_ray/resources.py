@@ -7,7 +7,7 @@ import importlib.resources
 from pathlib import Path
 from typing import Any
 
-from stage_ray.config import ConfigError
+from stage_ray.errors import ConfigError
 
 PACKAGE = "package:"
 

@@ -1,0 +1,44 @@
+# stage_ray: every task of the project. Nothing here needs an active virtual environment.
+# ARGS=...         more arguments, for example  make train ARGS="--set steps=20 --run-dir runs/short"
+# VARIANT=cpu|gpu  what to install; by default nvidia-smi decides (deploy/install.sh)
+# PYTHON=...       the interpreter that builds .venv; by default the first of Python 3.11 to 3.13 that works
+# TORCH_INDEX=...  a package index with CPU builds of torch, for machines where pip would take the CUDA build:
+#                  PyTorch's own CPU wheel index, see the README. Empty: pip as it is configured.
+ARGS ?=
+VARIANT ?= auto
+PYTHON ?=
+TORCH_INDEX ?=
+BIN := .venv/bin
+
+export VARIANT PYTHON TORCH_INDEX
+unexport PYTHONPATH
+
+.DEFAULT_GOAL := help
+.PHONY: help install train test check clean
+
+help: ## List the tasks
+	@echo "stage_ray: make TASK"
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  \1\t\2/' | expand -t 12
+	@sed -n 's/^# \([A-Z_]*=.*\)/  \1/p' $(MAKEFILE_LIST)
+
+install: .venv/installed ## Build .venv with everything in it (chooses CPU or GPU by itself)
+
+.venv/installed: pyproject.toml deploy/locks/cpu.txt deploy/install.sh
+	@bash deploy/install.sh
+	@touch $@
+
+train: install ## Run the default job: STAGE on ShapeWorld, about ten minutes on two cores, ends with a report
+	@$(BIN)/stage-ray train configs/stage_shapeworld.yaml $(ARGS)
+
+test: install ## Run every test
+	@$(BIN)/python -m pytest $(ARGS)
+
+check: install ## Format, lint, types and the fast tests, in under two minutes
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+clean: ## Remove .venv, caches and build output; runs stay
+	@rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	@find stage_ray tests -name __pycache__ -type d -prune -exec rm -rf {} +

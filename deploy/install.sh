@@ -1,0 +1,71 @@
+#!/usr/bin/env bash
+# Builds .venv in the project's root. Called by `make install`; says what it chose and why.
+# VARIANT: auto | cpu | gpu | plain;  PYTHON: an interpreter to use;  TORCH_INDEX: an index with CPU builds of torch.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+say() { printf '%s\n' "$*"; }
+fail() { printf 'make install: %s\n' "$*" >&2; exit 1; }
+
+usable() { # An interpreter that runs (a pyenv shim may not), has the right version, and can build an environment.
+    "$1" -c 'import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' >/dev/null 2>&1
+}
+
+find_python() {
+    local candidate
+    if [ -n "${PYTHON:-}" ]; then
+        usable "$PYTHON" || fail "PYTHON=$PYTHON does not run, is not Python 3.11 to 3.13, or lacks the venv module"
+        printf '%s' "$PYTHON"
+        return
+    fi
+    for candidate in python3 python3.13 python3.12 python3.11 /usr/bin/python3 ~/.pyenv/versions/3.1[123].*/bin/python3; do
+        if usable "$candidate"; then printf '%s' "$candidate"; return; fi
+    done
+    fail "no Python 3.11, 3.12 or 3.13 with the venv module was found; install one (Debian and Ubuntu: python3 and" \
+         "python3-venv), or name one: make install PYTHON=/path/to/python3"
+}
+
+choose_variant() {
+    if [ "${VARIANT:-auto}" != auto ]; then
+        say "Installing the $VARIANT variant, because VARIANT=$VARIANT says so."
+    elif nvidia-smi -L 2>/dev/null | grep -q GPU; then
+        VARIANT=gpu
+        say "Installing for NVIDIA GPUs (extra 'gpu'), because nvidia-smi lists $(nvidia-smi -L | wc -l)."
+    elif [ "$(uname -s) $(uname -m)" = "Linux x86_64" ]; then
+        VARIANT=cpu
+        say "Installing for the CPU (deploy/locks/cpu.txt), because nvidia-smi shows no GPU here."
+    else
+        VARIANT=plain
+        say "Installing without vLLM, because the lock is for Linux x86-64 and this is $(uname -s) $(uname -m):" \
+            "use the torch engine (--set rollout.engine=torch). This platform is not tested."
+    fi
+}
+
+install_packages() {
+    local pip=(.venv/bin/python -m pip --disable-pip-version-check install --quiet)
+    case $VARIANT in
+        cpu)
+            "${pip[@]}" --no-deps ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} -r deploy/locks/cpu.txt
+            "${pip[@]}" --no-deps --no-build-isolation --editable . ;;
+        gpu) "${pip[@]}" --editable '.[gpu,dev]' ;;
+        plain) "${pip[@]}" --editable '.[dev]' ;;
+        *) fail "VARIANT=$VARIANT is none of auto, cpu, gpu, plain" ;;
+    esac
+}
+
+check_torch() {
+    .venv/bin/python -c 'import torch' 2>.venv/torch-error.txt && return
+    tail -n 1 .venv/torch-error.txt >&2
+    [ "$VARIANT" = cpu ] || fail "torch was installed but does not import (see .venv/torch-error.txt)"
+    fail "torch was installed but does not import; pip most likely took the CUDA build. Name PyTorch's CPU index:" \
+         "make clean install TORCH_INDEX=https://download.pytorch.org/whl/cpu"
+}
+
+SECONDS=0
+choose_variant
+python=$(find_python)
+[ -x .venv/bin/python ] && usable .venv/bin/python || "$python" -m venv --clear .venv
+say "Building .venv with $(.venv/bin/python --version) ($python): about 200 packages, 2 to 5 minutes the first time ..."
+install_packages
+check_torch
+say "Installed in ${SECONDS} s. Try: .venv/bin/stage-ray doctor"

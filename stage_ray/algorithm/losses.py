@@ -1,0 +1,197 @@
+"""The STAGE loss, whole or in micro-batches that add up to it.
+
+``stage_loss`` is `token_weights` followed by `weighted_loss`. The first fixes every token's weight from whole groups;
+the second is a plain sum over tokens, so any cut of the images into micro-batches gives the same loss and gradient.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stage_ray.algorithm.kl import k3_kl
+from stage_ray.algorithm.similarity import advantage_weight, kl_weight
+
+WEIGHT_EPS = 1e-6
+"""Added to a group's sum of weights, as in the published code: a group of identical images divides 0 by this, not by 0."""
+
+
+@dataclass(frozen=True, slots=True)
+class StageLoss:
+    """What a loss is made of: ``loss = policy + beta * kl``. Scalars; ``policy`` and ``kl`` carry no gradient.
+
+    Example:
+        >>> one = torch.ones(())
+        >>> StageLoss(loss=one, policy=one, kl=0 * one).loss.item()
+        1.0
+    """
+
+    loss: Tensor
+    policy: Tensor
+    kl: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class TokenWeights:
+    """The share of each token in the loss of a whole batch: float [N, G, T] each.
+
+    Invariants: ``policy`` sums to 1/N over a group (a little less by 1e-6; 0 where all its images agree everywhere);
+    ``kl`` is ``kappa / (N G T)``.
+
+    Example:
+        >>> token_weights(torch.zeros(1, 2, 1), None).kl.flatten().tolist()
+        [0.5, 0.5]
+    """
+
+    policy: Tensor
+    kl: Tensor
+
+
+def _normalised(weight: Tensor) -> Tensor:
+    """Weights [N, G, T] -> their shares in the batch: each group's sum to one, groups count alike."""
+    return weight / (weight.sum(dim=(1, 2), keepdim=True) + WEIGHT_EPS) / weight.shape[0]
+
+
+def token_weights(
+    like: Tensor,
+    similarity: Tensor | None,
+    *,
+    reweight_advantage: bool = True,
+    reweight_kl: bool = True,
+) -> TokenWeights:
+    """Weights of every token, normalised over whole groups, before anything is cut into micro-batches.
+
+    Args:
+        like: any float [N, G, T]; the weights take its dtype and device.
+        similarity: float [N, G, T]; None is no reweighting at all.
+        reweight_advantage: similarity-aware weights of the policy term, else all tokens of a group alike.
+        reweight_kl: similarity-aware weights of the KL, else 1.
+
+    Raises:
+        ValueError: ``similarity`` is not of that shape.
+    """
+    if similarity is not None and similarity.shape != like.shape:
+        raise ValueError(f"similarity must be {list(like.shape)}, not {list(similarity.shape)}")
+    policy = kappa = torch.ones_like(like)
+    if similarity is not None and reweight_advantage:
+        policy = advantage_weight(similarity.to(like))
+    if similarity is not None and reweight_kl:
+        kappa = kl_weight(similarity.to(like))
+    return TokenWeights(policy=_normalised(policy), kl=kappa / like.numel())
+
+
+def importance_ratio(logprobs: Tensor, behavior_logprobs: Tensor | None) -> Tensor:
+    """``exp(logp - sg[behaviour logp])``; None takes the policy's own value, so the ratio is 1 and only its gradient acts.
+
+    Example:
+        >>> importance_ratio(torch.tensor([-1.0, -2.0]), None).tolist()
+        [1.0, 1.0]
+    """
+    behavior = logprobs if behavior_logprobs is None else behavior_logprobs
+    return torch.exp(logprobs - behavior.detach())
+
+
+def _surrogate(ratio: Tensor, advantages: Tensor, clip: float | None) -> Tensor:
+    """``A * ratio``, or PPO's pessimistic ``min(A * ratio, A * clip(ratio, 1 - clip, 1 + clip))``, token by token."""
+    if clip is None:
+        return advantages * ratio
+    return torch.minimum(advantages * ratio, advantages * ratio.clamp(1.0 - clip, 1.0 + clip))
+
+
+def _per_token(advantages: Tensor, logprobs: Tensor) -> Tensor:
+    """Advantages of images to the shape of their tokens; those that are one a token already pass."""
+    return advantages.unsqueeze(-1) if advantages.dim() == logprobs.dim() - 1 else advantages
+
+
+def policy_loss(
+    logprobs: Tensor,
+    behavior_logprobs: Tensor | None,
+    advantages: Tensor,
+    *,
+    weight: Tensor | None = None,
+    clip: float | None = None,
+) -> Tensor:
+    """The policy term: per group ``-sum(w * A * ratio) / (sum(w) + 1e-6)``, then the mean over groups.
+
+    Args:
+        logprobs: float [N, G, T], with gradient, nats.
+        behavior_logprobs: float [N, G, T], of the policy that sampled; None: the policy itself (ratio exactly 1).
+        advantages: float [N, G], or [N, G, T].
+        weight: float [N, G, T], >= 0; all tokens alike by default.
+        clip: PPO's clip of the ratio; None is off, as in the paper.
+
+    Returns:
+        scalar.
+
+    Example:
+        The paper's toy: two images of one token, rewards 1 and 0, similarity 0.6, hence weight 0.2 each.
+        >>> logp = torch.full((1, 2, 1), -1.0, requires_grad=True)
+        >>> loss = policy_loss(logp, None, torch.tensor([[0.707, -0.707]]), weight=torch.full((1, 2, 1), 0.2))
+        >>> loss.backward()
+        >>> loss.item(), [round(g, 4) for g in logp.grad.flatten().tolist()]
+        (-0.0, [-0.3535, 0.3535])
+    """
+    shares = _normalised(torch.ones_like(logprobs) if weight is None else weight)
+    ratio = importance_ratio(logprobs, behavior_logprobs)
+    return -(shares * _surrogate(ratio, _per_token(advantages, logprobs), clip)).sum()
+
+
+def weighted_loss(
+    logprobs: Tensor,
+    reference_logprobs: Tensor,
+    behavior_logprobs: Tensor | None,
+    advantages: Tensor,
+    weights: TokenWeights,
+    *,
+    beta: float,
+    clip: float | None = None,
+) -> StageLoss:
+    """The share of some images in the batch's loss: a sum over tokens, so micro-batches add up to the whole.
+
+    Args:
+        logprobs: float [..., T], with gradient, nats; ``reference_logprobs`` and ``behavior_logprobs`` alike.
+        advantages: float [...], one an image, or [..., T].
+        weights: the `TokenWeights` of the same images, cut from those of the whole batch.
+        beta: weight of the KL.
+        clip: PPO's clip of the ratio; None is off.
+    """
+    ratio = importance_ratio(logprobs, behavior_logprobs)
+    policy = -(weights.policy * _surrogate(ratio, _per_token(advantages, logprobs), clip)).sum()
+    kl = (weights.kl * k3_kl(logprobs, reference_logprobs)).sum()
+    return StageLoss(loss=policy + beta * kl, policy=policy.detach(), kl=kl.detach())
+
+
+def stage_loss(
+    logprobs: Tensor,
+    reference_logprobs: Tensor,
+    behavior_logprobs: Tensor | None,
+    advantages: Tensor,
+    similarity: Tensor | None,
+    *,
+    beta: float,
+    reweight_advantage: bool = True,
+    reweight_kl: bool = True,
+    clip: float | None = None,
+) -> StageLoss:
+    """STAGE's loss, ``-J + beta * KL``, mean over groups.
+
+    ``J = sum(w * A * ratio) / (sum(w) + 1e-6)`` over a group with ``w`` of `advantage_weight`; the KL is the mean over
+    all tokens of ``kappa * k3`` with ``kappa`` of `kl_weight`. Both switches off, or ``similarity`` None, is plain GRPO.
+
+    Args:
+        logprobs: float [N, G, T], with gradient, nats; ``reference_logprobs`` alike, without.
+        behavior_logprobs: float [N, G, T]; None: the policy itself (ratio exactly 1).
+        advantages: float [N, G].
+        similarity: float [N, G, T] of `opposite_sign_similarity`, or None.
+        beta: weight of the KL.
+        clip: PPO's clip of the ratio; None is off, as in the paper.
+
+    Raises:
+        ValueError: ``similarity`` has another shape than ``logprobs``.
+    """
+    weights = token_weights(
+        logprobs.detach(), similarity, reweight_advantage=reweight_advantage, reweight_kl=reweight_kl
+    )
+    return weighted_loss(logprobs, reference_logprobs, behavior_logprobs, advantages, weights, beta=beta, clip=clip)

@@ -1,0 +1,94 @@
+"""The ledger: what happened to every group, one line an event, and the proof that none was lost or trained twice."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal
+
+from stage_ray.errors import RunError
+
+Event = Literal["admitted", "generated", "scored", "trained", "dropped", "reissued"]
+
+# What may follow what. A group ends as trained or dropped, once.
+FOLLOWS: dict[str | None, set[str]] = {
+    None: {"admitted"},
+    "admitted": {"generated", "reissued", "dropped"},
+    "reissued": {"generated", "reissued", "dropped"},
+    "generated": {"scored", "reissued", "dropped"},
+    "scored": {"trained", "reissued", "dropped"},
+}
+
+
+class Ledger:
+    """Append-only ``ledger.jsonl`` and the state it implies.
+
+    Invariant: every group's events follow `FOLLOWS`; a breach (a group trained twice, say) raises at once.
+
+    Example:
+        >>> import tempfile
+        >>> ledger = Ledger(Path(tempfile.mkdtemp()) / "ledger.jsonl")
+        >>> ledger.note("admitted", [0, 1], step=0)
+        >>> ledger.note("generated", [0], step=0, policy_version=0)
+        >>> ledger.open_groups()
+        {0: 'generated', 1: 'admitted'}
+    """
+
+    def __init__(self, path: Path, keep_bytes: int | None = None) -> None:
+        """Open the ledger; ``keep_bytes`` cuts it back to a checkpoint's ``position`` first.
+
+        Raises:
+            RunError: the file is shorter than the checkpoint says.
+        """
+        self._open: dict[int, str] = {}
+        self.trained = 0
+        self.dropped = 0
+        path.touch()
+        if keep_bytes is not None:
+            if path.stat().st_size < keep_bytes:
+                raise RunError(f"{path} is shorter than its checkpoint says ({path.stat().st_size} of {keep_bytes} bytes)")
+            with path.open("rb+") as file:
+                file.truncate(keep_bytes)
+        for line in path.read_text(encoding="utf-8").splitlines():
+            event = json.loads(line)
+            self._advance(event["event"], event["group_id"])
+        self._file = path.open("a", encoding="utf-8")
+
+    def note(self, event: Event, group_ids: Iterable[int], *, step: int, policy_version: int | None = None, why: str = "") -> None:
+        """Append one event for each group.
+
+        Raises:
+            RunError: the event cannot follow the group's last one.
+        """
+        now = round(time.time(), 3)
+        for group_id in group_ids:
+            self._advance(event, group_id)
+            record = {"event": event, "group_id": group_id, "policy_version": policy_version, "step": step, "time": now}
+            self._file.write(json.dumps(record | ({"why": why} if why else {})) + "\n")
+        self._file.flush()
+
+    def open_groups(self) -> dict[int, str]:
+        """Groups that are neither trained nor dropped, with their last event, oldest first."""
+        return dict(sorted(self._open.items()))
+
+    def position(self) -> int:
+        """Bytes written so far: what a checkpoint stores to cut back to."""
+        self._file.flush()
+        return self._file.tell()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def _advance(self, event: str, group_id: int) -> None:
+        before = self._open.get(group_id)
+        if event not in FOLLOWS[before]:
+            raise RunError(f"ledger: group {group_id} cannot be {event} after {before or 'nothing'}")
+        if event in {"trained", "dropped"}:
+            del self._open[group_id]
+            self.trained += event == "trained"
+            self.dropped += event == "dropped"
+        else:
+            self._open[group_id] = event

@@ -1,0 +1,146 @@
+"""Where the numbers of a run go: ``metrics.jsonl``, TensorBoard events and a Prometheus endpoint, under the same names."""
+
+from __future__ import annotations
+
+import json
+import math
+import numbers
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Gauge, start_http_server
+from torch.utils.tensorboard import SummaryWriter
+
+from stage_ray.errors import RunError
+
+PREFIX = "stage_ray_"
+METRICS_FILE = "metrics.jsonl"
+
+
+class Recorder:
+    """Writes one JSON object per step, and mirrors it to TensorBoard and Prometheus.
+
+    Invariant: ``metrics.jsonl`` holds whole lines with growing steps, whatever was killed when. A line is flushed before
+    `step` returns; a half-written last line is dropped when the file is opened again.
+
+    ``step`` counts updates done, from 1, so a checkpoint of step 50 resumes with ``resume_step=50``.
+
+    Example:
+        recorder = Recorder(Path("runs/a"), port=0, host="127.0.0.1")
+        recorder.step(1, {"reward/mean": 0.5, "alarms": []})   # and stage_ray_reward_mean on http://127.0.0.1:<port>/metrics
+        recorder.close()
+    """
+
+    def __init__(self, run_dir: Path, port: int | None, host: str, resume_step: int = 0) -> None:
+        """Open the files and the endpoint.
+
+        Args:
+            run_dir: gets ``metrics.jsonl`` and ``tensorboard/``.
+            port: Prometheus port; 0 picks a free one (see `port`), None serves nothing.
+            host: address the endpoint binds to.
+            resume_step: lines of later steps are removed; they will be trained again.
+
+        Raises:
+            RunError: the port is taken or the address is not this machine's.
+        """
+        self._registry = CollectorRegistry()
+        self._gauges: dict[str, Gauge] = {}
+        self.port: int | None = None
+        self._server: Any = None
+        if port is not None:
+            self._serve(host, port)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        path = run_dir / METRICS_FILE
+        truncate_metrics(path, resume_step)
+        self._file = path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step + 1 if resume_step else None)
+
+    def step(self, step: int, metrics: Mapping[str, float | str | Sequence[str] | None]) -> None:
+        """Record the metrics of one step. Numbers that are not finite become null; lists count in gauges."""
+        row = {"step": step, **{name: _plain(value) for name, value in metrics.items()}}
+        self._file.write(json.dumps(row, allow_nan=False) + "\n")
+        self._file.flush()
+        for name, value in row.items():
+            number = len(value) if isinstance(value, list) else value
+            if isinstance(number, str):
+                continue
+            self._gauge(name).set(math.nan if number is None else number)
+            if number is not None and name != "step":
+                self._board.add_scalar(name, number, step)
+        self._board.flush()
+
+    def close(self) -> None:
+        """Close the files and free the port."""
+        self._file.close()
+        self._board.close()
+        if self._server is not None:
+            self._server.shutdown()
+            self._server.server_close()
+            self._server = None
+
+    def _serve(self, host: str, port: int) -> None:
+        try:
+            self._server, _ = start_http_server(port, addr=host, registry=self._registry)
+        except OSError as error:
+            raise RunError(
+                f"cannot serve metrics on {host} port {port} ({error.strerror or error}); "
+                "set cluster.metrics_port to 0 for a free port, or to null for none"
+            ) from error
+        self.port = self._server.server_port
+
+    def _gauge(self, name: str) -> Gauge:
+        flat = PREFIX + re.sub(r"\W", "_", name)
+        if flat not in self._gauges:
+            self._gauges[flat] = Gauge(flat, f"{name} of the newest step", registry=self._registry)
+        return self._gauges[flat]
+
+
+def truncate_metrics(path: Path, last_step: int) -> None:
+    """Keep the lines of steps up to ``last_step``; drop later ones and what a crash left half-written."""
+    if not path.exists():
+        return
+    kept = [row for row in read_metrics(path) if row["step"] <= last_step]
+    scratch = path.with_name(path.name + ".tmp")
+    with scratch.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in kept)
+        file.flush()
+        os.fsync(file.fileno())
+    scratch.replace(path)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Rows of a ``metrics.jsonl``, without a half-written last line; empty if there is no file.
+
+    Raises:
+        RunError: a line other than the last is not a metrics object.
+    """
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            int(row["step"])
+        except (ValueError, TypeError, KeyError) as error:
+            if number == len(lines):
+                break
+            raise RunError(f"{path} line {number} is not a metrics object; remove the line") from error
+        rows.append(row)
+    return rows
+
+
+def _plain(value: Any) -> Any:
+    """A JSON value: numbers finite or None, sequences as lists."""
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, numbers.Real):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, Sequence):
+        return [_plain(item) for item in value]
+    raise TypeError(f"a metric is a number, a text or a list of them, not {type(value).__name__}")

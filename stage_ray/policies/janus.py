@@ -1,0 +1,126 @@
+"""Janus and Janus-Pro (transformers' ``JanusForConditionalGeneration``) as a policy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import JanusForConditionalGeneration
+
+from stage_ray.config import ConfigError, PolicyConfig
+from stage_ray.policies import janus_parts
+from stage_ray.policies.base import PromptIds, TokenStatistics
+from stage_ray.policies.janus_parts import JanusFiles, JanusPrompts
+from stage_ray.policies.statistics import token_statistics
+
+TRAINED_PREFIX = "model.language_model."
+LOGITS_AT_ONCE = 2**26  # float32 logits held at once by `statistics`: 256 MiB
+
+
+class JanusPolicy:
+    """A Janus model: prompts, teacher-forced statistics, pictures. STAGE trains its language model and nothing else.
+
+    The text head (``lm_head``) plays no part in images; where it is tied to the embeddings it moves with them.
+    """
+
+    def __init__(self, model: JanusForConditionalGeneration, files: JanusFiles, prompts: JanusPrompts) -> None:
+        self.model = model
+        self.image_tokens = files.image_tokens
+        self.codebook_size = files.codebook_size
+        self._files = files
+        self._prompts = prompts
+        self._pad = int(files.processor.tokenizer.pad_token_id)
+        model.requires_grad_(False)
+        for parameter in self.trained_parameters().values():
+            parameter.requires_grad_(True)
+
+    @classmethod
+    def load(cls, config: PolicyConfig, *, device: torch.device, dtype: torch.dtype = torch.float32) -> JanusPolicy:
+        """Load a checkpoint with plain transformers; dropout off, language model trainable, the rest frozen.
+
+        Raises:
+            ConfigError: missing or damaged files, another architecture, or tensors the checkpoint lacks.
+        """
+        files = JanusFiles.load(config)
+        try:
+            model, report = JanusForConditionalGeneration.from_pretrained(
+                files.location, dtype=dtype, output_loading_info=True, trust_remote_code=config.trust_remote_code
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            raise ConfigError(f"policy.path: {files.location} does not load as a Janus model: {error}") from error
+        missing = sorted(report["missing_keys"])
+        if missing:
+            raise ConfigError(f"policy.path: {files.location} lacks {len(missing)} tensors, the first is {missing[0]}")
+        return cls(model.to(device).eval(), files, JanusPrompts(files, config.template))
+
+    def encode_prompt(self, text: str) -> PromptIds:
+        """Prompt to token ids of both branches, chat template applied, ending in the token that begins an image."""
+        return self._prompts.encode(text)
+
+    def hidden_states(self, prompts: Sequence[Sequence[int]], tokens: Tensor) -> Tensor:
+        """Language-model states that predict the image tokens: tokens int64 [B, T] -> float [B, T, hidden].
+
+        Each row is its prompt, then its image tokens but the last, then padding. Attention is causal, so padding on the
+        right changes nothing and needs no mask.
+
+        Raises:
+            ValueError: as many prompts as rows of tokens are needed, none empty.
+        """
+        if len(prompts) != tokens.shape[0] or min(map(len, prompts), default=0) < 1:
+            raise ValueError(f"{len(prompts)} prompts for {tokens.shape[0]} images; one each is needed, none empty")
+        core, device, length = self.model.model, tokens.device, tokens.shape[1]
+        longest = max(map(len, prompts))
+        rows = [[*prompt, *[self._pad] * (longest + length - 1 - len(prompt))] for prompt in prompts]
+        embeds = core.language_model.embed_tokens(torch.tensor(rows, device=device))
+        starts = torch.tensor([len(prompt) for prompt in prompts], device=device)
+        image_embeds = self.model.prepare_embeddings_for_image_generation(tokens[:, :-1]).to(embeds.dtype)
+        positions = (starts[:, None] + torch.arange(length - 1, device=device)).unsqueeze(-1)
+        embeds = embeds.scatter(1, positions.expand_as(image_embeds), image_embeds)
+        states = core.language_model(inputs_embeds=embeds, use_cache=False).last_hidden_state
+        predicting = (starts[:, None] - 1 + torch.arange(length, device=device)).unsqueeze(-1)
+        return states.gather(1, predicting.expand(-1, -1, states.shape[-1]))
+
+    def image_logits(self, prompts: Sequence[Sequence[int]], tokens: Tensor) -> Tensor:
+        """Teacher-forced logits of the image tokens: tokens int64 [B, T] -> float [B, T, V]."""
+        return self.model.model.generation_head(self.hidden_states(prompts, tokens))
+
+    def statistics(self, prompts: Sequence[Sequence[int]], tokens: Tensor) -> TokenStatistics:
+        """Log-probability and entropy of each token at temperature 1, float32 [B, T].
+
+        Differentiable. Where the logits of the whole batch would be large, they are made and dropped some images at a
+        time, and made again for the gradient.
+        """
+        states = self.hidden_states(prompts, tokens)
+        images = max(1, LOGITS_AT_ONCE // (tokens.shape[1] * self.codebook_size))
+        if images >= tokens.shape[0]:
+            return token_statistics(self.model.model.generation_head(states), tokens)
+        parts = [
+            checkpoint(self._head_statistics, *chunk, use_reentrant=False)
+            for chunk in zip(states.split(images), tokens.split(images), strict=True)
+        ]
+        logprobs, entropy = zip(*parts, strict=True)
+        return TokenStatistics(torch.cat(logprobs), torch.cat(entropy))
+
+    def _head_statistics(self, states: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        statistics = token_statistics(self.model.model.generation_head(states), tokens)
+        return statistics.logprobs, statistics.entropy
+
+    def codebook(self) -> Tensor:
+        """Codebook vectors as the image decoder gets them, float32 [V, D] of unit length."""
+        return janus_parts.codebook(self.model.model.vqmodel)
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Tokens int64 [B, T] -> images uint8 [B, H, W, 3]."""
+        return janus_parts.decode(self.model.model.vqmodel, tokens)
+
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
+        """The language model's parameters by ``state_dict`` name, each once (a tied text head is not named again)."""
+        return {name: parameter for name, parameter in self.model.named_parameters() if name.startswith(TRAINED_PREFIX)}
+
+    def save(self, directory: Path) -> None:
+        """Write weights, configs, tokenizer and template; plain transformers loads and draws with the result."""
+        self.model.save_pretrained(directory)
+        self._files.processor.save_pretrained(directory)

@@ -1,0 +1,86 @@
+"""Prompt files, the order in which prompts are drawn, and the seed of every image: all fixed by the run's seed."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import xxhash
+
+from stage_ray.errors import ConfigError
+from stage_ray.records import Prompt
+from stage_ray.resources import resolve_path
+
+
+def load_prompts(location: str) -> list[Prompt]:
+    """Read a prompt file: JSON Lines with at least ``prompt`` (``.jsonl``), or plain text, one prompt a line.
+
+    Raises:
+        ConfigError: missing, empty or malformed file; names the line.
+    """
+    path = resolve_path(location)
+    if not path.is_file():
+        raise ConfigError(f"prompt file {location} is not a file")
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"prompt file {location} is not UTF-8 text: {error.reason}") from error
+    numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+    if not numbered:
+        raise ConfigError(f"prompt file {location} holds no prompts; give it at least one line")
+    records = [_record(path, number, line) for number, line in numbered]
+    return [Prompt(index=i, text=record["prompt"], record=record) for i, record in enumerate(records)]
+
+
+def _record(path: Path, number: int, line: str) -> dict:
+    if path.suffix not in {".jsonl", ".json"}:
+        return {"prompt": line.strip()}
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path}, line {number}: not a JSON object ({error.msg})") from error
+    if not isinstance(record, dict) or not isinstance(record.get("prompt"), str) or not record["prompt"].strip():
+        raise ConfigError(f'{path}, line {number}: needs a non-empty "prompt", for example {{"prompt": "a photo of a circle"}}')
+    return record
+
+
+@dataclass(slots=True)
+class PromptCursor:
+    """Draws prompts for ever, a new order each epoch. ``position`` alone is its state, so resuming is exact.
+
+    Example:
+        >>> prompts = [Prompt(0, "a"), Prompt(1, "b")]
+        >>> cursor = PromptCursor(prompts, seed=1)
+        >>> first = [cursor.draw().text for _ in range(4)]
+        >>> PromptCursor(prompts, seed=1, position=3).draw().text == first[3]
+        True
+    """
+
+    prompts: list[Prompt]
+    seed: int
+    shuffle: bool = True
+    position: int = 0
+    _order: tuple[int, list[int]] = field(default=(-1, []), repr=False)
+
+    def draw(self) -> Prompt:
+        """The next prompt."""
+        epoch, offset = divmod(self.position, len(self.prompts))
+        if self._order[0] != epoch:
+            order = list(range(len(self.prompts)))
+            if self.shuffle:
+                random.Random(f"{self.seed}:{epoch}").shuffle(order)
+            self._order = (epoch, order)
+        self.position += 1
+        return self.prompts[self._order[1][offset]]
+
+
+def image_seeds(seed: int, group_id: int, count: int) -> tuple[int, ...]:
+    """Seeds of a group's images, each in [0, 2**63): a hash of (run, group, image), whatever ran before.
+
+    Example:
+        >>> image_seeds(1, 2, 3) == image_seeds(1, 2, 4)[:3]
+        True
+    """
+    return tuple(xxhash.xxh3_64_intdigest(f"{seed}:{group_id}:{i}".encode()) >> 1 for i in range(count))

@@ -1,0 +1,47 @@
+"""The run directory: who may write into it, and what a resumed run must share with the one before."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+
+from stage_ray.config import RunConfig
+from stage_ray.errors import ConfigError
+
+# What may differ when a run goes on: where it runs and how often it looks, not what it computes.
+FREE_KEYS = {"run_dir", "cluster", "checkpoint", "evaluation", "scoring"}
+
+
+def open_run_dir(run: RunConfig, resume: bool) -> Path:
+    """Make the run directory and write ``config.yaml``, or check that an existing one may go on.
+
+    Raises:
+        ConfigError: it holds a run already (and ``resume`` is off), holds something else, or its config differs.
+    """
+    path = Path(run.run_dir)
+    config_file = path / "config.yaml"
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"run_dir {path} is a file; name a directory")
+    if config_file.exists():
+        if not resume:
+            raise ConfigError(f"run_dir {path} already holds a run; add --resume to go on with it, or name another --run-dir")
+        _check_same(run, config_file)
+    elif path.exists() and any(path.iterdir()):
+        raise ConfigError(f"run_dir {path} is not empty and holds no run; name another --run-dir")
+    path.mkdir(parents=True, exist_ok=True, mode=0o700)
+    text = yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False)
+    temporary = config_file.with_suffix(".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(config_file)
+    return path
+
+
+def _check_same(run: RunConfig, config_file: Path) -> None:
+    before = yaml.safe_load(config_file.read_text(encoding="utf-8"))
+    now = run.model_dump(mode="json")
+    for key in now:
+        if key not in FREE_KEYS and before.get(key) != now[key]:
+            raise ConfigError(
+                f"--resume: {key} was {before.get(key)!r} in {config_file} and is {now[key]!r} now; use the same value, or another --run-dir"
+            )

@@ -1,0 +1,76 @@
+"""Contact sheets: a grid of images, each with its prompt and a verdict that can be read at a glance."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+TILE = 144  # smallest edge of a shown image, pixels: ShapeWorld's 64 would be stamps
+BORDER = 4
+MARGIN = 10
+FONT_SIZE = 13
+CAPTION_LINES = 3
+BACKGROUND, INK = (250, 250, 248), (40, 40, 46)
+VERDICTS = {True: ((34, 139, 74), "right"), False: ((196, 52, 44), "wrong"), None: ((150, 150, 158), "")}
+
+
+def contact_sheet(images: np.ndarray, captions: Sequence[str], good: Sequence[bool | None], path: Path) -> None:
+    """Write a PNG grid, whole or not at all.
+
+    Args:
+        images: uint8 [B, H, W, 3]; small ones are enlarged by whole pixels, so that what the model drew is what is seen.
+        captions: B prompts, wrapped under their image and cut after three lines.
+        good: B verdicts: True draws a green frame, False a red one, None a grey one.
+        path: the PNG; its directory is made.
+
+    Raises:
+        ValueError: the three have different lengths, or there is no image.
+    """
+    if not len(images) == len(captions) == len(good) or len(images) == 0:
+        raise ValueError(f"a contact sheet needs as many captions and verdicts as images: {len(images)}, {len(captions)}, {len(good)}")
+    font = ImageFont.load_default(FONT_SIZE)
+    scale = max(1, math.ceil(TILE / max(images.shape[1:3])))
+    width, height = images.shape[2] * scale, images.shape[1] * scale
+    line = FONT_SIZE + 4
+    cell = (width + 2 * BORDER + MARGIN, height + 2 * BORDER + MARGIN + (CAPTION_LINES + 1) * line)
+    columns = _columns(len(images), cell)
+    rows = math.ceil(len(images) / columns)
+    sheet = Image.new("RGB", (columns * cell[0] + MARGIN, rows * cell[1] + MARGIN), BACKGROUND)
+    draw = ImageDraw.Draw(sheet)
+    for index, (image, caption, verdict) in enumerate(zip(images, captions, good, strict=True)):
+        x, y = MARGIN + index % columns * cell[0], MARGIN + index // columns * cell[1]
+        color, word = VERDICTS[None if verdict is None else bool(verdict)]
+        draw.rectangle((x, y, x + width + 2 * BORDER - 1, y + height + 2 * BORDER - 1), fill=color)
+        tile = Image.fromarray(np.ascontiguousarray(image)).resize((width, height), Image.Resampling.NEAREST)
+        sheet.paste(tile, (x + BORDER, y + BORDER))
+        y += height + 2 * BORDER + 3
+        if word:
+            draw.text((x, y), word, fill=color, font=font)
+            y += line
+        for text in _wrap(caption, font, width + 2 * BORDER):
+            draw.text((x, y), text, fill=INK, font=font)
+            y += line
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(path.name + ".tmp")
+    sheet.save(scratch, format="PNG", optimize=True)
+    scratch.replace(path)
+
+
+def _columns(count: int, cell: tuple[int, int]) -> int:
+    """Columns of a sheet about as wide as 4:3, never more than six."""
+    return max(1, min(count, 6, round(math.sqrt(count * 4 / 3 * cell[1] / cell[0]))))
+
+
+def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
+    """Lines of a caption that fit a width in pixels, the last one ending in an ellipsis if there is more."""
+    letters = max(8, int(width / font.getlength("n")))
+    while True:
+        lines = textwrap.wrap(text, letters, max_lines=CAPTION_LINES, placeholder=" …") or [""]
+        if letters <= 8 or all(font.getlength(line) <= width for line in lines):
+            return lines
+        letters -= 1

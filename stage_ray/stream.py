@@ -1,0 +1,154 @@
+"""The stream of groups: admits, generates, scores and refills behind the learner's back."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Coroutine, Sequence
+from types import TracebackType
+from typing import Any
+
+from stage_ray.buffer import GroupBuffer
+from stage_ray.cluster import Cluster, GroupRefs
+from stage_ray.config import RunConfig
+from stage_ray.errors import RunError
+from stage_ray.ledger import Ledger
+from stage_ray.prompts import PromptCursor, image_seeds
+from stage_ray.records import RolloutRequest
+
+
+class GroupStream:
+    """Keeps every free slot of the buffer busy; `next_batch` gives the groups of one update, in ledger order.
+
+    A group that cannot be scored in ``scoring.attempts`` tries is dropped and a fresh one takes its place (promise 4);
+    when as many groups as one step needs were dropped in a row, the scorers are broken and the run stops.
+    """
+
+    def __init__(self, cluster: Cluster, run: RunConfig, cursor: PromptCursor, ledger: Ledger, next_group: int, step: int) -> None:
+        self.cursor = cursor
+        self.next_group = next_group
+        self.step = step
+        self._cluster, self._run, self._ledger = cluster, run, ledger
+        self._buffer: GroupBuffer[GroupRefs] = GroupBuffer(run.rollout.groups_per_step, run.pipeline.max_staleness)
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._dropped_in_a_row = 0
+        self._counts = {"scoring/rescored": 0.0, "scoring/replaced": 0.0}
+        self._times = {"time/rollout_s": 0.0, "time/score_s": 0.0}
+
+    async def __aenter__(self) -> GroupStream:
+        self._spawn(self._admit())
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._failure.cancel()
+
+    async def next_batch(self) -> list[GroupRefs]:
+        """The groups of one update, as soon as all are ready.
+
+        Raises:
+            RunError: a worker or every scorer failed behind our back.
+        """
+        batch = asyncio.ensure_future(self._buffer.take())
+        await asyncio.wait({batch, self._failure}, return_when=asyncio.FIRST_COMPLETED)
+        if not batch.done():
+            batch.cancel()
+            self._failure.result()
+        return [payload for _, payload in batch.result()]
+
+    def trained(self, groups: Sequence[GroupRefs], step: int) -> None:
+        """Write into the ledger that an update took these groups; their slots stay held until `release`."""
+        bound = self._run.pipeline.max_staleness
+        late = max(step - group.policy_version for group in groups)
+        assert 0 <= late <= bound, f"a group is {late} versions old, the bound is {bound}"
+        for group in groups:
+            self._ledger.note("trained", [group.group_id], step=step, policy_version=group.policy_version)
+
+    def release(self, groups: Sequence[GroupRefs]) -> None:
+        """Free the slots of trained groups: the next ones are admitted at the version that is served now."""
+        self.step += 1
+        self._buffer.release(group.group_id for group in groups)
+
+    def metrics(self) -> dict[str, float]:
+        """Counters and busy seconds since the last call."""
+        metrics = self._counts | self._times
+        self._counts = dict.fromkeys(self._counts, 0.0)
+        self._times = dict.fromkeys(self._times, 0.0)
+        return metrics
+
+    async def _admit(self) -> None:
+        """Fill free slots, shared evenly among the idle rollout workers, at most one wave each."""
+        wave = max(1, self._run.rollout.images_per_wave // self._run.rollout.group_size)
+        while True:
+            free = await self._buffer.wait_free()
+            count = min(wave, math.ceil(free / max(1, self._cluster.idle_rollouts)))
+            requests = [self._request() for _ in range(count)]
+            for request in requests:
+                self._buffer.admit(request.group_id)
+            self._ledger.note("admitted", [r.group_id for r in requests], step=self.step)
+            self._spawn(self._generate(requests))
+            await asyncio.sleep(0)  # let the wave take its worker before the next one counts the idle ones
+
+    async def _generate(self, requests: Sequence[RolloutRequest]) -> None:
+        receipt, groups = await self._cluster.generate(requests)
+        self._times["time/rollout_s"] += receipt.generate_s
+        ids = [group.group_id for group in groups]
+        self._ledger.note("generated", ids, step=self.step, policy_version=receipt.policy_version)
+        size = self._run.scoring.groups_per_call
+        for start in range(0, len(groups), size):
+            self._spawn(self._score(groups[start : start + size]))
+
+    async def _score(self, groups: Sequence[GroupRefs]) -> None:
+        pending = list(groups)
+        errors: dict[int, str] = {}
+        clock = asyncio.get_running_loop().time
+        for attempt in range(self._run.scoring.attempts):
+            self._counts["scoring/rescored"] += len(pending) if attempt else 0
+            start = clock()
+            results = await self._cluster.score(pending)
+            self._times["time/score_s"] += clock() - start
+            for receipt, group in results:
+                if receipt.ok:
+                    self._dropped_in_a_row = 0
+                    self._ledger.note("scored", [group.group_id], step=self.step, policy_version=group.policy_version)
+                    self._buffer.ready(group.group_id, group)
+            errors = {receipt.group_id: receipt.error for receipt, _ in results if not receipt.ok}
+            pending = [group for receipt, group in results if not receipt.ok]
+            if not pending:
+                return
+        self._replace(errors)
+
+    def _replace(self, errors: dict[int, str]) -> None:
+        """Groups without a score give their slots to fresh prompts."""
+        self._dropped_in_a_row += len(errors)
+        if self._dropped_in_a_row > 2 * self._run.rollout.groups_per_step:
+            why = next(iter(errors.values()))
+            raise RunError(f"{self._dropped_in_a_row} groups in a row could not be scored; the last one: {why}")
+        requests = []
+        for group_id, why in errors.items():
+            request = self._request()
+            self._counts["scoring/replaced"] += 1
+            self._ledger.note("dropped", [group_id], step=self.step, why=why)
+            self._ledger.note("admitted", [request.group_id], step=self.step)
+            self._buffer.replace(group_id, request.group_id)
+            requests.append(request)
+        self._spawn(self._generate(requests))
+
+    def _request(self) -> RolloutRequest:
+        group_id, self.next_group = self.next_group, self.next_group + 1
+        seeds = image_seeds(self._run.seed, group_id, self._run.rollout.group_size)
+        return RolloutRequest(group_id, self.cursor.draw(), seeds)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._finished)
+
+    def _finished(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        error = None if task.cancelled() else task.exception()
+        if error is not None and not self._failure.done():
+            self._failure.set_exception(error)

@@ -1,0 +1,52 @@
+"""The learner actor: groups in, metrics and a new policy version out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from stage_ray.config import RunConfig
+from stage_ray.records import WeightManifest
+from stage_ray.workers.logs import redirect_output
+
+
+class LearnerWorker:
+    """Rank 0 of 1: the STAGE update and the weights it makes."""
+
+    def __init__(self, run: RunConfig, log: str | None) -> None:
+        redirect_output(log)
+        from stage_ray.learner import Learner
+
+        self._learner = Learner(run, threads=run.learner.threads)
+        self._chunks: list[np.ndarray] = []
+
+    def update(self, *objects: Any) -> dict[str, float]:
+        """Rollout groups and scored groups, alternating -> metrics of one update."""
+        return self._learner.update(objects[::2], objects[1::2])
+
+    def pack(self) -> WeightManifest:
+        """Pack the current version; its chunks wait for `chunks`."""
+        from stage_ray.weights import pack
+
+        manifest, self._chunks = pack(self._learner.version, self._learner.weights())
+        return manifest
+
+    def chunks(self) -> tuple[np.ndarray, ...]:
+        """The packed bytes, one object a chunk, handed over once."""
+        chunks, self._chunks = self._chunks, []
+        return tuple(chunks)
+
+    def save_state(self, directory: str) -> None:
+        """Weights, optimizer, schedule and random states, for an exact resume."""
+        self._learner.save_state(Path(directory))
+
+    def load_state(self, directory: str) -> int:
+        """Take a saved state; its version."""
+        self._learner.load_state(Path(directory))
+        return self._learner.version
+
+    def export(self, directory: str) -> None:
+        """A Hugging Face checkpoint that plain transformers loads."""
+        self._learner.export(Path(directory))

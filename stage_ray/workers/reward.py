@@ -1,0 +1,50 @@
+"""The reward actor: groups and their pictures in, receipts for the driver and scored groups for the learner out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from stage_ray.config import RewardConfig
+from stage_ray.records import RolloutGroup, ScoredGroup, ScoreReceipt
+from stage_ray.workers.logs import redirect_output
+
+
+class RewardWorker:
+    """Every scorer of the run, called on whole batches of groups."""
+
+    def __init__(self, rewards: Sequence[RewardConfig], log: str | None) -> None:
+        redirect_output(log)
+        from stage_ray.rewards import build_rewards
+
+        self._scorers = build_rewards(rewards)
+
+    def score(self, *objects: Any) -> tuple[Any, ...]:
+        """Groups and pictures alternating, as a rollout worker returned them -> receipts, then the scored groups."""
+        from stage_ray.rewards import score_groups
+
+        groups: list[RolloutGroup] = [
+            replace(group, images=images) for group, images in zip(objects[::2], objects[1::2], strict=True)
+        ]
+        scored = score_groups(self._scorers, groups)
+        return (tuple(receipt(group) for group in scored), *scored)
+
+
+def receipt(group: ScoredGroup) -> ScoreReceipt:
+    """Whether every score of a group may be used, and the first reason where not.
+
+    Example:
+        >>> bad = ScoredGroup(4, ("clip",), np.array([[np.nan]], np.float32), np.array([[False]]), ({},), 0.1)
+        >>> receipt(bad).error
+        'clip: 1 of 1 scores failed'
+    """
+    for column, name in enumerate(group.names):
+        failed = int((~group.valid[:, column]).sum())
+        if failed:
+            why = next((str(d[name]["error"]) for d in group.details if "error" in d.get(name, {})), "")
+            text = f"{name}: {failed} of {len(group.valid)} scores failed" + (f" ({why})" if why else "")
+            return ScoreReceipt(group.group_id, ok=False, error=text)
+    return ScoreReceipt(group.group_id, ok=True)
