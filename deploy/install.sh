@@ -42,7 +42,7 @@ choose_variant() {
 }
 
 install_packages() {
-    local pip=(.venv/bin/python -m pip --disable-pip-version-check install --quiet)
+    local pip=(.venv/bin/python -m pip --disable-pip-version-check install --quiet --quiet --log .venv/install.log)
     case $VARIANT in
         cpu)
             "${pip[@]}" --no-deps ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} -r deploy/locks/cpu.txt

@@ -15,7 +15,7 @@ import psutil
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
-from stage_ray.config import ClusterConfig, RunConfig
+from stage_ray.config import ClusterConfig, RolloutConfig, RunConfig
 from stage_ray.errors import ConfigError, RunError
 from stage_ray.records import RolloutReceipt, RolloutRequest, ScoreReceipt
 from stage_ray.workers.learner import LearnerWorker
@@ -166,9 +166,7 @@ class Cluster:
 
     def _start_rollout(self, index: int) -> Any:
         rollout = self.run.rollout
-        from stage_ray.engines import engine_environment
-
-        env = {"env_vars": _threads(rollout.threads) | engine_environment(rollout)}
+        env = {"env_vars": _threads(rollout.threads) | _engine_environment(rollout)}
         options = {"num_cpus": rollout.cpus, "num_gpus": rollout.gpus, "runtime_env": env}
         name = f"rollout-{index}"
         return ray.remote(RolloutWorker).options(**options).remote(name, self.run.policy, rollout, self._log(name))
@@ -230,6 +228,14 @@ def _check_memory(cluster: ClusterConfig) -> None:
 
 def _threads(count: int | None) -> dict[str, str]:
     return {"OMP_NUM_THREADS": str(count or os.cpu_count() or 1)}
+
+
+def _engine_environment(rollout: RolloutConfig) -> dict[str, str]:
+    if rollout.engine != "vllm":
+        return {}
+    from stage_ray.engines.vllm.engine import vllm_environment
+
+    return vllm_environment(rollout)
 
 
 async def _value(ref: Awaitable[Result]) -> Result:

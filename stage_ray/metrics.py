@@ -1,4 +1,4 @@
-"""Where the numbers of a run go: ``metrics.jsonl``, TensorBoard events and a Prometheus endpoint, under the same names."""
+"""Where a run's numbers go: ``metrics.jsonl``, TensorBoard events and a Prometheus endpoint, under the same names."""
 
 from __future__ import annotations
 
@@ -15,22 +15,25 @@ from prometheus_client import CollectorRegistry, Gauge, start_http_server
 from torch.utils.tensorboard import SummaryWriter
 
 from stage_ray.errors import RunError
+from stage_ray.machine import machine_facts
 
 PREFIX = "stage_ray_"
 METRICS_FILE = "metrics.jsonl"
+ALARMS_FILE = "alarms.jsonl"
+MACHINE_FILE = "machine.json"
 
 
 class Recorder:
     """Writes one JSON object per step, and mirrors it to TensorBoard and Prometheus.
 
-    Invariant: ``metrics.jsonl`` holds whole lines with growing steps, whatever was killed when. A line is flushed before
-    `step` returns; a half-written last line is dropped when the file is opened again.
+    Invariant: ``metrics.jsonl`` holds whole lines with growing steps, whatever was killed when. A line is flushed
+    before `step` returns; a half-written last line is dropped when the file is opened again.
 
     ``step`` counts updates done, from 1, so a checkpoint of step 50 resumes with ``resume_step=50``.
 
     Example:
         recorder = Recorder(Path("runs/a"), port=0, host="127.0.0.1")
-        recorder.step(1, {"reward/mean": 0.5, "alarms": []})   # and stage_ray_reward_mean on http://127.0.0.1:<port>/metrics
+        recorder.step(1, {"reward/mean": 0.5, "alarms": []})   # and gauge stage_ray_reward_mean on recorder.port
         recorder.close()
     """
 
@@ -38,7 +41,7 @@ class Recorder:
         """Open the files and the endpoint.
 
         Args:
-            run_dir: gets ``metrics.jsonl`` and ``tensorboard/``.
+            run_dir: gets ``metrics.jsonl``, ``alarms.jsonl``, ``tensorboard/`` and ``machine.json`` (what ran it).
             port: Prometheus port; 0 picks a free one (see `port`), None serves nothing.
             host: address the endpoint binds to.
             resume_step: lines of later steps are removed; they will be trained again.
@@ -53,9 +56,11 @@ class Recorder:
         if port is not None:
             self._serve(host, port)
         run_dir.mkdir(parents=True, exist_ok=True)
-        path = run_dir / METRICS_FILE
-        truncate_metrics(path, resume_step)
-        self._file = path.open("a", encoding="utf-8")
+        (run_dir / MACHINE_FILE).write_text(json.dumps(machine_facts(), indent=1), encoding="utf-8")
+        for name in (METRICS_FILE, ALARMS_FILE):
+            truncate_steps(run_dir / name, resume_step)
+        self._file = (run_dir / METRICS_FILE).open("a", encoding="utf-8")
+        self._alarms = (run_dir / ALARMS_FILE).open("a", encoding="utf-8")
         self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step + 1 if resume_step else None)
 
     def step(self, step: int, metrics: Mapping[str, float | str | Sequence[str] | None]) -> None:
@@ -72,9 +77,15 @@ class Recorder:
                 self._board.add_scalar(name, number, step)
         self._board.flush()
 
+    def alarm(self, step: int, name: str, text: str) -> None:
+        """Record one alarm of a step in ``alarms.jsonl``."""
+        self._alarms.write(json.dumps({"step": step, "alarm": name, "text": text}) + "\n")
+        self._alarms.flush()
+
     def close(self) -> None:
         """Close the files and free the port."""
         self._file.close()
+        self._alarms.close()
         self._board.close()
         if self._server is not None:
             self._server.shutdown()
@@ -98,11 +109,11 @@ class Recorder:
         return self._gauges[flat]
 
 
-def truncate_metrics(path: Path, last_step: int) -> None:
+def truncate_steps(path: Path, last_step: int) -> None:
     """Keep the lines of steps up to ``last_step``; drop later ones and what a crash left half-written."""
     if not path.exists():
         return
-    kept = [row for row in read_metrics(path) if row["step"] <= last_step]
+    kept = [row for row in read_steps(path) if row["step"] <= last_step]
     scratch = path.with_name(path.name + ".tmp")
     with scratch.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in kept)
@@ -111,11 +122,11 @@ def truncate_metrics(path: Path, last_step: int) -> None:
     scratch.replace(path)
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Rows of a ``metrics.jsonl``, without a half-written last line; empty if there is no file.
+def read_steps(path: Path) -> list[dict[str, Any]]:
+    """Rows of a JSON Lines file with a ``step`` each, without a half-written last line; empty if there is no file.
 
     Raises:
-        RunError: a line other than the last is not a metrics object.
+        RunError: a line other than the last is not such an object.
     """
     if not path.exists():
         return []
@@ -128,7 +139,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except (ValueError, TypeError, KeyError) as error:
             if number == len(lines):
                 break
-            raise RunError(f"{path} line {number} is not a metrics object; remove the line") from error
+            raise RunError(f"{path} line {number} is not an object with a step; remove the line") from error
         rows.append(row)
     return rows
 

@@ -23,7 +23,7 @@ def contact_sheet(images: np.ndarray, captions: Sequence[str], good: Sequence[bo
     """Write a PNG grid, whole or not at all.
 
     Args:
-        images: uint8 [B, H, W, 3]; small ones are enlarged by whole pixels, so that what the model drew is what is seen.
+        images: uint8 [B, H, W, 3]; small ones are enlarged by whole pixels, so nothing is smoothed.
         captions: B prompts, wrapped under their image and cut after three lines.
         good: B verdicts: True draws a green frame, False a red one, None a grey one.
         path: the PNG; its directory is made.
@@ -32,7 +32,8 @@ def contact_sheet(images: np.ndarray, captions: Sequence[str], good: Sequence[bo
         ValueError: the three have different lengths, or there is no image.
     """
     if not len(images) == len(captions) == len(good) or len(images) == 0:
-        raise ValueError(f"a contact sheet needs as many captions and verdicts as images: {len(images)}, {len(captions)}, {len(good)}")
+        counts = f"{len(images)} images, {len(captions)} captions, {len(good)} verdicts"
+        raise ValueError(f"a contact sheet needs at least one image, and as many captions and verdicts: {counts}")
     font = ImageFont.load_default(FONT_SIZE)
     scale = max(1, math.ceil(TILE / max(images.shape[1:3])))
     width, height = images.shape[2] * scale, images.shape[1] * scale
@@ -62,8 +63,9 @@ def contact_sheet(images: np.ndarray, captions: Sequence[str], good: Sequence[bo
 
 
 def _columns(count: int, cell: tuple[int, int]) -> int:
-    """Columns of a sheet about as wide as 4:3, never more than six."""
-    return max(1, min(count, 6, round(math.sqrt(count * 4 / 3 * cell[1] / cell[0]))))
+    """Columns of a sheet of about 4:3, at most six; a number that leaves no gap in the last row where one is near."""
+    wanted = math.sqrt(count * 4 / 3 * cell[1] / cell[0])
+    return min(range(1, min(count, 6) + 1), key=lambda columns: abs(columns - wanted) + (1.5 if count % columns else 0))
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:

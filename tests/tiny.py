@@ -27,7 +27,7 @@ IMAGE, BOI, EOI = "<image_placeholder>", "<begin_of_image>", "<end_of_image>"
 ROLES = ("<|User|>", "<|Assistant|>")
 WORDS = """
     User Assistant : a an photo of and two three four red green blue yellow purple circle circles square squares
-    triangle triangles ring rings left right above below the""".split()
+    triangle triangles ring rings left right above below the"""
 
 IMAGE_SIZE, PATCH, CODES, HIDDEN = 32, 8, 48, 64
 IMAGE_TOKENS = (IMAGE_SIZE // PATCH) ** 2
@@ -70,7 +70,7 @@ def tiny_janus(directory: Path, seed: int = 0) -> Path:
 
 def _tokenizer() -> PreTrainedTokenizerFast:
     special = [PAD, BOS, EOS, UNK, IMAGE, BOI, EOI, *ROLES]
-    vocabulary = {token: index for index, token in enumerate([*special, *WORDS])}
+    vocabulary = {token: index for index, token in enumerate([*special, *WORDS.split()])}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token=UNK))
     core.add_special_tokens(special)
     core.pre_tokenizer = pre_tokenizers.Whitespace()

@@ -28,7 +28,7 @@ def informative_scorers(scores: Tensor) -> Tensor:
     if scores.dim() != 3 or scores.shape[1] < 2:
         raise ValueError(f"scores must be [N, G, R] with at least 2 images a group, not {list(scores.shape)}")
     if not bool(torch.isfinite(scores).all()):
-        raise ValueError("scores hold a value that is not finite; a failed score must be scored again, never trained on")
+        raise ValueError("scores hold a value that is not finite; a failed score must be made again, not trained on")
     return scores.std(dim=1) > CONSTANT_STD
 
 

@@ -15,7 +15,7 @@ from stage_ray.algorithm.kl import k3_kl
 from stage_ray.algorithm.similarity import advantage_weight, kl_weight
 
 WEIGHT_EPS = 1e-6
-"""Added to a group's sum of weights, as in the published code: a group of identical images divides 0 by this, not by 0."""
+"""Added to a group's sum of weights, as in the published code: a group of identical images then divides 0 by this."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +83,7 @@ def token_weights(
 
 
 def importance_ratio(logprobs: Tensor, behavior_logprobs: Tensor | None) -> Tensor:
-    """``exp(logp - sg[behaviour logp])``; None takes the policy's own value, so the ratio is 1 and only its gradient acts.
+    """``exp(logp - sg[behaviour logp])``; None takes the policy's own: 1, and only the gradient acts.
 
     Example:
         >>> importance_ratio(torch.tensor([-1.0, -2.0]), None).tolist()
@@ -178,7 +178,7 @@ def stage_loss(
     """STAGE's loss, ``-J + beta * KL``, mean over groups.
 
     ``J = sum(w * A * ratio) / (sum(w) + 1e-6)`` over a group with ``w`` of `advantage_weight`; the KL is the mean over
-    all tokens of ``kappa * k3`` with ``kappa`` of `kl_weight`. Both switches off, or ``similarity`` None, is plain GRPO.
+    all tokens of ``kappa * k3`` with ``kappa`` of `kl_weight`. Both switches off, or ``similarity`` None: plain GRPO.
 
     Args:
         logprobs: float [N, G, T], with gradient, nats; ``reference_logprobs`` alike, without.

@@ -19,13 +19,13 @@ class Signals:
     Attributes:
         rewards: float [N, G], combined scores, entropy reward added where it is on.
         advantages: float [N, G].
-        similarity: float [N, G, T], or None where nothing is reweighted.
+        similarity: float [N, G, T]; a loss without reweighting does not look at it.
         informative: bool [N, R], the scorers that told the images of a group apart.
     """
 
     rewards: Tensor
     advantages: Tensor
-    similarity: Tensor | None
+    similarity: Tensor
     informative: Tensor
 
 
@@ -42,7 +42,6 @@ def stage_signals(
     entropy_weight: float = 0.4,
     entropy_best_only: bool = True,
     eps: float = 1e-4,
-    reweight: bool = True,
 ) -> Signals:
     """Scores to advantages and similarities, in the order of the published training step.
 
@@ -56,7 +55,6 @@ def stage_signals(
         codebook: float [V, D].
         weights: float [R], of the scorers.
         entropy_weight: of the entropy reward; 0 is off.
-        reweight: compute the similarity at all.
 
     Raises:
         ValueError: shapes that do not fit, or a score that is not finite.
@@ -73,10 +71,8 @@ def stage_signals(
         bonus = entropy_reward(policy_entropy, reference_entropy, rewards, best_only=entropy_best_only)
         rewards = rewards + entropy_weight * bonus
     advantages = group_advantages(rewards, eps=eps)
-    similarity = None
-    if reweight:
-        similarity = opposite_sign_similarity(tokens, codebook, advantages)
-        if entropy_weight == 0:
-            silent = ~informative.any(dim=1)
-            similarity = similarity.masked_fill(silent[:, None, None], 1.0)
+    similarity = opposite_sign_similarity(tokens, codebook, advantages)
+    if entropy_weight == 0:
+        silent = ~informative.any(dim=1)
+        similarity = similarity.masked_fill(silent[:, None, None], 1.0)
     return Signals(rewards, advantages, similarity, informative)

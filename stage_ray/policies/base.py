@@ -71,3 +71,19 @@ class Policy(Protocol):
 def device_for(gpus: float) -> torch.device:
     """A GPU where the role reserved one, else the CPU."""
     return torch.device("cuda" if gpus > 0 and torch.cuda.is_available() else "cpu")
+
+
+def compute_dtype(choice: str, device: torch.device) -> torch.dtype:
+    """What a config's dtype means on this device: ``auto`` is bfloat16 where the hardware computes in it.
+
+    Example:
+        >>> compute_dtype("float32", torch.device("cpu"))
+        torch.float32
+    """
+    if choice != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[choice]
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if native else torch.float32

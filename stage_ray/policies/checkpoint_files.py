@@ -71,8 +71,19 @@ def read_tensors(directory: Path, prefix: str) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for file in weight_files(directory):
         with safe_open(file, framework="pt") as opened:
-            tensors.update({n[len(prefix) :]: opened.get_tensor(n) for n in opened.keys() if n.startswith(prefix)})  # noqa: SIM118
+            names = [name for name in opened.keys() if name.startswith(prefix)]  # noqa: SIM118
+            tensors.update({name[len(prefix) :]: opened.get_tensor(name) for name in names})
     return tensors
+
+
+def tensor_shapes(directory: Path, prefix: str) -> dict[str, tuple[int, ...]]:
+    """Shapes of the same tensors, from the headers alone."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in weight_files(directory):
+        with safe_open(file, framework="pt") as opened:
+            names = [name for name in opened.keys() if name.startswith(prefix)]  # noqa: SIM118
+            shapes.update({name[len(prefix) :]: tuple(opened.get_slice(name).get_shape()) for name in names})
+    return shapes
 
 
 def _check_weight_file(file: Path) -> None:

@@ -18,7 +18,7 @@ from stage_ray.policies.checkpoint_files import local_checkpoint, read_tensors
 
 PAPER_ROLES = {"<|User|>": "User", "<|Assistant|>": "Assistant"}
 VQ_PREFIX = "model.vqmodel."
-DECODE_CHUNK = 32  # images decoded at once: bounds the memory of full-size feature maps
+DECODE_CHUNK = 16  # images decoded at once: bounds the memory of full-size feature maps
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def load_vqmodel(files: JanusFiles, device: torch.device) -> JanusVQVAE:
         raise ConfigError(
             f"policy.path: {files.location} lacks {len(missing)} tensors, the first is {VQ_PREFIX}{missing[0]}"
         )
-    return vqmodel.to(device).eval().requires_grad_(False)
+    return vqmodel.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
 def codebook(vqmodel: JanusVQVAE) -> Tensor:

@@ -38,11 +38,11 @@ class Example:
 def draw_example(rng: np.random.Generator, wrong_share: float = 0.5) -> Example:
     """One picture of 1 to 4 objects, each of them wrong ("none") with the given probability."""
     count = int(rng.choice([1, 2, 3, 4], p=[0.2, 0.3, 0.25, 0.25]))
-    # Wider than the world's own sizes: generated objects are not as regular as rendered ones.
-    low, high = {1: (16.0, 42.0), 2: (15.0, 28.0), 3: (15.0, 23.0), 4: (15.0, 20.0)}[count]
+    # Smaller and larger than in the world: generated objects are not as regular as rendered ones.
+    low, high = {1: (16.0, 42.0), 2: (15.0, 27.0), 3: (15.0, 22.0), 4: (15.0, 20.0)}[count]
     canvas = render(Scene((), background=random_background(rng), seed=int(rng.integers(2**31)))).astype(np.float32)
     masks, labels = [], []
-    for place in place_squares(rng.uniform(low, high, size=count), rng):
+    for place in place_squares([float(size) for size in rng.uniform(low, high, size=count)], rng):
         shape = Shape(str(rng.choice(SHAPES)), str(rng.choice(list(COLORS))), *place)
         wrong = rng.random() < wrong_share
         coverage = _wrong(shape, rng) if wrong else _mild(_coverage(shape), shape, rng)
@@ -132,7 +132,9 @@ def _bitten(coverage: np.ndarray, shape: Shape, rng: np.random.Generator) -> np.
     y, x = np.indices((IMAGE_SIZE, IMAGE_SIZE)) + 0.5
     away = rng.uniform(0.5, 0.85) * shape.size / 2
     gone = np.hypot(x - shape.cx - away * np.cos(angle), y - shape.cy - away * np.sin(angle)) < radius
-    return coverage * ~gone
+    left = coverage * ~gone
+    # A bite beside the shape leaves it whole; then cut it instead.
+    return left if left.sum() < 0.85 * coverage.sum() else _cut(coverage, shape, rng)
 
 
 def _merged(coverage: np.ndarray, shape: Shape, rng: np.random.Generator) -> np.ndarray:
@@ -162,7 +164,7 @@ def _wobbly(coverage: np.ndarray, shape: Shape, rng: np.random.Generator) -> np.
 
 
 def _blob(coverage: np.ndarray, shape: Shape, rng: np.random.Generator) -> np.ndarray:
-    noise = ndimage.gaussian_filter(rng.normal(0, 1, coverage.shape), sigma=float(rng.uniform(1.5, 4.0)))
+    noise = ndimage.gaussian_filter(rng.normal(0, 1, coverage.shape), sigma=float(rng.uniform(2.0, 5.0)))
     y, x = np.indices(coverage.shape) + 0.5
     falloff = np.hypot(x - shape.cx, y - shape.cy) / (0.6 * shape.size)
     return np.clip((noise / noise.std() - 1.6 * (falloff - 0.6)) * 2, 0, 1) * (falloff < 1.6)
@@ -179,5 +181,3 @@ _WRONG: tuple[Warp, ...] = (_turned, _squeezed, _cut, _bitten, _merged, _between
 
 def _wrong(shape: Shape, rng: np.random.Generator) -> np.ndarray:
     return _WRONG[int(rng.integers(len(_WRONG)))](_coverage(shape), shape, rng)
-
-

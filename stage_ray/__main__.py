@@ -1,0 +1,7 @@
+"""``python -m stage_ray`` is ``stage-ray``."""
+
+import sys
+
+from stage_ray.cli import main
+
+sys.exit(main())

@@ -1,0 +1,46 @@
+"""Named alarms for what fails silently in RL (DESIGN promise 9): pure functions of one step's metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from stage_ray.config import RunConfig
+
+ENTROPY_COLLAPSE_RATIO = 0.5
+"""Alarm when the policy's token entropy falls below this share of the reference's on the same tokens."""
+KL_BLOWUP = 0.5
+"""Alarm above this k3 to the reference, nats a token. Healthy runs of the paper's kind stay an order below."""
+MISMATCH = 0.05
+"""Alarm above this mean |delta log p| between engine and learner, nats a token; bfloat16 explains about 0.01."""
+
+
+def alarms(metrics: Mapping[str, float], run: RunConfig) -> list[tuple[str, str]]:
+    """Alarms of one update, as (name, one sentence with the numbers and what to look at).
+
+    Names: ``zero_gradient``, ``no_variance``, ``no_valid_reward``, ``entropy_collapse``, ``kl_blowup``, ``mismatch``.
+    A metric that is absent raises no alarm.
+
+    Example:
+        alarms({"grad_norm": 0.0}, run)[0][0]  # 'zero_gradient'
+    """
+    found: list[tuple[str, str]] = []
+    if metrics.get("grad_norm") == 0.0:
+        found.append(("zero_gradient", "the gradient is exactly 0; this update changed nothing"))
+    if metrics.get("advantage/zero_groups") == 1.0:
+        found.append(("no_variance", "in every group all images had the same reward; only the KL was trained on"))
+    if metrics.get("reward/informative") == 0.0:
+        rest = "the entropy reward alone steers" if run.algorithm.entropy_reward > 0 else "nothing steers the policy"
+        found.append(("no_valid_reward", f"no scorer told the images of any group apart; {rest}"))
+    policy, reference = metrics.get("entropy/policy"), metrics.get("entropy/reference")
+    if policy is not None and reference is not None and policy < ENTROPY_COLLAPSE_RATIO * reference:
+        text = f"token entropy is {policy:.3g} nats, the reference's {reference:.3g}; raise algorithm.beta"
+        found.append(("entropy_collapse", text))
+    kl = metrics.get("kl", 0.0)
+    if kl > KL_BLOWUP:
+        text = f"KL to the reference is {kl:.3g} nats a token; raise algorithm.beta"
+        found.append(("kl_blowup", text))
+    mismatch = metrics.get("mismatch/abs_logprob", 0.0)
+    if mismatch > MISMATCH:
+        text = f"rollout and learner differ by {mismatch:.3g} nats a token; compare rollout.dtype and learner.autocast"
+        found.append(("mismatch", text))
+    return found

@@ -1,0 +1,198 @@
+"""Checkpoints that are whole or absent (DESIGN promise 7).
+
+``step-000050/`` appears by one rename, after every file in it and a manifest with their SHA-256 are on disk. Whatever
+a crash leaves behind has another name and is swept by the next save. Loading verifies; older checkpoints go only once
+a newer one is complete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+UNFINISHED = ".unfinished-"
+STEP_NAME = re.compile(r"step-(\d{6,})")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be trusted: one sentence naming the file and what is wrong with it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """One verified checkpoint.
+
+    Attributes:
+        step: updates done when it was written.
+        path: its directory.
+        facts: what the writer noted beside the files; JSON data.
+
+    Example:
+        >>> Checkpoint(step=50, path=Path("checkpoints/step-000050")).step
+        50
+    """
+
+    step: int
+    path: Path
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+class CheckpointStore:
+    """The checkpoints of one run, newest ``keep`` of them. One writer at a time.
+
+    Invariant: a directory named ``step-*`` was complete when it got that name.
+
+    Example:
+        >>> import tempfile
+        >>> store = CheckpointStore(Path(tempfile.mkdtemp()), keep=2)
+        >>> path = store.save(5, lambda directory: (directory / "state.txt").write_text("five") and None, {"note": 1})
+        >>> store.latest().step, store.latest().facts, path.name
+        (5, {'note': 1}, 'step-000005')
+    """
+
+    def __init__(self, root: Path, keep: int) -> None:
+        if keep < 1:
+            raise ValueError(f"keep is {keep}; at least the newest checkpoint must be kept")
+        self.root = root
+        self.keep = keep
+
+    def save(self, step: int, write: Callable[[Path], None], facts: Mapping[str, Any]) -> Path:
+        """Write a checkpoint and, once it is complete, drop the oldest.
+
+        Args:
+            step: updates done; an older checkpoint of the same step is replaced.
+            write: fills the directory it is given (subdirectories are fine).
+            facts: JSON data, read back by `latest`.
+
+        Returns:
+            The directory of the finished checkpoint.
+
+        Raises:
+            OSError, or whatever ``write`` raises: the unfinished directory is removed, older checkpoints are untouched.
+            TypeError: ``facts`` is not JSON data.
+        """
+        self.root.mkdir(parents=True, exist_ok=True)
+        self._sweep()
+        final = self.root / f"step-{step:06d}"
+        unfinished = self.root / f"{UNFINISHED}{final.name}"
+        unfinished.mkdir()
+        try:
+            write(unfinished)
+            _write_manifest(unfinished, step, facts)
+            _sync_tree(unfinished)
+        except BaseException:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise
+        if final.exists():  # a directory cannot be renamed onto another; the old one steps aside for a moment
+            os.rename(final, self.root / f"{UNFINISHED}replaced-{final.name}")
+        os.rename(unfinished, final)
+        _sync(self.root)
+        self._sweep()
+        self._prune(step)
+        return final
+
+    def latest(self, on_problem: Callable[[str], None] = log.warning) -> Checkpoint | None:
+        """The newest checkpoint that verifies, or None; ``on_problem`` is told of every broken one that was skipped."""
+        for step, path in sorted(self._steps(), reverse=True):
+            try:
+                return Checkpoint(step, path, verify(path, step))
+            except CheckpointError as error:
+                on_problem(f"checkpoint skipped: {error}")
+        return None
+
+    def _steps(self) -> list[tuple[int, Path]]:
+        found = [(STEP_NAME.fullmatch(path.name), path) for path in self.root.glob("step-*") if path.is_dir()]
+        return [(int(match[1]), path) for match, path in found if match]
+
+    def _sweep(self) -> None:
+        for leftover in self.root.glob(f"{UNFINISHED}*"):
+            shutil.rmtree(leftover)
+
+    def _prune(self, step: int) -> None:
+        """Keep the newest up to ``step``; later ones (broken ones that a resumed run passed over) do not count."""
+        older = sorted(item for item in self._steps() if item[0] <= step)
+        for _, path in older[: -self.keep]:
+            shutil.rmtree(path)
+
+
+def verify(path: Path, step: int | None = None) -> dict[str, Any]:
+    """Check every byte of a checkpoint and return its facts.
+
+    Raises:
+        CheckpointError: no manifest, a manifest that was changed, or a file that is missing, short or changed.
+    """
+    manifest = _read_manifest(path)
+    if step is not None and manifest["step"] != step:
+        raise CheckpointError(f"{path} says it is of step {manifest['step']}")
+    for name, expected in manifest["files"].items():
+        file = path / name
+        if not file.is_file():
+            raise CheckpointError(f"{file} is missing")
+        size = file.stat().st_size
+        if size != expected["bytes"]:
+            raise CheckpointError(f"{file} has {size} bytes instead of {expected['bytes']}; it is truncated or changed")
+        if _sha256(file) != expected["sha256"]:
+            raise CheckpointError(f"{file} has another SHA-256 than its manifest says; its bytes changed")
+    facts: dict[str, Any] = manifest["facts"]
+    return facts
+
+
+def _write_manifest(directory: Path, step: int, facts: Mapping[str, Any]) -> None:
+    files = {
+        path.relative_to(directory).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        for path in sorted(directory.rglob("*"))
+        if path.is_file()
+    }
+    body = {"format": FORMAT, "step": step, "facts": dict(facts), "files": files}
+    text = json.dumps({**body, "checksum": _checksum(body)}, indent=1, sort_keys=True)
+    (directory / MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    file = path / MANIFEST
+    if not file.is_file():
+        raise CheckpointError(f"{path} has no {MANIFEST}")
+    try:
+        body = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from error
+    if not isinstance(body, dict) or body.pop("checksum", None) != _checksum(body):
+        raise CheckpointError(f"{file} does not match its own checksum; it was changed or cut")
+    if body["format"] != FORMAT:
+        raise CheckpointError(f"{file} has format {body['format']}, this version reads format {FORMAT}")
+    return body
+
+
+def _checksum(body: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _sync_tree(directory: Path) -> None:
+    for path in directory.rglob("*"):
+        _sync(path)
+    _sync(directory)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,202 @@
+"""The command line: arguments in, one call, an exit code out. No logic lives here, and imports wait for their command.
+
+Exit codes: 0 done, 1 the run failed, 2 wrong usage or config, 130 interrupted. Expected errors are one sentence on
+stderr; anything else is a bug and shows its traceback.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from typer.exceptions import TyperException
+
+from stage_ray.errors import ConfigError, RunError
+
+HELDOUT = "package:stage_ray/world/assets/prompts/heldout.jsonl"
+
+app = typer.Typer(
+    name="stage-ray",
+    help="STAGE post-training of autoregressive image models, on Ray, with rollouts served by vLLM.\n\n"
+    "Begin with: stage-ray doctor, then stage-ray train configs/stage_shapeworld.yaml",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+ModelArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL", help="A Hugging Face directory (such as RUN_DIR/final), package:MODULE/DIR, or a hub id"
+    ),
+]
+EngineOption = Annotated[str | None, typer.Option(help="vllm or torch; vllm where it is installed", metavar="NAME")]
+GuidanceOption = Annotated[float, typer.Option(help="Classifier-free guidance scale; 1 is off", min=1.0)]
+SeedOption = Annotated[int, typer.Option(help="Fixes every image", min=0)]
+
+
+@app.command(no_args_is_help=True)
+def train(
+    config: Annotated[Path, typer.Argument(help="A YAML file, such as configs/stage_shapeworld.yaml")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override a key by its dotted name; may be repeated"),
+    ] = None,
+    run_dir: Annotated[Path | None, typer.Option(help="Where the run writes; run_dir of the config by default")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest checkpoint of the run directory")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, print the resolved config, start nothing")
+    ] = False,
+) -> None:
+    """Train a model and write a run directory that ends with report.html.
+
+    Example: stage-ray train configs/stage_shapeworld.yaml --set learner.lr=1e-5 --run-dir runs/slow
+    """
+    from stage_ray.config import load_config
+
+    run = load_config(config, overrides, run_dir)
+    if dry_run:
+        from stage_ray.dry_run import describe
+
+        typer.echo(describe(run))
+        return
+    from stage_ray.progress import Progress
+    from stage_ray.train import train as train_run
+
+    with Progress() as progress:
+        summary = train_run(run, resume=resume, progress=progress)
+        if summary.before is not None and summary.after is not None:
+            progress.note(
+                f"held-out GenEval {summary.before:.3f} before, {summary.after:.3f} after {summary.steps} steps"
+            )
+        progress.note(f"report: {summary.report}")
+
+
+@app.command(no_args_is_help=True)
+def evaluate(
+    model: ModelArgument,
+    suite: Annotated[str, typer.Option(help="Which benchmark: geneval")] = "geneval",
+    prompts: Annotated[
+        str, typer.Option(help="A prompt file in GenEval's format; ShapeWorld's held-out prompts by default")
+    ] = HELDOUT,
+    engine: EngineOption = None,
+    images_per_prompt: Annotated[int, typer.Option(help="Images of each prompt", min=1)] = 4,
+    guidance: GuidanceOption = 3.0,
+    seed: SeedOption = 20,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the whole result here")] = None,
+) -> None:
+    """Draw held-out prompts with a model and score the pictures.
+
+    Example: stage-ray evaluate runs/stage_shapeworld/final --suite geneval --json after.json
+    """
+    from stage_ray.inference import evaluate_model
+    from stage_ray.progress import Progress
+
+    with Progress() as progress:
+        table = evaluate_model(
+            model,
+            suite=suite,
+            prompts=prompts,
+            engine=engine,
+            images_per_prompt=images_per_prompt,
+            guidance=guidance,
+            seed=seed,
+            json_file=json_file,
+            progress=progress,
+        )
+    typer.echo(table)
+
+
+@app.command(no_args_is_help=True)
+def generate(
+    model: ModelArgument,
+    out: Annotated[Path, typer.Option(help="Directory for the PNGs and the contact sheet; must be new or empty")],
+    prompt: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="A prompt; may be repeated")] = None,
+    prompts: Annotated[
+        str | None, typer.Option(metavar="FILE", help="A file of prompts, one a line, or JSON Lines")
+    ] = None,
+    images: Annotated[int, typer.Option(help="Images of each prompt", min=1)] = 4,
+    engine: EngineOption = None,
+    guidance: GuidanceOption = 3.0,
+    seed: SeedOption = 20,
+) -> None:
+    """Draw prompts: one PNG per image, and a contact sheet of all.
+
+    Example: stage-ray generate runs/stage_shapeworld/final --prompt "a photo of a red ring" --out pictures
+    """
+    from stage_ray.inference import generate_images
+    from stage_ray.progress import Progress
+
+    with Progress() as progress:
+        sheet = generate_images(
+            model,
+            texts=prompt or [],
+            prompts=prompts,
+            out=out,
+            engine=engine,
+            images_per_prompt=images,
+            guidance=guidance,
+            seed=seed,
+            progress=progress,
+        )
+        progress.note(f"contact sheet: {sheet}")
+
+
+@app.command()
+def pretrain(
+    out: Annotated[Path, typer.Option(help="Directory for the checkpoints and prompt files")],
+    stage: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Build only this part; may be repeated")
+    ] = None,
+    smoke: Annotated[
+        bool, typer.Option("--smoke", help="A minute-long run that shows it works; the models are useless")
+    ] = False,
+) -> None:
+    """Rebuild the small models that ship with the package: tokenizer, policy, detector, CLIP.
+
+    Example: stage-ray pretrain --out my_assets --smoke
+    """
+    from stage_ray.world.pretrain import pretrain as pretrain_world
+
+    pretrain_world(out, stages=stage, smoke=smoke)
+
+
+@app.command(no_args_is_help=True)
+def report(run_dir: Annotated[Path, typer.Argument(help="The directory of a run, finished or not")]) -> None:
+    """Write report.html anew from whatever a run directory holds.
+
+    Example: stage-ray report runs/stage_shapeworld
+    """
+    from stage_ray.report import write_report
+
+    typer.echo(write_report(run_dir))
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this machine has, what the default job lacks, and how to get it. Exit code 1 if something is lacking.
+
+    Example: stage-ray doctor
+    """
+    from stage_ray.doctor import examine
+
+    raise typer.Exit(0 if examine() else 1)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; the exit code. See the top of the file."""
+    try:
+        return app(arguments, prog_name="stage-ray", standalone_mode=False) or 0
+    except (ConfigError, TyperException) as error:
+        code = 2
+        sentence = error.format_message() if isinstance(error, TyperException) else str(error)
+    except RunError as error:
+        code, sentence = 1, str(error)
+    print(f"stage-ray: {' '.join(sentence.split())}", file=sys.stderr)
+    return code

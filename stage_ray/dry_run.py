@@ -1,0 +1,46 @@
+"""``train --dry-run``: check what can be checked without starting anything, and say what would be started."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+
+from stage_ray.config import RunConfig
+from stage_ray.errors import ConfigError
+from stage_ray.prompts import load_prompts
+from stage_ray.resources import model_location
+
+
+def describe(run: RunConfig) -> str:
+    """The resolved config as YAML, then, as YAML comments, what a run of it would start.
+
+    Raises:
+        ConfigError: the model directory or a prompt file is missing, incomplete or malformed.
+    """
+    model = model_location(run.policy.path)
+    if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
+        raise ConfigError(f"policy.path: {model} has no config.json; give a Hugging Face model directory")
+    train = load_prompts(run.prompts.train)
+    heldout = load_prompts(run.prompts.heldout) if run.prompts.heldout else []
+    rollout, scoring, learner = run.rollout, run.scoring, run.learner
+    images = rollout.groups_per_step * rollout.group_size
+    plan = [
+        f"model: {model}",
+        f"prompts: {len(train)} to train on, {len(heldout)} held out",
+        f"{run.steps} steps of {rollout.groups_per_step} groups x {rollout.group_size} images = {images} images a step",
+        _role("rollout worker", rollout.workers, rollout.cpus, rollout.gpus) + f", engine {rollout.engine}",
+        _role("reward worker", scoring.workers, scoring.cpus, scoring.gpus)
+        + f", scorers {', '.join(reward.column for reward in run.rewards)}",
+        _role("learner", 1, learner.cpus, learner.gpus),
+        f"run directory: {Path(run.run_dir).resolve()}" + (" (exists)" if Path(run.run_dir).exists() else ""),
+    ]
+    config = yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False).rstrip()
+    return "\n".join([config, "", "# Would start:", *(f"#   {line}" for line in plan)])
+
+
+def _role(name: str, count: int, cpus: float, gpus: float) -> str:
+    plural = name if count == 1 else name + "s"
+    return (
+        f"{count} {plural} with {cpus:g} CPU" + (f" and {gpus:g} GPU" if gpus else "") + (" each" if count > 1 else "")
+    )

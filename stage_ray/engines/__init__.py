@@ -1,0 +1,31 @@
+"""Image engines: one protocol, two implementations; `build_engine` picks by ``rollout.engine``."""
+
+from __future__ import annotations
+
+import importlib.util
+
+from stage_ray.config import ConfigError, PolicyConfig, RolloutConfig
+from stage_ray.engines.base import ImageEngine
+
+
+def build_engine(policy: PolicyConfig, rollout: RolloutConfig, *, worker: str) -> ImageEngine:
+    """Start the engine that a config names, at policy version 0.
+
+    Raises:
+        ConfigError: the checkpoint does not load, vLLM is not installed, or a wave does not fit the settings.
+
+    Example:
+        engine = build_engine(run.policy, run.rollout, worker="rollout-0")
+    """
+    if rollout.engine == "torch":
+        from stage_ray.engines.torch import TorchEngine
+
+        return TorchEngine(policy, rollout, worker=worker)
+    if importlib.util.find_spec("vllm") is None:
+        raise ConfigError(
+            "rollout.engine is vllm, but vLLM is not installed: run `make install`, or install the extra cpu or gpu "
+            "of this package, or set rollout.engine=torch"
+        )
+    from stage_ray.engines.vllm.engine import VllmEngine
+
+    return VllmEngine(policy, rollout, worker=worker)

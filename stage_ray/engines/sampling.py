@@ -1,0 +1,147 @@
+"""How a token is drawn: guidance, temperature, top-k, top-p, and noise from (seed, position, token id) alone.
+
+Both engines call `draw`, so one seed gives one image whatever else is in the batch and whichever engine ran it, up to
+floating-point differences of the logits. Pure functions of tensors; nothing here keeps state.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stage_ray.config import RolloutConfig
+from stage_ray.policies.statistics import token_statistics
+
+# SplitMix64 (Steele, Lea, Flood 2014): state += GOLDEN, then a two-multiply finaliser. As signed 64-bit integers.
+GOLDEN = 0x9E3779B97F4A7C15 - 2**64
+MULTIPLIERS = (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)
+LARGEST_UNIFORM = 1 - 2.0**-24
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingRule:
+    """What happens to logits before a token is drawn; the defaults change nothing.
+
+    Example:
+        >>> SamplingRule(guidance_scale=5.0).guided
+        True
+    """
+
+    guidance_scale: float = 1.0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    @classmethod
+    def of(cls, rollout: RolloutConfig) -> SamplingRule:
+        """The rule of a config's ``rollout`` section."""
+        return cls(rollout.guidance_scale, rollout.temperature, rollout.top_k, rollout.top_p)
+
+    @property
+    def guided(self) -> bool:
+        """Whether the unconditional branch is needed at all."""
+        return self.guidance_scale != 1.0
+
+    @property
+    def plain(self) -> bool:
+        """Whether tokens are drawn from the conditional distribution as it is."""
+        return self == SamplingRule()
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """One token of each image, and what was recorded about it (nats).
+
+    Attributes:
+        tokens: int64 [B].
+        logprobs: float32 [B], log p under the conditional branch at temperature 1.
+        guided_logprobs: float32 [B], log p under the distribution the token was drawn from.
+        entropy: float32 [B], entropy of the conditional branch at temperature 1.
+    """
+
+    tokens: Tensor
+    logprobs: Tensor
+    guided_logprobs: Tensor
+    entropy: Tensor
+
+
+def draw(
+    conditional: Tensor, unconditional: Tensor | None, seeds: Tensor, positions: Tensor, rule: SamplingRule
+) -> Draw:
+    """Draw the token at ``positions`` of the images with these ``seeds``.
+
+    Args:
+        conditional: logits [B, V], any float dtype.
+        unconditional: logits [B, V]; None where ``rule.guided`` is False.
+        seeds, positions: int64 [B].
+
+    Raises:
+        ValueError: guidance without unconditional logits.
+    """
+    conditional = conditional.float()
+    logits = final_logits(conditional, unconditional, rule)
+    tokens = (logits + gumbel(seeds, positions, logits.shape[-1])).argmax(dim=-1)
+    statistics = token_statistics(conditional, tokens)
+    guided = statistics.logprobs
+    if not rule.plain:
+        guided = logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(dim=-1)
+    return Draw(tokens, statistics.logprobs, guided, statistics.entropy)
+
+
+def final_logits(conditional: Tensor, unconditional: Tensor | None, rule: SamplingRule) -> Tensor:
+    """Logits of the distribution that is sampled, float32 [B, V]; minus infinity for what top-k and top-p leave out."""
+    logits = conditional.float()
+    if rule.guided:
+        if unconditional is None:
+            raise ValueError(f"guidance {rule.guidance_scale} needs unconditional logits")
+        unguided = unconditional.float()
+        logits = unguided + rule.guidance_scale * (logits - unguided)
+    if rule.temperature != 1.0:
+        logits = logits / rule.temperature
+    if 0 < rule.top_k < logits.shape[-1]:
+        logits = keep_top_k(logits, rule.top_k)
+    if rule.top_p < 1.0:
+        logits = keep_top_p(logits, rule.top_p)
+    return logits
+
+
+def keep_top_k(logits: Tensor, k: int) -> Tensor:
+    """The k largest of each row; the rest, minus infinity. Ties with the k-th stay."""
+    return logits.masked_fill(logits < logits.topk(k, dim=-1).values[..., -1:], -torch.inf)
+
+
+def keep_top_p(logits: Tensor, p: float) -> Tensor:
+    """The smallest set of each row that holds probability p, at least one token; the rest, minus infinity."""
+    ordered, order = logits.sort(dim=-1, descending=True, stable=True)
+    probabilities = ordered.softmax(dim=-1)
+    left_out = probabilities.cumsum(dim=-1) - probabilities >= p  # the mass before a token already reaches p
+    left_out[..., 0] = False
+    return logits.masked_fill(torch.zeros_like(left_out).scatter(-1, order, left_out), -torch.inf)
+
+
+def gumbel(seeds: Tensor, positions: Tensor, vocabulary: int) -> Tensor:
+    """Standard Gumbel noise, float32 [B, V], a function of (seed, position, token id): the argmax of logits + noise is
+    a sample of their softmax. The logarithms may differ by a rounding between CPU and GPU, the bits under them never.
+    """
+    return -torch.log(-torch.log1p(-uniform(seeds, positions, vocabulary)))
+
+
+def uniform(seeds: Tensor, positions: Tensor, vocabulary: int) -> Tensor:
+    """Uniform numbers in (0, 1), float32 [B, V]: number v is output v of a SplitMix64 stream keyed by (seed, position).
+
+    Small values, which decide the draw, keep float32's full relative precision down to 2**-33.
+    """
+    keys = _mix(_mix(seeds) + positions * GOLDEN)  # [B]
+    steps = torch.arange(1, vocabulary + 1, dtype=torch.int64, device=seeds.device) * GOLDEN  # [V]
+    bits = _mix(keys.unsqueeze(-1) + steps).bitwise_right_shift_(32).bitwise_and_(0xFFFFFFFF)
+    return bits.float().add_(0.5).mul_(2.0**-32).clamp_(max=LARGEST_UNIFORM)
+
+
+def _mix(state: Tensor) -> Tensor:
+    """SplitMix64's finaliser on int64, which wraps as unsigned does; the masks make shifts logical."""
+    for shift, multiplier in zip((30, 27), MULTIPLIERS, strict=True):
+        high = (state >> shift).bitwise_and_((1 << (64 - shift)) - 1)
+        state = high.bitwise_xor_(state).mul_(multiplier)
+    return (state >> 31).bitwise_and_((1 << 33) - 1).bitwise_xor_(state)

@@ -1,0 +1,83 @@
+"""The reference engine: transformers' modules, a static key-value cache, one step at a time. Best for tiny models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from stage_ray.config import PolicyConfig, RolloutConfig
+from stage_ray.engines.sampling import Draw, SamplingRule, draw
+from stage_ray.engines.static_decoder import StaticDecoder
+from stage_ray.engines.waves import ImageRow, WaveEngine, WaveSamples
+from stage_ray.policies.base import PromptIds, compute_dtype, device_for
+from stage_ray.policies.janus import JanusPolicy
+
+
+class TorchEngine(WaveEngine):
+    """Guided sampling with the policy's own modules; conditional and unconditional rows of an image share a batch."""
+
+    def __init__(self, policy: PolicyConfig, rollout: RolloutConfig, *, worker: str) -> None:
+        super().__init__(worker, rollout.images_per_wave, SamplingRule.of(rollout))
+        device = device_for(rollout.gpus)
+        self._device = device
+        self._policy = JanusPolicy.load(policy, device=device, dtype=compute_dtype(rollout.dtype, device))
+        self._policy.model.requires_grad_(False)
+        # Pictures do not come from rounded weights; a CPU convolves faster with channels last.
+        self._policy.model.model.vqmodel.to(dtype=torch.float32, memory_format=torch.channels_last)
+
+    def encode_prompt(self, text: str) -> PromptIds:
+        """Prompt to token ids of both branches."""
+        return self._policy.encode_prompt(text)
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Tokens int64 [B, T] -> images uint8 [B, H, W, 3]."""
+        return self._policy.decode(tokens)
+
+    def weight_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Names and shapes of the language model's parameters."""
+        return {name: tuple(parameter.shape) for name, parameter in self._policy.trained_parameters().items()}
+
+    @torch.no_grad()
+    def install(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy checked tensors into the model, cast to its dtype."""
+        for name, parameter in self._policy.trained_parameters().items():
+            parameter.copy_(tensors[name])
+
+    def close(self) -> None:
+        """Drop the model."""
+        del self._policy
+
+    @torch.inference_mode()
+    def sample(self, rows: Sequence[ImageRow], rule: SamplingRule) -> WaveSamples:
+        """Sample one wave: B conditional rows, then the B unconditional ones where guidance is on."""
+        model, count, steps = self._policy.model, len(rows), self._policy.image_tokens
+        prompts = [row.prompt.conditional for row in rows]
+        if rule.guided:
+            prompts += [row.prompt.unconditional for row in rows]
+        ids, padding = self._padded(prompts)
+        seeds = torch.tensor([row.seed for row in rows], device=self._device)
+        decoder = StaticDecoder(model.model.language_model, len(prompts), ids.shape[1] + steps - 1)
+        states = decoder.prefill(model.model.language_model.embed_tokens(ids), padding)
+        draws: list[Draw] = []
+        for step in range(steps):
+            logits = model.model.generation_head(states)
+            unconditional = logits[count:] if rule.guided else None
+            draws.append(draw(logits[:count], unconditional, seeds, torch.full_like(seeds, step), rule))
+            if step + 1 < steps:
+                embeds = model.prepare_embeddings_for_image_generation(draws[-1].tokens)
+                states = decoder.step(embeds.repeat(len(prompts) // count, 1))
+        return WaveSamples(
+            *(
+                torch.stack([getattr(item, name) for item in draws], dim=1).cpu()
+                for name in ("tokens", "logprobs", "guided_logprobs", "entropy")
+            )
+        )
+
+    def _padded(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """Prompts of any lengths as ids int64 [B, P], padded on the left, and the padding of each, int64 [B]."""
+        longest = max(map(len, prompts))
+        padding = [longest - len(prompt) for prompt in prompts]
+        ids = [[0] * pad + list(prompt) for pad, prompt in zip(padding, prompts, strict=True)]
+        return torch.tensor(ids, device=self._device), torch.tensor(padding, device=self._device)

@@ -1,0 +1,146 @@
+"""The vLLM engine, in this process: one wave is one batch of paired requests that starts and ends together."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from stage_ray.config import ConfigError, PolicyConfig, RolloutConfig
+from stage_ray.engines.sampling import SamplingRule
+from stage_ray.engines.vllm.environment import set_environment
+from stage_ray.engines.vllm.export import export_for_vllm
+from stage_ray.engines.vllm.plugin import register
+from stage_ray.engines.waves import ImageRow, WaveEngine, WaveSamples
+from stage_ray.policies import janus_parts
+from stage_ray.policies.base import PromptIds, compute_dtype, device_for
+from stage_ray.policies.checkpoint_files import read_tensors, tensor_shapes
+from stage_ray.policies.janus_parts import JanusFiles, JanusPrompts
+
+LONGEST_PROMPT = 256  # tokens; the memory of a wave is reserved for prompts of this length
+TRAINED, FROZEN = "model.language_model.", "model.generation_"
+
+
+class VllmEngine(WaveEngine):
+    """Guided sampling with vLLM's paged attention.
+
+    At start it is made sure that a whole wave fits vLLM's batch and key-value cache, so that the two requests of an
+    image are always in the same step.
+    """
+
+    def __init__(self, policy: PolicyConfig, rollout: RolloutConfig, *, worker: str) -> None:
+        super().__init__(worker, rollout.images_per_wave, SamplingRule.of(rollout))
+        self._files = JanusFiles.load(policy)
+        self._prompts = JanusPrompts(self._files, policy.template)
+        self._device = device_for(rollout.gpus)
+        self._vqmodel = janus_parts.load_vqmodel(self._files, self._device)
+        location = self._files.location
+        self._shapes = {TRAINED + name: shape for name, shape in tensor_shapes(location, TRAINED).items()}
+        self._frozen = {FROZEN + name: tensor for name, tensor in read_tensors(location, FROZEN).items()}
+        limit = self._files.config.text_config.max_position_embeddings
+        self._longest_prompt = min(LONGEST_PROMPT, limit - self._files.image_tokens)
+        self._directory = tempfile.TemporaryDirectory(prefix="stage-ray-vllm-")
+        export_for_vllm(location, self._files.config, Path(self._directory.name))
+        set_environment(rollout)
+        self._start(rollout)
+        self._check_cache(rollout)
+
+    def _start(self, rollout: RolloutConfig) -> None:
+        from vllm import LLM  # late: it takes seconds, and its environment is set only now
+
+        from stage_ray.engines.vllm.guidance import PairedGuidance, RecordsExtension
+
+        register()
+        on_cpu = self._device.type == "cpu"
+        rows = 2 * rollout.images_per_wave
+        self._llm = LLM(
+            self._directory.name,
+            skip_tokenizer_init=True,
+            generation_config="vllm",
+            dtype=str(compute_dtype(rollout.dtype, self._device)).removeprefix("torch."),
+            max_model_len=self._longest_prompt + self._files.image_tokens,
+            max_num_seqs=rows,
+            max_num_batched_tokens=rows * self._longest_prompt,
+            enable_prefix_caching=False,
+            async_scheduling=False,
+            enforce_eager=on_cpu,
+            gpu_memory_utilization=rollout.gpu_memory_utilization,
+            kv_cache_memory_bytes=int(rollout.kv_cache_gib * 2**30) if on_cpu else None,
+            logits_processors=[PairedGuidance],
+            worker_extension_cls=f"{RecordsExtension.__module__}.{RecordsExtension.__qualname__}",
+        )
+
+    def _check_cache(self, rollout: RolloutConfig) -> None:
+        """Raise a `ConfigError` unless the key-value cache holds a whole wave."""
+        cache = self._llm.llm_engine.vllm_config.cache_config
+        longest = self._longest_prompt + self._files.image_tokens
+        needed = 2 * rollout.images_per_wave * -(-longest // cache.block_size)
+        if cache.num_gpu_blocks <= needed:  # vLLM keeps one block for itself
+            self.close()
+            key = "kv_cache_gib" if self._device.type == "cpu" else "gpu_memory_utilization"
+            raise ConfigError(
+                f"rollout.images_per_wave = {rollout.images_per_wave} needs {needed + 1} blocks of key-value cache, but "
+                f"rollout.{key} = {getattr(rollout, key)} gives {cache.num_gpu_blocks}; raise it or make waves smaller"
+            )
+
+    def encode_prompt(self, text: str) -> PromptIds:
+        """Prompt to token ids of both branches.
+
+        Raises:
+            ValueError: the prompt is longer than memory was reserved for.
+        """
+        ids = self._prompts.encode(text)
+        if len(ids.conditional) > self._longest_prompt:
+            raise ValueError(
+                f"prompt of {len(ids.conditional)} tokens, at most {self._longest_prompt} fit: {text[:80]!r}"
+            )
+        return ids
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Tokens int64 [B, T] -> images uint8 [B, H, W, 3]."""
+        return janus_parts.decode(self._vqmodel, tokens)
+
+    def weight_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Names and shapes of the language model's tensors in the checkpoint."""
+        return self._shapes
+
+    def install(self, tensors: Mapping[str, Tensor]) -> None:
+        """Hand vLLM a whole model, the frozen image modules included: it re-runs its own processing of weights."""
+        whole = {**tensors, **self._frozen}
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(whole.items())})
+
+    def sample(self, rows: Sequence[ImageRow], rule: SamplingRule) -> WaveSamples:
+        """Sample one wave.
+
+        Raises:
+            RuntimeError: vLLM returned other tokens than were drawn, or split a pair.
+        """
+        from stage_ray.engines.vllm.guidance import CONDITIONAL, UNCONDITIONAL, image_params
+
+        shift, length = self._files.codebook_size, self._files.image_tokens
+        prompts, params = [], []
+        for image, row in enumerate(rows):
+            branches = [(CONDITIONAL, row.prompt.conditional)]
+            if rule.guided:
+                branches.append((UNCONDITIONAL, row.prompt.unconditional))
+            for branch, ids in branches:
+                prompts.append({"prompt_token_ids": [token + shift for token in ids]})
+                params.append(image_params(length, image, branch, row.seed, rule))
+        outputs = self._llm.generate(prompts, params, use_tqdm=False)
+        wave: WaveSamples = self._llm.collective_rpc("recorded_wave", args=(len(rows),))[0]
+        served = torch.tensor([output.outputs[0].token_ids for output in outputs])
+        if not torch.equal(served, wave.tokens.repeat_interleave(len(prompts) // len(rows), dim=0)):
+            raise RuntimeError("vLLM served tokens that were not drawn; do not trust this wave")
+        return wave
+
+    def close(self) -> None:
+        """Stop vLLM and remove the exported config."""
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        self._llm.llm_engine.engine_core.shutdown()
+        del self._llm
+        cleanup_dist_env_and_memory()
+        self._directory.cleanup()

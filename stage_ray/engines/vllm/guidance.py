@@ -1,0 +1,160 @@
+"""Classifier-free guidance over paired requests, as a batch-level logits processor of vLLM.
+
+Every image is two requests, conditional and unconditional. The processor finds the two rows, draws one token for both
+(`stage_ray.engines.sampling.draw`), records what was drawn, and leaves only that token possible in both rows, so vLLM's
+own sampler has nothing left to decide. Without guidance an image is one request, and the rest is the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm import SamplingParams
+from vllm.config import VllmConfig
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
+from vllm.v1.sample.logits_processor.builtin import process_dict_updates
+
+from stage_ray.engines.sampling import SamplingRule, draw
+from stage_ray.engines.waves import WaveSamples
+
+CONDITIONAL, UNCONDITIONAL = 0, 1
+
+
+def image_params(tokens: int, image: int, branch: int, seed: int, rule: SamplingRule) -> SamplingParams:
+    """Sampling parameters of one request: T tokens, greedy over the one token that the processor leaves."""
+    arguments = {"image": image, "branch": branch, "seed": seed, "rule": rule}
+    return SamplingParams(
+        temperature=0.0,
+        max_tokens=tokens,
+        ignore_eos=True,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+        extra_args=arguments,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """One running request: which image and branch it is, and its list of tokens so far, which vLLM appends to."""
+
+    image: int
+    branch: int
+    seed: int
+    rule: SamplingRule
+    output: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """Where the images of the running batch lie: rows of logits by branch, images and seeds in the same order."""
+
+    conditional: Tensor
+    unconditional: Tensor | None
+    images: Tensor
+    seeds: Tensor
+    rule: SamplingRule
+    outputs: list[list[int]]
+
+
+class PairedGuidance(LogitsProcessor):
+    """Draws one token for each image of the batch and records it.
+
+    Invariant: whenever logits are processed, an image's rows are all there and equally far. `apply` raises otherwise.
+    """
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
+        tokens = vllm_config.model_config.hf_config.janus["image_tokens"]
+        images = vllm_config.scheduler_config.max_num_seqs
+        self._device = device
+        self._rows: dict[int, _Row] = {}
+        self._layout: _Layout | None = None
+        self._tokens = torch.zeros((images, tokens), dtype=torch.int64, device=device)
+        self._records = torch.zeros((3, images, tokens), dtype=torch.float32, device=device)
+
+    def is_argmax_invariant(self) -> bool:
+        """It decides the argmax."""
+        return False
+
+    def update_state(self, batch_update: BatchUpdate | None) -> None:
+        """Follow requests as vLLM adds, moves and removes them."""
+        if process_dict_updates(self._rows, batch_update, _row):
+            self._layout = None
+
+    def apply(self, logits: Tensor) -> Tensor:
+        """Draw, record, and leave one token finite in each row of logits [R, V]."""
+        if not self._rows:
+            return logits
+        if self._layout is None:
+            self._layout = _lay_out(self._rows, self._device)
+        layout = self._layout
+        done = [len(output) for output in layout.outputs]
+        if min(done) == max(done):
+            positions = torch.full_like(layout.seeds, done[0])
+        else:
+            positions = torch.tensor(done, device=self._device)
+        unconditional = None if layout.unconditional is None else logits[layout.unconditional]
+        drawn = draw(logits[layout.conditional], unconditional, layout.seeds, positions, layout.rule)
+        self._tokens[layout.images, positions] = drawn.tokens
+        self._records[:, layout.images, positions] = torch.stack((drawn.logprobs, drawn.guided_logprobs, drawn.entropy))
+        logits.fill_(-torch.inf)
+        logits[layout.conditional, drawn.tokens] = 0.0
+        if layout.unconditional is not None:
+            logits[layout.unconditional, drawn.tokens] = 0.0
+        return logits
+
+    def recorded(self, images: int) -> WaveSamples:
+        """What the finished wave's first ``images`` images recorded, on the CPU."""
+        logprobs, guided, entropy = self._records[:, :images].cpu().clone()
+        return WaveSamples(self._tokens[:images].cpu().clone(), logprobs, guided, entropy)
+
+
+class RecordsExtension:
+    """Mixed into vLLM's worker, so that the engine can fetch the records with ``collective_rpc``."""
+
+    model_runner: Any
+
+    def recorded_wave(self, images: int) -> WaveSamples:
+        """See `PairedGuidance.recorded`."""
+        processors = self.model_runner.input_batch.logitsprocs.all
+        return next(p for p in processors if isinstance(p, PairedGuidance)).recorded(images)
+
+
+def _row(params: SamplingParams, prompt_ids: list[int] | None, output: list[int]) -> _Row | None:
+    arguments = params.extra_args or {}
+    return _Row(**arguments, output=output) if "image" in arguments else None
+
+
+def _lay_out(rows: dict[int, _Row], device: torch.device) -> _Layout:
+    """Pair the rows of the batch.
+
+    Raises:
+        RuntimeError: a row's partner is not in the batch (vLLM scheduled or preempted one without the other).
+    """
+    branches: tuple[dict[int, int], dict[int, int]] = ({}, {})
+    for index, row in rows.items():
+        branches[row.branch][row.image] = index
+    conditional, unconditional = branches
+    members = [rows[index] for index in conditional.values()]
+    rule = next(iter(rows.values())).rule
+    alone = conditional.keys() ^ unconditional.keys() if rule.guided else unconditional.keys()
+    if alone:
+        raise RuntimeError(
+            f"{len(alone)} images run without the other half of their guidance pair, the first is image {min(alone)}: "
+            "vLLM could not hold a whole wave; lower rollout.images_per_wave or raise rollout.kv_cache_gib"
+        )
+
+    def column(values: list[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=device)
+
+    return _Layout(
+        conditional=column(list(conditional.values())),
+        unconditional=column([unconditional[image] for image in conditional]) if rule.guided else None,
+        images=column(list(conditional)),
+        seeds=column([row.seed for row in members]),
+        rule=rule,
+        outputs=[row.output for row in members],
+    )

@@ -1,0 +1,130 @@
+"""From records to one batch of tensors, refused as a whole if anything in it is wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stage_ray.config import RunConfig
+from stage_ray.records import RolloutGroup, ScoredGroup
+
+
+class LearnerError(RuntimeError):
+    """An update that must not happen: one sentence naming the cause. No weight has changed when it is raised."""
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """N groups of G images of T tokens, on the learner's device.
+
+    Attributes:
+        prompts: N tuples of token ids, the conditional branch.
+        tokens: int64 [N, G, T], codebook ids.
+        logprobs: float32 [N, G, T], recorded while sampling (conditional branch, temperature 1).
+        entropy: float32 [N, G, T], recorded likewise, nats.
+        scores: float32 [N, G, R], all valid.
+        staleness: int64 [N], updates between the sampling version and the learner's.
+    """
+
+    prompts: tuple[tuple[int, ...], ...]
+    tokens: Tensor
+    logprobs: Tensor
+    entropy: Tensor
+    scores: Tensor
+    staleness: Tensor
+
+    def micro_batches(self, images: int) -> list[Tensor]:
+        """Rows (n * G + g) of each micro-batch: int64 [<= images]; prompts of like length together, to pad little."""
+        group_size = self.tokens.shape[1]
+        lengths = torch.tensor([len(prompt) for prompt in self.prompts]).repeat_interleave(group_size)
+        return list(lengths.argsort(stable=True).to(self.tokens.device).split(images))
+
+    def prompts_of(self, rows: Tensor) -> list[tuple[int, ...]]:
+        """Prompt ids of some rows."""
+        group_size = self.tokens.shape[1]
+        return [self.prompts[row // group_size] for row in rows.tolist()]
+
+
+def make_batch(
+    groups: Sequence[RolloutGroup],
+    scored: Sequence[ScoredGroup],
+    *,
+    run: RunConfig,
+    version: int,
+    shape: tuple[int, int],
+    encode: Callable[[str], tuple[int, ...]],
+    device: torch.device,
+) -> Batch:
+    """Check and stack groups.
+
+    Args:
+        groups: any number >= 1, of one size.
+        scored: the scores of the same groups in the same order, every score valid.
+        run: names of scorers and the staleness bound.
+        version: updates the learner has done.
+        shape: (T, V) of the policy.
+        encode: prompt to conditional token ids.
+        device: where the tensors go.
+
+    Raises:
+        LearnerError: nothing to train on, groups and scores that do not belong together, an invalid score, shapes or
+            token ids that are not the policy's, values that are not finite, or a group beyond the staleness bound.
+    """
+    if not groups or len(groups) != len(scored):
+        raise LearnerError(f"an update needs groups and as many scores, but got {len(groups)} and {len(scored)}")
+    columns = tuple(reward.column for reward in run.rewards)
+    for group, scores in zip(groups, scored, strict=True):
+        _check_scores(group, scores, columns)
+        _check_tokens(group, size=groups[0].tokens.shape[0], shape=shape)
+        _check_version(group, version, run.pipeline.max_staleness)
+
+    def stacked(name: str, dtype: torch.dtype) -> Tensor:
+        return torch.as_tensor(np.stack([getattr(group, name) for group in groups]), dtype=dtype, device=device)
+
+    return Batch(
+        prompts=tuple(encode(group.prompt.text) for group in groups),
+        tokens=stacked("tokens", torch.int64),
+        logprobs=stacked("logprobs", torch.float32),
+        entropy=stacked("entropy", torch.float32),
+        scores=torch.as_tensor(np.stack([item.scores for item in scored]), dtype=torch.float32, device=device),
+        staleness=torch.tensor([version - group.policy_version for group in groups], device=device),
+    )
+
+
+def _check_scores(group: RolloutGroup, scores: ScoredGroup, columns: tuple[str, ...]) -> None:
+    what = f"group {group.group_id}"
+    if scores.group_id != group.group_id:
+        raise LearnerError(f"{what} came with the scores of group {scores.group_id}")
+    if tuple(scores.names) != columns:
+        raise LearnerError(f"{what} was scored by {list(scores.names)}, but rewards[] names {list(columns)}")
+    if scores.scores.shape != (group.tokens.shape[0], len(columns)) or scores.valid.shape != scores.scores.shape:
+        images = group.tokens.shape[0]
+        raise LearnerError(f"{what} has {images} images, but scores of shape {list(scores.scores.shape)}")
+    if not scores.valid.all() or not np.isfinite(scores.scores).all():
+        bad = int((~(scores.valid & np.isfinite(scores.scores))).sum())
+        raise LearnerError(f"{what} has {bad} invalid scores; it must be scored again or replaced, not trained on")
+
+
+def _check_tokens(group: RolloutGroup, *, size: int, shape: tuple[int, int]) -> None:
+    what, (tokens, codes) = f"group {group.group_id}", shape
+    if group.tokens.shape != (size, tokens) or size < 2:
+        raise LearnerError(f"{what} has tokens of shape {list(group.tokens.shape)}, expected {[max(size, 2), tokens]}")
+    if group.tokens.min() < 0 or group.tokens.max() >= codes:
+        raise LearnerError(f"{what} has a token outside 0..{codes - 1}")
+    for name in ("logprobs", "entropy"):
+        values = getattr(group, name)
+        if values.shape != group.tokens.shape or not np.isfinite(values).all():
+            raise LearnerError(f"{what}: its recorded {name} must be finite, of shape {list(group.tokens.shape)}")
+
+
+def _check_version(group: RolloutGroup, version: int, bound: int) -> None:
+    staleness = version - group.policy_version
+    if not 0 <= staleness <= bound:
+        raise LearnerError(
+            f"group {group.group_id} was sampled at version {group.policy_version}, the learner is at {version}; "
+            f"pipeline.max_staleness allows a lag of 0 to {bound}"
+        )

@@ -1,0 +1,253 @@
+"""One STAGE update (arXiv 2509.25027), from scored groups to new weights.
+
+The order of `Learner.update` is that of the published training step, with two differences that save a forward pass:
+
+* the policy's entropies, which the entropy reward needs before the loss is known, are those that the engine recorded
+  while it sampled the same tokens at that version, so the policy runs once (forward and backward), the reference once;
+* in a group sampled at the learner's own version the importance ratio is taken against the learner's own detached
+  log-probabilities, so it is exactly 1 as in the paper's code, and what lies between engine and learner shows as a
+  metric (``mismatch/...``) and not as a gradient. Older groups use the log-probabilities recorded at sampling.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from stage_ray.algorithm.losses import TokenWeights, token_weights, weighted_loss
+from stage_ray.algorithm.signals import Signals, stage_signals
+from stage_ray.config import ConfigError, LearnerConfig, RunConfig
+from stage_ray.learner.batch import Batch, LearnerError, make_batch
+from stage_ray.learner.measure import PolicyPass, ReferencePass, update_metrics
+from stage_ray.learner.precision import autocast
+from stage_ray.learner.state import LearnerParts, load_state, save_state
+from stage_ray.policies import load_policy
+from stage_ray.policies.base import device_for
+from stage_ray.records import RolloutGroup, ScoredGroup
+
+
+def learning_rate(step: int, steps: int, config: LearnerConfig) -> float:
+    """Learning rate of update ``step`` (0-based) out of ``steps``: linear warm-up, then linear decay or none.
+
+    Example:
+        >>> [learning_rate(step, 4, LearnerConfig(lr=1.0)) for step in range(4)]
+        [1.0, 0.75, 0.5, 0.25]
+    """
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return config.lr
+    return config.lr * max(0.0, (steps - step) / max(1, steps - config.warmup_steps))
+
+
+class Learner:
+    """Trains the policy of a run; float32 master weights, the frozen reference beside them.
+
+    Invariants: ``version`` is the number of updates done; an update that raises has changed nothing. The same groups
+    and the same state give the same bits on a CPU with the same number of threads.
+
+    Example:
+        learner = Learner(run, threads=1)
+        metrics = learner.update(groups, scored)
+        manifest, chunks = pack(learner.version, learner.weights())
+    """
+
+    def __init__(self, run: RunConfig, threads: int | None = None) -> None:
+        """Load the policy twice. Seeds torch's generators and, with ``threads``, sets torch's threads, process-wide.
+
+        Raises:
+            ConfigError: ``policy.*`` leads to no usable model.
+        """
+        if threads is not None:
+            torch.set_num_threads(threads)
+        torch.manual_seed(run.seed)
+        self.version = 0
+        self._run = run
+        self._device = device_for(run.learner.gpus)
+        self.policy = load_policy(run.policy, device=self._device, dtype=torch.float32)
+        self._reference = load_policy(run.policy, device=self._device, dtype=torch.float32)
+        self._reference.model.requires_grad_(False)
+        if run.learner.gradient_checkpointing:
+            _enable_checkpointing(self.policy.model)
+        self._parameters = self.policy.trained_parameters()
+        self._optimizer = torch.optim.AdamW(
+            self._parameters.values(),
+            lr=run.learner.lr,
+            betas=run.learner.betas,
+            weight_decay=run.learner.weight_decay,
+            fused=True,
+        )
+        self._codebook = self.policy.codebook()
+
+    def update(self, groups: Sequence[RolloutGroup], scored: Sequence[ScoredGroup]) -> dict[str, float]:
+        """Train on whole groups once and move to the next version.
+
+        Args:
+            groups: N groups of G images, none older than ``pipeline.max_staleness``.
+            scored: their scores, in the same order, all valid.
+
+        Returns:
+            The metrics of `update_metrics`.
+
+        Raises:
+            LearnerError: groups that must not be trained on, a loss or gradient that is not finite, or a mismatch
+                between engine and learner beyond ``learner.max_mismatch``. No weight has changed then.
+        """
+        batch = make_batch(
+            groups,
+            scored,
+            run=self._run,
+            version=self.version,
+            shape=(self.policy.image_tokens, self.policy.codebook_size),
+            encode=lambda text: self.policy.encode_prompt(text).conditional,
+            device=self._device,
+        )
+        cuts = batch.micro_batches(self._run.learner.micro_batch_images)
+        reference = self._reference_pass(batch, cuts)
+        signals = self._signals(batch, reference)
+        passed = self._policy_pass(batch, cuts, reference, signals)
+        lr = learning_rate(self.version, self._run.steps, self._run.learner)
+        metrics = update_metrics(batch, reference, signals, passed, self._run)
+        metrics["grad_norm"] = self._step(metrics, lr)
+        metrics["lr"] = lr
+        return metrics
+
+    def weights(self) -> list[tuple[str, Tensor]]:
+        """The trained parameters by ``state_dict`` name, detached, on the CPU.
+
+        On a CPU they share memory with the live ones: pack or copy them before the next update.
+        """
+        return [(name, parameter.detach().cpu()) for name, parameter in self._parameters.items()]
+
+    def save_state(self, directory: Path) -> None:
+        """Write all that a bit-exact resume needs (safetensors and JSON) into ``directory``."""
+        save_state(directory, self.version, self._parts())
+
+    def load_state(self, directory: Path) -> None:
+        """Go on from what `save_state` wrote.
+
+        Raises:
+            LearnerError: a file is missing or damaged, or of another model. Nothing has changed then.
+        """
+        self.version = load_state(directory, self._parts())
+
+    def export(self, directory: Path) -> None:
+        """Write a Hugging Face checkpoint that plain transformers loads."""
+        self.policy.save(directory)
+
+    def _parts(self) -> LearnerParts:
+        return LearnerParts(self._parameters, self._optimizer, self._reference.trained_parameters())
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        return autocast(self._run.learner.autocast, self._device)
+
+    def _clock(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
+
+    @torch.no_grad()
+    def _reference_pass(self, batch: Batch, cuts: Sequence[Tensor]) -> ReferencePass:
+        start = self._clock()
+        tokens = batch.tokens.flatten(0, 1)
+        logprobs = torch.empty(tokens.shape, device=self._device)
+        entropy = torch.empty_like(logprobs)
+        for rows in cuts:
+            with self._autocast():
+                statistics = self._reference.statistics(batch.prompts_of(rows), tokens[rows])
+            logprobs[rows], entropy[rows] = statistics.logprobs, statistics.entropy
+        shape = batch.tokens.shape
+        return ReferencePass(logprobs.view(shape), entropy.view(shape), self._clock() - start)
+
+    def _signals(self, batch: Batch, reference: ReferencePass) -> Signals:
+        algorithm = self._run.algorithm
+        return stage_signals(
+            batch.scores,
+            batch.entropy.mean(dim=-1),
+            reference.entropy.mean(dim=-1),
+            batch.tokens,
+            self._codebook,
+            weights=torch.tensor([reward.weight for reward in self._run.rewards], device=self._device),
+            drop_constant=algorithm.drop_constant,
+            entropy_weight=algorithm.entropy_reward,
+            entropy_best_only=algorithm.entropy_best_only,
+            eps=algorithm.advantage_eps,
+        )
+
+    def _policy_pass(
+        self, batch: Batch, cuts: Sequence[Tensor], reference: ReferencePass, signals: Signals
+    ) -> PolicyPass:
+        """Forward and backward over micro-batches; their losses and gradients add up to those of the whole batch."""
+        start = self._clock()
+        algorithm = self._run.algorithm
+        weights = token_weights(
+            reference.logprobs,
+            signals.similarity,
+            reweight_advantage=algorithm.reweight_advantage,
+            reweight_kl=algorithm.reweight_kl,
+        )
+        flat = (batch.tokens, batch.logprobs, reference.logprobs, weights.policy, weights.kl, signals.advantages)
+        tokens, recorded, fixed, policy_weight, kl_weight, advantages = (tensor.flatten(0, 1) for tensor in flat)
+        stale = (batch.staleness > 0).repeat_interleave(batch.tokens.shape[1]).unsqueeze(-1)
+        logprobs = torch.empty_like(fixed)
+        loss, policy = torch.zeros((), device=self._device), torch.zeros((), device=self._device)
+        self._optimizer.zero_grad(set_to_none=True)
+        for rows in cuts:
+            with self._autocast():
+                current = self.policy.statistics(batch.prompts_of(rows), tokens[rows]).logprobs
+            part = weighted_loss(
+                current,
+                fixed[rows],
+                torch.where(stale[rows], recorded[rows], current.detach()),
+                advantages[rows],
+                TokenWeights(policy=policy_weight[rows], kl=kl_weight[rows]),
+                beta=algorithm.beta,
+                clip=algorithm.clip,
+            )
+            part.loss.backward()
+            logprobs[rows] = current.detach()
+            loss += part.loss.detach()
+            policy += part.policy
+        return PolicyPass(logprobs.view(batch.tokens.shape), loss.item(), policy.item(), weights, self._clock() - start)
+
+    def _step(self, metrics: dict[str, float], lr: float) -> float:
+        """Check, clip and step; returns the gradient norm before clipping."""
+        gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        where = f"update {self.version}"
+        for name, value in (("loss", metrics["loss"]), ("gradient norm", norm.item())):
+            if not math.isfinite(value):
+                self._optimizer.zero_grad(set_to_none=True)
+                raise LearnerError(f"{where}: the {name} is {value}; no weight was changed. Try a lower learner.lr")
+        bound, mismatch = self._run.learner.max_mismatch, metrics.get("mismatch/abs_logprob", 0.0)
+        if bound is not None and self._run.pipeline.max_staleness == 0 and mismatch > bound:
+            self._optimizer.zero_grad(set_to_none=True)
+            raise LearnerError(
+                f"{where}: rollout and learner differ by {mismatch:.3g} nats a token on average, "
+                f"learner.max_mismatch is {bound}; does the engine hold other weights than the learner?"
+            )
+        torch.nn.utils.clip_grads_with_norm_(self._parameters.values(), self._run.learner.max_grad_norm, norm)
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        self.version += 1
+        return norm.item()
+
+
+def _enable_checkpointing(model: nn.Module) -> None:
+    """Recompute the layers' activations in the backward pass; dropout, if a config has any, stays off."""
+    if not isinstance(model, PreTrainedModel) or not model.supports_gradient_checkpointing:
+        raise ConfigError("learner.gradient_checkpointing is true, which this policy.family cannot do; set it to false")
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.training = True  # what the layer itself looks at; the modules inside it stay in eval mode

@@ -1,0 +1,121 @@
+"""What a bit-exact resume needs of the learner: weights, AdamW's moments, version and random state. No pickle."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import xxhash
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from stage_ray.learner.batch import LearnerError
+
+FORMAT = 1
+WEIGHTS, OPTIMIZER, RANDOM, FACTS = "trained.safetensors", "optimizer.safetensors", "random.safetensors", "learner.json"
+
+
+@dataclass(frozen=True, slots=True)
+class LearnerParts:
+    """The parts of a learner that its state is made of; ``reference`` is only fingerprinted."""
+
+    parameters: Mapping[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    reference: Mapping[str, Tensor]
+
+
+def save_state(directory: Path, version: int, parts: LearnerParts) -> None:
+    """Write four files: trained weights, optimizer moments (``<moment>/<name>``), random states, and facts as JSON.
+
+    The learning rate is a function of the version and the config, so there is no scheduler to store.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    save_file({name: p.detach().cpu().contiguous() for name, p in parts.parameters.items()}, directory / WEIGHTS)
+    moments = parts.optimizer.state_dict()["state"]
+    save_file(
+        {
+            f"{moment}/{name}": value.detach().cpu().contiguous()
+            for index, name in enumerate(parts.parameters)
+            for moment, value in moments.get(index, {}).items()
+        },
+        directory / OPTIMIZER,
+    )
+    save_file(_random_states(), directory / RANDOM)
+    facts = {"format": FORMAT, "version": version, "reference": fingerprint(parts.reference)}
+    (directory / FACTS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+
+
+def load_state(directory: Path, parts: LearnerParts) -> int:
+    """Read what `save_state` wrote into a freshly built learner; returns the version. Checks all before it changes any.
+
+    Raises:
+        LearnerError: a file is missing or damaged, or it is the state of another model or reference.
+    """
+    weights, moments, random = (_read(directory / name) for name in (WEIGHTS, OPTIMIZER, RANDOM))
+    try:
+        facts = json.loads((directory / FACTS).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise LearnerError(f"learner state {directory / FACTS} cannot be read: {error}") from error
+    if facts.get("format") != FORMAT:
+        raise LearnerError(f"learner state {directory / FACTS} has format {facts.get('format')}, known is {FORMAT}")
+    if facts["reference"] != fingerprint(parts.reference):
+        raise LearnerError(f"learner state {directory} was trained from another base model; set policy.path back to it")
+    _check_shapes(directory / WEIGHTS, weights, parts.parameters)
+    state: dict[int, dict[str, Tensor]] = {}
+    indices = {name: index for index, name in enumerate(parts.parameters)}
+    for key, value in moments.items():
+        moment, _, name = key.partition("/")
+        if name not in indices:
+            raise LearnerError(f"learner state {directory / OPTIMIZER} holds {key!r}, which this model does not train")
+        state.setdefault(indices[name], {})[moment] = value
+    groups = parts.optimizer.state_dict()["param_groups"]
+    parts.optimizer.load_state_dict({"state": state, "param_groups": groups})
+    with torch.no_grad():
+        for name, parameter in parts.parameters.items():
+            parameter.copy_(weights[name])
+    _restore_random(random)
+    return int(facts["version"])
+
+
+def fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """xxh3-64 over names and bytes, in order: tells two models apart."""
+    digest = xxhash.xxh3_64()
+    for name, tensor in tensors.items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return str(digest.hexdigest())
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise LearnerError(f"learner state {path} cannot be read: {error}") from error
+
+
+def _check_shapes(path: Path, weights: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]) -> None:
+    if weights.keys() != parameters.keys():
+        odd = sorted(weights.keys() ^ parameters.keys())[0]
+        raise LearnerError(f"learner state {path} is of another model: they differ in tensor {odd!r}")
+    for name, parameter in parameters.items():
+        if weights[name].shape != parameter.shape:
+            shapes = f"{list(weights[name].shape)}, this model's is {list(parameter.shape)}"
+            raise LearnerError(f"learner state {path}: tensor {name!r} is {shapes}")
+
+
+def _random_states() -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states.update({f"cuda:{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())})
+    return states
+
+
+def _restore_random(states: Mapping[str, Tensor]) -> None:
+    torch.set_rng_state(states["cpu"])
+    for index in range(torch.cuda.device_count()):
+        if f"cuda:{index}" in states:
+            torch.cuda.set_rng_state(states[f"cuda:{index}"], index)

@@ -1,0 +1,78 @@
+"""CLIP as a reward: cosine similarity of picture and prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from pydantic import Field
+from torch import Tensor
+from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
+
+from stage_ray.errors import ConfigError
+from stage_ray.records import Prompt
+from stage_ray.resources import model_location
+from stage_ray.rewards.base import RewardOutput
+
+
+class ClipReward:
+    """Cosine similarity of any transformers CLIP checkpoint (Radford et al., arXiv 2103.00020), times ``scale``.
+
+    Details of an image: ``cosine``, in -1..1.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        scale: float = 1.0,
+        batch_size: Annotated[int, Field(ge=1)] = 64,
+        device: str | None = None,
+    ) -> None:
+        """Load the checkpoint; no code that comes with it is run.
+
+        Args:
+            path: a directory, ``package:MODULE/DIR``, or a hub id.
+            scale: factor on the cosine; CLIPScore (arXiv 2104.08718) uses 2.5.
+            batch_size: images in one forward pass.
+            device: a torch device; a GPU where this process sees one, by default.
+        """
+        location = model_location(path)
+        try:
+            self._model = CLIPModel.from_pretrained(location).eval()
+            self._tokenizer = AutoTokenizer.from_pretrained(location)
+            self._processor = AutoImageProcessor.from_pretrained(location, backend="pil")
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"path {path!r} is not a CLIP checkpoint: {' '.join(str(error).split())}") from error
+        self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self._model.to(self._device)
+        self._scale, self._batch_size = scale, batch_size
+
+    @torch.inference_mode()
+    def score(self, images: np.ndarray, prompts: Sequence[Prompt]) -> RewardOutput:
+        """Score images, uint8 [B, H, W, 3], each against its prompt's text (cut at CLIP's context length)."""
+        texts = list(dict.fromkeys(prompt.text for prompt in prompts))  # a group shares its prompt: encode it once
+        size = self._batch_size
+        text_rows = torch.cat([self._encode_texts(texts[i : i + size]) for i in range(0, len(texts), size)])
+        image_rows = torch.cat([self._encode_images(images[i : i + size]) for i in range(0, len(images), size)])
+        wanted = torch.tensor([texts.index(prompt.text) for prompt in prompts], device=self._device)
+        cosine = (image_rows * text_rows[wanted]).sum(-1).float().cpu().numpy()
+        scores = np.asarray(self._scale * cosine, np.float32)
+        return RewardOutput(scores, np.isfinite(scores), tuple({"cosine": float(value)} for value in cosine))
+
+    def _encode_texts(self, texts: Sequence[str]) -> Tensor:
+        """Unit vectors [len(texts), P]."""
+        length = self._model.config.text_config.max_position_embeddings
+        tokens = self._tokenizer(list(texts), padding=True, truncation=True, max_length=length, return_tensors="pt")
+        tokens = tokens.to(self._device)
+        output = self._model.get_text_features(tokens["input_ids"], tokens["attention_mask"])
+        return F.normalize(output.pooler_output, dim=-1)
+
+    def _encode_images(self, images: np.ndarray) -> Tensor:
+        """Unit vectors [len(images), P]."""
+        pictures = [Image.fromarray(image) for image in images]
+        pixels = self._processor(pictures, return_tensors="pt")["pixel_values"].to(self._device, self._model.dtype)
+        return F.normalize(self._model.get_image_features(pixels).pooler_output, dim=-1)

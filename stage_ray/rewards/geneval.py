@@ -1,0 +1,97 @@
+"""GenEval as a reward: a detector looks at the picture, GenEval's rules judge what it saw."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import Field
+
+from stage_ray.errors import ConfigError
+from stage_ray.records import Prompt
+from stage_ray.resources import import_dotted
+from stage_ray.rewards.base import RewardOutput
+from stage_ray.rewards.detection import Detection, Detector
+from stage_ray.rewards.geneval_rules import Objects, requirements, soft_score, strict_verdict
+
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class GenEvalReward:
+    """Scores by GenEval's rules; the strict verdict is in the details whatever the score is.
+
+    Details of an image: ``correct`` (bool, strict verdict), ``soft`` (float), ``tag`` (the prompt's task or None) and
+    ``reason`` (what is wrong with the image, "" where nothing is); or ``error`` alone where the prompt's record cannot
+    be evaluated, and then the score is invalid.
+
+    Example:
+        >>> import numpy as np
+        >>> from stage_ray.world.render import render
+        >>> from stage_ray.world.scene import Scene, Shape
+        >>> reward = GenEvalReward("stage_ray.world.detector.ShapeDetector")
+        >>> picture = render(Scene((Shape("ring", "red", cx=32.0, cy=32.0, size=30.0),)))
+        >>> record = {"tag": "single_object", "include": [{"class": "ring", "count": 1}]}
+        >>> reward.score(picture[None], [Prompt(0, "a photo of a ring", record)]).details[0]["correct"]
+        True
+    """
+
+    def __init__(
+        self,
+        detector: str,
+        score: Literal["soft", "strict", "soft_published"] = "soft",
+        threshold: Share = 0.3,
+        counting_threshold: Share = 0.9,
+        max_per_class: Annotated[int, Field(ge=1)] = 16,
+    ) -> None:
+        """Build the detector.
+
+        Args:
+            detector: dotted path of a `Detector` class; built without arguments.
+            score: ``soft``; ``strict`` (0 or 1); or ``soft_published``, soft with the released code's error.
+            threshold: confidence above which a detection counts. The defaults are GenEval's.
+            counting_threshold: the same, for prompts with the tag ``counting``.
+            max_per_class: most confident detections of a class that are looked at.
+        """
+        made = import_dotted(detector, "detector")
+        if not callable(made) or not callable(getattr(made, "detect", None)):
+            raise ConfigError(f"detector {detector!r} is no detector: it is not a class with a method detect(images)")
+        self._detector: Detector = made()
+        self._score = score
+        self._threshold, self._counting_threshold = threshold, counting_threshold
+        self._max_per_class = max_per_class
+
+    def score(self, images: np.ndarray, prompts: Sequence[Prompt]) -> RewardOutput:
+        """Score images, uint8 [B, H, W, 3], each against its prompt's record."""
+        seen = self._detector.detect(images)
+        details = tuple(self._judge(prompt, found) for prompt, found in zip(prompts, seen, strict=True))
+        key = "correct" if self._score == "strict" else self._score
+        scores = np.asarray([detail.get(key, np.nan) for detail in details], np.float32)
+        public = tuple({name: fact for name, fact in detail.items() if name != "soft_published"} for detail in details)
+        return RewardOutput(scores, np.isfinite(scores), public)
+
+    def _judge(self, prompt: Prompt, found: Sequence[Detection]) -> dict[str, Any]:
+        try:
+            include = requirements(prompt.record, "include")
+            exclude = requirements(prompt.record, "exclude")
+        except ValueError as error:
+            return {"error": f"prompt {prompt.text!r} cannot be judged by GenEval's rules: {error}"}
+        if not include:
+            return {"error": f'prompt {prompt.text!r} has no "include": GenEval needs to know what should be seen'}
+        tag = prompt.record.get("tag")
+        objects = self._confident(found, self._counting_threshold if tag == "counting" else self._threshold)
+        correct, reason = strict_verdict(include, exclude, objects)
+        return {
+            "correct": correct,
+            "soft": soft_score(include, objects),
+            "soft_published": soft_score(include, objects, published=True),
+            "tag": tag,
+            "reason": reason,
+        }
+
+    def _confident(self, found: Sequence[Detection], threshold: float) -> Objects:
+        objects: dict[str, list[Detection]] = {}
+        for one in sorted(found, key=lambda detection: -detection.confidence):
+            if one.confidence > threshold:
+                objects.setdefault(one.label, []).append(one)
+        return {label: group[: self._max_per_class] for label, group in objects.items()}

@@ -1,0 +1,168 @@
+"""GenEval's rules, as pure functions over detections: the strict verdict and the soft score.
+
+Strict verdict: GenEval's ``evaluate_images.py`` (arXiv 2310.11513). Soft score: the reward that Flow-GRPO
+(arXiv 2505.05470) made of it and STAGE (arXiv 2509.25027) trained on. `objects` maps a class to its detections, most
+confident first, already cut by confidence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from stage_ray.rewards.detection import Detection
+
+RELATIONS = ("left of", "right of", "above", "below")
+POSITION_SLACK = 0.1  # share of both boxes' sides by which centres must be apart to count
+Objects = Mapping[str, Sequence[Detection]]
+
+
+@dataclass(frozen=True, slots=True)
+class Requirement:
+    """One clause of a prompt's record.
+
+    Attributes:
+        label: the class.
+        count: how many; for `include` at least, for `exclude` fewer than.
+        color: every one of them in this colour, or None.
+        relation: where they are seen from the objects of clause `target`, or None.
+    """
+
+    label: str
+    count: int
+    color: str | None = None
+    relation: str | None = None
+    target: int = 0
+
+
+def requirements(record: Mapping[str, Any], key: str = "include") -> list[Requirement]:
+    """Read `include` or `exclude`. Missing and None-filled keys are the same; counts may be strings.
+
+    Raises:
+        ValueError: the clauses cannot be evaluated; says which and why.
+    """
+    clauses = record.get(key) or []
+    if not isinstance(clauses, Sequence) or isinstance(clauses, str):
+        raise ValueError(f'"{key}" is not a list')
+    return [_requirement(clause, f"{key}[{index}]", index) for index, clause in enumerate(clauses)]
+
+
+def _requirement(clause: Any, where: str, index: int) -> Requirement:
+    if not isinstance(clause, Mapping) or not isinstance(clause.get("class"), str):
+        raise ValueError(f'{where} has no "class"')
+    count = clause.get("count")
+    try:
+        number = int(count) if count is not None else 1
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: count {count!r} is not a whole number") from error
+    if number < 1:
+        raise ValueError(f"{where}: count {number} is below 1")
+    color, position = clause.get("color"), clause.get("position")
+    if position is None:
+        return Requirement(clause["class"], number, color)
+    try:
+        relation, target = position[0], int(position[1])
+    except (TypeError, ValueError, IndexError, KeyError) as error:
+        raise ValueError(f'{where}: position {position!r} is not like ["left of", 0]') from error
+    if relation not in RELATIONS:
+        raise ValueError(f"{where}: relation {relation!r} is not one of {', '.join(RELATIONS)}")
+    if not 0 <= target < index:
+        raise ValueError(f"{where}: position refers to include[{target}], which does not come before it")
+    return Requirement(clause["class"], number, color, relation, target)
+
+
+def relations(a: Detection, b: Detection, slack: float = POSITION_SLACK) -> set[str]:
+    """Where `a` is, seen from `b`: none, one or two of RELATIONS.
+
+    The offset of the boxes' centres is shrunk by `slack` times both boxes' sides, then divided by its full length; an
+    axis counts where more than one half is left.
+    """
+    boxes = np.asarray([a.box, b.box], np.float64).reshape(2, 2, 2)
+    offset = boxes[0].mean(axis=0) - boxes[1].mean(axis=0)
+    sides = np.ptp(boxes, axis=1).sum(axis=0)
+    shrunk = np.maximum(np.abs(offset) - slack * sides, 0.0) * np.sign(offset)
+    if np.all(np.abs(shrunk) < 1e-3):
+        return set()
+    dx, dy = shrunk / np.linalg.norm(offset)
+    holds = {"left of": dx < -0.5, "right of": dx > 0.5, "above": dy < -0.5, "below": dy > 0.5}
+    return {name for name, true in holds.items() if true}
+
+
+def _misplaced(found: Sequence[Detection], relation: str, targets: Sequence[Detection]) -> bool:
+    return any(relation not in relations(one, target) for one in found for target in targets)
+
+
+def strict_verdict(
+    include: Sequence[Requirement], exclude: Sequence[Requirement], objects: Objects
+) -> tuple[bool, str]:
+    """GenEval's verdict and, where it is False, why: all of `include` and none of `exclude`.
+
+    Of each class only the `count` most confident detections are looked at; more are no fault of their own.
+    """
+    reasons: list[str] = []
+    matched: list[Sequence[Detection] | None] = []
+    for need in include:
+        found = objects.get(need.label, ())[: need.count]
+        reason = _strict_fault(need, found, matched)
+        if reason:
+            reasons.append(reason)
+        matched.append(None if reason else found)
+    for need in exclude:
+        number = len(objects.get(need.label, ()))
+        if number >= need.count:
+            reasons.append(f"expected {need.label}<{need.count}, found {number}")
+    return not reasons, "; ".join(reasons)
+
+
+def _strict_fault(
+    need: Requirement, found: Sequence[Detection], matched: Sequence[Sequence[Detection] | None]
+) -> str | None:
+    if len(found) < need.count:
+        return f"expected {need.label}>={need.count}, found {len(found)}"
+    if need.color is not None:
+        colored = sum(one.color == need.color for one in found)
+        if colored < need.count:
+            seen = ", ".join(str(one.color) for one in found)
+            return f"expected {need.color} {need.label}>={need.count}, found {seen}"
+    if need.relation is not None:
+        targets = matched[need.target]
+        if targets is None:
+            return f"no target for {need.label} to be {need.relation}"
+        if _misplaced(found, need.relation, targets):
+            return f"expected {need.label} {need.relation} target"
+    return None
+
+
+def soft_score(include: Sequence[Requirement], objects: Objects, *, published: bool = False) -> float:
+    """Mean over the parts of `include` that could be judged: counts, colours, positions. At most 1, may be below 0.
+
+    All detections of a class count here, and `exclude` is ignored, so "one" means exactly one. With `published` it is
+    the score as released: there a failed position check is given 0 *and* 1, so a wrong position costs half of what it
+    should. The default gives it 0 alone.
+    """
+    parts: list[float] = []
+    matched: list[Sequence[Detection] | None] = []
+    for need in include:
+        found = objects.get(need.label, ())
+        parts.append(1.0 - abs(need.count - len(found)) / need.count)
+        good = len(found) == need.count
+        if not good:
+            if need.color is not None or need.relation is not None:
+                parts.append(0.0)
+            matched.append(None)
+            continue
+        if need.color is not None:
+            colored = sum(one.color == need.color for one in found)
+            parts.append(1.0 - abs(need.count - colored) / need.count)
+            good = colored == need.count
+        if need.relation is not None and good:
+            targets = matched[need.target]
+            good = targets is not None and not _misplaced(found, need.relation, targets)
+            parts.append(1.0 if good else 0.0)
+            if published and targets is not None and not good:
+                parts.append(1.0)
+        matched.append(found if good else None)
+    return sum(parts) / len(parts)

@@ -1,0 +1,90 @@
+"""From a config's ``rewards`` to scorers: names, dotted paths, and options checked before anything is loaded."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any, get_type_hints
+
+from pydantic import PydanticSchemaGenerationError, TypeAdapter, ValidationError
+
+from stage_ray.config import RewardConfig
+from stage_ray.errors import ConfigError
+from stage_ray.resources import import_dotted
+from stage_ray.rewards.base import Reward
+
+# Dotted paths, so that a run imports only the libraries of the scorers it uses.
+BUILTIN = {
+    "geneval": "stage_ray.rewards.geneval.GenEvalReward",
+    "clip": "stage_ray.rewards.clip.ClipReward",
+}
+
+
+def build_rewards(configs: Sequence[RewardConfig]) -> list[tuple[str, Reward]]:
+    """Build every scorer of a run, with the name of its column.
+
+    Raises:
+        ConfigError: an unknown scorer, or options that its constructor does not take; names the key and the mend.
+
+    Example:
+        build_rewards([RewardConfig(type="geneval", options={"detector": "my_package.MyDetector"})])
+    """
+    return [(config.column, _build(config, f"rewards.{index}")) for index, config in enumerate(configs)]
+
+
+def _build(config: RewardConfig, key: str) -> Reward:
+    kind = _find(config.type, key)
+    if not callable(kind) or not callable(getattr(kind, "score", None)):
+        raise ConfigError(f"{key}.type = {config.type!r} is not a class with a method score(images, prompts)")
+    _check_options(kind, config, f"{key}.options")
+    try:
+        return kind(**config.options)
+    except ConfigError as error:
+        raise ConfigError(f"{key}.options of {config.type}: {error}") from error
+
+
+def _find(name: str, key: str) -> Any:
+    if "." in name:
+        return import_dotted(BUILTIN.get(name, name), f"{key}.type")
+    if name not in BUILTIN:
+        near = difflib.get_close_matches(name, BUILTIN, n=1, cutoff=0.5)
+        mend = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(BUILTIN))},"
+        raise ConfigError(f"{key}.type = {name!r} is no known scorer; {mend} or give the dotted path of your own class")
+    return import_dotted(BUILTIN[name], f"{key}.type")
+
+
+def _check_options(kind: Any, config: RewardConfig, key: str) -> None:
+    """Names and, where the constructor has type hints, values."""
+    parameters = inspect.signature(kind).parameters
+    free = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    allowed = [
+        name
+        for name, parameter in parameters.items()
+        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+    ]
+    listing = ", ".join(allowed) or "none"
+    for name in config.options:
+        if name not in allowed and not free:
+            near = difflib.get_close_matches(name, allowed, n=1, cutoff=0.5)
+            mend = f"did you mean {near[0]!r}? " if near else ""
+            raise ConfigError(f"{key}.{name} is no option of {config.type}; {mend}allowed: {listing}")
+    for name in allowed:
+        if name not in config.options and parameters[name].default is inspect.Parameter.empty:
+            raise ConfigError(f"{key}.{name} is missing: {config.type} needs it; allowed: {listing}")
+    hints = get_type_hints(kind.__init__, include_extras=True) if inspect.isclass(kind) else {}
+    for name, value in config.options.items():
+        if name in hints:
+            _check_value(value, hints, name, f"{key}.{name}")
+
+
+def _check_value(value: Any, hints: Mapping[str, Any], name: str, key: str) -> None:
+    try:
+        adapter = TypeAdapter[Any](hints[name])
+    except PydanticSchemaGenerationError:
+        return  # a type of the scorer's own that pydantic knows nothing of: the constructor will see to it
+    try:
+        adapter.validate_python(value)
+    except ValidationError as error:
+        problem = error.errors()[0]["msg"]
+        raise ConfigError(f"{key} = {value!r}: {problem[0].lower()}{problem[1:]}") from error

@@ -1,0 +1,57 @@
+"""The world as the image tokenizer shows it: reconstructions, and pictures decoded from tokens that mean nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import JanusForConditionalGeneration
+
+BATCH_IMAGES = 64
+
+
+class TokenizerView:
+    """The VQ tokenizer of a Janus checkpoint, as a function from pictures to pictures. Runs on the CPU."""
+
+    def __init__(self, directory: Path) -> None:
+        """Load the tokenizer from a checkpoint directory that transformers wrote."""
+        janus = JanusForConditionalGeneration.from_pretrained(directory, local_files_only=True)
+        self._model = janus.model.vqmodel.eval()
+
+    @torch.inference_mode()
+    def encode(self, images: np.ndarray) -> Tensor:
+        """Images uint8 [B, 64, 64, 3] -> tokens int64 [B, T]."""
+        tokens = []
+        for start in range(0, len(images), BATCH_IMAGES):
+            pixels = torch.from_numpy(images[start : start + BATCH_IMAGES]).permute(0, 3, 1, 2).float() / 127.5 - 1
+            tokens.append(self._model.encode(pixels).image_tokens.view(len(pixels), -1))
+        return torch.cat(tokens)
+
+    @torch.inference_mode()
+    def decode(self, tokens: Tensor) -> np.ndarray:
+        """Tokens int64 [B, T] -> images uint8 [B, 64, 64, 3]."""
+        pictures = []
+        for part in tokens.split(BATCH_IMAGES):
+            pixels = (self._model.decode(part).permute(0, 2, 3, 1) + 1) * 127.5
+            pictures.append((pixels + 0.5).clamp(0, 255).to(torch.uint8).numpy())
+        return np.concatenate(pictures)
+
+    def reconstruct(self, images: np.ndarray) -> np.ndarray:
+        """Images uint8 [B, 64, 64, 3] -> what is left of them after encoding and decoding."""
+        return self.decode(self.encode(images))
+
+    def random_images(self, count: int, rng: np.random.Generator) -> np.ndarray:
+        """Pictures uint8 [count, 64, 64, 3] decoded from tokens drawn uniformly and independently."""
+        config = self._model.config
+        shape = (count, config.num_patches**2)
+        return self.decode(torch.from_numpy(rng.integers(config.num_embeddings, size=shape)))
+
+    def shuffled_images(self, images: np.ndarray, share: float, rng: np.random.Generator) -> np.ndarray:
+        """Pictures whose tokens were exchanged among a share of their places: right parts in wrong places."""
+        tokens = self.encode(images).numpy().copy()
+        for row in tokens:
+            places = rng.permutation(len(row))[: int(share * len(row))]
+            row[places] = row[rng.permutation(places)]
+        return self.decode(torch.from_numpy(tokens))

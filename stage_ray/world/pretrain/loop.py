@@ -1,0 +1,150 @@
+"""The training loop that the stages share: one-cycle learning rate, time budget, progress bar, resumable checkpoints."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+console = Console(width=120)
+
+
+def device() -> torch.device:
+    """CUDA where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def compiled(module: nn.Module, enabled: bool = True) -> Callable[..., torch.Tensor]:
+    """`torch.compile` where a C++ compiler makes that possible. The weights stay those of `module`."""
+    return torch.compile(module) if enabled and shutil.which("g++") else module
+
+
+def save_atomically(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Writes a safetensors file under a temporary name, then renames it: readers see the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary, metadata=metadata)
+    os.replace(temporary, path)
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """How long a stage trains: `steps`, or `seconds` of wall-clock time if those pass first. The learning rate follows
+    whichever is further along, so a slow machine still ends on a finished schedule."""
+
+    steps: int
+    seconds: float = math.inf
+
+    def progress(self, step: int, elapsed_s: float) -> float:
+        """Fraction done, 0..1."""
+        return min(1.0, max(step / self.steps, elapsed_s / self.seconds))
+
+
+class TrainingRun:
+    """Iterate over it to get (step, progress) pairs; everything around a step happens here.
+
+    Invariant: the file at `path` always holds weights, optimizer state, step and elapsed time of one same moment, so a
+    run that is started again on it goes on as if never interrupted (each step's data depends on seed and step only).
+    """
+
+    CHECKPOINT_EVERY_S = 240.0
+
+    def __init__(
+        self,
+        path: Path,
+        modules: nn.Module,
+        peak_lr: float,
+        budget: Budget,
+        weight_decay: float = 0.01,
+        warmup: float = 0.03,
+    ) -> None:
+        self.path, self.module, self.budget, self.peak_lr, self.warmup = path, modules, budget, peak_lr, warmup
+        decayed = [p for p in modules.parameters() if p.requires_grad and p.dim() >= 2]
+        plain = [p for p in modules.parameters() if p.requires_grad and p.dim() < 2]
+        groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, lr=peak_lr, betas=(0.9, 0.95))
+        self.step, self.elapsed_s = 0, 0.0
+        self.history: list[dict[str, float]] = []
+        self.on_checkpoint: Callable[[], None] | None = None
+        if path.exists():
+            self._resume()
+
+    def learning_rate(self, progress: float) -> float:
+        """Linear warm-up, then a cosine to a hundredth of the peak."""
+        if progress < self.warmup:
+            return self.peak_lr * (progress + 1e-3) / (self.warmup + 1e-3)
+        phase = (progress - self.warmup) / (1 - self.warmup)
+        return self.peak_lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * phase)))
+
+    def __iter__(self) -> Iterator[tuple[int, float]]:
+        columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        started = time.monotonic() - self.elapsed_s
+        saved_at = time.monotonic()
+        with Progress(*columns, console=console, transient=True) as bar:
+            task = bar.add_task(self.path.stem, total=1.0)
+            while (progress := self.budget.progress(self.step, self.elapsed_s)) < 1.0:
+                for group in self.optimizer.param_groups:
+                    group["lr"] = self.learning_rate(progress)
+                yield self.step, progress
+                self.step += 1
+                self.elapsed_s = time.monotonic() - started
+                bar.update(task, completed=progress)
+                if time.monotonic() - saved_at > self.CHECKPOINT_EVERY_S:
+                    self.save()
+                    saved_at = time.monotonic()
+        self.save()
+
+    def descend(self, loss: torch.Tensor) -> None:
+        """One clipped AdamW step; a loss that is not finite stops the run rather than spoil the weights."""
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
+        if not torch.isfinite(norm):
+            raise FloatingPointError(f"{self.path.stem}: gradient norm {norm} at step {self.step}")
+        self.optimizer.step()
+
+    def report(self, every: int = 50, **values: float) -> None:
+        """Logs named values every so many steps and keeps them for the model card."""
+        if self.step % every == 0:
+            self.history.append({"step": self.step, "elapsed_s": round(self.elapsed_s, 1), **values})
+            shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
+            pace = self.elapsed_s / max(self.step, 1)
+            console.print(f"{self.path.stem} {self.step:5d}  {shown}  {pace:.3f} s/step  {self.elapsed_s:.0f} s")
+
+    def save(self) -> None:
+        """Writes the checkpoint, then lets the stage export what it likes."""
+        tensors = {f"module.{name}": t for name, t in self.module.state_dict().items()}
+        for index, state in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{key}": value for key, value in state.items()}
+        progress = {"step": self.step, "elapsed_s": self.elapsed_s, "history": self.history}
+        # Tied weights share memory, which safetensors refuses: clones cost little here.
+        save_atomically({k: v.clone() for k, v in tensors.items()}, self.path, {"progress": json.dumps(progress)})
+        if self.on_checkpoint:
+            self.on_checkpoint()
+
+    def _resume(self) -> None:
+        with safe_open(self.path, "pt") as file:
+            progress = json.loads(file.metadata()["progress"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        self.step, self.elapsed_s, self.history = progress["step"], progress["elapsed_s"], progress["history"]
+        self.module.load_state_dict({k.removeprefix("module."): v for k, v in tensors.items() if k[0] == "m"})
+        state: dict[int, dict[str, torch.Tensor]] = {}
+        for name, value in tensors.items():
+            if name.startswith("optimizer."):
+                _, index, key = name.split(".")
+                state.setdefault(int(index), {})[key] = value
+        if state:
+            self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
+        console.print(f"{self.path.stem}: resumed at step {self.step}")

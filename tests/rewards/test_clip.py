@@ -1,0 +1,85 @@
+"""The CLIP reward on a small random CLIP checkpoint of the real classes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, PreTrainedTokenizerFast
+
+from stage_ray.config import RewardConfig
+from stage_ray.errors import ConfigError
+from stage_ray.records import Prompt
+from stage_ray.rewards import build_rewards
+
+WORDS = ["<pad>", "<bos>", "<eos>", "<unk>", "a", "photo", "of", "red", "ring"]
+TEXTS = ("a photo of a ring", "a red photo of red", "ring")
+
+
+def save_clip(directory: Path) -> None:
+    torch.manual_seed(0)
+    text = {"vocab_size": len(WORDS), "max_position_embeddings": 8, "bos_token_id": 1, "eos_token_id": 2}
+    vision = {"image_size": 32, "patch_size": 8}
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    CLIPModel(CLIPConfig(text_config=text | small, vision_config=vision | small, projection_dim=8)).save_pretrained(directory)
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.post_processor = processors.TemplateProcessing("<bos> $A <eos>", special_tokens=[("<bos>", 1), ("<eos>", 2)])
+    special = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(directory)
+    CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(directory)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("clip")
+    save_clip(directory)
+    return directory
+
+
+def clip(path: Path, **options):
+    return build_rewards([RewardConfig(type="clip", options={"path": str(path), "device": "cpu", **options})])[0][1]
+
+
+def case(count: int) -> tuple[np.ndarray, list[Prompt]]:
+    images = np.random.default_rng(0).integers(256, size=(count, 64, 64, 3), dtype=np.uint8)
+    return images, [Prompt(i, TEXTS[i % len(TEXTS)]) for i in range(count)]
+
+
+def test_the_score_is_the_cosine_that_transformers_computes(checkpoint: Path):
+    images, prompts = case(3)
+    output = clip(checkpoint).score(images, prompts)
+    model = CLIPModel.from_pretrained(checkpoint).eval()
+    tokens = PreTrainedTokenizerFast.from_pretrained(checkpoint)([p.text for p in prompts], padding=True, return_tensors="pt")
+    pixels = CLIPImageProcessorPil.from_pretrained(checkpoint)(list(images), return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        joint = model(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"], pixel_values=pixels)
+    expected = (joint.logits_per_image / model.logit_scale.exp()).diagonal().detach().numpy()
+    np.testing.assert_allclose(output.scores, expected, atol=1e-5)
+    assert output.valid.all() and output.details[0]["cosine"] == pytest.approx(float(expected[0]), abs=1e-5)
+
+
+def test_the_batch_size_does_not_change_scores(checkpoint: Path):
+    images, prompts = case(7)
+    whole, cut = clip(checkpoint).score(images, prompts), clip(checkpoint, batch_size=2).score(images, prompts)
+    np.testing.assert_allclose(whole.scores, cut.scores, atol=1e-5)
+
+
+def test_scale_multiplies_the_cosine(checkpoint: Path):
+    images, prompts = case(2)
+    np.testing.assert_allclose(
+        clip(checkpoint, scale=2.5).score(images, prompts).scores, 2.5 * clip(checkpoint).score(images, prompts).scores
+    )
+
+
+def test_a_prompt_beyond_the_context_length_is_cut(checkpoint: Path):
+    images, _ = case(1)
+    assert clip(checkpoint).score(images, [Prompt(0, "a photo of a red ring " * 20)]).valid.all()
+
+
+def test_a_directory_without_a_checkpoint_is_refused(tmp_path: Path):
+    with pytest.raises(ConfigError, match="is not a CLIP checkpoint"):
+        clip(tmp_path)

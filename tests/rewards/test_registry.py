@@ -1,0 +1,69 @@
+"""Scorers from a config: names, dotted paths, options; every mistake is one sentence that names its mend."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from stage_ray.config import RewardConfig
+from stage_ray.errors import ConfigError
+from stage_ray.records import Prompt
+from stage_ray.rewards import build_rewards
+from stage_ray.rewards.base import RewardOutput
+
+
+class Constant:
+    """Says the same of everything."""
+
+    def __init__(self, value: float, name: str = "x") -> None:
+        if value > 100:
+            raise ConfigError("value is too large; use at most 100")
+        self.value = value
+
+    def score(self, images: np.ndarray, prompts: Sequence[Prompt]) -> RewardOutput:
+        count = len(images)
+        return RewardOutput(np.full(count, self.value, np.float32), np.ones(count, bool), ({},) * count)
+
+
+class Mute:
+    """No scorer."""
+
+
+@pytest.fixture(autouse=True)
+def importable(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "my_scorers", sys.modules[__name__])
+
+
+def build(type_: str, name: str | None = None, **options):
+    return build_rewards([RewardConfig(type=type_, name=name, options=options)])[0]
+
+
+def test_a_dotted_path_builds_a_users_own_scorer_with_its_options():
+    column, scorer = build("my_scorers.Constant", value=0.5)
+    assert column == "Constant" and scorer.value == 0.5
+    assert build("my_scorers.Constant", name="mine", value=1)[0] == "mine"
+
+
+@pytest.mark.parametrize(
+    ("type_", "options", "complaint"),
+    [
+        ("genevall", {}, "did you mean 'geneval'"),
+        ("whatever", {}, "known: clip, geneval"),
+        ("nowhere.Scorer", {}, "no module named"),
+        ("my_scorers.Nothing", {}, "has no 'Nothing'"),
+        ("my_scorers.Mute", {}, "method score"),
+        ("my_scorers.Constant", {}, "rewards.0.options.value is missing"),
+        ("my_scorers.Constant", {"value": 1, "valeu": 2}, "valeu is no option.*did you mean 'value'.*allowed: value, name"),
+        ("my_scorers.Constant", {"value": "high"}, "rewards.0.options.value = 'high'"),
+        ("my_scorers.Constant", {"value": 101}, "rewards.0.options of my_scorers.Constant: value is too large"),
+        ("geneval", {"detector": "x.Y", "threshold": 1.5}, "threshold = 1.5: .*less than or equal to 1"),
+        ("geneval", {"detector": "x.Y", "score": "softt"}, "score = 'softt'"),
+        ("clip", {"path": "/does/not/exist"}, "does not exist"),
+    ],
+)
+def test_a_mistake_is_refused_in_one_sentence(type_: str, options: dict, complaint: str):
+    with pytest.raises(ConfigError, match=complaint):
+        build(type_, **options)

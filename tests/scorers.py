@@ -1,0 +1,68 @@
+"""Scorers as a user writes them, good and bad: named in test configs by dotted path."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import numpy as np
+
+from stage_ray.records import Prompt
+from stage_ray.rewards.base import RewardOutput
+
+
+def _output(scores: np.ndarray) -> RewardOutput:
+    scores = np.asarray(scores, np.float32)
+    return RewardOutput(scores, np.isfinite(scores), tuple({} for _ in scores))
+
+
+class Brightness:
+    """Mean of the pixels, 0..1."""
+
+    def score(self, images: np.ndarray, prompts: Sequence[Prompt]) -> RewardOutput:
+        return _output(images.mean(axis=(1, 2, 3)) / 255)
+
+
+class FailsOnFirstCall(Brightness):
+    """The first call answers NaN, later ones are right."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def score(self, images: np.ndarray, prompts: Sequence[Prompt]) -> RewardOutput:
+        self.calls += 1
+        output = super().score(images, prompts)
+        return output if self.calls > 1 else _output(np.full(len(images), np.nan))
+
+
+class CannotJudge(Brightness):
+    """One prompt is beyond it, for ever."""
+
+    def __init__(self, word: str) -> None:
+        self.word = word
+
+    def score(self, images: np.ndarray, prompts: Sequence[Prompt]) -> RewardOutput:
+        scores = super().score(images, prompts).scores
+        return _output(np.where([self.word in prompt.text for prompt in prompts], np.nan, scores))
+
+
+class Raises:
+    """Never works."""
+
+    def score(self, images: np.ndarray, prompts: Sequence[Prompt]) -> RewardOutput:
+        raise OSError("the scoring service is down")
+
+
+class Sleeps(Brightness):
+    """The first actor that holds it hangs in its first call; its replacement works (``marker`` is left behind)."""
+
+    def __init__(self, marker: str) -> None:
+        self.marker = marker
+
+    def score(self, images: np.ndarray, prompts: Sequence[Prompt]) -> RewardOutput:
+        try:
+            with open(self.marker, "x"):
+                time.sleep(3600)
+        except FileExistsError:
+            pass
+        return super().score(images, prompts)

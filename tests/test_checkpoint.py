@@ -1,0 +1,166 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from stage_ray.checkpoint import CheckpointError, CheckpointStore, verify
+
+
+def writer(text: str) -> Callable[[Path], None]:
+    """Writes a file and one in a subdirectory."""
+
+    def write(directory: Path) -> None:
+        (directory / "state.bin").write_text(text * 100)
+        (directory / "learner").mkdir()
+        (directory / "learner" / "weights.bin").write_text(text)
+
+    return write
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> CheckpointStore:
+    store = CheckpointStore(tmp_path / "checkpoints", keep=2)
+    store.save(1, writer("one"), {"cursor": 1})
+    store.save(2, writer("two"), {"cursor": 2})
+    return store
+
+
+def names(store: CheckpointStore) -> list[str]:
+    return sorted(path.name for path in store.root.iterdir())
+
+
+def latest(store: CheckpointStore) -> tuple[int | None, list[str]]:
+    """Step of the newest sound checkpoint, and what was said of the others."""
+    problems: list[str] = []
+    found = store.latest(problems.append)
+    return (found.step if found else None), problems
+
+
+def test_the_newest_checkpoint_is_found_with_its_files_and_facts(store: CheckpointStore) -> None:
+    found = store.latest()
+    assert found is not None
+    assert (found.step, found.facts) == (2, {"cursor": 2})
+    assert (found.path / "learner" / "weights.bin").read_text() == "two"
+
+
+def test_a_run_without_checkpoints_has_none(tmp_path: Path) -> None:
+    assert CheckpointStore(tmp_path / "nowhere", keep=1).latest() is None
+
+
+def test_only_the_newest_are_kept(store: CheckpointStore) -> None:
+    store.save(30, writer("x"), {})
+    assert names(store) == ["step-000002", "step-000030"]
+
+
+def test_a_checkpoint_of_the_same_step_is_replaced(store: CheckpointStore) -> None:
+    store.save(2, writer("new"), {"cursor": 22})
+    found = store.latest()
+    assert found is not None and found.facts == {"cursor": 22}
+    assert names(store) == ["step-000001", "step-000002"]
+
+
+def test_a_truncated_file_is_named_and_the_older_checkpoint_taken(store: CheckpointStore) -> None:
+    file = store.root / "step-000002" / "state.bin"
+    file.write_bytes(file.read_bytes()[:-1])
+    step, problems = latest(store)
+    assert step == 1
+    assert len(problems) == 1 and "step-000002/state.bin has 299 bytes instead of 300" in problems[0]
+
+
+def test_a_flipped_bit_is_named_and_the_older_checkpoint_taken(store: CheckpointStore) -> None:
+    file = store.root / "step-000002" / "learner" / "weights.bin"
+    file.write_bytes(bytes([file.read_bytes()[0] ^ 1]) + file.read_bytes()[1:])
+    step, problems = latest(store)
+    assert step == 1
+    assert "learner/weights.bin has another SHA-256" in problems[0]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda path: (path / "manifest.json").unlink(), "has no manifest.json"),
+        (lambda path: (path / "manifest.json").write_text("{"), "cannot be read"),
+        (lambda path: (path / "manifest.json").write_bytes(b"\xff\xfe"), "cannot be read"),
+        (lambda path: (path / "manifest.json").write_text("[]"), "its own checksum"),
+        (lambda path: (path / "state.bin").unlink(), "state.bin is missing"),
+    ],
+)
+def test_other_damage_is_named(store: CheckpointStore, spoil: Callable[[Path], object], message: str) -> None:
+    spoil(store.root / "step-000002")
+    step, problems = latest(store)
+    assert step == 1
+    assert message in problems[0]
+
+
+def test_facts_that_were_edited_are_not_believed(store: CheckpointStore) -> None:
+    file = store.root / "step-000002" / "manifest.json"
+    body = json.loads(file.read_text())
+    body["facts"]["cursor"] = 3
+    file.write_text(json.dumps(body))
+    with pytest.raises(CheckpointError, match="its own checksum"):
+        verify(file.parent)
+
+
+def test_a_checkpoint_under_another_steps_name_is_not_believed(store: CheckpointStore) -> None:
+    (store.root / "step-000002").rename(store.root / "step-000009")
+    step, problems = latest(store)
+    assert step == 1
+    assert "says it is of step 2" in problems[0]
+
+
+def test_when_none_is_sound_there_is_none(store: CheckpointStore) -> None:
+    for path in store.root.iterdir():
+        (path / "state.bin").unlink()
+    step, problems = latest(store)
+    assert step is None
+    assert len(problems) == 2
+
+
+def test_a_crash_in_the_middle_of_a_save_leaves_the_older_ones_and_no_rubbish(store: CheckpointStore) -> None:
+    def crash(directory: Path) -> None:
+        (directory / "half.bin").write_text("half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        store.save(3, crash, {})
+    assert names(store) == ["step-000001", "step-000002"]
+    assert latest(store) == (2, [])
+
+
+def test_what_a_killed_save_left_is_never_loaded_and_swept_by_the_next(store: CheckpointStore) -> None:
+    leftover = store.root / ".unfinished-step-000003"
+    leftover.mkdir()
+    (leftover / "half.bin").write_text("half")
+    assert latest(store) == (2, [])
+    store.save(4, writer("four"), {})
+    assert names(store) == ["step-000002", "step-000004"]
+
+
+def test_older_checkpoints_go_only_after_the_new_one_is_complete(store: CheckpointStore) -> None:
+    def look(directory: Path) -> None:
+        assert {"step-000001", "step-000002"} <= set(names(store))
+        (directory / "x").write_text("x")
+
+    store.save(3, look, {})
+    assert names(store) == ["step-000002", "step-000003"]
+
+
+def test_facts_that_are_not_json_are_refused_before_anything_is_kept(store: CheckpointStore) -> None:
+    with pytest.raises(TypeError):
+        store.save(3, writer("x"), {"bad": object()})
+    assert names(store) == ["step-000001", "step-000002"]
+
+
+def test_a_broken_later_checkpoint_does_not_push_sound_ones_out(store: CheckpointStore) -> None:
+    (store.root / "step-000002" / "state.bin").unlink()
+    store.save(1, writer("again"), {})
+    assert names(store) == ["step-000001", "step-000002"]
+    assert latest(store)[0] == 1
+
+
+def test_keeping_none_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="keep is 0"):
+        CheckpointStore(tmp_path, keep=0)

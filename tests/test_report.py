@@ -1,0 +1,103 @@
+"""A report is one file that tells the truth about whatever a run directory holds."""
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from stage_ray.comparison import OVERALL, compare
+from stage_ray.errors import ConfigError, RunError
+from stage_ray.evaluation import summarise
+from stage_ray.report import write_report
+from tests.fake_run import PROMPTS, TASKS, scored, write_fake_run
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> str:
+    run_dir = tmp_path_factory.mktemp("runs") / "finished"
+    write_fake_run(run_dir)
+    return write_report(run_dir).read_text(encoding="utf-8")
+
+
+class Links(HTMLParser):
+    """Everything a browser would fetch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found += [value or "" for name, value in attrs if name in {"src", "href", "srcset", "xlink:href", "data"}]
+
+
+def test_nothing_in_it_is_fetched_from_anywhere(finished: str) -> None:
+    links = Links()
+    links.feed(finished)
+    assert links.found
+    assert all(link.startswith(("data:image/png;base64,", "#")) for link in links.found)
+    assert not re.search(r"https?://|@import|<script|url\((?!#)", finished)
+
+
+def test_it_shows_score_tasks_pictures_alarms_curves_and_config(finished: str) -> None:
+    assert "Held-out GenEval 0." in finished and " → 0." in finished
+    for task in (*TASKS, OVERALL):
+        assert f"<td>{task.replace('_', ' ')}</td>" in finished
+    assert finished.count("<img ") == 2 + 6
+    assert finished.count("<svg") == 10
+    assert "entropy_collapse" in finished and "<td>3</td><td>7</td><td>30</td>" in finished
+    for text in ("Each scorer", "Seconds a step, by stage", "steps: 60", "torch"):
+        assert text in finished
+
+
+def test_what_models_and_people_wrote_is_escaped(finished: str) -> None:
+    assert "&lt;raise&gt; beta" in finished
+    assert "<raise>" not in finished
+
+
+@pytest.mark.parametrize(
+    ("steps", "examined", "state", "headline"),
+    [
+        (23, ("before",), "23 of 60 steps so far", "before training"),
+        (60, ("before",), "60 steps, not evaluated afterwards", "before training"),
+        (0, (), "0 of 60 steps so far", "No held-out evaluation"),
+        (1, (), "1 of 60 steps so far", "No held-out evaluation"),
+    ],
+)
+def test_a_run_that_stopped_early_still_has_a_report(
+    steps: int, examined: tuple[str, ...], state: str, headline: str, tmp_path: Path
+) -> None:
+    write_fake_run(tmp_path / "run", steps=steps, examined=examined)
+    text = write_report(tmp_path / "run").read_text(encoding="utf-8")
+    assert state in text and headline in text
+    assert ("No step was recorded" in text) == (steps == 0)
+
+
+def test_it_is_written_with_nothing_but_a_config(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("steps: 5\n")
+    assert "0 of 5 steps so far" in write_report(tmp_path).read_text()
+
+
+def test_a_directory_without_a_run_is_refused_and_left_alone(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="holds no run"):
+        write_report(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_damaged_evaluation_is_named(tmp_path: Path) -> None:
+    write_fake_run(tmp_path / "run", steps=1)
+    (tmp_path / "run" / "evaluation" / "after.json").write_text('{"overall"')
+    with pytest.raises(RunError, match=r"after\.json is not readable JSON"):
+        write_report(tmp_path / "run")
+
+
+def test_a_change_is_judged_prompt_by_prompt() -> None:
+    import numpy as np
+
+    noise = np.random.default_rng(1)
+    groups = [scored(i, prompt, 0.5, noise) for i, prompt in enumerate(PROMPTS)]
+    same = summarise(PROMPTS, groups)
+    *tasks, overall = compare(same, same)
+    assert [row.change.value for row in tasks if row.change] == [0.0] * len(TASKS)
+    assert overall.change is not None and overall.change.error == 0.0, "equal sittings differ by nothing, for certain"
+    assert overall.before.error is not None and overall.before.error > 0.0

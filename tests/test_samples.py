@@ -1,0 +1,42 @@
+"""A contact sheet shows every image unsmoothed, framed by its verdict, with a caption that fits."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from stage_ray.samples import BORDER, MARGIN, VERDICTS, contact_sheet
+
+
+def test_frames_tell_the_verdict_and_pixels_are_those_of_the_image(tmp_path: Path) -> None:
+    images = np.stack([np.full((64, 64, 3), shade, np.uint8) for shade in (10, 20, 30)])
+    contact_sheet(images, ["a", "b", "c"], [True, False, None], tmp_path / "deep" / "sheet.png")
+    with Image.open(tmp_path / "deep" / "sheet.png") as opened:
+        sheet = np.asarray(opened)
+    row = sheet[MARGIN + BORDER + 5]
+    shown = [tuple(int(v) for v in pixel) for pixel in row]
+    assert [shown.count((shade, shade, shade)) for shade in (10, 20, 30)] == [192, 192, 192]
+    for verdict in (True, False, None):
+        assert shown.count(VERDICTS[verdict][0]) == 2 * BORDER
+
+
+def test_a_long_caption_is_cut_and_leaves_the_grid_as_it_is(tmp_path: Path) -> None:
+    images = np.zeros((4, 16, 16, 3), np.uint8)
+    contact_sheet(images, ["short"] * 4, [None] * 4, tmp_path / "short.png")
+    contact_sheet(images, ["word " * 100, "x" * 300, "", "…"], [None] * 4, tmp_path / "long.png")
+    with Image.open(tmp_path / "short.png") as short, Image.open(tmp_path / "long.png") as long:
+        assert short.size == long.size
+
+
+@pytest.mark.parametrize("count", [1, 5, 12, 48])
+def test_any_number_of_images_fits(count: int, tmp_path: Path) -> None:
+    contact_sheet(np.zeros((count, 32, 32, 3), np.uint8), ["a"] * count, [True] * count, tmp_path / "sheet.png")
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert min(sheet.size) > 144
+
+
+def test_a_missing_caption_is_refused_and_nothing_written(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="2 images, 1 captions"):
+        contact_sheet(np.zeros((2, 8, 8, 3), np.uint8), ["a"], [True, True], tmp_path / "sheet.png")
+    assert not list(tmp_path.iterdir())

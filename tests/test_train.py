@@ -1,0 +1,165 @@
+"""The main job on a tiny random Janus: real Ray, real actors, the torch engine."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import JanusForConditionalGeneration
+
+from stage_ray.config import RunConfig, validate_config
+from stage_ray.errors import ConfigError, RunError
+from stage_ray.progress import Progress
+from stage_ray.train import train
+from tests.tiny import tiny_janus
+
+PROMPTS = ["a photo of a red circle", "a photo of two rings", "a photo of a blue square", "a photo of a triangle"]
+CLOCKS = ("time/", "images_per_s")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return tiny_janus(tmp_path_factory.mktemp("model") / "janus")
+
+
+def tiny_run(directory: Path, model: Path, scorer: str = "Brightness", **changes) -> RunConfig:
+    prompts = directory / "prompts.txt"
+    directory.mkdir(parents=True, exist_ok=True)
+    prompts.write_text("\n".join(PROMPTS))
+    options = changes.pop("options", {})
+    data = {
+        "steps": 4,
+        "run_dir": str(directory / "run"),
+        "prompts": {"train": str(prompts), "heldout": str(prompts)},
+        "policy": {"path": str(model)},
+        "rollout": {"engine": "torch", "group_size": 4, "groups_per_step": 2, "images_per_wave": 4, "cpus": 0.5, "threads": 1},
+        "rewards": [{"type": f"tests.scorers.{scorer}", "options": options}],
+        "scoring": {"groups_per_call": 1},
+        "learner": {"lr": 1e-3, "micro_batch_images": 4, "threads": 1, "cpus": 0.5},
+        "checkpoint": {"every": 2},
+        "evaluation": {"images_per_prompt": 2, "sample_every": 2, "sample_prompts": 2},
+        "cluster": {"object_store_mb": 128, "metrics_port": None},
+    }
+    for key, value in changes.items():
+        data[key] = {**data[key], **value} if isinstance(value, dict) else value
+    return validate_config(data)
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def without_clocks(rows: list[dict]) -> list[dict]:
+    return [{k: v for k, v in row.items() if not k.startswith(CLOCKS)} for row in rows]
+
+
+class StopsAfter(Progress):
+    """A driver that dies after a step."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__()
+        self._last = step
+
+    def step(self, step: int, total: int, metrics) -> None:
+        super().step(step, total, metrics)
+        if step == self._last:
+            raise KeyboardInterrupt
+
+
+def test_a_run_leaves_everything_a_user_looks_for(tmp_path, model):
+    summary = train(tiny_run(tmp_path, model))
+    run = summary.run_dir
+    metrics = lines(run / "metrics.jsonl")
+    assert [row["step"] for row in metrics] == [1, 2, 3, 4]
+    promised = {"reward/mean", "reward/Brightness", "kl", "entropy/policy", "entropy/reference", "loss", "grad_norm", "similarity/mean"}
+    promised |= {"staleness/max", "mismatch/abs_logprob", "images_per_s", "time/rollout_s", "alarms"}
+    assert promised <= set(metrics[0])
+    assert all(row["staleness/max"] == 0 for row in metrics)
+    assert max(row["mismatch/abs_logprob"] for row in metrics) < 0.01
+    assert metrics[0]["kl"] == pytest.approx(0, abs=1e-6) and metrics[-1]["kl"] > 0
+    events = Counter(row["event"] for row in lines(run / "ledger.jsonl"))
+    assert events == {"admitted": 8, "generated": 8, "scored": 8, "trained": 8}
+    for name in ("config.yaml", "samples/step-000002.png", "evaluation/before.png", "evaluation/after.json", "report.html", "logs/rollout-0.log"):
+        assert (run / name).exists(), name
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step-000002", "step-000004"]
+
+    trained = JanusForConditionalGeneration.from_pretrained(run / "final").model.language_model.state_dict()
+    base = JanusForConditionalGeneration.from_pretrained(model).model.language_model.state_dict()
+    assert any(not torch.equal(trained[name], base[name]) for name in base)
+
+
+def test_an_interrupted_run_resumes_bit_for_bit(tmp_path, model):
+    whole = train(tiny_run(tmp_path / "whole", model)).run_dir
+    broken = tiny_run(tmp_path / "broken", model)
+    with pytest.raises(KeyboardInterrupt):
+        train(broken, progress=StopsAfter(3))
+    assert len(lines(Path(broken.run_dir) / "metrics.jsonl")) == 3
+    resumed = train(broken, resume=True).run_dir
+    assert without_clocks(lines(resumed / "metrics.jsonl")) == without_clocks(lines(whole / "metrics.jsonl"))
+    histories = [[{k: v for k, v in row.items() if k != "time"} for row in lines(run / "ledger.jsonl")] for run in (whole, resumed)]
+    assert histories[0] == histories[1]
+    weights = [load_file(run / "final" / "model.safetensors") for run in (whole, resumed)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_a_score_that_is_not_finite_is_asked_for_again(tmp_path, model):
+    run = train(tiny_run(tmp_path, model, "FailsOnFirstCall", steps=1, evaluation={"enabled": False})).run_dir
+    (row,) = lines(run / "metrics.jsonl")
+    assert (row["scoring/rescored"], row["scoring/replaced"]) == (1, 0)
+
+
+def test_a_group_that_cannot_be_scored_is_replaced_by_a_fresh_one(tmp_path, model):
+    changes = {"steps": 2, "evaluation": {"enabled": False}, "options": {"word": "rings"}}
+    run = train(tiny_run(tmp_path, model, "CannotJudge", **changes)).run_dir
+    ledger = lines(run / "ledger.jsonl")
+    dropped = [row["group_id"] for row in ledger if row["event"] == "dropped"]
+    assert len(dropped) == sum(row["scoring/replaced"] for row in lines(run / "metrics.jsonl")) > 0
+    trained = [row["group_id"] for row in ledger if row["event"] == "trained"]
+    assert len(trained) == len(set(trained)) == 4 and not set(trained) & set(dropped)
+
+
+def test_a_scorer_that_hangs_is_replaced_and_its_groups_are_scored_again(tmp_path, model):
+    changes = {"steps": 1, "evaluation": {"enabled": False}, "options": {"marker": str(tmp_path / "marker")}}
+    run = train(tiny_run(tmp_path, model, "Sleeps", scoring={"timeout_s": 2.0}, **changes)).run_dir
+    assert lines(run / "metrics.jsonl")[0]["scoring/rescored"] >= 1
+
+
+def test_a_scorer_that_never_works_stops_the_run_with_its_reason(tmp_path, model):
+    with pytest.raises(RunError, match="could not be scored.*the scoring service is down"):
+        train(tiny_run(tmp_path, model, "Raises", evaluation={"enabled": False}))
+
+
+def test_a_directory_that_holds_a_run_is_never_overwritten(tmp_path, model):
+    run = tiny_run(tmp_path, model)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("steps: 1\n")
+    with pytest.raises(ConfigError, match="already holds a run; add --resume"):
+        train(run)
+    assert (tmp_path / "run" / "config.yaml").read_text() == "steps: 1\n"
+
+
+def test_resuming_with_another_learning_rate_names_the_key(tmp_path, model):
+    (tmp_path / "run").mkdir(parents=True)
+    run = tiny_run(tmp_path, model)
+    from stage_ray.run_dir import open_run_dir
+
+    (tmp_path / "run").rmdir()
+    open_run_dir(run, resume=False)
+    with pytest.raises(ConfigError, match="--resume: learner was"):
+        train(tiny_run(tmp_path, model, learner={"lr": 1.0}), resume=True)
+
+
+def test_a_broken_model_directory_is_a_config_error_that_names_it(tmp_path, model):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(ConfigError, match="empty"):
+        train(tiny_run(tmp_path, empty))
+
+
+def test_more_object_store_than_memory_is_one_sentence(tmp_path, model):
+    with pytest.raises(RunError, match="cluster.object_store_mb = 99999999 is more than"):
+        train(tiny_run(tmp_path, model, cluster={"object_store_mb": 99999999, "metrics_port": None}))

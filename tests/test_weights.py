@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stage_ray.records import WeightManifest
+from stage_ray.weights import DTYPES, WeightError, pack, unpack
+
+TENSORS = [
+    ("embed", torch.arange(12, dtype=torch.float32).view(3, 4)),
+    ("half", torch.tensor([1.5, -2.0, 3e38]).bfloat16()),
+    ("scalar", torch.tensor(7, dtype=torch.int64)),
+    ("none", torch.zeros(0, 5)),
+    ("flag", torch.tensor([True, False])),
+]
+
+
+def spoiled(manifest: WeightManifest, tensor: str, **changes: object) -> WeightManifest:
+    """The manifest with one tensor's entry changed."""
+    specs = tuple(dataclasses.replace(s, **changes) if s.name == tensor else s for s in manifest.tensors)
+    return dataclasses.replace(manifest, tensors=specs)
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 20, 64, 100, 2**20])
+def test_every_tensor_comes_back_bit_for_bit_whatever_the_size_of_chunks(chunk_bytes: int) -> None:
+    manifest, chunks = pack(3, TENSORS, chunk_bytes)
+    back = unpack(manifest, chunks)
+    assert [name for name, _ in back] == [name for name, _ in TENSORS]
+    for (_, sent), (_, got) in zip(TENSORS, back, strict=True):
+        assert got.dtype == sent.dtype
+        assert got.shape == sent.shape
+        assert torch.equal(got, sent)
+
+
+@given(st.lists(st.tuples(st.sampled_from(sorted(DTYPES)), st.integers(0, 40)), max_size=12), st.integers(1, 300))
+def test_chunks_hold_no_more_than_asked_unless_one_tensor_alone_is_larger(
+    kinds: list[tuple[str, int]], chunk_bytes: int
+) -> None:
+    tensors = [(f"t{i}", torch.ones(size).to(DTYPES[dtype])) for i, (dtype, size) in enumerate(kinds)]
+    manifest, chunks = pack(0, tensors, chunk_bytes)
+    for index, chunk in enumerate(chunks):
+        inside = [spec for spec in manifest.tensors if spec.chunk == index]
+        assert chunk.nbytes <= chunk_bytes or len([spec for spec in inside if spec.nbytes]) == 1
+    assert all(torch.equal(a, b) for (_, a), (_, b) in zip(tensors, unpack(manifest, chunks), strict=True))
+
+
+def test_a_packed_version_does_not_change_when_the_weights_move_on() -> None:
+    weight = torch.ones(4)
+    manifest, chunks = pack(1, [("w", weight)])
+    weight.add_(1)
+    assert torch.equal(unpack(manifest, chunks)[0][1], torch.ones(4))
+
+
+def test_strided_tensors_and_parameters_travel() -> None:
+    manifest, chunks = pack(1, [("w", torch.nn.Parameter(torch.arange(6.0).view(2, 3).t()))])
+    assert torch.equal(unpack(manifest, chunks)[0][1], torch.arange(6.0).view(2, 3).t())
+
+
+def test_unpacked_tensors_share_the_chunks_memory_even_when_read_only(recwarn: pytest.WarningsRecorder) -> None:
+    manifest, chunks = pack(1, TENSORS)
+    chunks[0].flags.writeable = False
+    tensor = unpack(manifest, chunks)[0][1]
+    assert tensor.data_ptr() == chunks[0].ctypes.data
+    assert not recwarn.list
+
+
+def test_a_flipped_bit_is_found_and_the_tensor_named() -> None:
+    manifest, chunks = pack(9, TENSORS)
+    chunks[0][manifest.tensors[1].offset] ^= 4
+    with pytest.raises(WeightError, match=r"tensor 'half' of version 9 has checksum .* its bytes changed"):
+        unpack(manifest, chunks)
+
+
+def test_a_truncated_chunk_is_found_and_the_tensor_named() -> None:
+    manifest, chunks = pack(9, TENSORS)
+    with pytest.raises(WeightError, match=r"tensor 'flag' of version 9 .* truncated"):
+        unpack(manifest, [chunks[0][:-1]])
+
+
+def test_a_missing_chunk_is_found() -> None:
+    manifest, chunks = pack(9, TENSORS, chunk_bytes=16)
+    assert len(chunks) > 1
+    with pytest.raises(WeightError, match=rf"version 9 has {len(chunks)} chunks, but {len(chunks) - 1} arrived"):
+        unpack(manifest, chunks[:-1])
+
+
+def test_swapped_chunks_are_found() -> None:
+    manifest, chunks = pack(9, [("a", torch.zeros(8)), ("b", torch.ones(8))], chunk_bytes=32)
+    with pytest.raises(WeightError, match="tensor 'a' of version 9"):
+        unpack(manifest, chunks[::-1])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"shape": (3, 5)}, "dtype or shape"),
+        ({"dtype": "float64"}, "dtype or shape"),
+        ({"dtype": "float31"}, "unknown dtype 'float31'"),
+        ({"chunk": 4}, "lies in chunk 4"),
+        ({"offset": 3}, "truncated or another one"),
+        ({"offset": -64}, "truncated or another one"),
+        ({"name": "half"}, "comes twice"),
+    ],
+)
+def test_a_manifest_that_contradicts_itself_is_refused(changes: dict[str, object], message: str) -> None:
+    manifest, chunks = pack(9, TENSORS)
+    with pytest.raises(WeightError, match=message):
+        unpack(spoiled(manifest, "embed", **changes), chunks)
+
+
+def test_a_chunk_that_is_not_bytes_is_refused() -> None:
+    manifest, chunks = pack(9, TENSORS)
+    with pytest.raises(WeightError, match="not uint8"):
+        unpack(manifest, [chunks[0].astype(np.float32)])
+
+
+def test_tensors_that_cannot_travel_are_refused_by_name() -> None:
+    with pytest.raises(WeightError, match="tensor 'z' is complex64"):
+        pack(0, [("z", torch.zeros(2, dtype=torch.complex64))])
+    with pytest.raises(WeightError, match="'w' comes twice"):
+        pack(0, [("w", torch.zeros(2)), ("w", torch.ones(2))])
+
+
+def test_an_empty_version_is_a_version() -> None:
+    assert unpack(*pack(0, [])) == []
