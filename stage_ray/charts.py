@@ -42,7 +42,7 @@ def curves(steps: Sequence[int], series: Series) -> str:
         for color, (label, values) in zip(PALETTE * 3, series.items(), strict=False):
             data = np.array([np.nan if value is None else value for value in values], dtype=float)
             smooth = _running_mean(data)
-            axes.plot(steps, data, color=color, alpha=0.3, linewidth=0.8, marker="." if len(steps) == 1 else None)
+            axes.plot(steps, data, color=color, alpha=0.4, linewidth=0.8, marker="." if len(steps) == 1 else None)
             axes.plot(steps, smooth, color=color, linewidth=1.6, label=label)
         if len(series) > 1:
             axes.legend(loc="best")

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from typer.exceptions import TyperException
 
 from stage_ray.errors import ConfigError, RunError
-
-HELDOUT = "package:stage_ray/world/assets/prompts/heldout.jsonl"
 
 app = typer.Typer(
     name="stage-ray",
@@ -34,14 +32,16 @@ ModelArgument = Annotated[
         metavar="MODEL", help="A Hugging Face directory (such as RUN_DIR/final), package:MODULE/DIR, or a hub id"
     ),
 ]
-EngineOption = Annotated[str | None, typer.Option(help="vllm or torch; vllm where it is installed", metavar="NAME")]
+EngineOption = Annotated[Literal["vllm", "torch"] | None, typer.Option(help="What draws; vllm where it is installed")]
 GuidanceOption = Annotated[float, typer.Option(help="Classifier-free guidance scale; 1 is off", min=1.0)]
 SeedOption = Annotated[int, typer.Option(help="Fixes every image", min=0)]
 
 
 @app.command(no_args_is_help=True)
 def train(
-    config: Annotated[Path, typer.Argument(help="A YAML file, such as configs/stage_shapeworld.yaml")],
+    config: Annotated[
+        Path, typer.Argument(metavar="CONFIG", help="A YAML file, such as configs/stage_shapeworld.yaml")
+    ],
     overrides: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Override a key by its dotted name; may be repeated"),
@@ -81,12 +81,14 @@ def train(
 @app.command(no_args_is_help=True)
 def evaluate(
     model: ModelArgument,
-    suite: Annotated[str, typer.Option(help="Which benchmark: geneval")] = "geneval",
+    suite: Annotated[str, typer.Option(help="Which benchmark")] = "geneval",
     prompts: Annotated[
-        str, typer.Option(help="A prompt file in GenEval's format; ShapeWorld's held-out prompts by default")
-    ] = HELDOUT,
+        str | None, typer.Option(metavar="FILE", help="A prompt file in the suite's format; the suite's own by default")
+    ] = None,
+    images_per_prompt: Annotated[
+        int | None, typer.Option(metavar="COUNT", help="Images of each prompt; the suite's number by default", min=1)
+    ] = None,
     engine: EngineOption = None,
-    images_per_prompt: Annotated[int, typer.Option(help="Images of each prompt", min=1)] = 4,
     guidance: GuidanceOption = 3.0,
     seed: SeedOption = 20,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the whole result here")] = None,
@@ -95,11 +97,11 @@ def evaluate(
 
     Example: stage-ray evaluate runs/stage_shapeworld/final --suite geneval --json after.json
     """
-    from stage_ray.inference import evaluate_model
+    from stage_ray.inference import evaluate_model, result_table, write_result
     from stage_ray.progress import Progress
 
     with Progress() as progress:
-        table = evaluate_model(
+        result = evaluate_model(
             model,
             suite=suite,
             prompts=prompts,
@@ -107,10 +109,11 @@ def evaluate(
             images_per_prompt=images_per_prompt,
             guidance=guidance,
             seed=seed,
-            json_file=json_file,
             progress=progress,
         )
-    typer.echo(table)
+    if json_file is not None:
+        write_result(result, json_file)
+    typer.echo(result_table(result))
 
 
 @app.command(no_args_is_help=True)
@@ -168,7 +171,9 @@ def pretrain(
 
 
 @app.command(no_args_is_help=True)
-def report(run_dir: Annotated[Path, typer.Argument(help="The directory of a run, finished or not")]) -> None:
+def report(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The directory of a run, finished or not")],
+) -> None:
     """Write report.html anew from whatever a run directory holds.
 
     Example: stage-ray report runs/stage_shapeworld
@@ -198,5 +203,5 @@ def main(arguments: list[str] | None = None) -> int:
         sentence = error.format_message() if isinstance(error, TyperException) else str(error)
     except RunError as error:
         code, sentence = 1, str(error)
-    print(f"stage-ray: {' '.join(sentence.split())}", file=sys.stderr)
+    print(f"stage-ray: {' '.join(sentence.split())}".replace("Value error, ", ""), file=sys.stderr)
     return code

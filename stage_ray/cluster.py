@@ -16,6 +16,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from stage_ray.config import ClusterConfig, RolloutConfig, RunConfig
+from stage_ray.engines.vllm.environment import vllm_environment
 from stage_ray.errors import ConfigError, RunError
 from stage_ray.records import RolloutReceipt, RolloutRequest, ScoreReceipt
 from stage_ray.workers.learner import LearnerWorker
@@ -166,7 +167,7 @@ class Cluster:
 
     def _start_rollout(self, index: int) -> Any:
         rollout = self.run.rollout
-        env = {"env_vars": _threads(rollout.threads) | _engine_environment(rollout)}
+        env = {"env_vars": _engine_environment(rollout) | _threads(rollout.threads)}
         options = {"num_cpus": rollout.cpus, "num_gpus": rollout.gpus, "runtime_env": env}
         name = f"rollout-{index}"
         return ray.remote(RolloutWorker).options(**options).remote(name, self.run.policy, rollout, self._log(name))
@@ -231,11 +232,7 @@ def _threads(count: int | None) -> dict[str, str]:
 
 
 def _engine_environment(rollout: RolloutConfig) -> dict[str, str]:
-    if rollout.engine != "vllm":
-        return {}
-    from stage_ray.engines.vllm.engine import vllm_environment
-
-    return vllm_environment(rollout)
+    return vllm_environment(rollout) if rollout.engine == "vllm" else {}
 
 
 async def _value(ref: Awaitable[Result]) -> Result:

@@ -131,7 +131,7 @@ def _cards(rows: Sequence[dict[str, Any]], overall: TaskComparison | None) -> li
     cards = []
     if overall and overall.change:
         change = overall.change
-        label = "change of held-out GenEval" + (f", ± {change.error:.3f}" if change.error is not None else "")
+        label = "change of held-out GenEval" + (f", ±\u00a0{change.error:.3f}" if change.error is not None else "")
         cards.append({"label": label, "value": f"{change.value:+.3f}", "tone": _tone(change)})
     if rows:
         seconds = [row["time/step_s"] for row in rows if row.get("time/step_s") is not None]

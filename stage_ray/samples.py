@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 TILE = 144  # smallest edge of a shown image, pixels: ShapeWorld's 64 would be stamps
 BORDER = 4
 MARGIN = 10
-FONT_SIZE = 13
+FONT_SIZE = 16
 CAPTION_LINES = 3
 BACKGROUND, INK = (250, 250, 248), (40, 40, 46)
 VERDICTS = {True: ((34, 139, 74), "right"), False: ((196, 52, 44), "wrong"), None: ((150, 150, 158), "")}

@@ -121,9 +121,7 @@ def _verified(spec: TensorSpec, version: int, chunks: Sequence[np.ndarray]) -> T
     if dtype is None:
         raise WeightError(f"{where} has the unknown dtype {spec.dtype!r}")
     if spec.nbytes != math.prod(spec.shape) * dtype.itemsize:
-        raise WeightError(
-            f"{where}: {spec.nbytes} bytes are not {spec.dtype} {list(spec.shape)}; dtype or shape off"
-        )
+        raise WeightError(f"{where}: {spec.nbytes} bytes are not {spec.dtype} {list(spec.shape)}; dtype or shape off")
     if not 0 <= spec.chunk < len(chunks):
         raise WeightError(f"{where} lies in chunk {spec.chunk}, but there are {len(chunks)} chunks")
     chunk = chunks[spec.chunk]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, get_type_hints
 
 from pydantic import PydanticSchemaGenerationError, TypeAdapter, ValidationError
@@ -37,9 +37,14 @@ def _build(config: RewardConfig, key: str) -> Reward:
     kind = _find(config.type, key)
     if not callable(kind) or not callable(getattr(kind, "score", None)):
         raise ConfigError(f"{key}.type = {config.type!r} is not a class with a method score(images, prompts)")
-    _check_options(kind, config, f"{key}.options")
+    _check_names(kind, config, f"{key}.options")
+    hints = _hints(kind)
+    options = {
+        name: _converted(value, hints[name], f"{key}.options.{name}") if name in hints else value
+        for name, value in config.options.items()
+    }
     try:
-        return kind(**config.options)
+        return kind(**options)
     except ConfigError as error:
         raise ConfigError(f"{key}.options of {config.type}: {error}") from error
 
@@ -54,8 +59,7 @@ def _find(name: str, key: str) -> Any:
     return import_dotted(BUILTIN[name], f"{key}.type")
 
 
-def _check_options(kind: Any, config: RewardConfig, key: str) -> None:
-    """Names and, where the constructor has type hints, values."""
+def _check_names(kind: Any, config: RewardConfig, key: str) -> None:
     parameters = inspect.signature(kind).parameters
     free = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     allowed = [
@@ -72,19 +76,23 @@ def _check_options(kind: Any, config: RewardConfig, key: str) -> None:
     for name in allowed:
         if name not in config.options and parameters[name].default is inspect.Parameter.empty:
             raise ConfigError(f"{key}.{name} is missing: {config.type} needs it; allowed: {listing}")
-    hints = get_type_hints(kind.__init__, include_extras=True) if inspect.isclass(kind) else {}
-    for name, value in config.options.items():
-        if name in hints:
-            _check_value(value, hints, name, f"{key}.{name}")
 
 
-def _check_value(value: Any, hints: Mapping[str, Any], name: str, key: str) -> None:
+def _hints(kind: Any) -> dict[str, Any]:
     try:
-        adapter = TypeAdapter[Any](hints[name])
+        return get_type_hints(kind.__init__, include_extras=True) if inspect.isclass(kind) else {}
+    except NameError:
+        return {}  # names that only a type checker imports: nothing to check by
+
+
+def _converted(value: Any, hint: Any, key: str) -> Any:
+    """The value as the constructor's type hint wants it, for example a number for ``1e-3``, text to YAML."""
+    try:
+        adapter = TypeAdapter[Any](hint)
     except PydanticSchemaGenerationError:
-        return  # a type of the scorer's own that pydantic knows nothing of: the constructor will see to it
+        return value  # a type that pydantic knows nothing of: the constructor will see to it
     try:
-        adapter.validate_python(value)
+        return adapter.validate_python(value)
     except ValidationError as error:
         problem = error.errors()[0]["msg"]
         raise ConfigError(f"{key} = {value!r}: {problem[0].lower()}{problem[1:]}") from error

@@ -33,10 +33,10 @@ class LearnerWorker:
         manifest, self._chunks = pack(self._learner.version, self._learner.weights())
         return manifest
 
-    def chunks(self) -> tuple[np.ndarray, ...]:
+    def chunks(self) -> tuple[np.ndarray, ...] | np.ndarray:
         """The packed bytes, one object a chunk, handed over once."""
         chunks, self._chunks = self._chunks, []
-        return tuple(chunks)
+        return tuple(chunks) if len(chunks) > 1 else chunks[0]  # Ray takes a single return value as it is
 
     def save_state(self, directory: str) -> None:
         """Weights, optimizer, schedule and random states, for an exact resume."""

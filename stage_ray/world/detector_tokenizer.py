@@ -18,7 +18,7 @@ class TokenizerView:
     def __init__(self, directory: Path) -> None:
         """Load the tokenizer from a checkpoint directory that transformers wrote."""
         janus = JanusForConditionalGeneration.from_pretrained(directory, local_files_only=True)
-        self._model = janus.model.vqmodel.eval()
+        self._model = janus.model.vqmodel.float().eval()  # shipped in bfloat16
 
     @torch.inference_mode()
     def encode(self, images: np.ndarray) -> Tensor:

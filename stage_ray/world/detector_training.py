@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from stage_ray.world.detector import ShapeDetector
+from stage_ray.world.detector_card import model_card
 from stage_ray.world.detector_classifier import (
     CLASSES,
     CROP_SIZE,
@@ -18,23 +20,25 @@ from stage_ray.world.detector_classifier import (
     crop_segments,
     save_classifier,
 )
+from stage_ray.world.detector_exam import examine
 from stage_ray.world.detector_examples import Example, degrade, draw_example, label_segment
 from stage_ray.world.detector_segmentation import segment
 from stage_ray.world.detector_tokenizer import TokenizerView
 
 Progress = Callable[[int, int], None]  # steps done, steps in all
 
-EXAMPLES = 8000  # pictures drawn; each is seen twice, as drawn or degraded, and as the tokenizer's reconstruction
-MUSH = 1500  # pictures decoded from random and from shuffled tokens
+EXAMPLES = 5120  # pictures drawn; each is seen twice, as drawn or degraded, and as the tokenizer's reconstruction
+MUSH = 1024  # pictures decoded from random and from shuffled tokens
 BATCH = 256
 PEAK_LR = 2e-3
 CHUNK = 64  # pictures segmented at once
+CARD_THRESHOLD = 0.5  # confidence above which the card counts a detection
 
 
 def train(
-    out: Path, tokenizer_dir: Path | None, *, seed: int = 0, steps: int = 3000, progress: Progress | None = None
+    out: Path, tokenizer_dir: Path | None, *, seed: int = 0, steps: int = 1500, progress: Progress | None = None
 ) -> None:
-    """Train the classifier and write its weights to the directory `out`.
+    """Train the classifier; write its weights and a card with its measured quality to the directory `out`.
 
     Args:
         out: directory of the weights.
@@ -64,6 +68,12 @@ def train(
         if progress is not None:
             progress(step + 1, steps)
     save_classifier(model, out)
+    source = "on renders with simulated blur and drifting colours"
+    if view is not None:
+        source += ", on their reconstructions by the tokenizer, on pictures decoded from random tokens"
+    facts = {"classes": ", ".join(CLASSES), "source": source, "seed": seed, "steps": steps, "batch": BATCH}
+    report = examine(ShapeDetector(out), view, threshold=CARD_THRESHOLD)
+    (out / "README.md").write_text(model_card(report, threshold=CARD_THRESHOLD, **facts), encoding="utf-8")
 
 
 def _dataset(rng: np.random.Generator, view: TokenizerView | None) -> tuple[Tensor, Tensor]:

@@ -24,7 +24,9 @@ def save_clip(directory: Path) -> None:
     text = {"vocab_size": len(WORDS), "max_position_embeddings": 8, "bos_token_id": 1, "eos_token_id": 2}
     vision = {"image_size": 32, "patch_size": 8}
     small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    CLIPModel(CLIPConfig(text_config=text | small, vision_config=vision | small, projection_dim=8)).save_pretrained(directory)
+    CLIPModel(CLIPConfig(text_config=text | small, vision_config=vision | small, projection_dim=8)).save_pretrained(
+        directory
+    )
     words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     words.post_processor = processors.TemplateProcessing("<bos> $A <eos>", special_tokens=[("<bos>", 1), ("<eos>", 2)])
@@ -53,7 +55,9 @@ def test_the_score_is_the_cosine_that_transformers_computes(checkpoint: Path):
     images, prompts = case(3)
     output = clip(checkpoint).score(images, prompts)
     model = CLIPModel.from_pretrained(checkpoint).eval()
-    tokens = PreTrainedTokenizerFast.from_pretrained(checkpoint)([p.text for p in prompts], padding=True, return_tensors="pt")
+    tokens = PreTrainedTokenizerFast.from_pretrained(checkpoint)(
+        [p.text for p in prompts], padding=True, return_tensors="pt"
+    )
     pixels = CLIPImageProcessorPil.from_pretrained(checkpoint)(list(images), return_tensors="pt")["pixel_values"]
     with torch.no_grad():
         joint = model(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"], pixel_values=pixels)

@@ -23,7 +23,10 @@ class Rings:
 
     def detect(self, images: np.ndarray) -> list[list[Detection]]:
         return [
-            [Detection("ring", 0.95 - 0.1 * n, (20.0 * n, 0, 20.0 * n + 10, 10), "red", 1.0) for n in range(image[0, 0, 0])]
+            [
+                Detection("ring", 0.95 - 0.1 * n, (20.0 * n, 0, 20.0 * n + 10, 10), "red", 1.0)
+                for n in range(image[0, 0, 0])
+            ]
             for image in images
         ]
 
@@ -81,7 +84,9 @@ def test_a_class_is_cut_to_its_most_confident_detections():
 def test_the_published_score_can_be_chosen():
     behind = {"class": "ring", "count": 1, "position": ["left of", 0]}
     record = {"include": [{"class": "ring", "count": 1}, behind]}  # a ring is not left of itself
-    scores = {s: float(geneval(score=s).score(pictures(1), prompts(record, 1)).scores[0]) for s in ("soft", "soft_published")}
+    scores = {
+        s: float(geneval(score=s).score(pictures(1), prompts(record, 1)).scores[0]) for s in ("soft", "soft_published")
+    }
     assert scores == {"soft": pytest.approx(2 / 3), "soft_published": pytest.approx(3 / 4)}
 
 
@@ -89,7 +94,7 @@ def test_the_published_score_can_be_chosen():
 def test_a_prompt_without_include_is_invalid_and_says_so(record: dict):
     output = geneval().score(pictures(1, 1), [Prompt(0, "hello", record), Prompt(1, "three rings", THREE)])
     assert output.valid.tolist() == [False, True] and np.isnan(output.scores[0])
-    assert 'prompt \'hello\' has no "include"' in output.details[0]["error"]
+    assert "prompt 'hello' has no \"include\"" in output.details[0]["error"]
 
 
 def test_a_malformed_record_is_invalid_and_says_where():

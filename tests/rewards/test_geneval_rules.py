@@ -10,7 +10,9 @@ from stage_ray.rewards.detection import Detection
 from stage_ray.rewards.geneval_rules import Objects, relations, requirements, soft_score, strict_verdict
 
 
-def thing(label: str, x: float = 10.0, y: float = 10.0, color: str | None = "red", confidence: float = 0.95) -> Detection:
+def thing(
+    label: str, x: float = 10.0, y: float = 10.0, color: str | None = "red", confidence: float = 0.95
+) -> Detection:
     """A 10 x 10 box centred on (x, y)."""
     return Detection(label, confidence, (x - 5, y - 5, x + 5, y + 5), color, 1.0)
 
@@ -137,7 +139,9 @@ def test_the_published_soft_score_pays_for_a_wrong_position_and_the_mended_one_d
 
 def test_a_missing_target_costs_the_same_in_both_soft_scores():
     for published in (False, True):
-        assert soft(RING_LEFT_OF_CROSS, LEFT, published=published) == pytest.approx(1 / 3)  # cross 0, ring 1, position 0
+        assert soft(RING_LEFT_OF_CROSS, LEFT, published=published) == pytest.approx(
+            1 / 3
+        )  # cross 0, ring 1, position 0
 
 
 def test_a_position_is_not_judged_for_objects_of_the_wrong_color():

@@ -47,6 +47,10 @@ def test_a_dotted_path_builds_a_users_own_scorer_with_its_options():
     assert build("my_scorers.Constant", name="mine", value=1)[0] == "mine"
 
 
+def test_a_number_that_yaml_reads_as_text_reaches_the_scorer_as_a_number():
+    assert build("my_scorers.Constant", value="1e-3")[1].value == 0.001
+
+
 @pytest.mark.parametrize(
     ("type_", "options", "complaint"),
     [
@@ -56,7 +60,11 @@ def test_a_dotted_path_builds_a_users_own_scorer_with_its_options():
         ("my_scorers.Nothing", {}, "has no 'Nothing'"),
         ("my_scorers.Mute", {}, "method score"),
         ("my_scorers.Constant", {}, "rewards.0.options.value is missing"),
-        ("my_scorers.Constant", {"value": 1, "valeu": 2}, "valeu is no option.*did you mean 'value'.*allowed: value, name"),
+        (
+            "my_scorers.Constant",
+            {"value": 1, "valeu": 2},
+            "valeu is no option.*did you mean 'value'.*allowed: value, name",
+        ),
         ("my_scorers.Constant", {"value": "high"}, "rewards.0.options.value = 'high'"),
         ("my_scorers.Constant", {"value": 101}, "rewards.0.options of my_scorers.Constant: value is too large"),
         ("geneval", {"detector": "x.Y", "threshold": 1.5}, "threshold = 1.5: .*less than or equal to 1"),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,11 +23,6 @@ console = Console(width=120)
 def device() -> torch.device:
     """CUDA where there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def compiled(module: nn.Module, enabled: bool = True) -> Callable[..., torch.Tensor]:
-    """`torch.compile` where a C++ compiler makes that possible. The weights stay those of `module`."""
-    return torch.compile(module) if enabled and shutil.which("g++") else module
 
 
 def save_atomically(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:

@@ -31,7 +31,8 @@ IMAGE_TOKENS = 64
 BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
 BOI, EOI, IMAGE = "<begin_of_image>", "<end_of_image>", "<image_placeholder>"
 USER, ASSISTANT, UNKNOWN = "<|User|>", "<|Assistant|>", "<unk>"
-SPECIAL = (PAD, BOS, EOS, BOI, EOI, IMAGE, USER, ASSISTANT, UNKNOWN)
+# EOS must not get id 2: transformers' CLIP takes an `eos_token_id` of 2 for a sign of a broken old config.
+SPECIAL = (PAD, BOS, BOI, EOI, IMAGE, EOS, USER, ASSISTANT, UNKNOWN)
 
 # Janus-Pro's own template.
 CHAT_TEMPLATE = (
@@ -59,10 +60,11 @@ def words() -> list[str]:
     return list(dict.fromkeys([":", "a", "an", "photo", "of", "and", *NUMBERS.values(), *kinds, *COLORS, *relations]))
 
 
-def text_tokenizer(**special: str) -> PreTrainedTokenizerFast:
+def text_tokenizer(append_eos: bool = False, **special: str) -> PreTrainedTokenizerFast:
     """A word-level tokenizer of the grammar: lower-cased, split at white space and punctuation, unknown words `<unk>`.
 
-    `special` names further special tokens (Janus wants `image_token`, `boi_token`, `eoi_token`)."""
+    `append_eos` ends every text in EOS, whose state CLIP reads. `special` names further special tokens (Janus wants
+    `image_token`, `boi_token`, `eoi_token`)."""
     vocabulary = {word: index for index, word in enumerate((*SPECIAL, *words()))}
     if len(vocabulary) > VOCABULARY:
         raise ValueError(f"{len(vocabulary)} words do not fit {VOCABULARY} embedding rows")
@@ -73,7 +75,8 @@ def text_tokenizer(**special: str) -> PreTrainedTokenizerFast:
     )
     tokenizer.add_special_tokens(list(SPECIAL))
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A", special_tokens=[(BOS, vocabulary[BOS])]
+        single=f"{BOS} $A {EOS}" if append_eos else f"{BOS} $A",
+        special_tokens=[(BOS, vocabulary[BOS]), (EOS, vocabulary[EOS])],
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -81,7 +84,7 @@ def text_tokenizer(**special: str) -> PreTrainedTokenizerFast:
         eos_token=EOS,
         pad_token=PAD,
         unk_token=UNKNOWN,
-        padding_side="left",
+        padding_side="right" if append_eos else "left",
         model_max_length=128,
         **({"extra_special_tokens": special} if special else {}),
     )
@@ -157,12 +160,16 @@ def save_janus(model: JanusForConditionalGeneration, processor: JanusProcessor, 
     half.to(torch.bfloat16).save_pretrained(path)
 
 
+def chat(processor: JanusProcessor, prompt: str) -> str:
+    """The prompt in Janus' chat template: what `processor(text=[...], generation_mode="image")` wants to see."""
+    message = [{"role": "user", "content": [{"type": "text", "text": prompt}]}]
+    return str(processor.apply_chat_template(message, add_generation_prompt=True))
+
+
 def prompt_ids(processor: JanusProcessor, prompt: str) -> list[int]:
     """The conditional token ids of one prompt, exactly as `processor(text=[chat], generation_mode="image")` gives them:
     `BOS <|User|> : a photo of ... <|Assistant|> : BOI`. No padding; training and sampling both start from these."""
-    message = [{"role": "user", "content": [{"type": "text", "text": prompt}]}]
-    chat = processor.apply_chat_template(message, add_generation_prompt=True)
-    return processor(text=[chat], generation_mode="image")["input_ids"][0].tolist()
+    return list(processor(text=[chat(processor, prompt)], generation_mode="image")["input_ids"][0].tolist())
 
 
 def unconditional_ids(processor: JanusProcessor, ids: list[int]) -> list[int]:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import JanusVQVAE, JanusVQVAEConfig
 
-from stage_ray.world.pretrain.loop import Budget, TrainingRun, compiled, device, save_atomically
+from stage_ray.world.pretrain.loop import Budget, TrainingRun, device, save_atomically
 from stage_ray.world.render import render_with_masks
 from stage_ray.world.scene import random_scene
 
@@ -64,11 +64,9 @@ def _batch(rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
 class Quantized(nn.Module):
     """`JanusVQVAE` with the unit-length quantiser it was designed for."""
 
-    def __init__(self, model: JanusVQVAE, compile_halves: bool) -> None:
+    def __init__(self, model: JanusVQVAE) -> None:
         super().__init__()
         self.model = model
-        # In a list, so that the compiled views are not counted as modules (their weights are the model's).
-        self._halves = [compiled(model.encoder, compile_halves), compiled(model.decoder, compile_halves)]
 
     def forward(
         self, pixels: torch.Tensor, quantise: bool = True
@@ -76,7 +74,7 @@ class Quantized(nn.Module):
         """Pictures [B, 3, 64, 64] to reconstructions, the quantiser's loss, code ids [B * 64] and unit-length encoder
         outputs [B * 64, 8]. Without `quantise` the decoder sees the encoder's outputs themselves."""
         with torch.autocast(pixels.device.type, torch.bfloat16):
-            latent = self.model.quant_conv(self._halves[0](pixels))
+            latent = self.model.quant_conv(self.model.encoder(pixels))
         with torch.autocast(pixels.device.type, enabled=False):
             grid = F.normalize(latent.float(), dim=1)  # [B, 8, 8, 8]
             outputs = grid.permute(0, 2, 3, 1).reshape(-1, grid.shape[1])
@@ -87,7 +85,7 @@ class Quantized(nn.Module):
             commitment = (chosen.detach() - grid).square().mean()
             straight_through = grid + (chosen - grid).detach() if quantise else grid
         with torch.autocast(pixels.device.type, torch.bfloat16):
-            decoded = self._halves[1](self.model.post_quant_conv(straight_through))
+            decoded = self.model.decoder(self.model.post_quant_conv(straight_through))
         quantiser_loss = code_loss + COMMITMENT * commitment if quantise else code_loss
         return decoded.float(), quantiser_loss, ids, outputs.detach()
 
@@ -122,13 +120,14 @@ class CodeUsage:
         return len(unused)
 
 
-def train_tokenizer(work: Path, budget: Budget, seed: int = 0, compile_halves: bool = True) -> JanusVQVAE:
+def train_tokenizer(work: Path, budget: Budget, seed: int = 0) -> JanusVQVAE:
     """Trains (or resumes) the tokenizer and returns it; writes `work/tokenizer.safetensors` (float32, unit codes)."""
     torch.manual_seed(seed)
     model = JanusVQVAE(vq_config(width=192)).to(device()).train()
     with torch.no_grad():
         model.quantize.embedding.weight.copy_(F.normalize(torch.randn_like(model.quantize.embedding.weight), dim=1))
-    quantized = Quantized(model, compile_halves)
+    _spread_latents(model, _batch(np.random.default_rng([seed, 2**31]))[0])
+    quantized = Quantized(model)
     run = TrainingRun(work / "tokenizer-training.safetensors", quantized, PEAK_LR, budget)
     run.on_checkpoint = lambda: save_atomically(exported_weights(model), work / "tokenizer.safetensors")
     usage, generator = CodeUsage(model.quantize.embedding.weight), torch.Generator().manual_seed(seed)
@@ -149,6 +148,18 @@ def train_tokenizer(work: Path, budget: Budget, seed: int = 0, compile_halves: b
             loss=reconstruction.item(), l1=error.abs().mean().item(), quantiser=quantiser_loss.item(), dead=restarted
         )
     return model.eval()
+
+
+@torch.no_grad()
+def _spread_latents(model: JanusVQVAE, pixels: torch.Tensor) -> None:
+    """Shifts and scales the untrained `quant_conv` so that its outputs have mean 0 and variance 1 in every dimension.
+
+    Without this all latents point nearly the same way: unit length then leaves the decoder next to nothing to read.
+    """
+    outputs = model.quant_conv(model.encoder(pixels))  # [B, 8, 8, 8]
+    mean, std = outputs.mean(dim=(0, 2, 3)), outputs.std(dim=(0, 2, 3))
+    model.quant_conv.weight.div_(std[:, None, None, None])
+    model.quant_conv.bias.sub_(mean).div_(std)
 
 
 def exported_weights(model: JanusVQVAE) -> dict[str, torch.Tensor]:
