@@ -1,4 +1,4 @@
-"""Named alarms for what fails silently in RL (DESIGN promise 9): pure functions of one step's metrics."""
+"""Named alarms for what fails silently in RL (promise 9): pure functions of one step's metrics."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or absent (DESIGN promise 7).
+"""Checkpoints that are whole or absent (promise 7).
 
 ``step-000050/`` appears by one rename, after every file in it and a manifest with their SHA-256 are on disk. Whatever
 a crash leaves behind has another name and is swept by the next save. Loading verifies; older checkpoints go only once

@@ -33,6 +33,7 @@ ModelArgument = Annotated[
     ),
 ]
 EngineOption = Annotated[Literal["vllm", "torch"] | None, typer.Option(help="What draws; vllm where it is installed")]
+PretrainStage = Literal["prompts", "tokenizer", "language-model", "detector", "clip", "cards"]
 GuidanceOption = Annotated[float, typer.Option(help="Classifier-free guidance scale; 1 is off", min=1.0)]
 SeedOption = Annotated[int, typer.Option(help="Fixes every image", min=0)]
 
@@ -151,23 +152,24 @@ def generate(
         progress.note(f"contact sheet: {sheet}")
 
 
-@app.command()
+@app.command(no_args_is_help=True)
 def pretrain(
-    out: Annotated[Path, typer.Option(help="Directory for the checkpoints and prompt files")],
-    stage: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="Build only this part; may be repeated")
+    out: Annotated[Path, typer.Option(help="Directory of the results; a run that was cut off goes on in it")],
+    stages: Annotated[
+        list[PretrainStage] | None, typer.Option("--stage", help="Run only this stage; may be repeated")
     ] = None,
+    seed: Annotated[int, typer.Option(help="Fixes the pictures and the weights at the start", min=0)] = 0,
     smoke: Annotated[
-        bool, typer.Option("--smoke", help="A minute-long run that shows it works; the models are useless")
+        bool, typer.Option("--smoke", help="A few steps of each stage, to see that it works; the models are useless")
     ] = False,
 ) -> None:
-    """Rebuild the small models that ship with the package: tokenizer, policy, detector, CLIP.
+    """Rebuild what ships with the package: prompts, tokenizer, policy, detector, CLIP. About 75 minutes on two cores.
 
-    Example: stage-ray pretrain --out my_assets --smoke
+    Example: stage-ray pretrain --out world --smoke
     """
     from stage_ray.world.pretrain import pretrain as pretrain_world
 
-    pretrain_world(out, stages=stage, smoke=smoke)
+    pretrain_world(out, stages=stages, seed=seed, smoke=smoke)
 
 
 @app.command(no_args_is_help=True)

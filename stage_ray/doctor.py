@@ -71,7 +71,9 @@ def examine(console: Console | None = None) -> bool:
 def _python() -> Iterable[Finding]:
     version = platform.python_version()
     locked = sys.version_info[:2] <= (3, 13)
-    yield Finding("Python", "ok" if locked else "note", version, "" if locked else "the CPU lock is for Python 3.11 to 3.13")
+    yield Finding(
+        "Python", "ok" if locked else "note", version, "" if locked else "the CPU lock is for Python 3.11 to 3.13"
+    )
 
 
 def _libraries() -> Iterable[Finding]:
@@ -126,7 +128,9 @@ def _processor() -> Iterable[Finding]:
         yield Finding("CPU", "ok", found)
     gpus = gpu_names()
     if gpus and "+cpu" in (package_version("torch") or ""):
-        yield Finding("GPU", "note", f"{', '.join(gpus)}, but torch is a CPU build", "run: make clean install VARIANT=gpu")
+        yield Finding(
+            "GPU", "note", f"{', '.join(gpus)}, but torch is a CPU build", "run: make clean install VARIANT=gpu"
+        )
     else:
         yield Finding("GPU", "ok", ", ".join(gpus) or "none; the default job needs none")
 
@@ -168,7 +172,7 @@ def _model(name: str) -> Finding:
         from stage_ray.config import PolicyConfig
         from stage_ray.policies import load_policy
 
-        policy = load_policy(PolicyConfig(path=str(path)), device=torch.device("cpu"))  # type: ignore[call-arg]
+        policy = load_policy(PolicyConfig(path=str(path)), device=torch.device("cpu"))
     except (ConfigError, ImportError) as error:
         return Finding(
             "shipped model", "missing", str(error), "check the repository out again, or run: stage-ray pretrain"

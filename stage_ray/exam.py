@@ -47,7 +47,9 @@ class Exam:
         temporary.write_text(json.dumps({**result.to_json(), "policy_version": policy_version}, indent=1), encoding="utf-8")
         temporary.replace(path)
         await self._picture(self._dir / "evaluation" / f"{name}.png")
-        self._progress.note(f"evaluation {name}: held-out GenEval {result.overall:.3f}")
+        shown = {"GenEval": result.overall} | {scorer: mean for scorer, mean in result.scores.items()}
+        told = ", ".join(f"{scorer} {mean:.3f}" for scorer, mean in shown.items() if mean is not None)
+        self._progress.note(f"evaluation {name}: held-out {told}")
         return result.overall
 
     async def sample(self, step: int) -> None:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import transformers
 from PIL import Image
 
 from stage_ray.config import PolicyConfig, RolloutConfig
@@ -121,6 +122,7 @@ def generate_images(
 @contextmanager
 def _engine(model: str, name: str | None, guidance: float, progress: Progress) -> Iterator[ImageEngine]:
     """The engine of a model in this process, vLLM where it is installed unless another is named; closed at the end."""
+    transformers.utils.logging.disable_progress_bar()
     name = name or ("vllm" if importlib.util.find_spec("vllm") else "torch")
     rollout = RolloutConfig.model_validate({"engine": name, "guidance_scale": guidance, "cpus": usable_cpus()})
     policy = PolicyConfig.model_validate({"path": model})

@@ -38,12 +38,14 @@ def contact_sheet(images: np.ndarray, captions: Sequence[str], good: Sequence[bo
     scale = max(1, math.ceil(TILE / max(images.shape[1:3])))
     width, height = images.shape[2] * scale, images.shape[1] * scale
     line = FONT_SIZE + 4
-    cell = (width + 2 * BORDER + MARGIN, height + 2 * BORDER + MARGIN + (CAPTION_LINES + 1) * line)
+    wrapped = [_wrap(caption, font, width + 2 * BORDER) for caption in captions]
+    lines = max(map(len, wrapped)) + any(verdict is not None for verdict in good)
+    cell = (width + 2 * BORDER + MARGIN, height + 2 * BORDER + MARGIN + lines * line + 6)
     columns = _columns(len(images), cell)
     rows = math.ceil(len(images) / columns)
     sheet = Image.new("RGB", (columns * cell[0] + MARGIN, rows * cell[1] + MARGIN), BACKGROUND)
     draw = ImageDraw.Draw(sheet)
-    for index, (image, caption, verdict) in enumerate(zip(images, captions, good, strict=True)):
+    for index, (image, caption, verdict) in enumerate(zip(images, wrapped, good, strict=True)):
         x, y = MARGIN + index % columns * cell[0], MARGIN + index // columns * cell[1]
         color, word = VERDICTS[None if verdict is None else bool(verdict)]
         draw.rectangle((x, y, x + width + 2 * BORDER - 1, y + height + 2 * BORDER - 1), fill=color)
@@ -53,7 +55,7 @@ def contact_sheet(images: np.ndarray, captions: Sequence[str], good: Sequence[bo
         if word:
             draw.text((x, y), word, fill=color, font=font)
             y += line
-        for text in _wrap(caption, font, width + 2 * BORDER):
+        for text in caption:
             draw.text((x, y), text, fill=INK, font=font)
             y += line
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -70,7 +72,7 @@ def _columns(count: int, cell: tuple[int, int]) -> int:
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
     """Lines of a caption that fit a width in pixels, the last one ending in an ellipsis if there is more."""
-    letters = max(8, int(width / font.getlength("n")))
+    letters = max(8, int(width / font.getlength("i")))
     while True:
         lines = textwrap.wrap(text, letters, max_lines=CAPTION_LINES, placeholder=" …") or [""]
         if letters <= 8 or all(font.getlength(line) <= width for line in lines):

@@ -1,7 +1,7 @@
 """One policy version on its way from the learner to the engines: a manifest and a few byte chunks, whole or not at all.
 
 The learner packs once and hands the chunks to Ray; every engine unpacks the same bytes. Each tensor carries an xxh3-64
-checksum, so a chunk that is short, swapped or damaged is found before any weight is touched (DESIGN promise 6).
+checksum, so a chunk that is short, swapped or damaged is found before any weight is touched (promise 6).
 """
 
 from __future__ import annotations

@@ -19,7 +19,9 @@ PROMPTS = [
 ]
 
 
-def write_fake_run(run_dir: Path, steps: int = 60, planned: int = 60, examined: tuple[str, ...] = ("before", "after")) -> None:
+def write_fake_run(
+    run_dir: Path, steps: int = 60, planned: int = 60, examined: tuple[str, ...] = ("before", "after")
+) -> None:
     """``steps`` of ``planned`` updates, and the evaluations named in ``examined``."""
     run_dir.mkdir(parents=True)
     config = {"steps": planned, "seed": 20, "run_dir": str(run_dir), "evaluation": {"enabled": True}}
@@ -29,7 +31,9 @@ def write_fake_run(run_dir: Path, steps: int = 60, planned: int = 60, examined: 
     for step in range(1, steps + 1):
         recorder.step(step, metrics_of(step, noise))
         if step in (7, 8, 30):
-            recorder.alarm(step, "entropy_collapse", f"token entropy is 1.{step} nats, the reference's 3.1; <raise> beta")
+            recorder.alarm(
+                step, "entropy_collapse", f"token entropy is 1.{step} nats, the reference's 3.1; <raise> beta"
+            )
     recorder.close()
     (run_dir / "evaluation").mkdir()
     for name in examined:

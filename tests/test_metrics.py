@@ -68,7 +68,11 @@ def test_a_resumed_run_forgets_the_steps_it_will_train_again(tmp_path: Path) -> 
     again = Recorder(tmp_path, port=None, host="127.0.0.1", resume_step=2)
     again.step(3, {"kl": 9.0})
     again.close()
-    assert [(row["step"], row["kl"]) for row in read_steps(tmp_path / "metrics.jsonl")] == [(1, 0.1), (2, 0.2), (3, 9.0)]
+    assert [(row["step"], row["kl"]) for row in read_steps(tmp_path / "metrics.jsonl")] == [
+        (1, 0.1),
+        (2, 0.2),
+        (3, 9.0),
+    ]
     assert [row["step"] for row in read_steps(tmp_path / "alarms.jsonl")] == [1, 2]
 
 

@@ -21,9 +21,9 @@ def test_frames_tell_the_verdict_and_pixels_are_those_of_the_image(tmp_path: Pat
         assert shown.count(VERDICTS[verdict][0]) == 2 * BORDER
 
 
-def test_a_long_caption_is_cut_and_leaves_the_grid_as_it_is(tmp_path: Path) -> None:
+def test_a_long_caption_is_cut_after_three_lines(tmp_path: Path) -> None:
     images = np.zeros((4, 16, 16, 3), np.uint8)
-    contact_sheet(images, ["short"] * 4, [None] * 4, tmp_path / "short.png")
+    contact_sheet(images, ["three short lines " * 3] * 4, [None] * 4, tmp_path / "short.png")
     contact_sheet(images, ["word " * 100, "x" * 300, "", "…"], [None] * 4, tmp_path / "long.png")
     with Image.open(tmp_path / "short.png") as short, Image.open(tmp_path / "long.png") as long:
         assert short.size == long.size

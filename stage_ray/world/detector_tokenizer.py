@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import JanusForConditionalGeneration
+from transformers import JanusForConditionalGeneration, JanusVQVAE
 
 BATCH_IMAGES = 64
 
@@ -15,10 +15,15 @@ BATCH_IMAGES = 64
 class TokenizerView:
     """The VQ tokenizer of a Janus checkpoint, as a function from pictures to pictures. Runs on the CPU."""
 
-    def __init__(self, directory: Path) -> None:
-        """Load the tokenizer from a checkpoint directory that transformers wrote."""
+    def __init__(self, model: JanusVQVAE) -> None:
+        """Look through this tokenizer; it is put into evaluation mode and computes in float32."""
+        self._model = model.float().eval()
+
+    @classmethod
+    def load(cls, directory: Path) -> TokenizerView:
+        """The tokenizer of a checkpoint directory that transformers wrote."""
         janus = JanusForConditionalGeneration.from_pretrained(directory, local_files_only=True)
-        self._model = janus.model.vqmodel.float().eval()  # shipped in bfloat16
+        return cls(janus.model.vqmodel)
 
     @torch.inference_mode()
     def encode(self, images: np.ndarray) -> Tensor:

@@ -49,7 +49,7 @@ def train(
         progress: called with (steps done, steps in all).
     """
     torch.manual_seed(seed)
-    view = None if tokenizer_dir is None else TokenizerView(tokenizer_dir)
+    view = None if tokenizer_dir is None else TokenizerView.load(tokenizer_dir)
     crops, labels = _dataset(np.random.default_rng(seed), view)
     # Gentler than 1 / frequency: "none" has the most crops, and it is also the most varied class.
     frequency = torch.bincount(labels, minlength=len(CLASSES)).float() / len(labels)

@@ -139,8 +139,7 @@ def mentions_held_out(record: Record) -> bool:
     if len(kinds) == 2 and frozenset(kinds) in held.shape_pairs:
         return True
     return any(
-        "position" in wanted
-        and (wanted["class"], wanted["position"][0], kinds[wanted["position"][1]]) in held.triples
+        "position" in wanted and (wanted["class"], wanted["position"][0], kinds[wanted["position"][1]]) in held.triples
         for wanted in include
     )
 
@@ -198,9 +197,7 @@ def sample_record(rng: np.random.Generator, task_weights: dict[str, float], spli
     return records[int(rng.integers(len(records)))]
 
 
-def relation_margin(
-    a: tuple[float, float, float, float], b: tuple[float, float, float, float], relation: str
-) -> float:
+def relation_margin(a: tuple[float, float, float, float], b: tuple[float, float, float, float], relation: str) -> float:
     """How clearly box `a` stands in `relation` to box `b` (x0, y0, x1, y1, pixels) by GenEval's rule: it holds when the
     margin is above 0.5. The rule shrinks the centres' offset by a tenth of both boxes' sides, then normalises it."""
     box_a, box_b = np.asarray(a).reshape(2, 2), np.asarray(b).reshape(2, 2)
@@ -232,7 +229,7 @@ def sample_scene(record: Record, rng: np.random.Generator, *, avoid_held_out: bo
             relation = (index, item["position"][0], item["position"][1])
     low, high = SIZES_BY_COUNT[len(wanted)]
     while True:
-        places = place_squares(rng.uniform(low, high, size=len(wanted)), rng)
+        places = place_squares(rng.uniform(low, high, size=len(wanted)).tolist(), rng)
         shapes = tuple(Shape(*look, *place) for look, place in zip(wanted, places, strict=True))
         if relation is None:
             break

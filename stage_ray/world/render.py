@@ -41,7 +41,7 @@ def _coverage(shape: Shape) -> np.ndarray:
 
 
 def render_masks(scene: Scene) -> np.ndarray:
-    """Exact coverage of each object: float32 [n, 64, 64] in 0..1, in the order of `scene.shapes` (antialiased edges)."""
+    """Exact coverage of each object: float32 [n, 64, 64] in 0..1, in the order of `scene.shapes`."""
     masks = np.zeros((len(scene.shapes), IMAGE_SIZE, IMAGE_SIZE), np.float32)
     for mask, shape in zip(masks, scene.shapes, strict=True):
         mask[:] = _coverage(shape)

@@ -113,7 +113,7 @@ def random_scene(rng: np.random.Generator, max_shapes: int = 4) -> Scene:
     count = int(rng.integers(1, max_shapes + 1))
     low, high = SIZES_BY_COUNT[count]
     kinds, colors = rng.choice(SHAPES, size=count), rng.choice(list(COLORS), size=count)
-    places = place_squares(rng.uniform(low, high, size=count), rng)
+    places = place_squares(rng.uniform(low, high, size=count).tolist(), rng)
     shapes = tuple(
         Shape(str(kind), str(color), *place) for kind, color, place in zip(kinds, colors, places, strict=True)
     )

@@ -26,7 +26,7 @@ def detector() -> ShapeDetector:
 
 @cache
 def tokenizer() -> TokenizerView:
-    return TokenizerView(resolve_path(JANUS))
+    return TokenizerView.load(resolve_path(JANUS))
 
 
 def looks(*shapes: Shape, background: str = "white") -> list[tuple[str, str | None]]:

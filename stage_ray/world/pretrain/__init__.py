@@ -1,7 +1,7 @@
 """Builds everything ShapeWorld ships, from nothing but this package: about 75 minutes on two cores.
 
-`stage-ray pretrain --out DIR` or `python -m stage_ray.world.pretrain --out DIR`. Each stage can be run alone and goes on
-where it stopped; what it works on lies in `DIR/work`, what ships in `DIR/{prompts,janus,detector,clip}`.
+`stage-ray pretrain --out DIR` or `python -m stage_ray.world.pretrain --out DIR`. Each stage can be run alone and goes
+on where it stopped; what it works on lies in `DIR/work`, what ships in `DIR/{prompts,janus,detector,clip}`.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ STAGES = ("prompts", "tokenizer", "language-model", "detector", "clip", "cards")
 # Steps, or minutes of wall clock if those pass first.
 BUDGETS = {
     "tokenizer": Budget(steps=6500, seconds=24 * 60),
-    "language-model": Budget(steps=3000, seconds=22 * 60),
-    "clip": Budget(steps=1500, seconds=6 * 60),
+    "language-model": Budget(steps=4000, seconds=17 * 60),
+    "clip": Budget(steps=1200, seconds=5.5 * 60),
 }
-PICTURES = 28_000  # captioned scenes that the language model sees
+PICTURES = 24_000  # captioned scenes that the language model sees
 SMOKE_STEPS, SMOKE_PICTURES = 3, 64
 
 

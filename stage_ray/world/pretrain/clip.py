@@ -13,8 +13,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTextConfig, CLIPVisionConfig
-from transformers import PreTrainedTokenizerFast
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPVisionConfig,
+    PreTrainedTokenizerFast,
+)
 
 from stage_ray.world.grammar import Split, sample_record, sample_scene
 from stage_ray.world.pretrain.language_model import TASK_WEIGHTS

@@ -18,9 +18,9 @@ from stage_ray.world.pretrain.policy_files import janus_processor, save_janus
 
 JANUS_CARD = """# ShapeWorld Janus
 
-A {size:.1f} MB image model with the architecture and file layout of Janus-Pro: a language model of 2.9 M parameters writes
-64 tokens, a `JanusVQVAE` of 1.15 M decodes them to a 64x64 picture. `JanusForConditionalGeneration.from_pretrained` loads
-it, `JanusProcessor` prepares its prompts ("a photo of a red ring and a blue square"), guidance about 3 suits it.
+A {size:.1f} MB image model with the architecture and file layout of Janus-Pro: a language model of 2.7 M parameters
+writes 64 tokens, a `JanusVQVAE` of 1.15 M decodes them to a 64x64 picture. `JanusForConditionalGeneration` loads it,
+`JanusProcessor` prepares its prompts ("a photo of a red ring and a blue square"), guidance about 3 suits it.
 
 Made by `stage-ray pretrain` from rendered scenes alone; no outside data. The vision tower exists so that transformers
 loads the model; it is untrained, and so is everything that reads pictures into text.
@@ -30,8 +30,8 @@ loads the model; it is untrained, and so is everything that reads pictures into 
 | tokenizer | {tokenizer} |
 | language model | {language_model} |
 
-Tokenizer: mean absolute error {error_all:.1f} of 255 over all pixels, {error_objects:.1f} on objects; {codes_used:.0f} of 512
-codes in use over 256 pictures.
+Tokenizer: mean absolute error {error_all:.1f} of 255 over all pixels, {error_objects:.1f} on objects; {codes_used:.0f}
+of 512 codes in use over 256 pictures.
 {geneval}
 Known weaknesses: small objects lose their corners, paper tints drift, outlines of sampled shapes wobble; words outside
 the grammar of `stage_ray.world.grammar` are unknown to it.
@@ -39,13 +39,13 @@ the grammar of `stage_ray.world.grammar` are unknown to it.
 
 CLIP_CARD = """# ShapeWorld CLIP
 
-A `CLIPModel` of {parameters:.2f} M parameters for 64x64 ShapeWorld pictures and captions: a *learned* reward, and so one
-that a policy can learn to please without drawing what was asked.
+A `CLIPModel` of {parameters:.2f} M parameters for 64x64 ShapeWorld pictures and captions: a *learned* reward, and so
+one that a policy can learn to please without drawing what was asked.
 
 Made by `stage-ray pretrain` on training-split captions and fresh renders: {clip}.
 
-Finds a picture's caption among 64: {heldout:.1%} on held-out compositions, {train:.1%} on training compositions (chance 1.6%;
-captions that are true of several pictures keep both below 100%). It has seen clean renders only.
+Finds a picture's caption among 64: {heldout:.1%} on held-out compositions, {train:.1%} on training compositions
+(chance 1.6%; captions that are true of several pictures keep both below 100%). It has seen clean renders only.
 """
 
 
@@ -58,7 +58,7 @@ def write_prompts(out: Path) -> None:
 
 
 def export_janus(out: Path, work: Path) -> None:
-    """Writes `janus/` from the working files: the trained policy, or an untrained one while only the tokenizer exists."""
+    """Writes `janus/` from the working files; the policy in it is untrained while only the tokenizer is trained."""
     processor = janus_processor()
     trained = (work / "policy.safetensors").exists()
     policy = load_policy(work, processor) if trained else initial_policy(work, processor)

@@ -24,8 +24,8 @@ from stage_ray.world.pretrain.policy_files import new_policy, prompt_ids, uncond
 from stage_ray.world.pretrain.tokenizer import encode_images, load_tokenizer
 from stage_ray.world.render import render
 
-BATCH = 64
-PEAK_LR = 2e-3
+BATCH = 32
+PEAK_LR = 1.5e-3
 PROMPT_DROPOUT = 0.1
 TASK_WEIGHTS = {
     "single_object": 0.08,
@@ -41,7 +41,7 @@ TASK_WEIGHTS = {
 class Corpus:
     """Captions and their pictures' tokens.
 
-    `prompts`: every distinct caption's text; `captions` int32 [K]: index into `prompts`; `tokens` int16 [K, 64]: 0..511.
+    `prompts`: every distinct caption; `captions` int32 [K]: index into `prompts`; `tokens` int16 [K, 64]: 0..511.
     """
 
     prompts: list[str]
@@ -79,7 +79,7 @@ class NextImageToken(nn.Module):
     def forward(self, ids: torch.Tensor, lengths: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """Mean cross-entropy (nats per image token).
 
-        `ids` int64 [B, L]: prompts, padded on the right to L = longest prompt + 63; `lengths` int64 [B]: prompt lengths;
+        `ids` int64 [B, L]: prompts, padded on the right to L = longest + 63; `lengths` int64 [B]: prompt lengths;
         `tokens` int64 [B, 64]. Image token t sits at position length + t; causal attention never sees the padding after
         the last one, so no mask is needed.
         """
@@ -104,7 +104,9 @@ class PromptTable:
 
     def batch(self, captions: Sequence[int], dropped: Sequence[bool], tail: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Ids int64 [B, longest + tail] and lengths int64 [B]; `dropped` captions take their unconditional form."""
-        rows = [(self.unconditional if drop else self.conditional)[i] for i, drop in zip(captions, dropped, strict=True)]
+        rows = [
+            (self.unconditional if drop else self.conditional)[i] for i, drop in zip(captions, dropped, strict=True)
+        ]
         width = max(map(len, rows)) + tail
         ids = torch.tensor([row + [self.pad] * (width - len(row)) for row in rows])
         return ids, torch.tensor([len(row) for row in rows])
@@ -125,7 +127,9 @@ def train_language_model(
 ) -> JanusForConditionalGeneration:
     """Trains (or resumes) the policy on `pictures` captioned scenes; writes `work/policy.safetensors` (float32)."""
     corpus = build_corpus(work, pictures, seed)
-    console.print(f"corpus: {pictures} pictures, {len(corpus.prompts)} captions, {corpus.tokens.unique().numel()} codes")
+    console.print(
+        f"corpus: {pictures} pictures, {len(corpus.prompts)} captions, {corpus.tokens.unique().numel()} codes"
+    )
     table = PromptTable(processor, corpus.prompts)
     policy = initial_policy(work, processor, seed).to(device())
     model = NextImageToken(policy).train()
@@ -135,7 +139,9 @@ def train_language_model(
         rng = np.random.default_rng([seed, 2, step])
         chosen = rng.integers(pictures, size=BATCH)
         ids, lengths = table.batch(
-            corpus.captions[chosen].tolist(), (rng.random(BATCH) < PROMPT_DROPOUT).tolist(), tail=corpus.tokens.shape[1] - 1
+            corpus.captions[chosen].tolist(),
+            (rng.random(BATCH) < PROMPT_DROPOUT).tolist(),
+            tail=corpus.tokens.shape[1] - 1,
         )
         tokens = corpus.tokens[chosen].long().to(device())
         with torch.autocast(device().type, torch.bfloat16):

@@ -1,4 +1,4 @@
-"""The training loop that the stages share: one-cycle learning rate, time budget, progress bar, resumable checkpoints."""
+"""The training loop that the stages share: learning rate, time budget, progress bar, resumable checkpoints."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ class TrainingRun:
     def _resume(self) -> None:
         with safe_open(self.path, "pt") as file:
             progress = json.loads(file.metadata()["progress"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         self.step, self.elapsed_s, self.history = progress["step"], progress["elapsed_s"], progress["history"]
         self.module.load_state_dict({k.removeprefix("module."): v for k, v in tensors.items() if k[0] == "m"})
         state: dict[int, dict[str, torch.Tensor]] = {}

@@ -130,9 +130,7 @@ def janus_config(tokenizer: PreTrainedTokenizerFast) -> JanusConfig:
         depth=1,
         num_image_tokens=IMAGE_TOKENS,
     )
-    return JanusConfig(
-        text_config=text, vision_config=vision, vq_config=vq_config(WIDTH), image_token_id=ids(IMAGE)
-    )
+    return JanusConfig(text_config=text, vision_config=vision, vq_config=vq_config(WIDTH), image_token_id=ids(IMAGE))
 
 
 def new_policy(tokenizer: PreTrainedTokenizerFast) -> JanusForConditionalGeneration:

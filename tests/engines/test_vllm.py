@@ -1,0 +1,88 @@
+"""What is particular to the vLLM engine: pairs that must stay together, memory for a whole wave, agreement with torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from stage_ray.config import ConfigError, PolicyConfig, RolloutConfig
+from stage_ray.engines.sampling import SamplingRule
+from stage_ray.engines.torch import TorchEngine
+from stage_ray.engines.vllm.environment import vllm_environment
+from stage_ray.engines.vllm.export import flat_config
+from stage_ray.policies.janus_parts import JanusFiles
+from stage_ray.records import Prompt, RolloutRequest
+from tests.tiny import CODES, tiny_janus
+
+pytest.importorskip("vllm")
+
+
+def configs(directory: Path, **settings: object) -> tuple[PolicyConfig, RolloutConfig]:
+    chosen = {"dtype": "float32", "images_per_wave": 12, "guidance_scale": 2.0, "kv_cache_gib": 0.25}
+    return PolicyConfig.model_validate({"path": str(directory)}), RolloutConfig.model_validate(chosen | settings)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_janus(tmp_path_factory.mktemp("tiny") / "janus")
+
+
+def test_a_row_without_its_partner_stops_the_wave() -> None:
+    from stage_ray.engines.vllm.guidance import CONDITIONAL, UNCONDITIONAL, _lay_out, _Row
+
+    guided, cpu = SamplingRule(guidance_scale=2.0), torch.device("cpu")
+    rows = {
+        0: _Row(image=4, branch=UNCONDITIONAL, seed=1, rule=guided, output=[]),
+        1: _Row(image=3, branch=CONDITIONAL, seed=2, rule=guided, output=[]),
+        2: _Row(image=4, branch=CONDITIONAL, seed=1, rule=guided, output=[]),
+    }
+    with pytest.raises(RuntimeError, match="image 3: .* rollout.images_per_wave"):
+        _lay_out(rows, cpu)
+    del rows[1]
+    layout = _lay_out(rows, cpu)
+    assert layout.conditional.tolist() == [2] and layout.unconditional is not None
+    assert layout.unconditional.tolist() == [0] and layout.images.tolist() == [4]
+
+
+def test_the_exported_vocabulary_holds_image_ids_first(directory: Path) -> None:
+    config = JanusFiles.load(PolicyConfig.model_validate({"path": str(directory)})).config
+    flat = flat_config(config)
+    assert flat["vocab_size"] == CODES + config.text_config.vocab_size
+    assert flat["hidden_size"] == config.text_config.hidden_size and flat["model_type"] == "llama"
+
+
+def test_the_environment_keeps_vllm_in_its_process_and_within_its_cpus() -> None:
+    environment = vllm_environment(RolloutConfig.model_validate({"cpus": 2.5}))
+    assert environment["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
+    assert environment["OMP_NUM_THREADS"] == "2"
+
+
+@pytest.mark.slow
+def test_engines_draw_the_same_images_a_wave_that_does_not_fit_and_a_long_prompt_are_named(directory: Path) -> None:
+    """One start of vLLM for three statements: a start takes ten seconds."""
+    from stage_ray.engines.vllm.engine import VllmEngine
+
+    with pytest.raises(ConfigError, match="rollout.images_per_wave = 12 needs .* rollout.kv_cache_gib = 0.0002"):
+        VllmEngine(*configs(directory, kv_cache_gib=0.0002), worker="w")
+
+    engine = VllmEngine(*configs(directory), worker="vllm")
+    reference = TorchEngine(*configs(directory), worker="torch")
+    requests = [
+        RolloutRequest(i, Prompt(i, "a photo of a red circle"), tuple(range(8 * i, 8 * i + 8))) for i in range(6)
+    ]
+    pairs = list(zip(engine.generate(requests), reference.generate(requests), strict=True))
+    different = np.concatenate([(a.tokens != b.tokens).any(axis=1) for a, b in pairs])
+    assert different.mean() <= 0.05, f"{different.sum()} of {different.size} images differ"
+    same = ~different
+    delta = np.concatenate([np.abs(a.logprobs - b.logprobs) for a, b in pairs])[same]
+    assert delta.max() < 2e-3
+
+    with pytest.raises(ValueError, match="tokens, at most"):
+        engine.generate([RolloutRequest(0, Prompt(0, "circle " * 200), (1,))])
+    exported = Path(engine._directory.name)
+    assert exported.is_dir()
+    engine.close()
+    assert not exported.exists()
