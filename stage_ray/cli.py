@@ -7,6 +7,7 @@ stderr; anything else is a bug and shows its traceback.
 from __future__ import annotations
 
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -26,6 +27,18 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+
+class PretrainStage(StrEnum):
+    """The stages of ``pretrain``, named here because importing them takes seconds."""
+
+    prompts = "prompts"
+    tokenizer = "tokenizer"
+    language_model = "language-model"
+    detector = "detector"
+    clip = "clip"
+    cards = "cards"
+
+
 ModelArgument = Annotated[
     str,
     typer.Argument(
@@ -33,7 +46,6 @@ ModelArgument = Annotated[
     ),
 ]
 EngineOption = Annotated[Literal["vllm", "torch"] | None, typer.Option(help="What draws; vllm where it is installed")]
-PretrainStage = Literal["prompts", "tokenizer", "language-model", "detector", "clip", "cards"]
 GuidanceOption = Annotated[float, typer.Option(help="Classifier-free guidance scale; 1 is off", min=1.0)]
 SeedOption = Annotated[int, typer.Option(help="Fixes every image", min=0)]
 

@@ -50,7 +50,9 @@ class Cluster:
         self._rewards = [self._start_reward() for _ in range(run.scoring.workers)]
         options = {"num_cpus": run.learner.cpus, "num_gpus": run.learner.gpus}
         env = {"env_vars": _threads(run.learner.threads)}
-        self.learner = ray.remote(LearnerWorker).options(name=None, runtime_env=env, **options).remote(run, self._log("learner"))
+        self.learner = (
+            ray.remote(LearnerWorker).options(name=None, runtime_env=env, **options).remote(run, self._log("learner"))
+        )
 
     @classmethod
     @asynccontextmanager
@@ -97,7 +99,11 @@ class Cluster:
             receipts = await asyncio.wait_for(_value(receipts_ref), self.run.scoring.timeout_s)
         except (TimeoutError, RayActorError) as error:
             late = isinstance(error, TimeoutError)
-            why = f"no answer within {self.run.scoring.timeout_s:g} s" if late else f"a reward worker died ({_first_line(error)})"
+            why = (
+                f"no answer within {self.run.scoring.timeout_s:g} s"
+                if late
+                else f"a reward worker died ({_first_line(error)})"
+            )
             ray.kill(worker)
             worker = self._start_reward()
             return [(ScoreReceipt(group.group_id, ok=False, error=why), group) for group in groups]
@@ -223,7 +229,8 @@ def _check_memory(cluster: ClusterConfig) -> None:
     free_mb = psutil.virtual_memory().available // 2**20
     if cluster.object_store_mb > free_mb:
         raise RunError(
-            f"cluster.object_store_mb = {cluster.object_store_mb} is more than the {free_mb} MB of memory that are free; lower it"
+            f"cluster.object_store_mb = {cluster.object_store_mb} is more than the {free_mb} MB of memory "
+            "that are free; lower it"
         )
 
 

@@ -24,7 +24,9 @@ class Section(BaseModel):
 class PromptsConfig(Section):
     """Which prompts are trained on, and which are held out."""
 
-    train: str = Field(description="JSON Lines in GenEval's record format, or plain text, one prompt a line. A path, or package:MODULE/FILE")
+    train: str = Field(
+        description="JSON Lines in GenEval's format, or plain text, one prompt a line; or package:MODULE/FILE"
+    )
     heldout: str | None = Field(None, description="Prompts of the evaluation before and after; same formats")
     shuffle: bool = Field(True, description="A new order every epoch, fixed by the run's seed")
 
@@ -35,7 +37,8 @@ class PolicyConfig(Section):
     family: Literal["janus"] = Field("janus", description="Model family, a file in stage_ray/policies")
     path: str = Field(description="A Hugging Face directory, package:MODULE/DIR, or a hub id")
     template: Literal["official", "paper"] = Field(
-        "official", description='Chat roles: "<|User|>"/"<|Assistant|>" (official Janus-Pro) or "User"/"Assistant" (the paper\'s code)'
+        "official",
+        description='Chat roles: official is Janus-Pro\'s "<|User|>"/"<|Assistant|>", paper is "User"/"Assistant"',
     )
     trust_remote_code: bool = Field(False, description="Run code that comes with a checkpoint. Off unless you wrote it")
 
@@ -43,7 +46,9 @@ class PolicyConfig(Section):
 class RolloutConfig(Section):
     """How images are sampled."""
 
-    engine: Literal["vllm", "torch"] = Field("vllm", description="vllm: paged attention, tensor parallel; torch: static cache, best for tiny models")
+    engine: Literal["vllm", "torch"] = Field(
+        "vllm", description="vllm: paged attention, tensor parallel; torch: static cache, best for tiny models"
+    )
     workers: int = Field(1, ge=1, description="Rollout actors")
     group_size: int = Field(8, ge=2, description="G, images of one prompt")
     groups_per_step: int = Field(8, ge=1, description="N, groups (prompts) of one update")
@@ -52,10 +57,14 @@ class RolloutConfig(Section):
     top_k: int = Field(0, ge=0, description="Keep the k likeliest tokens; 0 is off")
     top_p: float = Field(1.0, gt=0.0, le=1.0, description="Keep the smallest set of tokens with this mass; 1 is off")
     images_per_wave: int = Field(64, ge=1, description="Images in flight at once on one worker")
-    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 where the hardware computes in it")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="auto: bfloat16 where the hardware computes in it"
+    )
     cpus: float = Field(1.0, gt=0, description="CPUs reserved for one worker")
     gpus: float = Field(0.0, ge=0, description="GPUs reserved for one worker")
-    threads: int | None = Field(None, ge=1, description="Threads of one worker; null: every core, since roles take turns in synchronous runs")
+    threads: int | None = Field(
+        None, ge=1, description="Threads of one worker; null: every core, since roles take turns in synchronous runs"
+    )
     kv_cache_gib: float = Field(1.0, gt=0, description="vLLM's key-value cache on a CPU, GiB")
     gpu_memory_utilization: float = Field(0.5, gt=0, le=1, description="vLLM's share of a GPU's memory")
     timeout_s: float = Field(600.0, gt=0, description="Seconds one wave may take")
@@ -109,20 +118,28 @@ class LearnerConfig(Section):
     weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradient norm is clipped to this")
     micro_batch_images: int = Field(32, ge=1, description="Images in one forward and backward pass")
-    autocast: Literal["auto", "off", "bfloat16"] = Field("auto", description="auto: bfloat16 where the hardware computes in it")
+    autocast: Literal["auto", "off", "bfloat16"] = Field(
+        "auto", description="auto: bfloat16 where the hardware computes in it"
+    )
     gradient_checkpointing: bool = Field(False, description="Recompute activations to save memory")
     max_mismatch: float | None = Field(
-        0.5, gt=0, description="Synchronous runs stop when mean |delta log p| between rollout and learner exceeds this; null is off"
+        0.5,
+        gt=0,
+        description="A synchronous run stops when mean |delta log p| of rollout and learner exceeds this; null is off",
     )
     cpus: float = Field(1.0, gt=0, description="CPUs reserved for the learner")
-    threads: int | None = Field(None, ge=1, description="Threads of the learner; null: every core, since roles take turns in synchronous runs")
+    threads: int | None = Field(
+        None, ge=1, description="Threads of the learner; null: every core, since roles take turns in synchronous runs"
+    )
     gpus: float = Field(0.0, ge=0, description="GPUs reserved for the learner")
 
 
 class PipelineConfig(Section):
     """How far generation may run ahead of training."""
 
-    max_staleness: Literal[0] = Field(0, description="Versions a group may lag behind the learner; 0 is synchronous training")
+    max_staleness: Literal[0] = Field(
+        0, description="Versions a group may lag behind the learner; 0 is synchronous training"
+    )
     order: Literal["strict"] = Field("strict", description="strict: groups train in the order they were admitted")
 
 
@@ -146,8 +163,15 @@ class EvaluationConfig(Section):
 class ClusterConfig(Section):
     """Where Ray runs."""
 
-    address: str | None = Field(None, description="null: a running cluster if this process is a Ray job, else one on this machine; auto or HOST:PORT attaches")
-    num_cpus: int | None = Field(None, ge=1, description="Logical CPUs of a local cluster; what the roles ask for if that is more than the machine has")
+    address: str | None = Field(
+        None,
+        description="null: as a Ray job the cluster it runs in, else a new local one; auto or HOST:PORT attaches",
+    )
+    num_cpus: int | None = Field(
+        None,
+        ge=1,
+        description="Logical CPUs of a local cluster; what the roles ask for if that is more than the machine has",
+    )
     object_store_mb: int = Field(512, ge=80, description="Object store of a local cluster, MB")
     dashboard: bool = Field(False, description="Ray's dashboard on a local cluster, on 127.0.0.1")
     metrics_port: int | None = Field(0, ge=0, le=65535, description="Prometheus port; 0 picks a free one, null is off")
@@ -163,15 +187,15 @@ class RunConfig(Section):
     run_dir: str = Field("runs/default", description="Everything the run writes")
     prompts: PromptsConfig
     policy: PolicyConfig
-    rollout: RolloutConfig = RolloutConfig()  # type: ignore[call-arg]
+    rollout: RolloutConfig = RolloutConfig()
     rewards: list[RewardConfig] = Field(min_length=1)
-    scoring: ScoringConfig = ScoringConfig()  # type: ignore[call-arg]
-    algorithm: AlgorithmConfig = AlgorithmConfig()  # type: ignore[call-arg]
-    learner: LearnerConfig = LearnerConfig()  # type: ignore[call-arg]
-    pipeline: PipelineConfig = PipelineConfig()  # type: ignore[call-arg]
-    checkpoint: CheckpointConfig = CheckpointConfig()  # type: ignore[call-arg]
-    evaluation: EvaluationConfig = EvaluationConfig()  # type: ignore[call-arg]
-    cluster: ClusterConfig = ClusterConfig()  # type: ignore[call-arg]
+    scoring: ScoringConfig = ScoringConfig()
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    learner: LearnerConfig = LearnerConfig()
+    pipeline: PipelineConfig = PipelineConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    cluster: ClusterConfig = ClusterConfig()
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
@@ -182,7 +206,9 @@ class RunConfig(Section):
         if all(reward.weight == 0 for reward in self.rewards):
             raise ValueError("rewards: every weight is 0, so nothing would be trained")
         if self.evaluation.enabled and self.prompts.heldout is None:
-            raise ValueError("evaluation.enabled is true but prompts.heldout is not set; set it, or evaluation.enabled=false")
+            raise ValueError(
+                "evaluation.enabled is true but prompts.heldout is not set; set it, or evaluation.enabled=false"
+            )
         return self
 
 
@@ -245,7 +271,9 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
 
 def _item(node: Any, part: str, key: str) -> Any:
     if not isinstance(node, list) or not part.isdigit() or int(part) >= len(node):
-        raise ConfigError(f"--set {key}: there is no {part!r} here; lists are indexed from 0, for example rewards.0.weight")
+        raise ConfigError(
+            f"--set {key}: there is no {part!r} here; lists are indexed from 0, for example rewards.0.weight"
+        )
     return node[int(part)]
 
 
@@ -255,7 +283,11 @@ def _explain(item: Any) -> str:
     if item["type"] == "extra_forbidden":
         names = _fields_at(location[:-1])
         near = difflib.get_close_matches(location[-1], names, n=1, cutoff=0.5)
-        mend = f"did you mean {'.'.join([*location[:-1], near[0]])!r}?" if near else f"known here: {', '.join(sorted(names))}"
+        mend = (
+            f"did you mean {'.'.join([*location[:-1], near[0]])!r}?"
+            if near
+            else f"known here: {', '.join(sorted(names))}"
+        )
         return f"unknown key {key!r}: {mend}"
     if item["type"] == "missing":
         return f"{key} is missing"

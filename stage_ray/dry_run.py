@@ -7,8 +7,7 @@ from pathlib import Path
 import yaml
 
 from stage_ray.config import RunConfig
-from stage_ray.errors import ConfigError
-from stage_ray.prompts import load_prompts
+from stage_ray.preflight import preflight
 from stage_ray.resources import model_location
 
 
@@ -18,16 +17,12 @@ def describe(run: RunConfig) -> str:
     Raises:
         ConfigError: the model directory or a prompt file is missing, incomplete or malformed.
     """
-    model = model_location(run.policy.path)
-    if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
-        raise ConfigError(f"policy.path: {model} has no config.json; give a Hugging Face model directory")
-    train = load_prompts(run.prompts.train)
-    heldout = load_prompts(run.prompts.heldout) if run.prompts.heldout else []
+    train, heldout = preflight(run)
     rollout, scoring, learner = run.rollout, run.scoring, run.learner
     images = rollout.groups_per_step * rollout.group_size
     plan = [
-        f"model: {model}",
-        f"prompts: {len(train)} to train on, {len(heldout)} held out",
+        f"model: {model_location(run.policy.path)}",
+        f"prompts: {len(train)} to train on, {len(heldout) if run.prompts.heldout else 0} held out",
         f"{run.steps} steps of {rollout.groups_per_step} groups x {rollout.group_size} images = {images} images a step",
         _role("rollout worker", rollout.workers, rollout.cpus, rollout.gpus) + f", engine {rollout.engine}",
         _role("reward worker", scoring.workers, scoring.cpus, scoring.gpus)

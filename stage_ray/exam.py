@@ -21,7 +21,9 @@ from stage_ray.samples import contact_sheet
 class Exam:
     """Every sitting has the same prompts and seeds, so its pictures can be laid side by side."""
 
-    def __init__(self, cluster: Cluster, run: RunConfig, prompts: Sequence[Prompt], run_dir: Path, progress: Progress) -> None:
+    def __init__(
+        self, cluster: Cluster, run: RunConfig, prompts: Sequence[Prompt], run_dir: Path, progress: Progress
+    ) -> None:
         self._cluster, self._run, self._prompts = cluster, run, list(prompts)
         self._dir, self._progress = run_dir, progress
         stride = max(1, len(self._prompts) // run.evaluation.sample_prompts)
@@ -44,7 +46,9 @@ class Exam:
         result = summarise(self._prompts, [verdicts for _, verdicts in scored])
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps({**result.to_json(), "policy_version": policy_version}, indent=1), encoding="utf-8")
+        temporary.write_text(
+            json.dumps({**result.to_json(), "policy_version": policy_version}, indent=1), encoding="utf-8"
+        )
         temporary.replace(path)
         await self._picture(self._dir / "evaluation" / f"{name}.png")
         shown = {"GenEval": result.overall} | {scorer: mean for scorer, mean in result.scores.items()}
@@ -64,7 +68,9 @@ class Exam:
         captions = [request.prompt.text for request in requests]
         contact_sheet(np.concatenate(pictures), captions, [_verdict(verdicts) for _, verdicts in scored], path)
 
-    async def _judge(self, requests: Sequence[RolloutRequest], advance: Callable[[int], object]) -> list[tuple[GroupRefs, ScoredGroup]]:
+    async def _judge(
+        self, requests: Sequence[RolloutRequest], advance: Callable[[int], object]
+    ) -> list[tuple[GroupRefs, ScoredGroup]]:
         """Generate in waves on all workers and score each wave; groups in the order of the requests."""
         groups_per_wave = max(1, self._run.rollout.images_per_wave // len(requests[0].seeds))
         waves = [requests[i : i + groups_per_wave] for i in range(0, len(requests), groups_per_wave)]

@@ -48,7 +48,9 @@ class Ledger:
         path.touch()
         if keep_bytes is not None:
             if path.stat().st_size < keep_bytes:
-                raise RunError(f"{path} is shorter than its checkpoint says ({path.stat().st_size} of {keep_bytes} bytes)")
+                raise RunError(
+                    f"{path} is shorter than its checkpoint says ({path.stat().st_size} of {keep_bytes} bytes)"
+                )
             with path.open("rb+") as file:
                 file.truncate(keep_bytes)
         for line in path.read_text(encoding="utf-8").splitlines():
@@ -56,7 +58,9 @@ class Ledger:
             self._advance(event["event"], event["group_id"])
         self._file = path.open("a", encoding="utf-8")
 
-    def note(self, event: Event, group_ids: Iterable[int], *, step: int, policy_version: int | None = None, why: str = "") -> None:
+    def note(
+        self, event: Event, group_ids: Iterable[int], *, step: int, policy_version: int | None = None, why: str = ""
+    ) -> None:
         """Append one event for each group.
 
         Raises:

@@ -42,7 +42,9 @@ def _record(path: Path, number: int, line: str) -> dict:
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path}, line {number}: not a JSON object ({error.msg})") from error
     if not isinstance(record, dict) or not isinstance(record.get("prompt"), str) or not record["prompt"].strip():
-        raise ConfigError(f'{path}, line {number}: needs a non-empty "prompt", for example {{"prompt": "a photo of a circle"}}')
+        raise ConfigError(
+            f'{path}, line {number}: needs a non-empty "prompt", for example {{"prompt": "a photo of a circle"}}'
+        )
     return record
 
 

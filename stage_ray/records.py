@@ -54,7 +54,7 @@ class RolloutGroup:
 
     Attributes:
         tokens: int32 [G, T], codebook ids 0..V-1.
-        logprobs: float32 [G, T], log p of each token under the *conditional* branch at temperature 1: what STAGE trains.
+        logprobs: float32 [G, T], log p of each token, *conditional* branch, temperature 1: what STAGE trains.
         guided_logprobs: float32 [G, T], log p of each token under the distribution it was really sampled from
             (guidance, temperature, top-k and top-p applied).
         entropy: float32 [G, T], entropy of the conditional branch at temperature 1.
@@ -63,7 +63,8 @@ class RolloutGroup:
 
     Example:
         >>> a = np.zeros((1, 2), np.float32)
-        >>> g = RolloutGroup(0, Prompt(0, "x"), (7,), a.astype(np.int32), a, a, a, np.zeros((1, 4, 4, 3), np.uint8), 5, "w0", 0.1)
+        >>> tokens, images = a.astype(np.int32), np.zeros((1, 4, 4, 3), np.uint8)
+        >>> g = RolloutGroup(0, Prompt(0, "x"), (7,), tokens, a, a, a, images, 5, "rollout-0", 0.1)
         >>> g.policy_version
         5
     """

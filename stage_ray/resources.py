@@ -53,7 +53,9 @@ def import_dotted(name: str, what: str) -> Any:
     """
     module, _, attribute = name.rpartition(".")
     if not module:
-        raise ConfigError(f"{what} {name!r} is neither a known name nor the dotted path of a class (package.module.Class)")
+        raise ConfigError(
+            f"{what} {name!r} is neither a known name nor the dotted path of a class (package.module.Class)"
+        )
     try:
         return getattr(importlib.import_module(module), attribute)
     except ModuleNotFoundError as error:

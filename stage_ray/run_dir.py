@@ -23,11 +23,13 @@ def open_run_dir(run: RunConfig, resume: bool) -> Path:
     config_file = path / "config.yaml"
     if path.exists() and not path.is_dir():
         raise ConfigError(f"run_dir {path} is a file; name a directory")
-    if config_file.exists():
+    if config_file.exists() and not _untouched(path):
         if not resume:
-            raise ConfigError(f"run_dir {path} already holds a run; add --resume to go on with it, or name another --run-dir")
+            raise ConfigError(
+                f"run_dir {path} already holds a run; add --resume to go on with it, or name another --run-dir"
+            )
         _check_same(run, config_file)
-    elif path.exists() and any(path.iterdir()):
+    elif path.exists() and any(path.iterdir()) and not config_file.exists():
         raise ConfigError(f"run_dir {path} is not empty and holds no run; name another --run-dir")
     path.mkdir(parents=True, exist_ok=True, mode=0o700)
     text = yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False)
@@ -37,11 +39,18 @@ def open_run_dir(run: RunConfig, resume: bool) -> Path:
     return path
 
 
+def _untouched(path: Path) -> bool:
+    """Whether a run that began here ended before it had anything to lose: no step, no evaluation."""
+    metrics = path / "metrics.jsonl"
+    return not (metrics.exists() and metrics.stat().st_size) and not (path / "evaluation").exists()
+
+
 def _check_same(run: RunConfig, config_file: Path) -> None:
     before = yaml.safe_load(config_file.read_text(encoding="utf-8"))
     now = run.model_dump(mode="json")
     for key in now:
         if key not in FREE_KEYS and before.get(key) != now[key]:
             raise ConfigError(
-                f"--resume: {key} was {before.get(key)!r} in {config_file} and is {now[key]!r} now; use the same value, or another --run-dir"
+                f"--resume: {key} was {before.get(key)!r} in {config_file} and is {now[key]!r} now; "
+                "use the same value, or another --run-dir"
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from stage_ray.alarms import alarms
 from stage_ray.checkpoint import CheckpointStore
 from stage_ray.cluster import Cluster
 from stage_ray.config import RunConfig
+from stage_ray.errors import RunError
 from stage_ray.ledger import Ledger
 from stage_ray.metrics import Recorder
 from stage_ray.progress import Progress
@@ -28,16 +30,20 @@ class RunFiles:
         first_step: updates that the newest whole checkpoint holds; 0 without one.
     """
 
-    def __init__(self, run: RunConfig, run_dir: Path, prompts: list[Prompt], *, resume: bool, progress: Progress) -> None:
+    def __init__(
+        self, run: RunConfig, run_dir: Path, prompts: list[Prompt], *, resume: bool, progress: Progress
+    ) -> None:
         self._run, self._run_dir, self._progress = run, run_dir, progress
         self._store = CheckpointStore(run_dir / "checkpoints", run.checkpoint.keep)
         saved = self._store.latest(progress.note) if resume else None
-        facts: dict[str, Any] = saved.facts if saved else {"ledger_bytes": 0, "cursor": 0, "next_group": 0}
+        facts: Mapping[str, Any] = saved.facts if saved else {"ledger_bytes": 0, "cursor": 0, "next_group": 0}
         self.first_step = saved.step if saved else 0
         self._state = saved.path if saved else None
         self.cursor = PromptCursor(prompts, run.seed, run.prompts.shuffle, position=facts["cursor"])
         self.next_group: int = facts["next_group"]
-        self.recorder = Recorder(run_dir, run.cluster.metrics_port, run.cluster.metrics_host, resume_step=self.first_step)
+        self.recorder = Recorder(
+            run_dir, run.cluster.metrics_port, run.cluster.metrics_host, resume_step=self.first_step
+        )
         self.ledger = Ledger(run_dir / "ledger.jsonl", keep_bytes=facts["ledger_bytes"])
 
     async def restore(self, cluster: Cluster) -> None:
@@ -60,12 +66,21 @@ class RunFiles:
         """Save everything, when it is due."""
         if step % self._run.checkpoint.every and step != self._run.steps:
             return
-        facts = {"ledger_bytes": self.ledger.position(), "cursor": stream.cursor.position, "next_group": stream.next_group}
+        facts = {
+            "ledger_bytes": self.ledger.position(),
+            "cursor": stream.cursor.position,
+            "next_group": stream.next_group,
+        }
 
         def write(directory: Path) -> None:
             ray.get(cluster.learner.save_state.remote(str(directory.resolve())))
 
-        await asyncio.to_thread(self._store.save, step, write, facts)
+        try:
+            await asyncio.to_thread(self._store.save, step, write, facts)
+        except OSError as error:  # Ray hands on the learner's as one of this kind too
+            raise RunError(
+                f"checkpoint of step {step} could not be written ({error}); the ones before it are whole"
+            ) from error
 
     def close(self) -> None:
         """Close the files and the metrics endpoint."""

@@ -24,7 +24,9 @@ class GroupStream:
     when as many groups as one step needs were dropped in a row, the scorers are broken and the run stops.
     """
 
-    def __init__(self, cluster: Cluster, run: RunConfig, cursor: PromptCursor, ledger: Ledger, next_group: int, step: int) -> None:
+    def __init__(
+        self, cluster: Cluster, run: RunConfig, cursor: PromptCursor, ledger: Ledger, next_group: int, step: int
+    ) -> None:
         self.cursor = cursor
         self.next_group = next_group
         self.step = step
@@ -40,7 +42,9 @@ class GroupStream:
         self._spawn(self._admit())
         return self
 
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -53,7 +57,8 @@ class GroupStream:
             RunError: a worker or every scorer failed behind our back.
         """
         batch = asyncio.ensure_future(self._buffer.take())
-        await asyncio.wait({batch, self._failure}, return_when=asyncio.FIRST_COMPLETED)
+        either: list[asyncio.Future[Any]] = [batch, self._failure]
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         if not batch.done():
             batch.cancel()
             self._failure.result()

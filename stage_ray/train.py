@@ -10,8 +10,8 @@ from stage_ray.cluster import Cluster
 from stage_ray.config import RunConfig
 from stage_ray.errors import ConfigError, RunError
 from stage_ray.exam import Exam
+from stage_ray.preflight import preflight
 from stage_ray.progress import Progress
-from stage_ray.prompts import load_prompts
 from stage_ray.records import Prompt
 from stage_ray.report import write_report
 from stage_ray.run_dir import open_run_dir
@@ -44,8 +44,7 @@ def train(run: RunConfig, *, resume: bool = False, progress: Progress | None = N
         ConfigError: the config cannot be used; no run was started and nothing overwritten.
         RunError: a worker, a scorer or a disk failed; what was done so far stays, and ``resume=True`` goes on.
     """
-    prompts = load_prompts(run.prompts.train)
-    heldout = load_prompts(run.prompts.heldout) if run.prompts.heldout else prompts
+    prompts, heldout = preflight(run)
     run_dir = open_run_dir(run, resume)
     progress = progress or Progress()
     files = RunFiles(run, run_dir, prompts, resume=resume, progress=progress)

@@ -29,9 +29,18 @@ def dashboard(tmp_path):
     port, dashboard_port = free_port(), free_port()
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"PATH": f"{BIN}:{os.environ['PATH']}"}
     command = [
-        str(BIN / "ray"), "start", "--head", "--block", "--disable-usage-stats", "--node-ip-address=127.0.0.1", f"--port={port}",
-        "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard_port}", "--num-cpus=4", f"--object-store-memory={200 * 2**20}",
-    ]  # fmt: skip
+        str(BIN / "ray"),
+        "start",
+        "--head",
+        "--block",
+        "--disable-usage-stats",
+        "--node-ip-address=127.0.0.1",
+        f"--port={port}",
+        "--dashboard-host=127.0.0.1",
+        f"--dashboard-port={dashboard_port}",
+        "--num-cpus=4",
+        f"--object-store-memory={200 * 2**20}",
+    ]
     with (tmp_path / "head.log").open("wb") as log:
         head = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True, cwd=tmp_path)
     try:
@@ -56,7 +65,18 @@ def wait_for(port: int, head: subprocess.Popen, log: Path) -> None:
 
 
 def submit(address: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [str(BIN / "ray"), "job", "submit", "--address", address, "--working-dir", ".", "--", "stage-ray", *arguments]
+    command = [
+        str(BIN / "ray"),
+        "job",
+        "submit",
+        "--address",
+        address,
+        "--working-dir",
+        ".",
+        "--",
+        "stage-ray",
+        *arguments,
+    ]
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
     return subprocess.run(command, env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=280)
 
@@ -64,7 +84,13 @@ def submit(address: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.slow
 def test_a_submitted_job_attaches_to_the_running_cluster_and_its_exit_code_is_the_runs(dashboard, tmp_path):
     run_dir = tmp_path / "run"
-    small = ["steps=1", "evaluation.enabled=false", "rollout.groups_per_step=2", "rollout.group_size=2", "cluster.metrics_port=null"]
+    small = [
+        "steps=1",
+        "evaluation.enabled=false",
+        "rollout.groups_per_step=2",
+        "rollout.group_size=2",
+        "cluster.metrics_port=null",
+    ]
     settings = [part for item in small for part in ("--set", item)]
     done = submit(dashboard, "train", "configs/stage_shapeworld.yaml", "--run-dir", str(run_dir), *settings)
     assert done.returncode == 0, done.stdout + done.stderr

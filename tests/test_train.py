@@ -14,6 +14,7 @@ from transformers import JanusForConditionalGeneration
 from stage_ray.config import RunConfig, validate_config
 from stage_ray.errors import ConfigError, RunError
 from stage_ray.progress import Progress
+from stage_ray.run_dir import open_run_dir
 from stage_ray.train import train
 from tests.tiny import tiny_janus
 
@@ -36,7 +37,15 @@ def tiny_run(directory: Path, model: Path, scorer: str = "Brightness", **changes
         "run_dir": str(directory / "run"),
         "prompts": {"train": str(prompts), "heldout": str(prompts)},
         "policy": {"path": str(model)},
-        "rollout": {"engine": "torch", "group_size": 4, "groups_per_step": 2, "images_per_wave": 4, "dtype": "float32", "cpus": 0.5, "threads": 1},
+        "rollout": {
+            "engine": "torch",
+            "group_size": 4,
+            "groups_per_step": 2,
+            "images_per_wave": 4,
+            "dtype": "float32",
+            "cpus": 0.5,
+            "threads": 1,
+        },
         "rewards": [{"type": f"tests.scorers.{scorer}", "options": options}],
         "scoring": {"groups_per_call": 1},
         "learner": {"lr": 1e-4, "autocast": "off", "micro_batch_images": 4, "threads": 1, "cpus": 0.5},
@@ -75,7 +84,16 @@ def test_a_run_leaves_everything_a_user_looks_for(tmp_path, model):
     run = summary.run_dir
     metrics = lines(run / "metrics.jsonl")
     assert [row["step"] for row in metrics] == [1, 2, 3, 4]
-    promised = {"reward/mean", "reward/Brightness", "kl", "entropy/policy", "entropy/reference", "loss", "grad_norm", "similarity/mean"}
+    promised = {
+        "reward/mean",
+        "reward/Brightness",
+        "kl",
+        "entropy/policy",
+        "entropy/reference",
+        "loss",
+        "grad_norm",
+        "similarity/mean",
+    }
     promised |= {"staleness/max", "mismatch/abs_logprob", "images_per_s", "time/rollout_s", "alarms"}
     assert promised <= set(metrics[0])
     assert all(row["staleness/max"] == 0 for row in metrics)
@@ -83,7 +101,14 @@ def test_a_run_leaves_everything_a_user_looks_for(tmp_path, model):
     assert metrics[0]["kl"] == pytest.approx(0, abs=1e-6) and metrics[-1]["kl"] > 0
     events = Counter(row["event"] for row in lines(run / "ledger.jsonl"))
     assert events == {"admitted": 8, "generated": 8, "scored": 8, "trained": 8}
-    for name in ("config.yaml", "samples/step-000002.png", "evaluation/before.png", "evaluation/after.json", "report.html", "logs/rollout-0.log"):
+    for name in (
+        "config.yaml",
+        "samples/step-000002.png",
+        "evaluation/before.png",
+        "evaluation/after.json",
+        "report.html",
+        "logs/rollout-0.log",
+    ):
         assert (run / name).exists(), name
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step-000002", "step-000004"]
 
@@ -100,7 +125,10 @@ def test_an_interrupted_run_resumes_bit_for_bit(tmp_path, model):
     assert len(lines(Path(broken.run_dir) / "metrics.jsonl")) == 3
     resumed = train(broken, resume=True).run_dir
     assert without_clocks(lines(resumed / "metrics.jsonl")) == without_clocks(lines(whole / "metrics.jsonl"))
-    histories = [[{k: v for k, v in row.items() if k != "time"} for row in lines(run / "ledger.jsonl")] for run in (whole, resumed)]
+    histories = [
+        [{k: v for k, v in row.items() if k != "time"} for row in lines(run / "ledger.jsonl")]
+        for run in (whole, resumed)
+    ]
     assert histories[0] == histories[1]
     weights = [load_file(run / "final" / "model.safetensors") for run in (whole, resumed)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
@@ -137,18 +165,15 @@ def test_a_directory_that_holds_a_run_is_never_overwritten(tmp_path, model):
     run = tiny_run(tmp_path, model)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text("steps: 1\n")
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1}\n')
     with pytest.raises(ConfigError, match="already holds a run; add --resume"):
         train(run)
     assert (tmp_path / "run" / "config.yaml").read_text() == "steps: 1\n"
 
 
 def test_resuming_with_another_learning_rate_names_the_key(tmp_path, model):
-    (tmp_path / "run").mkdir(parents=True)
-    run = tiny_run(tmp_path, model)
-    from stage_ray.run_dir import open_run_dir
-
-    (tmp_path / "run").rmdir()
-    open_run_dir(run, resume=False)
+    run_dir = open_run_dir(tiny_run(tmp_path, model), resume=False)
+    (run_dir / "metrics.jsonl").write_text('{"step": 1}\n')
     with pytest.raises(ConfigError, match="--resume: learner was"):
         train(tiny_run(tmp_path, model, learner={"lr": 1.0}), resume=True)
 
@@ -156,8 +181,9 @@ def test_resuming_with_another_learning_rate_names_the_key(tmp_path, model):
 def test_a_broken_model_directory_is_a_config_error_that_names_it(tmp_path, model):
     empty = tmp_path / "empty"
     empty.mkdir()
-    with pytest.raises(ConfigError, match="empty"):
+    with pytest.raises(ConfigError, match="empty has no config.json"):
         train(tiny_run(tmp_path, empty))
+    assert not (tmp_path / "run").exists()
 
 
 def test_more_object_store_than_memory_is_one_sentence(tmp_path, model):

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
 from stage_ray.config import RewardConfig
 from stage_ray.records import RolloutGroup, ScoredGroup, ScoreReceipt
 from stage_ray.workers.logs import redirect_output

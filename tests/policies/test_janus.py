@@ -135,9 +135,9 @@ def test_pictures_are_those_of_transformers(directory: Path, policy: JanusPolicy
     assert images.shape == (20, IMAGE_SIZE, IMAGE_SIZE, 3) and images.dtype == torch.uint8
     processor = AutoProcessor.from_pretrained(directory)
     with torch.no_grad():
-        decoded = list(policy.model.decode_image_tokens(tokens))
-    expected = torch.stack([torch.as_tensor(x) for x in processor.postprocess(decoded)["pixel_values"]])
-    assert (images.int() - expected.int()).abs().max() <= 1
+        decoded = policy.model.decode_image_tokens(tokens).permute(0, 3, 1, 2)  # postprocess wants channels first
+    expected = torch.stack([torch.as_tensor(x) for x in processor.postprocess(list(decoded))["pixel_values"]])
+    assert (images.int() - expected.permute(0, 2, 3, 1).int()).abs().max() <= 1
 
 
 def test_what_is_saved_loads_and_draws_in_plain_transformers(policy: JanusPolicy, tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ class VllmEngine(WaveEngine):
             self.close()
             key = "kv_cache_gib" if self._device.type == "cpu" else "gpu_memory_utilization"
             raise ConfigError(
-                f"rollout.images_per_wave = {rollout.images_per_wave} needs {needed + 1} blocks of key-value cache, but "
+                f"rollout.images_per_wave = {rollout.images_per_wave} needs {needed + 1} blocks of key-value cache; "
                 f"rollout.{key} = {getattr(rollout, key)} gives {cache.num_gpu_blocks}; raise it or make waves smaller"
             )
 
@@ -116,8 +116,10 @@ class VllmEngine(WaveEngine):
         """Sample one wave.
 
         Raises:
-            RuntimeError: vLLM returned other tokens than were drawn, or split a pair.
+            RuntimeError: vLLM returned other tokens than were drawn, split a pair, or still holds a wave that failed.
         """
+        if self._llm.llm_engine.has_unfinished_requests():
+            raise RuntimeError("vLLM still holds requests of a wave that failed; start this worker again")
         from stage_ray.engines.vllm.guidance import CONDITIONAL, UNCONDITIONAL, image_params
 
         shift, length = self._files.codebook_size, self._files.image_tokens

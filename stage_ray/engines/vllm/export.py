@@ -1,7 +1,7 @@
-"""A Janus checkpoint as vLLM reads it: a flat, Llama-like config in a directory of its own, beside links to the weights.
+"""A Janus checkpoint as vLLM reads it: a flat, Llama-like config in its own directory, beside links to the weights.
 
-**Image-first vocabulary**: ids 0..V-1 are image tokens and text ids are shifted by V. Logits are V wide, a sampled id is
-fed back as it is, and the embedding tells the two kinds apart by value.
+**Image-first vocabulary**: ids 0..V-1 are image tokens and text ids are shifted by V. Logits are V wide, a sampled id
+is fed back as it is, and the embedding tells the two kinds apart by value.
 """
 
 from __future__ import annotations

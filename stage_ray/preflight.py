@@ -1,0 +1,24 @@
+"""What can be known to be wrong before anything is started or written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from stage_ray.config import RunConfig
+from stage_ray.policies.checkpoint_files import check_directory
+from stage_ray.prompts import load_prompts
+from stage_ray.records import Prompt
+from stage_ray.resources import model_location
+
+
+def preflight(run: RunConfig) -> tuple[list[Prompt], list[Prompt]]:
+    """Check the model directory (a hub id is left to the workers) and read the prompts: to train on, and held out.
+
+    Raises:
+        ConfigError: the model directory or a prompt file is missing, incomplete or malformed.
+    """
+    model = Path(model_location(run.policy.path))
+    if model.exists():
+        check_directory(model, run.policy.family)
+    train = load_prompts(run.prompts.train)
+    return train, load_prompts(run.prompts.heldout) if run.prompts.heldout else train
