@@ -217,5 +217,6 @@ def main(arguments: list[str] | None = None) -> int:
         sentence = error.format_message() if isinstance(error, TyperException) else str(error)
     except RunError as error:
         code, sentence = 1, str(error)
-    print(f"stage-ray: {' '.join(sentence.split())}".replace("Value error, ", ""), file=sys.stderr)
+    if sentence.strip():  # a bare command has shown its help instead
+        print(f"stage-ray: {' '.join(sentence.split())}".replace("Value error, ", ""), file=sys.stderr)
     return code

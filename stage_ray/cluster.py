@@ -202,16 +202,19 @@ def start_ray(run: RunConfig, run_dir: Path) -> bool:
             raise RunError(f"no Ray cluster answers at cluster.address = {address!r}: {_first_line(error)}") from error
         return False
     _check_memory(cluster)
-    context = ray.init(
-        address="local",
-        num_cpus=cluster.num_cpus or max(os.cpu_count() or 1, math.ceil(wanted_cpus(run))),
-        object_store_memory=cluster.object_store_mb * 2**20,
-        include_dashboard=cluster.dashboard,
-        dashboard_host="127.0.0.1",
-        _node_ip_address="127.0.0.1",
-        log_to_driver=False,
-        logging_level="ERROR",
-    )
+    try:
+        context = ray.init(
+            address="local",
+            num_cpus=cluster.num_cpus or max(os.cpu_count() or 1, math.ceil(wanted_cpus(run))),
+            object_store_memory=cluster.object_store_mb * 2**20,
+            include_dashboard=cluster.dashboard,
+            dashboard_host="127.0.0.1",
+            _node_ip_address="127.0.0.1",
+            log_to_driver=False,
+            logging_level="ERROR",
+        )
+    except Exception as error:  # Ray raises a bare Exception when a node does not come up in time
+        raise RunError(f"Ray did not start on this machine: {_first_line(error)}") from error
     logs = run_dir / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     link = logs / "ray"

@@ -76,6 +76,13 @@ def test_every_command_explains_itself_with_an_example(command: str, capsys: pyt
     assert f"Example: stage-ray {command}" in shown
 
 
+@pytest.mark.parametrize("arguments", [[], ["train"], ["generate"]])
+def test_a_bare_command_shows_its_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    printed = capsys.readouterr()
+    assert "Usage: stage-ray" in printed.out + printed.err and "stage-ray: " not in printed.err
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [

@@ -119,8 +119,10 @@ def test_the_size_of_micro_batches_changes_nothing_but_rounding(model: Path, sco
         assert not torch.equal(tensor, start[name])
 
 
-def test_recomputing_activations_changes_nothing(model: Path, scored: Scored) -> None:
-    plain, saving = Learner(tiny_run(model)), Learner(tiny_run(model, learner={"gradient_checkpointing": True}))
+@pytest.mark.parametrize("autocast", ["off", "bfloat16"])
+def test_recomputing_activations_changes_nothing(model: Path, scored: Scored, autocast: str) -> None:
+    plain = Learner(tiny_run(model, learner={"autocast": autocast}))
+    saving = Learner(tiny_run(model, learner={"autocast": autocast, "gradient_checkpointing": True}))
     assert timeless(plain.update(*scored)) == timeless(saving.update(*scored))
     assert same(snapshot(plain), snapshot(saving))
 

@@ -27,7 +27,7 @@ from stage_ray.algorithm.signals import Signals, stage_signals
 from stage_ray.config import ConfigError, LearnerConfig, RunConfig
 from stage_ray.learner.batch import Batch, LearnerError, make_batch
 from stage_ray.learner.measure import PolicyPass, ReferencePass, update_metrics
-from stage_ray.learner.precision import autocast
+from stage_ray.learner.precision import attention, autocast, uses_bfloat16
 from stage_ray.learner.state import LearnerParts, load_state, save_state
 from stage_ray.policies import load_policy
 from stage_ray.policies.base import device_for
@@ -72,6 +72,7 @@ class Learner:
         self.version = 0
         self._run = run
         self._device = device_for(run.learner.gpus)
+        self._bfloat16 = uses_bfloat16(run.learner.autocast, self._device)
         self.policy = load_policy(run.policy, device=self._device, dtype=torch.float32)
         self._reference = load_policy(run.policy, device=self._device, dtype=torch.float32)
         self._reference.model.requires_grad_(False)
@@ -111,9 +112,10 @@ class Learner:
             device=self._device,
         )
         cuts = batch.micro_batches(self._run.learner.micro_batch_images)
-        reference = self._reference_pass(batch, cuts)
-        signals = self._signals(batch, reference)
-        passed = self._policy_pass(batch, cuts, reference, signals)
+        with attention(self._bfloat16, self._device):
+            reference = self._reference_pass(batch, cuts)
+            signals = self._signals(batch, reference)
+            passed = self._policy_pass(batch, cuts, reference, signals)
         lr = learning_rate(self.version, self._run.steps, self._run.learner)
         metrics = update_metrics(batch, reference, signals, passed, self._run)
         metrics["grad_norm"] = self._step(metrics, lr)
@@ -147,7 +149,7 @@ class Learner:
         return LearnerParts(self._parameters, self._optimizer, self._reference.trained_parameters())
 
     def _autocast(self) -> AbstractContextManager[object]:
-        return autocast(self._run.learner.autocast, self._device)
+        return autocast(self._bfloat16, self._device)
 
     def _clock(self) -> float:
         if self._device.type == "cuda":

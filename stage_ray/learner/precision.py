@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 def hardware_has_bfloat16(device: torch.device) -> bool:
@@ -16,14 +17,26 @@ def hardware_has_bfloat16(device: torch.device) -> bool:
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
-def autocast(setting: Literal["auto", "off", "bfloat16"], device: torch.device) -> AbstractContextManager[object]:
-    """A fresh autocast context for ``learner.autocast``, or one that does nothing.
+def uses_bfloat16(setting: Literal["auto", "off", "bfloat16"], device: torch.device) -> bool:
+    """What a setting of ``learner.autocast`` comes to on a device."""
+    return setting == "bfloat16" or (setting == "auto" and hardware_has_bfloat16(device))
+
+
+def autocast(bfloat16: bool, device: torch.device) -> AbstractContextManager[object]:
+    """A fresh autocast context for one forward pass, or one that does nothing.
 
     Example:
-        >>> with autocast("bfloat16", torch.device("cpu")):
+        >>> with autocast(True, torch.device("cpu")):
         ...     (torch.ones(2, 2) @ torch.ones(2, 2)).dtype
         torch.bfloat16
     """
-    if setting == "off" or (setting == "auto" and not hardware_has_bfloat16(device)):
-        return nullcontext()
-    return torch.autocast(device.type, dtype=torch.bfloat16)
+    return torch.autocast(device.type, dtype=torch.bfloat16) if bfloat16 else nullcontext()
+
+
+def attention(bfloat16: bool, device: torch.device) -> AbstractContextManager[object]:
+    """Attention by plain matrix products where torch's fused kernel is the slower one: in bfloat16 on a CPU.
+
+    There the fused backward alone took a third of an update. Holds for forward and backward (which may recompute the
+    forward), and for policy and reference alike, so that both round alike.
+    """
+    return sdpa_kernel(SDPBackend.MATH) if bfloat16 and device.type == "cpu" else nullcontext()

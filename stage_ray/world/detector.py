@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from stage_ray.world.scene import SHAPES
 
 ASSETS = "package:stage_ray/world/assets/detector"
 MIN_CONFIDENCE = 0.05  # less sure detections are not reported at all
+WHOLE_PROBABILITY = 0.5  # of a shape, above which a region of several colours is read as one object
 BATCH_IMAGES = 64  # bounds the memory of segmentation
 
 
@@ -48,12 +50,24 @@ class ShapeDetector:
             segments = segment(batch)
             probabilities = self._classifier.probabilities(crop_segments(segments))
             per_image: list[list[Detection]] = [[] for _ in batch]
-            for piece, chances in zip(segments, probabilities, strict=True):
+            for piece, chances in _readings(segments, probabilities):
                 detection = _detection(piece, chances)
                 if detection.confidence >= MIN_CONFIDENCE:
                     per_image[piece.image].append(detection)
             found += [sorted(detections, key=lambda one: -one.confidence) for detections in per_image]
         return found
+
+
+def _readings(segments: Sequence[Segment], probabilities: np.ndarray) -> Iterator[tuple[Segment, np.ndarray]]:
+    """Of each region one reading: as a whole where that makes a likely shape, else its parts."""
+    as_whole = {
+        piece.region
+        for piece, chances in zip(segments, probabilities, strict=True)
+        if piece.whole and chances[:NONE].max() >= WHOLE_PROBABILITY
+    }
+    for piece, chances in zip(segments, probabilities, strict=True):
+        if piece.whole == (piece.region in as_whole):
+            yield piece, chances
 
 
 def _detection(piece: Segment, chances: np.ndarray) -> Detection:
@@ -72,9 +86,15 @@ def soundness(piece: Segment) -> float:
     """How much a segment looks like one painted object rather than a smear: 0..1, and 1 for every rendered object.
 
     Falls from 1 to 0 as its shorter side goes from 12 to 6 pixels, as the share of pixels of its own colour goes from
-    0.85 to 0.5, and as the mean opacity inside its mask goes from 0.8 to 0.55.
+    0.6 to 0.3, as their distance from the palette goes from 65 to 100 grey levels, and as the mean opacity inside its
+    mask goes from 0.8 to 0.55.
     """
     side = min(piece.box[2] - piece.box[0], piece.box[3] - piece.box[1])
     opacity = float(piece.alpha[piece.mask].mean())
-    factors = ((side - 6.0) / 6.0, (piece.purity - 0.5) / 0.35, (opacity - 0.55) / 0.25)
+    factors = (
+        (side - 6.0) / 6.0,
+        (piece.purity - 0.3) / 0.3,
+        (100.0 - piece.off_color) / 35.0,
+        (opacity - 0.55) / 0.25,
+    )
     return float(np.prod(np.clip(factors, 0.0, 1.0)))

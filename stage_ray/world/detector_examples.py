@@ -56,6 +56,8 @@ def draw_example(rng: np.random.Generator, wrong_share: float = 0.5) -> Example:
 def label_segment(piece: Segment, example: Example) -> int | None:
     """The class of a segment found in (a version of) an example's picture; None where the truth is unclear."""
     overlap = (example.masks & piece.mask).sum((1, 2))
+    if (overlap > 0.5 * example.masks.sum((1, 2))).sum() > 1:
+        return NONE  # several objects at once
     union = (example.masks | piece.mask).sum((1, 2))
     share = overlap / np.maximum(union, 1)
     best = int(share.argmax())

@@ -1,8 +1,10 @@
 """Cuts a ShapeWorld picture into single-coloured objects, by plain image processing; no learning here.
 
 The palette is known, so a pixel is explained as ``background + alpha * (colour - background)``. Colours are voted on by
-the *core* of the foreground (one pixel away from every edge), because a blurred edge of red on white looks pink. Cores
-of different colours are different objects, even where they touch; every other pixel goes to its nearest core.
+the *core* of the foreground (one pixel away from every edge), because a blurred edge of red on white looks pink. Every
+other pixel goes to its nearest core. Where cores of different colours touch, they may be two objects or one that
+changed colour on the way (a tokenizer turns a corner of a red square orange): both readings are returned, and
+`detector` lets the shape decide.
 """
 
 from __future__ import annotations
@@ -39,6 +41,9 @@ class Segment:
         image: index of its picture in the batch.
         color: a name of ``scene.COLORS``.
         purity: 0..1, share of its inner pixels that look like this colour rather than another.
+        off_color: median distance of its inner pixels from the palette, in grey levels (0..441).
+        region: number of the connected foreground that it lies in, unique in the batch.
+        whole: True for the reading that takes all cores of a region for one object.
         alpha: float32 [H, W], share of the object's colour in each pixel, 0 away from the object.
         mask: bool [H, W], where ``alpha`` is at least one half.
         box: (x0, y0, x1, y1) of the mask in pixels.
@@ -47,6 +52,9 @@ class Segment:
     image: int
     color: str
     purity: float
+    off_color: float
+    region: int
+    whole: bool
     alpha: np.ndarray
     mask: np.ndarray
     box: tuple[float, float, float, float]
@@ -60,14 +68,24 @@ def segment(images: np.ndarray) -> list[Segment]:
     background = np.stack([_background(image) for image in pixels]) if len(pixels) else np.zeros((0, 3), np.float32)
     offset = pixels - background[:, None, None]  # [B, H, W, 3]
     direction = PALETTE - background[:, None]  # [B, 8, 3]
-    nearest = _nearest_color(pixels)
+    nearest, off_color = _nearest_color(pixels)
     steps = direction[np.arange(len(pixels))[:, None, None], nearest]  # [B, H, W, 3]
     foreground = (offset * steps).sum(-1) > FOREGROUND_ALPHA * (steps * steps).sum(-1)
+    regions, _ = ndimage.label(foreground, _PLANE)
     cores, colors = _cores(foreground, nearest)
-    segments = []
+    segments: list[Segment] = []
     for index, (labels, found) in enumerate(zip(cores, colors, strict=True)):
-        if found:
-            segments += _grow(index, offset[index], direction[index], nearest[index], labels, found)
+        owner = _owners(labels) if found else labels
+        parts = []
+        for label, color in found:
+            core = labels == label
+            facts = (float((nearest[index][core] == color).mean()), float(np.median(off_color[index][core])))
+            alpha = _alpha(offset[index], direction[index, color], owner == label)
+            part = _segment(index, color, *facts, int(regions[index][core][0]), False, alpha)
+            if part is not None:
+                parts.append((part, int(core.sum())))
+        segments += [part for part, _ in parts]
+        segments += _wholes(parts)
     return segments
 
 
@@ -79,11 +97,11 @@ def _background(pixels: np.ndarray) -> np.ndarray:
     return np.asarray(np.median(pale, axis=0), np.float32)
 
 
-def _nearest_color(pixels: np.ndarray) -> np.ndarray:
-    """Index into COLOR_NAMES of each pixel's nearest palette colour, int64 [B, H, W]."""
-    # |p - c|^2 = |p|^2 - 2 p.c + |c|^2, and the first term does not matter for the minimum.
-    distance = (PALETTE * PALETTE).sum(-1) - 2.0 * (pixels @ PALETTE.T)
-    return np.asarray(distance.argmin(-1))
+def _nearest_color(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Index into COLOR_NAMES of each pixel's nearest palette colour, int64 [B, H, W], and its distance, float32."""
+    squares = (pixels * pixels).sum(-1)[..., None] - 2.0 * (pixels @ PALETTE.T) + (PALETTE * PALETTE).sum(-1)
+    nearest = squares.argmin(-1)
+    return nearest, np.sqrt(np.maximum(squares.min(-1), 0.0))
 
 
 def _cores(foreground: np.ndarray, nearest: np.ndarray) -> tuple[np.ndarray, list[list[tuple[int, int]]]]:
@@ -111,29 +129,47 @@ def _cores(foreground: np.ndarray, nearest: np.ndarray) -> tuple[np.ndarray, lis
     return kept[labels].max(axis=0), found
 
 
-def _grow(
-    image: int,
-    offset: np.ndarray,
-    direction: np.ndarray,
-    nearest: np.ndarray,
-    labels: np.ndarray,
-    found: list[tuple[int, int]],
-) -> list[Segment]:
-    """Give every pixel near a core to its nearest core, and measure each object's colour share there."""
+def _owners(labels: np.ndarray) -> np.ndarray:
+    """Every pixel near a core to its nearest core: labels int32 [H, W]."""
     distance, (rows, columns) = ndimage.distance_transform_edt(labels == 0, return_indices=True)
-    owner = np.where(distance <= REACH, labels[rows, columns], 0)
-    segments = []
-    for label, color in found:
-        step = direction[color]
-        alpha = np.where(owner == label, offset @ step / float(step @ step), 0.0)
-        alpha = np.clip(np.where(alpha < SPECKLE_ALPHA, 0.0, alpha), 0.0, 1.0).astype(np.float32)
-        mask = alpha >= MASK_ALPHA
-        if not mask.any():
+    return np.where(distance <= REACH, labels[rows, columns], 0)
+
+
+def _alpha(offset: np.ndarray, step: np.ndarray, mine: np.ndarray) -> np.ndarray:
+    """Share of a colour in each pixel, float32 [H, W]; `step` is the colour minus the background."""
+    alpha = np.where(mine, offset @ step / float(step @ step), 0.0)
+    return np.clip(np.where(alpha < SPECKLE_ALPHA, 0.0, alpha), 0.0, 1.0).astype(np.float32)
+
+
+def _segment(
+    image: int, color: int, purity: float, off_color: float, region: int, whole: bool, alpha: np.ndarray
+) -> Segment | None:
+    mask = alpha >= MASK_ALPHA
+    if not mask.any():
+        return None
+    return Segment(image, COLOR_NAMES[color], purity, off_color, region, whole, alpha, mask, _box(mask))
+
+
+def _wholes(parts: list[tuple[Segment, int]]) -> list[Segment]:
+    """The other reading of each region with several cores: one object, in the colour of most of its core pixels."""
+    regions: dict[int, list[tuple[Segment, int]]] = {}
+    for part, size in parts:
+        regions.setdefault(part.region, []).append((part, size))
+    wholes = []
+    for region, members in regions.items():
+        if len(members) < 2:
             continue
-        core = labels == label
-        purity = float((nearest[core] == color).mean())
-        segments.append(Segment(image, COLOR_NAMES[color], purity, alpha, mask, _box(mask)))
-    return segments
+        total = sum(size for _, size in members)
+        by_color: dict[str, float] = {}
+        for part, size in members:
+            by_color[part.color] = by_color.get(part.color, 0.0) + part.purity * size / total
+        color, purity = max(by_color.items(), key=lambda item: item[1])
+        off_color = sum(part.off_color * size for part, size in members) / total
+        # Each pixel has one owner, so the parts' alphas never overlap.
+        alpha = np.sum([part.alpha for part, _ in members], axis=0)
+        whole = _segment(members[0][0].image, COLOR_NAMES.index(color), purity, off_color, region, True, alpha)
+        wholes += [whole] if whole is not None else []
+    return wholes
 
 
 def _box(mask: np.ndarray) -> tuple[float, float, float, float]:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stage_ray.algorithm import combine_rewards, group_advantages
@@ -32,12 +32,13 @@ def test_a_group_of_one_image_is_refused() -> None:
         group_advantages(torch.zeros(3, 1))
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(-5, 5), min_size=2, max_size=8), st.floats(0.5, 10), st.floats(-5, 5))
 def test_advantages_are_centred_and_blind_to_shift_and_scale(values: list[float], scale: float, shift: float) -> None:
     rewards = torch.tensor([values], dtype=torch.float64)
     out = group_advantages(rewards, eps=1e-12)
-    assert out.sum().abs() < 1e-6
-    if rewards.std() > 1e-3:
+    if rewards.std() > 1e-3:  # below, the rounding of the mean is what is normalised
+        assert out.sum().abs() < 1e-6
         torch.testing.assert_close(out, group_advantages(rewards * scale + shift, eps=1e-12), atol=1e-6, rtol=1e-6)
 
 

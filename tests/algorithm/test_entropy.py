@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stage_ray.algorithm import entropy_reward
@@ -44,6 +44,7 @@ def test_no_gradient_flows_through_the_entropies() -> None:
     assert not entropy_reward(entropy, row(2.0, 2.0), row(0.0, 0.0)).requires_grad
 
 
+@settings(deadline=None)
 @given(values, values, st.lists(st.sampled_from([0.0, 0.5, 1.0]), min_size=4, max_size=4), st.booleans())
 def test_it_sums_to_zero_in_every_group_and_stays_within_one(
     policy: list[float], reference: list[float], rewards: list[float], best_only: bool

@@ -7,7 +7,7 @@ import pkgutil
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import stage_ray.algorithm as algorithm
@@ -57,6 +57,7 @@ def test_k3_is_the_plain_formula_where_that_can_be_computed() -> None:
     torch.testing.assert_close(k3_kl(logp, reference), d.exp() - d - 1)
 
 
+@settings(deadline=None)
 @given(st.floats(-1e-3, 1e-3))
 def test_k3_keeps_its_digits_next_to_the_reference(d: float) -> None:
     difference = torch.tensor([d], dtype=torch.float32)
@@ -156,6 +157,7 @@ def test_one_advantage_a_token_is_taken_as_it_is() -> None:
     torch.testing.assert_close(policy_loss(logp, None, spread), policy_loss(logp, None, advantages))
 
 
+@settings(deadline=None)
 @given(st.integers(0, 2**31), st.integers(1, 7))
 def test_micro_batches_add_up_to_the_whole_batch_in_loss_and_gradient(seed: int, images: int) -> None:
     logp = random(seed, 2, 3, 4).requires_grad_()

@@ -59,6 +59,14 @@ def test_touching_objects_of_two_colors_are_two_objects():
     assert looks(*touching) == [("square", "blue"), ("square", "red")]
 
 
+def test_an_object_with_a_corner_of_another_color_is_one_object():
+    picture = render(Scene((Shape("square", "red", 32.0, 32.0, 26.0),)))
+    picture[19:29, 19:29] = COLORS["orange"]
+    (square,) = [one for one in detector().detect(picture[None])[0] if one.confidence > THRESHOLD]
+    assert (square.label, square.color) == ("square", "red") and square.color_confidence < 0.95
+    np.testing.assert_allclose(square.box, (19, 19, 45, 45), atol=1.0)
+
+
 def test_objects_of_one_color_that_run_into_each_other_are_no_clear_object():
     assert looks(Shape("circle", "red", 24.0, 32.0, 22.0), Shape("square", "red", 40.0, 32.0, 22.0)) == []
 

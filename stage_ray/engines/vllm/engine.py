@@ -56,22 +56,27 @@ class VllmEngine(WaveEngine):
         register()
         on_cpu = self._device.type == "cpu"
         rows = 2 * rollout.images_per_wave
-        self._llm = LLM(
-            self._directory.name,
-            skip_tokenizer_init=True,
-            generation_config="vllm",
-            dtype=str(compute_dtype(rollout.dtype, self._device)).removeprefix("torch."),
-            max_model_len=self._longest_prompt + self._files.image_tokens,
-            max_num_seqs=rows,
-            max_num_batched_tokens=rows * self._longest_prompt,
-            enable_prefix_caching=False,
-            async_scheduling=False,
-            enforce_eager=on_cpu,
-            gpu_memory_utilization=rollout.gpu_memory_utilization,
-            kv_cache_memory_bytes=int(rollout.kv_cache_gib * 2**30) if on_cpu else None,
-            logits_processors=[PairedGuidance],
-            worker_extension_cls=f"{RecordsExtension.__module__}.{RecordsExtension.__qualname__}",
-        )
+        try:
+            self._llm = LLM(
+                self._directory.name,
+                skip_tokenizer_init=True,
+                generation_config="vllm",
+                dtype=str(compute_dtype(rollout.dtype, self._device)).removeprefix("torch."),
+                max_model_len=self._longest_prompt + self._files.image_tokens,
+                max_num_seqs=rows,
+                max_num_batched_tokens=rows * self._longest_prompt,
+                enable_prefix_caching=False,
+                async_scheduling=False,
+                enforce_eager=on_cpu,
+                gpu_memory_utilization=rollout.gpu_memory_utilization,
+                kv_cache_memory_bytes=int(rollout.kv_cache_gib * 2**30) if on_cpu else None,
+                logits_processors=[PairedGuidance],
+                worker_extension_cls=f"{RecordsExtension.__module__}.{RecordsExtension.__qualname__}",
+            )
+        except ValueError as error:  # too little memory, for the most part
+            self._directory.cleanup()
+            memory = {key: getattr(rollout, key) for key in ("kv_cache_gib", "gpu_memory_utilization")}
+            raise ConfigError(f"vLLM does not start with rollout memory {memory}: {error}") from error
 
     def _check_cache(self, rollout: RolloutConfig) -> None:
         """Raise a `ConfigError` unless the key-value cache holds a whole wave."""

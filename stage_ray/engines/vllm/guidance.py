@@ -7,7 +7,7 @@ own sampler has nothing left to decide. Without guidance an image is one request
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -26,7 +26,8 @@ CONDITIONAL, UNCONDITIONAL = 0, 1
 
 def image_params(tokens: int, image: int, branch: int, seed: int, rule: SamplingRule) -> SamplingParams:
     """Sampling parameters of one request: T tokens, greedy over the one token that the processor leaves."""
-    arguments = {"image": image, "branch": branch, "seed": seed, "rule": rule}
+    # Plain values: vLLM copies them for every request, and may send them to another process.
+    arguments = {"image": image, "branch": branch, "seed": seed, "rule": astuple(rule)}
     return SamplingParams(
         temperature=0.0,
         max_tokens=tokens,
@@ -125,7 +126,10 @@ class RecordsExtension:
 
 def _row(params: SamplingParams, prompt_ids: list[int] | None, output: list[int]) -> _Row | None:
     arguments = params.extra_args or {}
-    return _Row(**arguments, output=output) if "image" in arguments else None
+    if "image" not in arguments:
+        return None
+    rule = SamplingRule(*arguments["rule"])
+    return _Row(arguments["image"], arguments["branch"], arguments["seed"], rule, output)
 
 
 def _lay_out(rows: dict[int, _Row], device: torch.device) -> _Layout:
