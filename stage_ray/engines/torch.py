@@ -62,7 +62,7 @@ class TorchEngine(WaveEngine):
         states = decoder.prefill(model.model.language_model.embed_tokens(ids), padding)
         draws: list[Draw] = []
         for step in range(steps):
-            logits = model.model.generation_head(states)
+            logits = self._policy.head(states)
             unconditional = logits[count:] if rule.guided else None
             draws.append(draw(logits[:count], unconditional, seeds, torch.full_like(seeds, step), rule))
             if step + 1 < steps:

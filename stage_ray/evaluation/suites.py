@@ -59,7 +59,14 @@ SUITES = {
             name="geneval",
             description="GenEval's six tasks over ShapeWorld's held-out prompts, judged by its detector",
             prompts="package:stage_ray/world/assets/prompts/heldout.jsonl",
-            rewards=(_config("geneval", detector="stage_ray.world.detector.ShapeDetector"),),
+            rewards=(
+                _config(
+                    "geneval",
+                    detector="stage_ray.world.detector.ShapeDetector",
+                    threshold=0.5,
+                    counting_threshold=0.5,
+                ),
+            ),
             images_per_prompt=4,
             requests_for=geneval.requests_for,
             summarise=geneval.summarise,

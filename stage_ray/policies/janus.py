@@ -33,6 +33,7 @@ class JanusPolicy:
         self._files = files
         self._prompts = prompts
         self._pad = int(files.processor.tokenizer.pad_token_id)
+        model.model.generation_head.float()  # see `head`
         model.requires_grad_(False)
         for parameter in self.trained_parameters().values():
             parameter.requires_grad_(True)
@@ -85,7 +86,15 @@ class JanusPolicy:
 
     def image_logits(self, prompts: Sequence[Sequence[int]], tokens: Tensor) -> Tensor:
         """Teacher-forced logits of the image tokens: tokens int64 [B, T] -> float [B, T, V]."""
-        return self.model.model.generation_head(self.hidden_states(prompts, tokens))
+        return self.head(self.hidden_states(prompts, tokens))
+
+    def head(self, states: Tensor) -> Tensor:
+        """States [..., hidden] -> logits float32 [..., V], in float32 even where the rest runs in bfloat16.
+
+        A logit of 10 in bfloat16 is off by up to 0.03, which is what engine and learner would then differ by.
+        """
+        with torch.autocast(states.device.type, enabled=False):
+            return self.model.model.generation_head(states.float())
 
     def statistics(self, prompts: Sequence[Sequence[int]], tokens: Tensor) -> TokenStatistics:
         """Log-probability and entropy of each token at temperature 1, float32 [B, T].
@@ -96,7 +105,7 @@ class JanusPolicy:
         states = self.hidden_states(prompts, tokens)
         images = max(1, LOGITS_AT_ONCE // (tokens.shape[1] * self.codebook_size))
         if images >= tokens.shape[0]:
-            return token_statistics(self.model.model.generation_head(states), tokens)
+            return token_statistics(self.head(states), tokens)
         parts = [
             checkpoint(self._head_statistics, *chunk, use_reentrant=False)
             for chunk in zip(states.split(images), tokens.split(images), strict=True)
@@ -105,7 +114,7 @@ class JanusPolicy:
         return TokenStatistics(torch.cat(logprobs), torch.cat(entropy))
 
     def _head_statistics(self, states: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        statistics = token_statistics(self.model.model.generation_head(states), tokens)
+        statistics = token_statistics(self.head(states), tokens)
         return statistics.logprobs, statistics.entropy
 
     def codebook(self) -> Tensor:

@@ -27,8 +27,8 @@ from stage_ray.world.detector_tokenizer import TokenizerView
 
 Progress = Callable[[int, int], None]  # steps done, steps in all
 
-EXAMPLES = 5120  # pictures drawn; each is seen twice, as drawn or degraded, and as the tokenizer's reconstruction
-MUSH = 1024  # pictures decoded from random and from shuffled tokens
+EXAMPLES = 4096  # pictures drawn; each is seen twice, as drawn or degraded, and as the tokenizer's reconstruction
+MUSH = 768  # pictures decoded from random tokens
 BATCH = 256
 PEAK_LR = 2e-3
 CHUNK = 64  # pictures segmented at once
@@ -36,7 +36,7 @@ CARD_THRESHOLD = 0.5  # confidence above which the card counts a detection
 
 
 def train(
-    out: Path, tokenizer_dir: Path | None, *, seed: int = 0, steps: int = 1500, progress: Progress | None = None
+    out: Path, tokenizer_dir: Path | None, *, seed: int = 0, steps: int = 1200, progress: Progress | None = None
 ) -> None:
     """Train the classifier; write its weights and a card with its measured quality to the directory `out`.
 

@@ -48,28 +48,32 @@ def render_masks(scene: Scene) -> np.ndarray:
     return masks
 
 
-def _background(scene: Scene, rng: np.random.Generator) -> np.ndarray:
+def _background(scene: Scene, rng: np.random.Generator, amplitude: float) -> np.ndarray:
     """The base tint plus three long waves: float32 [64, 64, 3] in 0..255."""
     canvas = np.empty((IMAGE_SIZE, IMAGE_SIZE, 3), np.float32)
     canvas[:] = BACKGROUNDS[scene.background]
     waves = np.zeros((IMAGE_SIZE, IMAGE_SIZE), np.float32)
     for kx, ky, phase in rng.uniform((-0.12, -0.12, 0.0), (0.12, 0.12, 2 * np.pi), size=(3, 3)):
         waves += np.cos(np.float32(kx) * _X + np.float32(ky) * _Y + np.float32(phase))
-    canvas += (TEXTURE_AMPLITUDE / 3 * waves)[..., None]
+    canvas += (amplitude / 3 * waves)[..., None]
     return canvas
 
 
-def render(scene: Scene) -> np.ndarray:
-    """The picture of a scene: uint8 [64, 64, 3], RGB. The same scene always gives the same pixels."""
-    return render_with_masks(scene)[0]
+def render(scene: Scene, *, plain: bool = False) -> np.ndarray:
+    """The picture of a scene: uint8 [64, 64, 3], RGB. The same scene always gives the same pixels.
+
+    `plain` leaves out texture and noise: paper of one tint.
+    """
+    return render_with_masks(scene, plain=plain)[0]
 
 
-def render_with_masks(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
+def render_with_masks(scene: Scene, *, plain: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """`render` and `render_masks` in one pass: uint8 [64, 64, 3] and float32 [n, 64, 64]."""
     rng = np.random.default_rng(scene.seed)
-    canvas = _background(scene, rng)
+    canvas = _background(scene, rng, 0.0 if plain else TEXTURE_AMPLITUDE)
     masks = render_masks(scene)
     for mask, shape in zip(masks, scene.shapes, strict=True):
         canvas += mask[..., None] * (np.asarray(COLORS[shape.color], np.float32) - canvas)
-    canvas += NOISE_SIGMA * rng.standard_normal(canvas.shape, dtype=np.float32)
+    if not plain:
+        canvas += NOISE_SIGMA * rng.standard_normal(canvas.shape, dtype=np.float32)
     return np.clip(canvas + 0.5, 0, 255).astype(np.uint8), masks

@@ -38,7 +38,8 @@ class JanusForImageGeneration(nn.Module):
         self.language_model.embed_tokens = VocabParallelEmbedding(config.janus["text_vocab_size"], config.hidden_size)
         self.generation_embeddings = nn.Embedding(vq_config.num_embeddings, vq_config.embed_dim)
         self.generation_aligner = JanusVQVAEAlignerMLP(vq_config)
-        self.generation_head = JanusVQVAEHead(vq_config)
+        # Logits rounded to bfloat16 would be the largest part of the difference to the learner's log-probabilities.
+        self.generation_head = JanusVQVAEHead(vq_config).float()
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         """Ids [N] -> embeddings [N, hidden]: below V an image token, from V on a text token."""
@@ -58,8 +59,8 @@ class JanusForImageGeneration(nn.Module):
         return self.language_model(None, positions, intermediate_tensors, embeds)
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor:
-        """States [R, hidden] -> logits [R, V]."""
-        return self.generation_head(hidden_states)
+        """States [R, hidden] -> logits [R, V], float32."""
+        return self.generation_head(hidden_states.float())
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Load tensors by their names in a Janus checkpoint; what images do not need is skipped."""

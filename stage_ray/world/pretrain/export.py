@@ -28,7 +28,8 @@ loads the model; it is untrained, and so is everything that reads pictures into 
 | stage | training |
 |---|---|
 | tokenizer | {tokenizer} |
-| language model | {language_model} |
+| language model, textured pictures | {language_model} |
+| language model, plain paper | {language_model_plain} |
 
 Tokenizer: mean absolute error {error_all:.1f} of 255 over all pixels, {error_objects:.1f} on objects; {codes_used:.0f}
 of 512 codes in use over 256 pictures.
@@ -100,6 +101,7 @@ def write_cards(out: Path, work: Path) -> None:
             size=size,
             tokenizer=_history(work, "tokenizer"),
             language_model=_history(work, "language-model"),
+            language_model_plain=_history(work, "language-model-plain"),
             geneval=geneval,
             **facts,
         )

@@ -49,16 +49,16 @@ class Corpus:
     tokens: torch.Tensor
 
 
-def build_corpus(work: Path, pictures: int, seed: int = 0) -> Corpus:
-    """Draws `pictures` training scenes and tokenizes them."""
+def build_corpus(work: Path, pictures: int, seed: int = 0, *, plain: bool = False) -> Corpus:
+    """Draws `pictures` training scenes (`plain`: on paper without texture and noise) and tokenizes them."""
     tokenizer = load_tokenizer(work)
-    rng = np.random.default_rng([seed, 1])
+    rng = np.random.default_rng([seed, 1, int(plain)])
     index: dict[str, int] = {}
     captions, tokens, images = [], [], []
     for number in track(range(pictures), "tokenizing pictures", console=console, transient=True):
         record = sample_record(rng, TASK_WEIGHTS)
         captions.append(index.setdefault(record["prompt"], len(index)))
-        images.append(render(sample_scene(record, rng)))
+        images.append(render(sample_scene(record, rng), plain=plain))
         if len(images) == 64 or number == pictures - 1:
             tokens.append(encode_images(tokenizer, np.stack(images)))
             images.clear()
@@ -123,20 +123,27 @@ def initial_policy(work: Path, processor: JanusProcessor, seed: int = 0) -> Janu
 
 
 def train_language_model(
-    work: Path, processor: JanusProcessor, budget: Budget, pictures: int, seed: int = 0
+    work: Path, processor: JanusProcessor, budget: Budget, pictures: int, seed: int = 0, *, plain: bool = False
 ) -> JanusForConditionalGeneration:
-    """Trains (or resumes) the policy on `pictures` captioned scenes; writes `work/policy.safetensors` (float32)."""
-    corpus = build_corpus(work, pictures, seed)
+    """Trains (or resumes) the policy on `pictures` captioned scenes; writes `work/policy.safetensors` (float32).
+
+    Two passes: the first from scratch on textured pictures; the second, `plain`, goes on from it on plain paper. A
+    caption says nothing of texture and noise, yet a picture's tokens do: without them the second pass is left with
+    shapes, colours and places.
+    """
+    corpus = build_corpus(work, pictures, seed, plain=plain)
     console.print(
         f"corpus: {pictures} pictures, {len(corpus.prompts)} captions, {corpus.tokens.unique().numel()} codes"
     )
     table = PromptTable(processor, corpus.prompts)
-    policy = initial_policy(work, processor, seed).to(device())
+    policy = (load_policy(work, processor) if plain else initial_policy(work, processor, seed)).to(device())
+    policy.set_attn_implementation("eager")  # a CPU's fused bfloat16 attention is half again as slow when training
     model = NextImageToken(policy).train()
-    run = TrainingRun(work / "language-model-training.safetensors", model, PEAK_LR, budget, weight_decay=0.05)
+    stem = "language-model-plain" if plain else "language-model"
+    run = TrainingRun(work / f"{stem}-training.safetensors", model, PEAK_LR, budget, weight_decay=0.05)
     run.on_checkpoint = lambda: save_policy(policy, work / "policy.safetensors")
     for step, _ in run:
-        rng = np.random.default_rng([seed, 2, step])
+        rng = np.random.default_rng([seed, 2, int(plain), step])
         chosen = rng.integers(pictures, size=BATCH)
         ids, lengths = table.batch(
             corpus.captions[chosen].tolist(),

@@ -16,7 +16,7 @@ from stage_ray.world.pretrain.tokenizer import decode_images, encode_images
 from stage_ray.world.render import render_with_masks
 from stage_ray.world.scene import random_scene
 
-CONFIDENCE, COUNTING_CONFIDENCE = 0.3, 0.9  # GenEval's thresholds
+CONFIDENCE = COUNTING_CONFIDENCE = 0.5  # the thresholds of the ShapeWorld suite and configs
 
 
 @torch.inference_mode()
