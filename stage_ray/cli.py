@@ -34,6 +34,7 @@ class PretrainStage(StrEnum):
     prompts = "prompts"
     tokenizer = "tokenizer"
     language_model = "language-model"
+    language_model_plain = "language-model-plain"
     detector = "detector"
     clip = "clip"
     cards = "cards"

@@ -77,7 +77,7 @@ def submit(address: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         "stage-ray",
         *arguments,
     ]
-    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"RAY_AUTH_MODE": "token"}
     return subprocess.run(command, env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=280)
 
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -338,7 +340,12 @@ def test_whether_the_hardware_has_bfloat16_is_asked_of_torch() -> None:
 
 
 def test_it_uses_as_many_threads_as_it_is_told(model: Path) -> None:
-    Learner(tiny_run(model), threads=2)
-    assert torch.get_num_threads() == 2
-    Learner(tiny_run(model), threads=1)
-    assert torch.get_num_threads() == 1
+    """In a process of its own: once vLLM is imported on a CPU, torch's number of threads is fixed."""
+    script = (
+        "import sys, torch; from pathlib import Path; from stage_ray.learner import Learner;"
+        "from tests.learner_case import tiny_run\n"
+        "for threads in (2, 1):\n"
+        "    Learner(tiny_run(Path(sys.argv[1])), threads=threads)\n"
+        "    assert torch.get_num_threads() == threads"
+    )
+    subprocess.run([sys.executable, "-c", script, str(model)], check=True, cwd=Path(__file__).parents[1])

@@ -35,6 +35,7 @@ def receipt(group: ScoredGroup) -> ScoreReceipt:
     """Whether every score of a group may be used, and the first reason where not.
 
     Example:
+        >>> import numpy as np
         >>> bad = ScoredGroup(4, ("clip",), np.array([[np.nan]], np.float32), np.array([[False]]), ({},), 0.1)
         >>> receipt(bad).error
         'clip: 1 of 1 scores failed'

@@ -1,4 +1,4 @@
-"""Builds everything ShapeWorld ships, from nothing but this package: about 85 minutes on two cores.
+"""Builds everything ShapeWorld ships, from nothing but this package: about 80 minutes on two cores.
 
 `stage-ray pretrain --out DIR` or `python -m stage_ray.world.pretrain --out DIR`. Each stage can be run alone and goes
 on where it stopped; what it works on lies in `DIR/work`, what ships in `DIR/{prompts,janus,detector,clip}`.
@@ -23,7 +23,7 @@ STAGES = ("prompts", "tokenizer", "language-model", "language-model-plain", "det
 BUDGETS = {
     "tokenizer": Budget(steps=6500, seconds=24 * 60),
     "language-model": Budget(steps=4000, seconds=17 * 60),
-    "language-model-plain": Budget(steps=6000, seconds=32 * 60),
+    "language-model-plain": Budget(steps=4000, seconds=22 * 60),
     "clip": Budget(steps=1200, seconds=8 * 60),
 }
 PICTURES = 24_000  # captioned scenes that the language model sees
