@@ -28,7 +28,7 @@ from stage_ray.world.detector_tokenizer import TokenizerView
 Progress = Callable[[int, int], None]  # steps done, steps in all
 
 EXAMPLES = 4096  # pictures drawn; each is seen twice, as drawn or degraded, and as the tokenizer's reconstruction
-MUSH = 3072  # pictures decoded from random tokens
+MUSH = 768  # pictures decoded from random tokens
 BATCH = 256
 PEAK_LR = 2e-3
 CHUNK = 64  # pictures segmented at once
