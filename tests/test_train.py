@@ -18,6 +18,8 @@ from stage_ray.run_dir import open_run_dir
 from stage_ray.train import train
 from tests.tiny import tiny_janus
 
+pytestmark = pytest.mark.slow  # each starts a Ray of its own
+
 PROMPTS = ["a photo of a red circle", "a photo of two rings", "a photo of a blue square", "a photo of a triangle"]
 CLOCKS = ("time/", "images_per_s")
 
