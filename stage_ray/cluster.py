@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import psutil
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayTaskError
 
 from stage_ray.config import ClusterConfig, RolloutConfig, RunConfig
 from stage_ray.engines.vllm.environment import vllm_environment
@@ -151,21 +151,21 @@ class Cluster:
         """Await a worker's answer; what went wrong there becomes one sentence here."""
         try:
             return await asyncio.wait_for(_value(ref), timeout_s)
-        except (TimeoutError, GetTimeoutError) as error:
-            raise RunError(f"{who} gave no answer within {timeout_s:g} s; {self._look(who)}") from error
+        except TimeoutError as error:
+            raise RunError(f"{who} gave no answer within {timeout_s:g} s; {self._look()}") from error
         except RayTaskError as error:
             cause = error.cause
             if isinstance(cause, ConfigError):
                 raise ConfigError(str(cause)) from error
-            raise RunError(f"{who} failed: {type(cause).__name__}: {_first_line(cause)}; {self._look(who)}") from error
+            raise RunError(f"{who} failed: {type(cause).__name__}: {_first_line(cause)}; {self._look()}") from error
         except RayActorError as error:
             cause = error.__cause__ or getattr(error, "cause", None) or error
             text = str(error)
             if "ConfigError" in text:
                 raise ConfigError(_last_line(text).split("ConfigError: ")[-1]) from error
-            raise RunError(f"{who} died: {_last_line(str(cause))}; {self._look(who)}") from error
+            raise RunError(f"{who} died: {_last_line(str(cause))}; {self._look()}") from error
 
-    def _look(self, who: str) -> str:
+    def _look(self) -> str:
         return f"its log is in {self._logs}" if self._logs else "see its log in Ray's dashboard or `ray logs`"
 
     def _log(self, name: str) -> str | None:

@@ -13,6 +13,7 @@ from stage_ray.cluster import Cluster, GroupRefs
 from stage_ray.config import RunConfig
 from stage_ray.errors import RunError
 from stage_ray.evaluation import requests_for, summarise
+from stage_ray.files import write_whole
 from stage_ray.progress import Progress
 from stage_ray.records import Prompt, RolloutRequest, ScoredGroup
 from stage_ray.samples import contact_sheet
@@ -44,12 +45,7 @@ class Exam:
         with self._progress.bar(f"evaluation {name}", len(requests)) as advance:
             scored = await self._judge(requests, advance)
         result = summarise(self._prompts, [verdicts for _, verdicts in scored])
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(
-            json.dumps({**result.to_json(), "policy_version": policy_version}, indent=1), encoding="utf-8"
-        )
-        temporary.replace(path)
+        write_whole(path, json.dumps({**result.to_json(), "policy_version": policy_version}, indent=1))
         await self._picture(self._dir / "evaluation" / f"{name}.png")
         shown = {"GenEval": result.overall} | {scorer: mean for scorer, mean in result.scores.items()}
         told = ", ".join(f"{scorer} {mean:.3f}" for scorer, mean in shown.items() if mean is not None)

@@ -17,6 +17,7 @@ from stage_ray.engines import build_engine
 from stage_ray.engines.base import ImageEngine
 from stage_ray.errors import ConfigError
 from stage_ray.evaluation import EvaluationResult, evaluate, find_suite, requests_for
+from stage_ray.files import write_whole
 from stage_ray.machine import usable_cpus
 from stage_ray.progress import Progress
 from stage_ray.prompts import load_prompts
@@ -71,10 +72,7 @@ def result_table(result: EvaluationResult) -> str:
 
 def write_result(result: EvaluationResult, path: Path) -> None:
     """Write a result as JSON, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(path.name + ".tmp")
-    scratch.write_text(json.dumps(result.to_json(), indent=1), encoding="utf-8")
-    scratch.replace(path)
+    write_whole(path, json.dumps(result.to_json(), indent=1))
 
 
 def generate_images(

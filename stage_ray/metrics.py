@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import numbers
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from prometheus_client import CollectorRegistry, Gauge, start_http_server
 from torch.utils.tensorboard import SummaryWriter
 
 from stage_ray.errors import RunError
+from stage_ray.files import write_whole
 from stage_ray.machine import machine_facts
 
 PREFIX = "stage_ray_"
@@ -114,12 +114,7 @@ def truncate_steps(path: Path, last_step: int) -> None:
     if not path.exists():
         return
     kept = [row for row in read_steps(path) if row["step"] <= last_step]
-    scratch = path.with_name(path.name + ".tmp")
-    with scratch.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in kept)
-        file.flush()
-        os.fsync(file.fileno())
-    scratch.replace(path)
+    write_whole(path, "".join(json.dumps(row) + "\n" for row in kept))
 
 
 def read_steps(path: Path) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ from stage_ray.charts import Series, curves, stacked
 from stage_ray.comparison import OVERALL, Estimate, TaskComparison, compare
 from stage_ray.errors import ConfigError, RunError
 from stage_ray.evaluation.result import EvaluationResult
+from stage_ray.files import write_whole
 from stage_ray.machine import machine_facts
 from stage_ray.metrics import ALARMS_FILE, MACHINE_FILE, METRICS_FILE, read_steps
 
@@ -53,9 +54,7 @@ def write_report(run_dir: Path) -> Path:
     )
     page = environment.get_template("report.html.j2").render(_contents(run_dir))
     path = run_dir / "report.html"
-    scratch = path.with_name(path.name + ".tmp")
-    scratch.write_text(page, encoding="utf-8")
-    scratch.replace(path)
+    write_whole(path, page)
     return path
 
 

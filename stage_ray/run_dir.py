@@ -8,6 +8,7 @@ import yaml
 
 from stage_ray.config import RunConfig
 from stage_ray.errors import ConfigError
+from stage_ray.files import write_whole
 
 # What may differ when a run goes on: where it runs and how often it looks, not what it computes.
 FREE_KEYS = {"run_dir", "cluster", "checkpoint", "evaluation", "scoring"}
@@ -32,10 +33,7 @@ def open_run_dir(run: RunConfig, resume: bool) -> Path:
     elif path.exists() and any(path.iterdir()) and not config_file.exists():
         raise ConfigError(f"run_dir {path} is not empty and holds no run; name another --run-dir")
     path.mkdir(parents=True, exist_ok=True, mode=0o700)
-    text = yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False)
-    temporary = config_file.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(config_file)
+    write_whole(config_file, yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False))
     return path
 
 

@@ -16,7 +16,7 @@ from transformers import JanusForConditionalGeneration
 from stage_ray.config import LearnerConfig
 from stage_ray.learner import Learner, LearnerError
 from stage_ray.learner.learner import learning_rate
-from stage_ray.learner.precision import hardware_has_bfloat16
+from stage_ray.policies.base import hardware_has_bfloat16
 from stage_ray.records import RolloutGroup, ScoredGroup
 from stage_ray.weights import pack, unpack
 from tests.learner_case import PROMPTS, sample_groups, score, tiny_run, train

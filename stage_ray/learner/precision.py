@@ -8,13 +8,7 @@ from typing import Literal
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-
-def hardware_has_bfloat16(device: torch.device) -> bool:
-    """True where the device multiplies bfloat16 matrices itself (AVX-512 BF16 or AMX on a CPU)."""
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+from stage_ray.policies.base import hardware_has_bfloat16
 
 
 def uses_bfloat16(setting: Literal["auto", "off", "bfloat16"], device: torch.device) -> bool:

@@ -73,6 +73,14 @@ def device_for(gpus: float) -> torch.device:
     return torch.device("cuda" if gpus > 0 and torch.cuda.is_available() else "cpu")
 
 
+def hardware_has_bfloat16(device: torch.device) -> bool:
+    """True where the device multiplies bfloat16 matrices itself (AVX-512 BF16 or AMX on a CPU)."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
 def compute_dtype(choice: str, device: torch.device) -> torch.dtype:
     """What a config's dtype means on this device: ``auto`` is bfloat16 where the hardware computes in it.
 
@@ -82,8 +90,4 @@ def compute_dtype(choice: str, device: torch.device) -> torch.dtype:
     """
     if choice != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[choice]
-    if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if native else torch.float32
+    return torch.bfloat16 if hardware_has_bfloat16(device) else torch.float32

@@ -9,6 +9,7 @@ from stage_ray.world.pretrain import STAGES, pretrain
 
 
 def main() -> None:
+    """Parse the arguments and run the stages."""
     parser = argparse.ArgumentParser(prog="python -m stage_ray.world.pretrain", description=pretrain.__doc__)
     parser.add_argument("--out", type=Path, required=True, help="directory for the results and the working files")
     parser.add_argument("--stage", action="append", choices=STAGES, help="may be given several times; all by default")
