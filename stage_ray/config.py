@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from stage_ray.errors import ConfigError
 
@@ -63,7 +63,7 @@ class RolloutConfig(Section):
     cpus: float = Field(1.0, gt=0, description="CPUs reserved for one worker")
     gpus: float = Field(0.0, ge=0, description="GPUs reserved for one worker")
     threads: int | None = Field(
-        None, ge=1, description="Threads of one worker; null: every core, since roles take turns in synchronous runs"
+        None, ge=1, description="Threads of one worker; null: every core in synchronous runs, else half"
     )
     kv_cache_gib: float = Field(1.0, gt=0, description="vLLM's key-value cache on a CPU, GiB")
     gpu_memory_utilization: float = Field(0.5, gt=0, le=1, description="vLLM's share of a GPU's memory")
@@ -106,6 +106,26 @@ class AlgorithmConfig(Section):
     drop_constant: bool = Field(True, description="Ignore, per group, scorers that gave every image the same score")
     advantage_eps: float = Field(1e-4, gt=0, description="Added to the standard deviation of a group's rewards")
     clip: float | None = Field(None, gt=0, description="PPO clip of the importance ratio; null is off")
+    correction: Literal["none", "truncate", "mask"] = Field(
+        "truncate", description="An older version's tokens weigh: ratio; min(ratio, ratio_cap); or 0 off ratio_range"
+    )
+    ratio_cap: float = Field(2.0, ge=1, description="Greatest ratio of correction=truncate")
+    ratio_range: tuple[float, float] = Field((0.5, 2.0), description="Ratios that correction=mask keeps, low and high")
+    ratio_on: Literal["conditional", "guided"] = Field(
+        "conditional",
+        description="conditional: ratio of the branch that is trained; guided: of what was sampled, one more forward",
+    )
+
+    @model_validator(mode="after")
+    def _range_encloses_one(self) -> AlgorithmConfig:
+        low, high = self.ratio_range
+        if not 0 <= low < 1 < high:
+            raise ValueError(f"algorithm.ratio_range = [{low}, {high}]: needs 0 <= low < 1 < high")
+        return self
+
+
+def _off_is_no_boolean(value: Any) -> Any:
+    return "off" if value is False else value  # YAML reads a bare off as false
 
 
 class LearnerConfig(Section):
@@ -118,7 +138,7 @@ class LearnerConfig(Section):
     weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradient norm is clipped to this")
     micro_batch_images: int = Field(32, ge=1, description="Images in one forward and backward pass")
-    autocast: Literal["auto", "off", "bfloat16"] = Field(
+    autocast: Annotated[Literal["auto", "off", "bfloat16"], BeforeValidator(_off_is_no_boolean)] = Field(
         "auto", description="auto: bfloat16 where the hardware computes in it"
     )
     gradient_checkpointing: bool = Field(False, description="Recompute activations to save memory")
@@ -129,18 +149,24 @@ class LearnerConfig(Section):
     )
     cpus: float = Field(1.0, gt=0, description="CPUs reserved for the learner")
     threads: int | None = Field(
-        None, ge=1, description="Threads of the learner; null: every core, since roles take turns in synchronous runs"
+        None, ge=1, description="Threads of the learner; null: every core in synchronous runs, else half"
     )
     gpus: float = Field(0.0, ge=0, description="GPUs reserved for the learner")
+    timeout_s: float = Field(3600.0, gt=0, description="Seconds an update may take before the learner is replaced")
 
 
 class PipelineConfig(Section):
     """How far generation may run ahead of training."""
 
-    max_staleness: Literal[0] = Field(
-        0, description="Versions a group may lag behind the learner; 0 is synchronous training"
+    max_staleness: int = Field(
+        0, ge=0, description="Updates a group may lag behind the learner; 0 is synchronous training"
     )
-    order: Literal["strict"] = Field("strict", description="strict: groups train in the order they were admitted")
+    order: Literal["strict", "arrival"] = Field(
+        "strict",
+        description="strict: waves and batches in a fixed order, so a run can be repeated bit for bit; "
+        "arrival: whatever is ready first, within the bound",
+    )
+    record: bool = Field(False, description="Keep every trained group in RUN_DIR/groups, for train --replay")
 
 
 class CheckpointConfig(Section):
@@ -177,6 +203,10 @@ class ClusterConfig(Section):
     metrics_port: int | None = Field(0, ge=0, le=65535, description="Prometheus port; 0 picks a free one, null is off")
     metrics_host: str = Field("127.0.0.1", description="Address the Prometheus endpoint binds to")
     start_timeout_s: float = Field(300.0, gt=0, description="Seconds the workers may take to start")
+    sync_timeout_s: float = Field(120.0, gt=0, description="Seconds a rollout worker may take to load a version")
+    attempts: int = Field(3, ge=1, description="Times a call is tried, each on a new worker, before the run stops")
+    heartbeat_s: float = Field(5.0, gt=0, description="Seconds between pings of every worker")
+    heartbeat_deadline_s: float = Field(60.0, gt=0, description="A worker that answers no ping for so long is killed")
 
 
 class RunConfig(Section):

@@ -77,7 +77,7 @@ def test_the_shipped_configs_are_valid_and_differ_only_in_the_algorithm() -> Non
         ("learner.lr=.nan", "learner.lr = nan: "),
         ("learner.lr=-1", "learner.lr = -1: input should be greater than 0"),
         ("learner=fast", "learner = 'fast': "),
-        ("pipeline.max_staleness=2", "pipeline.max_staleness = 2: "),
+        ("pipeline.max_staleness=-1", "pipeline.max_staleness = -1: "),
         ("cluster.metrics_port=70000", "cluster.metrics_port = 70000: input should be less than or equal to 65535"),
         ("rewards=[]", "rewards = []: list should have at least 1 item"),
         ("rewards=[{type: clip}, {type: clip}]", "rewards: the name 'clip' is used twice"),
@@ -125,3 +125,8 @@ def test_a_file_that_is_no_config_is_named(
     assert main(["train", str(path)]) == 2
     error = capsys.readouterr().err
     assert "broken.yaml" in error and said in error and error.count("\n") == 1
+
+
+def test_a_bare_off_is_not_taken_for_a_boolean():
+    config = load_config(Path("configs/stage_shapeworld.yaml"), ["learner.autocast=off"])
+    assert config.learner.autocast == "off"

@@ -21,6 +21,7 @@ import numpy as np
 
 from stage_ray.world.scene import (
     COLORS,
+    LATTICE_SIZES,
     SHAPES,
     SIZES_BY_COUNT,
     Scene,
@@ -136,7 +137,7 @@ def mentions_held_out(record: Record) -> bool:
         return True
     if any((wanted["class"], wanted["count"]) in held.shape_counts for wanted in include):
         return True
-    if len(kinds) == 2 and frozenset(kinds) in held.shape_pairs:
+    if any(frozenset(pair) in held.shape_pairs for pair in itertools.combinations(kinds, 2)):
         return True
     return any(
         "position" in wanted and (wanted["class"], wanted["position"][0], kinds[wanted["position"][1]]) in held.triples
@@ -197,6 +198,38 @@ def sample_record(rng: np.random.Generator, task_weights: dict[str, float], spli
     return records[int(rng.integers(len(records)))]
 
 
+def sample_mixture(rng: np.random.Generator) -> Record:
+    """A caption beyond the six tasks, for pretraining: two or three kinds of object, each with or without a number
+    and a colour, or two in a relation: "a photo of two red rings and a square". Mentions nothing held out."""
+    while True:
+        kinds = [str(kind) for kind in rng.permutation(SHAPES)[: rng.integers(2, 4)]]
+        related = len(kinds) == 2 and rng.random() < 0.5
+        counts = [1 if related or rng.random() < 0.75 else int(rng.integers(2, 4)) for _ in kinds]
+        colors = [str(rng.choice(list(COLORS))) if rng.random() < 0.6 else None for _ in kinds]
+        if sum(counts) > max(NUMBERS):
+            continue
+        include = [
+            {"class": kind, "count": count} | ({"color": color} if color else {})
+            for kind, count, color in zip(kinds, counts, colors, strict=True)
+        ]
+        phrases = [_phrase(item) for item in include]
+        joint = " and "
+        if related:
+            relation = str(rng.choice(RELATIONS))
+            joint, include = f" {relation} ", [include[1], include[0] | {"position": [relation, 0]}]
+        record = _record("mixture", include, joint.join(phrases))
+        if not mentions_held_out(record):
+            return record
+
+
+def _phrase(item: Record) -> str:
+    """`a ring`, `a red ring`, `two red rings`."""
+    kind, count, color = item["class"], item["count"], item.get("color")
+    if count == 1:
+        return _article(" ".join(filter(None, (color, kind))))
+    return " ".join(filter(None, (NUMBERS[count], color, _plural(kind))))
+
+
 def relation_margin(a: tuple[float, float, float, float], b: tuple[float, float, float, float], relation: str) -> float:
     """How clearly box `a` stands in `relation` to box `b` (x0, y0, x1, y1, pixels) by GenEval's rule: it holds when the
     margin is above 0.5. The rule shrinks the centres' offset by a tenth of both boxes' sides, then normalises it."""
@@ -213,7 +246,9 @@ def _pick_color(kind: str, rng: np.random.Generator, avoid_held_out: bool) -> st
     return str(rng.choice(allowed))
 
 
-def sample_scene(record: Record, rng: np.random.Generator, *, avoid_held_out: bool = True) -> Scene:
+def sample_scene(
+    record: Record, rng: np.random.Generator, *, avoid_held_out: bool = True, lattice: bool = False
+) -> Scene:
     """A random scene that satisfies `record` and shows nothing beyond it.
 
     What the record leaves open (colours, places, sizes, background) is random; counted objects share one colour.
@@ -229,7 +264,10 @@ def sample_scene(record: Record, rng: np.random.Generator, *, avoid_held_out: bo
             relation = (index, item["position"][0], item["position"][1])
     low, high = SIZES_BY_COUNT[len(wanted)]
     while True:
-        places = place_squares(rng.uniform(low, high, size=len(wanted)).tolist(), rng)
+        sizes = rng.uniform(low, high, size=len(wanted))
+        if lattice:
+            sizes = rng.choice(LATTICE_SIZES[len(wanted)], size=len(wanted))
+        places = place_squares(sizes.tolist(), rng, lattice=lattice)
         shapes = tuple(Shape(*look, *place) for look, place in zip(wanted, places, strict=True))
         if relation is None:
             break

@@ -38,6 +38,8 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
 
 # Diameters in pixels by the number of objects: the more objects, the smaller, and never below 16.
 SIZES_BY_COUNT: dict[int, tuple[float, float]] = {1: (22.0, 34.0), 2: (19.0, 27.0), 3: (17.0, 22.0), 4: (16.0, 20.0)}
+LATTICE = 4.0  # pixels: half a token's side
+LATTICE_SIZES: dict[int, tuple[float, ...]] = {1: (24.0, 32.0), 2: (20.0, 24.0), 3: (16.0, 20.0), 4: (16.0, 20.0)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +89,11 @@ def boxes_apart(a: tuple[float, float, float], b: tuple[float, float, float], ga
     return abs(a[0] - b[0]) >= reach or abs(a[1] - b[1]) >= reach
 
 
-def place_squares(sizes: Sequence[float], rng: np.random.Generator) -> list[tuple[float, float, float]]:
-    """Random places (cx, cy, size) for squares of these sizes, in pixels, keeping MIN_GAP and MIN_BORDER.
+def place_squares(
+    sizes: Sequence[float], rng: np.random.Generator, *, lattice: bool = False
+) -> list[tuple[float, float, float]]:
+    """Random places (cx, cy, size) for squares of these sizes, in pixels, keeping MIN_GAP and MIN_BORDER; with
+    `lattice`, centres are multiples of LATTICE.
 
     Starts over when the squares placed first leave no room for the rest.
     """
@@ -96,7 +101,12 @@ def place_squares(sizes: Sequence[float], rng: np.random.Generator) -> list[tupl
         placed: list[tuple[float, float, float]] = []
         for size in sizes:
             low, high = MIN_BORDER + size / 2, IMAGE_SIZE - MIN_BORDER - size / 2
-            for cx, cy in rng.uniform(low, high, size=(20, 2)):
+            if lattice:
+                first, last = np.ceil(low / LATTICE), np.floor(high / LATTICE)
+                centres = LATTICE * rng.integers(int(first), int(last), size=(20, 2), endpoint=True)
+            else:
+                centres = rng.uniform(low, high, size=(20, 2))
+            for cx, cy in centres:
                 candidate = (float(cx), float(cy), float(size))
                 if all(boxes_apart(candidate, other) for other in placed):
                     placed.append(candidate)

@@ -17,16 +17,15 @@ from stage_ray.world.pretrain.loop import Budget, console
 from stage_ray.world.pretrain.policy_files import janus_processor
 from stage_ray.world.pretrain.tokenizer import train_tokenizer
 
-STAGES = ("prompts", "tokenizer", "language-model", "language-model-plain", "detector", "clip", "cards")
+STAGES = ("prompts", "tokenizer", "language-model", "detector", "clip", "cards")
 
 # Steps, or minutes of wall clock if those pass first.
 BUDGETS = {
-    "tokenizer": Budget(steps=6500, seconds=24 * 60),
-    "language-model": Budget(steps=4000, seconds=17 * 60),
-    "language-model-plain": Budget(steps=4000, seconds=22 * 60),
-    "clip": Budget(steps=1200, seconds=8 * 60),
+    "tokenizer": Budget(steps=3600, seconds=24 * 60),
+    "language-model": Budget(steps=4400, seconds=40 * 60),
+    "clip": Budget(steps=1200, seconds=10 * 60),
 }
-PICTURES = 24_000  # captioned scenes that the language model sees
+PICTURES = 56_000  # captioned scenes that the language model sees
 SMOKE_STEPS, SMOKE_PICTURES = 3, 64
 
 
@@ -56,11 +55,6 @@ def pretrain(out: Path, *, stages: Sequence[str] | None = None, seed: int = 0, s
         train_language_model(work, janus_processor(), budget("language-model"), pictures, seed)
         export_janus(out, work)
 
-    def language_model_plain() -> None:
-        pictures = SMOKE_PICTURES if smoke else PICTURES
-        train_language_model(work, janus_processor(), budget("language-model-plain"), pictures, seed, plain=True)
-        export_janus(out, work)
-
     def clip() -> None:
         train_clip(work, budget("clip"), seed)
         export_clip(out, work)
@@ -73,7 +67,6 @@ def pretrain(out: Path, *, stages: Sequence[str] | None = None, seed: int = 0, s
         "prompts": lambda: write_prompts(out),
         "tokenizer": tokenizer,
         "language-model": language_model,
-        "language-model-plain": language_model_plain,
         "detector": detector,
         "clip": clip,
         "cards": lambda: write_cards(out, work),
