@@ -69,39 +69,52 @@ class CheckpointStore:
         self.keep = keep
 
     def save(self, step: int, write: Callable[[Path], None], facts: Mapping[str, Any]) -> Path:
-        """Write a checkpoint and, once it is complete, drop the oldest.
+        """Write a checkpoint in one go: `begin`, ``write`` fills the directory, `finish`; or `abandon` if it raises."""
+        directory = self.begin(step)
+        try:
+            write(directory)
+            return self.finish(step, directory, facts)
+        except BaseException:
+            self.abandon(directory)
+            raise
+
+    def begin(self, step: int) -> Path:
+        """An empty directory to fill; what earlier crashes left behind is swept."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        self._sweep()
+        unfinished = self.root / f"{UNFINISHED}{_name(step)}"
+        unfinished.mkdir()
+        return unfinished
+
+    def finish(self, step: int, directory: Path, facts: Mapping[str, Any]) -> Path:
+        """Give a filled directory its name and, now that it is complete, drop the oldest.
 
         Args:
             step: updates done; an older checkpoint of the same step is replaced.
-            write: fills the directory it is given (subdirectories are fine).
+            directory: of `begin`.
             facts: JSON data, read back by `latest`.
 
         Returns:
             The directory of the finished checkpoint.
 
         Raises:
-            OSError, or whatever ``write`` raises: the unfinished directory is removed, older checkpoints are untouched.
+            OSError: the disk; older checkpoints are untouched.
             TypeError: ``facts`` is not JSON data.
         """
-        self.root.mkdir(parents=True, exist_ok=True)
-        self._sweep()
-        final = self.root / f"step-{step:06d}"
-        unfinished = self.root / f"{UNFINISHED}{final.name}"
-        unfinished.mkdir()
-        try:
-            write(unfinished)
-            _write_manifest(unfinished, step, facts)
-            _sync_tree(unfinished)
-        except BaseException:
-            shutil.rmtree(unfinished, ignore_errors=True)
-            raise
+        final = self.root / _name(step)
+        _write_manifest(directory, step, facts)
+        _sync_tree(directory)
         if final.exists():  # a directory cannot be renamed onto another; the old one steps aside for a moment
             os.rename(final, self.root / f"{UNFINISHED}replaced-{final.name}")
-        os.rename(unfinished, final)
+        os.rename(directory, final)
         _sync(self.root)
         self._sweep()
         self._prune(step)
         return final
+
+    def abandon(self, directory: Path) -> None:
+        """Remove a directory of `begin` that will not be finished."""
+        shutil.rmtree(directory, ignore_errors=True)
 
     def latest(self, on_problem: Callable[[str], None] = log.warning) -> Checkpoint | None:
         """The newest checkpoint that verifies, or None; ``on_problem`` is told of every broken one that was skipped."""
@@ -125,6 +138,10 @@ class CheckpointStore:
         older = sorted(item for item in self._steps() if item[0] <= step)
         for _, path in older[: -self.keep]:
             shutil.rmtree(path)
+
+
+def _name(step: int) -> str:
+    return f"step-{step:06d}"
 
 
 def verify(path: Path, step: int | None = None) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The command line: arguments in, one call, an exit code out. No logic lives here, and imports wait for their command.
 
-Exit codes: 0 done, 1 the run failed, 2 wrong usage or config, 130 interrupted. Expected errors are one sentence on
-stderr; anything else is a bug and shows its traceback.
+Exit codes: 0 done, 1 the run failed, 2 wrong usage or config, 128 + n stopped by signal n. Expected errors are one
+sentence on stderr; anything else is a bug and shows its traceback.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 import typer
 from typer.exceptions import TyperException
 
-from stage_ray.errors import ConfigError, RunError
+from stage_ray.errors import ConfigError, Interrupted, RunError
 
 app = typer.Typer(
     name="stage-ray",
@@ -34,7 +34,6 @@ class PretrainStage(StrEnum):
     prompts = "prompts"
     tokenizer = "tokenizer"
     language_model = "language-model"
-    language_model_plain = "language-model-plain"
     detector = "detector"
     clip = "clip"
     cards = "cards"
@@ -64,6 +63,12 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the newest checkpoint of the run directory")
     ] = False,
+    replay: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="RUN_DIR", help="Train the learner alone on the groups that RUN_DIR recorded (pipeline.record=true)"
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, print the resolved config, start nothing")
     ] = False,
@@ -81,6 +86,13 @@ def train(
         typer.echo(describe(run))
         return
     from stage_ray.progress import Progress
+
+    if replay is not None:
+        from stage_ray.replay import replay as replay_run
+
+        with Progress() as progress:
+            progress.note(f"replayed into {replay_run(run, replay, progress)}")
+        return
     from stage_ray.train import train as train_run
 
     with Progress() as progress:
@@ -186,6 +198,34 @@ def pretrain(
 
 
 @app.command(no_args_is_help=True)
+def bench(
+    name: Annotated[
+        Literal["rollout", "learner", "sync", "pipeline", "end-to-end", "all"],
+        typer.Argument(metavar="NAME", help="rollout, learner, sync, pipeline, end-to-end, or all"),
+    ],
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the rows here, as a list")] = None,
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"], typer.Option(help="What computes; auto is a GPU where there is one")
+    ] = "auto",
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Small sizes and few repeats, to see that it works; the ratios say nothing")
+    ] = False,
+) -> None:
+    """Measure how fast this is: ratios against plain code run in turn with ours, and the limit of each.
+
+    rollout: images drawn, by each engine. learner: time and memory of an update. sync: weights to two workers.
+    pipeline: what the driver hides and costs. end-to-end: images trained a second, by a real short run.
+
+    A missed target is a fact, not a failure: the exit code is 0 all the same. Let nothing else run meanwhile.
+
+    Example: stage-ray bench rollout --json rollout.json
+    """
+    from stage_ray.bench import run_benches
+
+    run_benches(name, device=device, quick=quick, json_file=json_file)
+
+
+@app.command(no_args_is_help=True)
 def report(
     run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The directory of a run, finished or not")],
 ) -> None:
@@ -216,6 +256,8 @@ def main(arguments: list[str] | None = None) -> int:
     except (ConfigError, TyperException) as error:
         code = 2
         sentence = error.format_message() if isinstance(error, TyperException) else str(error)
+    except Interrupted as stopped:
+        code, sentence = stopped.exit_code, str(stopped)
     except RunError as error:
         code, sentence = 1, str(error)
     if sentence.strip():  # a bare command has shown its help instead

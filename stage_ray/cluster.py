@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import os
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import psutil
 import ray
-from ray.exceptions import RayActorError, RayTaskError
 
-from stage_ray.config import ClusterConfig, RolloutConfig, RunConfig
+from stage_ray.config import RolloutConfig, RunConfig
 from stage_ray.engines.vllm.environment import vllm_environment
-from stage_ray.errors import ConfigError, RunError
+from stage_ray.errors import RunError
+from stage_ray.local_ray import start_ray
 from stage_ray.records import RolloutReceipt, RolloutRequest, ScoreReceipt
+from stage_ray.seats import Seat, WorkerFailed, WorkerLost, heartbeats
 from stage_ray.workers.learner import LearnerWorker
 from stage_ray.workers.reward import RewardWorker
 from stage_ray.workers.rollout import RolloutWorker
 
-Result = TypeVar("Result")
+
+class LearnerLostError(RunError):
+    """The learner died or hung; another one has started in its place, without its state."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,26 +34,39 @@ class GroupRefs:
     group_id: int
     policy_version: int
     tokens: Any  # ObjectRef of RolloutGroup
-    images: Any  # ObjectRef of uint8 [G, H, W, 3]
+    images: Any = None  # ObjectRef of uint8 [G, H, W, 3]; None once nobody will look at them
     scores: Any = None  # ObjectRef of ScoredGroup
 
 
+@dataclass(frozen=True, slots=True)
+class _Publication:
+    """One policy version in the object store."""
+
+    version: int
+    manifest: Any
+    chunks: tuple[Any, ...]
+
+
 class Cluster:
-    """Rollout workers, reward workers and the learner, warm and all at one policy version."""
+    """Rollout workers, reward workers and the learner, each in a seat that outlives it.
+
+    Invariant: a rollout worker gets the newest published version before its first request (promise 6).
+    """
 
     def __init__(self, run: RunConfig, logs: Path | None) -> None:
         self.run = run
         self._logs = logs
-        self._rollouts = [self._start_rollout(i) for i in range(run.rollout.workers)]
-        self._idle_rollouts: asyncio.Queue[Any] = asyncio.Queue()
-        self._idle_rewards: asyncio.Queue[Any] = asyncio.Queue()
-        self._rewards_started = 0
-        self._rewards = [self._start_reward() for _ in range(run.scoring.workers)]
-        options = {"num_cpus": run.learner.cpus, "num_gpus": run.learner.gpus}
-        env = {"env_vars": _threads(run.learner.threads)}
-        self.learner = (
-            ray.remote(LearnerWorker).options(name=None, runtime_env=env, **options).remote(run, self._log("learner"))
-        )
+        self._published: _Publication | None = None
+        self._loading: list[asyncio.Task[int]] = []
+        self._turn = 0
+        timeout = run.cluster.start_timeout_s
+
+        def seats(role: str, count: int, start: Callable[[str], Any], **more: Any) -> list[Seat]:
+            return [Seat(f"{role}-{i}", start, start_timeout_s=timeout, **more) for i in range(count)]
+
+        self.rollouts = seats("rollout", run.rollout.workers, self._start_rollout, prepare=self._newest_weights)
+        self.rewards = seats("reward", run.scoring.workers, self._start_reward)
+        self.learner = Seat("learner", self._start_learner, start_timeout_s=timeout, keep_failed=True)
 
     @classmethod
     @asynccontextmanager
@@ -66,104 +80,161 @@ class Cluster:
         local = start_ray(run, run_dir)
         try:
             cluster = cls(run, run_dir / "logs" if local else None)
-            await cluster._wait_until_warm()
-            yield cluster
+            seats = [*cluster.rollouts, *cluster.rewards, cluster.learner]
+            try:
+                await asyncio.gather(*(seat.ready() for seat in seats))
+            except WorkerLost as lost:
+                raise cluster._fatal(lost) from lost
+            async with heartbeats(seats, run.cluster.heartbeat_s, run.cluster.heartbeat_deadline_s):
+                yield cluster
         finally:
             ray.shutdown()
 
-    @property
-    def idle_rollouts(self) -> int:
-        """Rollout workers that wait for a wave."""
-        return self._idle_rollouts.qsize()
+    async def generate(
+        self,
+        requests: Sequence[RolloutRequest],
+        *,
+        seat: int | None = None,
+        on_retry: Callable[[], None] = lambda: None,
+    ) -> tuple[RolloutReceipt, list[GroupRefs]]:
+        """Draw one wave; a worker that is lost is replaced, and the same requests go to its successor.
 
-    async def generate(self, requests: Sequence[RolloutRequest]) -> tuple[RolloutReceipt, list[GroupRefs]]:
-        """Run one wave on the next idle rollout worker."""
-        worker = await self._idle_rollouts.get()
-        try:
+        Args:
+            requests: with their seeds, so a second attempt draws the same images (at the then newest version).
+            seat: which worker, modulo their number; None takes the one with the shortest queue.
+            on_retry: called before each further attempt.
+        """
+
+        async def draw(worker: Any) -> tuple[RolloutReceipt, list[Any]]:
             receipt_ref, *refs = worker.generate.options(num_returns=1 + 2 * len(requests)).remote(*requests)
-            receipt = await self._call(receipt_ref, "rollout worker", self.run.rollout.timeout_s)
-        finally:
-            self._idle_rollouts.put_nowait(worker)
+            receipt = await receipt_ref
+            if receipt.problem:
+                raise WorkerFailed(f"{receipt.worker} drew what cannot be used: {receipt.problem}")
+            return receipt, refs
+
+        worker = self._shortest_queue(self.rollouts) if seat is None else self.rollouts[seat % len(self.rollouts)]
+        try:
+            receipt, refs = await worker.call(
+                draw, self.run.rollout.timeout_s, attempts=self.run.cluster.attempts, on_retry=on_retry
+            )
+        except WorkerLost as lost:
+            raise self._fatal(lost) from lost
         pairs = zip(requests, refs[::2], refs[1::2], strict=True)
         return receipt, [GroupRefs(r.group_id, receipt.policy_version, tokens, images) for r, tokens, images in pairs]
 
     async def score(self, groups: Sequence[GroupRefs]) -> list[tuple[ScoreReceipt, GroupRefs]]:
-        """Score a batch of groups on the next idle reward worker.
-
-        A worker that times out or dies is replaced, and its groups come back as not ok.
-        """
-        worker = await self._idle_rewards.get()
+        """Score a batch of groups; where a worker is lost, it is replaced and its groups come back as not ok."""
         objects = [ref for group in groups for ref in (group.tokens, group.images)]
-        try:
+
+        async def judge(worker: Any) -> tuple[Sequence[ScoreReceipt], list[Any]]:
             receipts_ref, *scored = worker.score.options(num_returns=1 + len(groups)).remote(*objects)
-            receipts = await asyncio.wait_for(_value(receipts_ref), self.run.scoring.timeout_s)
-        except (TimeoutError, RayActorError) as error:
-            late = isinstance(error, TimeoutError)
-            why = (
-                f"no answer within {self.run.scoring.timeout_s:g} s"
-                if late
-                else f"a reward worker died ({_first_line(error)})"
-            )
-            ray.kill(worker)
-            worker = self._start_reward()
-            return [(ScoreReceipt(group.group_id, ok=False, error=why), group) for group in groups]
-        finally:
-            self._idle_rewards.put_nowait(worker)
+            return await receipts_ref, scored
+
+        try:
+            receipts, scored = await self._shortest_queue(self.rewards).call(judge, self.run.scoring.timeout_s)
+        except WorkerLost as lost:
+            return [(ScoreReceipt(group.group_id, ok=False, error=str(lost)), group) for group in groups]
         results = zip(receipts, groups, scored, strict=True)
         return [(r, GroupRefs(g.group_id, g.policy_version, g.tokens, g.images, s)) for r, g, s in results]
 
     async def update(self, groups: Sequence[GroupRefs]) -> dict[str, float]:
         """One STAGE update; the policy's version grows by one."""
         objects = [ref for group in groups for ref in (group.tokens, group.scores)]
-        return await self._call(self.learner.update.remote(*objects), "learner")
+        return await self.ask_learner(lambda worker: worker.update.remote(*objects))
 
-    async def publish(self) -> int:
-        """Broadcast the learner's version to every rollout worker; returns when all serve it."""
-        manifest = await self._call(self.learner.pack.remote(), "learner")
-        refs = self.learner.chunks.options(num_returns=manifest.chunks).remote()
-        chunks = refs if isinstance(refs, list) else [refs]
-        manifest_ref = ray.put(manifest)
-        calls = [worker.load_weights.remote(manifest_ref, *chunks) for worker in self._rollouts]
-        served = await asyncio.gather(*(self._call(call, f"rollout-{i}") for i, call in enumerate(calls)))
-        if set(served) != {manifest.version}:
-            raise RunError(f"rollout workers serve versions {served} after version {manifest.version} was published")
-        return manifest.version
+    async def publish(self) -> None:
+        """Broadcast the learner's version: every wave that is asked for from now on is drawn with it.
+
+        In a synchronous run it returns when all workers serve it; else they load it behind our back, between waves,
+        and the next `publish` or `settle` says if one could not.
+        """
+        await self.settle()
+
+        async def pack(worker: Any) -> _Publication:
+            manifest = await worker.pack.remote()
+            refs = worker.chunks.options(num_returns=manifest.chunks).remote()
+            chunks = tuple(refs) if isinstance(refs, list) else (refs,)
+            return _Publication(manifest.version, ray.put(manifest), chunks)
+
+        self._published = await self.ask_learner(pack)
+        self._loading = [asyncio.create_task(self._load(seat)) for seat in self.rollouts]
+        await asyncio.sleep(0)  # let each take its place in its worker's queue
+        if self.run.pipeline.max_staleness == 0:
+            await self.settle()
+
+    async def settle(self) -> None:
+        """Wait until every rollout worker serves what was published last.
+
+        Raises:
+            RunError: a worker and its successors could not load it in ``cluster.sync_timeout_s``.
+        """
+        loading, self._loading = self._loading, []
+        if not loading:
+            return
+        try:
+            served = await asyncio.gather(*loading)
+        except WorkerLost as lost:
+            raise self._fatal(lost) from lost
+        if self._published is not None and set(served) != {self._published.version}:
+            raise RunError(f"rollout workers serve versions {served} after {self._published.version} was published")
 
     async def fetch(self, refs: Sequence[Any]) -> list[Any]:
         """Bring small objects (verdicts, a few pictures for a person to look at) to the driver."""
-        return list(await asyncio.gather(*(self._call(ref, "a worker") for ref in refs)))
+        return list(await asyncio.gather(*(_value(ref) for ref in refs)))
 
-    async def ask_learner(self, method: str, *arguments: Any) -> Any:
-        """Call one of the learner's other methods: save_state, load_state, export."""
-        return await self._call(getattr(self.learner, method).remote(*arguments), "learner")
+    async def ask_learner(self, ask: Callable[[Any], Any]) -> Any:
+        """Call the learner.
 
-    async def _wait_until_warm(self) -> None:
-        timeout_s = self.run.cluster.start_timeout_s
-        workers = {f"rollout-{i}": w for i, w in enumerate(self._rollouts)} | {"learner": self.learner}
-        workers |= {f"reward-{i}": w for i, w in enumerate(self._rewards)}
-        await asyncio.gather(*(self._call(w.__ray_ready__.remote(), n, timeout_s) for n, w in workers.items()))
-        for worker in self._rollouts:
-            self._idle_rollouts.put_nowait(worker)
-        for worker in self._rewards:
-            self._idle_rewards.put_nowait(worker)
-
-    async def _call(self, ref: Awaitable[Result], who: str, timeout_s: float | None = None) -> Result:
-        """Await a worker's answer; what went wrong there becomes one sentence here."""
+        Raises:
+            LearnerLostError: it died or hung.
+            RunError: it refused (a loss that is not finite, say).
+        """
         try:
-            return await asyncio.wait_for(_value(ref), timeout_s)
-        except TimeoutError as error:
-            raise RunError(f"{who} gave no answer within {timeout_s:g} s; {self._look()}") from error
-        except RayTaskError as error:
-            cause = error.cause
-            if isinstance(cause, ConfigError):
-                raise ConfigError(str(cause)) from error
-            raise RunError(f"{who} failed: {type(cause).__name__}: {_first_line(cause)}; {self._look()}") from error
-        except RayActorError as error:
-            cause = error.__cause__ or getattr(error, "cause", None) or error
-            text = str(error)
-            if "ConfigError" in text:
-                raise ConfigError(_last_line(text).split("ConfigError: ")[-1]) from error
-            raise RunError(f"{who} died: {_last_line(str(cause))}; {self._look()}") from error
+            return await self.learner.call(ask, self.run.learner.timeout_s)
+        except WorkerFailed as failed:
+            raise self._fatal(failed) from failed
+        except WorkerLost as lost:
+            raise LearnerLostError(f"{lost}; {self._look()}") from lost
+
+    @property
+    def published(self) -> bool:
+        """Whether any version was published: before, workers hold the weights of the config's model."""
+        return self._published is not None
+
+    def busy(self) -> dict[str, float]:
+        """Seconds that each role's actors have worked since the last call, added up over a role."""
+        roles = {"rollout": self.rollouts, "reward": self.rewards, "learner": [self.learner]}
+        seconds = {}
+        for role, seats in roles.items():
+            seconds[role] = sum(seat.busy_s for seat in seats)
+            for seat in seats:
+                seat.busy_s = 0.0
+        return seconds
+
+    def restarts(self) -> int:
+        """Actors replaced so far."""
+        return sum(seat.restarts for seat in (*self.rollouts, *self.rewards, self.learner))
+
+    def _load(self, seat: Seat) -> Any:
+        def load(worker: Any) -> Any:
+            newest = self._newest_weights(worker)
+            assert newest is not None, "nothing was published"
+            return newest
+
+        return seat.call(load, self.run.cluster.sync_timeout_s, attempts=self.run.cluster.attempts)
+
+    def _newest_weights(self, worker: Any) -> Any | None:
+        published = self._published
+        return worker.load_weights.remote(published.manifest, *published.chunks) if published else None
+
+    def _shortest_queue(self, seats: Sequence[Seat]) -> Seat:
+        """The seat with the fewest calls; among equals they take turns."""
+        self._turn += 1
+        order = [seats[(self._turn + i) % len(seats)] for i in range(len(seats))]
+        return min(order, key=lambda seat: seat.waiting)
+
+    def _fatal(self, lost: WorkerLost) -> RunError:
+        return RunError(f"{lost}; {self._look()}")
 
     def _look(self) -> str:
         return f"its log is in {self._logs}" if self._logs else "see its log in Ray's dashboard or `ray logs`"
@@ -171,87 +242,41 @@ class Cluster:
     def _log(self, name: str) -> str | None:
         return str((self._logs / f"{name}.log").resolve()) if self._logs else None
 
-    def _start_rollout(self, index: int) -> Any:
+    def _start_rollout(self, name: str) -> Any:
         rollout = self.run.rollout
-        env = {"env_vars": _engine_environment(rollout) | _threads(rollout.threads)}
-        options = {"num_cpus": rollout.cpus, "num_gpus": rollout.gpus, "runtime_env": env}
-        name = f"rollout-{index}"
-        return ray.remote(RolloutWorker).options(**options).remote(name, self.run.policy, rollout, self._log(name))
+        env = _engine_environment(rollout) | self._threads(rollout.threads)
+        arguments = (name, self.run.policy, rollout, self._log(name))
+        return _actor(RolloutWorker, rollout.cpus, rollout.gpus, env).remote(*arguments)
 
-    def _start_reward(self) -> Any:
+    def _start_reward(self, name: str) -> Any:
         scoring = self.run.scoring
-        options = {"num_cpus": scoring.cpus, "num_gpus": scoring.gpus, "runtime_env": {"env_vars": _threads(1)}}
-        name = f"reward-{self._rewards_started}"
-        self._rewards_started += 1
-        return ray.remote(RewardWorker).options(**options).remote(list(self.run.rewards), self._log(name))
+        env = {"OMP_NUM_THREADS": "1"}
+        return _actor(RewardWorker, scoring.cpus, scoring.gpus, env).remote(list(self.run.rewards), self._log(name))
+
+    def _start_learner(self, name: str) -> Any:
+        learner = self.run.learner
+        env = self._threads(learner.threads)
+        return _actor(LearnerWorker, learner.cpus, learner.gpus, env).remote(self.run, self._log(name))
+
+    def _threads(self, count: int | None) -> dict[str, str]:
+        return {"OMP_NUM_THREADS": str(count or default_threads(self.run.pipeline.max_staleness))}
 
 
-def start_ray(run: RunConfig, run_dir: Path) -> bool:
-    """Join the cluster this process belongs to, or the one named, else start one on this machine; True if started.
-
-    Raises:
-        RunError: no cluster at that address, or too little memory for the object store.
-    """
-    cluster = run.cluster
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing leaves the machine unasked
-    address = cluster.address or ("auto" if "RAY_ADDRESS" in os.environ else None)
-    if address is not None:
-        try:
-            ray.init(address=address, log_to_driver=False, logging_level="ERROR")
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            raise RunError(f"no Ray cluster answers at cluster.address = {address!r}: {_first_line(error)}") from error
-        return False
-    _check_memory(cluster)
-    try:
-        context = ray.init(
-            address="local",
-            num_cpus=cluster.num_cpus or max(os.cpu_count() or 1, math.ceil(wanted_cpus(run))),
-            object_store_memory=cluster.object_store_mb * 2**20,
-            include_dashboard=cluster.dashboard,
-            dashboard_host="127.0.0.1",
-            _node_ip_address="127.0.0.1",
-            log_to_driver=False,
-            logging_level="ERROR",
-        )
-    except Exception as error:  # Ray raises a bare Exception when a node does not come up in time
-        raise RunError(f"Ray did not start on this machine: {_first_line(error)}") from error
-    logs = run_dir / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
-    link = logs / "ray"
-    link.unlink(missing_ok=True)
-    link.symlink_to(Path(context.address_info["session_dir"]) / "logs")
-    return True
+def default_threads(max_staleness: int) -> int:
+    """Threads of rollout worker and learner: every core where they take turns, half of them where both work at once."""
+    cores = os.cpu_count() or 1
+    return cores if max_staleness == 0 else max(1, cores // 2)
 
 
-def wanted_cpus(run: RunConfig) -> float:
-    """Logical CPUs that all roles ask for together."""
-    return run.rollout.workers * run.rollout.cpus + run.scoring.workers * run.scoring.cpus + run.learner.cpus
-
-
-def _check_memory(cluster: ClusterConfig) -> None:
-    free_mb = psutil.virtual_memory().available // 2**20
-    if cluster.object_store_mb > free_mb:
-        raise RunError(
-            f"cluster.object_store_mb = {cluster.object_store_mb} is more than the {free_mb} MB of memory "
-            "that are free; lower it"
-        )
-
-
-def _threads(count: int | None) -> dict[str, str]:
-    return {"OMP_NUM_THREADS": str(count or os.cpu_count() or 1)}
+def _actor(role: type, cpus: float, gpus: float, env: dict[str, str]) -> Any:
+    # Pings are answered by a thread of their own, also while the actor works.
+    pinged = ray.remote(concurrency_groups={"health": 1})(role)
+    return pinged.options(num_cpus=cpus, num_gpus=gpus, runtime_env={"env_vars": env})
 
 
 def _engine_environment(rollout: RolloutConfig) -> dict[str, str]:
     return vllm_environment(rollout) if rollout.engine == "vllm" else {}
 
 
-async def _value(ref: Awaitable[Result]) -> Result:
+async def _value(ref: Any) -> Any:
     return await ref
-
-
-def _first_line(error: BaseException | None) -> str:
-    return next(iter(str(error).strip().splitlines()), "")
-
-
-def _last_line(text: str) -> str:
-    return next(iter(reversed(text.strip().splitlines())), "")

@@ -7,3 +7,11 @@ class ConfigError(ValueError):
 
 class RunError(RuntimeError):
     """The run could not go on; names what failed and where to look. Exit code 1."""
+
+
+class Interrupted(RunError):  # noqa: N818  it is no error: someone wanted it
+    """A signal ended the run, after a checkpoint. Exit code 128 plus the signal's number, as shells expect."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code

@@ -27,6 +27,7 @@ class Exam:
     ) -> None:
         self._cluster, self._run, self._prompts = cluster, run, list(prompts)
         self._dir, self._progress = run_dir, progress
+        self._drawing: asyncio.Task[None] | None = None
         stride = max(1, len(self._prompts) // run.evaluation.sample_prompts)
         self._sample_prompts = self._prompts[::stride][: run.evaluation.sample_prompts]
 
@@ -53,9 +54,19 @@ class Exam:
         return result.overall
 
     async def sample(self, step: int) -> None:
-        """Draw the fixed sample prompts with their fixed seeds, when a picture is due."""
+        """Draw the fixed sample prompts with their fixed seeds, when a picture is due; training does not wait for it,
+        unless it is synchronous."""
         if step % self._run.evaluation.sample_every == 0:
-            await self._picture(self._dir / "samples" / f"step-{step:06d}.png")
+            await self.drawn()
+            self._drawing = asyncio.create_task(self._picture(self._dir / "samples" / f"step-{step:06d}.png"))
+        if self._run.pipeline.max_staleness == 0:
+            await self.drawn()
+
+    async def drawn(self) -> None:
+        """Wait for the picture that is being drawn."""
+        drawing, self._drawing = self._drawing, None
+        if drawing is not None:
+            await drawing
 
     async def _picture(self, path: Path) -> None:
         requests = requests_for(self._sample_prompts, 1, self._run.evaluation.seed)

@@ -57,11 +57,8 @@ class Recorder:
             self._serve(host, port)
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / MACHINE_FILE).write_text(json.dumps(machine_facts(), indent=1), encoding="utf-8")
-        for name in (METRICS_FILE, ALARMS_FILE):
-            truncate_steps(run_dir / name, resume_step)
-        self._file = (run_dir / METRICS_FILE).open("a", encoding="utf-8")
-        self._alarms = (run_dir / ALARMS_FILE).open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step + 1 if resume_step else None)
+        self._run_dir = run_dir
+        self._open(resume_step)
 
     def step(self, step: int, metrics: Mapping[str, float | str | Sequence[str] | None]) -> None:
         """Record the metrics of one step. Numbers that are not finite become null; lists count in gauges."""
@@ -82,15 +79,31 @@ class Recorder:
         self._alarms.write(json.dumps({"step": step, "alarm": name, "text": text}) + "\n")
         self._alarms.flush()
 
+    def rewind(self, step: int) -> None:
+        """Forget the steps after ``step``; they will be trained again."""
+        self._close_files()
+        self._open(step)
+
     def close(self) -> None:
         """Close the files and free the port."""
-        self._file.close()
-        self._alarms.close()
-        self._board.close()
+        self._close_files()
         if self._server is not None:
             self._server.shutdown()
             self._server.server_close()
             self._server = None
+
+    def _open(self, resume_step: int) -> None:
+        for name in (METRICS_FILE, ALARMS_FILE):
+            truncate_steps(self._run_dir / name, resume_step)
+        self._file = (self._run_dir / METRICS_FILE).open("a", encoding="utf-8")
+        self._alarms = (self._run_dir / ALARMS_FILE).open("a", encoding="utf-8")
+        purge = resume_step + 1 if resume_step else None
+        self._board = SummaryWriter(str(self._run_dir / "tensorboard"), purge_step=purge)
+
+    def _close_files(self) -> None:
+        self._file.close()
+        self._alarms.close()
+        self._board.close()
 
     def _serve(self, host: str, port: int) -> None:
         try:

@@ -84,7 +84,7 @@ class RolloutGroup:
 
 @dataclass(frozen=True, slots=True)
 class RolloutReceipt:
-    """What the driver reads of a finished wave.
+    """What the driver reads of a finished wave; ``problem`` says why it cannot be used, where it cannot.
 
     Example:
         >>> RolloutReceipt("rollout-0", policy_version=4, generate_s=1.5).policy_version
@@ -94,6 +94,7 @@ class RolloutReceipt:
     worker: str
     policy_version: int
     generate_s: float
+    problem: str = ""
 
 
 @dataclass(frozen=True, slots=True)

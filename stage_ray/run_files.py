@@ -1,18 +1,18 @@
-"""What a run writes step by step, opened at the step it goes on from: metrics, ledger, checkpoints."""
+"""What a run writes step by step, opened at the step it goes on from: metrics, ledger, checkpoints, recordings."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import ray
+from ray.exceptions import RayTaskError
 
 from stage_ray.alarms import alarms
-from stage_ray.checkpoint import CheckpointStore
-from stage_ray.cluster import Cluster
+from stage_ray.checkpoint import Checkpoint, CheckpointStore
+from stage_ray.cluster import Cluster, GroupRefs
 from stage_ray.config import RunConfig
 from stage_ray.errors import RunError
 from stage_ray.ledger import Ledger
@@ -22,36 +22,70 @@ from stage_ray.prompts import PromptCursor
 from stage_ray.records import Prompt
 from stage_ray.stream import GroupStream
 
+GROUPS = "groups"
+LEARNER_LIVES = 3
+
 
 class RunFiles:
-    """A checkpoint names a byte of the ledger, a prompt and a group; reopening cuts every file back to it (promise 8).
+    """A checkpoint names a byte of the ledger, a prompt and a group, and holds the groups that were on their way;
+    going on from it cuts every file back to it (promise 8).
 
     Attributes:
-        first_step: updates that the newest whole checkpoint holds; 0 without one.
+        step: updates that the newest whole checkpoint holds; 0 without one.
     """
 
     def __init__(
         self, run: RunConfig, run_dir: Path, prompts: list[Prompt], *, resume: bool, progress: Progress
     ) -> None:
-        self._run, self._run_dir, self._progress = run, run_dir, progress
+        self._run, self._run_dir, self._progress, self._prompts = run, run_dir, progress, prompts
         self._store = CheckpointStore(run_dir / "checkpoints", run.checkpoint.keep)
-        saved = self._store.latest(progress.note) if resume else None
-        facts: Mapping[str, Any] = saved.facts if saved else {"ledger_bytes": 0, "cursor": 0, "next_group": 0}
-        self.first_step = saved.step if saved else 0
-        self._state = saved.path if saved else None
-        self.cursor = PromptCursor(prompts, run.seed, run.prompts.shuffle, position=facts["cursor"])
-        self.next_group: int = facts["next_group"]
-        self.recorder = Recorder(
-            run_dir, run.cluster.metrics_port, run.cluster.metrics_host, resume_step=self.first_step
-        )
-        self.ledger = Ledger(run_dir / "ledger.jsonl", keep_bytes=facts["ledger_bytes"])
+        self._saving: asyncio.Task[None] | None = None
+        self._losses = 0
+        self._go_back(self._store.latest(progress.note) if resume else None)
+        self.recorder = Recorder(run_dir, run.cluster.metrics_port, run.cluster.metrics_host, resume_step=self.step)
+
+    async def rewind(self, lost: RunError) -> None:
+        """Back to the newest checkpoint: the learner lost all that came after it.
+
+        Raises:
+            RunError: ``lost`` itself, when it happened `LEARNER_LIVES` times without a new checkpoint between.
+        """
+        self._losses += 1
+        if self._losses >= LEARNER_LIVES:
+            raise RunError(f"the learner was lost {self._losses} times since step {self.step}; {lost}") from lost
+        if self._saving is not None:
+            await asyncio.gather(self._saving, return_exceptions=True)
+            self._saving = None
+        self._ledger.close()
+        self._go_back(self._store.latest(self._progress.note))
+        self.recorder.rewind(self.step)
 
     async def restore(self, cluster: Cluster) -> None:
         """Give the learner the checkpoint's state and every rollout worker its weights."""
-        if self._state is not None:
-            await cluster.ask_learner("load_state", str(self._state.resolve()))
+        if self._checkpoint is not None:
+            path = str(self._checkpoint.path.resolve())
+            await cluster.ask_learner(lambda worker: worker.load_state.remote(path))
+            self._progress.note(f"going on after step {self.step} from {self._checkpoint.path}")
+        if self._checkpoint is not None or cluster.published:
             await cluster.publish()
-            self._progress.note(f"resumed after step {self.first_step} from {self._state}")
+
+    async def stream(self, cluster: Cluster) -> GroupStream:
+        """The stream of groups from here on, those that the checkpoint had on their way in their old places."""
+        stream = GroupStream(cluster, self._run, self._cursor, self._ledger, self._next_group, step=self.step)
+        ids = self._groups
+        if ids and self._checkpoint is not None:
+            directory = str((self._checkpoint.path / GROUPS).resolve())
+
+            async def load(worker: Any) -> list[GroupRefs]:
+                call = worker.load_groups.options(num_returns=1 + 2 * len(ids))
+                versions, *refs = call.remote(directory, ids)
+                drawn = zip(ids, await versions, refs[::2], refs[1::2], strict=True)
+                return [GroupRefs(i, version, tokens, scores=scores) for i, version, tokens, scores in drawn]
+
+            stream.restore(await cluster.ask_learner(load))
+        for group_id in self._ledger.open_groups().keys() - set(ids):
+            self._ledger.note("dropped", [group_id], step=self.step, why="not scored when the run stopped")
+        return stream
 
     def record(self, step: int, metrics: dict[str, float]) -> None:
         """Write and show the metrics and alarms of an update."""
@@ -62,30 +96,85 @@ class RunFiles:
             self.recorder.alarm(step, name, text)
             self._progress.alarm(name, text)
 
-    async def checkpoint(self, step: int, cluster: Cluster, stream: GroupStream) -> None:
-        """Save everything, when it is due."""
-        if step % self._run.checkpoint.every and step != self._run.steps:
+    async def keep_groups(self, step: int, groups: Sequence[GroupRefs], cluster: Cluster) -> None:
+        """Write the groups of an update to disk, where the config wants that."""
+        if self._run.pipeline.record:
+            directory = (self._run_dir / GROUPS / f"step-{step:06d}").resolve()
+            await _save_groups(cluster, directory, groups)
+
+    async def checkpoint(self, step: int, cluster: Cluster, stream: GroupStream, *, now: bool = False) -> None:
+        """Save everything, when it is due or wanted ``now``.
+
+        The learner's state is taken here; the groups on their way follow as they are scored, while the run goes on,
+        unless this was the last step or wanted now.
+        """
+        last = now or step == self._run.steps
+        if step % self._run.checkpoint.every and not last:
             return
+        await self.saved()  # one at a time
+        open_groups = asyncio.ensure_future(stream.open_groups())
         facts = {
-            "ledger_bytes": self.ledger.position(),
+            "ledger_bytes": self._ledger.position(),
             "cursor": stream.cursor.position,
             "next_group": stream.next_group,
         }
+        self._saving = asyncio.create_task(self._save(step, cluster, open_groups, facts))
+        await asyncio.sleep(0)  # let it take its place in the learner's queue before the next update does
+        if last or self._run.pipeline.max_staleness == 0:
+            await self.saved()
 
-        def write(directory: Path) -> None:
-            ray.get(cluster.learner.save_state.remote(str(directory.resolve())))
+    async def saved(self) -> None:
+        """Wait for the checkpoint that is being written.
 
-        try:
-            await asyncio.to_thread(self._store.save, step, write, facts)
-        except OSError as error:  # Ray hands on the learner's as one of this kind too
-            raise RunError(
-                f"checkpoint of step {step} could not be written ({error}); the ones before it are whole"
-            ) from error
+        Raises:
+            RunError: it could not be written; the ones before it are whole.
+        """
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            await saving
 
     def close(self) -> None:
         """Close the files and the metrics endpoint."""
-        self.ledger.close()
+        self._ledger.close()
         self.recorder.close()
+
+    async def _save(
+        self, step: int, cluster: Cluster, open_groups: asyncio.Future[list[GroupRefs]], facts: dict[str, Any]
+    ) -> None:
+        directory: Path | None = None
+        try:
+            directory = self._store.begin(step)
+            path = str(directory.resolve())
+            await cluster.ask_learner(lambda worker: worker.save_state.remote(path))
+            groups = await open_groups
+            await _save_groups(cluster, directory / GROUPS, groups)
+            facts["groups"] = [group.group_id for group in groups]
+            await asyncio.to_thread(self._store.finish, step, directory, facts)
+            self._losses = 0
+        except BaseException as error:
+            open_groups.cancel()
+            if directory is not None:
+                self._store.abandon(directory)
+            if isinstance(error, OSError) or isinstance(error.__cause__ and error.__cause__.__cause__, RayTaskError):
+                raise RunError(
+                    f"checkpoint of step {step} could not be written ({error}); the ones before it are whole"
+                ) from error
+            raise
+
+    def _go_back(self, saved: Checkpoint | None) -> None:
+        facts: Mapping[str, Any] = saved.facts if saved else {"ledger_bytes": 0, "cursor": 0, "next_group": 0}
+        self._checkpoint = saved
+        self.step = saved.step if saved else 0
+        self._groups: list[int] = facts.get("groups", [])
+        self._cursor = PromptCursor(self._prompts, self._run.seed, self._run.prompts.shuffle, position=facts["cursor"])
+        self._next_group: int = facts["next_group"]
+        self._ledger = Ledger(self._run_dir / "ledger.jsonl", keep_bytes=facts["ledger_bytes"])
+
+
+async def _save_groups(cluster: Cluster, directory: Path, groups: Sequence[GroupRefs]) -> None:
+    objects = [ref for group in groups for ref in (group.tokens, group.scores)]
+    if objects:
+        await cluster.ask_learner(lambda worker: worker.save_groups.remote(str(directory.resolve()), *objects))
 
 
 class StepClock:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
 from collections.abc import Coroutine, Sequence
 from types import TracebackType
 from typing import Any
@@ -12,16 +13,18 @@ from stage_ray.buffer import GroupBuffer
 from stage_ray.cluster import Cluster, GroupRefs
 from stage_ray.config import RunConfig
 from stage_ray.errors import RunError
-from stage_ray.ledger import Ledger
+from stage_ray.ledger import Event, Ledger
 from stage_ray.prompts import PromptCursor, image_seeds
 from stage_ray.records import RolloutRequest
 
 
 class GroupStream:
-    """Keeps every free slot of the buffer busy; `next_batch` gives the groups of one update, in ledger order.
+    """Keeps every free slot of the buffer busy; `next_batch` gives the groups of one update.
 
-    A group that cannot be scored in ``scoring.attempts`` tries is dropped and a fresh one takes its place (promise 4);
-    when as many groups as one step needs were dropped in a row, the scorers are broken and the run stops.
+    In strict order waves go to the workers in turn and every group's version is settled when it is admitted; in arrival
+    order they go where the queue is shortest. A group that cannot be scored in ``scoring.attempts`` tries is dropped
+    and a fresh one takes its place (promise 4); when as many groups as two steps need were dropped in a row, the
+    scorers are broken and the run stops.
     """
 
     def __init__(
@@ -31,12 +34,17 @@ class GroupStream:
         self.next_group = next_group
         self.step = step
         self._cluster, self._run, self._ledger = cluster, run, ledger
-        self._buffer: GroupBuffer[GroupRefs] = GroupBuffer(run.rollout.groups_per_step, run.pipeline.max_staleness)
+        pipeline = run.pipeline
+        self._buffer: GroupBuffer[GroupRefs] = GroupBuffer(
+            run.rollout.groups_per_step, pipeline.max_staleness, pipeline.order
+        )
         self._tasks: set[asyncio.Task[None]] = set()
         self._failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._dropped_in_a_row = 0
-        self._counts = {"scoring/rescored": 0.0, "scoring/replaced": 0.0}
+        self._waves = 0
+        self._counts = {"scoring/rescored": 0.0, "scoring/replaced": 0.0, "rollout/reissued": 0.0}
         self._times = {"time/rollout_s": 0.0, "time/score_s": 0.0}
+        self._looked = time.perf_counter()
 
     async def __aenter__(self) -> GroupStream:
         self._spawn(self._admit())
@@ -50,19 +58,32 @@ class GroupStream:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._failure.cancel()
 
+    def restore(self, groups: Sequence[GroupRefs]) -> None:
+        """Put scored groups of a checkpoint back into their slots, in the order of admission; before `__aenter__`."""
+        done = self._ledger.open_groups()
+        for group in groups:
+            self._buffer.admit(group.group_id, self.step)
+            missing: list[Event] = ["generated", "scored"]
+            for event in missing[{"generated": 1, "scored": 2}.get(done[group.group_id], 0) :]:
+                self._ledger.note(event, [group.group_id], step=self.step, policy_version=group.policy_version)
+            self._buffer.ready(group.group_id, group, group.policy_version)
+
     async def next_batch(self) -> list[GroupRefs]:
         """The groups of one update, as soon as all are ready.
 
         Raises:
             RunError: a worker or every scorer failed behind our back.
         """
-        batch = asyncio.ensure_future(self._buffer.take())
-        either: list[asyncio.Future[Any]] = [batch, self._failure]
-        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-        if not batch.done():
-            batch.cancel()
-            self._failure.result()
-        return [payload for _, payload in batch.result()]
+        return [payload for _, payload in await self._unless_failed(self._buffer.take(self.step))]
+
+    async def open_groups(self) -> list[GroupRefs]:
+        """The groups that are admitted and not trained now, once all of them are scored.
+
+        Which groups is settled when this is called; one that is replaced in the meantime is left out.
+        """
+        ids = list(self._ledger.open_groups())
+        groups = [await self._unless_failed(self._buffer.payload(group_id)) for group_id in ids]
+        return [group for group in groups if group is not None]
 
     def trained(self, groups: Sequence[GroupRefs], step: int) -> None:
         """Write into the ledger that an update took these groups; their slots stay held until `release`."""
@@ -73,34 +94,50 @@ class GroupStream:
             self._ledger.note("trained", [group.group_id], step=step, policy_version=group.policy_version)
 
     def release(self, groups: Sequence[GroupRefs]) -> None:
-        """Free the slots of trained groups: the next ones are admitted at the version that is served now."""
+        """Free the slots of trained groups: the next ones are admitted at the version that was published last."""
         self.step += 1
         self._buffer.release(group.group_id for group in groups)
 
     def metrics(self) -> dict[str, float]:
-        """Counters and busy seconds since the last call."""
-        metrics = self._counts | self._times
+        """Counters, depths of the queues, and busy seconds and shares of the roles since the last call."""
+        now = time.perf_counter()
+        elapsed, self._looked = now - self._looked, now
+        run = self._run
+        members = {"rollout": run.rollout.workers, "reward": run.scoring.workers, "learner": 1}
+        busy = {f"busy/{role}": s / elapsed / members[role] for role, s in self._cluster.busy().items()}
+        depths = {"queue/pending": float(self._buffer.pending), "queue/ready": float(self._buffer.waiting)}
+        metrics = self._counts | self._times | busy | depths | {"workers/restarts": float(self._cluster.restarts())}
         self._counts = dict.fromkeys(self._counts, 0.0)
         self._times = dict.fromkeys(self._times, 0.0)
         return metrics
 
     async def _admit(self) -> None:
-        """Fill free slots, shared evenly among the idle rollout workers, at most one wave each."""
-        wave = max(1, self._run.rollout.images_per_wave // self._run.rollout.group_size)
+        """Fill free slots in waves, shared evenly among the rollout workers."""
+        rollout = self._run.rollout
+        largest = max(1, rollout.images_per_wave // rollout.group_size)
         while True:
             free = await self._buffer.wait_free()
-            count = min(wave, math.ceil(free / max(1, self._cluster.idle_rollouts)))
-            requests = [self._request() for _ in range(count)]
-            for request in requests:
-                self._buffer.admit(request.group_id)
-            self._ledger.note("admitted", [r.group_id for r in requests], step=self.step)
-            self._spawn(self._generate(requests))
-            await asyncio.sleep(0)  # let the wave take its worker before the next one counts the idle ones
+            batch = min(free, rollout.groups_per_step)  # a wave never spans two batches
+            size = min(largest, math.ceil(batch / rollout.workers))
+            while batch > 0:
+                requests = [self._request() for _ in range(min(size, batch))]
+                batch -= len(requests)
+                for request in requests:
+                    self._buffer.admit(request.group_id, self.step)
+                self._ledger.note("admitted", [r.group_id for r in requests], step=self.step)
+                self._spawn(self._generate(requests))
 
     async def _generate(self, requests: Sequence[RolloutRequest]) -> None:
-        receipt, groups = await self._cluster.generate(requests)
+        ids = [request.group_id for request in requests]
+
+        def reissued() -> None:
+            self._counts["rollout/reissued"] += len(ids)
+            self._ledger.note("reissued", ids, step=self.step)
+
+        seat = self._waves if self._run.pipeline.order == "strict" else None
+        self._waves += 1
+        receipt, groups = await self._cluster.generate(requests, seat=seat, on_retry=reissued)
         self._times["time/rollout_s"] += receipt.generate_s
-        ids = [group.group_id for group in groups]
         self._ledger.note("generated", ids, step=self.step, policy_version=receipt.policy_version)
         size = self._run.scoring.groups_per_call
         for start in range(0, len(groups), size):
@@ -109,17 +146,17 @@ class GroupStream:
     async def _score(self, groups: Sequence[GroupRefs]) -> None:
         pending = list(groups)
         errors: dict[int, str] = {}
-        clock = asyncio.get_running_loop().time
         for attempt in range(self._run.scoring.attempts):
             self._counts["scoring/rescored"] += len(pending) if attempt else 0
-            start = clock()
+            start = time.perf_counter()
             results = await self._cluster.score(pending)
-            self._times["time/score_s"] += clock() - start
+            self._times["time/score_s"] += time.perf_counter() - start
             for receipt, group in results:
                 if receipt.ok:
                     self._dropped_in_a_row = 0
                     self._ledger.note("scored", [group.group_id], step=self.step, policy_version=group.policy_version)
-                    self._buffer.ready(group.group_id, group)
+                    bare = GroupRefs(group.group_id, group.policy_version, group.tokens, scores=group.scores)
+                    self._buffer.ready(group.group_id, bare, group.policy_version)
             errors = {receipt.group_id: receipt.error for receipt, _ in results if not receipt.ok}
             pending = [group for receipt, group in results if not receipt.ok]
             if not pending:
@@ -146,6 +183,16 @@ class GroupStream:
         group_id, self.next_group = self.next_group, self.next_group + 1
         seeds = image_seeds(self._run.seed, group_id, self._run.rollout.group_size)
         return RolloutRequest(group_id, self.cursor.draw(), seeds)
+
+    async def _unless_failed(self, work: Coroutine[Any, Any, Any]) -> Any:
+        """Its result, or the error of whatever failed behind our back meanwhile."""
+        task = asyncio.ensure_future(work)
+        either: list[asyncio.Future[Any]] = [task, self._failure]
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            task.cancel()
+            self._failure.result()
+        return task.result()
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)

@@ -6,7 +6,7 @@ import asyncio
 from dataclasses import dataclass
 from pathlib import Path
 
-from stage_ray.cluster import Cluster
+from stage_ray.cluster import Cluster, LearnerLostError
 from stage_ray.config import RunConfig
 from stage_ray.errors import ConfigError, RunError
 from stage_ray.exam import Exam
@@ -16,7 +16,7 @@ from stage_ray.records import Prompt
 from stage_ray.report import write_report
 from stage_ray.run_dir import open_run_dir
 from stage_ray.run_files import RunFiles, StepClock
-from stage_ray.stream import GroupStream
+from stage_ray.stop import StopSignal
 
 __all__ = ["ConfigError", "RunError", "RunSummary", "train"]
 
@@ -60,28 +60,45 @@ async def _train(
     run: RunConfig, run_dir: Path, files: RunFiles, heldout: list[Prompt], progress: Progress
 ) -> tuple[float | None, float | None]:
     progress.stage("starting Ray, the rollout engine, the scorers and the learner")
-    async with Cluster.start(run, run_dir) as cluster:  # workers placed, warmed, all at one version
+    async with Cluster.start(run, run_dir) as cluster, StopSignal(progress) as stop:  # warm, all at one version
         await files.restore(cluster)
         exam = Exam(cluster, run, heldout, run_dir, progress)
-        before = await exam.sit("before", files.first_step)
-        stream = GroupStream(cluster, run, files.cursor, files.ledger, files.next_group, step=files.first_step)
-        async with stream:  # admits, generates, scores, refills behind our back
-            for step in range(files.first_step, run.steps):
-                clock = StepClock()
-                groups = await stream.next_batch()  # references, in ledger order, within the staleness bound
-                clock.lap("wait")
-                update = await cluster.update(groups)  # the STAGE update
-                clock.lap("update")
-                await cluster.publish()  # version step + 1, verified by every worker
-                clock.lap("publish")
-                stream.trained(groups, step)
-                images = len(groups) * run.rollout.group_size
-                files.record(step + 1, update | stream.metrics() | clock.metrics(images))
-                await exam.sample(step + 1)
-                await files.checkpoint(step + 1, cluster, stream)
-                if step + 1 < run.steps:
-                    stream.release(groups)  # only now do their slots free
+        before = await exam.sit("before", files.step)
+        while files.step < run.steps:
+            try:
+                await _steps(run, cluster, files, exam, stop)
+                break
+            except LearnerLostError as lost:  # its work since the last checkpoint is gone; everyone else stays
+                progress.alarm("learner_lost", str(lost))
+                await files.rewind(lost)
+                await files.restore(cluster)
         after = await exam.sit("after", run.steps)
         progress.stage("writing the trained model and the report")
-        await cluster.ask_learner("export", str((run_dir / "final").resolve()))
+        final = str((run_dir / "final").resolve())
+        await cluster.ask_learner(lambda learner: learner.export.remote(final))
         return before, after
+
+
+async def _steps(run: RunConfig, cluster: Cluster, files: RunFiles, exam: Exam, stop: StopSignal) -> None:
+    async with await files.stream(cluster) as stream:  # admits, generates, scores, refills behind our back
+        for step in range(files.step, run.steps):
+            clock = StepClock()
+            groups = await stream.next_batch()  # references, within the staleness bound
+            clock.lap("wait")
+            update = await cluster.update(groups)  # the STAGE update
+            clock.lap("update")
+            await cluster.publish()  # version step + 1, loaded by every worker between waves
+            clock.lap("publish")
+            stream.trained(groups, step)
+            images = len(groups) * run.rollout.group_size
+            files.record(step + 1, update | stream.metrics() | clock.metrics(images))
+            await files.keep_groups(step + 1, groups, cluster)
+            await exam.sample(step + 1)
+            await files.checkpoint(step + 1, cluster, stream, now=stop.requested is not None)
+            if stop.requested is not None:
+                raise stop.error(step + 1)
+            if step + 1 < run.steps:
+                stream.release(groups)  # only now do their slots free
+        await files.saved()
+        await exam.drawn()
+        await cluster.settle()

@@ -3,7 +3,7 @@
 import asyncio
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stage_ray.buffer import GroupBuffer
@@ -11,24 +11,24 @@ from stage_ray.buffer import GroupBuffer
 
 def test_a_slot_is_freed_when_its_group_is_trained_not_when_it_is_taken():
     buffer = GroupBuffer(groups_per_step=1, max_staleness=0)
-    buffer.admit(0)
-    buffer.ready(0, "payload")
-    assert asyncio.run(buffer.take()) == [(0, "payload")]
+    buffer.admit(0, 0)
+    buffer.ready(0, "payload", 0)
+    assert asyncio.run(buffer.take(0)) == [(0, "payload")]
     with pytest.raises(ValueError, match="all 1 slots are held"):
-        buffer.admit(1)
+        buffer.admit(1, 0)
     buffer.release([0])
-    buffer.admit(1)
+    buffer.admit(1, 0)
 
 
 def test_groups_are_taken_in_the_order_of_admission_whatever_finishes_first():
     buffer = GroupBuffer(groups_per_step=2, max_staleness=1)
     for group in range(4):
-        buffer.admit(group)
+        buffer.admit(group, 0)
     for group in (3, 1, 2, 0):
-        buffer.ready(group, f"p{group}")
+        buffer.ready(group, f"p{group}", 0)
 
     async def two_steps():
-        return await buffer.take(), await buffer.take()
+        return await buffer.take(0), await buffer.take(0)
 
     assert asyncio.run(two_steps()) == ([(0, "p0"), (1, "p1")], [(2, "p2"), (3, "p3")])
 
@@ -36,13 +36,13 @@ def test_groups_are_taken_in_the_order_of_admission_whatever_finishes_first():
 def test_take_waits_for_the_oldest_group_even_if_enough_younger_ones_are_ready():
     async def scenario():
         buffer = GroupBuffer(groups_per_step=1, max_staleness=1)
-        buffer.admit(0)
-        buffer.admit(1)
-        buffer.ready(1, "young")
-        taking = asyncio.create_task(buffer.take())
+        buffer.admit(0, 0)
+        buffer.admit(1, 0)
+        buffer.ready(1, "young", 0)
+        taking = asyncio.create_task(buffer.take(0))
         await asyncio.sleep(0)
         assert not taking.done()
-        buffer.ready(0, "old")
+        buffer.ready(0, "old", 0)
         return await taking
 
     assert asyncio.run(scenario()) == [(0, "old")]
@@ -50,44 +50,103 @@ def test_take_waits_for_the_oldest_group_even_if_enough_younger_ones_are_ready()
 
 def test_a_replaced_group_keeps_its_place_in_the_order():
     buffer = GroupBuffer(groups_per_step=2, max_staleness=0)
-    buffer.admit(0)
-    buffer.admit(1)
+    buffer.admit(0, 0)
+    buffer.admit(1, 0)
     buffer.replace(0, 7)
-    buffer.ready(1, "b")
-    buffer.ready(7, "a")
-    assert asyncio.run(buffer.take()) == [(7, "a"), (1, "b")]
+    buffer.ready(1, "b", 0)
+    buffer.ready(7, "a", 0)
+    assert asyncio.run(buffer.take(0)) == [(7, "a"), (1, "b")]
 
 
 def test_a_group_that_was_never_taken_cannot_be_released():
     buffer = GroupBuffer(groups_per_step=1, max_staleness=0)
-    buffer.admit(0)
+    buffer.admit(0, 0)
     with pytest.raises(ValueError, match="never taken"):
         buffer.release([0])
 
 
+def test_in_order_of_arrival_a_ready_group_overtakes_one_that_may_still_wait():
+    buffer = GroupBuffer(groups_per_step=1, max_staleness=1, order="arrival")
+    buffer.admit(0, 0)
+    buffer.admit(1, 0)
+    buffer.ready(1, "fast", 0)
+    assert asyncio.run(buffer.take(0)) == [(1, "fast")]
+
+
+def test_in_order_of_arrival_a_group_that_must_train_now_is_waited_for():
+    async def scenario():
+        buffer = GroupBuffer(groups_per_step=1, max_staleness=1, order="arrival")
+        buffer.admit(0, 0)
+        buffer.admit(1, 1)
+        buffer.ready(1, "fast", 1)
+        taking = asyncio.create_task(buffer.take(1))
+        await asyncio.sleep(0)
+        assert not taking.done()
+        buffer.ready(0, "due", 0)
+        return await taking
+
+    assert asyncio.run(scenario()) == [(0, "due")]
+
+
+def test_a_group_drawn_later_than_it_was_admitted_may_wait_longer():
+    buffer = GroupBuffer(groups_per_step=1, max_staleness=1, order="arrival")
+    buffer.admit(0, 0)
+    buffer.admit(1, 1)
+    buffer.ready(1, "first", 1)
+    buffer.ready(0, "drawn at version 1", 1)
+    assert asyncio.run(buffer.take(1)) == [(1, "first")]
+
+
+def test_the_payload_of_a_held_group_can_be_waited_for_and_a_replaced_one_has_none():
+    async def scenario():
+        buffer = GroupBuffer(groups_per_step=2, max_staleness=0)
+        buffer.admit(0, 0)
+        buffer.admit(1, 0)
+        both = asyncio.gather(buffer.payload(0), buffer.payload(1))
+        await asyncio.sleep(0)
+        buffer.replace(1, 2)
+        buffer.ready(0, "a", 0)
+        return await both
+
+    assert asyncio.run(scenario()) == ["a", None]
+
+
+@settings(deadline=None, max_examples=60)
 @given(
     n=st.integers(1, 4),
     k=st.integers(0, 3),
+    order=st.sampled_from(["strict", "arrival"]),
     choices=st.lists(st.integers(0, 2**16), min_size=20, max_size=200),
 )
-def test_no_schedule_of_generation_and_training_breaks_the_staleness_bound(n, k, choices):
-    """Any interleaving of admit, finish and train: a group trains at most k versions after it was admitted."""
-    buffer = GroupBuffer(groups_per_step=n, max_staleness=k)
-    version, next_group, born, running = 0, 0, {}, []
+def test_no_schedule_of_generation_and_training_breaks_the_staleness_bound(n, k, order, choices):
+    """Any interleaving of admit, finish and train: a group trains at most k updates after the version that drew it,
+    and the order never runs into a dead end: once all are ready, a batch can be taken."""
+    buffer = GroupBuffer(groups_per_step=n, max_staleness=k, order=order)
+    version, next_group, drawn, running = 0, 0, {}, []
+
+    def train():
+        nonlocal version
+        groups = [group for group, _ in asyncio.run(buffer.take(version))]
+        assert len(groups) == n
+        assert all(0 <= version - drawn.pop(group) <= k for group in groups)
+        assert order == "arrival" or groups == sorted(groups)
+        version += 1
+        buffer.release(groups)
+
     for choice in choices:
         if choice % 3 == 0 and buffer.free:
-            buffer.admit(next_group)
-            born[next_group] = version
+            buffer.admit(next_group, version)
+            drawn[next_group] = version
             running.append(next_group)
             next_group += 1
         elif choice % 3 == 1 and running:
             group = running.pop(choice % len(running))
-            buffer.ready(group, group)
-        else:
-            head = sorted(born)[:n]
-            if len(head) == n and not set(head) & set(running):
-                taken = [group for group, _ in asyncio.run(buffer.take())]
-                assert taken == head
-                assert all(0 <= version - born.pop(group) <= k for group in taken)
-                version += 1
-                buffer.release(taken)
+            if choice % 2 and order == "arrival":
+                drawn[group] = version  # it was drawn late, with a newer version than when it was admitted
+            buffer.ready(group, group, drawn[group])
+        elif buffer._batch(version) is not None:
+            train()
+    for group in running:
+        buffer.ready(group, group, drawn[group])
+    while buffer.waiting >= n:
+        train()

@@ -14,7 +14,7 @@ from stage_ray.config import load_config
 from tests.fake_run import write_fake_run
 from tests.tiny import tiny_janus
 
-COMMANDS = ("train", "evaluate", "generate", "pretrain", "report", "doctor")
+COMMANDS = ("train", "evaluate", "generate", "pretrain", "bench", "report", "doctor")
 
 
 @pytest.fixture(scope="module")

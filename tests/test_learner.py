@@ -17,6 +17,7 @@ from stage_ray.config import LearnerConfig
 from stage_ray.learner import Learner, LearnerError
 from stage_ray.learner.learner import learning_rate
 from stage_ray.policies.base import hardware_has_bfloat16
+from stage_ray.policies.statistics import SamplingRule
 from stage_ray.records import RolloutGroup, ScoredGroup
 from stage_ray.weights import pack, unpack
 from tests.learner_case import PROMPTS, sample_groups, score, tiny_run, train
@@ -306,6 +307,65 @@ def test_an_older_group_is_weighed_by_the_log_probabilities_recorded_when_it_was
     assert metrics["ratio/max"] == pytest.approx(2.0, abs=1e-3)
     assert metrics["mismatch/max_abs_logprob"] < 1e-4  # measured on groups of the learner's own version
     assert metrics["staleness/max"] == 1.0
+
+
+def one_update_late(model: Path, scored: Scored, **algorithm: Any) -> tuple[Learner, Scored]:
+    """A learner one update ahead of groups that are really its own; the policy term alone makes the gradient."""
+    run = tiny_run(
+        model,
+        algorithm={"beta": 0.0, "entropy_reward": 0.0, **algorithm},
+        pipeline={"max_staleness": 1},
+        rollout={"guidance_scale": 3.0},
+    )
+    learner = Learner(run)
+    learner.version = 1
+    return learner, scored
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "factor", "clipped"),
+    [({"correction": "none"}, 4.0, 0.0), ({}, 2.0, 1.0), ({"correction": "mask"}, 0.0, 1.0)],
+)
+def test_tokens_that_became_four_times_as_likely_pull_as_the_correction_says(
+    model: Path, scored: Scored, algorithm: dict[str, Any], factor: float, clipped: float
+) -> None:
+    learner, (groups, scores) = one_update_late(model, scored, **algorithm)
+    fresh = learner.update([dataclasses.replace(group, policy_version=1) for group in groups], scores)
+    assert {name: fresh[name] for name in ("ratio/mean", "ratio/max", "ratio/clipped", "ess", "staleness/0")} == {
+        "ratio/mean": 1.0,
+        "ratio/max": 1.0,
+        "ratio/clipped": 0.0,
+        "ess": 1.0,
+        "staleness/0": 1.0,
+    }
+    late, _ = one_update_late(model, scored, **algorithm)
+    older = [dataclasses.replace(group, logprobs=group.logprobs - np.float32(np.log(4))) for group in groups]
+    metrics = late.update(older, scores)
+    assert metrics["grad_norm"] == pytest.approx(factor * fresh["grad_norm"], rel=1e-3)
+    assert metrics["ratio/mean"] == pytest.approx(4.0, abs=1e-3)
+    assert metrics["ratio/clipped"] == clipped
+    assert metrics["ess"] == pytest.approx(0.0 if factor == 0 else 1.0, abs=1e-4)
+    assert (metrics["staleness/mean"], metrics["staleness/0"], metrics["staleness/1"]) == (1.0, 0.0, 1.0)
+
+
+def test_the_guided_ratio_is_that_of_what_was_sampled_and_still_trains_the_conditional_branch(
+    model: Path, scored: Scored
+) -> None:
+    learner, (groups, scores) = one_update_late(model, scored, ratio_on="guided")
+    rule, older = SamplingRule(guidance_scale=3.0), []
+    for group in groups:
+        prompts = [learner.policy.encode_prompt(group.prompt.text)] * len(group.tokens)
+        now = learner.policy.guided_statistics(prompts, torch.from_numpy(group.tokens).long(), rule).guided_logprobs
+        assert now is not None
+        older.append(
+            dataclasses.replace(group, guided_logprobs=(now - np.log(1.5)).numpy(), logprobs=group.logprobs - 9)
+        )
+    metrics = learner.update(older, scores)
+    assert metrics["ratio/mean"] == pytest.approx(1.5, abs=1e-3)
+    assert metrics["ratio/max"] == pytest.approx(1.5, abs=1e-2)
+    fresh, _ = one_update_late(model, scored)
+    own = fresh.update([dataclasses.replace(group, policy_version=1) for group in groups], scores)
+    assert metrics["grad_norm"] == pytest.approx(1.5 * own["grad_norm"], rel=1e-3)
 
 
 def test_the_gradient_is_clipped_to_its_norm(model: Path, scored: Scored) -> None:

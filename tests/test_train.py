@@ -21,7 +21,7 @@ from tests.tiny import tiny_janus
 pytestmark = pytest.mark.slow  # each starts a Ray of its own
 
 PROMPTS = ["a photo of a red circle", "a photo of two rings", "a photo of a blue square", "a photo of a triangle"]
-CLOCKS = ("time/", "images_per_s")
+CLOCKS = ("time/", "images_per_s", "busy/", "queue/")
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def tiny_run(directory: Path, model: Path, scorer: str = "Brightness", **changes
         "cluster": {"object_store_mb": 128, "metrics_port": None},
     }
     for key, value in changes.items():
-        data[key] = {**data[key], **value} if isinstance(value, dict) else value
+        data[key] = {**data.get(key, {}), **value} if isinstance(value, dict) else value
     return validate_config(data)
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from stage_ray.algorithm.kl import k3_kl
+from stage_ray.algorithm.off_policy import Correction, surrogate
 from stage_ray.algorithm.similarity import advantage_weight, kl_weight
 
 WEIGHT_EPS = 1e-6
@@ -82,24 +83,6 @@ def token_weights(
     return TokenWeights(policy=_normalised(policy), kl=kappa / like.numel())
 
 
-def importance_ratio(logprobs: Tensor, behavior_logprobs: Tensor | None) -> Tensor:
-    """``exp(logp - sg[behaviour logp])``; None takes the policy's own: 1, and only the gradient acts.
-
-    Example:
-        >>> importance_ratio(torch.tensor([-1.0, -2.0]), None).tolist()
-        [1.0, 1.0]
-    """
-    behavior = logprobs if behavior_logprobs is None else behavior_logprobs
-    return torch.exp(logprobs - behavior.detach())
-
-
-def _surrogate(ratio: Tensor, advantages: Tensor, clip: float | None) -> Tensor:
-    """``A * ratio``, or PPO's pessimistic ``min(A * ratio, A * clip(ratio, 1 - clip, 1 + clip))``, token by token."""
-    if clip is None:
-        return advantages * ratio
-    return torch.minimum(advantages * ratio, advantages * ratio.clamp(1.0 - clip, 1.0 + clip))
-
-
 def _per_token(advantages: Tensor, logprobs: Tensor) -> Tensor:
     """Advantages of images to the shape of their tokens; those that are one a token already pass."""
     return advantages.unsqueeze(-1) if advantages.dim() == logprobs.dim() - 1 else advantages
@@ -112,6 +95,7 @@ def policy_loss(
     *,
     weight: Tensor | None = None,
     clip: float | None = None,
+    correction: Correction | None = None,
 ) -> Tensor:
     """The policy term: per group ``-sum(w * A * ratio) / (sum(w) + 1e-6)``, then the mean over groups.
 
@@ -121,6 +105,7 @@ def policy_loss(
         advantages: float [N, G], or [N, G, T].
         weight: float [N, G, T], >= 0; all tokens alike by default.
         clip: PPO's clip of the ratio; None is off, as in the paper.
+        correction: of the ratios of an older policy's tokens; None is off.
 
     Returns:
         scalar.
@@ -134,8 +119,8 @@ def policy_loss(
         (-0.0, [-0.3535, 0.3535])
     """
     shares = _normalised(torch.ones_like(logprobs) if weight is None else weight)
-    ratio = importance_ratio(logprobs, behavior_logprobs)
-    return -(shares * _surrogate(ratio, _per_token(advantages, logprobs), clip)).sum()
+    advantages = _per_token(advantages, logprobs)
+    return -(shares * surrogate(logprobs, behavior_logprobs, advantages, clip=clip, correction=correction)).sum()
 
 
 def weighted_loss(
@@ -147,6 +132,7 @@ def weighted_loss(
     *,
     beta: float,
     clip: float | None = None,
+    correction: Correction | None = None,
 ) -> StageLoss:
     """The share of some images in the batch's loss: a sum over tokens, so micro-batches add up to the whole.
 
@@ -156,9 +142,10 @@ def weighted_loss(
         weights: the `TokenWeights` of the same images, cut from those of the whole batch.
         beta: weight of the KL.
         clip: PPO's clip of the ratio; None is off.
+        correction: of the ratios of an older policy's tokens; None is off.
     """
-    ratio = importance_ratio(logprobs, behavior_logprobs)
-    policy = -(weights.policy * _surrogate(ratio, _per_token(advantages, logprobs), clip)).sum()
+    terms = surrogate(logprobs, behavior_logprobs, _per_token(advantages, logprobs), clip=clip, correction=correction)
+    policy = -(weights.policy * terms).sum()
     kl = (weights.kl * k3_kl(logprobs, reference_logprobs)).sum()
     return StageLoss(loss=policy + beta * kl, policy=policy.detach(), kl=kl.detach())
 
@@ -174,6 +161,7 @@ def stage_loss(
     reweight_advantage: bool = True,
     reweight_kl: bool = True,
     clip: float | None = None,
+    correction: Correction | None = None,
 ) -> StageLoss:
     """STAGE's loss, ``-J + beta * KL``, mean over groups.
 
@@ -187,6 +175,7 @@ def stage_loss(
         similarity: float [N, G, T] of `opposite_sign_similarity`, or None.
         beta: weight of the KL.
         clip: PPO's clip of the ratio; None is off, as in the paper.
+        correction: of the ratios of an older policy's tokens; None is off.
 
     Raises:
         ValueError: ``similarity`` has another shape than ``logprobs``.
@@ -194,4 +183,13 @@ def stage_loss(
     weights = token_weights(
         logprobs.detach(), similarity, reweight_advantage=reweight_advantage, reweight_kl=reweight_kl
     )
-    return weighted_loss(logprobs, reference_logprobs, behavior_logprobs, advantages, weights, beta=beta, clip=clip)
+    return weighted_loss(
+        logprobs,
+        reference_logprobs,
+        behavior_logprobs,
+        advantages,
+        weights,
+        beta=beta,
+        clip=clip,
+        correction=correction,
+    )

@@ -1,7 +1,8 @@
 """How a token is drawn: guidance, temperature, top-k, top-p, and noise from (seed, position, token id) alone.
 
 Both engines call `draw`, so one seed gives one image whatever else is in the batch and whichever engine ran it, up to
-floating-point differences of the logits. Pure functions of tensors; nothing here keeps state.
+floating-point differences of the logits. Pure functions of tensors; nothing here keeps state. What is done to
+logits before the noise lies in `stage_ray.policies.statistics`, for the learner does it again.
 """
 
 from __future__ import annotations
@@ -11,43 +12,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stage_ray.config import RolloutConfig
-from stage_ray.policies.statistics import token_statistics
+from stage_ray.policies.statistics import SamplingRule, final_logits, keep_top_k, keep_top_p, token_statistics
+
+__all__ = ["Draw", "SamplingRule", "draw", "final_logits", "gumbel", "keep_top_k", "keep_top_p", "uniform"]
 
 # SplitMix64 (Steele, Lea, Flood 2014): state += GOLDEN, then a two-multiply finaliser. As signed 64-bit integers.
 GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 MULTIPLIERS = (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)
 LARGEST_UNIFORM = 1 - 2.0**-24
-
-
-@dataclass(frozen=True, slots=True)
-class SamplingRule:
-    """What happens to logits before a token is drawn; the defaults change nothing.
-
-    Example:
-        >>> SamplingRule(guidance_scale=5.0).guided
-        True
-    """
-
-    guidance_scale: float = 1.0
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-
-    @classmethod
-    def of(cls, rollout: RolloutConfig) -> SamplingRule:
-        """The rule of a config's ``rollout`` section."""
-        return cls(rollout.guidance_scale, rollout.temperature, rollout.top_k, rollout.top_p)
-
-    @property
-    def guided(self) -> bool:
-        """Whether the unconditional branch is needed at all."""
-        return self.guidance_scale != 1.0
-
-    @property
-    def plain(self) -> bool:
-        """Whether tokens are drawn from the conditional distribution as it is."""
-        return self == SamplingRule()
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,37 +60,6 @@ def draw(
     if not rule.plain:
         guided = logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(dim=-1)
     return Draw(tokens, statistics.logprobs, guided, statistics.entropy)
-
-
-def final_logits(conditional: Tensor, unconditional: Tensor | None, rule: SamplingRule) -> Tensor:
-    """Logits of the distribution that is sampled, float32 [B, V]; minus infinity for what top-k and top-p leave out."""
-    logits = conditional.float()
-    if rule.guided:
-        if unconditional is None:
-            raise ValueError(f"guidance {rule.guidance_scale} needs unconditional logits")
-        unguided = unconditional.float()
-        logits = unguided + rule.guidance_scale * (logits - unguided)
-    if rule.temperature != 1.0:
-        logits = logits / rule.temperature
-    if 0 < rule.top_k < logits.shape[-1]:
-        logits = keep_top_k(logits, rule.top_k)
-    if rule.top_p < 1.0:
-        logits = keep_top_p(logits, rule.top_p)
-    return logits
-
-
-def keep_top_k(logits: Tensor, k: int) -> Tensor:
-    """The k largest of each row; the rest, minus infinity. Ties with the k-th stay."""
-    return logits.masked_fill(logits < logits.topk(k, dim=-1).values[..., -1:], -torch.inf)
-
-
-def keep_top_p(logits: Tensor, p: float) -> Tensor:
-    """The smallest set of each row that holds probability p, at least one token; the rest, minus infinity."""
-    ordered, order = logits.sort(dim=-1, descending=True, stable=True)
-    probabilities = ordered.softmax(dim=-1)
-    left_out = probabilities.cumsum(dim=-1) - probabilities >= p  # the mass before a token already reaches p
-    left_out[..., 0] = False
-    return logits.masked_fill(torch.zeros_like(left_out).scatter(-1, order, left_out), -torch.inf)
 
 
 def gumbel(seeds: Tensor, positions: Tensor, vocabulary: int) -> Tensor:

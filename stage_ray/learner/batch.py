@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from stage_ray.config import RunConfig
+from stage_ray.policies.base import PromptIds
 from stage_ray.records import RolloutGroup, ScoredGroup
 
 
@@ -22,17 +23,19 @@ class Batch:
     """N groups of G images of T tokens, on the learner's device.
 
     Attributes:
-        prompts: N tuples of token ids, the conditional branch.
+        prompts: N prompts, both branches.
         tokens: int64 [N, G, T], codebook ids.
         logprobs: float32 [N, G, T], recorded while sampling (conditional branch, temperature 1).
+        guided_logprobs: float32 [N, G, T], recorded likewise, of the distribution the tokens were drawn from.
         entropy: float32 [N, G, T], recorded likewise, nats.
         scores: float32 [N, G, R], all valid.
         staleness: int64 [N], updates between the sampling version and the learner's.
     """
 
-    prompts: tuple[tuple[int, ...], ...]
+    prompts: tuple[PromptIds, ...]
     tokens: Tensor
     logprobs: Tensor
+    guided_logprobs: Tensor
     entropy: Tensor
     scores: Tensor
     staleness: Tensor
@@ -40,11 +43,11 @@ class Batch:
     def micro_batches(self, images: int) -> list[Tensor]:
         """Rows (n * G + g) of each micro-batch: int64 [<= images]; prompts of like length together, to pad little."""
         group_size = self.tokens.shape[1]
-        lengths = torch.tensor([len(prompt) for prompt in self.prompts]).repeat_interleave(group_size)
+        lengths = torch.tensor([len(prompt.conditional) for prompt in self.prompts]).repeat_interleave(group_size)
         return list(lengths.argsort(stable=True).to(self.tokens.device).split(images))
 
-    def prompts_of(self, rows: Tensor) -> list[tuple[int, ...]]:
-        """Prompt ids of some rows."""
+    def prompts_of(self, rows: Tensor) -> list[PromptIds]:
+        """The prompt of each of some rows."""
         group_size = self.tokens.shape[1]
         return [self.prompts[row // group_size] for row in rows.tolist()]
 
@@ -56,7 +59,7 @@ def make_batch(
     run: RunConfig,
     version: int,
     shape: tuple[int, int],
-    encode: Callable[[str], tuple[int, ...]],
+    encode: Callable[[str], PromptIds],
     device: torch.device,
 ) -> Batch:
     """Check and stack groups.
@@ -67,7 +70,7 @@ def make_batch(
         run: names of scorers and the staleness bound.
         version: updates the learner has done.
         shape: (T, V) of the policy.
-        encode: prompt to conditional token ids.
+        encode: prompt to the token ids of both branches.
         device: where the tensors go.
 
     Raises:
@@ -89,6 +92,7 @@ def make_batch(
         prompts=tuple(encode(group.prompt.text) for group in groups),
         tokens=stacked("tokens", torch.int64),
         logprobs=stacked("logprobs", torch.float32),
+        guided_logprobs=stacked("guided_logprobs", torch.float32),
         entropy=stacked("entropy", torch.float32),
         scores=torch.as_tensor(np.stack([item.scores for item in scored]), dtype=torch.float32, device=device),
         staleness=torch.tensor([version - group.policy_version for group in groups], device=device),
@@ -115,7 +119,7 @@ def _check_tokens(group: RolloutGroup, *, size: int, shape: tuple[int, int]) -> 
         raise LearnerError(f"{what} has tokens of shape {list(group.tokens.shape)}, expected {[max(size, 2), tokens]}")
     if group.tokens.min() < 0 or group.tokens.max() >= codes:
         raise LearnerError(f"{what} has a token outside 0..{codes - 1}")
-    for name in ("logprobs", "entropy"):
+    for name in ("logprobs", "guided_logprobs", "entropy"):
         values = getattr(group, name)
         if values.shape != group.tokens.shape or not np.isfinite(values).all():
             raise LearnerError(f"{what}: its recorded {name} must be finite, of shape {list(group.tokens.shape)}")

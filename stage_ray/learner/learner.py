@@ -6,7 +6,8 @@ The order of `Learner.update` is that of the published training step, with two d
   while it sampled the same tokens at that version, so the policy runs once (forward and backward), the reference once;
 * in a group sampled at the learner's own version the importance ratio is taken against the learner's own detached
   log-probabilities, so it is exactly 1 as in the paper's code, and what lies between engine and learner shows as a
-  metric (``mismatch/...``) and not as a gradient. Older groups use the log-probabilities recorded at sampling.
+  metric (``mismatch/...``) and not as a gradient. Older groups use the log-probabilities recorded at sampling, with
+  ``algorithm.correction`` (see `stage_ray.algorithm.off_policy`).
 """
 
 from __future__ import annotations
@@ -23,14 +24,16 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from stage_ray.algorithm.losses import TokenWeights, token_weights, weighted_loss
+from stage_ray.algorithm.off_policy import guided_behavior
 from stage_ray.algorithm.signals import Signals, stage_signals
 from stage_ray.config import ConfigError, LearnerConfig, RunConfig
 from stage_ray.learner.batch import Batch, LearnerError, make_batch
-from stage_ray.learner.measure import PolicyPass, ReferencePass, update_metrics
+from stage_ray.learner.measure import PolicyPass, ReferencePass, correction_of, update_metrics
 from stage_ray.learner.precision import attention, autocast, uses_bfloat16
 from stage_ray.learner.state import LearnerParts, load_state, save_state
 from stage_ray.policies import load_policy
-from stage_ray.policies.base import device_for
+from stage_ray.policies.base import TokenStatistics, device_for
+from stage_ray.policies.statistics import SamplingRule
 from stage_ray.records import RolloutGroup, ScoredGroup
 
 
@@ -87,6 +90,9 @@ class Learner:
             fused=True,
         )
         self._codebook = self.policy.codebook()
+        self._rule = SamplingRule.of(run.rollout)
+        # A plain rule draws from the conditional distribution itself: there is no second ratio.
+        self._guided_ratio = run.algorithm.ratio_on == "guided" and not self._rule.plain
 
     def update(self, groups: Sequence[RolloutGroup], scored: Sequence[ScoredGroup]) -> dict[str, float]:
         """Train on whole groups once and move to the next version.
@@ -108,7 +114,7 @@ class Learner:
             run=self._run,
             version=self.version,
             shape=(self.policy.image_tokens, self.policy.codebook_size),
-            encode=lambda text: self.policy.encode_prompt(text).conditional,
+            encode=self.policy.encode_prompt,
             device=self._device,
         )
         cuts = batch.micro_batches(self._run.learner.micro_batch_images)
@@ -164,7 +170,8 @@ class Learner:
         entropy = torch.empty_like(logprobs)
         for rows in cuts:
             with self._autocast():
-                statistics = self._reference.statistics(batch.prompts_of(rows), tokens[rows])
+                prompts = [prompt.conditional for prompt in batch.prompts_of(rows)]
+                statistics = self._reference.statistics(prompts, tokens[rows], entropy_grad=False)
             logprobs[rows], entropy[rows] = statistics.logprobs, statistics.entropy
         shape = batch.tokens.shape
         return ReferencePass(logprobs.view(shape), entropy.view(shape), self._clock() - start)
@@ -196,29 +203,57 @@ class Learner:
             reweight_advantage=algorithm.reweight_advantage,
             reweight_kl=algorithm.reweight_kl,
         )
-        flat = (batch.tokens, batch.logprobs, reference.logprobs, weights.policy, weights.kl, signals.advantages)
-        tokens, recorded, fixed, policy_weight, kl_weight, advantages = (tensor.flatten(0, 1) for tensor in flat)
-        stale = (batch.staleness > 0).repeat_interleave(batch.tokens.shape[1]).unsqueeze(-1)
-        logprobs = torch.empty_like(fixed)
+        flat = (reference.logprobs, weights.policy, weights.kl, signals.advantages)
+        fixed, policy_weight, kl_weight, advantages = (tensor.flatten(0, 1) for tensor in flat)
+        logprobs, behavior = torch.empty_like(fixed), torch.empty_like(fixed)
         loss, policy = torch.zeros((), device=self._device), torch.zeros((), device=self._device)
         self._optimizer.zero_grad(set_to_none=True)
         for rows in cuts:
-            with self._autocast():
-                current = self.policy.statistics(batch.prompts_of(rows), tokens[rows]).logprobs
+            current, behavior[rows] = self._logprobs(batch, rows)
             part = weighted_loss(
                 current,
                 fixed[rows],
-                torch.where(stale[rows], recorded[rows], current.detach()),
+                behavior[rows],
                 advantages[rows],
                 TokenWeights(policy=policy_weight[rows], kl=kl_weight[rows]),
                 beta=algorithm.beta,
                 clip=algorithm.clip,
+                correction=correction_of(algorithm),
             )
             part.loss.backward()
             logprobs[rows] = current.detach()
             loss += part.loss.detach()
             policy += part.policy
-        return PolicyPass(logprobs.view(batch.tokens.shape), loss.item(), policy.item(), weights, self._clock() - start)
+        shape = batch.tokens.shape
+        return PolicyPass(
+            logprobs.view(shape),
+            behavior.view(shape),
+            loss.item(),
+            policy.item(),
+            weights,
+            self._clock() - start,
+        )
+
+    def _logprobs(self, batch: Batch, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """The policy's log-probabilities of some images, with gradient, and those that its ratios are taken against.
+
+        A fresh group is measured against itself: what lies between engine and learner is no reason to weigh a token.
+        """
+        stale = (batch.staleness > 0).repeat_interleave(batch.tokens.shape[1])[rows].unsqueeze(-1)
+        statistics = self._statistics(batch, rows, guided=self._guided_ratio and bool(stale.any()))
+        current, recorded = statistics.logprobs, batch.logprobs.flatten(0, 1)[rows]
+        if statistics.guided_logprobs is not None:
+            drawn = batch.guided_logprobs.flatten(0, 1)[rows]
+            recorded = guided_behavior(current, statistics.guided_logprobs, drawn)
+        return current, torch.where(stale, recorded, current.detach())
+
+    def _statistics(self, batch: Batch, rows: Tensor, *, guided: bool) -> TokenStatistics:
+        prompts, tokens = batch.prompts_of(rows), batch.tokens.flatten(0, 1)[rows]
+        with self._autocast():
+            if guided:
+                return self.policy.guided_statistics(prompts, tokens, self._rule, entropy_grad=False)
+            conditional = [prompt.conditional for prompt in prompts]
+            return self.policy.statistics(conditional, tokens, entropy_grad=False)
 
     def _step(self, metrics: dict[str, float], lr: float) -> float:
         """Check, clip and step; returns the gradient norm before clipping."""

@@ -10,9 +10,16 @@ from stage_ray.algorithm.advantages import combine_rewards
 from stage_ray.algorithm.entropy import entropy_closeness
 from stage_ray.algorithm.kl import k3_kl
 from stage_ray.algorithm.losses import TokenWeights
+from stage_ray.algorithm.off_policy import (
+    Correction,
+    beyond,
+    corrected_ratio,
+    effective_sample_size,
+    importance_ratio,
+)
 from stage_ray.algorithm.signals import Signals
 from stage_ray.algorithm.similarity import advantage_weight
-from stage_ray.config import RunConfig
+from stage_ray.config import AlgorithmConfig, RunConfig
 from stage_ray.learner.batch import Batch
 
 
@@ -27,9 +34,18 @@ class ReferencePass:
 
 @dataclass(frozen=True, slots=True)
 class PolicyPass:
-    """The policy on a batch: float32 [N, G, T] log-probabilities (detached), loss, policy term, weights, seconds."""
+    """The policy on a batch.
+
+    Attributes:
+        logprobs: float32 [N, G, T], detached, nats.
+        behavior: float32 [N, G, T], what ratios are taken against; ``logprobs`` themselves in fresh groups.
+        loss, policy: of the whole batch.
+        weights: of every token, corrections apart.
+        seconds: forward and backward.
+    """
 
     logprobs: Tensor
+    behavior: Tensor
     loss: float
     policy: float
     weights: TokenWeights
@@ -51,7 +67,11 @@ def update_metrics(
         - ``entropy/policy`` (recorded while sampling), ``entropy/reference``: nats a token, same tokens.
         - ``kl``: unweighted k3 to the reference, nats a token; ``kl/weighted``: as it enters the loss.
         - ``loss``, ``policy_loss``; ``similarity/mean``; ``weight/mean``: mean weight of a token in the policy term.
-        - ``staleness/max``; ``ratio/max``: greatest importance ratio (1 in groups of the learner's own version).
+        - ``staleness/mean``, ``staleness/max``: updates that groups lag behind; ``staleness/0``, ``staleness/1``, ...
+          to the bound: share of groups with that lag.
+        - ``ratio/mean``, ``ratio/max``: importance ratios of tokens of older groups, uncorrected; 1 without any.
+        - ``ratio/clipped``: share of those tokens that ``algorithm.correction`` caps or masks; 0 without any.
+        - ``ess``: effective sample size of those tokens' corrected ratios, a share of their number; 1 without any.
         - ``mismatch/abs_logprob``, ``mismatch/max_abs_logprob``: mean and greatest ``|delta log p|`` between engine and
           learner at the same version; absent when every group is older.
         - ``images``, ``tokens``; ``time/reference_s``, ``time/policy_s``.
@@ -74,7 +94,6 @@ def update_metrics(
         "policy_loss": passed.policy,
         "similarity/mean": signals.similarity.mean().item(),
         "weight/mean": advantage_weight(signals.similarity).mean().item() if reweighted else 1.0,
-        "staleness/max": float(batch.staleness.max().item()),
         "images": float(batch.tokens.shape[0] * batch.tokens.shape[1]),
         "tokens": float(batch.tokens.numel()),
         "time/reference_s": reference.seconds,
@@ -82,14 +101,45 @@ def update_metrics(
     }
     for column, reward in enumerate(run.rewards):
         metrics[f"reward/{reward.column}"] = batch.scores[..., column].mean().item()
-    return metrics | _between_engine_and_learner(batch, passed)
+    return metrics | _mismatch(batch, passed) | _staleness(batch, run) | _ratios(batch, passed, run)
 
 
-def _between_engine_and_learner(batch: Batch, passed: PolicyPass) -> dict[str, float]:
-    difference = passed.logprobs - batch.logprobs  # [N, G, T]
+def correction_of(algorithm: AlgorithmConfig) -> Correction:
+    """What a config does with ratios far from 1.
+
+    Example:
+        >>> correction_of(AlgorithmConfig()).kind
+        'truncate'
+    """
+    low, high = algorithm.ratio_range
+    return Correction(algorithm.correction, cap=algorithm.ratio_cap, low=low, high=high)
+
+
+def _mismatch(batch: Batch, passed: PolicyPass) -> dict[str, float]:
     fresh = batch.staleness == 0
-    metrics = {"ratio/max": difference[~fresh].exp().max().item() if not bool(fresh.all()) else 1.0}
-    if bool(fresh.any()):
-        metrics["mismatch/abs_logprob"] = difference[fresh].abs().mean().item()
-        metrics["mismatch/max_abs_logprob"] = difference[fresh].abs().max().item()
+    if not bool(fresh.any()):
+        return {}
+    difference = (passed.logprobs - batch.logprobs)[fresh].abs()
+    return {"mismatch/abs_logprob": difference.mean().item(), "mismatch/max_abs_logprob": difference.max().item()}
+
+
+def _staleness(batch: Batch, run: RunConfig) -> dict[str, float]:
+    lag = batch.staleness
+    metrics = {"staleness/mean": lag.float().mean().item(), "staleness/max": float(lag.max().item())}
+    for updates in range(run.pipeline.max_staleness + 1):
+        metrics[f"staleness/{updates}"] = (lag == updates).float().mean().item()
     return metrics
+
+
+def _ratios(batch: Batch, passed: PolicyPass, run: RunConfig) -> dict[str, float]:
+    stale = batch.staleness > 0
+    if not bool(stale.any()):
+        return {"ratio/mean": 1.0, "ratio/max": 1.0, "ratio/clipped": 0.0, "ess": 1.0}
+    logprobs, behavior, correction = passed.logprobs[stale], passed.behavior[stale], correction_of(run.algorithm)
+    ratio = importance_ratio(logprobs, behavior)
+    return {
+        "ratio/mean": ratio.mean().item(),
+        "ratio/max": ratio.max().item(),
+        "ratio/clipped": beyond(logprobs, behavior, correction).float().mean().item(),
+        "ess": effective_sample_size(corrected_ratio(logprobs, behavior, correction)).item(),
+    }

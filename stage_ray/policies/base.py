@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:  # that module needs this one
+    from stage_ray.policies.statistics import SamplingRule
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,10 +29,16 @@ class PromptIds:
 
 @dataclass(frozen=True, slots=True)
 class TokenStatistics:
-    """Teacher-forced statistics of image tokens under the conditional branch, in nats: float32 [B, T] each."""
+    """Teacher-forced statistics of image tokens, in nats: float32 [B, T] each.
+
+    Attributes:
+        logprobs, entropy: under the conditional branch at temperature 1.
+        guided_logprobs: under the distribution that a sampling rule draws from; only where it was asked for.
+    """
 
     logprobs: Tensor
     entropy: Tensor
+    guided_logprobs: Tensor | None = None
 
 
 class Policy(Protocol):
@@ -47,8 +56,22 @@ class Policy(Protocol):
         """Teacher-forced logits of the image tokens: prompts of B lengths, tokens int64 [B, T] -> float [B, T, V]."""
         ...
 
-    def statistics(self, prompts: Sequence[Sequence[int]], tokens: Tensor) -> TokenStatistics:
-        """Log-probability and entropy of each token at temperature 1; differentiable where the model is."""
+    def statistics(
+        self, prompts: Sequence[Sequence[int]], tokens: Tensor, *, entropy_grad: bool = True
+    ) -> TokenStatistics:
+        """Log-probability and entropy of each token at temperature 1; differentiable where the model is.
+
+        Cheaper with ``entropy_grad`` off: the entropy then carries no gradient.
+        """
+        ...
+
+    def guided_statistics(
+        self, prompts: Sequence[PromptIds], tokens: Tensor, rule: SamplingRule, *, entropy_grad: bool = True
+    ) -> TokenStatistics:
+        """`statistics` of the conditional branch, the same bits, and log p under what ``rule`` draws from.
+
+        The latter carries no gradient. Guidance costs a second forward pass, of the unconditional branch.
+        """
         ...
 
     def codebook(self) -> Tensor:

@@ -7,17 +7,16 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import JanusForConditionalGeneration
 
 from stage_ray.config import ConfigError, PolicyConfig
 from stage_ray.policies import janus_parts
 from stage_ray.policies.base import PromptIds, TokenStatistics
 from stage_ray.policies.janus_parts import JanusFiles, JanusPrompts
-from stage_ray.policies.statistics import token_statistics
+from stage_ray.policies.statistics import SamplingRule, final_logits, head_statistics
 
 TRAINED_PREFIX = "model.language_model."
-LOGITS_AT_ONCE = 2**26  # float32 logits held at once by `statistics`: 256 MiB
+LOGITS_AT_ONCE = 2**22  # float32 logits made at once by `statistics`: 16 MiB, and a few temporaries of that size
 
 
 class JanusPolicy:
@@ -96,26 +95,44 @@ class JanusPolicy:
         with torch.autocast(states.device.type, enabled=False):
             return self.model.model.generation_head(states.float())
 
-    def statistics(self, prompts: Sequence[Sequence[int]], tokens: Tensor) -> TokenStatistics:
+    def statistics(
+        self, prompts: Sequence[Sequence[int]], tokens: Tensor, *, entropy_grad: bool = True
+    ) -> TokenStatistics:
         """Log-probability and entropy of each token at temperature 1, float32 [B, T].
 
-        Differentiable. Where the logits of the whole batch would be large, they are made and dropped some images at a
-        time, and made again for the gradient.
+        Differentiable, the entropy only with ``entropy_grad``, which costs a second run of the head. However large the
+        batch, no more than `LOGITS_AT_ONCE` logits are held.
         """
-        states = self.hidden_states(prompts, tokens)
-        images = max(1, LOGITS_AT_ONCE // (tokens.shape[1] * self.codebook_size))
-        if images >= tokens.shape[0]:
-            return token_statistics(self.head(states), tokens)
-        parts = [
-            checkpoint(self._head_statistics, *chunk, use_reentrant=False)
-            for chunk in zip(states.split(images), tokens.split(images), strict=True)
-        ]
-        logprobs, entropy = zip(*parts, strict=True)
-        return TokenStatistics(torch.cat(logprobs), torch.cat(entropy))
+        return self._statistics(self.hidden_states(prompts, tokens), tokens, entropy_grad)
 
-    def _head_statistics(self, states: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        statistics = token_statistics(self.head(states), tokens)
-        return statistics.logprobs, statistics.entropy
+    def guided_statistics(
+        self, prompts: Sequence[PromptIds], tokens: Tensor, rule: SamplingRule, *, entropy_grad: bool = True
+    ) -> TokenStatistics:
+        """`statistics` of the conditional branch, and each token's log p under what ``rule`` draws from.
+
+        The latter, float32 [B, T], carries no gradient and is minus infinity for a token that top-k or top-p now leaves
+        out. One forward of the language model a branch: the conditional states serve both.
+        """
+        states = self.hidden_states([prompt.conditional for prompt in prompts], tokens)
+        plain = self._statistics(states, tokens, entropy_grad)
+        with torch.no_grad():
+            branches = [states]
+            if rule.guided:
+                branches.append(self.hidden_states([prompt.unconditional for prompt in prompts], tokens))
+
+            def guided(rows: Tensor) -> Tensor:
+                logits = self.head(rows)  # [rows, branches, V]
+                return final_logits(logits[:, 0], logits[:, 1] if rule.guided else None, rule)
+
+            rows = self._rows_at_once(len(branches))
+            found = head_statistics(torch.stack(branches, dim=2), tokens, guided, rows=rows)
+        return TokenStatistics(plain.logprobs, plain.entropy, found.logprobs)
+
+    def _statistics(self, states: Tensor, tokens: Tensor, entropy_grad: bool) -> TokenStatistics:
+        return head_statistics(states, tokens, self.head, rows=self._rows_at_once(), entropy_grad=entropy_grad)
+
+    def _rows_at_once(self, branches: int = 1) -> int:
+        return max(1, LOGITS_AT_ONCE // (branches * self.codebook_size))
 
     def codebook(self) -> Tensor:
         """Codebook vectors as the image decoder gets them, float32 [V, D] of unit length."""

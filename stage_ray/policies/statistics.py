@@ -1,11 +1,24 @@
-"""Log-probability and entropy of tokens from logits: one pure function that engines, learner and policies share."""
+"""Log-probabilities and entropies of tokens from logits: pure functions that engines, learner and policies share.
+
+`token_statistics` is the plain form. `head_statistics` gives the same numbers from the states below a head without ever
+holding all logits. `SamplingRule` and `final_logits` say what distribution tokens are drawn from.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
+from stage_ray.config import RolloutConfig
 from stage_ray.policies.base import TokenStatistics
+
+Head = Callable[[Tensor], Tensor]
+LOWEST = -1e3  # in place of minus infinity, which times a probability of 0 is NaN; exp(-1e3) is 0 in float32
 
 
 def token_statistics(logits: Tensor, tokens: Tensor) -> TokenStatistics:
@@ -20,6 +33,147 @@ def token_statistics(logits: Tensor, tokens: Tensor) -> TokenStatistics:
     """
     logp = torch.log_softmax(logits.float(), dim=-1)
     chosen = logp.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-    # A token of probability 0 adds 0 to the entropy; -inf * 0 would add NaN.
-    entropy = -(logp.exp() * logp.clamp(min=torch.finfo(torch.float32).min)).sum(dim=-1)
+    entropy = -(logp.exp() * logp.clamp(min=LOWEST)).sum(dim=-1)
     return TokenStatistics(chosen, entropy)
+
+
+def head_statistics(
+    states: Tensor, tokens: Tensor, head: Head, *, rows: int = 256, entropy_grad: bool = False
+) -> TokenStatistics:
+    """`token_statistics` of ``head(states)``, made and dropped some tokens at a time.
+
+    Where only the states are trained, as below a frozen head, the gradient of each token's log-probability is taken
+    while its logits are there: the backward pass needs neither them nor the head again. Where the head itself or the
+    entropy wants a gradient, the logits are made again in the backward pass.
+
+    Args:
+        states: any float dtype [..., S] or [..., K, S], one or several states a token.
+        tokens: int64 [...], ids 0..V-1.
+        head: float32 states [rows, S] or [rows, K, S] to float logits [rows, V], each row by itself. It runs outside
+            of autocast; a module, or any function, whose own parameters get gradients if they require them.
+        rows: tokens whose logits are held at once.
+        entropy_grad: whether the entropy carries a gradient; it costs a second run of the head.
+
+    Returns:
+        float32 [...] each.
+
+    Example:
+        >>> head = torch.nn.Linear(4, 9)
+        >>> head_statistics(torch.zeros(2, 3, 4), torch.zeros(2, 3, dtype=torch.int64), head, rows=2).entropy.shape
+        torch.Size([2, 3])
+    """
+    flat, gradients = states.reshape(tokens.numel(), *states.shape[tokens.dim() :]), torch.is_grad_enabled()
+    with torch.autocast(states.device.type, enabled=False):  # also of the products that make the states' gradients
+        if gradients and (entropy_grad or _has_gradients_of_its_own(head, flat)):
+            chunks = zip(flat.split(rows), tokens.flatten().split(rows), strict=True)
+            parts = [checkpoint(_recomputed, *chunk, head, entropy_grad, use_reentrant=False) for chunk in chunks]
+            logprobs, entropy = (torch.cat(part) for part in zip(*parts, strict=True))
+        else:
+            wanted = gradients and flat.requires_grad
+            logprobs, entropy = _StatesOnly.apply(flat, tokens.flatten(), head, rows, wanted)
+    return TokenStatistics(logprobs.view(tokens.shape), entropy.view(tokens.shape))
+
+
+def _has_gradients_of_its_own(head: Head, states: Tensor) -> bool:
+    """Asked of one row of constant states, so that it is answered for any function, whatever it closes over."""
+    return head(states[:1].detach().float()).requires_grad
+
+
+def _recomputed(states: Tensor, tokens: Tensor, head: Head, entropy_grad: bool) -> tuple[Tensor, Tensor]:
+    statistics = token_statistics(head(states.float()), tokens)
+    return statistics.logprobs, statistics.entropy if entropy_grad else statistics.entropy.detach()
+
+
+class _StatesOnly(torch.autograd.Function):
+    """Statistics whose log-probabilities have a gradient in the states alone; keeps one vector a state, no logits."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, tokens: Tensor, head: Head, rows: int, wanted: bool) -> tuple[Tensor, Tensor]:
+        logprobs = states.new_empty(tokens.shape, dtype=torch.float32)
+        entropy = torch.empty_like(logprobs)
+        slopes = torch.empty_like(states, dtype=torch.float32) if wanted else None  # d log p / d state
+        for start in range(0, len(tokens), rows):
+            part = slice(start, start + rows)
+            with torch.set_grad_enabled(wanted):
+                leaf = states[part].detach().float().requires_grad_(wanted)
+                logits = head(leaf)
+            chosen = tokens[part].unsqueeze(-1)
+            logp = torch.log_softmax(logits.detach().float(), dim=-1)
+            logprobs[part] = logp.gather(-1, chosen).squeeze(-1)
+            p = logp.exp()
+            entropy[part] = -logp.clamp_(min=LOWEST).mul_(p).sum(dim=-1)
+            if slopes is not None:
+                slope = p.neg_().scatter_add_(-1, chosen, torch.ones_like(chosen, dtype=p.dtype))  # onehot - p
+                (slopes[part],) = torch.autograd.grad(logits, leaf, slope.to(logits.dtype))
+        if slopes is not None:
+            ctx.save_for_backward(slopes)
+        ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        (slopes,) = ctx.saved_tensors
+        # In float32: autograd rounds to the states' dtype where they are narrower.
+        return slopes * gradient.view(-1, *[1] * (slopes.dim() - 1)), None, None, None, None
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingRule:
+    """What happens to logits before a token is drawn; the defaults change nothing.
+
+    Example:
+        >>> SamplingRule(guidance_scale=5.0).guided
+        True
+    """
+
+    guidance_scale: float = 1.0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    @classmethod
+    def of(cls, rollout: RolloutConfig) -> SamplingRule:
+        """The rule of a config's ``rollout`` section."""
+        return cls(rollout.guidance_scale, rollout.temperature, rollout.top_k, rollout.top_p)
+
+    @property
+    def guided(self) -> bool:
+        """Whether the unconditional branch is needed at all."""
+        return self.guidance_scale != 1.0
+
+    @property
+    def plain(self) -> bool:
+        """Whether tokens are drawn from the conditional distribution as it is."""
+        return self == SamplingRule()
+
+
+def final_logits(conditional: Tensor, unconditional: Tensor | None, rule: SamplingRule) -> Tensor:
+    """Logits of the distribution that is sampled, float32 [B, V]; minus infinity for what top-k and top-p leave out."""
+    logits = conditional.float()
+    if rule.guided:
+        if unconditional is None:
+            raise ValueError(f"guidance {rule.guidance_scale} needs unconditional logits")
+        unguided = unconditional.float()
+        logits = unguided + rule.guidance_scale * (logits - unguided)
+    if rule.temperature != 1.0:
+        logits = logits / rule.temperature
+    if 0 < rule.top_k < logits.shape[-1]:
+        logits = keep_top_k(logits, rule.top_k)
+    if rule.top_p < 1.0:
+        logits = keep_top_p(logits, rule.top_p)
+    return logits
+
+
+def keep_top_k(logits: Tensor, k: int) -> Tensor:
+    """The k largest of each row; the rest, minus infinity. Ties with the k-th stay."""
+    return logits.masked_fill(logits < logits.topk(k, dim=-1).values[..., -1:], -torch.inf)
+
+
+def keep_top_p(logits: Tensor, p: float) -> Tensor:
+    """The smallest set of each row that holds probability p, at least one token; the rest, minus infinity."""
+    ordered, order = logits.sort(dim=-1, descending=True, stable=True)
+    probabilities = ordered.softmax(dim=-1)
+    left_out = probabilities.cumsum(dim=-1) - probabilities >= p  # the mass before a token already reaches p
+    left_out[..., 0] = False
+    return logits.masked_fill(torch.zeros_like(left_out).scatter(-1, order, left_out), -torch.inf)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,11 @@ import numpy as np
 
 from stage_ray.config import RunConfig
 from stage_ray.records import WeightManifest
+from stage_ray.workers.health import Pinged
 from stage_ray.workers.logs import redirect_output
 
 
-class LearnerWorker:
+class LearnerWorker(Pinged):
     """Rank 0 of 1: the STAGE update and the weights it makes."""
 
     def __init__(self, run: RunConfig, log: str | None) -> None:
@@ -46,6 +48,20 @@ class LearnerWorker:
         """Take a saved state; its version."""
         self._learner.load_state(Path(directory))
         return self._learner.version
+
+    def save_groups(self, directory: str, *objects: Any) -> None:
+        """Write rollout groups and scored groups, alternating: those a checkpoint has in flight, or a recording's."""
+        from stage_ray.recording import save_group
+
+        for group, scored in zip(objects[::2], objects[1::2], strict=True):
+            save_group(Path(directory), group, scored)
+
+    def load_groups(self, directory: str, group_ids: Sequence[int]) -> tuple[Any, ...]:
+        """The versions of saved groups, then each group and its scores, alternating."""
+        from stage_ray.recording import group_file, load_group
+
+        pairs = [load_group(group_file(Path(directory), group_id)) for group_id in group_ids]
+        return ([group.policy_version for group, _ in pairs], *(item for pair in pairs for item in pair))
 
     def export(self, directory: str) -> None:
         """A Hugging Face checkpoint that plain transformers loads."""

@@ -8,10 +8,11 @@ from typing import Any
 
 from stage_ray.config import RewardConfig
 from stage_ray.records import RolloutGroup, ScoredGroup, ScoreReceipt
+from stage_ray.workers.health import Pinged
 from stage_ray.workers.logs import redirect_output
 
 
-class RewardWorker:
+class RewardWorker(Pinged):
     """Every scorer of the run, called on whole batches of groups."""
 
     def __init__(self, rewards: Sequence[RewardConfig], log: str | None) -> None:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from stage_ray.config import PolicyConfig, RolloutConfig
-from stage_ray.records import RolloutReceipt, RolloutRequest, WeightManifest
+from stage_ray.records import RolloutGroup, RolloutReceipt, RolloutRequest, WeightManifest
+from stage_ray.workers.health import Pinged
 from stage_ray.workers.logs import redirect_output
 
 
-class RolloutWorker:
+class RolloutWorker(Pinged):
     """One image engine. Updates its weights between waves only, so every image has one policy version (promise 2)."""
 
     def __init__(self, name: str, policy: PolicyConfig, rollout: RolloutConfig, log: str | None) -> None:
@@ -30,7 +32,8 @@ class RolloutWorker:
         """
         start = time.perf_counter()
         groups = self._engine.generate(requests)
-        receipt = RolloutReceipt(self._name, self._engine.policy_version, time.perf_counter() - start)
+        seconds = time.perf_counter() - start
+        receipt = RolloutReceipt(self._name, self._engine.policy_version, seconds, _problem(requests, groups))
         objects: list[Any] = [receipt]
         for group in groups:
             bare = np.empty((len(group.seeds), 0, 0, 3), np.uint8)
@@ -47,3 +50,14 @@ class RolloutWorker:
 
         self._engine.load_weights(manifest.version, unpack(manifest, list(chunks)))
         return self._engine.policy_version
+
+
+def _problem(requests: Sequence[RolloutRequest], groups: Sequence[RolloutGroup]) -> str:
+    """Why an engine's answer cannot be used, "" where it can. The driver, who asks, never sees the arrays."""
+    for request, group in zip(requests, groups, strict=True):
+        if group.group_id != request.group_id:
+            return f"group {group.group_id} where {request.group_id} was asked for"
+        for name in ("logprobs", "guided_logprobs", "entropy"):
+            if not np.isfinite(getattr(group, name)).all():
+                return f"group {group.group_id} has {name} that are not finite"
+    return ""

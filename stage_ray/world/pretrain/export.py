@@ -20,7 +20,7 @@ JANUS_CARD = """# ShapeWorld Janus
 
 A {size:.1f} MB image model with the architecture and file layout of Janus-Pro: a language model of 2.7 M parameters
 writes 64 tokens, a `JanusVQVAE` of 1.15 M decodes them to a 64x64 picture. `JanusForConditionalGeneration` loads it,
-`JanusProcessor` prepares its prompts ("a photo of a red ring and a blue square"), guidance about 2 suits it.
+`JanusProcessor` prepares its prompts ("a photo of a red ring and a blue square"), guidance about 3 suits it.
 
 Made by `stage-ray pretrain` from rendered scenes alone; no outside data. The vision tower exists so that transformers
 loads the model; it is untrained, and so is everything that reads pictures into text.
@@ -93,7 +93,7 @@ def write_cards(out: Path, work: Path) -> None:
         if (out / "detector").exists() and (work / "policy.safetensors").exists():
             shares = base_geneval(out / "janus", out / "detector")
             listed = ", ".join(f"{tag} {share:.2f}" for tag, share in shares.items())
-            geneval = f"\nStrict GenEval on the held-out prompts, guidance 2, four pictures a prompt: {listed}.\n"
+            geneval = f"\nStrict GenEval on the held-out prompts, guidance 3, four pictures a prompt: {listed}.\n"
             console.print(geneval.strip())
         size = (out / "janus" / "model.safetensors").stat().st_size / 1e6
         text = JANUS_CARD.format(

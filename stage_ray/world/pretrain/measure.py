@@ -54,7 +54,7 @@ def geneval(images: np.ndarray, records: Sequence[Record], detector_dir: Path) -
 
 
 def base_geneval(
-    path: Path, detector_dir: Path, guidance_scale: float = 2.0, repeats: int = 4, seed: int = 0
+    path: Path, detector_dir: Path, guidance_scale: float = 3.0, repeats: int = 4, seed: int = 0
 ) -> dict[str, float]:
     """`geneval` of a policy on the held-out prompts, `repeats` pictures each."""
     records = heldout_prompts() * repeats

@@ -143,7 +143,7 @@ def new_policy(tokenizer: PreTrainedTokenizerFast) -> JanusForConditionalGenerat
         pad_token_id=ids(PAD),
         do_sample=True,
         temperature=1.0,
-        guidance_scale=2.0,
+        guidance_scale=3.0,
         generation_kwargs={"boi_token_id": ids(BOI)},
     )
     return model

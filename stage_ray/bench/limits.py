@@ -1,0 +1,125 @@
+"""What this machine can do at best, measured beside the sides it bounds, and the least that a model's work needs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from stage_ray.bench.contest import Facts, Side, Turn
+
+BEST_OF = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """The fastest that was seen: multiply-add operations a second by dtype (two each), and bytes moved a second.
+
+    Example:
+        >>> Speed({"float32": 1e11}, 1e10).flops["float32"]
+        100000000000.0
+    """
+
+    flops: Mapping[str, float]
+    bytes_per_s: float
+
+    @classmethod
+    def of(cls, facts: Sequence[Facts]) -> Speed:
+        """The best over the turns of a `probe`."""
+        names = [name for name in facts[0] if name.startswith("flops/")]
+        flops = {name.partition("/")[2]: max(float(fact[name]) for fact in facts) for name in names}
+        return cls(flops, max(float(fact["bytes_per_s"]) for fact in facts))
+
+
+def probe_side(device: str, dtypes: Sequence[str], size: int | None = None) -> Side:
+    """A side that measures the machine instead of the code."""
+    return Side("machine", probe, {"device": device, "dtypes": tuple(sorted(set(dtypes))), "size": size})
+
+
+def probe(device: str, dtypes: Sequence[str], size: int | None) -> Turn:
+    """One large square matrix product in each dtype, and one copy larger than any cache."""
+    place = torch.device(device)
+    edge = size or (8192 if place.type == "cuda" else 2048)
+    pairs = {name: torch.randn(2, edge, edge, device=place).to(getattr(torch, name)) for name in dtypes}
+    source = torch.ones(16 * edge * edge, dtype=torch.float32, device=place)
+    target = torch.empty_like(source)
+
+    def turn() -> Facts:
+        found: dict[str, float] = {}
+        for name, (left, right) in pairs.items():
+            found[f"flops/{name}"] = 2 * edge**3 / _fastest(place, torch.matmul, left, right)
+        found["bytes_per_s"] = 2 * source.nbytes / _fastest(place, target.copy_, source)
+        return found
+
+    return turn
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for a GPU, so that a clock shows its work; nothing on a CPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a Janus model does for one image token: weights that are multiplied (trained layers, frozen head), and the
+    bytes that one token leaves in the key-value cache for each byte of the dtype.
+
+    Example:
+        >>> Work(layers=40, head=8, cache=2).layers
+        40
+    """
+
+    layers: int
+    head: int
+    cache: int
+
+    @classmethod
+    def of(cls, model: Any) -> Work:
+        """Count the matrices of a ``JanusForConditionalGeneration``."""
+        core = model.model
+        config = core.language_model.config
+        cache = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+        return cls(_numbers(core.language_model.layers), _numbers(core.generation_head), cache)
+
+    def sampling_limit(self, *, rows: int, prompt: int, tokens: int, speed: Speed, dtype: str) -> tuple[float, str]:
+        """Least seconds of sampling, and what sets them: arithmetic, or reading weights and cache at every token."""
+        width = getattr(torch, dtype).itemsize
+        weights = self.layers + self.head
+        arithmetic = 2 * weights * rows * (tokens + prompt) / speed.flops[dtype]
+        cache = rows * self.cache * sum(range(prompt, prompt + tokens))
+        moved = (weights * tokens + cache) * width / speed.bytes_per_s
+        limit = max(arithmetic, moved)
+        which = "matrix products" if arithmetic >= moved else "reading weights and key-value cache"
+        return limit, (
+            f"{which} ({dtype}): products {arithmetic:.3g} s at {speed.flops[dtype] / 1e9:.0f} GFLOP/s, "
+            f"memory {moved:.3g} s at {speed.bytes_per_s / 1e9:.1f} GB/s, both measured"
+        )
+
+    def update_limit(self, *, tokens: int, speed: Speed, dtype: str) -> tuple[float, str]:
+        """Least seconds of an update: policy forward and backward, reference forward; attention not counted."""
+        layers = 8 * self.layers * tokens / speed.flops[dtype]  # 2 + 4 for the policy, 2 for the reference
+        head = 6 * self.head * tokens / speed.flops["float32"]  # frozen: its backward needs no weight gradient
+        return layers + head, (
+            f"matrix products: layers {layers:.3g} s in {dtype} at {speed.flops[dtype] / 1e9:.0f} GFLOP/s, "
+            f"head {head:.3g} s in float32 at {speed.flops['float32'] / 1e9:.0f} GFLOP/s, measured"
+        )
+
+
+def _numbers(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _fastest(device: torch.device, work: Any, *arguments: torch.Tensor) -> float:
+    seconds = []
+    for _ in range(BEST_OF):
+        synchronize(device)
+        start = time.perf_counter()
+        work(*arguments)
+        synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)

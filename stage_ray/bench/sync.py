@@ -1,0 +1,147 @@
+"""Weight sync: a version from the learner to two rollout workers, through Ray, against one memory copy of its bytes."""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import importlib.util
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from stage_ray.bench.contest import Facts, Side, Turn, compare
+from stage_ray.bench.limits import synchronize
+from stage_ray.bench.models import FIFTY_MILLION, SMALL, model_of
+from stage_ray.bench.rows import Row, median
+from stage_ray.bench.sync_actors import ROW, TENSORS, SyncCluster
+from stage_ray.config import PolicyConfig, RolloutConfig, RunConfig, validate_config
+from stage_ray.engines.waves import WaveEngine
+from stage_ray.local_ray import start_ray
+from stage_ray.machine import usable_cpus
+from stage_ray.progress import Progress
+
+WORKERS = 2
+GIGABYTE, QUICK_BYTES = 7813 * ROW, 500 * ROW
+TARGET = 0.5
+
+
+def bench(*, device: str, quick: bool, progress: Progress) -> list[Row]:
+    """One publish of a gigabyte, and apart from it what vLLM does to weights that have arrived."""
+    size = QUICK_BYTES if quick else GIGABYTE
+    sides = [Side("sync", sync_side, {"nbytes": size, "device": device})]
+    facts = compare(sides, repeats=3 if quick else 7, progress=progress, title="sync")["sync"]
+    repack = repacking(device, quick, progress) if importlib.util.find_spec("vllm") else {}
+    copy, seconds = median(facts, "copy_s"), median(facts, "seconds")
+    least = copies(facts[0]["cpus"])
+    stages = {f"{name}_s": median(facts, f"{name}_s") for name in ("pack", "store", "load")}
+    row = Row(
+        name="sync/publish",
+        ratio=copy / seconds,
+        target=TARGET,
+        ratio_is="bandwidth to each worker as a share of a memory copy's",
+        baseline_is="numpy copy of the same bytes into memory that is mapped already",
+        baseline=copy,
+        ours=seconds,
+        limit=least * copy,
+        limit_is=f"{least:g} copies: one into shared memory and one in each worker, spread over the cores",
+        details={**stages, "gb_per_s_per_worker": size / seconds / 1e9, "copy_gb_per_s": size / copy / 1e9, **repack},
+        notes=(
+            f"{size / 1e9:g} GB in {TENSORS} tensors to {WORKERS} workers on one machine; every byte is checksummed on "
+            "both sides and checked to be finite before it is applied",
+            "vLLM's repacking of weights is not in it; vllm_repacking_s_per_gb is what it takes",
+        ),
+    )
+    return [row]
+
+
+def copies(cpus: int) -> float:
+    """Copies that a core makes at least, if all share the work evenly: one into shared memory, then one a worker.
+
+    Example:
+        >>> copies(2), copies(16)
+        (1.5, 1.0)
+    """
+    return max(1.0, (1 + WORKERS) / cpus)
+
+
+def sync_side(nbytes: int, device: str) -> Turn:
+    """Ray with one learner and two workers; a turn copies the bytes once, then publishes them."""
+    run = run_of(nbytes)
+    source = np.ones(nbytes, np.uint8)
+    target = np.zeros_like(source)
+    runner = asyncio.Runner()
+    scratch = tempfile.TemporaryDirectory(prefix="stage-ray-bench-")
+    atexit.register(scratch.cleanup)
+    start_ray(run, Path(scratch.name))
+    cluster = SyncCluster(run, None, nbytes, device)
+
+    async def ready() -> None:
+        await asyncio.gather(*(seat.ready() for seat in (*cluster.rollouts, cluster.learner)))
+
+    async def loaded() -> tuple[float, list[tuple[float, list[float]]]]:
+        pack_s = await cluster.ask_learner(lambda learner: learner.pack_s.remote())
+        return pack_s, [await seat.call(lambda worker: worker.loaded.remote(), None) for seat in cluster.rollouts]
+
+    runner.run(ready())
+
+    def turn() -> Facts:
+        runner.run(cluster.ask_learner(lambda learner: learner.advance.remote()))
+        start = time.perf_counter()
+        np.copyto(target, source)
+        copied = time.perf_counter()
+        runner.run(cluster.publish())
+        seconds = time.perf_counter() - copied
+        pack_s, loads = runner.run(loaded())
+        values = [numbers for _, numbers in loads]
+        if len(values[0]) != 1 or values != [values[0]] * WORKERS:
+            raise RuntimeError(f"the workers hold {values} instead of one published version")
+        load_s = max(load_s for load_s, _ in loads)
+        facts = {"copy_s": copied - start, "seconds": seconds, "pack_s": pack_s, "load_s": load_s}
+        return {**facts, "store_s": seconds - pack_s - load_s, "cpus": usable_cpus()}
+
+    return turn
+
+
+def run_of(nbytes: int) -> RunConfig:
+    """A synchronous run of two rollout workers, with room for three versions in the object store."""
+    data = {
+        "steps": 1,
+        "prompts": {"train": "none"},
+        "policy": {"path": "none"},
+        "rollout": {"workers": WORKERS},
+        "rewards": [{"type": "geneval"}],
+        "evaluation": {"enabled": False},
+        "cluster": {"object_store_mb": 200 + 3 * nbytes // 2**20, "num_cpus": WORKERS + 2},
+    }
+    return validate_config(data)
+
+
+def repacking(device: str, quick: bool, progress: Progress) -> dict[str, float]:
+    """Seconds a gigabyte that vLLM needs to take weights that lie ready."""
+    with model_of(SMALL if quick else FIFTY_MILLION) as model:
+        sides = [Side("vllm", repack_side, {"model": model, "device": device})]
+        facts = compare(sides, repeats=3, progress=progress, title="vLLM's repacking")["vllm"]
+    return {"vllm_repacking_s_per_gb": median(facts, "seconds") / facts[0]["nbytes"] * 1e9}
+
+
+def repack_side(model: str, device: str) -> Turn:
+    """A vLLM engine that is given its own weights again and again."""
+    from stage_ray.engines import build_engine
+
+    settings = {"engine": "vllm", "images_per_wave": 2, "cpus": usable_cpus(), "gpus": float(device == "cuda")}
+    rollout = RolloutConfig.model_validate(settings)
+    engine = build_engine(PolicyConfig.model_validate({"path": model}), rollout, worker="bench")
+    assert isinstance(engine, WaveEngine)
+    tensors = {name: torch.zeros(shape) for name, shape in engine.weight_shapes().items()}
+    nbytes = sum(tensor.nbytes for tensor in tensors.values())
+
+    def turn() -> Facts:
+        start = time.perf_counter()
+        engine.install(tensors)
+        synchronize(torch.device(device))
+        return {"seconds": time.perf_counter() - start, "nbytes": nbytes}
+
+    return turn

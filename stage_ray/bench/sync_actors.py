@@ -1,0 +1,151 @@
+"""A run's actors and cluster around weights alone: what the sync bench publishes through."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from torch import Tensor
+
+from stage_ray.bench.limits import synchronize
+from stage_ray.cluster import Cluster
+from stage_ray.config import RunConfig
+from stage_ray.engines.sampling import SamplingRule
+from stage_ray.engines.waves import ImageRow, WaveEngine, WaveSamples
+from stage_ray.machine import usable_cpus
+from stage_ray.policies.base import PromptIds
+from stage_ray.records import WeightManifest
+from stage_ray.workers.learner import LearnerWorker
+from stage_ray.workers.rollout import RolloutWorker
+
+TENSORS, WIDTH = 32, 1000
+ROW = 4 * TENSORS * WIDTH  # bytes of one float32 row in every tensor
+
+
+class Weights:
+    """What stands in for the learner: tensors, every number of which is the version's."""
+
+    def __init__(self, nbytes: int, device: str) -> None:
+        self.version = 0
+        self._tensors = tensors_of(nbytes, device)
+
+    def advance(self) -> None:
+        """The next version."""
+        self.version += 1
+        for tensor in self._tensors.values():
+            tensor.fill_(float(self.version))
+
+    def weights(self) -> list[tuple[str, Tensor]]:
+        """As `stage_ray.learner.Learner.weights`."""
+        return [(name, tensor.detach().cpu()) for name, tensor in self._tensors.items()]
+
+
+class WeightsEngine(WaveEngine):
+    """An engine that only takes weights: the checks of every engine, then a copy into tensors of its own."""
+
+    def __init__(self, nbytes: int, device: str) -> None:
+        super().__init__("bench", 1, SamplingRule())
+        self.tensors = tensors_of(nbytes, device)
+
+    def weight_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Names and shapes."""
+        return {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
+
+    def install(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy."""
+        for name, tensor in self.tensors.items():
+            tensor.copy_(tensors[name])
+            synchronize(tensor.device)
+
+    def encode_prompt(self, text: str) -> PromptIds:
+        """Never asked."""
+        raise NotImplementedError
+
+    def sample(self, rows: Sequence[ImageRow], rule: SamplingRule) -> WaveSamples:
+        """Never asked."""
+        raise NotImplementedError
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Never asked."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+class SyncLearner(LearnerWorker):
+    """The learner's actor, with its own packing and chunks, around `Weights`."""
+
+    def __init__(self, nbytes: int, device: str) -> None:
+        self._learner: Any = Weights(nbytes, device)
+        self._chunks: list[np.ndarray] = []
+        self._pack_s = 0.0
+
+    def pack(self) -> WeightManifest:
+        """As every learner, timed."""
+        start = time.perf_counter()
+        manifest = super().pack()
+        self._pack_s = time.perf_counter() - start
+        return manifest
+
+    def advance(self) -> None:
+        """What an update does to weights."""
+        self._learner.advance()
+
+    def pack_s(self) -> float:
+        """Seconds of the last `pack`."""
+        return self._pack_s
+
+
+class SyncRolloutWorker(RolloutWorker):
+    """The rollout worker's actor, with its own loading, around `WeightsEngine`."""
+
+    def __init__(self, nbytes: int, device: str) -> None:
+        self._engine: Any = WeightsEngine(nbytes, device)
+        self._load_s = 0.0
+
+    def load_weights(self, manifest: WeightManifest, *chunks: np.ndarray) -> int:
+        """As every rollout worker, timed."""
+        start = time.perf_counter()
+        version = super().load_weights(manifest, *chunks)
+        self._load_s = time.perf_counter() - start
+        return version
+
+    def loaded(self) -> tuple[float, list[float]]:
+        """Seconds of the last load, and the distinct numbers in the weights that are served."""
+        tensors = self._engine.tensors.values()
+        return self._load_s, sorted({float(edge) for tensor in tensors for edge in (tensor.min(), tensor.max())})
+
+
+class SyncCluster(Cluster):
+    """A run's cluster with its own `publish`, around actors that hold weights and do nothing else."""
+
+    def __init__(self, run: RunConfig, logs: Path | None, nbytes: int = 0, device: str = "cpu") -> None:
+        self._size = (nbytes, device)
+        super().__init__(run, logs)
+
+    def _start_rollout(self, name: str) -> Any:
+        return self._start(SyncRolloutWorker, *self._size)
+
+    def _start_reward(self, name: str) -> Any:
+        return self._start(SyncRolloutWorker, 0, "cpu")
+
+    def _start_learner(self, name: str) -> Any:
+        return self._start(SyncLearner, *self._size)
+
+    def _start(self, role: type, nbytes: int, device: str) -> Any:
+        gpus = 0.3 if device == "cuda" else 0.0
+        env = {"env_vars": {"OMP_NUM_THREADS": str(usable_cpus())}}
+        options = {"num_cpus": 1, "num_gpus": gpus, "runtime_env": env, "concurrency_groups": {"health": 1}}
+        return ray.remote(role).options(**options).remote(nbytes, device)
+
+
+def tensors_of(nbytes: int, device: str) -> dict[str, Tensor]:
+    """Float32 tensors of ``nbytes`` in all."""
+    shape = (nbytes // (4 * TENSORS * WIDTH), WIDTH)
+    return {f"layer.{i}.weight": torch.zeros(shape, device=device) for i in range(TENSORS)}

@@ -1,0 +1,73 @@
+"""A cluster that only waits: what the pipeline bench drives in place of Ray's actors."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+from stage_ray.cluster import GroupRefs
+from stage_ray.config import RunConfig
+from stage_ray.records import RolloutReceipt, RolloutRequest, ScoreReceipt
+
+
+class TimedCluster:
+    """What `GroupStream` and the loop ask of a `stage_ray.cluster.Cluster`, with waiting in place of work.
+
+    As there, a worker does one thing at a time in the order in which it was asked, and loads a version between waves.
+    """
+
+    def __init__(self, run: RunConfig, stages: Sequence[float]) -> None:
+        self._generate_s, self._score_s, self._update_s = stages
+        self._synchronous = run.pipeline.max_staleness == 0
+        self._rollouts = [asyncio.Lock() for _ in range(run.rollout.workers)]
+        self._served = [0] * run.rollout.workers
+        self._rewards = asyncio.Semaphore(run.scoring.workers)
+        self._version = 0
+        self._loading: list[asyncio.Task[None]] = []
+
+    async def generate(
+        self, requests: Sequence[RolloutRequest], *, seat: int | None = None, on_retry: Callable[[], None] | None = None
+    ) -> tuple[RolloutReceipt, list[GroupRefs]]:
+        """Wait as long as a wave takes."""
+        worker = (seat or 0) % len(self._rollouts)
+        async with self._rollouts[worker]:
+            await asyncio.sleep(self._generate_s)
+            version = self._served[worker]
+        receipt = RolloutReceipt(f"rollout-{worker}", version, self._generate_s)
+        return receipt, [GroupRefs(request.group_id, version, "tokens", "images") for request in requests]
+
+    async def score(self, groups: Sequence[GroupRefs]) -> list[tuple[ScoreReceipt, GroupRefs]]:
+        """Wait as long as scoring a batch takes."""
+        async with self._rewards:
+            await asyncio.sleep(self._score_s)
+        return [
+            (ScoreReceipt(group.group_id, ok=True), GroupRefs(group.group_id, group.policy_version, "tokens", "images"))
+            for group in groups
+        ]
+
+    async def update(self, groups: Sequence[GroupRefs]) -> dict[str, float]:
+        """Wait as long as an update takes."""
+        await asyncio.sleep(self._update_s)
+        self._version += 1
+        return {}
+
+    async def publish(self) -> None:
+        """Every worker loads the version after the waves it was asked for; waits for that in a synchronous run."""
+        await asyncio.gather(*self._loading)
+        self._loading = [asyncio.create_task(self._load(worker)) for worker in range(len(self._rollouts))]
+        await asyncio.sleep(0)
+        if self._synchronous:
+            await asyncio.gather(*self._loading)
+
+    def busy(self) -> dict[str, float]:
+        """Nobody looks at it."""
+        return {"rollout": 0.0, "reward": 0.0, "learner": 0.0}
+
+    def restarts(self) -> int:
+        """Nobody dies."""
+        return 0
+
+    async def _load(self, worker: int) -> None:
+        version = self._version
+        async with self._rollouts[worker]:
+            self._served[worker] = version

@@ -1,0 +1,58 @@
+"""Train offline on recorded groups: the learner alone, without Ray, engine or scorers. For debugging an update."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from stage_ray.alarms import alarms
+from stage_ray.config import RunConfig
+from stage_ray.errors import ConfigError, RunError
+from stage_ray.metrics import Recorder
+from stage_ray.progress import Progress
+from stage_ray.recording import load_group
+from stage_ray.run_dir import open_run_dir
+from stage_ray.run_files import GROUPS
+
+
+def replay(run: RunConfig, source: Path, progress: Progress) -> Path:
+    """Repeat the updates of a run that was trained with ``pipeline.record=true``; the new run directory.
+
+    With the same config the metrics of every step are those of the recorded run, clocks apart; with another learner or
+    algorithm they show what it would have made of the same images. ``metrics.jsonl`` and ``final/`` are written.
+
+    Args:
+        run: its ``run_dir`` is the new one.
+        source: the recorded run's directory.
+
+    Raises:
+        ConfigError: ``source`` holds no recorded groups.
+        RunError: a recorded group cannot be read, or an update is refused.
+    """
+    from stage_ray.learner import Learner
+    from stage_ray.learner.batch import LearnerError
+
+    steps = sorted(path for path in (source / GROUPS).glob("step-*") if path.is_dir())
+    if not steps:
+        raise ConfigError(f"--replay {source}: it holds no {GROUPS}/step-*; record a run with pipeline.record=true")
+    run_dir = open_run_dir(run, resume=False)
+    progress.stage("loading the learner")
+    learner = Learner(run, threads=run.learner.threads)
+    recorder = Recorder(run_dir, run.cluster.metrics_port, run.cluster.metrics_host)
+    try:
+        for step, directory in enumerate(steps, start=1):
+            pairs = [load_group(path) for path in sorted(directory.glob("group-*.safetensors"))]
+            began = time.perf_counter()
+            try:
+                metrics = learner.update([group for group, _ in pairs], [scored for _, scored in pairs])
+            except LearnerError as error:
+                raise RunError(f"replay of {directory}: {error}") from error
+            seconds = time.perf_counter() - began
+            found = alarms(metrics, run)
+            images = {"time/step_s": seconds, "images_per_s": metrics["images"] / seconds}
+            recorder.step(step, {**metrics, **images, "alarms": [name for name, _ in found]})
+            progress.step(step, len(steps), metrics | images)
+    finally:
+        recorder.close()
+    learner.export(run_dir / "final")
+    return run_dir

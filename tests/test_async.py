@@ -1,0 +1,147 @@
+"""Asynchronous runs: bounded, repeatable in strict order, resumable, and hard to kill. Real Ray, real signals."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from stage_ray.errors import ConfigError
+from stage_ray.progress import Progress
+from stage_ray.replay import replay
+from stage_ray.train import train
+from tests.test_train import StopsAfter, lines, tiny_run, without_clocks
+from tests.tiny import tiny_janus
+
+pytestmark = pytest.mark.slow  # each starts a Ray of its own
+
+QUICK = {"evaluation": {"enabled": False, "sample_every": 1000}}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return tiny_janus(tmp_path_factory.mktemp("model") / "janus")
+
+
+def final_weights(run_dir: Path) -> dict[str, torch.Tensor]:
+    return load_file(run_dir / "final" / "model.safetensors")
+
+
+def audit(run_dir: Path) -> Counter:
+    """Events by name, after making sure that every group was trained or dropped at most once and none was lost."""
+    rows = lines(run_dir / "ledger.jsonl")
+    ends = Counter(row["group_id"] for row in rows if row["event"] in ("trained", "dropped"))
+    assert max(ends.values()) == 1
+    admitted = {row["group_id"] for row in rows if row["event"] == "admitted"}
+    assert admitted == set(range(len(admitted)))
+    return Counter(row["event"] for row in rows)
+
+
+class KillsWorker(Progress):
+    """Sends a signal to the process of a role when a step is done."""
+
+    def __init__(self, role: str, step: int, number: int = signal.SIGKILL) -> None:
+        super().__init__()
+        self.role, self.at, self.number, self.killed = role, step, number, 0
+
+    def step(self, step: int, total: int, metrics) -> None:
+        super().step(step, total, metrics)
+        if step == self.at and not self.killed:
+            for process in psutil.Process().children(recursive=True) or psutil.process_iter():
+                if f"ray::{self.role}" in " ".join(process.cmdline()):
+                    process.send_signal(self.number)
+                    self.killed += 1
+
+
+@pytest.mark.parametrize("order", ["strict", "arrival"])
+def test_generation_runs_ahead_by_at_most_the_bound(tmp_path, model, order):
+    run = train(tiny_run(tmp_path, model, steps=6, pipeline={"max_staleness": 2, "order": order}, **QUICK)).run_dir
+    ages = [row["staleness/max"] for row in lines(run / "metrics.jsonl")]
+    assert max(ages) <= 2
+    if order == "strict":
+        assert ages == [0, 1, 2, 2, 2, 2]
+    assert audit(run)["trained"] == 12
+
+
+def test_a_strict_asynchronous_run_repeats_bit_for_bit(tmp_path, model):
+    runs = [
+        train(tiny_run(tmp_path / name, model, pipeline={"max_staleness": 1}, **QUICK)).run_dir for name in ("a", "b")
+    ]
+    first, second = map(final_weights, runs)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_an_interrupted_asynchronous_run_resumes_bit_for_bit(tmp_path, model):
+    changes = {"steps": 6, "pipeline": {"max_staleness": 1}, **QUICK}
+    whole = train(tiny_run(tmp_path / "whole", model, **changes)).run_dir
+    broken = tiny_run(tmp_path / "broken", model, **changes)
+    with pytest.raises(KeyboardInterrupt):
+        train(broken, progress=StopsAfter(4))
+    resumed = train(broken, resume=True).run_dir
+    rows = [without_clocks(lines(directory / "metrics.jsonl")) for directory in (whole, resumed)]
+    assert rows[0] == rows[1]
+    first, second = map(final_weights, (whole, resumed))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    audit(resumed)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_rollout_worker_that_dies_or_hangs_is_replaced_and_its_groups_drawn_again(tmp_path, model, number):
+    killer = KillsWorker("RolloutWorker", 2, number)
+    cluster = {"object_store_mb": 128, "metrics_port": None, "heartbeat_s": 0.5, "heartbeat_deadline_s": 2.0}
+    changes = {"steps": 5, "pipeline": {"max_staleness": 1}, "cluster": cluster, **QUICK}
+    run = train(tiny_run(tmp_path, model, **changes), progress=killer).run_dir
+    assert killer.killed == 1
+    assert lines(run / "metrics.jsonl")[-1]["workers/restarts"] >= 1
+    assert audit(run)["trained"] == 10
+
+
+def test_a_learner_that_dies_goes_on_from_its_last_checkpoint(tmp_path, model):
+    killer = KillsWorker("LearnerWorker", 3)
+    run = train(tiny_run(tmp_path, model, steps=5, **QUICK), progress=killer).run_dir
+    assert killer.killed == 1
+    assert [row["step"] for row in lines(run / "metrics.jsonl")] == [1, 2, 3, 4, 5]
+    assert audit(run)["trained"] == 10
+
+
+def test_a_first_signal_saves_and_a_resumed_run_goes_on(tmp_path, model):
+    run = tiny_run(tmp_path, model, steps=400, checkpoint={"every": 1000}, **QUICK)
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(run.model_dump(mode="json")))
+    command = [sys.executable, "-m", "stage_ray", "train", str(config)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1])
+    metrics = Path(run.run_dir) / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    _, complaint = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    found = re.search(r"stopped by SIGTERM after step (\d+); go on with --resume", complaint)
+    assert found and (Path(run.run_dir) / "checkpoints" / f"step-{int(found[1]):06d}" / "manifest.json").exists()
+    assert not [p for p in psutil.process_iter() if f"/{tmp_path.name}/" in " ".join(p.cmdline())]
+
+
+def test_a_replay_of_recorded_groups_repeats_every_update(tmp_path, model):
+    run = tiny_run(tmp_path, model, pipeline={"record": True}, **QUICK)
+    recorded = train(run).run_dir
+    again = replay(run.model_copy(update={"run_dir": str(tmp_path / "again")}), recorded, Progress())
+    rows = [lines(directory / "metrics.jsonl") for directory in (recorded, again)]
+    assert [row["loss"] for row in rows[0]] == [row["loss"] for row in rows[1]]
+    first, second = map(final_weights, (recorded, again))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_replay_without_recorded_groups_says_how_to_record_them(tmp_path, model):
+    with pytest.raises(ConfigError, match="record a run with pipeline.record=true"):
+        replay(tiny_run(tmp_path, model), tmp_path, Progress())
