@@ -39,7 +39,9 @@ MIRROR: dict[str, str] = {"left of": "right of", "right of": "left of", "above":
 NUMBERS: dict[int, str] = {2: "two", 3: "three", 4: "four"}
 
 SPLIT_SEED = 20260
-TRAIN_COLOR_ATTR = 96  # prompts of the hundreds there are: otherwise they would drown the other tasks
+TRAIN_COLOR_ATTR = 32  # prompts of the hundreds there are: otherwise they would drown the other tasks
+# How often the RL prompt file holds a prompt of a task: tasks with few prompts would hardly be trained on.
+TRAIN_REPEATS = {"two_object": 3, "colors": 2, "position": 2}
 HELDOUT_PER_TASK = {"counting": 20, "position": 32, "color_attr": 32}  # the other tasks have fewer: all are taken
 
 
@@ -181,8 +183,10 @@ def _prompts(split: Split, limits: dict[str, int]) -> list[Record]:
 
 
 def training_prompts() -> list[Record]:
-    """The RL training prompts: about 300 records, always the same, none mentioning a held-out composition."""
-    return _prompts("train", {"color_attr": TRAIN_COLOR_ATTR})
+    """The RL training prompts: about 340 records, always the same, none mentioning a held-out composition; those of
+    some tasks come `TRAIN_REPEATS` times."""
+    records = _prompts("train", {"color_attr": TRAIN_COLOR_ATTR})
+    return [record for record in records for _ in range(TRAIN_REPEATS.get(record["tag"], 1))]
 
 
 def heldout_prompts() -> list[Record]:

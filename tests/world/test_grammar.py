@@ -12,6 +12,7 @@ from stage_ray.world.grammar import (
     NUMBERS,
     RELATIONS,
     TASKS,
+    TRAIN_REPEATS,
     Record,
     colors,
     counting,
@@ -20,6 +21,7 @@ from stage_ray.world.grammar import (
     mentions_held_out,
     position,
     relation_margin,
+    sample_mixture,
     sample_record,
     sample_scene,
     training_prompts,
@@ -88,11 +90,23 @@ def test_every_shape_color_relation_and_count_is_frequent_in_training():
         assert words[word] >= 8
 
 
-def test_prompt_lists_are_the_same_every_time_and_hold_no_prompt_twice():
-    for prompts in (training_prompts, heldout_prompts):
-        texts = [record["prompt"] for record in prompts()]
-        assert prompts() == prompts() and len(set(texts)) == len(texts)
+def test_prompt_lists_are_the_same_every_time_and_repeat_only_what_they_mean_to():
+    for prompts, repeats in ((training_prompts, TRAIN_REPEATS), (heldout_prompts, {})):
+        assert prompts() == prompts()
         assert {record["tag"] for record in prompts()} == set(TASKS)
+        times = Counter(record["prompt"] for record in prompts())
+        assert all(times[record["prompt"]] == repeats.get(record["tag"], 1) for record in prompts())
+
+
+def test_captions_beyond_the_six_tasks_mention_nothing_held_out_and_can_be_drawn():
+    rng = np.random.default_rng(1)
+    records = [sample_mixture(rng) for _ in range(500)]
+    assert not any(mentions_held_out(record) for record in records)
+    assert len({record["prompt"] for record in records}) > 400
+    for record in records[:100]:
+        scene = sample_scene(record, rng, lattice=True)
+        assert len(scene.shapes) == sum(item["count"] for item in record["include"])
+        assert all(shape.cx % 4 == 0 and shape.cy % 4 == 0 for shape in scene.shapes)
 
 
 def test_records_have_the_format_of_geneval():
