@@ -141,8 +141,8 @@ class SyncCluster(Cluster):
     def _start(self, role: type, nbytes: int, device: str) -> Any:
         gpus = 0.3 if device == "cuda" else 0.0
         env = {"env_vars": {"OMP_NUM_THREADS": str(usable_cpus())}}
-        options = {"num_cpus": 1, "num_gpus": gpus, "runtime_env": env, "concurrency_groups": {"health": 1}}
-        return ray.remote(role).options(**options).remote(nbytes, device)
+        pinged = ray.remote(concurrency_groups={"health": 1})(role)
+        return pinged.options(num_cpus=1, num_gpus=gpus, runtime_env=env).remote(nbytes, device)
 
 
 def tensors_of(nbytes: int, device: str) -> dict[str, Tensor]:
