@@ -38,6 +38,7 @@ def dashboard(tmp_path):
         f"--port={port}",
         "--dashboard-host=127.0.0.1",
         f"--dashboard-port={dashboard_port}",
+        f"--dashboard-agent-listen-port={free_port()}",  # another Ray on this machine holds the default one
         "--num-cpus=4",
         f"--object-store-memory={200 * 2**20}",
     ]
