@@ -246,17 +246,17 @@ class Cluster:
         rollout = self.run.rollout
         env = _engine_environment(rollout) | self._threads(rollout.threads)
         arguments = (name, self.run.policy, rollout, self._log(name))
-        return _actor(RolloutWorker, rollout.cpus, rollout.gpus, env).remote(*arguments)
+        return actor_of(RolloutWorker, rollout.cpus, rollout.gpus, env).remote(*arguments)
 
     def _start_reward(self, name: str) -> Any:
         scoring = self.run.scoring
         env = {"OMP_NUM_THREADS": "1"}
-        return _actor(RewardWorker, scoring.cpus, scoring.gpus, env).remote(list(self.run.rewards), self._log(name))
+        return actor_of(RewardWorker, scoring.cpus, scoring.gpus, env).remote(list(self.run.rewards), self._log(name))
 
     def _start_learner(self, name: str) -> Any:
         learner = self.run.learner
         env = self._threads(learner.threads)
-        return _actor(LearnerWorker, learner.cpus, learner.gpus, env).remote(self.run, self._log(name))
+        return actor_of(LearnerWorker, learner.cpus, learner.gpus, env).remote(self.run, self._log(name))
 
     def _threads(self, count: int | None) -> dict[str, str]:
         return {"OMP_NUM_THREADS": str(count or default_threads(self.run.pipeline.max_staleness))}
@@ -268,7 +268,8 @@ def default_threads(max_staleness: int) -> int:
     return cores if max_staleness == 0 else max(1, cores // 2)
 
 
-def _actor(role: type, cpus: float, gpus: float, env: dict[str, str]) -> Any:
+def actor_of(role: type, cpus: float, gpus: float, env: dict[str, str]) -> Any:
+    """The actor class of a role (`Pinged`), with what it reserves and its environment; ``.remote(...)`` starts one."""
     # Pings are answered by a thread of their own, also while the actor works.
     pinged = ray.remote(concurrency_groups={"health": 1})(role)
     return pinged.options(num_cpus=cpus, num_gpus=gpus, runtime_env={"env_vars": env})

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import ray
 import torch
 from torch import Tensor
 
 from stage_ray.bench.limits import synchronize
-from stage_ray.cluster import Cluster
+from stage_ray.cluster import Cluster, actor_of
 from stage_ray.config import RunConfig
 from stage_ray.engines.sampling import SamplingRule
 from stage_ray.engines.waves import ImageRow, WaveEngine, WaveSamples
@@ -140,12 +139,11 @@ class SyncCluster(Cluster):
 
     def _start(self, role: type, nbytes: int, device: str) -> Any:
         gpus = 0.3 if device == "cuda" else 0.0
-        env = {"env_vars": {"OMP_NUM_THREADS": str(usable_cpus())}}
-        pinged = ray.remote(concurrency_groups={"health": 1})(role)
-        return pinged.options(num_cpus=1, num_gpus=gpus, runtime_env=env).remote(nbytes, device)
+        env = {"OMP_NUM_THREADS": str(usable_cpus())}
+        return actor_of(role, 1, gpus, env).remote(nbytes, device)
 
 
 def tensors_of(nbytes: int, device: str) -> dict[str, Tensor]:
     """Float32 tensors of ``nbytes`` in all."""
-    shape = (nbytes // (4 * TENSORS * WIDTH), WIDTH)
+    shape = (nbytes // ROW, WIDTH)
     return {f"layer.{i}.weight": torch.zeros(shape, device=device) for i in range(TENSORS)}

@@ -114,8 +114,7 @@ def two_object(first: str, second: str) -> Record:
 def counting(kind: str, count: int, color: str | None = None) -> Record:
     """`a photo of three rings` or `a photo of three red rings`; `exclude` forbids one more, as GenEval does."""
     wanted: Record = {"class": kind, "count": count} | ({"color": color} if color else {})
-    words = " ".join(filter(None, (NUMBERS[count], color, _plural(kind))))
-    return _record("counting", [wanted], words, exclude=[{"class": kind, "count": count + 1}])
+    return _record("counting", [wanted], _phrase(wanted), exclude=[{"class": kind, "count": count + 1}])
 
 
 def position(first: str, relation: str, second: str) -> Record:
@@ -127,8 +126,7 @@ def position(first: str, relation: str, second: str) -> Record:
 def color_attr(first: tuple[str, str], second: tuple[str, str]) -> Record:
     """`a photo of a red ring and a blue square`, from two pairs (shape, colour)."""
     include = [{"class": kind, "count": 1, "color": color} for kind, color in (first, second)]
-    phrases = (_article(f"{color} {kind}") for kind, color in (first, second))
-    return _record("color_attr", include, " and ".join(phrases))
+    return _record("color_attr", include, " and ".join(map(_phrase, include)))
 
 
 def mentions_held_out(record: Record) -> bool:
