@@ -4,7 +4,11 @@
 # PYTHON=...       the interpreter that builds .venv; by default the first of Python 3.11 to 3.13 that works
 # TORCH_INDEX=...  a package index with CPU builds of torch, for machines where pip would take the CUDA build:
 #                  PyTorch's own CPU wheel index, see the README. Empty: pip as it is configured.
+# MINUTES=10       how long  make chaos  goes on
+# SEED=0           of its schedule: which process gets which signal when
 ARGS ?=
+MINUTES ?= 10
+SEED ?= 0
 VARIANT ?= auto
 PYTHON ?=
 TORCH_INDEX ?=
@@ -14,7 +18,7 @@ export VARIANT PYTHON TORCH_INDEX
 unexport PYTHONPATH
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test check clean
+.PHONY: help install train test check chaos clean
 
 help: ## List the tasks
 	@echo "stage_ray: make TASK"
@@ -38,6 +42,9 @@ check: install ## Format, lint, types and the fast tests, in under two minutes
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 	@$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+chaos: install ## Shoot at a run for MINUTES and prove from its ledger that no group was lost or trained twice
+	@$(BIN)/python -m tests.chaos --minutes $(MINUTES) --seed $(SEED)
 
 clean: ## Remove .venv, caches and build output; runs stay
 	@rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -24,7 +24,7 @@ from stage_ray.workers.rollout import RolloutWorker
 
 
 class LearnerLostError(RunError):
-    """The learner died or hung; another one has started in its place, without its state."""
+    """The learner died or hung; another one has started in its place, and has not got the run's state yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,8 @@ class _Publication:
 class Cluster:
     """Rollout workers, reward workers and the learner, each in a seat that outlives it.
 
-    Invariant: a rollout worker gets the newest published version before its first request (promise 6).
+    Invariants: a rollout worker gets the newest published version before its first request (promise 6). A learner that
+    took a lost one's seat is asked for nothing before `accept_learner`: whoever calls that gives it its state back.
     """
 
     def __init__(self, run: RunConfig, logs: Path | None) -> None:
@@ -58,6 +59,7 @@ class Cluster:
         self._logs = logs
         self._published: _Publication | None = None
         self._loading: list[asyncio.Task[int]] = []
+        self._accepted_learner = 0
         self._turn = 0
         timeout = run.cluster.start_timeout_s
 
@@ -152,9 +154,9 @@ class Cluster:
 
         async def pack(worker: Any) -> _Publication:
             manifest = await worker.pack.remote()
-            refs = worker.chunks.options(num_returns=manifest.chunks).remote()
-            chunks = tuple(refs) if isinstance(refs, list) else (refs,)
-            return _Publication(manifest.version, ray.put(manifest), chunks)
+            version, *chunks = worker.chunks.options(num_returns=1 + manifest.chunks).remote()
+            await version  # a learner that dies before all are stored is lost here, not in every worker that loads them
+            return _Publication(manifest.version, ray.put(manifest), tuple(chunks))
 
         self._published = await self.ask_learner(pack)
         self._loading = [asyncio.create_task(self._load(seat)) for seat in self.rollouts]
@@ -186,15 +188,25 @@ class Cluster:
         """Call the learner.
 
         Raises:
-            LearnerLostError: it died or hung.
+            LearnerLostError: it died or hung, now or in a call that nobody has looked at yet.
             RunError: it refused (a loss that is not finite, say).
         """
+
+        def ask_accepted(worker: Any) -> Any:
+            if self.learner.restarts != self._accepted_learner:
+                raise LearnerLostError(f"the learner was lost before; {self._look()}")
+            return ask(worker)
+
         try:
-            return await self.learner.call(ask, self.run.learner.timeout_s)
+            return await self.learner.call(ask_accepted, self.run.learner.timeout_s)
         except WorkerFailed as failed:
             raise self._fatal(failed) from failed
         except WorkerLost as lost:
             raise LearnerLostError(f"{lost}; {self._look()}") from lost
+
+    def accept_learner(self) -> None:
+        """Take the learner that sits there now for the run's, new or not."""
+        self._accepted_learner = self.learner.restarts
 
     @property
     def published(self) -> bool:

@@ -2,8 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
+from collections.abc import Iterator
 from pathlib import Path
+
+from stage_ray.errors import RunError
+
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
+
+
+@contextlib.contextmanager
+def disk_errors_named(directory: Path) -> Iterator[None]:
+    """A disk that is full or broken, whatever file it hit, is one sentence for a person.
+
+    Raises:
+        RunError: names the directory and what the system said.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        raise RunError(
+            f"{directory} cannot be written any more ({error}); mend that and go on with --resume"
+        ) from error
 
 
 def write_whole(path: Path, text: str) -> None:

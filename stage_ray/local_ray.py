@@ -1,13 +1,24 @@
-"""Ray for a run: the cluster this process belongs to, the one that is named, or a new one on this machine."""
+"""Ray for a run: the cluster this process belongs to, the one that is named, or a new one on this machine.
+
+Whoever reaches a port or a socket of Ray can run code as its user. A new one is therefore out of reach of other
+machines (loopback only) and of other users of this one (a token that only this user can read, a private directory).
+"""
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
+import secrets
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import ray
+from ray._common.utils import get_default_system_temp_dir
+from ray._private import ray_constants
+from ray._private.authentication.authentication_token_setup import AuthenticationTokenLoader, Config
 
 from stage_ray.config import ClusterConfig, RunConfig
 from stage_ray.errors import RunError
@@ -30,17 +41,20 @@ def start_ray(run: RunConfig, run_dir: Path) -> bool:
             raise RunError(f"no Ray cluster answers at cluster.address = {address!r}: {first_line(error)}") from error
         return False
     _check_memory(cluster)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # vLLM's torch.distributed, which knows no token
     try:
-        context = ray.init(
-            address="local",
-            num_cpus=cluster.num_cpus or max(os.cpu_count() or 1, math.ceil(wanted_cpus(run))),
-            object_store_memory=cluster.object_store_mb * 2**20,
-            include_dashboard=cluster.dashboard,
-            dashboard_host="127.0.0.1",
-            _node_ip_address="127.0.0.1",
-            log_to_driver=False,
-            logging_level="ERROR",
-        )
+        _demand_token()
+        with _loopback_only():
+            context = ray.init(
+                address="local",
+                num_cpus=cluster.num_cpus or max(os.cpu_count() or 1, math.ceil(wanted_cpus(run))),
+                object_store_memory=cluster.object_store_mb * 2**20,
+                include_dashboard=cluster.dashboard,
+                dashboard_host="127.0.0.1",
+                log_to_driver=False,
+                logging_level="ERROR",
+                _temp_dir=str(_private_directory() / "ray"),
+            )
     except Exception as error:  # Ray raises a bare Exception when a node does not come up in time
         raise RunError(f"Ray did not start on this machine: {first_line(error)}") from error
     logs = run_dir / "logs"
@@ -54,6 +68,64 @@ def start_ray(run: RunConfig, run_dir: Path) -> bool:
 def wanted_cpus(run: RunConfig) -> float:
     """Logical CPUs that all roles ask for together."""
     return run.rollout.workers * run.rollout.cpus + run.scoring.workers * run.scoring.cpus + run.learner.cpus
+
+
+def _demand_token() -> None:
+    """Nobody gets an answer from this Ray without the user's token; one who has none is given one, as Ray would.
+
+    Ray's own way leaves the file readable by everyone, and worse under a lax umask.
+    """
+    os.environ["RAY_AUTH_MODE"] = "token"
+    Config.initialize("")  # Ray read the variable when it was imported
+    loader = AuthenticationTokenLoader.instance()
+    token = Path.home() / ".ray" / "auth_token"
+    if not loader.has_token(ignore_auth_mode=True):
+        token.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        descriptor, scratch = tempfile.mkstemp(dir=token.parent)  # mode 0600 whatever the umask
+        with os.fdopen(descriptor, "w") as file:
+            file.write(secrets.token_hex(32))
+        with contextlib.suppress(FileExistsError):  # another run was faster: its token serves both
+            os.link(scratch, token)
+        os.unlink(scratch)
+        loader.reset_cache()
+    if token.exists():
+        _keep_private(token.parent)
+        _keep_private(token)
+
+
+@contextlib.contextmanager
+def _loopback_only() -> Iterator[None]:
+    """Start Ray here with 127.0.0.1 as its node's address, so that each of its servers listens there only.
+
+    Ray replaces a given 127.0.0.1 by the machine's address in the network (`ray._private.services`,
+    `resolve_ip_for_localhost`), and then every server binds all interfaces, unless clusters are off. This is the switch
+    that RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 sets when Ray is imported, which is too early for us.
+    """
+    clusters, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = clusters
+
+
+def _private_directory() -> Path:
+    """Where Ray keeps its session: Ray opens its own directories, and the sockets in them, to every user (0777).
+
+    Raises:
+        PermissionError: the name is taken by somebody else.
+    """
+    directory = Path(get_default_system_temp_dir()) / f"stage-ray-{os.getuid()}"
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if directory.is_symlink() or directory.stat().st_uid != os.getuid():
+        raise PermissionError(f"{directory} belongs to another user; set RAY_TMPDIR to a directory of yours")
+    _keep_private(directory)
+    return directory
+
+
+def _keep_private(path: Path) -> None:
+    mode = path.stat().st_mode & 0o777
+    if mode & 0o077:
+        path.chmod(mode & 0o700)
 
 
 def _check_memory(cluster: ClusterConfig) -> None:

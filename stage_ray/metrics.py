@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Gauge, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
 from torch.utils.tensorboard import SummaryWriter
 
 from stage_ray.errors import RunError
@@ -51,6 +51,7 @@ class Recorder:
         """
         self._registry = CollectorRegistry()
         self._gauges: dict[str, Gauge] = {}
+        self._rung = Counter(f"{PREFIX}alarm", "Updates that raised an alarm", ["name"], registry=self._registry)
         self.port: int | None = None
         self._server: Any = None
         if port is not None:
@@ -75,9 +76,10 @@ class Recorder:
         self._board.flush()
 
     def alarm(self, step: int, name: str, text: str) -> None:
-        """Record one alarm of a step in ``alarms.jsonl``."""
+        """Record one alarm of a step in ``alarms.jsonl`` and in the counter ``stage_ray_alarm_total{name="..."}``."""
         self._alarms.write(json.dumps({"step": step, "alarm": name, "text": text}) + "\n")
         self._alarms.flush()
+        self._rung.labels(name).inc()
 
     def rewind(self, step: int) -> None:
         """Forget the steps after ``step``; they will be trained again."""

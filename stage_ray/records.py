@@ -137,10 +137,10 @@ class ScoreReceipt:
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """Where one tensor lies in a version's chunks, and its checksum (xxh3-64 of its bytes, hexadecimal).
+    """Where one tensor lies (chunk, number in it), and its checksum (xxh3-64 of its bytes, hexadecimal).
 
     Example:
-        >>> TensorSpec("w", (2, 2), "float32", chunk=0, offset=0, nbytes=16, checksum="0" * 16).nbytes
+        >>> TensorSpec("w", (2, 2), "float32", chunk=0, index=0, nbytes=16, checksum="0" * 16).nbytes
         16
     """
 
@@ -148,7 +148,7 @@ class TensorSpec:
     shape: tuple[int, ...]
     dtype: str
     chunk: int
-    offset: int
+    index: int
     nbytes: int
     checksum: str
 

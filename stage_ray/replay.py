@@ -52,6 +52,9 @@ def replay(run: RunConfig, source: Path, progress: Progress) -> Path:
             images = {"time/step_s": seconds, "images_per_s": metrics["images"] / seconds}
             recorder.step(step, {**metrics, **images, "alarms": [name for name, _ in found]})
             progress.step(step, len(steps), metrics | images)
+            for name, text in found:
+                recorder.alarm(step, name, text)
+                progress.alarm(name, text)
     finally:
         recorder.close()
     learner.export(run_dir / "final")

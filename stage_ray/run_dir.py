@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from pathlib import Path
 
 import yaml
@@ -32,9 +34,17 @@ def open_run_dir(run: RunConfig, resume: bool) -> Path:
         _check_same(run, config_file)
     elif path.exists() and any(path.iterdir()) and not config_file.exists():
         raise ConfigError(f"run_dir {path} is not empty and holds no run; name another --run-dir")
+    deny_others_writing()
     path.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with contextlib.suppress(PermissionError):  # a mounted volume may belong to somebody else
+        path.chmod(path.stat().st_mode & 0o7755)
     write_whole(config_file, yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False))
     return path
+
+
+def deny_others_writing() -> None:
+    """From now on nobody else may write what this process and its children create, whatever the umask was."""
+    os.umask(os.umask(0o077) | 0o022)
 
 
 def _untouched(path: Path) -> bool:

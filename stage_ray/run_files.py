@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -61,7 +62,12 @@ class RunFiles:
         self.recorder.rewind(self.step)
 
     async def restore(self, cluster: Cluster) -> None:
-        """Give the learner the checkpoint's state and every rollout worker its weights."""
+        """Give the learner the checkpoint's state and every rollout worker its weights.
+
+        Raises:
+            LearnerLostError: it died meanwhile; `rewind` and try again.
+        """
+        cluster.accept_learner()
         if self._checkpoint is not None:
             path = str(self._checkpoint.path.resolve())
             await cluster.ask_learner(lambda worker: worker.load_state.remote(path))
@@ -93,8 +99,12 @@ class RunFiles:
         self.recorder.step(step, {**metrics, "alarms": [name for name, _ in found]})
         self._progress.step(step, self._run.steps, metrics)
         for name, text in found:
-            self.recorder.alarm(step, name, text)
-            self._progress.alarm(name, text)
+            self.alarm(step, name, text)
+
+    def alarm(self, step: int, name: str, text: str) -> None:
+        """Write and show an alarm of a step."""
+        self.recorder.alarm(step, name, text)
+        self._progress.alarm(name, text)
 
     async def keep_groups(self, step: int, groups: Sequence[GroupRefs], cluster: Cluster) -> None:
         """Write the groups of an update to disk, where the config wants that."""
@@ -168,6 +178,9 @@ class RunFiles:
         self._groups: list[int] = facts.get("groups", [])
         self._cursor = PromptCursor(self._prompts, self._run.seed, self._run.prompts.shuffle, position=facts["cursor"])
         self._next_group: int = facts["next_group"]
+        for directory in (self._run_dir / GROUPS).glob("step-*"):  # other groups may be trained in these steps now
+            if int(directory.name.removeprefix("step-")) > self.step:
+                shutil.rmtree(directory)
         self._ledger = Ledger(self._run_dir / "ledger.jsonl", keep_bytes=facts["ledger_bytes"])
 
 

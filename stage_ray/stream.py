@@ -18,6 +18,14 @@ from stage_ray.prompts import PromptCursor, image_seeds
 from stage_ray.records import RolloutRequest
 
 
+class NoValidRewardError(RunError):
+    """No scorer gave a valid score to any of the last groups, before the update ``step`` (counted from 1)."""
+
+    def __init__(self, message: str, step: int) -> None:
+        super().__init__(message)
+        self.step = step
+
+
 class GroupStream:
     """Keeps every free slot of the buffer busy; `next_batch` gives the groups of one update.
 
@@ -62,7 +70,7 @@ class GroupStream:
         """Put scored groups of a checkpoint back into their slots, in the order of admission; before `__aenter__`."""
         done = self._ledger.open_groups()
         for group in groups:
-            self._buffer.admit(group.group_id, self.step)
+            self._buffer.admit(group.group_id, group.policy_version)  # its age counts from there, not from the resume
             missing: list[Event] = ["generated", "scored"]
             for event in missing[{"generated": 1, "scored": 2}.get(done[group.group_id], 0) :]:
                 self._ledger.note(event, [group.group_id], step=self.step, policy_version=group.policy_version)
@@ -72,7 +80,7 @@ class GroupStream:
         """The groups of one update, as soon as all are ready.
 
         Raises:
-            RunError: a worker or every scorer failed behind our back.
+            RunError: a worker or every scorer (`NoValidRewardError`) failed behind our back.
         """
         return [payload for _, payload in await self._unless_failed(self._buffer.take(self.step))]
 
@@ -168,7 +176,8 @@ class GroupStream:
         self._dropped_in_a_row += len(errors)
         if self._dropped_in_a_row > 2 * self._run.rollout.groups_per_step:
             why = next(iter(errors.values()))
-            raise RunError(f"{self._dropped_in_a_row} groups in a row could not be scored; the last one: {why}")
+            text = f"{self._dropped_in_a_row} groups in a row could not be scored; the last one: {why}"
+            raise NoValidRewardError(text, self.step + 1)
         requests = []
         for group_id, why in errors.items():
             request = self._request()

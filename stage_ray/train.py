@@ -10,6 +10,7 @@ from stage_ray.cluster import Cluster, LearnerLostError
 from stage_ray.config import RunConfig
 from stage_ray.errors import ConfigError, RunError
 from stage_ray.exam import Exam
+from stage_ray.files import disk_errors_named
 from stage_ray.preflight import preflight
 from stage_ray.progress import Progress
 from stage_ray.records import Prompt
@@ -17,6 +18,7 @@ from stage_ray.report import write_report
 from stage_ray.run_dir import open_run_dir
 from stage_ray.run_files import RunFiles, StepClock
 from stage_ray.stop import StopSignal
+from stage_ray.stream import NoValidRewardError
 
 __all__ = ["ConfigError", "RunError", "RunSummary", "train"]
 
@@ -45,14 +47,18 @@ def train(run: RunConfig, *, resume: bool = False, progress: Progress | None = N
         RunError: a worker, a scorer or a disk failed; what was done so far stays, and ``resume=True`` goes on.
     """
     prompts, heldout = preflight(run)
-    run_dir = open_run_dir(run, resume)
-    progress = progress or Progress()
-    files = RunFiles(run, run_dir, prompts, resume=resume, progress=progress)
-    try:
-        before, after = asyncio.run(_train(run, run_dir, files, heldout, progress))
-    finally:
-        files.close()
-        report = write_report(run_dir)
+    with disk_errors_named(Path(run.run_dir)):
+        run_dir = open_run_dir(run, resume)
+        progress = progress or Progress()
+        files = RunFiles(run, run_dir, prompts, resume=resume, progress=progress)
+        try:
+            before, after = asyncio.run(_train(run, run_dir, files, heldout, progress))
+        except NoValidRewardError as error:
+            files.alarm(error.step, "no_valid_reward", str(error))
+            raise
+        finally:
+            files.close()
+            report = write_report(run_dir)
     return RunSummary(run_dir, run.steps, before, after, report)
 
 
@@ -61,22 +67,21 @@ async def _train(
 ) -> tuple[float | None, float | None]:
     progress.stage("starting Ray, the rollout engine, the scorers and the learner")
     async with Cluster.start(run, run_dir) as cluster, StopSignal(progress) as stop:  # warm, all at one version
-        await files.restore(cluster)
         exam = Exam(cluster, run, heldout, run_dir, progress)
-        before = await exam.sit("before", files.step)
-        while files.step < run.steps:
+        final = str((run_dir / "final").resolve())
+        while True:
             try:
-                await _steps(run, cluster, files, exam, stop)
-                break
+                await files.restore(cluster)
+                before = await exam.sit("before", files.step)
+                if files.step < run.steps:
+                    await _steps(run, cluster, files, exam, stop)
+                after = await exam.sit("after", run.steps)
+                progress.stage("writing the trained model and the report")
+                await cluster.ask_learner(lambda learner: learner.export.remote(final))
+                return before, after
             except LearnerLostError as lost:  # its work since the last checkpoint is gone; everyone else stays
                 progress.alarm("learner_lost", str(lost))
                 await files.rewind(lost)
-                await files.restore(cluster)
-        after = await exam.sit("after", run.steps)
-        progress.stage("writing the trained model and the report")
-        final = str((run_dir / "final").resolve())
-        await cluster.ask_learner(lambda learner: learner.export.remote(final))
-        return before, after
 
 
 async def _steps(run: RunConfig, cluster: Cluster, files: RunFiles, exam: Exam, stop: StopSignal) -> None:

@@ -1,7 +1,8 @@
-"""One policy version on its way from the learner to the engines: a manifest and a few byte chunks, whole or not at all.
+"""One policy version on its way from the learner to the engines: a manifest and a few chunks, whole or not at all.
 
-The learner packs once and hands the chunks to Ray; every engine unpacks the same bytes. Each tensor carries an xxh3-64
-checksum, so a chunk that is short, swapped or damaged is found before any weight is touched (promise 6).
+Bytes move once, when Ray copies the learner's tensors into shared memory: `pack` and `unpack` only make views, and
+every engine of a node reads the same bytes. Each tensor carries an xxh3-64 checksum, so a chunk that is short, swapped
+or damaged is found before any weight is touched (promise 6).
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -17,9 +19,9 @@ from torch import Tensor
 
 from stage_ray.records import TensorSpec, WeightManifest
 
-CHUNK_BYTES = 64 * 2**20
-ALIGNMENT = 64
-"""Every tensor starts at a multiple of this in its chunk, so that it can be read in place whatever its dtype."""
+CHUNK_BYTES = 256 * 2**20  # Ray needs milliseconds for each object
+Chunk = tuple[np.ndarray, ...]
+"""The bytes of a few tensors, uint8 [bytes] each: one Ray object, in which every array starts at a multiple of 64."""
 
 DTYPES: dict[str, torch.dtype] = {
     str(dtype).removeprefix("torch."): dtype
@@ -34,8 +36,8 @@ class WeightError(ValueError):
 
 def pack(
     version: int, tensors: Iterable[tuple[str, Tensor]], chunk_bytes: int = CHUNK_BYTES
-) -> tuple[WeightManifest, list[np.ndarray]]:
-    """Copy tensors into chunks of at most ``chunk_bytes``; a larger tensor gets a chunk of its own.
+) -> tuple[WeightManifest, list[Chunk]]:
+    """Checksum tensors and group them into chunks of at most ``chunk_bytes``; a larger tensor gets one of its own.
 
     Args:
         version: policy version of these weights.
@@ -43,10 +45,11 @@ def pack(
         chunk_bytes: bytes of one chunk.
 
     Returns:
-        The manifest, and the chunks, uint8 [bytes] each. Nothing is shared with the tensors.
+        The manifest and the chunks. Tensors on the CPU share memory with them: store them before the weights move on,
+        or nobody will accept them.
 
     Raises:
-        WeightError: a name that comes twice, or a dtype that cannot travel.
+        WeightError: a name that comes twice, a dtype that cannot travel, or values that are not finite.
         ValueError: ``chunk_bytes`` below 1.
 
     Example:
@@ -56,38 +59,35 @@ def pack(
     """
     if chunk_bytes < 1:
         raise ValueError(f"chunk_bytes is {chunk_bytes}; at least 1 is needed")
+    named = list(tensors)
+    arrays = [_bytes(name, tensor) for name, tensor in named]
+    chunks: list[list[np.ndarray]] = []
+    room = 0
     specs: list[TensorSpec] = []
-    chunks: list[np.ndarray] = []
-    open_chunk: list[tuple[int, np.ndarray]] = []  # (offset, bytes) of the tensors in the chunk that is being filled
-    end = 0
-    for name, tensor in tensors:
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        if dtype not in DTYPES:
-            raise WeightError(f"tensor {name!r} is {dtype}, which cannot be published; known are {', '.join(DTYPES)}")
-        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        offset = -(-end // ALIGNMENT) * ALIGNMENT
-        if open_chunk and offset + data.nbytes > chunk_bytes:
-            chunks.append(_join(open_chunk))
-            open_chunk, offset = [], 0
-        open_chunk.append((offset, data))
-        end = offset + data.nbytes
-        checksum = xxhash.xxh3_64_hexdigest(data.data)
-        specs.append(TensorSpec(name, tuple(tensor.shape), dtype, len(chunks), offset, data.nbytes, checksum))
-    if open_chunk:
-        chunks.append(_join(open_chunk))
+    for (name, tensor), data, checksum in zip(named, arrays, _checksums(arrays), strict=True):
+        if not chunks or data.nbytes > room:
+            chunks.append([])
+            room = chunk_bytes
+        place = (len(chunks) - 1, len(chunks[-1]))
+        chunks[-1].append(data)
+        room -= data.nbytes
+        specs.append(TensorSpec(name, tuple(tensor.shape), _dtype(tensor), *place, data.nbytes, checksum))
+        if not finite(tensor):
+            raise WeightError(f"tensor {name!r} of version {version} holds values that are not finite")
     _require_unique(specs)
-    return WeightManifest(version, tuple(specs), len(chunks)), chunks
+    return WeightManifest(version, tuple(specs), len(chunks)), [tuple(chunk) for chunk in chunks]
 
 
-def unpack(manifest: WeightManifest, chunks: Sequence[np.ndarray]) -> list[tuple[str, Tensor]]:
+def unpack(manifest: WeightManifest, chunks: Sequence[Chunk]) -> list[tuple[str, Tensor]]:
     """Verify every tensor of a version, then hand all of them out.
 
     Args:
         manifest: of `pack`.
-        chunks: uint8 [bytes] each, in the order of `pack`; may be read-only.
+        chunks: in the order of `pack`; may be read-only.
 
     Returns:
-        (name, tensor) in the order they were packed, on the CPU: views into the chunks, to be read and not written.
+        (name, tensor) in the order they were packed, all finite (`pack` saw to it), on the CPU: views into the chunks,
+        to be read and not written.
 
     Raises:
         WeightError: a chunk is missing, short or of another dtype, a tensor's bytes changed, or the manifest
@@ -96,15 +96,41 @@ def unpack(manifest: WeightManifest, chunks: Sequence[np.ndarray]) -> list[tuple
     if len(chunks) != manifest.chunks:
         raise WeightError(f"version {manifest.version} has {manifest.chunks} chunks, but {len(chunks)} arrived")
     _require_unique(manifest.tensors)
-    return [(spec.name, _verified(spec, manifest.version, chunks)) for spec in manifest.tensors]
+    arrays = [_located(spec, manifest.version, chunks) for spec in manifest.tensors]
+    for spec, checksum in zip(manifest.tensors, _checksums(arrays), strict=True):
+        if checksum != spec.checksum:
+            raise WeightError(
+                f"tensor {spec.name!r} of version {manifest.version} has checksum {checksum} instead of "
+                f"{spec.checksum}; its bytes changed on the way"
+            )
+    return [(spec.name, _view(spec, data)) for spec, data in zip(manifest.tensors, arrays, strict=True)]
 
 
-def _join(content: list[tuple[int, np.ndarray]]) -> np.ndarray:
-    offset, last = content[-1]
-    chunk = np.zeros(offset + last.nbytes, dtype=np.uint8)
-    for offset, data in content:
-        chunk[offset : offset + data.nbytes] = data
-    return chunk
+def finite(tensor: Tensor) -> bool:
+    """Whether every value is.
+
+    A sum over an infinity or a NaN is not finite. It reads memory once, while `torch.isfinite` writes some more; only a
+    sum that overflows needs the second look.
+    """
+    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _bytes(name: str, tensor: Tensor) -> np.ndarray:
+    dtype = _dtype(tensor)
+    if dtype not in DTYPES:
+        raise WeightError(f"tensor {name!r} is {dtype}, which cannot be published; known are {', '.join(DTYPES)}")
+    data: np.ndarray = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return data
+
+
+def _checksums(arrays: Sequence[np.ndarray]) -> list[str]:
+    """One of each array, on as many cores as torch would use: xxhash lets other threads run meanwhile."""
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        return list(pool.map(lambda data: xxhash.xxh3_64_hexdigest(data.data), arrays))
 
 
 def _require_unique(specs: Sequence[TensorSpec]) -> None:
@@ -115,7 +141,8 @@ def _require_unique(specs: Sequence[TensorSpec]) -> None:
         seen.add(spec.name)
 
 
-def _verified(spec: TensorSpec, version: int, chunks: Sequence[np.ndarray]) -> Tensor:
+def _located(spec: TensorSpec, version: int, chunks: Sequence[Chunk]) -> np.ndarray:
+    """The bytes of one tensor, as many as its manifest promises and not yet verified."""
     where = f"tensor {spec.name!r} of version {version}"
     dtype = DTYPES.get(spec.dtype)
     if dtype is None:
@@ -125,17 +152,18 @@ def _verified(spec: TensorSpec, version: int, chunks: Sequence[np.ndarray]) -> T
     if not 0 <= spec.chunk < len(chunks):
         raise WeightError(f"{where} lies in chunk {spec.chunk}, but there are {len(chunks)} chunks")
     chunk = chunks[spec.chunk]
-    if chunk.dtype != np.uint8 or chunk.ndim != 1:
-        raise WeightError(f"{where}: its chunk {spec.chunk} is {chunk.dtype} {list(chunk.shape)}, not uint8 [bytes]")
-    if spec.offset < 0 or spec.offset % ALIGNMENT or spec.offset + spec.nbytes > chunk.nbytes:
-        raise WeightError(
-            f"{where} should be bytes {spec.offset} to {spec.offset + spec.nbytes} of chunk {spec.chunk}, "
-            f"which has {chunk.nbytes}; the chunk is truncated or another one"
-        )
-    data = chunk[spec.offset : spec.offset + spec.nbytes]
-    checksum = xxhash.xxh3_64_hexdigest(data.data)
-    if checksum != spec.checksum:
-        raise WeightError(f"{where} has checksum {checksum} instead of {spec.checksum}; its bytes changed on the way")
+    if not 0 <= spec.index < len(chunk):
+        raise WeightError(f"{where} is number {spec.index} of chunk {spec.chunk}, which is truncated to {len(chunk)}")
+    data = chunk[spec.index]
+    if data.dtype != np.uint8 or data.ndim != 1:
+        raise WeightError(f"{where} arrived as {data.dtype} {list(data.shape)}, not uint8 [bytes]")
+    if data.nbytes != spec.nbytes:
+        raise WeightError(f"{where} has {data.nbytes} bytes instead of {spec.nbytes}; truncated or another one")
+    return data
+
+
+def _view(spec: TensorSpec, data: np.ndarray) -> Tensor:
+    dtype = DTYPES[spec.dtype]
     if not spec.nbytes:  # torch makes no view of an empty array
         return torch.empty(spec.shape, dtype=dtype)
     with warnings.catch_warnings():  # Ray hands out read-only arrays, and torch warns of each; nobody writes to these

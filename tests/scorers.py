@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -66,3 +69,33 @@ class Sleeps(Brightness):
         except FileExistsError:
             pass
         return super().score(images, prompts)
+
+
+class Moody(Brightness):
+    """Every fault a scorer can have, one after another, each once in a run (files in ``marks`` are left behind)."""
+
+    def __init__(self, marks: str) -> None:
+        self.marks = Path(marks)
+
+    def score(self, images: np.ndarray, prompts: Sequence[Prompt]) -> RewardOutput:
+        right = super().score(images, prompts)
+        mood = next((mood for mood in MOODS if self._first(mood)), None)
+        if mood == "is killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if mood == "sleeps":
+            time.sleep(3600)
+        if mood == "raises":
+            raise OSError("the scoring service is down")
+        if mood == "answers too few":
+            return _output(right.scores[:-1])
+        return _output(np.full(len(images), np.nan)) if mood == "answers NaN" else right
+
+    def _first(self, mood: str) -> bool:
+        try:
+            (self.marks / mood).touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        return True
+
+
+MOODS = ("answers NaN", "raises", "sleeps", "answers too few", "is killed")

@@ -306,13 +306,14 @@ def test_the_weights_that_sync_publishes_pass_through_the_real_checks() -> None:
     source, engine = Weights(3 * ROW, "cpu"), WeightsEngine(3 * ROW, "cpu")
     source.advance()
     manifest, chunks = pack(source.version, source.weights())
-    assert sum(chunk.nbytes for chunk in chunks) >= 3 * ROW
+    assert sum(data.nbytes for chunk in chunks for data in chunk) == 3 * ROW
     engine.load_weights(manifest.version, unpack(manifest, chunks))
     assert engine.policy_version == 1 and all(bool((tensor == 1).all()) for tensor in engine.tensors.values())
-    source.advance()
-    chunks[0][7] ^= 1
+    stored = [tuple(data.copy() for data in chunk) for chunk in chunks]
+    stored[0][0][7] ^= 1
     with pytest.raises(WeightError, match="checksum"):
-        engine.load_weights(2, unpack(manifest, chunks))
+        engine.load_weights(2, unpack(manifest, stored))
+    assert engine.policy_version == 1
 
 
 def test_end_to_end_reads_seconds_from_a_runs_own_files(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ def free_port() -> int:
 def dashboard(tmp_path):
     """`ray start --head` on loopback, in a process group of its own; yields the Jobs API's address."""
     port, dashboard_port = free_port(), free_port()
-    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"PATH": f"{BIN}:{os.environ['PATH']}"}
+    environment = with_token(tmp_path) | {"PATH": f"{BIN}:{os.environ['PATH']}"}
     command = [
         str(BIN / "ray"),
         "start",
@@ -55,6 +55,14 @@ def dashboard(tmp_path):
             os.killpg(head.pid, signal.SIGKILL)
 
 
+def with_token(directory: Path) -> dict[str, str]:
+    """An environment whose Ray demands a token that this user may never have had."""
+    token = directory / "token"
+    token.write_text("0123456789abcdef" * 4)
+    plain = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    return plain | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+
+
 def wait_for(port: int, head: subprocess.Popen, log: Path) -> None:
     deadline = time.monotonic() + 90
     while time.monotonic() < deadline and head.poll() is None:
@@ -65,7 +73,7 @@ def wait_for(port: int, head: subprocess.Popen, log: Path) -> None:
     pytest.fail(f"no Ray head within 90 s: {log.read_text()}")
 
 
-def submit(address: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+def submit(address: str, environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [
         str(BIN / "ray"),
         "job",
@@ -78,7 +86,6 @@ def submit(address: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         "stage-ray",
         *arguments,
     ]
-    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"RAY_AUTH_MODE": "token"}
     return subprocess.run(command, env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=280)
 
 
@@ -93,11 +100,13 @@ def test_a_submitted_job_attaches_to_the_running_cluster_and_its_exit_code_is_th
         "cluster.metrics_port=null",
     ]
     settings = [part for item in small for part in ("--set", item)]
-    done = submit(dashboard, "train", "configs/stage_shapeworld.yaml", "--run-dir", str(run_dir), *settings)
+    done = submit(
+        dashboard, with_token(tmp_path), "train", "configs/stage_shapeworld.yaml", "--run-dir", str(run_dir), *settings
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert [json.loads(line)["step"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()] == [1]
     assert not (run_dir / "logs" / "ray").exists(), "a second Ray was started"
 
-    wrong = submit(dashboard, "train", "configs/stage_shapeworld.yaml", "--set", "learner.lrr=1")
+    wrong = submit(dashboard, with_token(tmp_path), "train", "configs/stage_shapeworld.yaml", "--set", "learner.lrr=1")
     assert wrong.returncode != 0
     assert "did you mean 'learner.lr'?" in wrong.stdout + wrong.stderr

@@ -47,6 +47,14 @@ def test_prometheus_serves_the_newest_step_under_the_same_names(recorder: Record
     assert math.isnan(seen["stage_ray_kl"])
 
 
+def test_prometheus_counts_each_alarm_by_its_name(recorder: Recorder) -> None:
+    for step, name in ((1, "kl_blowup"), (2, "kl_blowup"), (2, "mismatch")):
+        recorder.alarm(step, name, "one sentence")
+    seen = scrape(recorder.port or 0)
+    assert seen['stage_ray_alarm_total{name="kl_blowup"}'] == 2
+    assert seen['stage_ray_alarm_total{name="mismatch"}'] == 1
+
+
 def test_tensorboard_holds_the_same_scalars(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,6 +18,7 @@ from stage_ray.engines.waves import ImageRow, WaveEngine, WaveSamples
 from stage_ray.machine import usable_cpus
 from stage_ray.policies.base import PromptIds
 from stage_ray.records import WeightManifest
+from stage_ray.weights import Chunk
 from stage_ray.workers.learner import LearnerWorker
 from stage_ray.workers.rollout import RolloutWorker
 
@@ -45,7 +45,7 @@ class Weights:
 
 
 class WeightsEngine(WaveEngine):
-    """An engine that only takes weights: the checks of every engine, then a copy into tensors of its own."""
+    """An engine that only takes weights: the checks of every engine, then what `TorchEngine` does with them."""
 
     def __init__(self, nbytes: int, device: str) -> None:
         super().__init__("bench", 1, SamplingRule())
@@ -56,9 +56,9 @@ class WeightsEngine(WaveEngine):
         return {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
 
     def install(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copy."""
-        for name, tensor in self.tensors.items():
-            tensor.copy_(tensors[name])
+        """Read them where they lie, or copy them to the GPU."""
+        self.tensors = {name: new.to(self.tensors[name].device) for name, new in tensors.items()}
+        for tensor in self.tensors.values():
             synchronize(tensor.device)
 
     def encode_prompt(self, text: str) -> PromptIds:
@@ -82,7 +82,7 @@ class SyncLearner(LearnerWorker):
 
     def __init__(self, nbytes: int, device: str) -> None:
         self._learner: Any = Weights(nbytes, device)
-        self._chunks: list[np.ndarray] = []
+        self._chunks: list[Chunk] = []
         self._pack_s = 0.0
 
     def pack(self) -> WeightManifest:
@@ -108,7 +108,7 @@ class SyncRolloutWorker(RolloutWorker):
         self._engine: Any = WeightsEngine(nbytes, device)
         self._load_s = 0.0
 
-    def load_weights(self, manifest: WeightManifest, *chunks: np.ndarray) -> int:
+    def load_weights(self, manifest: WeightManifest, *chunks: Chunk) -> int:
         """As every rollout worker, timed."""
         start = time.perf_counter()
         version = super().load_weights(manifest, *chunks)

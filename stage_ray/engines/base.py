@@ -22,11 +22,15 @@ class ImageEngine(Protocol):
         """Sample every image of every request, in waves of any size; groups come back in the order of the requests."""
         ...
 
-    def load_weights(self, version: int, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    def load_weights(
+        self, version: int, tensors: Iterable[tuple[str, torch.Tensor]], *, known_finite: bool = False
+    ) -> None:
         """Take new values of the trained tensors (names as in the policy's ``state_dict``) between waves.
 
+        The engine may keep them, and does not write to them. Where ``known_finite``, it need not look.
+
         Raises:
-            ValueError: a tensor is unknown, missing or of another shape; the old version stays.
+            ValueError: a tensor is unknown, missing, of another shape or not finite; the old version stays.
         """
         ...
 

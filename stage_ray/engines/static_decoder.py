@@ -1,7 +1,7 @@
 """A Llama forward with a static key-value cache over the modules of transformers: no copies of weights, few calls.
 
 It computes what ``LlamaModel`` computes (tests hold it to that) with about a third of the operator calls per step,
-which is what time goes to in a tiny model.
+which is what time goes to in a tiny model, and reads every prompt once, however many rows share it.
 """
 
 from __future__ import annotations
@@ -26,30 +26,46 @@ class StaticDecoder:
         self._llama = llama
         self._heads, self._kv_heads = config.num_attention_heads, config.num_key_value_heads
         self._head_dim = config.head_dim
-        weight = llama.embed_tokens.weight
-        shape = (len(llama.layers), 2, rows, self._kv_heads, length, self._head_dim)
-        # A CPU multiplies small bfloat16 matrices slower than float32 ones, and attention is nothing but small ones.
-        dtype = torch.float32 if weight.device.type == "cpu" else weight.dtype
-        self._cache = torch.zeros(shape, dtype=dtype, device=weight.device)
-        self._length = length
+        self._rows, self._length = rows, length
         self._used = 0
-        self._padding = torch.zeros(rows, dtype=torch.int64, device=weight.device)
-        self._mask: Tensor | None = None
 
-    def prefill(self, embeds: Tensor, padding: Tensor) -> Tensor:
-        """Read the prompts: embeds [B, P, hidden], padding int64 [B] (masked tokens on the left) -> state [B, hidden]
-        of the last token."""
-        count = embeds.shape[1]
+    def prefill(self, embeds: Tensor, padding: Tensor, prompts: Tensor) -> Tensor:
+        """Read the prompts, each once.
+
+        Args:
+            embeds: float [N, P, hidden], the N different prompts.
+            padding: int64 [N], masked tokens on the left of each.
+            prompts: int64 [B], which prompt each row has, 0..N-1.
+
+        Returns:
+            The state of each row's last token, [B, hidden].
+        """
+        different, count = embeds.shape[:2]
         slots = torch.arange(self._length, device=embeds.device)
-        self._padding = padding
-        real = slots >= padding[:, None]  # [B, length]
+        real = slots >= padding[:, None]  # [N, length]
         # Padding attends to itself, lest its softmax be over nothing.
         causal = slots[:count, None] >= slots[:count]
         own = torch.eye(count, dtype=torch.bool, device=embeds.device)
         mask = (causal & real[:, None, :count]) | own
-        states = self._forward(embeds, mask[:, None])
-        self._mask = real[:, None, None] if bool(padding.any()) else None
-        return states[:, -1]
+        positions = (slots - padding[:, None]).clamp(min=0)
+        cos, sin = self._llama.rotary_emb(embeds, positions)  # [N, length, D]
+        self._angles = cos.unsqueeze(1), sin.unsqueeze(1)
+        self._cache = self._new_cache(different, count)
+        states = self._forward(embeds, mask[:, None])[:, -1]
+        read, self._cache = self._cache, self._new_cache(self._rows, self._length)
+        for of_rows, of_prompts in zip(self._cache, read, strict=True):
+            of_rows[:, :, :, :count] = of_prompts[:, prompts]
+        self._angles = self._angles[0][prompts], self._angles[1][prompts]
+        self._mask = real[prompts][:, None, None] if bool(padding.any()) else None
+        return states[prompts]
+
+    def _new_cache(self, rows: int, length: int) -> Tensor:
+        """Keys and values of every layer, [layers, 2, rows, kv heads, length, D]; nothing is read before it is set."""
+        weight = self._llama.embed_tokens.weight
+        # A CPU multiplies small bfloat16 matrices slower than float32 ones, and attention is nothing but small ones.
+        dtype = torch.float32 if weight.device.type == "cpu" else weight.dtype
+        shape = (len(self._llama.layers), 2, rows, self._kv_heads, length, self._head_dim)
+        return torch.empty(shape, dtype=dtype, device=weight.device)
 
     def step(self, embeds: Tensor) -> Tensor:
         """Read one more token of each row: embeds [B, hidden] -> state [B, hidden]."""
@@ -58,13 +74,10 @@ class StaticDecoder:
 
     def _forward(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
         start, end = self._used, self._used + hidden.shape[1]
-        slots = torch.arange(start, end, device=hidden.device)
-        positions = (slots - self._padding[:, None]).clamp(min=0)
-        cos, sin = self._llama.rotary_emb(hidden, positions)
-        rotary = (cos.unsqueeze(1), sin.unsqueeze(1))
+        cos, sin = (angle[:, :, start:end] for angle in self._angles)
         for index, layer in enumerate(self._llama.layers):
             normed = _rms_norm(layer.input_layernorm, hidden)
-            hidden = hidden + self._attend(layer.self_attn, index, normed, rotary, mask, end)
+            hidden = hidden + self._attend(layer.self_attn, index, normed, cos, sin, mask, end)
             normed = _rms_norm(layer.post_attention_layernorm, hidden)
             hidden = hidden + layer.mlp(normed)
         self._used = end
@@ -75,19 +88,19 @@ class StaticDecoder:
         attention: Any,  # transformers' LlamaAttention
         index: int,
         hidden: Tensor,
-        rotary: tuple[Tensor, Tensor],
+        cos: Tensor,
+        sin: Tensor,
         mask: Tensor | None,
         end: int,
     ) -> Tensor:
         rows, count, _ = hidden.shape
-        start = end - count
         query = attention.q_proj(hidden).view(rows, count, self._heads, self._head_dim).transpose(1, 2)
         key = attention.k_proj(hidden).view(rows, count, self._kv_heads, self._head_dim).transpose(1, 2)
         value = attention.v_proj(hidden).view(rows, count, self._kv_heads, self._head_dim).transpose(1, 2)
         keys, values = self._cache[index]
-        keys[:, :, start:end] = _rotate(key, *rotary)
-        values[:, :, start:end] = value
-        query = _rotate(query, *rotary).to(keys.dtype)
+        keys[:, :, end - count : end] = _rotate(key, cos, sin)
+        values[:, :, end - count : end] = value
+        query = _rotate(query, cos, sin).to(keys.dtype)
         mixed = self._mix(query, keys[:, :, :end], values[:, :, :end], mask, attention.scaling).to(hidden.dtype)
         return attention.o_proj(mixed.transpose(1, 2).reshape(rows, count, -1))
 

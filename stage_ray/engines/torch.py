@@ -24,6 +24,11 @@ class TorchEngine(WaveEngine):
         self._device = device
         self._policy = JanusPolicy.load(policy, device=device, dtype=compute_dtype(rollout.dtype, device))
         self._policy.model.requires_grad_(False)
+        model = self._policy.model
+        with torch.no_grad():  # of every image token, once: the modules that make them are not trained
+            self._image_embeds = model.prepare_embeddings_for_image_generation(
+                torch.arange(self._policy.codebook_size, device=device)
+            )
         # Pictures do not come from rounded weights; a CPU convolves faster with channels last.
         self._policy.model.model.vqmodel.to(dtype=torch.float32, memory_format=torch.channels_last)
 
@@ -41,33 +46,39 @@ class TorchEngine(WaveEngine):
 
     @torch.no_grad()
     def install(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copy checked tensors into the model, cast to its dtype."""
+        """Take checked tensors, cast to the model's dtype; a CPU reads those that need no cast where they lie."""
         for name, parameter in self._policy.trained_parameters().items():
-            parameter.copy_(tensors[name])
+            if parameter.device.type == "cpu":
+                parameter.data = tensors[name].to(parameter.dtype)
+            else:
+                parameter.copy_(tensors[name])
 
     def close(self) -> None:
         """Drop the model."""
-        del self._policy
+        del self._policy, self._image_embeds
 
     @torch.inference_mode()
     def sample(self, rows: Sequence[ImageRow], rule: SamplingRule) -> WaveSamples:
         """Sample one wave: B conditional rows, then the B unconditional ones where guidance is on."""
-        model, count, steps = self._policy.model, len(rows), self._policy.image_tokens
+        count, steps = len(rows), self._policy.image_tokens
+        llama = self._policy.model.model.language_model
         prompts = [row.prompt.conditional for row in rows]
         if rule.guided:
             prompts += [row.prompt.unconditional for row in rows]
-        ids, padding = self._padded(prompts)
+        different = list(dict.fromkeys(prompts))
+        place = {prompt: index for index, prompt in enumerate(different)}
+        owners = torch.tensor([place[prompt] for prompt in prompts], device=self._device)
+        ids, padding = self._padded(different)
         seeds = torch.tensor([row.seed for row in rows], device=self._device)
-        decoder = StaticDecoder(model.model.language_model, len(prompts), ids.shape[1] + steps - 1)
-        states = decoder.prefill(model.model.language_model.embed_tokens(ids), padding)
+        decoder = StaticDecoder(llama, len(prompts), ids.shape[1] + steps - 1)
+        states = decoder.prefill(llama.embed_tokens(ids), padding, owners)
         draws: list[Draw] = []
         for step in range(steps):
             logits = self._policy.head(states)
             unconditional = logits[count:] if rule.guided else None
             draws.append(draw(logits[:count], unconditional, seeds, torch.full_like(seeds, step), rule))
             if step + 1 < steps:
-                embeds = model.prepare_embeddings_for_image_generation(draws[-1].tokens)
-                states = decoder.step(embeds.repeat(len(prompts) // count, 1))
+                states = decoder.step(self._image_embeds[draws[-1].tokens].repeat(len(prompts) // count, 1))
         return WaveSamples(
             *(
                 torch.stack([getattr(item, name) for item in draws], dim=1).cpu()

@@ -14,6 +14,7 @@ from torch import Tensor
 from stage_ray.engines.sampling import SamplingRule
 from stage_ray.policies.base import PromptIds
 from stage_ray.records import RolloutGroup, RolloutRequest
+from stage_ray.weights import finite
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +73,7 @@ class WaveEngine(ABC):
 
     @abstractmethod
     def install(self, tensors: Mapping[str, Tensor]) -> None:
-        """Put checked tensors in place."""
+        """Put checked tensors in place. They may be read-only."""
 
     @abstractmethod
     def close(self) -> None:
@@ -103,19 +104,19 @@ class WaveEngine(ABC):
         columns = tuple(np.concatenate(parts) for parts in zip(*waves, strict=True))
         return self._groups(requests, columns, seconds)
 
-    def load_weights(self, version: int, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """Take new values of the trained tensors.
+    def load_weights(self, version: int, tensors: Iterable[tuple[str, Tensor]], *, known_finite: bool = False) -> None:
+        """Take new values of the trained tensors, and keep them: nobody may write to them afterwards.
 
         Raises:
             ValueError: a tensor is unknown, missing, given twice, of another shape, or not finite; nothing changes.
         """
-        checked = self._checked(tensors)
+        checked = self._checked(tensors, known_finite)
         self._whole = False
         self.install(checked)
         self._whole = True
         self.policy_version = version
 
-    def _checked(self, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    def _checked(self, tensors: Iterable[tuple[str, Tensor]], known_finite: bool) -> dict[str, Tensor]:
         shapes = self.weight_shapes()
         found: dict[str, Tensor] = {}
         for name, tensor in tensors:
@@ -125,7 +126,7 @@ class WaveEngine(ABC):
                 raise ValueError(f"weight update: {name!r} comes twice")
             if tuple(tensor.shape) != shapes[name]:
                 raise ValueError(f"weight update: {name!r} is {tuple(tensor.shape)}, this model has {shapes[name]}")
-            if not torch.isfinite(tensor).all():
+            if not known_finite and not finite(tensor):
                 raise ValueError(f"weight update: {name!r} holds values that are not finite")
             found[name] = tensor
         missing = sorted(shapes.keys() - found.keys())

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from stage_ray.config import RunConfig
 from stage_ray.records import WeightManifest
 from stage_ray.workers.health import Pinged
 from stage_ray.workers.logs import redirect_output
+
+if TYPE_CHECKING:
+    from stage_ray.weights import Chunk
 
 
 class LearnerWorker(Pinged):
@@ -22,23 +23,26 @@ class LearnerWorker(Pinged):
         from stage_ray.learner import Learner
 
         self._learner = Learner(run, threads=run.learner.threads)
-        self._chunks: list[np.ndarray] = []
+        self._chunks: list[Chunk] = []
 
     def update(self, *objects: Any) -> dict[str, float]:
         """Rollout groups and scored groups, alternating -> metrics of one update."""
         return self._learner.update(objects[::2], objects[1::2])
 
     def pack(self) -> WeightManifest:
-        """Pack the current version; its chunks wait for `chunks`."""
+        """Pack the current version; its chunks, views of the weights, wait for `chunks` before the next update."""
         from stage_ray.weights import pack
 
         manifest, self._chunks = pack(self._learner.version, self._learner.weights())
         return manifest
 
-    def chunks(self) -> tuple[np.ndarray, ...] | np.ndarray:
-        """The packed bytes, one object a chunk, handed over once."""
+    def chunks(self) -> tuple[Any, ...]:
+        """The version, then the packed bytes, one object a chunk, handed over once.
+
+        Ray copies them before this actor does anything else; the version says that all of them are stored.
+        """
         chunks, self._chunks = self._chunks, []
-        return tuple(chunks) if len(chunks) > 1 else chunks[0]  # Ray takes a single return value as it is
+        return (self._learner.version, *chunks)
 
     def save_state(self, directory: str) -> None:
         """Weights, optimizer, schedule and random states, for an exact resume."""

@@ -5,9 +5,16 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from stage_ray.run_dir import deny_others_writing
+
 
 def redirect_output(log: str | None) -> None:
-    """Send this process's stdout and stderr, C++ included, to a file; None leaves them to Ray's own log files."""
+    """Send this process's stdout and stderr, C++ included, to a file; None leaves them to Ray's own log files.
+
+    Every actor begins with this, so it is also where nobody else may write the files of a run any more: a worker of a
+    cluster that the run joined has that cluster's umask.
+    """
+    deny_others_writing()
     if log is None:
         return
     path = Path(log)

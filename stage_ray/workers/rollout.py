@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -13,6 +13,9 @@ from stage_ray.config import PolicyConfig, RolloutConfig
 from stage_ray.records import RolloutGroup, RolloutReceipt, RolloutRequest, WeightManifest
 from stage_ray.workers.health import Pinged
 from stage_ray.workers.logs import redirect_output
+
+if TYPE_CHECKING:
+    from stage_ray.weights import Chunk
 
 
 class RolloutWorker(Pinged):
@@ -40,7 +43,7 @@ class RolloutWorker(Pinged):
             objects += [replace(group, images=bare), group.images]
         return tuple(objects)
 
-    def load_weights(self, manifest: WeightManifest, *chunks: np.ndarray) -> int:
+    def load_weights(self, manifest: WeightManifest, *chunks: Chunk) -> int:
         """Verify a version and take it; the version now served.
 
         Raises:
@@ -48,7 +51,7 @@ class RolloutWorker(Pinged):
         """
         from stage_ray.weights import unpack
 
-        self._engine.load_weights(manifest.version, unpack(manifest, list(chunks)))
+        self._engine.load_weights(manifest.version, unpack(manifest, chunks), known_finite=True)
         return self._engine.policy_version
 
 

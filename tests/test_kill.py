@@ -1,0 +1,370 @@
+"""Every role is killed in every phase of an asynchronous run, disks fill and bytes rot; no group is lost or repeated.
+
+Real Ray, real processes, real signals. What must not change the outcome at all (the loss of a scorer, a learner or the
+driver, in strict order) is held to the weights of a run that nobody disturbed, bit for bit. A rollout worker's
+successor draws its groups with the newest weights, which may be other ones: there the ledger is the judge.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import ray
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from stage_ray.bench.timed_cluster import TimedCluster
+from stage_ray.checkpoint import CheckpointStore
+from stage_ray.cluster import Cluster, GroupRefs
+from stage_ray.config import RunConfig, load_config
+from stage_ray.errors import RunError
+from stage_ray.ledger import Audit, Ledger
+from stage_ray.progress import Progress
+from stage_ray.prompts import PromptCursor
+from stage_ray.records import Prompt
+from stage_ray.run_files import RunFiles
+from stage_ray.stream import GroupStream
+from stage_ray.train import train
+from tests.chaos import WORKERS, audited, end_session, start_driver
+from tests.scorers import MOODS
+from tests.test_train import lines, tiny_run
+from tests.tiny import tiny_janus
+
+pytestmark = pytest.mark.slow  # each starts a Ray of its own
+
+PHASES = {  # phase -> the driver's call that lasts as long as it does
+    "generating": (Cluster, "generate"),
+    "scoring": (Cluster, "score"),
+    "publishing": (Cluster, "publish"),
+    "checkpointing": (RunFiles, "_save"),
+}
+STEPS, EVERY, SEED = 40, 4, 20
+
+
+def kill_run(directory: Path, model: Path, scorer: str = "Brightness", **changes: Any) -> RunConfig:
+    """An asynchronous run with many checkpoints, recorded, so that the learner's own files tell what it trained."""
+    settings = {
+        "steps": STEPS,
+        "pipeline": {"max_staleness": 1, "record": True},
+        "checkpoint": {"every": EVERY},
+        "evaluation": {"enabled": False, "sample_every": 1000},
+    }
+    return tiny_run(directory, model, scorer, **(settings | changes))
+
+
+def sound(run: RunConfig, *, ended: bool = True) -> Audit:
+    """The audit of a run, after making sure that it found nothing wrong."""
+    found = audited(Path(run.run_dir), ended=ended)
+    assert found.sound, found
+    if ended:
+        assert found.trained == run.steps * run.rollout.groups_per_step
+        assert [row["step"] for row in lines(Path(run.run_dir) / "metrics.jsonl")] == list(range(1, run.steps + 1))
+    return found
+
+
+def same_weights(first: RunConfig, second: RunConfig) -> bool:
+    """Whether two runs ended with the same model, bit for bit."""
+    one, other = (load_file(Path(run.run_dir) / "final" / "model.safetensors") for run in (first, second))
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_janus(tmp_path_factory.mktemp("model") / "janus")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, model: Path) -> RunConfig:
+    run = kill_run(tmp_path_factory.mktemp("undisturbed"), model)
+    train(run)
+    sound(run)
+    return run
+
+
+class Strikes:
+    """What happens in the midst of which phase, one after another; a new checkpoint must be whole before the next.
+
+    Moments are drawn from a seed. A phase that was over before its moment came is struck sooner the next time.
+    """
+
+    def __init__(self, phases: list[str], strike: Callable[[int], object]) -> None:
+        self.done = 0
+        self._phases, self._strike = phases, strike
+        self._choice = random.Random(SEED)
+        self._delay = self._draw()
+        self._armed = False
+
+    def watch(self, patch: pytest.MonkeyPatch) -> None:
+        for phase, (owner, name) in PHASES.items():
+            patch.setattr(owner, name, self._watched(phase, getattr(owner, name)))
+
+    def _watched(self, phase: str, method: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+        async def watched(*arguments: Any, **more: Any) -> Any:
+            due = self._armed and self.done < len(self._phases) and self._phases[self.done] == phase
+            moment = asyncio.create_task(self._wait()) if due else None
+            try:
+                result = await method(*arguments, **more)
+            finally:
+                if moment is not None and moment.cancel():
+                    self._delay /= 2
+            self._armed = self._armed or phase == "checkpointing"
+            return result
+
+        return watched
+
+    async def _wait(self) -> None:
+        await asyncio.sleep(self._delay)
+        if self._armed:  # of calls that overlap, the first
+            self._armed, self._delay = False, self._draw()
+            self._strike(self.done)
+            self.done += 1
+
+    def _draw(self) -> float:
+        return self._choice.choice((0.0, self._choice.uniform(0, 0.04)))
+
+
+def kill_worker(role: str) -> None:
+    """SIGKILL to every worker of a role that this process has."""
+    for process in workers(role):
+        process.kill()
+
+
+def workers(role: str) -> list[psutil.Process]:
+    """The processes of a role that this process has."""
+    title = f"ray::{WORKERS[role]}"
+    return [p for p in psutil.Process().children(recursive=True) if title in " ".join(p.cmdline())]
+
+
+class DiesWhenAsked:
+    """The learner as its driver sees it, killed just when it is asked for something for the n-th time."""
+
+    def __init__(self, **methods: int) -> None:
+        self._at, self.asked = methods, Counter[str]()
+
+    def watch(self, patch: pytest.MonkeyPatch) -> None:
+        ask_learner = Cluster.ask_learner
+
+        async def watched(cluster: Cluster, ask: Callable[[Any], Any]) -> Any:
+            return await ask_learner(cluster, lambda worker: ask(_Watched(worker, self)))
+
+        patch.setattr(Cluster, "ask_learner", watched)
+
+    def ask(self, method: str) -> None:
+        self.asked[method] += 1
+        if self.asked[method] == self._at.get(method):
+            kill_worker("learner")
+
+    @property
+    def done(self) -> bool:
+        return all(self.asked[method] > n for method, n in self._at.items())
+
+
+class _Watched:
+    def __init__(self, worker: Any, by: DiesWhenAsked) -> None:
+        self._worker, self._by = worker, by
+
+    def __getattr__(self, method: str) -> Any:
+        self._by.ask(method)
+        return getattr(self._worker, method)
+
+
+def test_scorers_and_learners_killed_in_every_phase_do_not_change_a_bit(tmp_path, model, undisturbed, monkeypatch):
+    schedule = [(role, phase) for role in ("reward", "learner") for phase in PHASES]
+    random.Random(SEED).shuffle(schedule)
+    strikes = Strikes([phase for _, phase in schedule], lambda n: kill_worker(schedule[n][0]))
+    strikes.watch(monkeypatch)
+    narrow = DiesWhenAsked(save_state=6, chunks=STEPS)  # moments too short to be hit by chance
+    narrow.watch(monkeypatch)
+    run = kill_run(tmp_path, model)
+    train(run)
+    assert strikes.done == len(schedule) and narrow.done
+    sound(run)
+    assert same_weights(run, undisturbed)
+
+
+class Rot:
+    """Damages the weights that a rollout worker is given: those of versions ``flip`` and ``cut`` once, from ``ruin`` on
+    for good."""
+
+    def __init__(self, flip: int, cut: int, ruin: int) -> None:
+        self._once = {flip: flipped_array, cut: lambda array: array[:-1]}
+        self._ruin = ruin
+
+    def watch(self, patch: pytest.MonkeyPatch) -> None:
+        patch.setattr(Cluster, "_newest_weights", lambda cluster, worker: self._load(cluster._published, worker))
+
+    def _load(self, published: Any, worker: Any) -> Any:
+        if published is None:
+            return None
+        damage = flipped_array if published.version >= self._ruin else self._once.pop(published.version, None)
+        chunks = list(published.chunks)
+        if damage is not None:
+            first, *rest = ray.get(chunks[0])
+            chunks[0] = ray.put((damage(first), *rest))
+        return worker.load_weights.remote(published.manifest, *chunks)
+
+
+def flipped(data: bytes) -> bytes:
+    """With one bit changed, in the middle."""
+    middle = len(data) // 2
+    return data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
+
+
+def flipped_array(array: np.ndarray) -> np.ndarray:
+    """A copy with one bit changed, in the middle."""
+    return np.frombuffer(flipped(array.tobytes()), array.dtype)
+
+
+def test_rollout_workers_killed_in_every_phase_or_given_rotten_weights_are_replaced(
+    tmp_path, model, monkeypatch, caplog
+):
+    strikes = Strikes(list(PHASES), lambda n: kill_worker("rollout"))
+    strikes.watch(monkeypatch)
+    Rot(flip=STEPS - 12, cut=STEPS - 8, ruin=STEPS - 4).watch(monkeypatch)
+    run = kill_run(tmp_path, model, cluster={"attempts": 2})
+    with pytest.raises(RunError, match=r"WeightError: tensor '.+' of version 36 has checksum"):
+        train(run)
+    assert strikes.done == len(PHASES)
+    assert "of version 28 has checksum" in caplog.text
+    assert "of version 32 has" in caplog.text and "truncated" in caplog.text
+    found = sound(run, ended=False)
+    assert found.steps >= STEPS - 5
+    restarts = lines(Path(run.run_dir) / "metrics.jsonl")[-1]["workers/restarts"]
+    assert restarts == len(PHASES) + 2
+
+
+def test_a_scorer_with_every_fault_costs_a_second_look_and_no_group(tmp_path, model):
+    marks = tmp_path / "marks"
+    marks.mkdir()
+    changes = {"steps": 8, "options": {"marks": str(marks)}, "scoring": {"timeout_s": 3.0}}
+    run = kill_run(tmp_path, model, "Moody", **changes)
+    train(run)
+    rows = lines(Path(run.run_dir) / "metrics.jsonl")
+    assert sorted(path.name for path in marks.iterdir()) == sorted(MOODS)
+    assert sum(row["scoring/rescored"] + row["scoring/replaced"] for row in rows) == len(MOODS)
+    assert sound(run).dropped == sum(row["scoring/replaced"] for row in rows)
+
+
+def drive_until(config: str, phase: str) -> None:
+    """A driver that is killed in the midst of a phase: what `test_a_driver_...` runs in a process of its own."""
+    strikes = Strikes([phase], lambda _: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.MonkeyPatch.context() as patch:
+        strikes.watch(patch)
+        train(load_config(Path(config)), resume=Path(load_config(Path(config)).run_dir).exists())
+
+
+def newest_weights(run: RunConfig) -> tuple[int, Path]:
+    """Step and weights of the newest checkpoint."""
+    newest = CheckpointStore(Path(run.run_dir) / "checkpoints", keep=2).latest()
+    assert newest is not None
+    return newest.step, newest.path / "trained.safetensors"
+
+
+def test_a_driver_killed_in_every_phase_goes_on_bit_for_bit_even_from_an_older_checkpoint(tmp_path, model, undisturbed):
+    run = kill_run(tmp_path, model)
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(run.model_dump(mode="json")))
+    damages: list[Callable[[bytes], bytes] | None] = [None, lambda data: data[:-1], None, flipped]
+    for phase, damage in zip(PHASES, damages, strict=True):
+        code = "import sys; from tests.test_kill import drive_until; drive_until(*sys.argv[1:])"
+        driver = start_driver([sys.executable, "-c", code, str(config), phase], stderr=subprocess.DEVNULL)
+        try:
+            assert driver.wait(120) == -signal.SIGKILL
+        finally:
+            end_session(driver.pid)
+        sound(run, ended=False)
+        if damage is not None:
+            step, weights = newest_weights(run)
+            weights.write_bytes(damage(weights.read_bytes()))
+            assert newest_weights(run)[0] < step
+    train(run, resume=True)
+    sound(run)
+    assert same_weights(run, undisturbed)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[tuple[Path, bool]]:
+    """A directory on a disk of 12 MB, where this user may mount one; and whether it is such."""
+    directory = tmp_path / "disk"
+    directory.mkdir()
+    mounted = ctypes.CDLL(None, use_errno=True).mount(b"tmpfs", bytes(directory), b"tmpfs", 0, b"size=12m") == 0
+    yield directory, mounted
+    if mounted:
+        subprocess.run(["umount", "--lazy", str(directory)], check=True)
+
+
+class AtStep(Progress):
+    """Does something once when a step is done."""
+
+    def __init__(self, at: int, act: Callable[[], object]) -> None:
+        super().__init__()
+        self._at, self._act = at, act
+
+    def step(self, step: int, total: int, metrics: Any) -> None:
+        super().step(step, total, metrics)
+        if step == self._at:
+            self._act()
+
+
+def forbid_large_files() -> None:
+    """From now on the learner can write no file of more than 100 kB (its weights have more)."""
+    for process in workers("learner"):
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+
+def fill(directory: Path, but: int) -> None:
+    """Leave so many bytes free."""
+    space = os.statvfs(directory)
+    with (directory / "filler").open("ab") as file:
+        file.write(bytes(space.f_bavail * space.f_frsize - but))
+
+
+def test_a_full_disk_stops_the_run_with_its_checkpoints_whole_and_with_room_it_goes_on_bit_for_bit(
+    small_disk, model, undisturbed
+):
+    disk, mounted = small_disk
+    run = kill_run(disk, model)
+    why = "No space left" if mounted else "File too large"
+    room = 300_000  # for ledger, metrics and report, not for a checkpoint
+    with pytest.raises(RunError, match=rf"checkpoint of step 8 could not .*{why}.*the ones before it are whole"):
+        train(run, progress=AtStep(6, lambda: fill(disk, room) if mounted else forbid_large_files()))
+    assert sound(run, ended=False).steps >= 8
+    if mounted:
+        fill(disk, 0)
+        with pytest.raises(RunError, match="disk/run cannot be written any more .*No space left.*go on with --resume"):
+            train(run, resume=True)
+        (disk / "filler").unlink()
+    train(run, resume=True)
+    sound(run)
+    assert same_weights(run, undisturbed)
+
+
+def test_groups_of_a_checkpoint_are_as_old_as_they_were_when_the_run_goes_on(tmp_path, model):
+    run = kill_run(tmp_path, model, pipeline={"max_staleness": 2, "order": "arrival"})
+    versions = {8: 3, 9: 2, 10: 2, 11: 3}  # group 8 was drawn again after its first worker was lost
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    ledger.note("admitted", versions, step=2)
+
+    async def next_groups() -> list[int]:
+        stream = GroupStream(
+            TimedCluster(run, (0, 0, 0)), run, PromptCursor([Prompt(0, "x")], SEED), ledger, 12, step=4
+        )
+        stream.restore([GroupRefs(group, version, None) for group, version in versions.items()])
+        return [group.group_id for group in await stream.next_batch()]
+
+    assert asyncio.run(next_groups()) == [9, 10]
