@@ -18,8 +18,9 @@ from stage_ray.config import PolicyConfig, RunConfig
 from stage_ray.learner.batch import Batch, make_batch
 from stage_ray.learner.learner import learning_rate
 from stage_ray.learner.precision import autocast, uses_bfloat16
-from stage_ray.policies.base import PromptIds, TokenStatistics, device_for
+from stage_ray.policies.base import PromptIds, device_for
 from stage_ray.policies.janus import JanusPolicy
+from stage_ray.policies.statistics import TokenStatistics
 from stage_ray.records import RolloutGroup, ScoredGroup
 
 Pick = Callable[[Tensor, int], Tensor]

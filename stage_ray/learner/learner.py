@@ -32,8 +32,8 @@ from stage_ray.learner.measure import PolicyPass, ReferencePass, correction_of, 
 from stage_ray.learner.precision import attention, autocast, uses_bfloat16
 from stage_ray.learner.state import LearnerParts, load_state, save_state
 from stage_ray.policies import load_policy
-from stage_ray.policies.base import TokenStatistics, device_for
-from stage_ray.policies.statistics import SamplingRule
+from stage_ray.policies.base import device_for
+from stage_ray.policies.statistics import SamplingRule, TokenStatistics
 from stage_ray.records import RolloutGroup, ScoredGroup
 
 

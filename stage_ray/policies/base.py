@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:  # that module needs this one
-    from stage_ray.policies.statistics import SamplingRule
+from stage_ray.policies.statistics import SamplingRule, TokenStatistics
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,20 +24,6 @@ class PromptIds:
 
     conditional: tuple[int, ...]
     unconditional: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class TokenStatistics:
-    """Teacher-forced statistics of image tokens, in nats: float32 [B, T] each.
-
-    Attributes:
-        logprobs, entropy: under the conditional branch at temperature 1.
-        guided_logprobs: under the distribution that a sampling rule draws from; only where it was asked for.
-    """
-
-    logprobs: Tensor
-    entropy: Tensor
-    guided_logprobs: Tensor | None = None
 
 
 class Policy(Protocol):

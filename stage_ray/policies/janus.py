@@ -11,9 +11,9 @@ from transformers import JanusForConditionalGeneration
 
 from stage_ray.config import ConfigError, PolicyConfig
 from stage_ray.policies import janus_parts
-from stage_ray.policies.base import PromptIds, TokenStatistics
+from stage_ray.policies.base import PromptIds
 from stage_ray.policies.janus_parts import JanusFiles, JanusPrompts
-from stage_ray.policies.statistics import SamplingRule, final_logits, head_statistics
+from stage_ray.policies.statistics import SamplingRule, TokenStatistics, final_logits, head_statistics
 
 TRAINED_PREFIX = "model.language_model."
 LOGITS_AT_ONCE = 2**22  # float32 logits made at once by `statistics`: 16 MiB, and a few temporaries of that size

@@ -15,10 +15,23 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from stage_ray.config import RolloutConfig
-from stage_ray.policies.base import TokenStatistics
 
 Head = Callable[[Tensor], Tensor]
 LOWEST = -1e3  # in place of minus infinity, which times a probability of 0 is NaN; exp(-1e3) is 0 in float32
+
+
+@dataclass(frozen=True, slots=True)
+class TokenStatistics:
+    """Teacher-forced statistics of image tokens, in nats: float32 [B, T] each.
+
+    Attributes:
+        logprobs, entropy: under the conditional branch at temperature 1.
+        guided_logprobs: under the distribution that a sampling rule draws from; only where it was asked for.
+    """
+
+    logprobs: Tensor
+    entropy: Tensor
+    guided_logprobs: Tensor | None = None
 
 
 def token_statistics(logits: Tensor, tokens: Tensor) -> TokenStatistics:
