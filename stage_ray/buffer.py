@@ -103,8 +103,7 @@ class GroupBuffer(Generic[Payload]):
                 for slot in batch:
                     slot.taken = True
                 return [(slot.group_id, slot.payload) for slot in batch if slot.payload is not None]
-            self._changed.clear()
-            await self._changed.wait()
+            await self._change()
 
     async def payload(self, group_id: int) -> Payload | None:
         """A held group's payload, once it is ready; None if the group was replaced in the meantime."""
@@ -112,8 +111,7 @@ class GroupBuffer(Generic[Payload]):
             slot = next((slot for slot in self._slots if slot.group_id == group_id), None)
             if slot is None or slot.payload is not None:
                 return slot.payload if slot else None
-            self._changed.clear()
-            await self._changed.wait()
+            await self._change()
 
     def release(self, group_ids: Iterable[int]) -> None:
         """Groups are trained: only now do their slots become free.
@@ -131,9 +129,13 @@ class GroupBuffer(Generic[Payload]):
     async def wait_free(self) -> int:
         """Wait until at least one slot is free; how many are."""
         while self.free <= 0:
-            self._changed.clear()
-            await self._changed.wait()
+            await self._change()
         return self.free
+
+    async def _change(self) -> None:
+        """Wait until some group is ready or some slot is free."""
+        self._changed.clear()
+        await self._changed.wait()
 
     def _batch(self, step: int) -> list[_Slot[Payload]] | None:
         held = [slot for slot in self._slots if not slot.taken]

@@ -182,7 +182,7 @@ class Cluster:
 
     async def fetch(self, refs: Sequence[Any]) -> list[Any]:
         """Bring small objects (verdicts, a few pictures for a person to look at) to the driver."""
-        return list(await asyncio.gather(*(_value(ref) for ref in refs)))
+        return list(await asyncio.gather(*refs))
 
     async def ask_learner(self, ask: Callable[[Any], Any]) -> Any:
         """Call the learner.
@@ -289,7 +289,3 @@ def actor_of(role: type, cpus: float, gpus: float, env: dict[str, str]) -> Any:
 
 def _engine_environment(rollout: RolloutConfig) -> dict[str, str]:
     return vllm_environment(rollout) if rollout.engine == "vllm" else {}
-
-
-async def _value(ref: Any) -> Any:
-    return await ref

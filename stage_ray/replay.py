@@ -5,14 +5,13 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from stage_ray.alarms import alarms
 from stage_ray.config import RunConfig
 from stage_ray.errors import ConfigError, RunError
 from stage_ray.metrics import Recorder
 from stage_ray.progress import Progress
 from stage_ray.recording import load_group
 from stage_ray.run_dir import open_run_dir
-from stage_ray.run_files import GROUPS
+from stage_ray.run_files import GROUPS, record_update
 
 
 def replay(run: RunConfig, source: Path, progress: Progress) -> Path:
@@ -48,13 +47,8 @@ def replay(run: RunConfig, source: Path, progress: Progress) -> Path:
             except LearnerError as error:
                 raise RunError(f"replay of {directory}: {error}") from error
             seconds = time.perf_counter() - began
-            found = alarms(metrics, run)
-            images = {"time/step_s": seconds, "images_per_s": metrics["images"] / seconds}
-            recorder.step(step, {**metrics, **images, "alarms": [name for name, _ in found]})
-            progress.step(step, len(steps), metrics | images)
-            for name, text in found:
-                recorder.alarm(step, name, text)
-                progress.alarm(name, text)
+            timed = {"time/step_s": seconds, "images_per_s": metrics["images"] / seconds}
+            record_update(run, recorder, progress, step, len(steps), metrics | timed)
     finally:
         recorder.close()
     learner.export(run_dir / "final")

@@ -95,16 +95,11 @@ class RunFiles:
 
     def record(self, step: int, metrics: dict[str, float]) -> None:
         """Write and show the metrics and alarms of an update."""
-        found = alarms(metrics, self._run)
-        self.recorder.step(step, {**metrics, "alarms": [name for name, _ in found]})
-        self._progress.step(step, self._run.steps, metrics)
-        for name, text in found:
-            self.alarm(step, name, text)
+        record_update(self._run, self.recorder, self._progress, step, self._run.steps, metrics)
 
     def alarm(self, step: int, name: str, text: str) -> None:
         """Write and show an alarm of a step."""
-        self.recorder.alarm(step, name, text)
-        self._progress.alarm(name, text)
+        record_alarm(self.recorder, self._progress, step, name, text)
 
     async def keep_groups(self, step: int, groups: Sequence[GroupRefs], cluster: Cluster) -> None:
         """Write the groups of an update to disk, where the config wants that."""
@@ -207,3 +202,20 @@ class StepClock:
         """``time/<lap>_s``, ``time/step_s`` and ``images_per_s``."""
         step_s = self._last - self._start
         return {**self._laps, "time/step_s": step_s, "images_per_s": images / step_s}
+
+
+def record_update(
+    run: RunConfig, recorder: Recorder, progress: Progress, step: int, steps: int, metrics: dict[str, float]
+) -> None:
+    """Write and show the metrics and alarms of update ``step`` of ``steps``."""
+    found = alarms(metrics, run)
+    recorder.step(step, {**metrics, "alarms": [name for name, _ in found]})
+    progress.step(step, steps, metrics)
+    for name, text in found:
+        record_alarm(recorder, progress, step, name, text)
+
+
+def record_alarm(recorder: Recorder, progress: Progress, step: int, name: str, text: str) -> None:
+    """Write and show an alarm of a step."""
+    recorder.alarm(step, name, text)
+    progress.alarm(name, text)
