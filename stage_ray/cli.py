@@ -85,7 +85,7 @@ def train(
 
         typer.echo(describe(run))
         return
-    from stage_ray.progress import Progress
+    from stage_ray.run.progress import Progress
 
     if replay is not None:
         from stage_ray.replay import replay as replay_run
@@ -124,7 +124,7 @@ def evaluate(
     Example: stage-ray evaluate runs/stage_shapeworld/final --suite geneval --json after.json
     """
     from stage_ray.inference import evaluate_model, result_table, write_result
-    from stage_ray.progress import Progress
+    from stage_ray.run.progress import Progress
 
     with Progress() as progress:
         result = evaluate_model(
@@ -160,7 +160,7 @@ def generate(
     Example: stage-ray generate runs/stage_shapeworld/final --prompt "a photo of a red ring" --out pictures
     """
     from stage_ray.inference import generate_images
-    from stage_ray.progress import Progress
+    from stage_ray.run.progress import Progress
 
     with Progress() as progress:
         sheet = generate_images(
@@ -233,7 +233,7 @@ def report(
 
     Example: stage-ray report runs/stage_shapeworld
     """
-    from stage_ray.report import write_report
+    from stage_ray.report.report import write_report
 
     typer.echo(write_report(run_dir))
 

@@ -49,7 +49,10 @@ class RolloutConfig(Section):
     engine: Literal["vllm", "torch"] = Field(
         "vllm", description="vllm: paged attention, tensor parallel; torch: static cache, best for tiny models"
     )
-    workers: int = Field(1, ge=1, description="Rollout actors")
+    workers: int = Field(1, ge=1, description="Rollout actors that the run needs")
+    max_workers: int | None = Field(
+        None, ge=1, description="Rollout actors where the cluster has room, now or later; null: no more than workers"
+    )
     group_size: int = Field(8, ge=2, description="G, images of one prompt")
     groups_per_step: int = Field(8, ge=1, description="N, groups (prompts) of one update")
     guidance_scale: float = Field(5.0, ge=1.0, description="w in u + w (c - u); 1 is off")
@@ -60,8 +63,13 @@ class RolloutConfig(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="auto: bfloat16 where the hardware computes in it"
     )
+    tensor_parallel: int = Field(1, ge=1, description="vLLM's tensor parallel ranks of one worker, each with its GPU")
     cpus: float = Field(1.0, gt=0, description="CPUs reserved for one worker")
     gpus: float = Field(0.0, ge=0, description="GPUs reserved for one worker")
+    resources: dict[str, float] = Field(
+        default_factory=dict,
+        description="Custom Ray resources of one worker, such as {rollout: 1}: which nodes it may use",
+    )
     threads: int | None = Field(
         None, ge=1, description="Threads of one worker; null: every core in synchronous runs, else half"
     )
@@ -87,12 +95,16 @@ class RewardConfig(Section):
 class ScoringConfig(Section):
     """The pool of reward actors; each holds every scorer."""
 
-    workers: int = Field(1, ge=1, description="Reward actors")
+    workers: int = Field(1, ge=1, description="Reward actors that the run needs")
+    max_workers: int | None = Field(
+        None, ge=1, description="Reward actors where the cluster has room, now or later; null: no more than workers"
+    )
     groups_per_call: int = Field(8, ge=1, description="Groups scored in one batched call")
     timeout_s: float = Field(120.0, gt=0, description="Seconds a call may take before its groups are scored again")
     attempts: int = Field(2, ge=1, description="Times a group is scored before it is replaced by a fresh one")
     cpus: float = Field(0.5, gt=0, description="CPUs reserved for one worker")
     gpus: float = Field(0.0, ge=0, description="GPUs reserved for one worker")
+    resources: dict[str, float] = Field(default_factory=dict, description="Custom Ray resources of one worker")
 
 
 class AlgorithmConfig(Section):
@@ -147,11 +159,13 @@ class LearnerConfig(Section):
         gt=0,
         description="A synchronous run stops when mean |delta log p| of rollout and learner exceeds this; null is off",
     )
-    cpus: float = Field(1.0, gt=0, description="CPUs reserved for the learner")
+    ranks: int = Field(1, ge=1, description="Actors that share one update (FSDP2), whole groups each")
+    cpus: float = Field(1.0, gt=0, description="CPUs reserved for one rank")
     threads: int | None = Field(
         None, ge=1, description="Threads of the learner; null: every core in synchronous runs, else half"
     )
-    gpus: float = Field(0.0, ge=0, description="GPUs reserved for the learner")
+    gpus: float = Field(0.0, ge=0, description="GPUs reserved for one rank")
+    resources: dict[str, float] = Field(default_factory=dict, description="Custom Ray resources of one rank")
     timeout_s: float = Field(3600.0, gt=0, description="Seconds an update may take before the learner is replaced")
 
 
@@ -238,6 +252,16 @@ class RunConfig(Section):
         if self.evaluation.enabled and self.prompts.heldout is None:
             raise ValueError(
                 "evaluation.enabled is true but prompts.heldout is not set; set it, or evaluation.enabled=false"
+            )
+        for name, pool in (("rollout", self.rollout), ("scoring", self.scoring)):
+            if pool.max_workers is not None and pool.max_workers < pool.workers:
+                raise ValueError(
+                    f"{name}.max_workers = {pool.max_workers} is less than {name}.workers = {pool.workers}"
+                )
+        if self.rollout.groups_per_step % self.learner.ranks:
+            raise ValueError(
+                f"learner.ranks = {self.learner.ranks} does not divide rollout.groups_per_step = "
+                f"{self.rollout.groups_per_step}: every rank trains as many whole groups as the others"
             )
         return self
 

@@ -157,7 +157,7 @@ def _memory() -> Iterable[Finding]:
 def _assets() -> Iterable[Finding]:
     for location in PROMPTS:
         try:
-            from stage_ray.prompts import load_prompts
+            from stage_ray.pipeline.prompts import load_prompts
 
             yield Finding(f"prompts {Path(location).stem}", "ok", f"{len(load_prompts(location))} prompts")
         except ConfigError as error:

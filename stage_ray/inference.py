@@ -17,13 +17,13 @@ from stage_ray.engines import build_engine
 from stage_ray.engines.base import ImageEngine
 from stage_ray.errors import ConfigError
 from stage_ray.evaluation import EvaluationResult, evaluate, find_suite, requests_for
-from stage_ray.files import write_whole
 from stage_ray.machine import usable_cpus
-from stage_ray.progress import Progress
-from stage_ray.prompts import load_prompts
+from stage_ray.pipeline.prompts import load_prompts
 from stage_ray.records import Prompt
+from stage_ray.report.samples import contact_sheet
 from stage_ray.rewards import build_rewards
-from stage_ray.samples import contact_sheet
+from stage_ray.run.files import write_whole
+from stage_ray.run.progress import Progress
 
 IMAGES_AT_ONCE = 64
 SHEET_IMAGES = 120  # more make a picture that no viewer likes

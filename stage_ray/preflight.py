@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from stage_ray.config import RunConfig
+from stage_ray.pipeline.prompts import load_prompts
 from stage_ray.policies.checkpoint_files import check_directory
-from stage_ray.prompts import load_prompts
 from stage_ray.records import Prompt
 from stage_ray.resources import model_location
 

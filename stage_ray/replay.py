@@ -7,11 +7,11 @@ from pathlib import Path
 
 from stage_ray.config import RunConfig
 from stage_ray.errors import ConfigError, RunError
-from stage_ray.metrics import Recorder
-from stage_ray.progress import Progress
-from stage_ray.recording import load_group
-from stage_ray.run_dir import open_run_dir
-from stage_ray.run_files import GROUPS, record_update
+from stage_ray.run.metrics import Recorder
+from stage_ray.run.progress import Progress
+from stage_ray.run.recording import load_group
+from stage_ray.run.run_dir import open_run_dir
+from stage_ray.run.run_files import GROUPS, record_update
 
 
 def replay(run: RunConfig, source: Path, progress: Progress) -> Path:

@@ -17,8 +17,8 @@ import yaml
 from safetensors.torch import load_file
 
 from stage_ray.errors import ConfigError
-from stage_ray.progress import Progress
 from stage_ray.replay import replay
+from stage_ray.run.progress import Progress
 from stage_ray.train import train
 from tests.test_train import StopsAfter, lines, tiny_run, without_clocks
 from tests.tiny import tiny_janus

@@ -40,9 +40,9 @@ from stage_ray.engines.torch import TorchEngine
 from stage_ray.engines.waves import ImageRow
 from stage_ray.errors import RunError
 from stage_ray.learner import Learner
-from stage_ray.ledger import Ledger
+from stage_ray.pipeline.ledger import Ledger
 from stage_ray.policies.janus import JanusPolicy
-from stage_ray.progress import Progress
+from stage_ray.run.progress import Progress
 from stage_ray.weights import WeightError, pack, unpack
 from tests.learner_case import PROMPTS, sample_groups, score, tiny_run
 from tests.tiny import CODES, HIDDEN, IMAGE_TOKENS, tiny_janus

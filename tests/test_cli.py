@@ -174,7 +174,7 @@ def test_a_bug_shows_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     def broken(run_dir: Path) -> Path:
         raise ZeroDivisionError
 
-    monkeypatch.setattr("stage_ray.report.write_report", broken)
+    monkeypatch.setattr("stage_ray.report.report.write_report", broken)
     with pytest.raises(ZeroDivisionError):
         main(["report", str(tmp_path)])
 

@@ -29,16 +29,16 @@ import yaml
 from safetensors.torch import load_file
 
 from stage_ray.bench.timed_cluster import TimedCluster
-from stage_ray.checkpoint import CheckpointStore
-from stage_ray.cluster import Cluster, GroupRefs
+from stage_ray.cluster.cluster import Cluster, GroupRefs
 from stage_ray.config import RunConfig, load_config
 from stage_ray.errors import RunError
-from stage_ray.ledger import Audit, Ledger
-from stage_ray.progress import Progress
-from stage_ray.prompts import PromptCursor
+from stage_ray.pipeline.ledger import Audit, Ledger
+from stage_ray.pipeline.prompts import PromptCursor
+from stage_ray.pipeline.stream import GroupStream
 from stage_ray.records import Prompt
-from stage_ray.run_files import RunFiles
-from stage_ray.stream import GroupStream
+from stage_ray.run.checkpoint import CheckpointStore
+from stage_ray.run.progress import Progress
+from stage_ray.run.run_files import RunFiles
 from stage_ray.train import train
 from tests.chaos import WORKERS, audited, end_session, start_driver
 from tests.scorers import MOODS

@@ -20,7 +20,7 @@ import psutil
 import pytest
 import yaml
 
-from stage_ray.run_dir import open_run_dir
+from stage_ray.run.run_dir import open_run_dir
 from tests.scorers import Brightness
 from tests.test_train import tiny_run
 from tests.tiny import tiny_janus

@@ -13,8 +13,8 @@ from transformers import JanusForConditionalGeneration
 
 from stage_ray.config import RunConfig, validate_config
 from stage_ray.errors import ConfigError, RunError
-from stage_ray.progress import Progress
-from stage_ray.run_dir import open_run_dir
+from stage_ray.run.progress import Progress
+from stage_ray.run.run_dir import open_run_dir
 from stage_ray.train import train
 from tests.tiny import tiny_janus
 

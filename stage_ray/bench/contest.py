@@ -21,7 +21,7 @@ from typing import Any
 
 from stage_ray.errors import RunError
 from stage_ray.machine import usable_cpus
-from stage_ray.progress import Progress
+from stage_ray.run.progress import Progress
 
 Facts = Mapping[str, Any]
 Turn = Callable[[], Facts]

@@ -19,7 +19,7 @@ from stage_ray.config import RunConfig, load_config
 from stage_ray.errors import ConfigError, RunError
 from stage_ray.learner.precision import uses_bfloat16
 from stage_ray.policies.base import compute_dtype, device_for
-from stage_ray.progress import Progress
+from stage_ray.run.progress import Progress
 
 CONFIG = Path(__file__).parents[2] / "configs" / "stage_shapeworld.yaml"
 STEPS, SKIPPED, REPEATS = 12, 3, 3

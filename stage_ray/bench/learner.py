@@ -20,8 +20,8 @@ from stage_ray.config import RunConfig, validate_config
 from stage_ray.learner import Learner
 from stage_ray.learner.precision import uses_bfloat16
 from stage_ray.policies.base import Policy, device_for
-from stage_ray.progress import Progress
 from stage_ray.records import RolloutGroup, ScoredGroup
+from stage_ray.run.progress import Progress
 
 GROUPS, GROUP_SIZE = 2, 8
 IMAGES = GROUPS * GROUP_SIZE

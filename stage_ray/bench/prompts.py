@@ -6,8 +6,8 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from itertools import islice
 
+from stage_ray.pipeline.prompts import load_prompts
 from stage_ray.policies.base import PromptIds
-from stage_ray.prompts import load_prompts
 from stage_ray.records import Prompt
 
 TRAIN = "package:stage_ray/world/assets/prompts/train.jsonl"

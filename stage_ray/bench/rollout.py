@@ -21,7 +21,7 @@ from stage_ray.engines import build_engine
 from stage_ray.engines.waves import ImageRow, WaveEngine
 from stage_ray.machine import usable_cpus
 from stage_ray.policies.base import compute_dtype
-from stage_ray.progress import Progress
+from stage_ray.run.progress import Progress
 
 GUIDANCE, GROUP = 2.0, 8
 PLAIN = (

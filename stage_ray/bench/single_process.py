@@ -12,8 +12,8 @@ from stage_ray.bench.baselines import PlainLearner, plain_tokens
 from stage_ray.bench.limits import Work, synchronize
 from stage_ray.bench.prompts import equal_prompts
 from stage_ray.config import RunConfig
+from stage_ray.pipeline.prompts import load_prompts
 from stage_ray.policies.base import device_for
-from stage_ray.prompts import load_prompts
 from stage_ray.records import RolloutGroup
 from stage_ray.rewards import build_rewards, score_groups
 

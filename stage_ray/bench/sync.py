@@ -19,11 +19,11 @@ from stage_ray.bench.limits import synchronize
 from stage_ray.bench.models import FIFTY_MILLION, SMALL, model_of
 from stage_ray.bench.rows import Row, median
 from stage_ray.bench.sync_actors import ROW, TENSORS, SyncCluster
+from stage_ray.cluster.local_ray import start_ray
 from stage_ray.config import PolicyConfig, RolloutConfig, RunConfig, validate_config
 from stage_ray.engines.waves import WaveEngine
-from stage_ray.local_ray import start_ray
 from stage_ray.machine import usable_cpus
-from stage_ray.progress import Progress
+from stage_ray.run.progress import Progress
 
 WORKERS = 2
 GIGABYTE, QUICK_BYTES = 7813 * ROW, 500 * ROW

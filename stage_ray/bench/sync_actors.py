@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from stage_ray.bench.limits import synchronize
-from stage_ray.cluster import Cluster, actor_of
+from stage_ray.cluster.cluster import Cluster, actor_of
 from stage_ray.config import RunConfig
 from stage_ray.engines.sampling import SamplingRule
 from stage_ray.engines.waves import ImageRow, WaveEngine, WaveSamples

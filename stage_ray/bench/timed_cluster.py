@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 
-from stage_ray.cluster import GroupRefs
+from stage_ray.cluster.cluster import GroupRefs
 from stage_ray.config import RunConfig
 from stage_ray.records import RolloutReceipt, RolloutRequest, ScoreReceipt
 
 
 class TimedCluster:
-    """What `GroupStream` and the loop ask of a `stage_ray.cluster.Cluster`, with waiting in place of work.
+    """What `GroupStream` and the loop ask of a `stage_ray.cluster.cluster.Cluster`, with waiting in place of work.
 
     As there, a worker does one thing at a time in the order in which it was asked, and loads a version between waves.
     """

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from stage_ray.evaluation.result import EvaluationResult, TaskScore
-from stage_ray.prompts import image_seeds
+from stage_ray.pipeline.prompts import image_seeds
 from stage_ray.records import Prompt, RolloutRequest, ScoredGroup
 
 UNTAGGED = "all"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from stage_ray.run_dir import deny_others_writing
+from stage_ray.run.run_dir import deny_others_writing
 
 
 def redirect_output(log: str | None) -> None:

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from stage_ray.comparison import OVERALL, compare
 from stage_ray.errors import ConfigError, RunError
 from stage_ray.evaluation import summarise
-from stage_ray.report import write_report
+from stage_ray.report.comparison import OVERALL, compare
+from stage_ray.report.report import write_report
 from tests.fake_run import PROMPTS, TASKS, scored, write_fake_run
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stage_ray.samples import BORDER, MARGIN, VERDICTS, contact_sheet
+from stage_ray.report.samples import BORDER, MARGIN, VERDICTS, contact_sheet
 
 
 def test_frames_tell_the_verdict_and_pixels_are_those_of_the_image(tmp_path: Path) -> None:

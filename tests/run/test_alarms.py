@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from stage_ray.alarms import alarms
 from stage_ray.config import RunConfig
 from stage_ray.errors import RunError
 from stage_ray.learner import Learner
 from stage_ray.learner.batch import LearnerError
-from stage_ray.progress import Progress
 from stage_ray.records import RolloutGroup
+from stage_ray.run.alarms import alarms
+from stage_ray.run.progress import Progress
 from stage_ray.train import train
 from tests import test_train
 from tests.learner_case import PROMPTS, low_tokens, sample_groups, score, tiny_run

@@ -12,12 +12,12 @@ from typing import Any
 
 import ray
 
+from stage_ray.cluster.local_ray import start_ray
+from stage_ray.cluster.seats import Seat, WorkerFailed, WorkerLost, heartbeats
 from stage_ray.config import RolloutConfig, RunConfig
 from stage_ray.engines.vllm.environment import vllm_environment
 from stage_ray.errors import RunError
-from stage_ray.local_ray import start_ray
 from stage_ray.records import RolloutReceipt, RolloutRequest, ScoreReceipt
-from stage_ray.seats import Seat, WorkerFailed, WorkerLost, heartbeats
 from stage_ray.workers.learner import LearnerWorker
 from stage_ray.workers.reward import RewardWorker
 from stage_ray.workers.rollout import RolloutWorker

@@ -8,7 +8,7 @@ import signal
 from types import TracebackType
 
 from stage_ray.errors import Interrupted
-from stage_ray.progress import Progress
+from stage_ray.run.progress import Progress
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 

@@ -14,8 +14,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_serv
 from torch.utils.tensorboard import SummaryWriter
 
 from stage_ray.errors import RunError
-from stage_ray.files import write_whole
 from stage_ray.machine import machine_facts
+from stage_ray.run.files import write_whole
 
 PREFIX = "stage_ray_"
 METRICS_FILE = "metrics.jsonl"

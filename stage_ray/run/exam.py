@@ -9,14 +9,14 @@ from pathlib import Path
 
 import numpy as np
 
-from stage_ray.cluster import Cluster, GroupRefs
+from stage_ray.cluster.cluster import Cluster, GroupRefs
 from stage_ray.config import RunConfig
 from stage_ray.errors import RunError
 from stage_ray.evaluation import requests_for, summarise
-from stage_ray.files import write_whole
-from stage_ray.progress import Progress
 from stage_ray.records import Prompt, RolloutRequest, ScoredGroup
-from stage_ray.samples import contact_sheet
+from stage_ray.report.samples import contact_sheet
+from stage_ray.run.files import write_whole
+from stage_ray.run.progress import Progress
 
 
 class Exam:

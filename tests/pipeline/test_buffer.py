@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stage_ray.buffer import GroupBuffer
+from stage_ray.pipeline.buffer import GroupBuffer
 
 
 def test_a_slot_is_freed_when_its_group_is_trained_not_when_it_is_taken():

@@ -4,7 +4,7 @@ import io
 
 from rich.console import Console
 
-from stage_ray.progress import Progress
+from stage_ray.run.progress import Progress
 
 
 def plain() -> tuple[Progress, io.StringIO]:

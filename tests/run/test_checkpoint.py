@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from stage_ray.checkpoint import CheckpointError, CheckpointStore, verify
+from stage_ray.run.checkpoint import CheckpointError, CheckpointStore, verify
 
 
 def writer(text: str) -> Callable[[Path], None]:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import contextlib
 import os
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from stage_ray.config import RunConfig
 from stage_ray.errors import ConfigError
-from stage_ray.files import write_whole
+from stage_ray.run.files import write_whole
 
 # What may differ when a run goes on: where it runs and how often it looks, not what it computes.
 FREE_KEYS = {"run_dir", "cluster", "checkpoint", "evaluation", "scoring"}
+FREE_NAMES = {"workers", "max_workers", "ranks", "cpus", "gpus", "resources", "timeout_s", "gpu_memory_utilization"}
 
 
 def open_run_dir(run: RunConfig, resume: bool) -> Path:
@@ -56,9 +58,17 @@ def _untouched(path: Path) -> bool:
 def _check_same(run: RunConfig, config_file: Path) -> None:
     before = yaml.safe_load(config_file.read_text(encoding="utf-8"))
     now = run.model_dump(mode="json")
-    for key in now:
-        if key not in FREE_KEYS and before.get(key) != now[key]:
+    for key in now.keys() - FREE_KEYS:
+        old, new = _fixed(before.get(key)), _fixed(now[key])
+        if old != new:
             raise ConfigError(
-                f"--resume: {key} was {before.get(key)!r} in {config_file} and is {now[key]!r} now; "
+                f"--resume: {key} was {old!r} in {config_file} and is {new!r} now; "
                 "use the same value, or another --run-dir"
             )
+
+
+def _fixed(section: Any) -> Any:
+    """A section of a config without what may differ."""
+    if not isinstance(section, dict):
+        return section
+    return {name: value for name, value in section.items() if name not in FREE_NAMES}

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from stage_ray.errors import RunError
-from stage_ray.ledger import Audit, Ledger, audit, read_ledger
+from stage_ray.pipeline.ledger import Audit, Ledger, audit, read_ledger
 
 
 def test_a_group_cannot_be_trained_twice(tmp_path):

@@ -11,17 +11,17 @@ from typing import Any
 
 from ray.exceptions import RayTaskError
 
-from stage_ray.alarms import alarms
-from stage_ray.checkpoint import Checkpoint, CheckpointStore
-from stage_ray.cluster import Cluster, GroupRefs
+from stage_ray.cluster.cluster import Cluster, GroupRefs
 from stage_ray.config import RunConfig
 from stage_ray.errors import RunError
-from stage_ray.ledger import Ledger
-from stage_ray.metrics import Recorder
-from stage_ray.progress import Progress
-from stage_ray.prompts import PromptCursor
+from stage_ray.pipeline.ledger import Ledger
+from stage_ray.pipeline.prompts import PromptCursor
+from stage_ray.pipeline.stream import GroupStream
 from stage_ray.records import Prompt
-from stage_ray.stream import GroupStream
+from stage_ray.run.alarms import alarms
+from stage_ray.run.checkpoint import Checkpoint, CheckpointStore
+from stage_ray.run.metrics import Recorder
+from stage_ray.run.progress import Progress
 
 GROUPS = "groups"
 LEARNER_LIVES = 3

@@ -9,12 +9,12 @@ from collections.abc import Coroutine, Sequence
 from types import TracebackType
 from typing import Any
 
-from stage_ray.buffer import GroupBuffer
-from stage_ray.cluster import Cluster, GroupRefs
+from stage_ray.cluster.cluster import Cluster, GroupRefs
 from stage_ray.config import RunConfig
 from stage_ray.errors import RunError
-from stage_ray.ledger import Event, Ledger
-from stage_ray.prompts import PromptCursor, image_seeds
+from stage_ray.pipeline.buffer import GroupBuffer
+from stage_ray.pipeline.ledger import Event, Ledger
+from stage_ray.pipeline.prompts import PromptCursor, image_seeds
 from stage_ray.records import RolloutRequest
 
 

@@ -20,9 +20,9 @@ from ray._common.utils import get_default_system_temp_dir
 from ray._private import ray_constants
 from ray._private.authentication.authentication_token_setup import AuthenticationTokenLoader, Config
 
+from stage_ray.cluster.seats import first_line
 from stage_ray.config import ClusterConfig, RunConfig
 from stage_ray.errors import RunError
-from stage_ray.seats import first_line
 
 
 def start_ray(run: RunConfig, run_dir: Path) -> bool:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from stage_ray.errors import RunError
-from stage_ray.metrics import Recorder, read_steps
+from stage_ray.run.metrics import Recorder, read_steps
 
 
 @pytest.fixture

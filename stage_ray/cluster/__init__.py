@@ -1,0 +1,1 @@
+"""Where it runs: Ray, the seats of a run's actors and the calls between them."""
