@@ -63,6 +63,12 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the newest checkpoint of the run directory")
     ] = False,
+    auto_resume: Annotated[
+        bool,
+        typer.Option(
+            "--auto-resume", help="Go on if the run directory holds a run, else begin; for jobs that are retried"
+        ),
+    ] = False,
     replay: Annotated[
         Path | None,
         typer.Option(
@@ -96,12 +102,81 @@ def train(
     from stage_ray.train import train as train_run
 
     with Progress() as progress:
-        summary = train_run(run, resume=resume, progress=progress)
+        summary = train_run(run, resume="auto" if auto_resume else resume, progress=progress)
         if summary.before is not None and summary.after is not None:
             progress.note(
                 f"held-out GenEval {summary.before:.3f} before, {summary.after:.3f} after {summary.steps} steps"
             )
         progress.note(f"report: {summary.report}")
+
+
+@app.command(no_args_is_help=True)
+def submit(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file; checked here before anything is sent")],
+    address: Annotated[
+        str, typer.Option(envvar="RAY_API_SERVER_ADDRESS", help="The dashboard of the Ray cluster")
+    ] = "http://127.0.0.1:8265",
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override a key by its dotted name; may be repeated"),
+    ] = None,
+    run_dir: Annotated[
+        Path | None, typer.Option(help="Where the run writes: absolute, on storage that the cluster shares")
+    ] = None,
+    scratch: Annotated[
+        bool, typer.Option("--scratch", help="A relative run directory is wanted: it is lost with the job")
+    ] = False,
+    auto_resume: Annotated[
+        bool, typer.Option(help="Go on if the run directory holds a run, else begin; without, begin or fail")
+    ] = True,
+    job_id: Annotated[
+        str | None, typer.Option("--id", help="Name of the job; by default made of run directory and config")
+    ] = None,
+    wait: Annotated[bool, typer.Option(help="Follow the log until the job ends; its exit code is ours")] = True,
+    working_dir: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Send this directory instead of the installed package")
+    ] = None,
+    image_has_code: Annotated[
+        bool, typer.Option("--image-has-code", help="Send only the config: the cluster has stage_ray installed")
+    ] = False,
+    env: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="Pass this variable of yours on; may be repeated. Whoever has the cluster's token can read it there",
+        ),
+    ] = None,
+    entrypoint_cpus: Annotated[
+        float, typer.Option(help="CPUs reserved for the driver; more than 0 lets it leave the head node", min=0)
+    ] = 0.0,
+    entrypoint_resources: Annotated[
+        str | None, typer.Option(metavar="MAPPING", help="Custom resources reserved for the driver, as {driver: 1}")
+    ] = None,
+) -> None:
+    """Train as a job of a Ray cluster: start it, or follow it if it runs, or go on with it if it failed.
+
+    The exit code is that of the run. Ctrl-C stops following, not the job. A cluster that demands a token gets it from
+    RAY_AUTH_MODE=token with RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token.
+
+    Example: stage-ray submit configs/stage_shapeworld.yaml --run-dir /shared/runs/first
+    """
+    from stage_ray.cluster.job import plan_job
+    from stage_ray.cluster.submit import submit_job
+
+    job = plan_job(
+        config,
+        overrides or [],
+        run_dir,
+        auto_resume=auto_resume,
+        name=job_id,
+        working_dir=working_dir,
+        image_has_code=image_has_code,
+        scratch=scratch,
+        env=env or [],
+        cpus=entrypoint_cpus,
+        resources=entrypoint_resources,
+    )
+    raise typer.Exit(submit_job(job, address, wait=wait))
 
 
 @app.command(no_args_is_help=True)

@@ -16,7 +16,7 @@ from stage_ray.report.report import write_report
 from stage_ray.run.exam import Exam
 from stage_ray.run.files import disk_errors_named
 from stage_ray.run.progress import Progress
-from stage_ray.run.run_dir import open_run_dir
+from stage_ray.run.run_dir import Resume, open_run_dir
 from stage_ray.run.run_files import RunFiles, StepClock
 from stage_ray.run.stop import StopSignal
 
@@ -39,18 +39,18 @@ class RunSummary:
     report: Path
 
 
-def train(run: RunConfig, *, resume: bool = False, progress: Progress | None = None) -> RunSummary:
+def train(run: RunConfig, *, resume: Resume = False, progress: Progress | None = None) -> RunSummary:
     """Run the whole job.
 
     Raises:
         ConfigError: the config cannot be used; no run was started and nothing overwritten.
-        RunError: a worker, a scorer or a disk failed; what was done so far stays, and ``resume=True`` goes on.
+        RunError: a worker, a scorer or a disk failed; what was done so far stays, and ``resume`` goes on.
     """
     prompts, heldout = preflight(run)
     with disk_errors_named(Path(run.run_dir)):
         run_dir = open_run_dir(run, resume)
         progress = progress or Progress()
-        files = RunFiles(run, run_dir, prompts, resume=resume, progress=progress)
+        files = RunFiles(run, run_dir, prompts, resume=bool(resume), progress=progress)
         try:
             before, after = asyncio.run(_train(run, run_dir, files, heldout, progress))
         except NoValidRewardError as error:

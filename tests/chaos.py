@@ -2,7 +2,7 @@
 
 A real `stage-ray train` (tiny model, two rollout and two reward workers, two steps ahead in order of arrival) loses
 workers to SIGKILL and SIGSTOP, and its driver to SIGTERM, SIGINT and SIGKILL, alone or with everything else; then it
-goes on with ``--resume``. At the end the ledger is audited and compared with what the learner itself wrote.
+goes on with ``--auto-resume``. At the end the ledger is audited and compared with what the learner itself wrote.
 Exit code 0 only if no group was lost and none trained twice, the run never stood still, and all records agree.
 
 Only processes of the run are signalled: those of the session (setsid) that the driver was started in.
@@ -167,12 +167,12 @@ class Soak:
         return path.read_bytes().count(b"\n") if path.exists() else 0
 
     def start(self) -> None:
-        """Start the driver, with ``--resume`` after the first time."""
-        command = [sys.executable, "-m", "stage_ray", "train", str(self.directory / "config.yaml")]
+        """Start the driver."""
+        command = [sys.executable, "-m", "stage_ray", "train", str(self.directory / "config.yaml"), "--auto-resume"]
         again = self.driver is not None
         self.resumed += again
         with (self.directory / "driver.log").open("a") as log:
-            self.driver = start_driver(command + ["--resume"] * again, stdout=log, stderr=log)
+            self.driver = start_driver(command, stdout=log, stderr=log)
         self.seen, self.moved = self.steps(), time.monotonic()
         self.trains = self.asked = False
 

@@ -1,112 +1,168 @@
-"""The same job through Ray's Jobs API: a real head node, `ray job submit`, no second Ray."""
+"""A training through Ray's Jobs API: a real head node, `ray job submit` and `stage-ray submit`, no second Ray."""
 
 from __future__ import annotations
 
 import json
 import os
 import signal
-import socket
 import subprocess
-import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
-REPOSITORY = Path(__file__).parents[1]
-BIN = Path(sys.executable).parent
+from stage_ray.pipeline.ledger import audit, read_ledger
+from tests.ray_head import BIN, REPOSITORY, Head, ray_head
+
+pytestmark = pytest.mark.slow  # a head that they share, and a job or more each
+
+CONFIG = "configs/stage_shapeworld.yaml"
+SMALL = {
+    "steps": "1",
+    "evaluation.enabled": "false",
+    "rollout.groups_per_step": "2",
+    "rollout.group_size": "2",
+    "rollout.threads": "1",
+    "learner.threads": "1",
+    "cluster.metrics_port": "null",
+}
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+@pytest.fixture(scope="module")
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
+    with ray_head(tmp_path_factory.mktemp("head"), resources={"driver": 1}) as running:
+        yield running
 
 
-@pytest.fixture
-def dashboard(tmp_path):
-    """`ray start --head` on loopback, in a process group of its own; yields the Jobs API's address."""
-    port, dashboard_port = free_port(), free_port()
-    environment = with_token(tmp_path) | {"PATH": f"{BIN}:{os.environ['PATH']}"}
-    command = [
-        str(BIN / "ray"),
-        "start",
-        "--head",
-        "--block",
-        "--disable-usage-stats",
-        "--node-ip-address=127.0.0.1",
-        f"--port={port}",
-        "--dashboard-host=127.0.0.1",
-        f"--dashboard-port={dashboard_port}",
-        f"--dashboard-agent-listen-port={free_port()}",  # another Ray on this machine holds the default one
-        "--num-cpus=4",
-        f"--object-store-memory={200 * 2**20}",
-    ]
-    with (tmp_path / "head.log").open("wb") as log:
-        head = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True, cwd=tmp_path)
-    try:
-        wait_for(dashboard_port, head, tmp_path / "head.log")
-        yield f"http://127.0.0.1:{dashboard_port}"
-    finally:
-        os.killpg(head.pid, signal.SIGTERM)
-        try:
-            head.wait(20)
-        except subprocess.TimeoutExpired:
-            os.killpg(head.pid, signal.SIGKILL)
+def settings(**changes: str) -> list[str]:
+    """`--set` for a run of seconds; underscores of a name's dots: ``rollout__cpus``."""
+    keys = SMALL | {key.replace("__", "."): value for key, value in changes.items()}
+    return [part for key, value in keys.items() for part in ("--set", f"{key}={value}")]
 
 
-def with_token(directory: Path) -> dict[str, str]:
-    """An environment whose Ray demands a token that this user may never have had."""
-    token = directory / "token"
-    token.write_text("0123456789abcdef" * 4)
-    plain = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
-    return plain | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+def steps(run_dir: Path) -> list[int]:
+    file = run_dir / "metrics.jsonl"
+    return [json.loads(line)["step"] for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def wait_for(port: int, head: subprocess.Popen, log: Path) -> None:
-    deadline = time.monotonic() + 90
-    while time.monotonic() < deadline and head.poll() is None:
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return
-        time.sleep(0.5)
-    pytest.fail(f"no Ray head within 90 s: {log.read_text()}")
+def submit(head: Head, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    return head.command("stage-ray", "submit", CONFIG, "--address", head.address, *arguments, **variables)
 
 
-def submit(address: str, environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [
-        str(BIN / "ray"),
-        "job",
-        "submit",
-        "--address",
-        address,
-        "--working-dir",
-        ".",
-        "--",
-        "stage-ray",
-        *arguments,
-    ]
-    return subprocess.run(command, env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=280)
+def until(what: Callable[[], object], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < deadline, "it did not come to pass"
+        time.sleep(0.2)
 
 
-@pytest.mark.slow
-def test_a_submitted_job_attaches_to_the_running_cluster_and_its_exit_code_is_the_runs(dashboard, tmp_path):
-    run_dir = tmp_path / "run"
-    small = [
-        "steps=1",
-        "evaluation.enabled=false",
-        "rollout.groups_per_step=2",
-        "rollout.group_size=2",
-        "cluster.metrics_port=null",
-    ]
-    settings = [part for item in small for part in ("--set", item)]
-    done = submit(
-        dashboard, with_token(tmp_path), "train", "configs/stage_shapeworld.yaml", "--run-dir", str(run_dir), *settings
-    )
+def test_ray_job_submit_attaches_to_the_running_cluster_and_fails_with_the_run(head, tmp_path):
+    def plain(*arguments: str) -> subprocess.CompletedProcess[str]:
+        words = ["ray", "job", "submit", "--address", head.address, "--working-dir", ".", "--", "stage-ray", "train"]
+        return head.command(*words, CONFIG, *arguments)
+
+    done = plain("--run-dir", str(tmp_path / "run"), *settings())
     assert done.returncode == 0, done.stdout + done.stderr
-    assert [json.loads(line)["step"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()] == [1]
-    assert not (run_dir / "logs" / "ray").exists(), "a second Ray was started"
+    assert steps(tmp_path / "run") == [1]
+    assert not (tmp_path / "run" / "logs" / "ray").exists(), "a second Ray was started"
 
-    wrong = submit(dashboard, with_token(tmp_path), "train", "configs/stage_shapeworld.yaml", "--set", "learner.lrr=1")
+    wrong = plain("--set", "learner.lrr=1")
     assert wrong.returncode != 0
     assert "did you mean 'learner.lr'?" in wrong.stdout + wrong.stderr
+
+
+def test_submit_sends_the_code_follows_the_run_and_does_not_repeat_it(head, tmp_path):
+    run_dir = tmp_path / "run"
+    arguments = ["--run-dir", str(run_dir), "--env", "A_TOKEN", "--entrypoint-cpus", "0.5"]
+    arguments += ["--entrypoint-resources", "{driver: 1}", *settings()]
+    done = submit(head, *arguments, A_TOKEN="hush-hush")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert steps(run_dir) == [1] and not (run_dir / "logs" / "ray").exists()
+    assert str(run_dir / "report.html") in done.stdout, "the job's log was not followed"
+    assert "hush-hush" not in done.stdout + done.stderr
+
+    (job,) = [job for job in head.jobs().values() if job["metadata"].get("stage_ray_run_dir") == str(run_dir)]
+    assert job["runtime_env"]["env_vars"]["A_TOKEN"] == "hush-hush"
+    again = submit(head, *arguments, A_TOKEN="hush-hush")
+    assert again.returncode == 0 and "has succeeded already" in again.stderr
+    assert job["submission_id"] + ".2" not in head.jobs()
+
+
+def test_what_only_the_cluster_can_find_wrong_has_the_exit_code_of_the_run(head, tmp_path):
+    wrong = submit(head, "--run-dir", str(tmp_path / "a"), *settings(policy__path="/nowhere/janus"))
+    assert wrong.returncode == 2 and "/nowhere/janus does not exist" in wrong.stdout, wrong.stdout + wrong.stderr
+
+    too_much = ["--run-dir", str(tmp_path / "b"), *settings(rollout__cpus="1000", cluster__start_timeout_s="5")]
+    failed = submit(head, *too_much, "--id", "too-much")
+    assert failed.returncode == 1 and "1000" in failed.stdout, failed.stdout + failed.stderr
+    again = submit(head, *too_much, "--id", "too-much", "--no-wait")
+    assert again.returncode == 0 and "too-much.2" in again.stderr and "--follow too-much.2" in again.stderr
+
+
+def test_a_job_is_joined_left_stopped_killed_and_goes_on_without_losing_a_group(head, tmp_path):
+    run_dir = tmp_path / "long"
+    long = settings(steps="30", checkpoint__every="4", rollout__engine="torch")
+    arguments = ["--run-dir", str(run_dir), "--id", "long", *long]
+    words = [str(BIN / "stage-ray"), "submit", CONFIG, "--address", head.address, *arguments]
+
+    def follow() -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            words, env=head.environment, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+
+    assert submit(head, *arguments, "--no-wait").returncode == 0
+    until(lambda: len(steps(run_dir)) >= 2)
+
+    left = follow()
+    assert left.stdout is not None
+    until(lambda: "step" in left.stdout.readline())  # it shows the log of the job that another command started
+    left.send_signal(signal.SIGINT)
+    said = left.communicate(timeout=60)[0]
+    assert left.returncode == 130 and f"ray job stop long --address {head.address}" in said
+    assert head.jobs()["long"]["status"] == "RUNNING" and "long.2" not in head.jobs()
+
+    other = submit(head, "--run-dir", str(run_dir), *long, "--set", "seed=1")
+    assert other.returncode == 1 and "job long is writing into" in other.stderr
+
+    stayed = follow()
+    assert head.command("ray", "job", "stop", "long", "--address", head.address).returncode == 0
+    said = stayed.communicate(timeout=120)[0]
+    assert stayed.returncode == 143 and "stopped by SIGTERM after step" in said, said  # it had time to save
+    before = steps(run_dir)
+    assert len(before) < 30, "the run was over before it could be stopped"
+
+    second = follow()
+    until(lambda: len(steps(run_dir)) > len(before))
+    (driver,) = drivers(str(run_dir))
+    os.kill(driver, signal.SIGKILL)
+    said = second.communicate(timeout=120)[0]
+    assert second.returncode == 137, said
+
+    third = submit(head, *arguments)
+    assert third.returncode == 0, third.stdout + third.stderr
+    assert "long.3" in third.stderr and steps(run_dir) == list(range(1, 31))
+    found = audit(read_ledger(run_dir / "ledger.jsonl"), groups_per_step=2, max_staleness=0, held=())
+    assert found.sound and (found.steps, found.trained) == (30, 60), found
+
+
+def drivers(run_dir: str) -> list[int]:
+    """Processes that are the training itself: no shell around it, no worker of it."""
+    found = []
+    for process in psutil.process_iter(["pid", "cmdline"]):
+        words = process.info["cmdline"] or []
+        if words[1:4] == ["-m", "stage_ray", "train"] and run_dir in words:
+            found.append(process.info["pid"])
+    return found
+
+
+def test_a_cluster_that_wants_a_token_says_so_in_one_sentence(head, tmp_path):
+    for variables, sentence in (
+        ({"RAY_AUTH_MODE": "disabled"}, "wants a token"),
+        ({"RAY_AUTH_TOKEN": "f" * 64}, "refuses this token"),
+        ({"RAY_AUTH_TOKEN_PATH": str(tmp_path / "none"), "HOME": str(tmp_path)}, "token"),
+    ):
+        done = submit(head, "--run-dir", "/shared/runs/first", **variables)
+        assert done.returncode == 1 and sentence in done.stderr, done.stderr
+        assert done.stderr.startswith("stage-ray: ") and done.stderr.count("\n") == 1, done.stderr

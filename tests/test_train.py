@@ -180,6 +180,16 @@ def test_resuming_with_another_learning_rate_names_the_key(tmp_path, model):
         train(tiny_run(tmp_path, model, learner={"lr": 1.0}), resume=True)
 
 
+def test_resuming_where_there_is_no_run_is_refused_unless_it_may_begin_one(tmp_path, model):
+    run = tiny_run(tmp_path, model)
+    with pytest.raises(ConfigError, match="holds no run; leave --resume out to begin one, or use --auto-resume"):
+        open_run_dir(run, resume=True)
+    assert not (tmp_path / "run").exists()
+    run_dir = open_run_dir(run, resume="auto")
+    (run_dir / "metrics.jsonl").write_text('{"step": 1}\n')
+    assert open_run_dir(run, resume="auto") == run_dir
+
+
 def test_a_broken_model_directory_is_a_config_error_that_names_it(tmp_path, model):
     empty = tmp_path / "empty"
     empty.mkdir()

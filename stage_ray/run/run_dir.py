@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -18,16 +18,25 @@ FREE_KEYS = {"run_dir", "cluster", "checkpoint", "evaluation", "scoring"}
 FREE_NAMES = {"workers", "max_workers", "ranks", "cpus", "gpus", "resources", "timeout_s", "gpu_memory_utilization"}
 
 
-def open_run_dir(run: RunConfig, resume: bool) -> Path:
+Resume = bool | Literal["auto"]
+"""Go on with the run that a directory holds: it must (True), must not (False), or as it is (auto)."""
+
+
+def open_run_dir(run: RunConfig, resume: Resume) -> Path:
     """Make the run directory and write ``config.yaml``, or check that an existing one may go on.
 
     Raises:
-        ConfigError: it holds a run already (and ``resume`` is off), holds something else, or its config differs.
+        ConfigError: it holds a run already and ``resume`` is False, or none and it is True; it holds something else; or
+            the config of its run differs.
     """
     path = Path(run.run_dir)
     config_file = path / "config.yaml"
     if path.exists() and not path.is_dir():
         raise ConfigError(f"run_dir {path} is a file; name a directory")
+    if resume is True and not config_file.exists():
+        raise ConfigError(
+            f"--resume: run_dir {path} holds no run; leave --resume out to begin one, or use --auto-resume"
+        )
     if config_file.exists() and not _untouched(path):
         if not resume:
             raise ConfigError(

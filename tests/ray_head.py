@@ -1,0 +1,108 @@
+"""A real Ray head on this machine, as an operator starts one: `ray start --head`, a token, a Jobs API."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+
+REPOSITORY = Path(__file__).parents[1]
+BIN = Path(sys.executable).parent
+TOKEN = "0123456789abcdef" * 4
+
+
+@dataclass(frozen=True)
+class Head:
+    """A running head: where its Jobs API answers, and an environment that has the token for it."""
+
+    address: str
+    environment: dict[str, str]
+
+    def command(self, *words: str, seconds: float = 280, **variables: str) -> subprocess.CompletedProcess[str]:
+        """Run a program of this environment (`ray`, `stage-ray`) beside the head, to its end."""
+        return subprocess.run(
+            [str(BIN / words[0]), *words[1:]],
+            env=self.environment | variables,
+            cwd=REPOSITORY,
+            capture_output=True,
+            text=True,
+            timeout=seconds,
+            check=False,
+        )
+
+    def jobs(self) -> dict[str, dict[str, Any]]:
+        """What the Jobs API knows of submitted jobs, by submission id."""
+        answer = requests.get(f"{self.address}/api/jobs/", headers={"Authorization": f"Bearer {TOKEN}"}, timeout=30)
+        return {job["submission_id"]: job for job in answer.json() if job["type"] == "SUBMISSION"}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextlib.contextmanager
+def ray_head(directory: Path, resources: dict[str, float] | None = None) -> Iterator[Head]:
+    """`ray start --head` on loopback, in a process group of its own that is gone afterwards."""
+    port, dashboard_port = free_port(), free_port()
+    environment = with_token(directory) | {"PATH": f"{BIN}:{os.environ['PATH']}"}
+    command = [
+        str(BIN / "ray"),
+        "start",
+        "--head",
+        "--block",
+        "--disable-usage-stats",
+        "--node-ip-address=127.0.0.1",
+        f"--port={port}",
+        "--dashboard-host=127.0.0.1",
+        f"--dashboard-port={dashboard_port}",
+        f"--dashboard-agent-listen-port={free_port()}",  # another Ray on this machine holds the default one
+        "--num-cpus=4",
+        f"--resources={json.dumps(resources or {})}",
+        f"--object-store-memory={200 * 2**20}",
+    ]
+    loopback = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # else Ray takes the machine's address in the network
+    with (directory / "head.log").open("wb") as log:
+        head = subprocess.Popen(
+            command, env=environment | loopback, stdout=log, stderr=log, start_new_session=True, cwd=directory
+        )
+    try:
+        wait_for(dashboard_port, head, directory / "head.log")
+        yield Head(f"http://127.0.0.1:{dashboard_port}", environment)
+    finally:
+        os.killpg(head.pid, signal.SIGTERM)
+        try:
+            head.wait(30)
+        except subprocess.TimeoutExpired:
+            os.killpg(head.pid, signal.SIGKILL)
+
+
+def with_token(directory: Path) -> dict[str, str]:
+    """An environment whose Ray demands a token that this user may never have had."""
+    token = directory / "token"
+    token.write_text(TOKEN)
+    plain = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")}
+    return plain | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+
+
+def wait_for(port: int, head: subprocess.Popen, log: Path) -> None:
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline and head.poll() is None:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.5)
+    pytest.fail(f"no Ray head within 90 s: {log.read_text()}")
