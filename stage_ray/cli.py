@@ -6,7 +6,6 @@ sentence on stderr; anything else is a bug and shows its traceback.
 
 from __future__ import annotations
 
-import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Literal
@@ -91,17 +90,17 @@ def train(
 
         typer.echo(describe(run))
         return
-    from stage_ray.run.progress import Progress
+    from stage_ray.run.progress import progress_for
 
     if replay is not None:
         from stage_ray.replay import replay as replay_run
 
-        with Progress() as progress:
+        with progress_for(run) as progress:
             progress.note(f"replayed into {replay_run(run, replay, progress)}")
         return
     from stage_ray.train import train as train_run
 
-    with Progress() as progress:
+    with progress_for(run) as progress:
         summary = train_run(run, resume="auto" if auto_resume else resume, progress=progress)
         if summary.before is not None and summary.after is not None:
             progress.note(
@@ -314,6 +313,25 @@ def report(
 
 
 @app.command()
+def metrics(
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="As Markdown, the whole of deploy/grafana/METRICS.md")
+    ] = False,
+) -> None:
+    """Explain every metric that a run records and its workers report: name, unit, meaning.
+
+    Example: stage-ray metrics
+    """
+    from stage_ray.run.catalogue import markdown as as_markdown
+    from stage_ray.run.catalogue import print_table
+
+    if markdown:
+        typer.echo(as_markdown(), nl=False)
+    else:
+        print_table()
+
+
+@app.command()
 def doctor() -> None:
     """Say what this machine has, what the default job lacks, and how to get it. Exit code 1 if something is lacking.
 
@@ -336,5 +354,7 @@ def main(arguments: list[str] | None = None) -> int:
     except RunError as error:
         code, sentence = 1, str(error)
     if sentence.strip():  # a bare command has shown its help instead
-        print(f"stage-ray: {' '.join(sentence.split())}".replace("Value error, ", ""), file=sys.stderr)
+        from stage_ray.run.logs import tell_error
+
+        tell_error(f"stage-ray: {' '.join(sentence.split())}".replace("Value error, ", ""))
     return code

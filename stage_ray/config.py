@@ -223,6 +223,14 @@ class ClusterConfig(Section):
     heartbeat_deadline_s: float = Field(60.0, gt=0, description="A worker that answers no ping for so long is killed")
 
 
+class LogsConfig(Section):
+    """What a run says of itself while it works."""
+
+    format: Literal["text", "json"] = Field(
+        "text", description="text: for people; json: one JSON object a line, of the driver and of every worker"
+    )
+
+
 class RunConfig(Section):
     """A whole run. ``stage-ray train CONFIG --set learner.lr=1e-5`` overrides any key by its dotted name."""
 
@@ -240,6 +248,7 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     cluster: ClusterConfig = ClusterConfig()
+    logs: LogsConfig = LogsConfig()
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:

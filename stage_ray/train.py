@@ -80,24 +80,24 @@ async def _train(
                 await cluster.ask_learner(lambda learner: learner.export.remote(final))
                 return before, after
             except LearnerLostError as lost:  # its work since the last checkpoint is gone; everyone else stays
-                progress.alarm("learner_lost", str(lost))
                 await files.rewind(lost)
+                files.alarm(files.step, "learner_lost", str(lost))
 
 
 async def _steps(run: RunConfig, cluster: Cluster, files: RunFiles, exam: Exam, stop: StopSignal) -> None:
     async with await files.stream(cluster) as stream:  # admits, generates, scores, refills behind our back
         for step in range(files.step, run.steps):
             clock = StepClock()
-            groups = await stream.next_batch()  # references, within the staleness bound
+            groups = await stream.next_batch()  # references, within the staleness bound, in the learner's hands
             clock.lap("wait")
-            update = await cluster.update(groups)  # the STAGE update
+            update = await cluster.update()  # the STAGE update
             clock.lap("update")
             await cluster.publish()  # version step + 1, loaded by every worker between waves
             clock.lap("publish")
             stream.trained(groups, step)
             images = len(groups) * run.rollout.group_size
             files.record(step + 1, update | stream.metrics() | clock.metrics(images))
-            await files.keep_groups(step + 1, groups, cluster)
+            await files.keep_groups(step + 1, cluster)
             await exam.sample(step + 1)
             await files.checkpoint(step + 1, cluster, stream, now=stop.requested is not None)
             if stop.requested is not None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from stage_ray.pipeline.ledger import audit, read_ledger
+from tests.chaos import audited
 from tests.ray_head import BIN, REPOSITORY, Head, ray_head
 
 pytestmark = pytest.mark.slow  # a head that they share, and a job or more each
@@ -99,6 +99,7 @@ def test_what_only_the_cluster_can_find_wrong_has_the_exit_code_of_the_run(head,
     assert failed.returncode == 1 and "1000" in failed.stdout, failed.stdout + failed.stderr
     again = submit(head, *too_much, "--id", "too-much", "--no-wait")
     assert again.returncode == 0 and "too-much.2" in again.stderr and "--follow too-much.2" in again.stderr
+    head.command("ray", "job", "stop", "too-much.2", "--address", head.address)
 
 
 def test_a_job_is_joined_left_stopped_killed_and_goes_on_without_losing_a_group(head, tmp_path):
@@ -143,7 +144,7 @@ def test_a_job_is_joined_left_stopped_killed_and_goes_on_without_losing_a_group(
     third = submit(head, *arguments)
     assert third.returncode == 0, third.stdout + third.stderr
     assert "long.3" in third.stderr and steps(run_dir) == list(range(1, 31))
-    found = audit(read_ledger(run_dir / "ledger.jsonl"), groups_per_step=2, max_staleness=0, held=())
+    found = audited(run_dir, ended=True)
     assert found.sound and (found.steps, found.trained) == (30, 60), found
 
 

@@ -109,7 +109,7 @@ async def drive(run: RunConfig, stages: Sequence[float], ledger: Ledger) -> list
     async with GroupStream(cluster, run, prompts, ledger, 0, step=0) as stream:
         for step in range(run.steps):
             groups = await stream.next_batch()
-            await cluster.update(groups)
+            await cluster.update()
             await cluster.publish()
             stream.trained(groups, step)
             stream.metrics()

@@ -88,11 +88,11 @@ def sync_side(nbytes: int, device: str) -> Turn:
     cluster = SyncCluster(run, None, nbytes, device)
 
     async def ready() -> None:
-        await asyncio.gather(*(seat.ready() for seat in (*cluster.rollouts, cluster.learner)))
+        await asyncio.gather(cluster.rollouts.ready(), cluster.learner.ready(None))
 
     async def loaded() -> tuple[float, list[tuple[float, list[float]]]]:
         pack_s = await cluster.ask_learner(lambda learner: learner.pack_s.remote())
-        return pack_s, [await seat.call(lambda worker: worker.loaded.remote(), None) for seat in cluster.rollouts]
+        return pack_s, [await seat.call(lambda worker: worker.loaded.remote(), None) for seat in cluster.rollouts.seats]
 
     runner.run(ready())
 

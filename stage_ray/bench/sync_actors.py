@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from stage_ray.bench.limits import synchronize
-from stage_ray.cluster.cluster import Cluster, actor_of
+from stage_ray.cluster.actors import Actors, actor_of
+from stage_ray.cluster.cluster import Cluster
 from stage_ray.config import RunConfig
 from stage_ray.engines.sampling import SamplingRule
 from stage_ray.engines.waves import ImageRow, WaveEngine, WaveSamples
@@ -121,26 +122,39 @@ class SyncRolloutWorker(RolloutWorker):
         return self._load_s, sorted({float(edge) for tensor in tensors for edge in (tensor.min(), tensor.max())})
 
 
+class SyncActors(Actors):
+    """Actors that hold weights and do nothing else."""
+
+    def __init__(self, run: RunConfig, nbytes: int, device: str) -> None:
+        super().__init__(run, None)
+        self._size = (nbytes, device)
+
+    def rollout(self, name: str) -> Any:
+        """As the run's, around `WeightsEngine`."""
+        return self._start(SyncRolloutWorker, *self._size)
+
+    def reward(self, name: str) -> Any:
+        """Never asked."""
+        return self._start(SyncRolloutWorker, 0, "cpu")
+
+    def learner(self, name: str) -> Any:
+        """As the run's, around `Weights`."""
+        return self._start(SyncLearner, *self._size)
+
+    def _start(self, role: type, nbytes: int, device: str) -> Any:
+        gpus = 0.3 if device == "cuda" else 0.0
+        return actor_of(role, 1, gpus, {"OMP_NUM_THREADS": str(usable_cpus())}).remote(nbytes, device)
+
+
 class SyncCluster(Cluster):
-    """A run's cluster with its own `publish`, around actors that hold weights and do nothing else."""
+    """A run's cluster with its own `publish`, around `SyncActors`."""
 
     def __init__(self, run: RunConfig, logs: Path | None, nbytes: int = 0, device: str = "cpu") -> None:
         self._size = (nbytes, device)
         super().__init__(run, logs)
 
-    def _start_rollout(self, name: str) -> Any:
-        return self._start(SyncRolloutWorker, *self._size)
-
-    def _start_reward(self, name: str) -> Any:
-        return self._start(SyncRolloutWorker, 0, "cpu")
-
-    def _start_learner(self, name: str) -> Any:
-        return self._start(SyncLearner, *self._size)
-
-    def _start(self, role: type, nbytes: int, device: str) -> Any:
-        gpus = 0.3 if device == "cuda" else 0.0
-        env = {"OMP_NUM_THREADS": str(usable_cpus())}
-        return actor_of(role, 1, gpus, env).remote(nbytes, device)
+    def _actors(self, logs: Path | None) -> Actors:
+        return SyncActors(self.run, *self._size)
 
 
 def tensors_of(nbytes: int, device: str) -> dict[str, Tensor]:

@@ -21,15 +21,16 @@ class TimedCluster:
         self._synchronous = run.pipeline.max_staleness == 0
         self._rollouts = [asyncio.Lock() for _ in range(run.rollout.workers)]
         self._served = [0] * run.rollout.workers
-        self._rewards = asyncio.Semaphore(run.scoring.workers)
+        self._scorers = run.scoring.workers
+        self._rewards = asyncio.Semaphore(self._scorers)
         self._version = 0
         self._loading: list[asyncio.Task[None]] = []
 
     async def generate(
-        self, requests: Sequence[RolloutRequest], *, seat: int | None = None, on_retry: Callable[[], None] | None = None
+        self, requests: Sequence[RolloutRequest], *, turn: int | None = None, on_retry: Callable[[], None] | None = None
     ) -> tuple[RolloutReceipt, list[GroupRefs]]:
         """Wait as long as a wave takes."""
-        worker = (seat or 0) % len(self._rollouts)
+        worker = (turn or 0) % len(self._rollouts)
         async with self._rollouts[worker]:
             await asyncio.sleep(self._generate_s)
             version = self._served[worker]
@@ -45,7 +46,10 @@ class TimedCluster:
             for group in groups
         ]
 
-    async def update(self, groups: Sequence[GroupRefs]) -> dict[str, float]:
+    async def hand_over(self, groups: Sequence[GroupRefs]) -> None:
+        """Nothing to wait for."""
+
+    async def update(self) -> dict[str, float]:
         """Wait as long as an update takes."""
         await asyncio.sleep(self._update_s)
         self._version += 1
@@ -62,6 +66,10 @@ class TimedCluster:
     def busy(self) -> dict[str, float]:
         """Nobody looks at it."""
         return {"rollout": 0.0, "reward": 0.0, "learner": 0.0}
+
+    def workers(self) -> dict[str, int]:
+        """All of them, always."""
+        return {"rollout": len(self._rollouts), "reward": self._scorers, "learner": 1}
 
     def restarts(self) -> int:
         """Nobody dies."""

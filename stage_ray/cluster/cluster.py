@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -11,20 +10,27 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import ObjectLostError
 
+from stage_ray.cluster.actors import Actors
 from stage_ray.cluster.local_ray import start_ray
-from stage_ray.cluster.seats import Seat, WorkerFailed, WorkerLost, heartbeats
-from stage_ray.config import RolloutConfig, RunConfig
-from stage_ray.engines.vllm.environment import vllm_environment
+from stage_ray.cluster.pool import Pool
+from stage_ray.cluster.seats import ArgumentsLost, Seat, WorkerFailed, WorkerLost, heartbeats
+from stage_ray.config import RunConfig
 from stage_ray.errors import RunError
 from stage_ray.records import RolloutReceipt, RolloutRequest, ScoreReceipt
-from stage_ray.workers.learner import LearnerWorker
-from stage_ray.workers.reward import RewardWorker
-from stage_ray.workers.rollout import RolloutWorker
 
 
 class LearnerLostError(RunError):
     """The learner died or hung; another one has started in its place, and has not got the run's state yet."""
+
+
+class GroupsLostError(Exception):
+    """The payload of some groups went down with a node; the others are as they were."""
+
+    def __init__(self, group_ids: Sequence[int]) -> None:
+        super().__init__(f"groups {list(group_ids)} were lost with a node")
+        self.group_ids = list(group_ids)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,17 +64,17 @@ class Cluster:
         self.run = run
         self._logs = logs
         self._published: _Publication | None = None
-        self._loading: list[asyncio.Task[int]] = []
+        self._loading: list[asyncio.Task[int | None]] = []
         self._accepted_learner = 0
-        self._turn = 0
-        timeout = run.cluster.start_timeout_s
+        actors = self._actors(logs)
+        timeout, attempts = run.cluster.start_timeout_s, run.cluster.attempts
 
-        def seats(role: str, count: int, start: Callable[[str], Any], **more: Any) -> list[Seat]:
-            return [Seat(f"{role}-{i}", start, start_timeout_s=timeout, **more) for i in range(count)]
+        def pool(role: str, size: Any, start: Callable[[str], Any], **more: Any) -> Pool:
+            return Pool(role, size.workers, size.max_workers, start, start_timeout_s=timeout, attempts=attempts, **more)
 
-        self.rollouts = seats("rollout", run.rollout.workers, self._start_rollout, prepare=self._newest_weights)
-        self.rewards = seats("reward", run.scoring.workers, self._start_reward)
-        self.learner = Seat("learner", self._start_learner, start_timeout_s=timeout, keep_failed=True)
+        self.rollouts = pool("rollout", run.rollout, actors.rollout, prepare=self._newest_weights)
+        self.rewards = pool("reward", run.scoring, actors.reward)
+        self.learner = Seat("learner", actors.learner, start_timeout_s=timeout, keep_failed=True)
 
     @classmethod
     @asynccontextmanager
@@ -82,13 +88,17 @@ class Cluster:
         local = start_ray(run, run_dir)
         try:
             cluster = cls(run, run_dir / "logs" if local else None)
-            seats = [*cluster.rollouts, *cluster.rewards, cluster.learner]
+            pools, seats = (cluster.rollouts, cluster.rewards), cluster.seats()
             try:
-                await asyncio.gather(*(seat.ready() for seat in seats))
+                await asyncio.gather(
+                    *(pool.ready() for pool in pools), cluster.learner.ready(run.cluster.start_timeout_s)
+                )
             except WorkerLost as lost:
                 raise cluster._fatal(lost) from lost
             async with heartbeats(seats, run.cluster.heartbeat_s, run.cluster.heartbeat_deadline_s):
                 yield cluster
+            for pool in pools:
+                await pool.close()
         finally:
             ray.shutdown()
 
@@ -96,14 +106,14 @@ class Cluster:
         self,
         requests: Sequence[RolloutRequest],
         *,
-        seat: int | None = None,
+        turn: int | None = None,
         on_retry: Callable[[], None] = lambda: None,
     ) -> tuple[RolloutReceipt, list[GroupRefs]]:
         """Draw one wave; a worker that is lost is replaced, and the same requests go to its successor.
 
         Args:
             requests: with their seeds, so a second attempt draws the same images (at the then newest version).
-            seat: which worker, modulo their number; None takes the one with the shortest queue.
+            turn: which worker, modulo their number; None takes the one with the shortest queue.
             on_retry: called before each further attempt.
         """
 
@@ -114,18 +124,20 @@ class Cluster:
                 raise WorkerFailed(f"{receipt.worker} drew what cannot be used: {receipt.problem}")
             return receipt, refs
 
-        worker = self._shortest_queue(self.rollouts) if seat is None else self.rollouts[seat % len(self.rollouts)]
+        timeout, attempts = self.run.rollout.timeout_s, self.run.cluster.attempts
         try:
-            receipt, refs = await worker.call(
-                draw, self.run.rollout.timeout_s, attempts=self.run.cluster.attempts, on_retry=on_retry
-            )
+            receipt, refs = await self.rollouts.call(draw, timeout, turn=turn, attempts=attempts, on_retry=on_retry)
         except WorkerLost as lost:
             raise self._fatal(lost) from lost
         pairs = zip(requests, refs[::2], refs[1::2], strict=True)
         return receipt, [GroupRefs(r.group_id, receipt.policy_version, tokens, images) for r, tokens, images in pairs]
 
     async def score(self, groups: Sequence[GroupRefs]) -> list[tuple[ScoreReceipt, GroupRefs]]:
-        """Score a batch of groups; where a worker is lost, it is replaced and its groups come back as not ok."""
+        """Score a batch of groups; where a worker is lost, it is replaced and its groups come back as not ok.
+
+        Raises:
+            GroupsLostError: some of them are gone, with the node that held them; none is scored.
+        """
         objects = [ref for group in groups for ref in (group.tokens, group.images)]
 
         async def judge(worker: Any) -> tuple[Sequence[ScoreReceipt], list[Any]]:
@@ -133,16 +145,29 @@ class Cluster:
             return await receipts_ref, scored
 
         try:
-            receipts, scored = await self._shortest_queue(self.rewards).call(judge, self.run.scoring.timeout_s)
+            receipts, scored = await self.rewards.call(judge, self.run.scoring.timeout_s)
         except WorkerLost as lost:
             return [(ScoreReceipt(group.group_id, ok=False, error=str(lost)), group) for group in groups]
+        except ArgumentsLost as lost:
+            raise GroupsLostError(await self.gone(groups)) from lost
         results = zip(receipts, groups, scored, strict=True)
         return [(r, GroupRefs(g.group_id, g.policy_version, g.tokens, g.images, s)) for r, g, s in results]
 
-    async def update(self, groups: Sequence[GroupRefs]) -> dict[str, float]:
-        """One STAGE update; the policy's version grows by one."""
+    async def hand_over(self, groups: Sequence[GroupRefs]) -> None:
+        """Give the learner the groups of its next update.
+
+        Raises:
+            GroupsLostError: some of them are gone, with the node that held them; the learner got none.
+        """
         objects = [ref for group in groups for ref in (group.tokens, group.scores)]
-        return await self.ask_learner(lambda worker: worker.update.remote(*objects))
+        try:
+            await self.ask_learner(lambda worker: worker.take.remote(*objects))
+        except ArgumentsLost as lost:
+            raise GroupsLostError(await self.gone(groups)) from lost
+
+    async def update(self) -> dict[str, float]:
+        """One STAGE update with the groups in the learner's hands; the policy's version grows by one."""
+        return await self.ask_learner(lambda worker: worker.update.remote())
 
     async def publish(self) -> None:
         """Broadcast the learner's version: every wave that is asked for from now on is drawn with it.
@@ -159,7 +184,7 @@ class Cluster:
             return _Publication(manifest.version, ray.put(manifest), tuple(chunks))
 
         self._published = await self.ask_learner(pack)
-        self._loading = [asyncio.create_task(self._load(seat)) for seat in self.rollouts]
+        self._loading = [asyncio.create_task(self._load(seat)) for seat in self.rollouts.seats if seat.started]
         await asyncio.sleep(0)  # let each take its place in its worker's queue
         if self.run.pipeline.max_staleness == 0:
             await self.settle()
@@ -174,10 +199,11 @@ class Cluster:
         if not loading:
             return
         try:
-            served = await asyncio.gather(*loading)
+            served = {version for version in await asyncio.gather(*loading) if version is not None}
+            await self.rollouts.anyone()
         except WorkerLost as lost:
             raise self._fatal(lost) from lost
-        if self._published is not None and set(served) != {self._published.version}:
+        if self._published is not None and served - {self._published.version}:
             raise RunError(f"rollout workers serve versions {served} after {self._published.version} was published")
 
     async def fetch(self, refs: Sequence[Any]) -> list[Any]:
@@ -215,7 +241,7 @@ class Cluster:
 
     def busy(self) -> dict[str, float]:
         """Seconds that each role's actors have worked since the last call, added up over a role."""
-        roles = {"rollout": self.rollouts, "reward": self.rewards, "learner": [self.learner]}
+        roles = {"rollout": self.rollouts.seats, "reward": self.rewards.seats, "learner": [self.learner]}
         seconds = {}
         for role, seats in roles.items():
             seconds[role] = sum(seat.busy_s for seat in seats)
@@ -223,69 +249,52 @@ class Cluster:
                 seat.busy_s = 0.0
         return seconds
 
+    def workers(self) -> dict[str, int]:
+        """Actors of each role that can be asked now."""
+        return {"rollout": len(self.rollouts.open), "reward": len(self.rewards.open), "learner": 1}
+
+    def seats(self) -> list[Seat]:
+        """Every seat of the run."""
+        return [*self.rollouts.seats, *self.rewards.seats, self.learner]
+
     def restarts(self) -> int:
         """Actors replaced so far."""
-        return sum(seat.restarts for seat in (*self.rollouts, *self.rewards, self.learner))
+        return sum(seat.restarts for seat in self.seats())
 
-    def _load(self, seat: Seat) -> Any:
+    async def _load(self, seat: Seat) -> int | None:
+        """Let one worker load the newest version; None where it is lost: its successor begins with that."""
+
         def load(worker: Any) -> Any:
             newest = self._newest_weights(worker)
             assert newest is not None, "nothing was published"
             return newest
 
-        return seat.call(load, self.run.cluster.sync_timeout_s, attempts=self.run.cluster.attempts)
+        try:
+            return await seat.call(load, self.run.cluster.sync_timeout_s, if_ready=True)
+        except WorkerLost:
+            self.rollouts.refill(seat)
+            return None
+
+    async def gone(self, groups: Sequence[GroupRefs]) -> list[int]:
+        """Which groups' payload is nowhere any more. Only here does the driver fetch any: to see if it can."""
+        gone = []
+        for group in groups:
+            refs = [ref for ref in (group.tokens, group.images, group.scores) if ref is not None]
+            try:
+                await asyncio.gather(*refs)
+            except ObjectLostError:
+                gone.append(group.group_id)
+        return gone
 
     def _newest_weights(self, worker: Any) -> Any | None:
         published = self._published
         return worker.load_weights.remote(published.manifest, *published.chunks) if published else None
 
-    def _shortest_queue(self, seats: Sequence[Seat]) -> Seat:
-        """The seat with the fewest calls; among equals they take turns."""
-        self._turn += 1
-        order = [seats[(self._turn + i) % len(seats)] for i in range(len(seats))]
-        return min(order, key=lambda seat: seat.waiting)
+    def _actors(self, logs: Path | None) -> Actors:
+        return Actors(self.run, logs)
 
     def _fatal(self, lost: WorkerLost) -> RunError:
         return RunError(f"{lost}; {self._look()}")
 
     def _look(self) -> str:
         return f"its log is in {self._logs}" if self._logs else "see its log in Ray's dashboard or `ray logs`"
-
-    def _log(self, name: str) -> str | None:
-        return str((self._logs / f"{name}.log").resolve()) if self._logs else None
-
-    def _start_rollout(self, name: str) -> Any:
-        rollout = self.run.rollout
-        env = _engine_environment(rollout) | self._threads(rollout.threads)
-        arguments = (name, self.run.policy, rollout, self._log(name))
-        return actor_of(RolloutWorker, rollout.cpus, rollout.gpus, env).remote(*arguments)
-
-    def _start_reward(self, name: str) -> Any:
-        scoring = self.run.scoring
-        env = {"OMP_NUM_THREADS": "1"}
-        return actor_of(RewardWorker, scoring.cpus, scoring.gpus, env).remote(list(self.run.rewards), self._log(name))
-
-    def _start_learner(self, name: str) -> Any:
-        learner = self.run.learner
-        env = self._threads(learner.threads)
-        return actor_of(LearnerWorker, learner.cpus, learner.gpus, env).remote(self.run, self._log(name))
-
-    def _threads(self, count: int | None) -> dict[str, str]:
-        return {"OMP_NUM_THREADS": str(count or default_threads(self.run.pipeline.max_staleness))}
-
-
-def default_threads(max_staleness: int) -> int:
-    """Threads of rollout worker and learner: every core where they take turns, half of them where both work at once."""
-    cores = os.cpu_count() or 1
-    return cores if max_staleness == 0 else max(1, cores // 2)
-
-
-def actor_of(role: type, cpus: float, gpus: float, env: dict[str, str]) -> Any:
-    """The actor class of a role (`Pinged`), with what it reserves and its environment; ``.remote(...)`` starts one."""
-    # Pings are answered by a thread of their own, also while the actor works.
-    pinged = ray.remote(concurrency_groups={"health": 1})(role)
-    return pinged.options(num_cpus=cpus, num_gpus=gpus, runtime_env={"env_vars": env})
-
-
-def _engine_environment(rollout: RolloutConfig) -> dict[str, str]:
-    return vllm_environment(rollout) if rollout.engine == "vllm" else {}

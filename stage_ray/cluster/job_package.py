@@ -7,6 +7,7 @@ the code lies a copy of its package metadata, so that vLLM finds our plug-in the
 from __future__ import annotations
 
 import importlib.metadata
+import uuid
 import zipfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -51,14 +52,18 @@ def package_contents(
 
 
 def write_package(files: Mapping[str, Path], target: Path, cap_mib: float = CAP_MIB) -> Path:
-    """Zip the files; equal contents give equal bytes, so that Ray uploads them once.
+    """Zip the files, for one submission: no two packages have the same bytes.
+
+    Ray names a package by its bytes and deletes it when its last job ends. A next attempt that came at that moment with
+    the same bytes would be told that the cluster has them already, and then find them gone.
 
     Raises:
         ConfigError: the zip is larger than ``cap_mib``.
     """
     with zipfile.ZipFile(target, "w") as package:
+        package.comment = uuid.uuid4().bytes
         for name, path in sorted(files.items()):
-            entry = zipfile.ZipInfo(name)  # dated 1980: a file's time would change the bytes
+            entry = zipfile.ZipInfo(name)
             entry.compress_type = zipfile.ZIP_DEFLATED
             entry.external_attr = 0o644 << 16
             with path.open("rb") as source, package.open(entry, "w", force_zip64=True) as sink:

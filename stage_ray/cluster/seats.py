@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskError
 
 from stage_ray.errors import ConfigError
 
@@ -26,6 +26,14 @@ class WorkerLost(Exception):
 
 class WorkerFailed(WorkerLost):
     """An actor that lives but raised, or answered what cannot be used."""
+
+
+class SeatEmpty(WorkerLost):
+    """The seat's actor was lost before this call's turn came; its successor is not ready yet."""
+
+
+class ArgumentsLost(Exception):
+    """What a call was about went down with a node; the actor is as good as before."""
 
 
 class Seat:
@@ -62,62 +70,64 @@ class Seat:
         self._prepare, self._keep_failed = prepare, keep_failed
         self._lock = asyncio.Lock()
         self._pid: int | None = None
-        self._ready = False
+        self.is_ready = False
+        self.started = False  # it answers, and takes the newest of what `prepare` gives it
         self._actor = start(name)
 
-    async def ready(self) -> None:
+    async def fill(self, timeout_s: float | None) -> None:
+        """`ready`, before any call that comes from now on; ``timeout_s`` None: whenever the cluster has room for it."""
+        async with self._lock:
+            await self.ready(timeout_s)
+
+    async def ready(self, timeout_s: float | None) -> None:
         """Wait until the actor has started and is prepared.
 
         Raises:
             ConfigError: what it found wrong with the config.
             WorkerLost: it died, or needs too long.
         """
-        if self._ready:
+        if self.is_ready:
             return
-        pid, node = await self._answer(self._actor.ping.remote(), self._start_timeout_s)
+        pid, node = await self._answer(self._actor.ping.remote(), timeout_s)
+        self.started = True
         self._pid = pid if node == ray.get_runtime_context().get_node_id() else None
         preparation = self._prepare(self._actor)
         if preparation is not None:
             await self._answer(preparation, self._start_timeout_s)
-        self._ready = True
+        self.is_ready = True
 
     async def call(
-        self,
-        ask: Callable[[Any], Awaitable[Result]],
-        timeout_s: float | None,
-        *,
-        attempts: int = 1,
-        on_retry: Callable[[], None] = lambda: None,
+        self, ask: Callable[[Any], Awaitable[Result]], timeout_s: float | None, *, if_ready: bool = False
     ) -> Result:
-        """Ask the actor. When it is lost another one takes its seat and is asked, up to ``attempts`` times in all.
+        """Ask the actor. When it is lost another one takes its seat, and is not asked.
 
         Args:
             ask: from the actor to the answer to come.
             timeout_s: seconds the answer may take once it is this call's turn; None waits for ever.
-            on_retry: called before each further attempt.
+            if_ready: do not wait for an actor that is not ready when it is this call's turn.
 
         Raises:
-            WorkerLost, WorkerFailed: the last attempt failed too; another actor is starting in the seat.
+            WorkerLost, WorkerFailed: another actor is starting in the seat.
+            SeatEmpty: it was lost before, and ``if_ready``.
+            ArgumentsLost: an object of the call is gone; nothing was asked.
             ConfigError: an actor found the config wrong.
         """
         self.waiting += 1
         try:
             async with self._lock:
-                while True:
-                    attempts -= 1
-                    try:
-                        await self.ready()
-                        began = time.perf_counter()
-                        answer = await self._answer(ask(self._actor), timeout_s)
-                        self.busy_s += time.perf_counter() - began
-                        return answer
-                    except WorkerLost as lost:
-                        if not (self._keep_failed and isinstance(lost, WorkerFailed)):
-                            log.warning("%s; another takes its seat", lost)
-                            self.restart()
-                        if attempts <= 0:
-                            raise
-                        on_retry()
+                if if_ready and not self.is_ready:
+                    raise SeatEmpty(f"{self.name} was lost before its turn came")
+                try:
+                    await self.ready(self._start_timeout_s)
+                    began = time.perf_counter()
+                    answer = await self._answer(ask(self._actor), timeout_s)
+                    self.busy_s += time.perf_counter() - began
+                    return answer
+                except WorkerLost as lost:
+                    if not (self._keep_failed and isinstance(lost, WorkerFailed)):
+                        log.warning("%s; another takes its seat", lost)
+                        self.restart()
+                    raise
         finally:
             self.waiting -= 1
 
@@ -125,7 +135,7 @@ class Seat:
         """Kill the actor and start another."""
         self.kill()
         self.restarts += 1
-        self._ready = False
+        self.is_ready = self.started = False
         self._actor = self._start(f"{self.name}-restart-{self.restarts}")
 
     def kill(self) -> None:
@@ -138,13 +148,13 @@ class Seat:
 
     async def check(self, deadline_s: float) -> None:
         """Kill an actor that does not answer a ping in time; the call that waits for it then fails and replaces it."""
-        if not self._ready:
+        if not self.is_ready:
             return
         actor = self._actor
         try:
             await asyncio.wait_for(_value(actor.ping.remote()), deadline_s)
         except TimeoutError:
-            if actor is self._actor and self._ready:
+            if actor is self._actor and self.is_ready:
                 log.warning("%s: no heartbeat for %g s, so it is killed", self.name, deadline_s)
                 self.kill()
         except RayError:
@@ -155,8 +165,12 @@ class Seat:
             return await asyncio.wait_for(_value(answer), timeout_s)
         except TimeoutError:
             raise WorkerLost(f"{self.name} gave no answer within {timeout_s:g} s") from None
+        except ObjectLostError as error:
+            raise ArgumentsLost(f"{self.name}: {first_line(error)}") from error
         except RayTaskError as error:
             cause = error.cause
+            if isinstance(cause, ObjectLostError):
+                raise ArgumentsLost(f"{self.name}: {first_line(cause)}") from error
             if isinstance(cause, ConfigError):
                 raise ConfigError(str(cause)) from error
             raise WorkerFailed(f"{self.name} failed: {type(cause).__name__}: {first_line(cause)}") from error

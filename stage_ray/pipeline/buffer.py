@@ -95,6 +95,17 @@ class GroupBuffer(Generic[Payload]):
         slot.payload, slot.arrival, slot.step = payload, self._arrivals, max(slot.step, policy_version)
         self._changed.set()
 
+    def lose(self, group_id: int) -> None:
+        """A ready group's payload is gone: it is drawn again, in its old place."""
+        slot = self._slot(group_id)
+        slot.payload, slot.taken = None, False
+
+    def put_back(self, group_ids: Iterable[int]) -> None:
+        """Taken groups were not trained after all: they stand where they stood."""
+        for group_id in group_ids:
+            self._slot(group_id).taken = False
+        self._changed.set()
+
     async def take(self, step: int) -> list[tuple[int, Payload]]:
         """The N groups of update ``step`` (0-based), once they are ready; their slots stay held until `release`."""
         while True:

@@ -9,7 +9,7 @@ from collections.abc import Coroutine, Sequence
 from types import TracebackType
 from typing import Any
 
-from stage_ray.cluster.cluster import Cluster, GroupRefs
+from stage_ray.cluster.cluster import Cluster, GroupRefs, GroupsLostError, LearnerLostError
 from stage_ray.config import RunConfig
 from stage_ray.errors import RunError
 from stage_ray.pipeline.buffer import GroupBuffer
@@ -32,7 +32,7 @@ class GroupStream:
     In strict order waves go to the workers in turn and every group's version is settled when it is admitted; in arrival
     order they go where the queue is shortest. A group that cannot be scored in ``scoring.attempts`` tries is dropped
     and a fresh one takes its place (promise 4); when as many groups as two steps need were dropped in a row, the
-    scorers are broken and the run stops.
+    scorers are broken and the run stops. A group whose payload went down with a node is drawn again, as it was.
     """
 
     def __init__(
@@ -46,6 +46,7 @@ class GroupStream:
         self._buffer: GroupBuffer[GroupRefs] = GroupBuffer(
             run.rollout.groups_per_step, pipeline.max_staleness, pipeline.order
         )
+        self._requests: dict[int, RolloutRequest] = {}  # of the groups in the buffer, to draw one again
         self._tasks: set[asyncio.Task[None]] = set()
         self._failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._dropped_in_a_row = 0
@@ -77,19 +78,47 @@ class GroupStream:
             self._buffer.ready(group.group_id, group, group.policy_version)
 
     async def next_batch(self) -> list[GroupRefs]:
-        """The groups of one update, as soon as all are ready.
+        """The groups of one update, in the learner's hands, as soon as all are ready.
 
         Raises:
+            LearnerLostError: it died, or lost a group that only its checkpoint can give back.
             RunError: a worker or every scorer (`NoValidRewardError`) failed behind our back.
         """
-        return [payload for _, payload in await self._unless_failed(self._buffer.take(self.step))]
+        while True:
+            groups = [payload for _, payload in await self._unless_failed(self._buffer.take(self.step))]
+            try:
+                await self._cluster.hand_over(groups)
+                return groups
+            except GroupsLostError as lost:
+                self.reissue(lost)
+                self._buffer.put_back(group.group_id for group in groups)
+
+    def reissue(self, lost: GroupsLostError) -> None:
+        """Draw groups whose payload is gone again: the same prompts and seeds, by whatever version is served now.
+
+        Raises:
+            LearnerLostError: a group that came from a checkpoint, so that nobody knows how it was drawn.
+        """
+        unknown = [group_id for group_id in lost.group_ids if group_id not in self._requests]
+        if unknown:
+            raise LearnerLostError(f"group {unknown[0]} of the checkpoint went down with a node")
+        requests = [self._requests[group_id] for group_id in lost.group_ids]
+        for group_id in lost.group_ids:
+            self._buffer.lose(group_id)
+        self._counts["rollout/reissued"] += len(requests)
+        self._ledger.note("reissued", lost.group_ids, step=self.step)
+        if requests:
+            self._spawn(self._generate(requests))
 
     async def open_groups(self) -> list[GroupRefs]:
         """The groups that are admitted and not trained now, once all of them are scored.
 
         Which groups is settled when this is called; one that is replaced in the meantime is left out.
         """
-        ids = list(self._ledger.open_groups())
+        return await self.ready_groups(list(self._ledger.open_groups()))
+
+    async def ready_groups(self, ids: Sequence[int]) -> list[GroupRefs]:
+        """Some of the groups, once all of them are scored, without those that were replaced in the meantime."""
         groups = [await self._unless_failed(self._buffer.payload(group_id)) for group_id in ids]
         return [group for group in groups if group is not None]
 
@@ -104,17 +133,21 @@ class GroupStream:
     def release(self, groups: Sequence[GroupRefs]) -> None:
         """Free the slots of trained groups: the next ones are admitted at the version that was published last."""
         self.step += 1
+        for group in groups:
+            self._requests.pop(group.group_id, None)
         self._buffer.release(group.group_id for group in groups)
 
     def metrics(self) -> dict[str, float]:
         """Counters, depths of the queues, and busy seconds and shares of the roles since the last call."""
         now = time.perf_counter()
         elapsed, self._looked = now - self._looked, now
-        run = self._run
-        members = {"rollout": run.rollout.workers, "reward": run.scoring.workers, "learner": 1}
-        busy = {f"busy/{role}": s / elapsed / members[role] for role, s in self._cluster.busy().items()}
+        members = self._cluster.workers()
+        busy = {f"busy/{role}": s / elapsed / max(1, members[role]) for role, s in self._cluster.busy().items()}
+        pools = {f"workers/{role}": float(members[role]) for role in ("rollout", "reward")}
         depths = {"queue/pending": float(self._buffer.pending), "queue/ready": float(self._buffer.waiting)}
-        metrics = self._counts | self._times | busy | depths | {"workers/restarts": float(self._cluster.restarts())}
+        metrics = (
+            self._counts | self._times | busy | depths | pools | {"workers/restarts": float(self._cluster.restarts())}
+        )
         self._counts = dict.fromkeys(self._counts, 0.0)
         self._times = dict.fromkeys(self._times, 0.0)
         return metrics
@@ -126,7 +159,9 @@ class GroupStream:
         while True:
             free = await self._buffer.wait_free()
             batch = min(free, rollout.groups_per_step)  # a wave never spans two batches
-            size = min(largest, math.ceil(batch / rollout.workers))
+            # In strict order the cut into waves, which bits depend on, must not depend on who happens to be there.
+            workers = rollout.workers if self._run.pipeline.order == "strict" else self._cluster.workers()["rollout"]
+            size = min(largest, math.ceil(batch / max(1, workers)))
             while batch > 0:
                 requests = [self._request() for _ in range(min(size, batch))]
                 batch -= len(requests)
@@ -142,9 +177,9 @@ class GroupStream:
             self._counts["rollout/reissued"] += len(ids)
             self._ledger.note("reissued", ids, step=self.step)
 
-        seat = self._waves if self._run.pipeline.order == "strict" else None
+        turn = self._waves if self._run.pipeline.order == "strict" else None
         self._waves += 1
-        receipt, groups = await self._cluster.generate(requests, seat=seat, on_retry=reissued)
+        receipt, groups = await self._cluster.generate(requests, turn=turn, on_retry=reissued)
         self._times["time/rollout_s"] += receipt.generate_s
         self._ledger.note("generated", ids, step=self.step, policy_version=receipt.policy_version)
         size = self._run.scoring.groups_per_call
@@ -154,10 +189,17 @@ class GroupStream:
     async def _score(self, groups: Sequence[GroupRefs]) -> None:
         pending = list(groups)
         errors: dict[int, str] = {}
-        for attempt in range(self._run.scoring.attempts):
+        attempt = 0
+        while pending and attempt < self._run.scoring.attempts:
             self._counts["scoring/rescored"] += len(pending) if attempt else 0
             start = time.perf_counter()
-            results = await self._cluster.score(pending)
+            try:
+                results = await self._cluster.score(pending)
+            except GroupsLostError as lost:
+                self.reissue(lost)
+                pending = [group for group in pending if group.group_id not in lost.group_ids]
+                continue
+            attempt += 1
             self._times["time/score_s"] += time.perf_counter() - start
             for receipt, group in results:
                 if receipt.ok:
@@ -167,9 +209,8 @@ class GroupStream:
                     self._buffer.ready(group.group_id, bare, group.policy_version)
             errors = {receipt.group_id: receipt.error for receipt, _ in results if not receipt.ok}
             pending = [group for receipt, group in results if not receipt.ok]
-            if not pending:
-                return
-        self._replace(errors)
+        if pending:
+            self._replace(errors)
 
     def _replace(self, errors: dict[int, str]) -> None:
         """Groups without a score give their slots to fresh prompts."""
@@ -185,13 +226,15 @@ class GroupStream:
             self._ledger.note("dropped", [group_id], step=self.step, why=why)
             self._ledger.note("admitted", [request.group_id], step=self.step)
             self._buffer.replace(group_id, request.group_id)
+            del self._requests[group_id]
             requests.append(request)
         self._spawn(self._generate(requests))
 
     def _request(self) -> RolloutRequest:
         group_id, self.next_group = self.next_group, self.next_group + 1
         seeds = image_seeds(self._run.seed, group_id, self._run.rollout.group_size)
-        return RolloutRequest(group_id, self.cursor.draw(), seeds)
+        self._requests[group_id] = RolloutRequest(group_id, self.cursor.draw(), seeds)
+        return self._requests[group_id]
 
     async def _unless_failed(self, work: Coroutine[Any, Any, Any]) -> Any:
         """Its result, or the error of whatever failed behind our back meanwhile."""

@@ -17,7 +17,8 @@ MISMATCH = 0.05
 def alarms(metrics: Mapping[str, float], run: RunConfig) -> list[tuple[str, str]]:
     """Alarms of one update, as (name, one sentence with the numbers and what to look at).
 
-    ``no_valid_reward`` also rings where a run stops because no group can be scored (`stage_ray.pipeline.stream`).
+    ``no_valid_reward`` also rings where a run stops because no group can be scored (`stage_ray.pipeline.stream`), and
+    ``learner_lost`` where the learner died and the run goes back to a checkpoint (`stage_ray.train`).
 
     Names: ``zero_gradient``, ``no_variance``, ``no_valid_reward``, ``entropy_collapse``, ``kl_blowup``, ``mismatch``.
     A metric that is absent raises no alarm.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import numbers
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,9 @@ from torch.utils.tensorboard import SummaryWriter
 
 from stage_ray.errors import RunError
 from stage_ray.machine import machine_facts
+from stage_ray.run.catalogue import ALARMS, PREFIX, find, flat
 from stage_ray.run.files import write_whole
 
-PREFIX = "stage_ray_"
 METRICS_FILE = "metrics.jsonl"
 ALARMS_FILE = "alarms.jsonl"
 MACHINE_FILE = "machine.json"
@@ -51,7 +50,9 @@ class Recorder:
         """
         self._registry = CollectorRegistry()
         self._gauges: dict[str, Gauge] = {}
-        self._rung = Counter(f"{PREFIX}alarm", "Updates that raised an alarm", ["name"], registry=self._registry)
+        self._rung = Counter(f"{PREFIX}alarm", _help("alarm"), ["name"], registry=self._registry)
+        for name in ALARMS:  # at 0 from the start: Prometheus sees no increase in a counter that begins at 1
+            self._rung.labels(name)
         self.port: int | None = None
         self._server: Any = None
         if port is not None:
@@ -118,10 +119,15 @@ class Recorder:
         self.port = self._server.server_port
 
     def _gauge(self, name: str) -> Gauge:
-        flat = PREFIX + re.sub(r"\W", "_", name)
-        if flat not in self._gauges:
-            self._gauges[flat] = Gauge(flat, f"{name} of the newest step", registry=self._registry)
-        return self._gauges[flat]
+        served = PREFIX + flat(name)
+        if served not in self._gauges:
+            self._gauges[served] = Gauge(served, _help(name), registry=self._registry)
+        return self._gauges[served]
+
+
+def _help(name: str) -> str:
+    metric = find(name)
+    return metric.help if metric else f"{name} of the newest step"
 
 
 def truncate_steps(path: Path, last_step: int) -> None:

@@ -1,10 +1,13 @@
-"""What a person sees while a command works: a live display on a terminal, a few plain lines elsewhere."""
+"""What a command tells while it works: a live display on a terminal, a few plain lines elsewhere, or lines of a log."""
 
 from __future__ import annotations
 
+import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -14,6 +17,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TaskID, 
 from rich.progress import Progress as Bars
 from rich.text import Text
 
+from stage_ray.config import RunConfig
+from stage_ray.run.logs import about, start_logs
+
+log = logging.getLogger(__name__)
 PLAIN_EVERY_S = 10.0
 PLAIN_EVERY_STEPS = 10
 SHOWN = {  # metric -> how a person reads it
@@ -147,6 +154,40 @@ class Progress:
         if self._stage is not None:
             self._bars.remove_task(self._stage)
             self._stage = None
+
+
+class LoggedProgress(Progress):
+    """The same as lines of the log, for ``logs.format: json``: every step, with its numbers in ``metrics``.
+
+    Example:
+        start_logs("json", "stage_shapeworld")
+        LoggedProgress().step(1, 100, {"kl": 0.01})  # {"message": "step 1 of 100", "metrics": {"kl": 0.01}, ...}
+    """
+
+    def __init__(self) -> None:
+        super().__init__(Console(force_terminal=False))
+
+    def step(self, step: int, total: int, metrics: Mapping[str, Any]) -> None:
+        """One line a step."""
+        about(step=step)
+        known = {name: metrics[name] for name in SHOWN if metrics.get(name) is not None}
+        finite = {name: value for name, value in known.items() if math.isfinite(value)}  # JSON has no NaN
+        log.info("step %d of %d", step, total, extra={"metrics": finite})
+
+    def alarm(self, name: str, text: str) -> None:
+        """A warning with the alarm's name in ``alarm``."""
+        about()
+        log.warning(text, extra={"alarm": name})
+
+    def _line(self, text: str, style: str | None = None) -> None:
+        about()
+        log.info(text)
+
+
+def progress_for(run: RunConfig) -> Progress:
+    """The progress of a run, as its ``logs.format`` wants it; from here on Python's logging is that too."""
+    start_logs(run.logs.format, Path(run.run_dir).name)
+    return LoggedProgress() if run.logs.format == "json" else Progress()
 
 
 def _clock(seconds: float) -> str:

@@ -11,7 +11,8 @@ from typing import Any
 
 from ray.exceptions import RayTaskError
 
-from stage_ray.cluster.cluster import Cluster, GroupRefs
+from stage_ray.cluster.cluster import Cluster, GroupRefs, GroupsLostError
+from stage_ray.cluster.seats import ArgumentsLost
 from stage_ray.config import RunConfig
 from stage_ray.errors import RunError
 from stage_ray.pipeline.ledger import Ledger
@@ -101,11 +102,11 @@ class RunFiles:
         """Write and show an alarm of a step."""
         record_alarm(self.recorder, self._progress, step, name, text)
 
-    async def keep_groups(self, step: int, groups: Sequence[GroupRefs], cluster: Cluster) -> None:
-        """Write the groups of an update to disk, where the config wants that."""
+    async def keep_groups(self, step: int, cluster: Cluster) -> None:
+        """Write the groups of the last update to disk, where the config wants that."""
         if self._run.pipeline.record:
-            directory = (self._run_dir / GROUPS / f"step-{step:06d}").resolve()
-            await _save_groups(cluster, directory, groups)
+            directory = str((self._run_dir / GROUPS / f"step-{step:06d}").resolve())
+            await cluster.ask_learner(lambda worker: worker.save_taken.remote(directory))
 
     async def checkpoint(self, step: int, cluster: Cluster, stream: GroupStream, *, now: bool = False) -> None:
         """Save everything, when it is due or wanted ``now``.
@@ -123,7 +124,7 @@ class RunFiles:
             "cursor": stream.cursor.position,
             "next_group": stream.next_group,
         }
-        self._saving = asyncio.create_task(self._save(step, cluster, open_groups, facts))
+        self._saving = asyncio.create_task(self._save(step, cluster, stream, open_groups, facts))
         await asyncio.sleep(0)  # let it take its place in the learner's queue before the next update does
         if last or self._run.pipeline.max_staleness == 0:
             await self.saved()
@@ -144,7 +145,12 @@ class RunFiles:
         self.recorder.close()
 
     async def _save(
-        self, step: int, cluster: Cluster, open_groups: asyncio.Future[list[GroupRefs]], facts: dict[str, Any]
+        self,
+        step: int,
+        cluster: Cluster,
+        stream: GroupStream,
+        open_groups: asyncio.Future[list[GroupRefs]],
+        facts: dict[str, Any],
     ) -> None:
         directory: Path | None = None
         try:
@@ -152,7 +158,9 @@ class RunFiles:
             path = str(directory.resolve())
             await cluster.ask_learner(lambda worker: worker.save_state.remote(path))
             groups = await open_groups
-            await _save_groups(cluster, directory / GROUPS, groups)
+            while lost := await _save_groups(cluster, directory / GROUPS, groups):
+                stream.reissue(lost)
+                groups = await stream.ready_groups([group.group_id for group in groups])
             facts["groups"] = [group.group_id for group in groups]
             await asyncio.to_thread(self._store.finish, step, directory, facts)
             self._losses = 0
@@ -179,10 +187,16 @@ class RunFiles:
         self._ledger = Ledger(self._run_dir / "ledger.jsonl", keep_bytes=facts["ledger_bytes"])
 
 
-async def _save_groups(cluster: Cluster, directory: Path, groups: Sequence[GroupRefs]) -> None:
+async def _save_groups(cluster: Cluster, directory: Path, groups: Sequence[GroupRefs]) -> GroupsLostError | None:
+    """Let the learner write groups; None when they are written, or which of them are gone, and then none is."""
     objects = [ref for group in groups for ref in (group.tokens, group.scores)]
-    if objects:
+    if not objects:
+        return None
+    try:
         await cluster.ask_learner(lambda worker: worker.save_groups.remote(str(directory.resolve()), *objects))
+    except ArgumentsLost:
+        return GroupsLostError(await cluster.gone(groups))
+    return None
 
 
 class StepClock:

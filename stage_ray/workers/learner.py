@@ -10,6 +10,7 @@ from stage_ray.config import RunConfig
 from stage_ray.records import WeightManifest
 from stage_ray.workers.health import Pinged
 from stage_ray.workers.logs import redirect_output
+from stage_ray.workers.metrics import WorkerMetrics
 
 if TYPE_CHECKING:
     from stage_ray.weights import Chunk
@@ -19,15 +20,31 @@ class LearnerWorker(Pinged):
     """Rank 0 of 1: the STAGE update and the weights it makes."""
 
     def __init__(self, run: RunConfig, log: str | None) -> None:
-        redirect_output(log)
+        self._metrics = WorkerMetrics("learner", redirect_output(log, "learner"))
         from stage_ray.learner import Learner
 
         self._learner = Learner(run, threads=run.learner.threads)
         self._chunks: list[Chunk] = []
+        self._taken: tuple[Any, ...] = ()
 
-    def update(self, *objects: Any) -> dict[str, float]:
-        """Rollout groups and scored groups, alternating -> metrics of one update."""
-        return self._learner.update(objects[::2], objects[1::2])
+    def take(self, *objects: Any) -> None:
+        """Hold the rollout groups and scored groups, alternating, of the next update.
+
+        Apart from `update`, so that an object that is lost keeps no rank from an update that others are in.
+        """
+        self._taken = objects
+
+    def update(self) -> dict[str, float]:
+        """Train on the groups of `take`; metrics of one update."""
+        groups = self._taken[::2]
+        self._metrics.begin((group.group_id for group in groups), step=self._learner.version + 1)
+        metrics = self._learner.update(groups, self._taken[1::2])
+        self._metrics.done(groups, version=self._learner.version)
+        return metrics
+
+    def save_taken(self, directory: str) -> None:
+        """Write the groups of the last `take`."""
+        self.save_groups(directory, *self._taken)
 
     def pack(self) -> WeightManifest:
         """Pack the current version; its chunks, views of the weights, wait for `chunks` before the next update."""

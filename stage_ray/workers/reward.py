@@ -10,13 +10,14 @@ from stage_ray.config import RewardConfig
 from stage_ray.records import RolloutGroup, ScoredGroup, ScoreReceipt
 from stage_ray.workers.health import Pinged
 from stage_ray.workers.logs import redirect_output
+from stage_ray.workers.metrics import WorkerMetrics
 
 
 class RewardWorker(Pinged):
     """Every scorer of the run, called on whole batches of groups."""
 
     def __init__(self, rewards: Sequence[RewardConfig], log: str | None) -> None:
-        redirect_output(log)
+        self._metrics = WorkerMetrics("reward", redirect_output(log, "reward"))
         from stage_ray.rewards import build_rewards
 
         self._scorers = build_rewards(rewards)
@@ -28,7 +29,9 @@ class RewardWorker(Pinged):
         groups: list[RolloutGroup] = [
             replace(group, images=images) for group, images in zip(objects[::2], objects[1::2], strict=True)
         ]
+        self._metrics.begin(group.group_id for group in groups)
         scored = score_groups(self._scorers, groups)
+        self._metrics.done(groups)
         return (tuple(receipt(group) for group in scored), *scored)
 
 

@@ -13,6 +13,7 @@ from stage_ray.config import PolicyConfig, RolloutConfig
 from stage_ray.records import RolloutGroup, RolloutReceipt, RolloutRequest, WeightManifest
 from stage_ray.workers.health import Pinged
 from stage_ray.workers.logs import redirect_output
+from stage_ray.workers.metrics import WorkerMetrics
 
 if TYPE_CHECKING:
     from stage_ray.weights import Chunk
@@ -22,7 +23,8 @@ class RolloutWorker(Pinged):
     """One image engine. Updates its weights between waves only, so every image has one policy version (promise 2)."""
 
     def __init__(self, name: str, policy: PolicyConfig, rollout: RolloutConfig, log: str | None) -> None:
-        redirect_output(log)
+        redirect_output(log, "rollout")
+        self._metrics = WorkerMetrics("rollout", name)
         from stage_ray.engines import build_engine  # after the redirection: importing vLLM talks
 
         self._name = name
@@ -34,8 +36,10 @@ class RolloutWorker(Pinged):
         The learner never reads pictures and the driver reads neither: each object goes only where it is used.
         """
         start = time.perf_counter()
+        self._metrics.begin(request.group_id for request in requests)
         groups = self._engine.generate(requests)
         seconds = time.perf_counter() - start
+        self._metrics.done(groups, version=self._engine.policy_version)
         receipt = RolloutReceipt(self._name, self._engine.policy_version, seconds, _problem(requests, groups))
         objects: list[Any] = [receipt]
         for group in groups:

@@ -1,0 +1,134 @@
+"""Logs for machines: with ``logs.format: json`` every line of Python's logging is one JSON object.
+
+Fields: ``time`` (ISO 8601, UTC), ``level``, ``logger``, ``message``, ``run`` (the run directory's name), ``role`` and
+``worker`` of the process, ``step`` and ``group_id`` (a list) where known, ``exc_info`` where something was raised, and
+whatever a line brings along (``alarm``, ``metrics``).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from types import TracebackType
+from typing import Any, TextIO
+
+log = logging.getLogger("stage_ray")
+
+FORMAT = "STAGE_RAY_LOG_FORMAT"
+RUN = "STAGE_RAY_LOG_RUN"
+
+_facts: dict[str, Any] = {}
+_handler: logging.Handler | None = None
+
+
+def start_logs(form: str, run_id: str, stream: TextIO | None = None) -> None:
+    """Let the driver's logging, and that of the workers it starts, be ``text`` (as Python does it) or ``json``.
+
+    Example:
+        start_logs("json", "stage_shapeworld")
+        log.warning("slow")  # {"level": "WARNING", "logger": "stage_ray", "message": "slow", "run": ..., "time": ...}
+    """
+    _stop()
+    if form == "json":
+        os.environ.update({FORMAT: form, RUN: run_id})
+        _start({"run": run_id, "role": "driver"}, stream)
+        sys.excepthook = _log_uncaught
+
+
+def worker_environment() -> dict[str, str]:
+    """Variables that tell a worker's process how to log: a local Ray's inherits them, another's ``runtime_env``."""
+    return {name: os.environ[name] for name in (FORMAT, RUN) if name in os.environ}
+
+
+def start_worker_logs(role: str, worker: str) -> None:
+    """Log as the driver wants it, as this worker."""
+    if os.environ.get(FORMAT) == "json":
+        _start({"run": os.environ.get(RUN, ""), "role": role, "worker": worker}, None)
+
+
+def about(**facts: Any) -> None:
+    """What the lines from here on are about, such as ``step=3`` or ``group_id=[7, 8]``; None takes a fact away."""
+    if _handler is None:
+        return
+    _facts.update(facts)
+    for name in [name for name, value in facts.items() if value is None]:
+        del _facts[name]
+    _adopt()
+
+
+def tell_error(sentence: str) -> None:
+    """Why a command ends: a line on stderr, or of the log where it is JSON."""
+    if _handler is None:
+        print(sentence, file=sys.stderr)
+    else:
+        log.error(sentence)
+
+
+def _start(facts: dict[str, Any], stream: TextIO | None) -> None:
+    global _handler
+    from pythonjsonlogger.json import JsonFormatter  # only who wants JSON pays for it
+
+    _stop_handler()
+    _facts.clear()
+    _facts.update(facts)
+    _handler = logging.StreamHandler(stream or sys.stdout)
+    _handler.addFilter(_add_facts)
+    _handler.setFormatter(
+        JsonFormatter(
+            "{message}{levelname}{name}",
+            style="{",
+            rename_fields={"levelname": "level", "name": "logger"},
+            timestamp="time",
+        )
+    )
+    logging.getLogger().addHandler(_handler)
+    logging.captureWarnings(True)
+    os.environ.setdefault("TQDM_DISABLE", "1")  # bars are no lines
+    log.setLevel(logging.INFO)
+    _adopt()
+
+
+def _stop() -> None:
+    for name in (FORMAT, RUN):
+        os.environ.pop(name, None)
+    if _handler is not None:
+        _stop_handler()
+        logging.captureWarnings(False)
+        log.setLevel(logging.NOTSET)
+        sys.excepthook = sys.__excepthook__
+
+
+def _stop_handler() -> None:
+    global _handler
+    if _handler is not None:
+        logging.getLogger().removeHandler(_handler)
+        _handler = None
+
+
+def _add_facts(record: logging.LogRecord) -> bool:
+    record.__dict__.pop("_ray_timestamp_ns", None)  # Ray's own field in every record of the process
+    for name, value in _facts.items():
+        record.__dict__.setdefault(name, value)
+    return True
+
+
+def _adopt() -> None:
+    """Take the consoles of libraries away, so that their lines come here.
+
+    Ray, vLLM and transformers each put a handler of their own on the terminal, some long after our start.
+    """
+    consoles = (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__)
+    for logger in (logging.getLogger(), *list(logging.root.manager.loggerDict.values())):
+        if not isinstance(logger, logging.Logger):
+            continue
+        for handler in [h for h in logger.handlers if h is not _handler and getattr(h, "stream", None) in consoles]:
+            logger.removeHandler(handler)
+            logger.propagate = True
+
+
+def _log_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    if issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, trace)
+    else:
+        log.critical("%s: %s", kind.__name__, error, exc_info=(kind, error, trace))

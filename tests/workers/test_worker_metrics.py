@@ -1,0 +1,105 @@
+"""What the actors of a run report through Ray is on the node's metrics endpoint, as the catalogue names it."""
+
+from __future__ import annotations
+
+import re
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from stage_ray.cluster.actors import actor_of
+from stage_ray.cluster.local_ray import start_ray
+from stage_ray.pipeline.prompts import image_seeds
+from stage_ray.records import Prompt, RolloutRequest
+from stage_ray.run.catalogue import WORKER
+from stage_ray.workers.learner import LearnerWorker
+from stage_ray.workers.reward import RewardWorker
+from stage_ray.workers.rollout import RolloutWorker
+from tests.test_train import PROMPTS, tiny_run
+from tests.tiny import IMAGE_TOKENS, tiny_janus
+
+ON_A_GPU = "ray_stage_ray_worker_peak_gpu_memory_bytes"
+Series = dict[tuple[str, str, str], float]
+
+
+@pytest.fixture(scope="module")
+def reported(tmp_path_factory) -> Series:
+    """(metric, role, worker) -> value, after a wave of two groups of four, its scores and an update."""
+    directory = tmp_path_factory.mktemp("run")
+    run = tiny_run(directory, tiny_janus(directory / "janus"), evaluation={"enabled": False})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_metrics_report_interval_ms", "500")
+        start_ray(run, directory / "run")
+        try:
+            draw_score_train(run, directory)
+            wanted = {metric.prometheus for metric in WORKER} - {ON_A_GPU}
+            return scrape(lambda series: {role for name, role, _ in series if name in wanted} >= {"learner"})
+        finally:
+            ray.shutdown()
+
+
+def draw_score_train(run: Any, directory: Path) -> None:
+    log = {role: str(directory / f"{role}.log") for role in ("rollout-0", "reward-0", "learner")}
+    rollout = actor_of(RolloutWorker, 0.5, 0, {}).remote("rollout-0", run.policy, run.rollout, log["rollout-0"])
+    reward = actor_of(RewardWorker, 0.5, 0, {}).remote(list(run.rewards), log["reward-0"])
+    learner = actor_of(LearnerWorker, 0.5, 0, {}).remote(run, log["learner"])
+    requests = [RolloutRequest(i, Prompt(i, PROMPTS[i]), image_seeds(20, i, 4)) for i in range(2)]
+    _, *drawn = rollout.generate.options(num_returns=5).remote(*requests)
+    _, *scored = reward.score.options(num_returns=3).remote(*drawn)
+    ray.get(learner.take.remote(drawn[0], scored[0], drawn[2], scored[1]))
+    ray.get(learner.update.remote())
+    draw_score_train.actors = (rollout, reward, learner)  # type: ignore[attr-defined]  # Ray ends those that nobody holds
+
+
+def scrape(enough: Any) -> Series:
+    node = ray.nodes()[0]
+    address = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    deadline = time.monotonic() + 40
+    series: Series = {}
+    while time.monotonic() < deadline and not enough(series):
+        time.sleep(0.5)
+        text = urllib.request.urlopen(address, timeout=10).read().decode()
+        for name, labels, value in re.findall(r"^(ray_stage_ray\w+)\{(.*)\} (\S+)$", text, flags=re.MULTILINE):
+            tags = dict(re.findall(r'(\w+)="([^"]*)"', labels))
+            series[name, tags["role"], tags["worker"]] = float(value)
+    return series
+
+
+@pytest.mark.slow
+def test_every_worker_reports_every_metric_of_the_catalogue_and_no_other(reported):
+    names = {metric.prometheus for metric in WORKER} - {ON_A_GPU}
+    workers = {"rollout": "rollout-0", "reward": "reward-0", "learner": "learner"}
+    without_version = {("ray_stage_ray_worker_policy_version", "reward", "reward-0")}
+    wanted = {(name, role, worker) for name in names for role, worker in workers.items()} - without_version
+    assert {key for key in reported if key[0] != ON_A_GPU} == wanted
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("role, worker", [("rollout", "rollout-0"), ("reward", "reward-0"), ("learner", "learner")])
+def test_the_counts_are_those_of_the_work_done(reported, role, worker):
+    def of(name: str) -> float:
+        return reported[f"ray_stage_ray_worker_{name}", role, worker]
+
+    assert (of("calls_total"), of("groups_total"), of("images_total")) == (1, 2, 8)
+    assert of("tokens_total") == 8 * IMAGE_TOKENS
+    assert 0 < of("busy_seconds_total") < 60
+    assert of("tokens_per_second") == pytest.approx(of("tokens_total") / of("busy_seconds_total"), rel=0.01)
+    assert 50 * 2**20 < of("peak_memory_bytes") < 8 * 2**30
+
+
+@pytest.mark.slow
+def test_the_policy_version_is_that_which_drew_and_that_which_was_made(reported):
+    assert reported["ray_stage_ray_worker_policy_version", "rollout", "rollout-0"] == 0
+    assert reported["ray_stage_ray_worker_policy_version", "learner", "learner"] == 1
+
+
+def test_an_engine_without_an_actor_does_not_even_import_ray(tmp_path):
+    import subprocess
+    import sys
+
+    code = "import sys, stage_ray.engines, stage_ray.learner; assert not {'ray.util.metrics', 'ray'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=100)
