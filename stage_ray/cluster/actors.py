@@ -9,6 +9,7 @@ from typing import Any
 
 import ray
 
+from stage_ray.cluster.team import Team
 from stage_ray.config import RunConfig
 from stage_ray.engines.vllm.environment import vllm_environment
 from stage_ray.workers.learner import LearnerWorker
@@ -43,16 +44,25 @@ class Actors:
         return make.remote(list(self._run.rewards), self._log(name))
 
     def learner(self, name: str) -> Any:
-        """The learner."""
-        learner = self._run.learner
-        make = actor_of(LearnerWorker, learner.cpus, learner.gpus, self._threads(learner.threads), learner.resources)
-        return make.remote(self._run, self._log(name))
+        """The learner: one actor, or a `Team` of ranks."""
+        learner, ranks = self._run.learner, self._run.learner.ranks
+        env = self._threads(learner.threads, ranks)
+        if ranks == 1:
+            make = actor_of(LearnerWorker, learner.cpus, learner.gpus, env, learner.resources)
+            return make.remote(self._run, self._log(name))
+        bundle = {"CPU": learner.cpus, **({"GPU": learner.gpus} if learner.gpus else {}), **learner.resources}
+
+        def start(rank: int, where: Mapping[str, Any]) -> Any:
+            make = actor_of(LearnerWorker, learner.cpus, learner.gpus, env, learner.resources, **where)
+            return make.remote(self._run, self._log(f"{name}-rank-{rank}"), rank)
+
+        return Team(ranks, bundle, start)
 
     def _log(self, name: str) -> str | None:
         return str((self._logs / f"{name}.log").resolve()) if self._logs else None
 
-    def _threads(self, count: int | None) -> dict[str, str]:
-        return {"OMP_NUM_THREADS": str(count or default_threads(self._run.pipeline.max_staleness))}
+    def _threads(self, count: int | None, share: int = 1) -> dict[str, str]:
+        return {"OMP_NUM_THREADS": str(count or max(1, default_threads(self._run.pipeline.max_staleness) // share))}
 
 
 def default_threads(max_staleness: int) -> int:
@@ -62,11 +72,19 @@ def default_threads(max_staleness: int) -> int:
 
 
 def actor_of(
-    role: type, cpus: float, gpus: float, env: Mapping[str, str], resources: Mapping[str, float] | None = None
+    role: type,
+    cpus: float,
+    gpus: float,
+    env: Mapping[str, str],
+    resources: Mapping[str, float] | None = None,
+    **where: Any,
 ) -> Any:
-    """The actor class of a role (`Pinged`), with what it reserves and its environment; ``.remote(...)`` starts one."""
+    """The actor class of a role (`Pinged`), with what it reserves, its environment and Ray's options that place it.
+
+    Its ``.remote(...)`` starts one.
+    """
     # Pings are answered by a thread of their own, also while the actor works.
     pinged = ray.remote(concurrency_groups={"health": 1})(role)
     return pinged.options(
-        num_cpus=cpus, num_gpus=gpus, resources=dict(resources or {}), runtime_env={"env_vars": dict(env)}
+        num_cpus=cpus, num_gpus=gpus, resources=dict(resources or {}), runtime_env={"env_vars": dict(env)}, **where
     )

@@ -16,6 +16,7 @@ from stage_ray.cluster.actors import Actors
 from stage_ray.cluster.local_ray import start_ray
 from stage_ray.cluster.pool import Pool
 from stage_ray.cluster.seats import ArgumentsLost, Seat, WorkerFailed, WorkerLost, heartbeats
+from stage_ray.cluster.team import Team
 from stage_ray.config import RunConfig
 from stage_ray.errors import RunError
 from stage_ray.records import RolloutReceipt, RolloutRequest, ScoreReceipt
@@ -74,7 +75,10 @@ class Cluster:
 
         self.rollouts = pool("rollout", run.rollout, actors.rollout, prepare=self._newest_weights)
         self.rewards = pool("reward", run.scoring, actors.reward)
-        self.learner = Seat("learner", actors.learner, start_timeout_s=timeout, keep_failed=True)
+        learner: dict[str, Any] = {"start_timeout_s": timeout, "keep_failed": True}
+        if run.learner.ranks > 1:
+            learner |= {"prepare": Team.begin, "kill": Team.kill}
+        self.learner = Seat("learner", actors.learner, **learner)
 
     @classmethod
     @asynccontextmanager

@@ -52,6 +52,7 @@ class Seat:
         start_timeout_s: float,
         prepare: Callable[[Any], Awaitable[Any] | None] = lambda actor: None,
         keep_failed: bool = False,
+        kill: Callable[[Any], None] = ray.kill,
     ) -> None:
         """Start the first actor, without waiting for it.
 
@@ -61,13 +62,14 @@ class Seat:
             start_timeout_s: seconds an actor may take until it answers.
             prepare: what an actor must do before its first call (load the newest weights); None where nothing.
             keep_failed: an actor that raised is kept: its state is worth more than a fresh start.
+            kill: ends an actor.
         """
         self.name = name
         self.restarts = 0
         self.busy_s = 0.0
         self.waiting = 0
         self._start, self._start_timeout_s = start, start_timeout_s
-        self._prepare, self._keep_failed = prepare, keep_failed
+        self._prepare, self._keep_failed, self._kill = prepare, keep_failed, kill
         self._lock = asyncio.Lock()
         self._pid: int | None = None
         self.is_ready = False
@@ -140,7 +142,7 @@ class Seat:
 
     def kill(self) -> None:
         """End the actor's process, even one that is stopped."""
-        ray.kill(self._actor)
+        self._kill(self._actor)
         if self._pid is not None:  # Ray asks the process itself, and a stopped one does not listen
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(self._pid, signal.SIGKILL)

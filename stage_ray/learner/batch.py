@@ -40,11 +40,15 @@ class Batch:
     scores: Tensor
     staleness: Tensor
 
-    def micro_batches(self, images: int) -> list[Tensor]:
-        """Rows (n * G + g) of each micro-batch: int64 [<= images]; prompts of like length together, to pad little."""
+    def micro_batches(self, images: int, groups: slice = slice(None)) -> list[Tensor]:
+        """Rows (n * G + g) of each micro-batch: int64 [<= images]; prompts of like length together, to pad little.
+
+        ``groups``: only of these.
+        """
         group_size = self.tokens.shape[1]
-        lengths = torch.tensor([len(prompt.conditional) for prompt in self.prompts]).repeat_interleave(group_size)
-        return list(lengths.argsort(stable=True).to(self.tokens.device).split(images))
+        lengths = torch.tensor([len(prompt.conditional) for prompt in self.prompts[groups]])
+        order = lengths.repeat_interleave(group_size).argsort(stable=True) + (groups.start or 0) * group_size
+        return list(order.to(self.tokens.device).split(images))
 
     def prompts_of(self, rows: Tensor) -> list[PromptIds]:
         """The prompt of each of some rows."""

@@ -30,6 +30,7 @@ from stage_ray.config import ConfigError, LearnerConfig, RunConfig
 from stage_ray.learner.batch import Batch, LearnerError, make_batch
 from stage_ray.learner.measure import PolicyPass, ReferencePass, correction_of, update_metrics
 from stage_ray.learner.precision import attention, autocast, uses_bfloat16
+from stage_ray.learner.ranks import Ranks, whole, whole_state
 from stage_ray.learner.state import LearnerParts, load_state, save_state
 from stage_ray.policies import load_policy
 from stage_ray.policies.base import device_for
@@ -63,8 +64,10 @@ class Learner:
         manifest, chunks = pack(learner.version, learner.weights())
     """
 
-    def __init__(self, run: RunConfig, threads: int | None = None) -> None:
-        """Load the policy twice. Seeds torch's generators and, with ``threads``, sets torch's threads, process-wide.
+    def __init__(self, run: RunConfig, threads: int | None = None, ranks: Ranks | None = None) -> None:
+        """Load the policy twice; this rank keeps its share. Seeds torch's generators.
+
+        With ``threads``, sets torch's threads, process-wide.
 
         Raises:
             ConfigError: ``policy.*`` leads to no usable model.
@@ -74,6 +77,7 @@ class Learner:
         torch.manual_seed(run.seed)
         self.version = 0
         self._run = run
+        self._ranks = ranks or Ranks()
         self._device = device_for(run.learner.gpus)
         self._bfloat16 = uses_bfloat16(run.learner.autocast, self._device)
         self.policy = load_policy(run.policy, device=self._device, dtype=torch.float32)
@@ -81,6 +85,8 @@ class Learner:
         self._reference.model.requires_grad_(False)
         if run.learner.gradient_checkpointing:
             _enable_checkpointing(self.policy.model)
+        for policy in (self.policy, self._reference):
+            self._ranks.shard(policy.shards(), self._bfloat16)
         self._parameters = self.policy.trained_parameters()
         self._optimizer = torch.optim.AdamW(
             self._parameters.values(),
@@ -117,7 +123,7 @@ class Learner:
             encode=self.policy.encode_prompt,
             device=self._device,
         )
-        cuts = batch.micro_batches(self._run.learner.micro_batch_images)
+        cuts = self._cuts(batch)
         with attention(self._bfloat16, self._device):
             reference = self._reference_pass(batch, cuts)
             signals = self._signals(batch, reference)
@@ -131,12 +137,15 @@ class Learner:
     def weights(self) -> list[tuple[str, Tensor]]:
         """The trained parameters by ``state_dict`` name, detached, on the CPU.
 
-        On a CPU they share memory with the live ones: pack or copy them before the next update.
+        On a CPU they share memory with the live ones: pack or copy them before the next update. Several ranks gather
+        them together; all but the first then return nothing.
         """
-        return [(name, parameter.detach().cpu()) for name, parameter in self._parameters.items()]
+        if self._ranks.count == 1:
+            return [(name, parameter.detach().cpu()) for name, parameter in self._parameters.items()]
+        return list(whole_state(self._parameters, keep=self._ranks.first).items())
 
     def save_state(self, directory: Path) -> None:
-        """Write all that a bit-exact resume needs (safetensors and JSON) into ``directory``."""
+        """Write all that a bit-exact resume needs (safetensors and JSON) into ``directory``, together."""
         save_state(directory, self.version, self._parts())
 
     def load_state(self, directory: Path) -> None:
@@ -148,11 +157,25 @@ class Learner:
         self.version = load_state(directory, self._parts())
 
     def export(self, directory: Path) -> None:
-        """Write a Hugging Face checkpoint that plain transformers loads."""
-        self.policy.save(directory)
+        """Write a Hugging Face checkpoint that plain transformers loads; the first rank does, the others take part."""
+        if self._ranks.count == 1:
+            self.policy.save(directory)
+            return
+        state = whole_state(self.policy.model.state_dict(), keep=self._ranks.first)
+        if self._ranks.first:
+            self.policy.save(directory, state)
+        self._ranks.wait()
 
     def _parts(self) -> LearnerParts:
-        return LearnerParts(self._parameters, self._optimizer, self._reference.trained_parameters())
+        return LearnerParts(self._parameters, self._optimizer, self._reference.trained_parameters(), self._ranks)
+
+    def _cuts(self, batch: Batch) -> list[Tensor]:
+        """The rows of each micro-batch of this rank: whole groups, as many as every other rank's."""
+        return batch.micro_batches(self._run.learner.micro_batch_images, self._ranks.rows(len(batch.prompts)))
+
+    def _gathered(self, rows: Tensor) -> Tensor:
+        """[N * G, T] of which this rank filled its own groups' rows, filled by all."""
+        return self._ranks.gathered(rows[self._ranks.rows(rows.shape[0])])
 
     def _autocast(self) -> AbstractContextManager[object]:
         return autocast(self._bfloat16, self._device)
@@ -174,6 +197,7 @@ class Learner:
                 statistics = self._reference.statistics(prompts, tokens[rows], entropy_grad=False)
             logprobs[rows], entropy[rows] = statistics.logprobs, statistics.entropy
         shape = batch.tokens.shape
+        logprobs, entropy = self._gathered(logprobs), self._gathered(entropy)
         return ReferencePass(logprobs.view(shape), entropy.view(shape), self._clock() - start)
 
     def _signals(self, batch: Batch, reference: ReferencePass) -> Signals:
@@ -226,10 +250,10 @@ class Learner:
             policy += part.policy
         shape = batch.tokens.shape
         return PolicyPass(
-            logprobs.view(shape),
-            behavior.view(shape),
-            loss.item(),
-            policy.item(),
+            self._gathered(logprobs).view(shape),
+            self._gathered(behavior).view(shape),
+            self._ranks.summed(loss).item(),
+            self._ranks.summed(policy).item(),
             weights,
             self._clock() - start,
         )
@@ -258,7 +282,7 @@ class Learner:
     def _step(self, metrics: dict[str, float], lr: float) -> float:
         """Check, clip and step; returns the gradient norm before clipping."""
         gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = whole(torch.nn.utils.get_total_norm(gradients))
         where = f"update {self.version}"
         for name, value in (("loss", metrics["loss"]), ("gradient norm", norm.item())):
             if not math.isfinite(value):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -14,39 +14,50 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from stage_ray.learner.batch import LearnerError
+from stage_ray.learner.ranks import Ranks, whole
+from stage_ray.learner.shards import load_shards, save_shards, sharded_like
 
 FORMAT = 1
 WEIGHTS, OPTIMIZER, RANDOM, FACTS = "trained.safetensors", "optimizer.safetensors", "random.safetensors", "learner.json"
+SHARDS = "shards"
 
 
 @dataclass(frozen=True, slots=True)
 class LearnerParts:
-    """The parts of a learner that its state is made of; ``reference`` is only fingerprinted."""
+    """The parts of a learner that its state is made of, whole or sharded; ``reference`` is only fingerprinted."""
 
     parameters: Mapping[str, nn.Parameter]
     optimizer: torch.optim.Optimizer
     reference: Mapping[str, Tensor]
+    ranks: Ranks = field(default_factory=Ranks)
 
 
 def save_state(directory: Path, version: int, parts: LearnerParts) -> None:
     """Write four files: trained weights, optimizer moments (``<moment>/<name>``), random states, and facts as JSON.
 
-    The learning rate is a function of the version and the config, so there is no scheduler to store.
+    Several ranks write their shards of the first two into ``shards/`` instead, every rank its own file, together; any
+    number of ranks reads them again. The learning rate is a function of the version and the config, so there is no
+    scheduler to store, and the random states of the first rank are those of all.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    save_file({name: p.detach().cpu().contiguous() for name, p in parts.parameters.items()}, directory / WEIGHTS)
-    moments = parts.optimizer.state_dict()["state"]
-    save_file(
-        {
-            f"{moment}/{name}": value.detach().cpu().contiguous()
-            for index, name in enumerate(parts.parameters)
-            for moment, value in moments.get(index, {}).items()
-        },
-        directory / OPTIMIZER,
-    )
-    save_file(_random_states(), directory / RANDOM)
-    facts = {"format": FORMAT, "version": version, "reference": fingerprint(parts.reference)}
-    (directory / FACTS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    reference = fingerprint(parts.reference)
+    weights = {name: parameter.detach() for name, parameter in parts.parameters.items()}
+    states = parts.optimizer.state_dict()["state"]
+    moments = {
+        f"{moment}/{name}": value.detach()
+        for index, name in enumerate(parts.parameters)
+        for moment, value in states.get(index, {}).items()
+    }
+    if parts.ranks.count > 1:
+        save_shards(directory / SHARDS, weights | moments)
+    else:
+        save_file({name: tensor.cpu().contiguous() for name, tensor in weights.items()}, directory / WEIGHTS)
+        save_file({name: tensor.cpu().contiguous() for name, tensor in moments.items()}, directory / OPTIMIZER)
+    if parts.ranks.first:
+        save_file(_random_states(), directory / RANDOM)
+        facts = {"format": FORMAT, "version": version, "reference": reference}
+        (directory / FACTS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    parts.ranks.wait()
 
 
 def load_state(directory: Path, parts: LearnerParts) -> int:
@@ -55,7 +66,7 @@ def load_state(directory: Path, parts: LearnerParts) -> int:
     Raises:
         LearnerError: a file is missing or damaged, or it is the state of another model or reference.
     """
-    weights, moments, random = (_read(directory / name) for name in (WEIGHTS, OPTIMIZER, RANDOM))
+    random = _read(directory / RANDOM)
     try:
         facts = json.loads((directory / FACTS).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -64,19 +75,27 @@ def load_state(directory: Path, parts: LearnerParts) -> int:
         raise LearnerError(f"learner state {directory / FACTS} has format {facts.get('format')}, known is {FORMAT}")
     if facts["reference"] != fingerprint(parts.reference):
         raise LearnerError(f"learner state {directory} was trained from another base model; set policy.path back to it")
-    _check_shapes(directory / WEIGHTS, weights, parts.parameters)
+    if (directory / SHARDS).is_dir():
+        where = directory / SHARDS
+        found = load_shards(where, lambda key: parts.parameters.get(key.partition("/")[2] or key))
+        weights = {key: tensor for key, tensor in found.items() if "/" not in key}
+        moments = {key: tensor for key, tensor in found.items() if "/" in key}
+    else:
+        where = directory / WEIGHTS
+        weights, moments = _read(where), _read(directory / OPTIMIZER)
+    _check_shapes(where, weights, parts.parameters)
     state: dict[int, dict[str, Tensor]] = {}
     indices = {name: index for index, name in enumerate(parts.parameters)}
     for key, value in moments.items():
         moment, _, name = key.partition("/")
         if name not in indices:
             raise LearnerError(f"learner state {directory / OPTIMIZER} holds {key!r}, which this model does not train")
-        state.setdefault(indices[name], {})[moment] = value
+        state.setdefault(indices[name], {})[moment] = sharded_like(value, parts.parameters[name])
     groups = parts.optimizer.state_dict()["param_groups"]
     parts.optimizer.load_state_dict({"state": state, "param_groups": groups})
     with torch.no_grad():
         for name, parameter in parts.parameters.items():
-            parameter.copy_(weights[name])
+            parameter.copy_(sharded_like(weights[name], parameter))
     _restore_random(random)
     return int(facts["version"])
 
@@ -86,7 +105,7 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
     digest = xxhash.xxh3_64()
     for name, tensor in tensors.items():
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(whole(tensor.detach()).cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return str(digest.hexdigest())
 
 

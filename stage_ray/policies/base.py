@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -71,8 +71,12 @@ class Policy(Protocol):
         """The parameters that STAGE trains, by their ``state_dict`` name; the rest is frozen."""
         ...
 
-    def save(self, directory: Path) -> None:
-        """Write a Hugging Face checkpoint that plain transformers loads."""
+    def shards(self) -> list[nn.Module]:
+        """Modules whose parameters are gathered together in a sharded model, inner ones first; the last is all."""
+        ...
+
+    def save(self, directory: Path, state: Mapping[str, Tensor] | None = None) -> None:
+        """Write a Hugging Face checkpoint that plain transformers loads; ``state`` replaces the model's weights."""
         ...
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -19,6 +19,21 @@ TRAINED_PREFIX = "model.language_model."
 LOGITS_AT_ONCE = 2**22  # float32 logits made at once by `statistics`: 16 MiB, and a few temporaries of that size
 
 
+class Trunk(nn.Module):
+    """Rows of token ids, image tokens in their places, to states: all that is trained, as one module, to be sharded."""
+
+    def __init__(self, language_model: nn.Module) -> None:
+        super().__init__()
+        self.language_model = language_model
+
+    def forward(self, rows: Tensor, image_embeds: Tensor, positions: Tensor) -> Tensor:
+        """Ids int64 [B, L], embeddings [B, T - 1, hidden] and where they belong int64 [B, T - 1] -> [B, L, hidden]."""
+        embeds = self.language_model.embed_tokens(rows)  # type: ignore[operator]
+        places = positions.unsqueeze(-1).expand_as(image_embeds)
+        embeds = embeds.scatter(1, places, image_embeds.to(embeds.dtype))
+        return self.language_model(inputs_embeds=embeds, use_cache=False).last_hidden_state
+
+
 class JanusPolicy:
     """A Janus model: prompts, teacher-forced statistics, pictures. STAGE trains its language model and nothing else.
 
@@ -33,6 +48,7 @@ class JanusPolicy:
         self._prompts = prompts
         self._pad = int(files.processor.tokenizer.pad_token_id)
         model.model.generation_head.float()  # see `head`
+        self._trunk = Trunk(model.model.language_model)
         model.requires_grad_(False)
         for parameter in self.trained_parameters().values():
             parameter.requires_grad_(True)
@@ -71,15 +87,13 @@ class JanusPolicy:
         """
         if len(prompts) != tokens.shape[0] or min(map(len, prompts), default=0) < 1:
             raise ValueError(f"{len(prompts)} prompts for {tokens.shape[0]} images; one each is needed, none empty")
-        core, device, length = self.model.model, tokens.device, tokens.shape[1]
+        device, length = tokens.device, tokens.shape[1]
         longest = max(map(len, prompts))
         rows = [[*prompt, *[self._pad] * (longest + length - 1 - len(prompt))] for prompt in prompts]
-        embeds = core.language_model.embed_tokens(torch.tensor(rows, device=device))
         starts = torch.tensor([len(prompt) for prompt in prompts], device=device)
-        image_embeds = self.model.prepare_embeddings_for_image_generation(tokens[:, :-1]).to(embeds.dtype)
-        positions = (starts[:, None] + torch.arange(length - 1, device=device)).unsqueeze(-1)
-        embeds = embeds.scatter(1, positions.expand_as(image_embeds), image_embeds)
-        states = core.language_model(inputs_embeds=embeds, use_cache=False).last_hidden_state
+        image_embeds = self.model.prepare_embeddings_for_image_generation(tokens[:, :-1])
+        positions = starts[:, None] + torch.arange(length - 1, device=device)
+        states = self._trunk(torch.tensor(rows, device=device), image_embeds, positions)
         predicting = (starts[:, None] - 1 + torch.arange(length, device=device)).unsqueeze(-1)
         return states.gather(1, predicting.expand(-1, -1, states.shape[-1]))
 
@@ -146,7 +160,11 @@ class JanusPolicy:
         """The language model's parameters by ``state_dict`` name, each once (a tied text head is not named again)."""
         return {name: parameter for name, parameter in self.model.named_parameters() if name.startswith(TRAINED_PREFIX)}
 
-    def save(self, directory: Path) -> None:
-        """Write weights, configs, tokenizer and template; plain transformers loads and draws with the result."""
-        self.model.save_pretrained(directory)
+    def shards(self) -> list[nn.Module]:
+        """What is gathered at once where the model is sharded: each layer, then the whole, which keeps the rest."""
+        return [*self._trunk.language_model.layers, self._trunk]  # type: ignore[misc]
+
+    def save(self, directory: Path, state: Mapping[str, Tensor] | None = None) -> None:
+        """Write weights (``state`` in their place where the model is sharded), configs, tokenizer and template."""
+        self.model.save_pretrained(directory, state_dict=dict(state) if state is not None else None)
         self._files.processor.save_pretrained(directory)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import ray
 
 from stage_ray.config import RunConfig
 from stage_ray.records import WeightManifest
@@ -17,15 +20,36 @@ if TYPE_CHECKING:
 
 
 class LearnerWorker(Pinged):
-    """Rank 0 of 1: the STAGE update and the weights it makes."""
+    """The STAGE update and the weights it makes, or one rank's share of that."""
 
-    def __init__(self, run: RunConfig, log: str | None) -> None:
+    def __init__(self, run: RunConfig, log: str | None, rank: int = 0) -> None:
+        """Load the model; one of several ranks waits for `begin` with that."""
         self._metrics = WorkerMetrics("learner", redirect_output(log, "learner"))
-        from stage_ray.learner import Learner
-
-        self._learner = Learner(run, threads=run.learner.threads)
+        self._run, self._rank = run, rank
         self._chunks: list[Chunk] = []
         self._taken: tuple[Any, ...] = ()
+        if run.learner.ranks == 1:
+            self._load("")
+
+    def address(self) -> str:
+        """Where the other ranks meet this one: HOST:PORT."""
+        host = ray.util.get_node_ip_address()
+        with socket.socket() as probe:
+            probe.bind((host, 0))
+            return f"{host}:{probe.getsockname()[1]}"
+
+    def begin(self, address: str) -> None:
+        """Meet the other ranks there and load this rank's share of the model."""
+        self._load(address)
+
+    def _load(self, address: str) -> None:
+        from stage_ray.learner import Learner, Ranks
+        from stage_ray.policies.base import device_for
+
+        learner = self._run.learner
+        device = device_for(learner.gpus)
+        ranks = Ranks.join(self._rank, learner.ranks, address, device, timeout_s=learner.timeout_s)
+        self._learner = Learner(self._run, threads=learner.threads, ranks=ranks)
 
     def take(self, *objects: Any) -> None:
         """Hold the rollout groups and scored groups, alternating, of the next update.

@@ -120,3 +120,47 @@ def test_a_node_dies_another_joins_and_no_group_is_lost(tmp_path, model, nodes):
     found = audited(tmp_path / "run", ended=True)
     assert found.sound and found.trained == 4 * len(serving(tmp_path)), found
     assert found.reissued > 0, "the node died without taking anything with it: this run shows nothing"
+
+
+@pytest.mark.slow
+def test_two_ranks_learn_on_two_nodes_and_outlive_one_of_them(tmp_path, model, nodes):
+    """2 learner ranks, 2 rollout and 2 reward workers on 3 nodes beside the head; one with a rank on it dies."""
+    for _ in range(2):
+        nodes.add(rollout=1, reward=1)
+    first = nodes.add(learner=1)
+    nodes.add(learner=1)
+    nodes.wait_for_nodes()
+    run = tiny_run(
+        tmp_path,
+        model,
+        steps=100_000,
+        rollout={"workers": 2, "groups_per_step": 4, "images_per_wave": 8, "resources": {"rollout": 1}},
+        scoring={"workers": 2, "resources": {"reward": 1}},
+        learner={"ranks": 2, "resources": {"learner": 1}},
+        pipeline={"max_staleness": 1, "order": "arrival"},
+        evaluation={"enabled": False},
+        cluster={"heartbeat_s": 1.0, "metrics_port": None},
+        checkpoint={"every": 3},
+    )
+    driver = start(run, nodes.address, tmp_path)
+    try:
+        wait_until(lambda: serving(tmp_path)[7:], driver, tmp_path)
+        nodes.remove_node(first, allow_graceful=False)
+        nodes.add(learner=1)
+        seen = len(serving(tmp_path))
+        wait_until(lambda: alarmed(tmp_path) and serving(tmp_path)[seen + 6 :], driver, tmp_path)
+        driver.terminate()
+        assert driver.wait(60) == 128 + signal.SIGTERM, (tmp_path / "driver.log").read_text()
+    finally:
+        driver.kill()
+    assert alarmed(tmp_path) == ["learner_lost"]
+    found = audited(tmp_path / "run", ended=True)
+    assert found.sound and found.trained == 4 * len(serving(tmp_path)), found
+    newest = max((tmp_path / "run" / "checkpoints").glob("step-*"))
+    assert len(list((newest / "shards").iterdir())) == 2
+
+
+def alarmed(directory: Path) -> list[str]:
+    """Names of the alarms so far."""
+    path = directory / "run" / "alarms.jsonl"
+    return [json.loads(line)["alarm"] for line in path.read_text().splitlines()] if path.exists() else []

@@ -1,0 +1,107 @@
+"""The ranks of one learner, asked as if they were one actor; they live and die together."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from stage_ray.cluster.seats import WorkerLost
+
+GRACE_S = 10.0
+"""Where one rank fails the others do too, from the same cause or because they miss it; so long they have for it."""
+FIRST_ALONE = {"chunks", "save_groups", "save_taken", "load_groups", "address"}
+"""Calls that one rank answers for all."""
+
+
+class Team:
+    """Looks like an actor to a `Seat`: ``team.update.remote()`` asks every rank, the first one's answer counts.
+
+    Ray places all of them or none (a placement group), as close together as there is room.
+
+    Example:
+        team = Team(4, {"CPU": 8, "GPU": 1}, lambda rank, where: Learner.options(**where).remote(rank))
+        await team.begin()
+        await team.update.remote()
+    """
+
+    def __init__(self, count: int, bundle: Mapping[str, float], start: Callable[[int, Mapping[str, Any]], Any]) -> None:
+        """Start the actors, without waiting for them.
+
+        Args:
+            count: ranks.
+            bundle: what one rank reserves.
+            start: makes an actor, given its rank and the options that place it.
+        """
+        self._group = placement_group([dict(bundle)] * count, strategy="PACK")
+        self._actors = [
+            start(rank, {"scheduling_strategy": PlacementGroupSchedulingStrategy(self._group, rank)})
+            for rank in range(count)
+        ]
+
+    def __getattr__(self, method: str) -> TeamCall:
+        return TeamCall(self._actors, method)
+
+    async def begin(self) -> None:
+        """Let the ranks find each other and load the model."""
+        address = await self.address.remote()
+        await TeamCall(self._actors, "begin").remote(address)
+
+    def kill(self) -> None:
+        """End every rank, even one that is stopped: Ray ends what runs in a placement group that is removed."""
+        for actor in self._actors:
+            ray.kill(actor)
+        remove_placement_group(self._group)
+
+
+class TeamCall:
+    """One method of every rank."""
+
+    def __init__(self, actors: Sequence[Any], method: str, options: Mapping[str, Any] | None = None) -> None:
+        self._actors, self._method, self._options = actors, method, dict(options or {})
+
+    def options(self, **options: Any) -> TeamCall:
+        """As of an actor's method."""
+        return TeamCall(self._actors, self._method, options)
+
+    def remote(self, *arguments: Any) -> Any:
+        """References of the first rank, or something to await until every rank is done."""
+        actors = self._actors[:1] if self._method in FIRST_ALONE else self._actors
+        answers = [getattr(actor, self._method).options(**self._options).remote(*arguments) for actor in actors]
+        return answers[0] if len(answers) == 1 else _together(answers)
+
+
+async def _together(answers: Sequence[Awaitable[Any]]) -> Any:
+    """The first answer, once all are there.
+
+    Raises:
+        RayActorError: a rank died, whatever the others say about missing it.
+        WorkerLost: a rank failed, and another one waits for it.
+        RayTaskError: every rank refused, or failed; the first one's reason.
+    """
+    tasks = [asyncio.ensure_future(_value(answer)) for answer in answers]
+    try:
+        _, waiting = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+        if waiting:
+            _, waiting = await asyncio.wait(tasks, timeout=GRACE_S)
+        errors = [error for task in tasks if task.done() and (error := task.exception()) is not None]
+        death = next((error for error in errors if isinstance(error, RayActorError)), None)
+        if death is not None:
+            raise death
+        if waiting:
+            raise WorkerLost(f"learner: {len(errors)} of {len(tasks)} ranks failed: {errors[0]}") from errors[0]
+        if errors:
+            raise errors[0]
+        return tasks[0].result()
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+async def _value(answer: Awaitable[Any]) -> Any:
+    return await answer

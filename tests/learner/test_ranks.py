@@ -1,0 +1,151 @@
+"""Two ranks make the update that one makes, refuse what one refuses, and read what any number of ranks wrote."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+import torch.multiprocessing as processes
+from safetensors.torch import load_file, save_file
+from transformers import JanusForConditionalGeneration
+
+from stage_ray.learner import Learner, LearnerError, Ranks
+from tests.learner_case import PROMPTS, sample_groups, score, tiny_run
+from tests.tiny import tiny_janus
+
+CPU = torch.device("cpu")
+SETTINGS = {
+    "rollout": {"groups_per_step": 4, "group_size": 4, "guidance_scale": 3.0},
+    "learner": {"lr": 1e-3, "autocast": "off", "micro_batch_images": 4, "max_mismatch": None},
+    "pipeline": {"max_staleness": 5},
+}
+
+
+def updates(learner: Learner, count: int) -> list[dict[str, float]]:
+    """Every rank draws the same groups: two from the newest version, two that are getting old."""
+    groups = sample_groups(_frozen(learner), [*PROMPTS, PROMPTS[0]], 4)
+    return [learner.update(groups, score(groups)) for _ in range(count)]
+
+
+def _frozen(learner: Learner):
+    from stage_ray.policies import load_policy
+
+    return load_policy(learner._run.policy, device=CPU, dtype=torch.float32)
+
+
+def weights(learner: Learner) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in learner.weights()}
+
+
+def rank(number: int, count: int, port: int, model: Path, out: Path) -> None:
+    """What each process does; what it finds is in ``out``."""
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    ranks = Ranks.join(number, count, f"127.0.0.1:{port}", CPU, timeout_s=60)
+    listening = {c.laddr.ip for c in psutil.Process().net_connections() if c.status == psutil.CONN_LISTEN}
+    assert listening <= {"127.0.0.1"}, listening
+    run = tiny_run(model, **SETTINGS, algorithm={"ratio_on": "guided"})
+    learner = Learner(run, threads=1, ranks=ranks)
+    metrics = updates(learner, 2)
+    learner.save_state(out / "by-two")
+    metrics += updates(learner, 1)
+    found = weights(learner)
+    assert bool(found) == (number == 0)
+    learner.export(out / "exported")
+    held = sum(p.to_local().numel() for p in learner.policy.trained_parameters().values())
+    whole = sum(p.numel() for p in learner.policy.trained_parameters().values())
+    assert held <= whole * 0.55, f"rank {number} of {count} holds {held} of {whole} trained numbers"
+
+    groups = sample_groups(_frozen(learner), [*PROMPTS, PROMPTS[0]], 4)
+    bad = score(groups, lambda group: np.full(4, np.nan))
+    with pytest.raises(LearnerError, match="invalid scores"):
+        learner.update(groups, bad)
+    version = learner.version
+    learner.load_state(out / "by-one")
+    again = weights(learner)
+    assert (version, learner.version) == (3, 2)
+    learner.load_state(out / "by-two")
+    with pytest.raises(LearnerError, match="cannot be read"):
+        learner.load_state(out / "cut")
+    after = weights(learner)
+    if number == 0:
+        save_file(found, out / "weights.safetensors")
+        save_file(again, out / "again.safetensors")
+        save_file(after, out / "after.safetensors")
+        torch.save(metrics, out / "metrics.pt")
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory):
+    """Two ranks and one, with the same groups: the directory with what the two left, the one and its metrics."""
+    out = tmp_path_factory.mktemp("ranks")
+    model = tiny_janus(out / "janus")
+    run = tiny_run(model, **SETTINGS, algorithm={"ratio_on": "guided"})
+    alone = Learner(run, threads=1)
+    metrics = updates(alone, 2)
+    alone.save_state(out / "by-one")
+    alone.save_state(out / "cut")
+    moments = out / "cut" / "optimizer.safetensors"
+    moments.write_bytes(moments.read_bytes()[:-100])
+    metrics += updates(alone, 1)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes.spawn(rank, (2, port, model, out), nprocs=2)
+    return out, run, alone, metrics
+
+
+def close(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=2e-5, msg=lambda text, name=name: name + text)
+
+
+@pytest.mark.slow
+def test_two_ranks_train_as_one(case):
+    out, _, alone, wanted = case
+    close(load_file(out / "weights.safetensors"), weights(alone))
+    found = torch.load(out / "metrics.pt", weights_only=True)
+    for two, one in zip(found, wanted, strict=True):
+        assert two.keys() == one.keys()
+        for name in one.keys() - {"time/reference_s", "time/policy_s"}:
+            assert two[name] == pytest.approx(one[name], rel=2e-3, abs=1e-5), name
+
+
+@pytest.mark.slow
+def test_what_two_ranks_saved_one_reads_and_the_other_way(case):
+    out, run, alone, _ = case
+    reader = Learner(run, threads=1)
+    reader.load_state(out / "by-two")
+    assert reader.version == 2
+    close(weights(reader), load_file(out / "by-one" / "trained.safetensors"))
+    updates(reader, 1)
+    close(weights(reader), weights(alone))
+    close(load_file(out / "again.safetensors"), load_file(out / "by-one" / "trained.safetensors"))
+
+
+@pytest.mark.slow
+def test_a_damaged_state_changes_nothing(case):
+    out, run, _, _ = case
+    close(load_file(out / "after.safetensors"), load_file(out / "by-one" / "trained.safetensors"))
+    reader = Learner(run, threads=1)
+    before = weights(reader)
+    shard = sorted((out / "by-two" / "shards").iterdir())[0]
+    shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises(LearnerError, match="shards cannot be read"):
+        reader.load_state(out / "by-two")
+    close(weights(reader), before)
+    assert reader.version == 0
+
+
+@pytest.mark.slow
+def test_their_export_is_a_checkpoint_of_plain_transformers(case):
+    out, _, alone, _ = case
+    exported = JanusForConditionalGeneration.from_pretrained(out / "exported").state_dict()
+    trained = weights(alone)
+    close({name: exported[name] for name in trained}, trained)
