@@ -63,7 +63,6 @@ class RolloutConfig(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="auto: bfloat16 where the hardware computes in it"
     )
-    tensor_parallel: int = Field(1, ge=1, description="vLLM's tensor parallel ranks of one worker, each with its GPU")
     cpus: float = Field(1.0, gt=0, description="CPUs reserved for one worker")
     gpus: float = Field(0.0, ge=0, description="GPUs reserved for one worker")
     resources: dict[str, float] = Field(

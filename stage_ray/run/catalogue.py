@@ -12,7 +12,7 @@ from typing import Literal
 PREFIX = "stage_ray_"
 RAY_PREFIX = "ray_"
 
-Place = Literal["learner", "stream", "driver", "rollout", "reward", "every worker"]
+Place = Literal["learner", "stream", "driver", "every worker", "rollout, learner"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +136,13 @@ WORKER = (
     Metric("stage_ray_worker_images", "images", "Images drawn, scored or trained", "every worker", "counter", True),
     Metric("stage_ray_worker_tokens", "tokens", "Image tokens of those images", "every worker", "counter", True),
     Metric("stage_ray_worker_tokens_per_second", "tokens/s", "Speed of the last call", "every worker", worker=True),
-    Metric("stage_ray_worker_policy_version", "updates", "Version served, or made last", "rollout", worker=True),
+    Metric(
+        "stage_ray_worker_policy_version",
+        "updates",
+        "Version that drew last, or was made last",
+        "rollout, learner",
+        worker=True,
+    ),
     Metric("stage_ray_worker_peak_memory_bytes", "B", "Greatest resident memory so far", "every worker", worker=True),
     Metric(
         "stage_ray_worker_peak_gpu_memory_bytes",

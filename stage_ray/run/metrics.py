@@ -67,6 +67,10 @@ class Recorder:
         row = {"step": step, **{name: _plain(value) for name, value in metrics.items()}}
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()
+        measured = {_served(name) for name in row}
+        for name, gauge in self._gauges.items():
+            if name not in measured:  # what an earlier step had is not what this one has
+                gauge.set(math.nan)
         for name, value in row.items():
             number = len(value) if isinstance(value, list) else value
             if isinstance(number, str):
@@ -119,10 +123,14 @@ class Recorder:
         self.port = self._server.server_port
 
     def _gauge(self, name: str) -> Gauge:
-        served = PREFIX + flat(name)
+        served = _served(name)
         if served not in self._gauges:
             self._gauges[served] = Gauge(served, _help(name), registry=self._registry)
         return self._gauges[served]
+
+
+def _served(name: str) -> str:
+    return PREFIX + flat(name)
 
 
 def _help(name: str) -> str:

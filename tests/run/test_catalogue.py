@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 import urllib.request
 from pathlib import Path
 
@@ -11,9 +12,11 @@ import pytest
 
 from stage_ray.cli import main
 from stage_ray.learner import Learner
+from stage_ray.report.report import CHARTS, STAGES
 from stage_ray.run import alarms
 from stage_ray.run.catalogue import ALARMS, RECORDED, find, markdown
 from stage_ray.run.metrics import Recorder, read_steps
+from stage_ray.run.progress import SHOWN
 from stage_ray.run.run_files import StepClock
 from stage_ray.train import train
 from tests import test_train
@@ -63,6 +66,12 @@ def test_a_real_run_records_what_the_catalogue_names_and_nothing_else(tmp_path, 
 def test_invented_runs_of_other_tests_use_names_that_exist(tmp_path):
     write_fake_run(tmp_path / "run", steps=1, planned=1)
     assert unknown(read_steps(tmp_path / "run" / "metrics.jsonl")[0]) == []
+
+
+def test_report_progress_and_alarms_read_metrics_that_exist():
+    charted = {name for columns in CHARTS.values() for name in columns} | {f"time/{stage}_s" for stage in STAGES}
+    asked = set(re.findall(r'metrics\.get\("([\w/]+)"', inspect.getsource(alarms)))
+    assert len(asked) >= 6 and unknown(charted | asked | set(SHOWN)) == []
 
 
 def test_an_unknown_metric_is_found_out():

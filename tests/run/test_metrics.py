@@ -47,6 +47,13 @@ def test_prometheus_serves_the_newest_step_under_the_same_names(recorder: Record
     assert math.isnan(seen["stage_ray_kl"])
 
 
+def test_prometheus_does_not_go_on_serving_what_a_later_step_did_not_measure(recorder: Recorder) -> None:
+    recorder.step(1, {"kl": 0.5, "mismatch/abs_logprob": 0.01})
+    recorder.step(2, {"kl": 0.25})
+    seen = scrape(recorder.port or 0)
+    assert seen["stage_ray_kl"] == 0.25 and math.isnan(seen["stage_ray_mismatch_abs_logprob"])
+
+
 def test_prometheus_counts_each_alarm_by_its_name(recorder: Recorder) -> None:
     for step, name in ((1, "kl_blowup"), (2, "kl_blowup"), (2, "mismatch")):
         recorder.alarm(step, name, "one sentence")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 import time
 import urllib.request
 from pathlib import Path
@@ -35,14 +37,13 @@ def reported(tmp_path_factory) -> Series:
         patch.setenv("RAY_metrics_report_interval_ms", "500")
         start_ray(run, directory / "run")
         try:
-            draw_score_train(run, directory)
-            wanted = {metric.prometheus for metric in WORKER} - {ON_A_GPU}
-            return scrape(lambda series: {role for name, role, _ in series if name in wanted} >= {"learner"})
+            workers = draw_score_train(run, directory)  # Ray ends those that nobody holds
+            return scrape(len(workers))
         finally:
             ray.shutdown()
 
 
-def draw_score_train(run: Any, directory: Path) -> None:
+def draw_score_train(run: Any, directory: Path) -> list[Any]:
     log = {role: str(directory / f"{role}.log") for role in ("rollout-0", "reward-0", "learner")}
     rollout = actor_of(RolloutWorker, 0.5, 0, {}).remote("rollout-0", run.policy, run.rollout, log["rollout-0"])
     reward = actor_of(RewardWorker, 0.5, 0, {}).remote(list(run.rewards), log["reward-0"])
@@ -52,15 +53,16 @@ def draw_score_train(run: Any, directory: Path) -> None:
     _, *scored = reward.score.options(num_returns=3).remote(*drawn)
     ray.get(learner.take.remote(drawn[0], scored[0], drawn[2], scored[1]))
     ray.get(learner.update.remote())
-    draw_score_train.actors = (rollout, reward, learner)  # type: ignore[attr-defined]  # Ray ends those that nobody holds
+    return [rollout, reward, learner]
 
 
-def scrape(enough: Any) -> Series:
+def scrape(workers: int) -> Series:
+    """What the endpoint says, as soon as so many workers are on it."""
     node = ray.nodes()[0]
     address = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
     deadline = time.monotonic() + 40
     series: Series = {}
-    while time.monotonic() < deadline and not enough(series):
+    while time.monotonic() < deadline and len({worker for _, _, worker in series}) < workers:
         time.sleep(0.5)
         text = urllib.request.urlopen(address, timeout=10).read().decode()
         for name, labels, value in re.findall(r"^(ray_stage_ray\w+)\{(.*)\} (\S+)$", text, flags=re.MULTILINE):
@@ -97,9 +99,7 @@ def test_the_policy_version_is_that_which_drew_and_that_which_was_made(reported)
     assert reported["ray_stage_ray_worker_policy_version", "learner", "learner"] == 1
 
 
-def test_an_engine_without_an_actor_does_not_even_import_ray(tmp_path):
-    import subprocess
-    import sys
-
+@pytest.mark.slow
+def test_an_engine_without_an_actor_does_not_even_import_ray():
     code = "import sys, stage_ray.engines, stage_ray.learner; assert not {'ray.util.metrics', 'ray'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=100)
