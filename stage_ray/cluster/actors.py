@@ -12,6 +12,7 @@ import ray
 from stage_ray.cluster.team import Team
 from stage_ray.config import RunConfig
 from stage_ray.engines.vllm.environment import vllm_environment
+from stage_ray.run.logs import worker_environment
 from stage_ray.workers.learner import LearnerWorker
 from stage_ray.workers.reward import RewardWorker
 from stage_ray.workers.rollout import RolloutWorker
@@ -86,5 +87,9 @@ def actor_of(
     # Pings are answered by a thread of their own, also while the actor works.
     pinged = ray.remote(concurrency_groups={"health": 1})(role)
     return pinged.options(
-        num_cpus=cpus, num_gpus=gpus, resources=dict(resources or {}), runtime_env={"env_vars": dict(env)}, **where
+        num_cpus=cpus,
+        num_gpus=gpus,
+        resources=dict(resources or {}),
+        runtime_env={"env_vars": {**env, **worker_environment()}},
+        **where,
     )

@@ -161,6 +161,7 @@ ALARMS = {
     "entropy_collapse": "The policy's token entropy fell below half of the reference's",
     "kl_blowup": "The KL to the reference model is beyond 0.5 nats a token",
     "mismatch": "Rollout engine and learner differ by more than 0.05 nats a token at the same version",
+    "learner_lost": "The learner died or hung, and the run went back to its last checkpoint",
 }
 """The label ``name`` of ``stage_ray_alarm_total`` and what it means; see `stage_ray.run.alarms`."""
 

@@ -14,7 +14,7 @@ from stage_ray.errors import ConfigError
 from stage_ray.run.files import write_whole
 
 # What may differ when a run goes on: where it runs and how often it looks, not what it computes.
-FREE_KEYS = {"run_dir", "cluster", "checkpoint", "evaluation", "scoring"}
+FREE_KEYS = {"run_dir", "cluster", "checkpoint", "evaluation", "scoring", "logs"}
 FREE_NAMES = {"workers", "max_workers", "ranks", "cpus", "gpus", "resources", "timeout_s", "gpu_memory_utilization"}
 
 

@@ -117,7 +117,7 @@ def run_and_listen(run: RunConfig) -> tuple[str, list[dict], str]:
 
 @pytest.mark.slow
 def test_an_alarm_is_in_the_log_the_metrics_and_the_report(tmp_path, model):
-    changes = {"algorithm": NO_ENTROPY_REWARD, "rewards": [{"type": "tests.test_alarms.Constant"}]}
+    changes = {"algorithm": NO_ENTROPY_REWARD, "rewards": [{"type": "tests.run.test_alarms.Constant"}]}
     run = test_train.tiny_run(tmp_path, model, steps=1, evaluation={"enabled": False}, **changes)
     said, written, report = run_and_listen(run)
     names = ["zero_gradient", "no_variance", "no_valid_reward"]

@@ -86,7 +86,7 @@ def test_the_alarms_of_the_catalogue_are_those_that_ring():
     tree = ast.parse(inspect.getsource(alarms))
     pairs = [node.elts for node in ast.walk(tree) if isinstance(node, ast.Tuple) and len(node.elts) == 2]
     rung = {first.value for first, _ in pairs if isinstance(first, ast.Constant) and isinstance(first.value, str)}
-    assert set(ALARMS) == rung
+    assert set(ALARMS) == rung | {"learner_lost"}  # which is no number of an update: `stage_ray.train` rings it
 
 
 def test_the_endpoint_explains_a_metric_in_the_catalogues_words(tmp_path):
