@@ -92,17 +92,19 @@ class Cluster:
         local = start_ray(run, run_dir)
         try:
             cluster = cls(run, run_dir / "logs" if local else None)
-            pools, seats = (cluster.rollouts, cluster.rewards), cluster.seats()
+            pools = (cluster.rollouts, cluster.rewards)
             try:
                 await asyncio.gather(
                     *(pool.ready() for pool in pools), cluster.learner.ready(run.cluster.start_timeout_s)
                 )
             except WorkerLost as lost:
                 raise cluster._fatal(lost) from lost
-            async with heartbeats(seats, run.cluster.heartbeat_s, run.cluster.heartbeat_deadline_s):
-                yield cluster
-            for pool in pools:
-                await pool.close()
+            try:
+                async with heartbeats(cluster.seats(), run.cluster.heartbeat_s, run.cluster.heartbeat_deadline_s):
+                    yield cluster
+            finally:
+                for pool in pools:
+                    await pool.close()
         finally:
             ray.shutdown()
 

@@ -95,10 +95,12 @@ class GroupBuffer(Generic[Payload]):
         slot.payload, slot.arrival, slot.step = payload, self._arrivals, max(slot.step, policy_version)
         self._changed.set()
 
-    def lose(self, group_id: int) -> None:
-        """A ready group's payload is gone: it is drawn again, in its old place."""
+    def lose(self, group_id: int) -> bool:
+        """A group's payload is gone: it is drawn again, in its old place. Whether it had one to lose."""
         slot = self._slot(group_id)
+        lost = slot.payload is not None
         slot.payload, slot.taken = None, False
+        return lost
 
     def put_back(self, group_ids: Iterable[int]) -> None:
         """Taken groups were not trained after all: they stand where they stood."""

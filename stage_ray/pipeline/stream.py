@@ -93,8 +93,12 @@ class GroupStream:
                 self.reissue(lost)
                 self._buffer.put_back(group.group_id for group in groups)
 
-    def reissue(self, lost: GroupsLostError) -> None:
+    def reissue(self, lost: GroupsLostError, *, scored: bool = True) -> None:
         """Draw groups whose payload is gone again: the same prompts and seeds, by whatever version is served now.
+
+        Args:
+            lost: which.
+            scored: they were in the buffer; one that is there no more is being drawn again already.
 
         Raises:
             LearnerLostError: a group that came from a checkpoint, so that nobody knows how it was drawn.
@@ -102,11 +106,10 @@ class GroupStream:
         unknown = [group_id for group_id in lost.group_ids if group_id not in self._requests]
         if unknown:
             raise LearnerLostError(f"group {unknown[0]} of the checkpoint went down with a node")
-        requests = [self._requests[group_id] for group_id in lost.group_ids]
-        for group_id in lost.group_ids:
-            self._buffer.lose(group_id)
+        ids = [group_id for group_id in lost.group_ids if self._buffer.lose(group_id) or not scored]
+        requests = [self._requests[group_id] for group_id in ids]
         self._counts["rollout/reissued"] += len(requests)
-        self._ledger.note("reissued", lost.group_ids, step=self.step)
+        self._ledger.note("reissued", ids, step=self.step)
         if requests:
             self._spawn(self._generate(requests))
 
@@ -196,7 +199,7 @@ class GroupStream:
             try:
                 results = await self._cluster.score(pending)
             except GroupsLostError as lost:
-                self.reissue(lost)
+                self.reissue(lost, scored=False)
                 pending = [group for group in pending if group.group_id not in lost.group_ids]
                 continue
             attempt += 1

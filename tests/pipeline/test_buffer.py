@@ -150,3 +150,23 @@ def test_no_schedule_of_generation_and_training_breaks_the_staleness_bound(n, k,
         buffer.ready(group, group, drawn[group])
     while buffer.waiting >= n:
         train()
+
+
+def test_a_group_whose_payload_is_gone_is_waited_for_again_in_its_old_place():
+    buffer: GroupBuffer[str] = GroupBuffer(groups_per_step=2, max_staleness=0)
+    for group, payload in ((0, "a"), (1, "b")):
+        buffer.admit(group, 0)
+        buffer.ready(group, payload, 0)
+
+    async def scenario():
+        assert await buffer.take(0) == [(0, "a"), (1, "b")]
+        assert buffer.lose(0)
+        buffer.put_back([0, 1])
+        assert not buffer.lose(0), "it is being drawn again already"
+        assert (buffer.pending, buffer.waiting, buffer.free) == (1, 1, 0)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(buffer.take(0), 0.01)
+        buffer.ready(0, "again", 0)
+        assert await buffer.take(0) == [(0, "again"), (1, "b")]
+
+    asyncio.run(scenario())

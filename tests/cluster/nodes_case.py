@@ -1,0 +1,166 @@
+"""Several nodes on one machine: a node dies with what it held, another one joins. Run by test_nodes.py, apart."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from ray.cluster_utils import Cluster
+
+from tests.chaos import audited
+from tests.test_train import tiny_run
+from tests.tiny import tiny_janus
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny_janus(tmp_path_factory.mktemp("model") / "janus")
+
+
+@pytest.fixture
+def nodes(tmp_path, monkeypatch):
+    """A head that runs no actor, and a way to add nodes with resources."""
+    token = tmp_path / "token"
+    token.write_text("0123456789abcdef" * 4)
+    for name, value in {"MODE": "token", "TOKEN_PATH": str(token)}.items():
+        monkeypatch.setenv(f"RAY_AUTH_{name}", value)
+    monkeypatch.setenv("RAY_worker_niceness", "0")
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    from ray._private.authentication.authentication_token_setup import Config
+
+    Config.initialize("")
+    settings = {"health_check_period_ms": 500, "health_check_failure_threshold": 4}
+    settings["max_direct_call_object_size"] = 1000  # bytes: else groups of a tiny model travel inside messages
+    store = 100 * 2**20
+    cluster = Cluster(
+        initialize_head=True,
+        head_node_args={
+            "num_cpus": 0,
+            "object_store_memory": store,
+            "include_dashboard": False,
+            "_system_config": settings,
+        },
+    )
+    cluster.add = lambda **resources: cluster.add_node(num_cpus=4, object_store_memory=store, resources=resources)
+    yield cluster
+    cluster.shutdown()
+
+
+def start(run, address: str, directory: Path) -> subprocess.Popen:
+    config = directory / "config.yaml"
+    config.write_text(yaml.safe_dump(run.model_dump(mode="json") | {"run_dir": str(directory / "run")}))
+    command = [sys.executable, "-m", "stage_ray", "train", str(config), "--set", f"cluster.address={address}"]
+    with (directory / "driver.log").open("wb") as log:
+        return subprocess.Popen(command, cwd=REPOSITORY, stdout=log, stderr=log)
+
+
+def serving(directory: Path) -> list[int]:
+    """Rollout workers that could be asked, step by step."""
+    path = directory / "run" / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [int(json.loads(line)["workers/rollout"]) for line in lines if line.endswith("\n")]
+
+
+def wait_until(what, driver: subprocess.Popen, directory: Path, seconds: float = 150) -> None:
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert driver.poll() is None and time.monotonic() < deadline, (directory / "driver.log").read_text()
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_a_node_dies_another_joins_and_no_group_is_lost(tmp_path, model, nodes):
+    first = nodes.add(rollout=1, reward=1)
+    nodes.add(rollout=1, reward=1)
+    nodes.add(learner=1)
+    nodes.wait_for_nodes()
+    run = tiny_run(
+        tmp_path,
+        model,
+        steps=100_000,
+        rollout={
+            "engine": "torch",
+            "workers": 2,
+            "max_workers": 3,
+            "group_size": 4,
+            "groups_per_step": 4,
+            "images_per_wave": 8,
+            "resources": {"rollout": 1},
+        },
+        scoring={"workers": 2, "resources": {"reward": 1}},
+        learner={"resources": {"learner": 1}},
+        pipeline={"max_staleness": 1, "order": "arrival"},
+        evaluation={"enabled": False},
+        cluster={"heartbeat_s": 1.0, "metrics_port": None},
+    )
+    driver = start(run, nodes.address, tmp_path)
+    try:
+        wait_until(lambda: serving(tmp_path)[2:], driver, tmp_path)
+        nodes.remove_node(first, allow_graceful=False)
+        wait_until(lambda: serving(tmp_path)[-1] == 1, driver, tmp_path)
+        alone = len(serving(tmp_path))
+        wait_until(lambda: serving(tmp_path)[alone + 3 :], driver, tmp_path)
+        nodes.add(rollout=1, reward=1)
+        wait_until(lambda: serving(tmp_path)[-1] == 2, driver, tmp_path)
+        joined = len(serving(tmp_path))
+        wait_until(lambda: serving(tmp_path)[joined + 3 :], driver, tmp_path)
+        driver.terminate()
+        assert driver.wait(60) == 128 + signal.SIGTERM, (tmp_path / "driver.log").read_text()
+    finally:
+        driver.kill()
+    assert serving(tmp_path)[:3] == [2, 2, 2]
+    found = audited(tmp_path / "run", ended=True)
+    assert found.sound and found.trained == 4 * len(serving(tmp_path)), found
+    assert found.reissued > 0, "the node died without taking anything with it: this run shows nothing"
+
+
+@pytest.mark.slow
+def test_two_ranks_learn_on_two_nodes_and_outlive_one_of_them(tmp_path, model, nodes):
+    """2 learner ranks, 2 rollout and 2 reward workers on 3 nodes beside the head; one with a rank on it dies."""
+    for _ in range(2):
+        nodes.add(rollout=1, reward=1)
+    first = nodes.add(learner=1)
+    nodes.add(learner=1)
+    nodes.wait_for_nodes()
+    run = tiny_run(
+        tmp_path,
+        model,
+        steps=100_000,
+        rollout={"workers": 2, "groups_per_step": 4, "images_per_wave": 8, "resources": {"rollout": 1}},
+        scoring={"workers": 2, "resources": {"reward": 1}},
+        learner={"ranks": 2, "resources": {"learner": 1}},
+        pipeline={"max_staleness": 1, "order": "arrival"},
+        evaluation={"enabled": False},
+        cluster={"heartbeat_s": 1.0, "metrics_port": None},
+        checkpoint={"every": 3},
+    )
+    driver = start(run, nodes.address, tmp_path)
+    try:
+        wait_until(lambda: serving(tmp_path)[7:], driver, tmp_path)
+        nodes.remove_node(first, allow_graceful=False)
+        nodes.add(learner=1)
+        seen = len(serving(tmp_path))
+        wait_until(lambda: alarmed(tmp_path) and serving(tmp_path)[seen + 6 :], driver, tmp_path)
+        driver.terminate()
+        assert driver.wait(60) == 128 + signal.SIGTERM, (tmp_path / "driver.log").read_text()
+    finally:
+        driver.kill()
+    assert alarmed(tmp_path) == ["learner_lost"]
+    found = audited(tmp_path / "run", ended=True)
+    assert found.sound and found.trained == 4 * len(serving(tmp_path)), found
+    newest = max((tmp_path / "run" / "checkpoints").glob("step-*"))
+    assert len(list((newest / "shards").iterdir())) == 2
+
+
+def alarmed(directory: Path) -> list[str]:
+    """Names of the alarms so far."""
+    path = directory / "run" / "alarms.jsonl"
+    return [json.loads(line)["alarm"] for line in path.read_text().splitlines()] if path.exists() else []
