@@ -57,17 +57,21 @@ def draw_score_train(run: Any, directory: Path) -> list[Any]:
 
 
 def scrape(workers: int) -> Series:
-    """What the endpoint says, as soon as so many workers are on it."""
+    """What the endpoint says once so many workers are on it and nothing new has come for a while."""
     node = ray.nodes()[0]
     address = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
-    deadline = time.monotonic() + 40
+    deadline, grown = time.monotonic() + 60, time.monotonic()
     series: Series = {}
-    while time.monotonic() < deadline and len({worker for _, _, worker in series}) < workers:
+    while time.monotonic() < deadline:
+        if len({worker for _, _, worker in series}) == workers and time.monotonic() - grown > 5:
+            break
+        known = len(series)
         time.sleep(0.5)
         text = urllib.request.urlopen(address, timeout=10).read().decode()
         for name, labels, value in re.findall(r"^(ray_stage_ray\w+)\{(.*)\} (\S+)$", text, flags=re.MULTILINE):
             tags = dict(re.findall(r'(\w+)="([^"]*)"', labels))
             series[name, tags["role"], tags["worker"]] = float(value)
+        grown = time.monotonic() if len(series) > known else grown
     return series
 
 
