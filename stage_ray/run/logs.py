@@ -107,7 +107,8 @@ def _stop_handler() -> None:
 
 
 def _add_facts(record: logging.LogRecord) -> bool:
-    record.__dict__.pop("_ray_timestamp_ns", None)  # Ray's own field in every record of the process
+    for name in ("_ray_timestamp_ns", "vllm_process_name"):  # libraries' own fields in every record of the process
+        record.__dict__.pop(name, None)
     for name, value in _facts.items():
         record.__dict__.setdefault(name, value)
     return True
