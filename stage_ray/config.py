@@ -47,7 +47,7 @@ class RolloutConfig(Section):
     """How images are sampled."""
 
     engine: Literal["vllm", "torch"] = Field(
-        "vllm", description="vllm: paged attention, tensor parallel; torch: static cache, best for tiny models"
+        "vllm", description="vllm: paged attention, scales; torch: static cache, best for tiny models"
     )
     workers: int = Field(1, ge=1, description="Rollout actors that the run needs")
     max_workers: int | None = Field(
@@ -63,14 +63,17 @@ class RolloutConfig(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="auto: bfloat16 where the hardware computes in it"
     )
-    cpus: float = Field(1.0, gt=0, description="CPUs reserved for one worker")
-    gpus: float = Field(0.0, ge=0, description="GPUs reserved for one worker")
+    tensor_parallel: int = Field(
+        1, ge=1, description="Processes of one machine that share the model of one worker (vLLM), a part of it each"
+    )
+    cpus: float = Field(1.0, gt=0, description="CPUs reserved for one worker, or each of its processes")
+    gpus: float = Field(0.0, ge=0, description="GPUs reserved for one worker, or each of its processes")
     resources: dict[str, float] = Field(
         default_factory=dict,
-        description="Custom Ray resources of one worker, such as {rollout: 1}: which nodes it may use",
+        description="Custom Ray resources of one worker (or process), such as {rollout: 1}: which nodes it may use",
     )
     threads: int | None = Field(
-        None, ge=1, description="Threads of one worker; null: every core in synchronous runs, else half"
+        None, ge=1, description="Threads of one worker (or process); null: every core in synchronous runs, else half"
     )
     kv_cache_gib: float = Field(1.0, gt=0, description="vLLM's key-value cache on a CPU, GiB")
     gpu_memory_utilization: float = Field(0.5, gt=0, le=1, description="vLLM's share of a GPU's memory")
@@ -266,6 +269,11 @@ class RunConfig(Section):
                 raise ValueError(
                     f"{name}.max_workers = {pool.max_workers} is less than {name}.workers = {pool.workers}"
                 )
+        if self.rollout.tensor_parallel > 1 and self.rollout.engine != "vllm":
+            raise ValueError(
+                f"rollout.tensor_parallel = {self.rollout.tensor_parallel} needs rollout.engine = vllm; "
+                f"the {self.rollout.engine} engine is one process"
+            )
         if self.rollout.groups_per_step % self.learner.ranks:
             raise ValueError(
                 f"learner.ranks = {self.learner.ranks} does not divide rollout.groups_per_step = "

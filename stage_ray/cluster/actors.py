@@ -10,7 +10,7 @@ from typing import Any
 import ray
 
 from stage_ray.cluster.team import Team
-from stage_ray.config import RunConfig
+from stage_ray.config import LearnerConfig, RolloutConfig, RunConfig
 from stage_ray.engines.vllm.environment import vllm_environment
 from stage_ray.run.logs import worker_environment
 from stage_ray.workers.learner import LearnerWorker
@@ -30,13 +30,11 @@ class Actors:
         self._run, self._logs = run, logs
 
     def rollout(self, name: str) -> Any:
-        """A rollout worker."""
+        """A rollout worker: one actor, or a `Team` of tensor-parallel ranks."""
         rollout = self._run.rollout
         env = vllm_environment(rollout) if rollout.engine == "vllm" else {}
-        make = actor_of(
-            RolloutWorker, rollout.cpus, rollout.gpus, env | self._threads(rollout.threads), rollout.resources
-        )
-        return make.remote(name, self._run.policy, rollout, self._log(name))
+        env |= self._threads(rollout.threads, rollout.tensor_parallel)
+        return self._ranked(RolloutWorker, name, rollout, rollout.tensor_parallel, env, one_node=True)
 
     def reward(self, name: str) -> Any:
         """A reward worker."""
@@ -46,18 +44,30 @@ class Actors:
 
     def learner(self, name: str) -> Any:
         """The learner: one actor, or a `Team` of ranks."""
-        learner, ranks = self._run.learner, self._run.learner.ranks
-        env = self._threads(learner.threads, ranks)
-        if ranks == 1:
-            make = actor_of(LearnerWorker, learner.cpus, learner.gpus, env, learner.resources)
-            return make.remote(self._run, self._log(name))
-        bundle = {"CPU": learner.cpus, **({"GPU": learner.gpus} if learner.gpus else {}), **learner.resources}
+        learner = self._run.learner
+        return self._ranked(LearnerWorker, name, learner, learner.ranks, self._threads(learner.threads, learner.ranks))
+
+    def _ranked(
+        self,
+        role: type,
+        name: str,
+        share: RolloutConfig | LearnerConfig,
+        count: int,
+        env: Mapping[str, str],
+        *,
+        one_node: bool = False,
+    ) -> Any:
+        """``count`` actors with a ``share`` of cpus, gpus and resources each; they load when they `begin`."""
 
         def start(rank: int, where: Mapping[str, Any]) -> Any:
-            make = actor_of(LearnerWorker, learner.cpus, learner.gpus, env, learner.resources, **where)
-            return make.remote(self._run, self._log(f"{name}-rank-{rank}"), rank)
+            actor = f"{name}-rank-{rank}" if count > 1 else name
+            make = actor_of(role, share.cpus, share.gpus, env, share.resources, **where)
+            return make.remote(actor, self._run, self._log(actor), rank)
 
-        return Team(ranks, bundle, start)
+        if count == 1:
+            return start(0, {})
+        bundle = {"CPU": share.cpus, **({"GPU": share.gpus} if share.gpus else {}), **share.resources}
+        return Team(name, count, bundle, start, one_node=one_node)
 
     def _log(self, name: str) -> str | None:
         return str((self._logs / f"{name}.log").resolve()) if self._logs else None

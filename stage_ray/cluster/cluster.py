@@ -16,7 +16,7 @@ from stage_ray.cluster.actors import Actors
 from stage_ray.cluster.local_ray import start_ray
 from stage_ray.cluster.pool import Pool
 from stage_ray.cluster.seats import ArgumentsLost, Seat, WorkerFailed, WorkerLost, heartbeats
-from stage_ray.cluster.team import Team
+from stage_ray.cluster.team import begin, end
 from stage_ray.config import RunConfig
 from stage_ray.errors import RunError
 from stage_ray.records import RolloutReceipt, RolloutRequest, ScoreReceipt
@@ -73,12 +73,11 @@ class Cluster:
         def pool(role: str, size: Any, start: Callable[[str], Any], **more: Any) -> Pool:
             return Pool(role, size.workers, size.max_workers, start, start_timeout_s=timeout, attempts=attempts, **more)
 
-        self.rollouts = pool("rollout", run.rollout, actors.rollout, prepare=self._newest_weights)
+        self.rollouts = pool("rollout", run.rollout, actors.rollout, prepare=self._prepare_rollout, kill=end)
         self.rewards = pool("reward", run.scoring, actors.reward)
-        learner: dict[str, Any] = {"start_timeout_s": timeout, "keep_failed": True}
-        if run.learner.ranks > 1:
-            learner |= {"prepare": Team.begin, "kill": Team.kill}
-        self.learner = Seat("learner", actors.learner, **learner)
+        self.learner = Seat(
+            "learner", actors.learner, start_timeout_s=timeout, prepare=begin, kill=end, keep_failed=True
+        )
 
     @classmethod
     @asynccontextmanager
@@ -291,6 +290,12 @@ class Cluster:
             except ObjectLostError:
                 gone.append(group.group_id)
         return gone
+
+    async def _prepare_rollout(self, worker: Any) -> None:
+        await begin(worker)
+        newest = self._newest_weights(worker)
+        if newest is not None:
+            await newest
 
     def _newest_weights(self, worker: Any) -> Any | None:
         published = self._published

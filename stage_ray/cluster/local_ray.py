@@ -68,7 +68,7 @@ def start_ray(run: RunConfig, run_dir: Path) -> bool:
 def wanted_cpus(run: RunConfig) -> float:
     """Logical CPUs that all roles ask for together."""
     return (
-        run.rollout.workers * run.rollout.cpus
+        run.rollout.workers * run.rollout.tensor_parallel * run.rollout.cpus
         + run.scoring.workers * run.scoring.cpus
         + run.learner.ranks * run.learner.cpus
     )

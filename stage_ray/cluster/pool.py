@@ -35,7 +35,7 @@ class Pool:
         *,
         start_timeout_s: float,
         attempts: int,
-        prepare: Callable[[Any], Awaitable[Any] | None] = lambda actor: None,
+        **more: Any,
     ) -> None:
         """Start every actor, without waiting for any.
 
@@ -43,13 +43,11 @@ class Pool:
             role: for names: ``rollout-0`` and so on.
             least, most: actors that the run needs, and may have; None: no more than it needs.
             attempts: starts in a row that may fail before a seat is given up.
-            start, start_timeout_s, prepare: as `Seat`.
+            start, start_timeout_s, more: as `Seat`.
         """
         self.role = role
         self._least, self._attempts, self._start_timeout_s = least, attempts, start_timeout_s
-        self.seats = [
-            Seat(f"{role}-{i}", start, start_timeout_s=start_timeout_s, prepare=prepare) for i in range(most or least)
-        ]
+        self.seats = [Seat(f"{role}-{i}", start, start_timeout_s=start_timeout_s, **more) for i in range(most or least)]
         self._refills: dict[Seat, asyncio.Task[None]] = {}
         self._joined = asyncio.Event()
         self._failure: BaseException | None = None

@@ -1,4 +1,7 @@
-"""The ranks of one learner, asked as if they were one actor; they live and die together."""
+"""Ranks that share one model (a learner's, a rollout worker's), asked as if they were one actor.
+
+They live and die together.
+"""
 
 from __future__ import annotations
 
@@ -22,61 +25,93 @@ FIRST_ALONE = {"chunks", "save_groups", "save_taken", "load_groups", "address"}
 class Team:
     """Looks like an actor to a `Seat`: ``team.update.remote()`` asks every rank, the first one's answer counts.
 
-    Ray places all of them or none (a placement group), as close together as there is room.
+    Ray places all of them or none (a placement group).
 
     Example:
-        team = Team(4, {"CPU": 8, "GPU": 1}, lambda rank, where: Learner.options(**where).remote(rank))
+        team = Team("learner", 4, {"CPU": 8, "GPU": 1}, lambda rank, where: Learner.options(**where).remote(rank))
         await team.begin()
         await team.update.remote()
     """
 
-    def __init__(self, count: int, bundle: Mapping[str, float], start: Callable[[int, Mapping[str, Any]], Any]) -> None:
+    def __init__(
+        self,
+        name: str,
+        count: int,
+        bundle: Mapping[str, float],
+        start: Callable[[int, Mapping[str, Any]], Any],
+        *,
+        one_node: bool = False,
+    ) -> None:
         """Start the actors, without waiting for them.
 
         Args:
+            name: for messages.
             count: ranks.
             bundle: what one rank reserves.
             start: makes an actor, given its rank and the options that place it.
+            one_node: all on one machine, or none; else as close together as there is room.
         """
-        self._group = placement_group([dict(bundle)] * count, strategy="PACK")
+        self._name = name
+        self._group = placement_group([dict(bundle)] * count, strategy="STRICT_PACK" if one_node else "PACK")
         self._actors = [
             start(rank, {"scheduling_strategy": PlacementGroupSchedulingStrategy(self._group, rank)})
             for rank in range(count)
         ]
 
     def __getattr__(self, method: str) -> TeamCall:
-        return TeamCall(self._actors, method)
+        return TeamCall(self._name, self._actors, method)
 
     async def begin(self) -> None:
         """Let the ranks find each other and load the model."""
         address = await self.address.remote()
-        await TeamCall(self._actors, "begin").remote(address)
+        await TeamCall(self._name, self._actors, "begin").remote(address)
 
-    def kill(self) -> None:
+    def end(self) -> None:
         """End every rank, even one that is stopped: Ray ends what runs in a placement group that is removed."""
         for actor in self._actors:
             ray.kill(actor)
         remove_placement_group(self._group)
 
 
+async def begin(worker: Any) -> None:
+    """Let the ranks of a `Team` find each other and load the model; an actor by itself has it already."""
+    if isinstance(worker, Team):
+        await worker.begin()
+
+
+def end(worker: Any) -> None:
+    """End an actor, or every one of a `Team`."""
+    if isinstance(worker, Team):
+        worker.end()
+    else:
+        ray.kill(worker)
+
+
 class TeamCall:
     """One method of every rank."""
 
-    def __init__(self, actors: Sequence[Any], method: str, options: Mapping[str, Any] | None = None) -> None:
-        self._actors, self._method, self._options = actors, method, dict(options or {})
+    def __init__(self, team: str, actors: Sequence[Any], method: str, options: Mapping[str, Any] | None = None) -> None:
+        self._team, self._actors, self._method, self._options = team, actors, method, dict(options or {})
 
     def options(self, **options: Any) -> TeamCall:
         """As of an actor's method."""
-        return TeamCall(self._actors, self._method, options)
+        return TeamCall(self._team, self._actors, self._method, options)
 
     def remote(self, *arguments: Any) -> Any:
-        """References of the first rank, or something to await until every rank is done."""
+        """What the first rank's method gives: a reference, or several with ``num_returns``.
+
+        Of a call that all ranks answer the (first) one stands for every rank: it can be awaited, once.
+        """
         actors = self._actors[:1] if self._method in FIRST_ALONE else self._actors
         answers = [getattr(actor, self._method).options(**self._options).remote(*arguments) for actor in actors]
-        return answers[0] if len(answers) == 1 else _together(answers)
+        if len(answers) == 1:
+            return answers[0]
+        if isinstance(answers[0], list):
+            return [_together(self._team, [first for first, *_ in answers]), *answers[0][1:]]
+        return _together(self._team, answers)
 
 
-async def _together(answers: Sequence[Awaitable[Any]]) -> Any:
+async def _together(team: str, answers: Sequence[Awaitable[Any]]) -> Any:
     """The first answer, once all are there.
 
     Raises:
@@ -94,7 +129,7 @@ async def _together(answers: Sequence[Awaitable[Any]]) -> Any:
         if death is not None:
             raise death
         if waiting:
-            raise WorkerLost(f"learner: {len(errors)} of {len(tasks)} ranks failed: {errors[0]}") from errors[0]
+            raise WorkerLost(f"{team}: {len(errors)} of {len(tasks)} ranks failed: {errors[0]}") from errors[0]
         if errors:
             raise errors[0]
         return tasks[0].result()

@@ -8,8 +8,14 @@ from stage_ray.config import ConfigError, PolicyConfig, RolloutConfig
 from stage_ray.engines.base import ImageEngine
 
 
-def build_engine(policy: PolicyConfig, rollout: RolloutConfig, *, worker: str) -> ImageEngine:
+def build_engine(
+    policy: PolicyConfig, rollout: RolloutConfig, *, worker: str, rank: int = 0, address: str = ""
+) -> ImageEngine:
     """Start the engine that a config names, at policy version 0.
+
+    Args:
+        worker: name in groups and messages.
+        rank, address: with ``rollout.tensor_parallel`` over 1, which of its ranks this is and where they meet.
 
     Raises:
         ConfigError: the checkpoint does not load, vLLM is not installed, or a wave does not fit the settings.
@@ -28,4 +34,4 @@ def build_engine(policy: PolicyConfig, rollout: RolloutConfig, *, worker: str) -
         )
     from stage_ray.engines.vllm.engine import VllmEngine
 
-    return VllmEngine(policy, rollout, worker=worker)
+    return VllmEngine(policy, rollout, worker=worker, rank=rank, address=address)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -13,6 +11,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+
+from stage_ray.process_group import join_group
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,22 +32,10 @@ class Ranks:
 
     @classmethod
     def join(cls, rank: int, count: int, address: str, device: torch.device, timeout_s: float) -> Ranks:
-        """Meet the other ranks; blocks until all are there. gloo on a CPU, NCCL on GPUs.
-
-        Args:
-            address: where rank 0 listens, HOST:PORT.
-            timeout_s: how long a rank waits for another, here and in every exchange.
-        """
+        """Meet the other ranks (`join_group`); blocks until all are there."""
         if count == 1:
             return cls()
-        limit = timedelta(seconds=timeout_s)
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-            store=_store(address, rank, count, limit),
-            rank=rank,
-            world_size=count,
-            timeout=limit,
-        )
+        join_group(rank, count, address, device, timeout_s)
         return cls(rank, count, init_device_mesh(device.type, (count,)))
 
     @property
@@ -92,23 +80,6 @@ class Ranks:
         """Until every rank is here."""
         if self.mesh is not None:
             dist.barrier()
-
-
-def _store(address: str, rank: int, count: int, limit: timedelta) -> dist.TCPStore:
-    """Where ranks find each other. Rank 0 listens at that address alone: left to itself it would on every interface."""
-    host, _, port = address.rpartition(":")
-    if rank > 0:
-        return dist.TCPStore(host, int(port), count, is_master=False, timeout=limit)
-    listening = socket.create_server((host, int(port)), backlog=2 * count)
-    return dist.TCPStore(
-        host,
-        int(port),
-        count,
-        is_master=True,
-        timeout=limit,
-        master_listen_fd=listening.detach(),
-        wait_for_workers=False,
-    )
 
 
 def whole(tensor: Tensor) -> Tensor:

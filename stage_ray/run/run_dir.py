@@ -15,7 +15,8 @@ from stage_ray.run.files import write_whole
 
 # What may differ when a run goes on: where it runs and how often it looks, not what it computes.
 FREE_KEYS = {"run_dir", "cluster", "checkpoint", "evaluation", "scoring", "logs"}
-FREE_NAMES = {"workers", "max_workers", "ranks", "cpus", "gpus", "resources", "timeout_s", "gpu_memory_utilization"}
+FREE_NAMES = {"workers", "max_workers", "ranks", "tensor_parallel", "cpus", "gpus", "resources", "timeout_s"}
+FREE_NAMES |= {"gpu_memory_utilization"}
 
 
 Resume = bool | Literal["auto"]

@@ -2,47 +2,35 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import ray
-
 from stage_ray.config import RunConfig
 from stage_ray.records import WeightManifest
-from stage_ray.workers.health import Pinged
 from stage_ray.workers.logs import redirect_output
 from stage_ray.workers.metrics import WorkerMetrics
+from stage_ray.workers.ranked import Ranked
 
 if TYPE_CHECKING:
     from stage_ray.weights import Chunk
 
 
-class LearnerWorker(Pinged):
+class LearnerWorker(Ranked):
     """The STAGE update and the weights it makes, or one rank's share of that."""
 
-    def __init__(self, run: RunConfig, log: str | None, rank: int = 0) -> None:
+    def __init__(self, name: str, run: RunConfig, log: str | None, rank: int = 0) -> None:
         """Load the model; one of several ranks waits for `begin` with that."""
-        self._metrics = WorkerMetrics("learner", redirect_output(log, "learner"))
+        redirect_output(log, "learner")
+        self._metrics = WorkerMetrics("learner", name)
         self._run, self._rank = run, rank
         self._chunks: list[Chunk] = []
         self._taken: tuple[Any, ...] = ()
         if run.learner.ranks == 1:
-            self._load("")
-
-    def address(self) -> str:
-        """Where the other ranks meet this one: HOST:PORT."""
-        host = ray.util.get_node_ip_address()
-        with socket.socket() as probe:
-            probe.bind((host, 0))
-            return f"{host}:{probe.getsockname()[1]}"
+            self.begin("")
 
     def begin(self, address: str) -> None:
         """Meet the other ranks there and load this rank's share of the model."""
-        self._load(address)
-
-    def _load(self, address: str) -> None:
         from stage_ray.learner import Learner, Ranks
         from stage_ray.policies.base import device_for
 

@@ -9,38 +9,52 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from stage_ray.config import PolicyConfig, RolloutConfig
+from stage_ray.config import RunConfig
 from stage_ray.records import RolloutGroup, RolloutReceipt, RolloutRequest, WeightManifest
-from stage_ray.workers.health import Pinged
 from stage_ray.workers.logs import redirect_output
 from stage_ray.workers.metrics import WorkerMetrics
+from stage_ray.workers.ranked import Ranked
 
 if TYPE_CHECKING:
     from stage_ray.weights import Chunk
 
 
-class RolloutWorker(Pinged):
-    """One image engine. Updates its weights between waves only, so every image has one policy version (promise 2)."""
+class RolloutWorker(Ranked):
+    """One image engine, or one rank's share of it.
 
-    def __init__(self, name: str, policy: PolicyConfig, rollout: RolloutConfig, log: str | None) -> None:
+    Updates its weights between waves only, so every image has one policy version (promise 2).
+    """
+
+    def __init__(self, name: str, run: RunConfig, log: str | None, rank: int = 0) -> None:
+        """Start the engine; one of several ranks waits for `begin` with that."""
         redirect_output(log, "rollout")
         self._metrics = WorkerMetrics("rollout", name)
+        self._name, self._run, self._rank = name, run, rank
+        if run.rollout.tensor_parallel == 1:
+            self.begin("")
+
+    def begin(self, address: str) -> None:
+        """Meet the other ranks there and load this rank's share of the model."""
         from stage_ray.engines import build_engine  # after the redirection: importing vLLM talks
 
-        self._name = name
-        self._engine = build_engine(policy, rollout, worker=name)
+        self._engine = build_engine(
+            self._run.policy, self._run.rollout, worker=self._name, rank=self._rank, address=address
+        )
 
     def generate(self, *requests: RolloutRequest) -> tuple[Any, ...]:
         """A receipt, then for each request its group (``images`` empty) and its pictures (uint8 [G, H, W, 3]).
 
-        The learner never reads pictures and the driver reads neither: each object goes only where it is used.
+        The learner never reads pictures and the driver reads neither: each object goes only where it is used. Of
+        several ranks the first one answers; the others' objects are None.
         """
         start = time.perf_counter()
         self._metrics.begin(request.group_id for request in requests)
         groups = self._engine.generate(requests)
         seconds = time.perf_counter() - start
-        self._metrics.done(groups, version=self._engine.policy_version)
+        self._metrics.done(groups if self._rank == 0 else (), version=self._engine.policy_version)
         receipt = RolloutReceipt(self._name, self._engine.policy_version, seconds, _problem(requests, groups))
+        if self._rank > 0:
+            return (receipt, *[None] * (2 * len(requests)))
         objects: list[Any] = [receipt]
         for group in groups:
             bare = np.empty((len(group.seeds), 0, 0, 3), np.uint8)

@@ -45,9 +45,9 @@ def reported(tmp_path_factory) -> Series:
 
 def draw_score_train(run: Any, directory: Path) -> list[Any]:
     log = {role: str(directory / f"{role}.log") for role in ("rollout-0", "reward-0", "learner")}
-    rollout = actor_of(RolloutWorker, 0.5, 0, {}).remote("rollout-0", run.policy, run.rollout, log["rollout-0"])
+    rollout = actor_of(RolloutWorker, 0.5, 0, {}).remote("rollout-0", run, log["rollout-0"])
     reward = actor_of(RewardWorker, 0.5, 0, {}).remote(list(run.rewards), log["reward-0"])
-    learner = actor_of(LearnerWorker, 0.5, 0, {}).remote(run, log["learner"])
+    learner = actor_of(LearnerWorker, 0.5, 0, {}).remote("learner", run, log["learner"])
     requests = [RolloutRequest(i, Prompt(i, PROMPTS[i]), image_seeds(20, i, 4)) for i in range(2)]
     _, *drawn = rollout.generate.options(num_returns=5).remote(*requests)
     _, *scored = reward.score.options(num_returns=3).remote(*drawn)

@@ -14,6 +14,7 @@ from stage_ray.engines.sampling import SamplingRule
 from stage_ray.engines.vllm.environment import set_environment
 from stage_ray.engines.vllm.export import export_for_vllm
 from stage_ray.engines.vllm.plugin import register
+from stage_ray.engines.vllm.ranks import TensorRanks
 from stage_ray.engines.waves import ImageRow, WaveEngine, WaveSamples
 from stage_ray.policies import janus_parts
 from stage_ray.policies.base import PromptIds, compute_dtype, device_for
@@ -29,14 +30,21 @@ class VllmEngine(WaveEngine):
 
     At start it is made sure that a whole wave fits vLLM's batch and key-value cache, so that the two requests of an
     image are always in the same step.
+
+    With tensor parallelism every rank is such an engine (`TensorRanks`); only rank 0 decodes pictures.
     """
 
-    def __init__(self, policy: PolicyConfig, rollout: RolloutConfig, *, worker: str) -> None:
+    def __init__(
+        self, policy: PolicyConfig, rollout: RolloutConfig, *, worker: str, rank: int = 0, address: str = ""
+    ) -> None:
         super().__init__(worker, rollout.images_per_wave, SamplingRule.of(rollout))
+        self._ranks = TensorRanks(rank, rollout.tensor_parallel, address)
         self._files = JanusFiles.load(policy)
         self._prompts = JanusPrompts(self._files, policy.template)
         self._device = device_for(rollout.gpus)
-        self._vqmodel = janus_parts.load_vqmodel(self._files, self._device)
+        text = self._files.config.text_config
+        self._ranks.check_heads(text.num_attention_heads, text.num_key_value_heads)
+        self._vqmodel = janus_parts.load_vqmodel(self._files, self._device) if rank == 0 else None
         location = self._files.location
         self._shapes = {TRAINED + name: shape for name, shape in tensor_shapes(location, TRAINED).items()}
         self._frozen = {FROZEN + name: tensor for name, tensor in read_tensors(location, FROZEN).items()}
@@ -45,7 +53,9 @@ class VllmEngine(WaveEngine):
         self._directory = tempfile.TemporaryDirectory(prefix="stage-ray-vllm-")
         export_for_vllm(location, self._files.config, Path(self._directory.name))
         set_environment(rollout)
+        self._ranks.meet(self._device, rollout.timeout_s, self._directory.name)
         self._start(rollout)
+        self._ranks.unlink_shared_memory()
         self._check_cache(rollout)
 
     def _start(self, rollout: RolloutConfig) -> None:
@@ -68,6 +78,7 @@ class VllmEngine(WaveEngine):
                 enable_prefix_caching=False,
                 async_scheduling=False,
                 enforce_eager=on_cpu,
+                **self._ranks.llm_arguments(),
                 gpu_memory_utilization=rollout.gpu_memory_utilization,
                 kv_cache_memory_bytes=int(rollout.kv_cache_gib * 2**30) if on_cpu else None,
                 logits_processors=[PairedGuidance],
@@ -105,7 +116,9 @@ class VllmEngine(WaveEngine):
         return ids
 
     def decode(self, tokens: Tensor) -> Tensor:
-        """Tokens int64 [B, T] -> images uint8 [B, H, W, 3]."""
+        """Tokens int64 [B, T] -> images uint8 [B, H, W, 3], on rank 0; [B, 0, 0, 3] on others."""
+        if self._vqmodel is None:
+            return torch.zeros((len(tokens), 0, 0, 3), dtype=torch.uint8)
         return janus_parts.decode(self._vqmodel, tokens)
 
     def weight_shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -121,7 +134,8 @@ class VllmEngine(WaveEngine):
         """Sample one wave.
 
         Raises:
-            RuntimeError: vLLM returned other tokens than were drawn, split a pair, or still holds a wave that failed.
+            RuntimeError: vLLM returned other tokens than were drawn, split a pair, or still holds a wave that failed;
+                or another rank drew other tokens.
         """
         if self._llm.llm_engine.has_unfinished_requests():
             raise RuntimeError("vLLM still holds requests of a wave that failed; start this worker again")
@@ -141,6 +155,7 @@ class VllmEngine(WaveEngine):
         served = torch.tensor([output.outputs[0].token_ids for output in outputs])
         if not torch.equal(served, wave.tokens.repeat_interleave(len(prompts) // len(rows), dim=0)):
             raise RuntimeError("vLLM served tokens that were not drawn; do not trust this wave")
+        self._ranks.check_agreement(wave.tokens)
         return wave
 
     def close(self) -> None:

@@ -1,0 +1,55 @@
+"""Where the processes that share one model meet: the ranks of a learner, or of one rollout worker."""
+
+from __future__ import annotations
+
+import socket
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+
+def free_address(host: str) -> str:
+    """HOST:PORT of a port that is free there now.
+
+    Example:
+        >>> free_address("127.0.0.1").startswith("127.0.0.1:")
+        True
+    """
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return f"{host}:{probe.getsockname()[1]}"
+
+
+def join_group(rank: int, count: int, address: str, device: torch.device, timeout_s: float) -> None:
+    """Make torch's default process group; blocks until all are there. gloo on a CPU, NCCL on GPUs.
+
+    Args:
+        address: where rank 0 listens, HOST:PORT, as `free_address` gives it.
+        timeout_s: how long a rank waits for another, here and in every exchange.
+    """
+    limit = timedelta(seconds=timeout_s)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        store=_store(address, rank, count, limit),
+        rank=rank,
+        world_size=count,
+        timeout=limit,
+    )
+
+
+def _store(address: str, rank: int, count: int, limit: timedelta) -> dist.TCPStore:
+    """Where ranks find each other. Rank 0 listens at that address alone: left to itself it would on every interface."""
+    host, _, port = address.rpartition(":")
+    if rank > 0:
+        return dist.TCPStore(host, int(port), count, is_master=False, timeout=limit)
+    listening = socket.create_server((host, int(port)), backlog=2 * count)
+    return dist.TCPStore(
+        host,
+        int(port),
+        count,
+        is_master=True,
+        timeout=limit,
+        master_listen_fd=listening.detach(),
+        wait_for_workers=False,
+    )
