@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 from ray.cluster_utils import Cluster
 
+from stage_ray.config import load_config
 from tests.chaos import audited
 from tests.test_train import tiny_run
 from tests.tiny import tiny_janus
 
 REPOSITORY = Path(__file__).parents[2]
+ROLES = {"rollout": "rollout", "scoring": "reward", "learner": "learner"}
+ENGINE = os.environ.get("NODES_ENGINE", "torch")  # vllm takes four times as long on two cores
 
 
 @pytest.fixture(scope="module")
@@ -123,30 +128,22 @@ def test_a_node_dies_another_joins_and_no_group_is_lost(tmp_path, model, nodes):
 
 
 @pytest.mark.slow
-def test_two_ranks_learn_on_two_nodes_and_outlive_one_of_them(tmp_path, model, nodes):
-    """2 learner ranks, 2 rollout and 2 reward workers on 3 nodes beside the head; one with a rank on it dies."""
-    for _ in range(2):
-        nodes.add(rollout=1, reward=1)
-    first = nodes.add(learner=1)
-    nodes.add(learner=1)
+def test_shapeworld_on_three_nodes_with_two_of_everything_outlives_a_node_with_a_rank_of_the_learner(tmp_path, nodes):
+    """The shipped job: 2 learner ranks, 2 rollout and 2 reward workers; a node goes down with one of each on it."""
+    mine = {node: raylet(node) for node in [nodes.add(rollout=1, reward=1, learner=1) for _ in range(3)]}
     nodes.wait_for_nodes()
-    run = tiny_run(
-        tmp_path,
-        model,
-        steps=100_000,
-        rollout={"workers": 2, "groups_per_step": 4, "images_per_wave": 8, "resources": {"rollout": 1}},
-        scoring={"workers": 2, "resources": {"reward": 1}},
-        learner={"ranks": 2, "resources": {"learner": 1}},
-        pipeline={"max_staleness": 1, "order": "arrival"},
-        evaluation={"enabled": False},
-        cluster={"heartbeat_s": 1.0, "metrics_port": None},
-        checkpoint={"every": 3},
-    )
+    sizes = ["rollout.workers=2", "rollout.groups_per_step=4", "scoring.workers=2", "learner.ranks=2"]
+    places = [f"{section}.resources={{{name}: 1}}" for section, name in ROLES.items()]
+    speed = ["rollout.cpus=0.5", "learner.cpus=0.5", "cluster.heartbeat_s=1", f"rollout.engine={ENGINE}"]
+    rest = ["steps=100000", "evaluation.enabled=false", "checkpoint.every=3", "pipeline.order=arrival"]
+    run = load_config(REPOSITORY / "configs" / "stage_shapeworld.yaml", sizes + places + speed + rest)
     driver = start(run, nodes.address, tmp_path)
     try:
-        wait_until(lambda: serving(tmp_path)[7:], driver, tmp_path)
-        nodes.remove_node(first, allow_graceful=False)
-        nodes.add(learner=1)
+        wait_until(lambda: serving(tmp_path)[4:], driver, tmp_path)
+        ranks = [p for p in psutil.process_iter() if "ray::LearnerWorker" in " ".join(p.cmdline())]
+        homes = [node for rank in ranks for node, pid in mine.items() if rank.ppid() == pid]
+        assert len(set(homes)) == 2, "each rank on a node of its own"
+        nodes.remove_node(homes[0], allow_graceful=False)
         seen = len(serving(tmp_path))
         wait_until(lambda: alarmed(tmp_path) and serving(tmp_path)[seen + 6 :], driver, tmp_path)
         driver.terminate()
@@ -154,10 +151,16 @@ def test_two_ranks_learn_on_two_nodes_and_outlive_one_of_them(tmp_path, model, n
     finally:
         driver.kill()
     assert alarmed(tmp_path) == ["learner_lost"]
+    assert 2 in serving(tmp_path)[:4] and serving(tmp_path)[-1] == 2
     found = audited(tmp_path / "run", ended=True)
     assert found.sound and found.trained == 4 * len(serving(tmp_path)), found
     newest = max((tmp_path / "run" / "checkpoints").glob("step-*"))
     assert len(list((newest / "shards").iterdir())) == 2
+
+
+def raylet(node) -> int:
+    """Process id of a node's raylet, parent of its workers."""
+    return node.all_processes["raylet"][0].process.pid
 
 
 def alarmed(directory: Path) -> list[str]:
