@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import ObjectLostError
+from ray.exceptions import ObjectLostError, RayError
 
 from stage_ray.cluster.actors import Actors
 from stage_ray.cluster.local_ray import start_ray
 from stage_ray.cluster.pool import Pool
-from stage_ray.cluster.seats import ArgumentsLost, Seat, WorkerFailed, WorkerLost, heartbeats
+from stage_ray.cluster.seats import ArgumentsLost, Seat, WorkerFailed, WorkerLost, are_arguments_lost, heartbeats
 from stage_ray.cluster.team import begin, end
 from stage_ray.config import RunConfig
 from stage_ray.errors import RunError
@@ -267,17 +267,16 @@ class Cluster:
         return sum(seat.restarts for seat in self.seats())
 
     async def _load(self, seat: Seat) -> int | None:
-        """Let one worker load the newest version; None where it is lost: its successor begins with that."""
-
-        def load(worker: Any) -> Any:
-            newest = self._newest_weights(worker)
-            assert newest is not None, "nothing was published"
-            return newest
+        """Let one worker load the newest version; None where it is lost (its successor begins with that), or where the
+        version went down with the learner's node (the next learner publishes its own).
+        """
 
         try:
-            return await seat.call(load, self.run.cluster.sync_timeout_s, if_ready=True)
+            return await seat.call(self._newest_weights, self.run.cluster.sync_timeout_s, if_ready=True)
         except WorkerLost:
             self.rollouts.refill(seat)
+            return None
+        except ArgumentsLost:
             return None
 
     async def gone(self, groups: Sequence[GroupRefs]) -> list[int]:
@@ -293,13 +292,20 @@ class Cluster:
 
     async def _prepare_rollout(self, worker: Any) -> None:
         await begin(worker)
-        newest = self._newest_weights(worker)
-        if newest is not None:
-            await newest
+        while (published := self._published) is not None:
+            try:
+                await self._newest_weights(worker)
+                return
+            except RayError as error:
+                if not are_arguments_lost(error):
+                    raise
+            # The learner's node is gone, and with it that version: the next learner's is the first to serve.
+            while self._published is published:
+                await asyncio.sleep(0.1)
 
-    def _newest_weights(self, worker: Any) -> Any | None:
-        published = self._published
-        return worker.load_weights.remote(published.manifest, *published.chunks) if published else None
+    def _newest_weights(self, worker: Any) -> Any:
+        assert self._published is not None, "nothing was published"
+        return worker.load_weights.remote(self._published.manifest, *self._published.chunks)
 
     def _actors(self, logs: Path | None) -> Actors:
         return Actors(self.run, logs)

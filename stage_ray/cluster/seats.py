@@ -167,11 +167,9 @@ class Seat:
             return await asyncio.wait_for(_value(answer), timeout_s)
         except TimeoutError:
             raise WorkerLost(f"{self.name} gave no answer within {timeout_s:g} s") from None
-        except ObjectLostError as error:
-            raise ArgumentsLost(f"{self.name}: {first_line(error)}") from error
-        except RayTaskError as error:
-            cause = error.cause
-            if isinstance(cause, ObjectLostError):
+        except (ObjectLostError, RayTaskError) as error:
+            cause = error.cause if isinstance(error, RayTaskError) else error
+            if are_arguments_lost(error):
                 raise ArgumentsLost(f"{self.name}: {first_line(cause)}") from error
             if isinstance(cause, ConfigError):
                 raise ConfigError(str(cause)) from error
@@ -199,6 +197,11 @@ async def heartbeats(seats: Sequence[Seat], every_s: float, deadline_s: float) -
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
+
+
+def are_arguments_lost(error: BaseException) -> bool:
+    """Whether a call failed because an object of it went down with a node."""
+    return isinstance(error.cause if isinstance(error, RayTaskError) else error, ObjectLostError)
 
 
 async def _value(answer: Awaitable[Result]) -> Result:
