@@ -66,6 +66,11 @@ class RolloutConfig(Section):
     tensor_parallel: int = Field(
         1, ge=1, description="Processes of one machine that share the model of one worker (vLLM), a part of it each"
     )
+    colocated: bool = Field(
+        False,
+        description="Each worker shares a GPU with a rank of the learner and gives its memory back while that works; "
+        "needs pipeline.max_staleness 0, workers = learner.ranks, and gpus of both that add up to 1",
+    )
     cpus: float = Field(1.0, gt=0, description="CPUs reserved for one worker, or each of its processes")
     gpus: float = Field(0.0, ge=0, description="GPUs reserved for one worker, or each of its processes")
     resources: dict[str, float] = Field(
@@ -274,12 +279,36 @@ class RunConfig(Section):
                 f"rollout.tensor_parallel = {self.rollout.tensor_parallel} needs rollout.engine = vllm; "
                 f"the {self.rollout.engine} engine is one process"
             )
+        if self.rollout.colocated:
+            self._check_colocated()
         if self.rollout.groups_per_step % self.learner.ranks:
             raise ValueError(
                 f"learner.ranks = {self.learner.ranks} does not divide rollout.groups_per_step = "
                 f"{self.rollout.groups_per_step}: every rank trains as many whole groups as the others"
             )
         return self
+
+    def _check_colocated(self) -> None:
+        """Raise a ValueError unless each rollout worker can share a GPU with one rank of the learner."""
+        rollout, learner = self.rollout, self.learner
+        wanted = {
+            "pipeline.max_staleness": (self.pipeline.max_staleness, 0),
+            "rollout.tensor_parallel": (rollout.tensor_parallel, 1),
+            "rollout.workers": (rollout.workers, learner.ranks),
+            "rollout.max_workers": (rollout.max_workers or rollout.workers, rollout.workers),
+        }
+        for key, (value, needed) in wanted.items():
+            if value != needed:
+                raise ValueError(
+                    f"{key} = {value} must be {needed} where rollout.colocated is true: a worker and a rank of the "
+                    "learner take turns on one GPU"
+                )
+        share, rest = rollout.gpus, learner.gpus
+        if (share or rest) and (0 in (share, rest) or abs(share + rest - 1) > 1e-6):
+            raise ValueError(
+                f"rollout.gpus = {share:g} and learner.gpus = {rest:g} must add up to 1 where rollout.colocated is "
+                "true, such as 0.5 each"
+            )
 
 
 def load_config(path: Path, overrides: list[str] | None = None, run_dir: Path | None = None) -> RunConfig:

@@ -19,15 +19,23 @@ def describe(run: RunConfig) -> str:
     """
     train, heldout = preflight(run)
     rollout, scoring, learner = run.rollout, run.scoring, run.learner
+    tensor = rollout.tensor_parallel
     images = rollout.groups_per_step * rollout.group_size
     plan = [
         f"model: {model_location(run.policy.path)}",
         f"prompts: {len(train)} to train on, {len(heldout) if run.prompts.heldout else 0} held out",
         f"{run.steps} steps of {rollout.groups_per_step} groups x {rollout.group_size} images = {images} images a step",
-        _role("rollout worker", rollout.workers, rollout.cpus, rollout.gpus) + f", engine {rollout.engine}",
+        _role(
+            *(("rollout worker", rollout.workers) if tensor == 1 else ("rollout process", rollout.workers * tensor)),
+            rollout.cpus,
+            rollout.gpus,
+        )
+        + f", engine {rollout.engine}"
+        + (f", {tensor} a worker" if tensor > 1 else ""),
         _role("reward worker", scoring.workers, scoring.cpus, scoring.gpus)
         + f", scorers {', '.join(reward.column for reward in run.rewards)}",
-        _role("learner", 1, learner.cpus, learner.gpus),
+        _role("learner" if learner.ranks == 1 else "learner rank", learner.ranks, learner.cpus, learner.gpus)
+        + (", on the GPUs of the rollout workers" if rollout.colocated else ""),
         f"run directory: {Path(run.run_dir).resolve()}" + (" (exists)" if Path(run.run_dir).exists() else ""),
     ]
     config = yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False).rstrip()
@@ -35,7 +43,7 @@ def describe(run: RunConfig) -> str:
 
 
 def _role(name: str, count: int, cpus: float, gpus: float) -> str:
-    plural = name if count == 1 else name + "s"
+    plural = name if count == 1 else name + ("es" if name.endswith("s") else "s")
     return (
         f"{count} {plural} with {cpus:g} CPU" + (f" and {gpus:g} GPU" if gpus else "") + (" each" if count > 1 else "")
     )

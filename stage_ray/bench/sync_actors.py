@@ -74,6 +74,14 @@ class WeightsEngine(WaveEngine):
         """Never asked."""
         raise NotImplementedError
 
+    def give_back(self) -> None:
+        """Never asked."""
+        raise NotImplementedError
+
+    def take_back(self) -> None:
+        """Never asked."""
+        raise NotImplementedError
+
     def close(self) -> None:
         """Nothing to close."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,12 +29,16 @@ class Actors:
     def __init__(self, run: RunConfig, logs: Path | None) -> None:
         """``logs``: directory of the workers' logs; None leaves them to Ray, on the node where each runs."""
         self._run, self._logs = run, logs
+        self._learners: Team | None = None  # beside whose ranks colocated rollout workers live
 
     def rollout(self, name: str) -> Any:
-        """A rollout worker: one actor, or a `Team` of tensor-parallel ranks."""
+        """A rollout worker: one actor, or a `Team` of tensor-parallel ranks; colocated ones after the learner."""
         rollout = self._run.rollout
         env = vllm_environment(rollout) if rollout.engine == "vllm" else {}
         env |= self._threads(rollout.threads, rollout.tensor_parallel)
+        if self._learners is not None:
+            number = int(name.split("-")[1])
+            return self._actor(RolloutWorker, name, rollout, env, 0, self._learners.place(number))
         return self._ranked(RolloutWorker, name, rollout, rollout.tensor_parallel, env, one_node=True)
 
     def reward(self, name: str) -> Any:
@@ -44,8 +49,12 @@ class Actors:
 
     def learner(self, name: str) -> Any:
         """The learner: one actor, or a `Team` of ranks."""
-        learner = self._run.learner
-        return self._ranked(LearnerWorker, name, learner, learner.ranks, self._threads(learner.threads, learner.ranks))
+        learner, rollout = self._run.learner, self._run.rollout
+        beside = rollout if rollout.colocated else None
+        env = self._threads(learner.threads, learner.ranks)
+        made = self._ranked(LearnerWorker, name, learner, learner.ranks, env, beside=beside)
+        self._learners = made if rollout.colocated else None
+        return made
 
     def _ranked(
         self,
@@ -56,18 +65,34 @@ class Actors:
         env: Mapping[str, str],
         *,
         one_node: bool = False,
+        beside: RolloutConfig | None = None,
     ) -> Any:
-        """``count`` actors with a ``share`` of cpus, gpus and resources each; they load when they `begin`."""
+        """``count`` actors with a ``share`` of cpus, gpus and resources each; they load when they `begin`.
+
+        ``beside`` is what another actor needs that is to share each one's place.
+        """
 
         def start(rank: int, where: Mapping[str, Any]) -> Any:
-            actor = f"{name}-rank-{rank}" if count > 1 else name
-            make = actor_of(role, share.cpus, share.gpus, env, share.resources, **where)
-            return make.remote(actor, self._run, self._log(actor), rank)
+            return self._actor(role, f"{name}-rank-{rank}" if count > 1 else name, share, env, rank, where)
 
-        if count == 1:
+        if count == 1 and beside is None:
             return start(0, {})
-        bundle = {"CPU": share.cpus, **({"GPU": share.gpus} if share.gpus else {}), **share.resources}
-        return Team(name, count, bundle, start, one_node=one_node)
+        bundle: Counter[str] = Counter()
+        for part in (share, beside) if beside else (share,):
+            bundle.update({"CPU": part.cpus, "GPU": part.gpus, **part.resources})
+        return Team(name, count, {key: n for key, n in bundle.items() if n}, start, one_node=one_node)
+
+    def _actor(
+        self,
+        role: type,
+        name: str,
+        share: RolloutConfig | LearnerConfig,
+        env: Mapping[str, str],
+        rank: int,
+        where: Mapping[str, Any],
+    ) -> Any:
+        make = actor_of(role, share.cpus, share.gpus, env, share.resources, **where)
+        return make.remote(name, self._run, self._log(name), rank)
 
     def _log(self, name: str) -> str | None:
         return str((self._logs / f"{name}.log").resolve()) if self._logs else None

@@ -73,11 +73,12 @@ class Cluster:
         def pool(role: str, size: Any, start: Callable[[str], Any], **more: Any) -> Pool:
             return Pool(role, size.workers, size.max_workers, start, start_timeout_s=timeout, attempts=attempts, **more)
 
-        self.rollouts = pool("rollout", run.rollout, actors.rollout, prepare=self._prepare_rollout, kill=end)
-        self.rewards = pool("reward", run.scoring, actors.reward)
+        # The learner first: colocated rollout workers are placed beside its ranks.
         self.learner = Seat(
             "learner", actors.learner, start_timeout_s=timeout, prepare=begin, kill=end, keep_failed=True
         )
+        self.rollouts = pool("rollout", run.rollout, actors.rollout, prepare=self._prepare_rollout, kill=end)
+        self.rewards = pool("reward", run.scoring, actors.reward)
 
     @classmethod
     @asynccontextmanager
@@ -172,6 +173,8 @@ class Cluster:
 
     async def update(self) -> dict[str, float]:
         """One STAGE update with the groups in the learner's hands; the policy's version grows by one."""
+        if self.run.rollout.colocated:
+            await asyncio.gather(*(self._sleep(seat) for seat in self.rollouts.open))
         return await self.ask_learner(lambda worker: worker.update.remote())
 
     async def publish(self) -> None:
@@ -278,6 +281,13 @@ class Cluster:
             return None
         except ArgumentsLost:
             return None
+
+    async def _sleep(self, seat: Seat) -> None:
+        """Let one worker leave its GPU to the learner; the next version wakes it."""
+        try:
+            await seat.call(lambda worker: worker.sleep.remote(), self.run.cluster.sync_timeout_s, if_ready=True)
+        except WorkerLost:
+            self.rollouts.refill(seat)
 
     async def gone(self, groups: Sequence[GroupRefs]) -> list[int]:
         """Which groups' payload is nowhere any more. Only here does the driver fetch any: to see if it can."""

@@ -53,16 +53,19 @@ class Team:
         """
         self._name = name
         self._group = placement_group([dict(bundle)] * count, strategy="STRICT_PACK" if one_node else "PACK")
-        self._actors = [
-            start(rank, {"scheduling_strategy": PlacementGroupSchedulingStrategy(self._group, rank)})
-            for rank in range(count)
-        ]
+        self._actors = [start(rank, self.place(rank)) for rank in range(count)]
 
     def __getattr__(self, method: str) -> TeamCall:
         return TeamCall(self._name, self._actors, method)
 
+    def place(self, rank: int) -> dict[str, Any]:
+        """Options of an actor that lives in this rank's bundle: this rank, or one that shares it and its fate."""
+        return {"scheduling_strategy": PlacementGroupSchedulingStrategy(self._group, rank)}
+
     async def begin(self) -> None:
-        """Let the ranks find each other and load the model."""
+        """Let the ranks find each other and load the model; a single one has done so by itself."""
+        if len(self._actors) == 1:
+            return
         address = await self.address.remote()
         await TeamCall(self._name, self._actors, "begin").remote(address)
 

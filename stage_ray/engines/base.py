@@ -34,6 +34,10 @@ class ImageEngine(Protocol):
         """
         ...
 
+    def sleep(self) -> None:
+        """Leave a GPU's memory to others until the next wave or version; nothing is lost."""
+        ...
+
     def close(self) -> None:
         """Free what the engine holds."""
         ...

@@ -53,6 +53,20 @@ class TorchEngine(WaveEngine):
             else:
                 parameter.copy_(tensors[name])
 
+    def give_back(self) -> None:
+        """Move the model to the machine's memory; caches live only as long as a wave."""
+        self._move(torch.device("cpu"))
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def take_back(self) -> None:
+        """Move the model to its device."""
+        self._move(self._device)
+
+    def _move(self, device: torch.device) -> None:
+        self._policy.model.to(device)
+        self._image_embeds = self._image_embeds.to(device)
+
     def close(self) -> None:
         """Drop the model."""
         del self._policy, self._image_embeds

@@ -54,6 +54,7 @@ class WaveEngine(ABC):
         self.images_per_wave = images_per_wave
         self.rule = rule
         self._whole = True
+        self._asleep = False
 
     @abstractmethod
     def encode_prompt(self, text: str) -> PromptIds:
@@ -76,6 +77,25 @@ class WaveEngine(ABC):
         """Put checked tensors in place. They may be read-only."""
 
     @abstractmethod
+    def give_back(self) -> None:
+        """Free a GPU's memory for others, keep what cannot be made again in the machine's."""
+
+    @abstractmethod
+    def take_back(self) -> None:
+        """Undo `give_back`."""
+
+    def sleep(self) -> None:
+        """Leave the GPU's memory to others until the next wave or version; nothing is lost."""
+        if not self._asleep:
+            self.give_back()
+            self._asleep = True
+
+    def _wake(self) -> None:
+        if self._asleep:
+            self.take_back()
+            self._asleep = False
+
+    @abstractmethod
     def close(self) -> None:
         """Free what the engine holds."""
 
@@ -89,6 +109,7 @@ class WaveEngine(ABC):
         """
         if not self._whole:
             raise RuntimeError(f"{self.worker} holds half of a weight update; load a whole version before generating")
+        self._wake()
         prompts = [self.encode_prompt(request.prompt.text) for request in requests]
         rows = [ImageRow(p, seed) for p, request in zip(prompts, requests, strict=True) for seed in request.seeds]
         waves: list[tuple[np.ndarray, ...]] = []
@@ -111,6 +132,7 @@ class WaveEngine(ABC):
             ValueError: a tensor is unknown, missing, given twice, of another shape, or not finite; nothing changes.
         """
         checked = self._checked(tensors, known_finite)
+        self._wake()
         self._whole = False
         self.install(checked)
         self._whole = True

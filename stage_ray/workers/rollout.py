@@ -61,6 +61,10 @@ class RolloutWorker(Ranked):
             objects += [replace(group, images=bare), group.images]
         return tuple(objects)
 
+    def sleep(self) -> None:
+        """Leave the GPU's memory to the learner until the next wave or version."""
+        self._engine.sleep()
+
     def load_weights(self, manifest: WeightManifest, *chunks: Chunk) -> int:
         """Verify a version and take it; the version now served.
 

@@ -78,6 +78,7 @@ class VllmEngine(WaveEngine):
                 enable_prefix_caching=False,
                 async_scheduling=False,
                 enforce_eager=on_cpu,
+                enable_sleep_mode=rollout.colocated and not on_cpu,
                 **self._ranks.llm_arguments(),
                 gpu_memory_utilization=rollout.gpu_memory_utilization,
                 kv_cache_memory_bytes=int(rollout.kv_cache_gib * 2**30) if on_cpu else None,
@@ -129,6 +130,16 @@ class VllmEngine(WaveEngine):
         """Hand vLLM a whole model, the frozen image modules included: it re-runs its own processing of weights."""
         whole = {**tensors, **self._frozen}
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(whole.items())})
+
+    def give_back(self) -> None:
+        """Offload the weights and forget the key-value cache, on a GPU; vLLM cannot on a CPU."""
+        if self._device.type == "cuda":
+            self._llm.sleep(level=1)
+
+    def take_back(self) -> None:
+        """Undo `give_back`."""
+        if self._device.type == "cuda":
+            self._llm.wake_up()
 
     def sample(self, rows: Sequence[ImageRow], rule: SamplingRule) -> WaveSamples:
         """Sample one wave.
