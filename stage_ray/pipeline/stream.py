@@ -56,6 +56,7 @@ class GroupStream:
         self._looked = time.perf_counter()
 
     async def __aenter__(self) -> GroupStream:
+        self._cluster.busy()  # what they did before, an evaluation for instance, is not the first step's
         self._spawn(self._admit())
         return self
 
