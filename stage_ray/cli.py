@@ -300,6 +300,48 @@ def bench(
 
 
 @app.command(no_args_is_help=True)
+def plan(
+    model: Annotated[
+        str, typer.Option(help="janus-pro-1b, janus-pro-7b, or a local directory with a config.json")
+    ] = "janus-pro-7b",
+    gpu: Annotated[
+        str, typer.Option(help="h100, h200, b200, a100-80gb, a100-40gb, l40s, l4, or a YAML file that describes one")
+    ] = "h100",
+    gpus: Annotated[int, typer.Option(help="GPUs of the whole cluster", min=1)] = 8,
+    gpus_per_node: Annotated[int, typer.Option(help="GPUs of one machine", min=1)] = 8,
+    group_size: Annotated[int, typer.Option(help="Images of one prompt", min=2)] = 8,
+    groups_per_step: Annotated[
+        int | None, typer.Option(help="Prompts of one update; the plan's choice by default", min=1)
+    ] = None,
+    max_staleness: Annotated[int, typer.Option(help="Updates a group may lag behind the learner", min=0)] = 1,
+    dtype: Annotated[
+        Literal["bfloat16", "float32"], typer.Option(help="What rollout and learner compute in")
+    ] = "bfloat16",
+    as_yaml: Annotated[bool, typer.Option("--yaml", help="Print the config alone, for stage-ray train")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print every number, for a program")] = False,
+) -> None:
+    """Reckon on paper what fits on which GPU, how to split them, how long a step takes and what travels.
+
+    Nothing is measured or started, and no GPU is needed: sizes are published, speeds are the vendors'.
+
+    Example: stage-ray plan --model janus-pro-7b --gpu h100 --gpus 64
+    """
+    from stage_ray.planning.show import run_plan
+
+    run_plan(
+        model=model,
+        gpu=gpu,
+        gpus=gpus,
+        gpus_per_node=gpus_per_node,
+        group_size=group_size,
+        groups_per_step=groups_per_step,
+        max_staleness=max_staleness,
+        dtype=dtype,
+        form="json" if as_json else "yaml" if as_yaml else "text",
+    )
+
+
+@app.command(no_args_is_help=True)
 def report(
     run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The directory of a run, finished or not")],
 ) -> None:

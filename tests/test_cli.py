@@ -14,7 +14,7 @@ from stage_ray.config import load_config
 from tests.fake_run import write_fake_run
 from tests.tiny import tiny_janus
 
-COMMANDS = ("train", "evaluate", "generate", "pretrain", "bench", "report", "doctor")
+COMMANDS = ("train", "submit", "evaluate", "generate", "pretrain", "bench", "plan", "report", "metrics", "doctor")
 
 
 @pytest.fixture(scope="module")
