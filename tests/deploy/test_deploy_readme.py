@@ -1,4 +1,4 @@
-"""What deploy/README.md tells an operator to type: options that exist, files that are there."""
+"""What deploy/README.md tells an operator to type: options that exist, values of the chart, files that are there."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+import yaml
 from ray.scripts.scripts import cli as ray_cli
 from typer.main import get_command
 
@@ -18,6 +19,7 @@ from stage_ray.errors import ConfigError
 DEPLOY = Path(__file__).parents[2] / "deploy"
 ROOT = DEPLOY.parent
 TEXT = (DEPLOY / "README.md").read_text(encoding="utf-8")
+VALUES = DEPLOY / "helm" / "stage-ray" / "values.yaml"
 
 
 def commands(program: str) -> list[list[str]]:
@@ -26,6 +28,28 @@ def commands(program: str) -> list[list[str]]:
     lines += re.findall(rf"`({program} [^`]*--[^`]*)`", TEXT)
     words = [shlex.split(re.split(r"\s+#\s|&&", line)[0]) for line in lines if line.startswith(program + " ")]
     return [line[1:] for line in words]
+
+
+def values_on_the_page() -> list[str]:
+    """Dotted keys that the page gives to our chart, by `--set` or in a values file."""
+    ours = [words for words in commands("helm") if "deploy/helm/stage-ray" in words]
+    assert len(ours) >= 4
+    keys = [
+        words[i + 1].partition("=")[0]
+        for words in ours
+        for i, word in enumerate(words)
+        if word in ("--set", "--set-file")
+    ]
+    pending = [("", yaml.safe_load(block)) for block in re.findall(r"```yaml\n(.*?)```", TEXT, flags=re.DOTALL)]
+    while pending:
+        prefix, value = pending.pop()
+        if isinstance(value, dict):
+            pending += [(f"{prefix}.{key}".lstrip("."), below) for key, below in value.items()]
+        else:
+            keys.append(prefix)
+    return keys + re.findall(
+        r"`((?:job|mode|config|rayVersion|terminationGracePeriodSeconds|secretEnv)(?:\.\w+)*)", TEXT
+    )
 
 
 @pytest.mark.parametrize("arguments", commands("stage-ray"), ids=" ".join)
@@ -52,11 +76,22 @@ def test_every_command_of_rays_is_one_that_ray_takes(arguments):
 
 
 def test_the_page_leads_through_all_of_it():
-    assert len(commands("stage-ray")) >= 3 and len(commands("ray")) >= 3
+    assert len(commands("stage-ray")) >= 5 and len(commands("ray")) >= 5
+    operator = [words for words in commands("helm") if "kuberay/kuberay-operator" in words]
+    assert operator and operator[0][operator[0].index("--version") + 1] == "1.7.0"
+
+
+def test_every_value_on_the_page_is_one_of_the_chart():
+    known = yaml.safe_load(VALUES.read_text())
+    for key in values_on_the_page():
+        node = known
+        for part in key.split("."):
+            assert isinstance(node, dict) and part in node, f"{key}: the chart has no {part!r}"
+            node = node[part]
 
 
 def test_the_image_on_the_page_has_the_packages_version():
-    assert f"stage-ray:{__version__} " in TEXT
+    assert f"stage-ray:{__version__} " in TEXT and f"tag: {__version__}" in TEXT
 
 
 def test_every_file_that_the_page_names_is_there():

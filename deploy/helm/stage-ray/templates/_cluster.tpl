@@ -1,0 +1,80 @@
+{{/* The Ray cluster, the same in a RayJob and a RayCluster. */}}
+
+{{- define "stage-ray.clusterSpec" -}}
+{{- $root := . -}}
+rayVersion: {{ .Values.rayVersion | quote }}
+authOptions:
+  mode: {{ .Values.auth.mode }}
+  {{- with .Values.auth.existingSecret }}
+  secretName: {{ . }}
+  {{- end }}
+enableInTreeAutoscaling: {{ .Values.autoscaling.enabled }}
+{{- with .Values.autoscaling }}
+{{- if .enabled }}
+autoscalerOptions:
+  version: {{ .version }}
+  idleTimeoutSeconds: {{ .idleTimeoutSeconds | int64 }}
+  upscalingMode: {{ .upscalingMode }}
+  imagePullPolicy: {{ $root.Values.image.pullPolicy }}
+  {{- $size := dict "cpu" (toString .resources.cpu) "memory" .resources.memory }}
+  resources:
+    limits:
+      {{- toYaml $size | nindent 6 }}
+    requests:
+      {{- toYaml $size | nindent 6 }}
+  securityContext:
+    {{- include "stage-ray.containerSecurityContext" $root | nindent 4 }}
+  volumeMounts:
+    - {name: autoscaler-token, mountPath: /var/run/secrets/kubernetes.io/serviceaccount, readOnly: true}
+{{- end }}
+{{- end }}
+headGroupSpec:
+  serviceType: ClusterIP
+  rayStartParams:
+    {{- with .Values.head.rayStartParams }}
+    {{- toYaml . | nindent 4 }}
+    {{- end }}
+    num-cpus: "0"
+    object-store-memory: {{ include "stage-ray.bytes" .Values.head.objectStore | quote }}
+  template:
+    metadata:
+      {{- include "stage-ray.podMetadata" (dict "root" . "part" .Values.head "role" "head") | nindent 6 }}
+    spec:
+      {{- include "stage-ray.rayPod" (dict "root" . "part" .Values.head "name" "ray-head" "head" true) | nindent 6 }}
+workerGroupSpecs:
+  {{- range $name, $group := .Values.groups }}
+  {{- if $group }}
+  {{- $replicas := $group.replicas | int64 }}
+  - groupName: {{ $name }}
+    replicas: {{ $replicas }}
+    minReplicas: {{ hasKey $group "minReplicas" | ternary $group.minReplicas $replicas | int64 }}
+    maxReplicas: {{ hasKey $group "maxReplicas" | ternary $group.maxReplicas $replicas | int64 }}
+    {{- if hasKey $group "priority" }}
+    priority: {{ $group.priority | int64 }}
+    {{- end }}
+    {{- if hasKey $group "idleTimeoutSeconds" }}
+    idleTimeoutSeconds: {{ $group.idleTimeoutSeconds | int64 }}
+    {{- end }}
+    {{- with $group.rayResources }}
+    resources:
+      {{- range $key, $count := . }}
+      {{ $key }}: {{ toString $count | quote }}
+      {{- end }}
+    {{- end }}
+    {{- with $group.rayLabels }}
+    labels:
+      {{- toYaml . | nindent 6 }}
+    {{- end }}
+    rayStartParams:
+      {{- with $group.rayStartParams }}
+      {{- toYaml . | nindent 6 }}
+      {{- end }}
+      object-store-memory: {{ include "stage-ray.bytes" $group.objectStore | quote }}
+    template:
+      metadata:
+        {{- include "stage-ray.podMetadata" (dict "root" $root "part" $group "role" $name) | nindent 8 }}
+      spec:
+        {{- include "stage-ray.rayPod" (dict "root" $root "part" $group "name" "ray-worker" "head" false) | nindent 8 }}
+  {{- end }}
+  {{- end }}
+{{- end }}

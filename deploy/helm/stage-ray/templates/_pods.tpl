@@ -1,0 +1,206 @@
+{{/* Pods: what head, workers, submitter and autoscaler are made of. Each of them is within `restricted`. */}}
+
+{{- define "stage-ray.podSecurityContext" -}}
+runAsNonRoot: true
+runAsUser: {{ .Values.podSecurity.runAsUser | int64 }}
+runAsGroup: {{ .Values.podSecurity.runAsGroup | int64 }}
+fsGroup: {{ .Values.podSecurity.fsGroup | int64 }}
+fsGroupChangePolicy: OnRootMismatch
+seccompProfile: {type: RuntimeDefault}
+{{- end }}
+
+{{- define "stage-ray.containerSecurityContext" -}}
+allowPrivilegeEscalation: false
+capabilities: {drop: [ALL]}
+{{- end }}
+
+{{- define "stage-ray.container" -}}
+image: {{ include "stage-ray.image" . | quote }}
+imagePullPolicy: {{ .Values.image.pullPolicy }}
+securityContext:
+  {{- include "stage-ray.containerSecurityContext" . | nindent 2 }}
+{{- end }}
+
+{{/* What all pods say of themselves. */}}
+{{- define "stage-ray.pod" -}}
+automountServiceAccountToken: false
+enableServiceLinks: false
+securityContext:
+  {{- include "stage-ray.podSecurityContext" . | nindent 2 }}
+{{- with .Values.imagePullSecrets }}
+imagePullSecrets:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end }}
+
+{{/* Where a pod may run. Argument: head or a group. */}}
+{{- define "stage-ray.scheduling" -}}
+{{- range $key := list "nodeSelector" "tolerations" "affinity" "runtimeClassName" "priorityClassName" }}
+{{- with get $ $key }}
+{{ $key }}:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{/* Environment of head and workers. Arguments: root, part (head or a group), head (true or false). By the time Ray
+     hears of the end on the head the driver has left (preStop), so there is nothing to wait for. */}}
+{{- define "stage-ray.env" -}}
+- name: RAY_ENABLE_UV_RUN_RUNTIME_ENV
+  value: "0"
+- name: RAY_USAGE_STATS_ENABLED
+  value: "0"
+- name: RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S
+  value: {{ .head | ternary 5 (int64 .root.Values.drainSeconds) | quote }}
+- name: RAY_JOB_STOP_WAIT_TIME_S  # a job that is stopped finishes its step and saves
+  value: {{ .root.Values.drainSeconds | int64 | quote }}
+- name: HF_HOME
+  value: {{ .root.Values.storage.hfCache.mountPath }}
+{{- range concat .root.Values.extraEnv (.part.extraEnv | default list) }}
+- {{ toYaml . | nindent 2 | trim }}
+{{- end }}
+{{- end }}
+
+{{/* The Ray container and the volumes it mounts. Arguments: root, part, name (of the container), head (true or false). */}}
+{{- define "stage-ray.rayPod" -}}
+{{- $root := .root -}}
+{{- $storage := $root.Values.storage -}}
+{{- $size := dict "cpu" (toString .part.cpu) "memory" .part.memory -}}
+{{- if .part.gpus }}
+{{- $_ := set $size (.part.gpuResource | default "nvidia.com/gpu") (toString .part.gpus) -}}
+{{- end -}}
+{{ include "stage-ray.pod" $root }}
+{{- if not (and .head $root.Values.autoscaling.enabled) }}
+serviceAccountName: {{ include "stage-ray.serviceAccount" $root }}
+{{- end }}
+terminationGracePeriodSeconds: {{ $root.Values.terminationGracePeriodSeconds | int64 }}
+{{- include "stage-ray.scheduling" .part }}
+containers:
+  - name: {{ .name }}
+    {{- include "stage-ray.container" $root | nindent 4 }}
+    resources:
+      limits:
+        {{- toYaml $size | nindent 8 }}
+      requests:
+        {{- toYaml $size | nindent 8 }}
+    env:
+      {{- include "stage-ray.env" . | nindent 6 }}
+    {{- with $root.Values.secretEnv.existingSecret }}
+    envFrom:
+      - secretRef:
+          name: {{ . }}
+    {{- end }}
+    ports:
+      {{- if .head }}
+      {{- include "stage-ray.headPorts" $root | nindent 6 }}
+      {{- else }}
+      - {name: metrics, containerPort: 8080}
+      {{- end }}
+    {{- if .head }}
+    lifecycle:
+      preStop:
+        exec:
+          command: [python, /etc/stage-ray/stop_driver.py, {{ $root.Values.drainSeconds | int64 | quote }}]
+    {{- end }}
+    volumeMounts:
+      - {name: dev-shm, mountPath: /dev/shm}
+      - {name: config, mountPath: /etc/stage-ray, readOnly: true}
+      - {name: checkpoints, mountPath: {{ $storage.checkpoints.mountPath }}}
+      - {name: hf-cache, mountPath: {{ $storage.hfCache.mountPath }}}
+      {{- with .part.extraVolumeMounts }}
+      {{- toYaml . | nindent 6 }}
+      {{- end }}
+volumes:
+  - name: dev-shm
+    emptyDir: {medium: Memory, sizeLimit: {{ .part.shm }}}
+  - name: config
+    configMap:
+      name: {{ include "stage-ray.name" $root }}-config
+  - name: checkpoints
+    persistentVolumeClaim:
+      claimName: {{ include "stage-ray.checkpointClaim" $root }}
+  - name: hf-cache
+    {{- if $storage.hfCache.enabled }}
+    persistentVolumeClaim:
+      claimName: {{ include "stage-ray.hfCacheClaim" $root }}
+    {{- else }}
+    emptyDir: {}
+    {{- end }}
+  {{- if and .head $root.Values.autoscaling.enabled }}
+  {{- include "stage-ray.autoscalerToken" $root | nindent 2 }}
+  {{- end }}
+  {{- with .part.extraVolumes }}
+  {{- toYaml . | nindent 2 }}
+  {{- end }}
+{{- end }}
+
+{{/* The operator makes the head's Service of these, so the standard ones must be among them. */}}
+{{- define "stage-ray.headPorts" -}}
+- {name: gcs-server, containerPort: 6379}
+- {name: dashboard, containerPort: 8265}
+- {name: metrics, containerPort: 8080}
+- {name: as-metrics, containerPort: 44217}
+- {name: dash-metrics, containerPort: 44227}
+{{- with include "stage-ray.runMetricsPort" . }}
+- {name: run-metrics, containerPort: {{ . }}}
+{{- end }}
+{{- end }}
+
+{{/* Port of the driver's own metrics; empty where the config leaves it to chance or has none. */}}
+{{- define "stage-ray.runMetricsPort" -}}
+{{- $config := include "stage-ray.config" . | fromYaml -}}
+{{- with dig "cluster" "metrics_port" 0 $config }}{{ int64 . }}{{ end }}
+{{- end }}
+
+{{/* The token of the operator's service account, for the autoscaler's container and no other of the head's pod. */}}
+{{- define "stage-ray.autoscalerToken" -}}
+- name: autoscaler-token
+  projected:
+    sources:
+      - serviceAccountToken: {path: token, expirationSeconds: 3607}
+      - configMap:
+          name: kube-root-ca.crt
+          items:
+            - {key: ca.crt, path: ca.crt}
+      - downwardAPI:
+          items:
+            - path: namespace
+              fieldRef: {fieldPath: metadata.namespace}
+{{- end }}
+
+{{/* Labels and annotations of a pod. Arguments: root, part, role. */}}
+{{- define "stage-ray.podMetadata" -}}
+labels:
+  {{- with .part.labels }}
+  {{- toYaml . | nindent 2 }}
+  {{- end }}
+  {{- include "stage-ray.selector" .root | nindent 2 }}
+  app.kubernetes.io/component: {{ .role }}
+annotations:
+  checksum/config: {{ include "stage-ray.config" .root | sha256sum }}
+  {{- with .part.annotations }}
+  {{- toYaml . | nindent 2 }}
+  {{- end }}
+{{- end }}
+
+{{/* Follows the job's log, holds no data: not the head's environment, no volume. */}}
+{{- define "stage-ray.submitterTemplate" -}}
+{{- $size := dict "cpu" (toString .Values.job.submitter.cpu) "memory" .Values.job.submitter.memory -}}
+metadata:
+  labels:
+    {{- include "stage-ray.selector" . | nindent 4 }}
+    app.kubernetes.io/component: submitter
+spec:
+  restartPolicy: Never
+  {{- include "stage-ray.pod" . | nindent 2 }}
+  serviceAccountName: {{ include "stage-ray.serviceAccount" . }}
+  {{- include "stage-ray.scheduling" (omit .Values.head "runtimeClassName") | nindent 2 }}
+  containers:
+    - name: ray-job-submitter
+      {{- include "stage-ray.container" . | nindent 6 }}
+      resources:
+        limits:
+          {{- toYaml $size | nindent 10 }}
+        requests:
+          {{- toYaml $size | nindent 10 }}
+{{- end }}

@@ -1,0 +1,227 @@
+"""What the chart renders: right by the schemas of Kubernetes and KubeRay, every pod within `restricted`."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from stage_ray.config import validate_config
+from tests.deploy.charts import CHART, GRAFANA, IMAGE, ROOT, helm, only, pod_specs, ray_cluster, render
+
+kubernetes_validate = pytest.importorskip("kubernetes_validate", reason="kubernetes-validate is not installed")
+jsonschema = pytest.importorskip("jsonschema")
+
+MONITORED = {
+    "podMonitor": {"enabled": True, "labels": {"release": "prometheus"}},
+    "grafanaDashboard": {"enabled": True, "json": (GRAFANA / "stage-ray.json").read_text()},
+    "prometheusRule": {"enabled": True, "rules": (GRAFANA / "alerts.yaml").read_text()},
+}
+CLAIMS = {"checkpoints": {"existingClaim": "runs"}, "hfCache": {"existingClaim": "weights"}}
+SHAPEWORLD = (ROOT / "configs" / "stage_shapeworld.yaml").read_text()
+QUEUE = {"queueName": "team", "priorityClass": "low"}
+
+
+def matrix() -> dict[str, dict[str, Any]]:
+    cases = {}
+    for mode, size, monitored, claims, whole in itertools.product(
+        ("job", "cluster"), ("fixed", "autoscaling", "kueue"), (False, True), (False, True), (False, True)
+    ):
+        values: dict[str, Any] = {"mode": mode}
+        values |= {"autoscaling": {"enabled": True}} if size == "autoscaling" else {}
+        values |= {"kueue": QUEUE} if size == "kueue" else {}
+        values |= {"storage": CLAIMS} if claims else {}
+        text = SHAPEWORLD + "\ncluster: {metrics_host: 0.0.0.0, metrics_port: 9400}\n"
+        values |= {"configFile": text} if whole else {}
+        values |= {"monitoring": MONITORED} if monitored else {}
+        words = [mode, size, monitored and "monitored", claims and "claims", whole and "file"]
+        cases["-".join(word for word in words if word)] = values
+    cases["rules"] = {
+        "job": {
+            "shutdownAfterJobFinishes": False,
+            "ttlSecondsAfterFinished": 0,
+            "deletionRules": [{"policy": "DeleteWorkers", "condition": {"jobStatus": "FAILED", "ttlSeconds": 60}}],
+        }
+    }
+    cases["http"] = {"job": {"submissionMode": "HTTPMode", "activeDeadlineSeconds": 9}}
+    cases["no-cache"] = {"storage": {"hfCache": {"enabled": False}}, "serviceAccount": {"create": False}}
+    cases["groups"] = {
+        "autoscaling": {"enabled": True},
+        "groups": {"reward": {"priority": 5, "idleTimeoutSeconds": 60, "rayLabels": {"zone": "a"}}},
+        "secretEnv": {"existingSecret": "hush"},
+        "imagePullSecrets": [{"name": "registry"}],
+        "networkPolicy": {"allowFrom": [{"podSelector": {"matchLabels": {"app": "gateway"}}}]},
+    }
+    return cases
+
+
+CASES = matrix()
+every_case = pytest.mark.parametrize("values", CASES.values(), ids=CASES.keys())
+
+
+def strict(schema: Any) -> Any:
+    """A custom resource's schema, closed to keys that it does not name; int-or-string and nullable in plain words."""
+    if not isinstance(schema, dict):
+        return [strict(item) for item in schema] if isinstance(schema, list) else schema
+    if schema.get("x-kubernetes-int-or-string"):
+        return {"anyOf": [{"type": "integer"}, {"type": "string"}]}
+    closed = {key: strict(value) for key, value in schema.items()}
+    if isinstance(closed.get("properties"), dict) and "type" in closed and not closed.get("additionalProperties"):
+        closed["additionalProperties"] = bool(closed.get("x-kubernetes-preserve-unknown-fields"))
+    if closed.pop("nullable", False) and isinstance(closed.get("type"), str):
+        closed["type"] = [closed["type"], "null"]
+    return closed
+
+
+@functools.cache
+def resource(kind: str) -> Any:
+    folder = os.environ.get("KUBERAY_CRDS")
+    if not folder:
+        pytest.skip("KUBERAY_CRDS names no directory with the custom resources of KubeRay 1.7")
+    text = (Path(folder) / f"ray.io_{kind.lower()}s.yaml").read_text()
+    (version,) = [v for v in yaml.load(text, yaml.CSafeLoader)["spec"]["versions"] if v["name"] == "v1"]
+    schema = strict(version["schema"]["openAPIV3Schema"])
+    schema["properties"]["metadata"] = {"type": "object"}
+    return jsonschema.Draft202012Validator(schema)
+
+
+@every_case
+def test_core_objects_are_ones_that_kubernetes_takes(values):
+    core = [
+        item for item in render(values) if "ray.io" not in item["apiVersion"] and "coreos" not in item["apiVersion"]
+    ]
+    assert {"ConfigMap", "NetworkPolicy"} <= {item["kind"] for item in core}
+    for item in core:
+        kubernetes_validate.validate(item, "1.34", strict=True)
+
+
+@every_case
+def test_pod_specs_inside_the_ray_objects_are_ones_that_kubernetes_takes(values):
+    for item in render(values):
+        for at, spec in pod_specs(item):
+            pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "a"}, "spec": spec}
+            kubernetes_validate.validate(pod, "1.34", strict=True), at
+
+
+@every_case
+def test_ray_objects_are_ones_that_kuberay_takes(values):
+    (item,) = [item for item in render(values) if item["apiVersion"] == "ray.io/v1"]
+    problems = [f"{error.json_path}: {error.message[:200]}" for error in resource(item["kind"]).iter_errors(item)]
+    assert not problems
+
+
+def test_a_key_that_kuberay_does_not_know_would_be_seen():
+    job = only(render(), "RayJob")
+    job["spec"]["rayClusterSpec"]["headGroupSpec"]["rayStartParam"] = {}
+    assert list(resource("RayJob").iter_errors(job))
+
+
+@every_case
+def test_every_pod_is_restricted(values):
+    seen = [(at, spec) for item in render(values) for at, spec in pod_specs(item)]
+    assert len(seen) >= 4
+    for at, spec in seen:
+        pod = spec["securityContext"]
+        assert pod["runAsNonRoot"] is True and pod["runAsUser"] > 0, at
+        assert pod["seccompProfile"] == {"type": "RuntimeDefault"}, at
+        assert spec["automountServiceAccountToken"] is False, at
+        assert not {"hostNetwork", "hostPID", "hostIPC"} & set(spec), at
+        for container in [*spec["containers"], *spec.get("initContainers", [])]:
+            assert_restricted(container["securityContext"])
+        for volume in spec.get("volumes", []):
+            assert set(volume) - {"name"} <= {"emptyDir", "configMap", "persistentVolumeClaim", "projected"}, at
+    cluster = ray_cluster(render(values))
+    if cluster["enableInTreeAutoscaling"]:
+        assert_restricted(cluster["autoscalerOptions"]["securityContext"])
+
+
+def assert_restricted(context: dict[str, Any]) -> None:
+    assert context["allowPrivilegeEscalation"] is False and context["capabilities"]["drop"] == ["ALL"]
+    assert not context.get("privileged") and "add" not in context["capabilities"]
+
+
+def test_helm_finds_nothing_to_say_against_the_chart():
+    report = helm.lint(CHART, {"image": IMAGE}, strict=True, kube_version="v1.34.0")
+    assert report["errors"] == [] and all(message["severity"] < 2 for message in report["messages"]), report
+
+
+def test_the_default_config_is_one_that_the_run_takes():
+    run = validate_config(yaml.safe_load(only(render(), "ConfigMap", "-config")["data"]["config.yaml"]))
+    assert run.cluster.metrics_host == "0.0.0.0" and run.cluster.metrics_port == 9400
+    assert run.learner.lr == 5e-6
+
+
+def test_a_config_file_goes_in_as_it_is_and_a_change_of_it_changes_every_pod():
+    def checksums(text: str) -> set[str]:
+        groups = ray_cluster(render({"configFile": text}))
+        pods = [groups["headGroupSpec"], *groups["workerGroupSpecs"]]
+        return {pod["template"]["metadata"]["annotations"]["checksum/config"] for pod in pods}
+
+    assert only(render({"configFile": SHAPEWORLD}), "ConfigMap", "-config")["data"]["config.yaml"].strip() == (
+        SHAPEWORLD.strip()
+    )
+    assert len(checksums(SHAPEWORLD)) == 1 and checksums(SHAPEWORLD) != checksums(SHAPEWORLD + "# another\n")
+
+
+def test_the_head_runs_no_actors_and_the_entrypoint_resumes_on_the_volume():
+    job = only(render(name="paper"), "RayJob")["spec"]
+    assert job["entrypoint"] == "stage-ray train /etc/stage-ray/config.yaml --run-dir /shared/runs/paper --auto-resume"
+    head = job["rayClusterSpec"]["headGroupSpec"]
+    assert head["rayStartParams"]["num-cpus"] == "0" and job["backoffLimit"] == 2
+    assert job["rayClusterSpec"]["authOptions"] == {"mode": "token"}
+    (container,) = head["template"]["spec"]["containers"]
+    assert "stop_driver.py" in " ".join(container["lifecycle"]["preStop"]["exec"]["command"])
+
+
+def test_the_runs_outlive_the_release_and_claims_that_exist_are_not_made_again():
+    claims = [item for item in render() if item["kind"] == "PersistentVolumeClaim"]
+    kept = {c["metadata"]["name"]: c["metadata"].get("annotations", {}) for c in claims}
+    assert kept == {"first-checkpoints": {"helm.sh/resource-policy": "keep"}, "first-hf-cache": {}}
+    assert not [item for item in render({"storage": CLAIMS}) if item["kind"] == "PersistentVolumeClaim"]
+
+
+def test_only_the_autoscaler_has_a_token_of_kubernetes():
+    head = ray_cluster(render({"autoscaling": {"enabled": True}}))["headGroupSpec"]["template"]["spec"]
+    assert "serviceAccountName" not in head and "autoscaler-token" in {v["name"] for v in head["volumes"]}
+    assert "autoscaler-token" not in {m["name"] for m in head["containers"][0]["volumeMounts"]}
+
+
+def test_others_reach_the_jobs_api_alone_and_prometheus_the_metrics():
+    rules = only(render({"monitoring": MONITORED}), "NetworkPolicy")["spec"]["ingress"]
+    assert [[port["port"] for port in rule.get("ports", [])] for rule in rules] == [
+        [],
+        [8265],
+        [8080, 44217, 44227, 9400],
+    ]
+    assert rules[0]["from"] == [{"podSelector": only(render(), "NetworkPolicy")["spec"]["podSelector"]}]
+
+
+@pytest.mark.parametrize("words", [["stage-ray", "train"], ["-m", "stage_ray", "train"]], ids=" ".join)
+def test_before_the_head_goes_the_driver_is_told_and_waited_for(words, tmp_path):
+    (tmp_path / "stage_ray").mkdir()
+    body = (
+        "import signal, sys, time\n"
+        "def leave(*_):\n    time.sleep(0.5)\n    open('saved', 'w').close()\n    sys.exit(143)\n"
+        "signal.signal(signal.SIGTERM, leave)\nopen('ready', 'w').close()\ntime.sleep(60)\n"
+    )
+    for name in ("stage-ray", "stage_ray/__main__.py"):
+        (tmp_path / name).write_text(body)
+    driver = subprocess.Popen([sys.executable, *words], cwd=tmp_path)
+    try:
+        while not (tmp_path / "ready").exists():
+            assert driver.poll() is None
+        script = CHART / "files" / "stop_driver.py"
+        code = "import psutil, runpy, sys; m = runpy.run_path(sys.argv[1]); "
+        code += "print(m['stop']([psutil.Process(int(sys.argv[2]))], 20))"  # not every run on this machine
+        done = subprocess.Popen([sys.executable, "-c", code, str(script), str(driver.pid)], stdout=subprocess.PIPE)
+        assert driver.wait(20) == 143 and (tmp_path / "saved").exists()
+        assert done.communicate(timeout=20)[0].strip() == b"0"
+    finally:
+        driver.kill()
