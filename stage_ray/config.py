@@ -225,6 +225,10 @@ class ClusterConfig(Section):
     metrics_host: str = Field("127.0.0.1", description="Address the Prometheus endpoint binds to")
     start_timeout_s: float = Field(300.0, gt=0, description="Seconds the workers may take to start")
     sync_timeout_s: float = Field(120.0, gt=0, description="Seconds a rollout worker may take to load a version")
+    weight_transport: Literal["object_store", "gloo", "nccl"] = Field(
+        "object_store",
+        description="object_store: each worker loads between its waves; gloo (CPUs), nccl (GPUs): one broadcast to all",
+    )
     attempts: int = Field(3, ge=1, description="Times a call is tried, each on a new worker, before the run stops")
     heartbeat_s: float = Field(5.0, gt=0, description="Seconds between pings of every worker")
     heartbeat_deadline_s: float = Field(60.0, gt=0, description="A worker that answers no ping for so long is killed")
@@ -281,6 +285,18 @@ class RunConfig(Section):
             )
         if self.rollout.colocated:
             self._check_colocated()
+        if self.cluster.weight_transport != "object_store" and (
+            self.rollout.tensor_parallel > 1 or self.rollout.colocated
+        ):
+            raise ValueError(
+                f"cluster.weight_transport = {self.cluster.weight_transport} reaches workers of one process each, on "
+                "hardware of their own; use object_store with rollout.tensor_parallel or rollout.colocated"
+            )
+        if self.cluster.weight_transport == "nccl" and min(self.rollout.gpus, self.learner.gpus) < 1:
+            raise ValueError(
+                f"cluster.weight_transport = nccl needs a whole GPU for each end, but rollout.gpus = "
+                f"{self.rollout.gpus:g} and learner.gpus = {self.learner.gpus:g}; set both to 1, or use object_store"
+            )
         if self.rollout.groups_per_step % self.learner.ranks:
             raise ValueError(
                 f"learner.ranks = {self.learner.ranks} does not divide rollout.groups_per_step = "

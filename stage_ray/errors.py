@@ -9,6 +9,10 @@ class RunError(RuntimeError):
     """The run could not go on; names what failed and where to look. Exit code 1."""
 
 
+class LearnerLostError(RunError):
+    """The learner died or hung; another one has started in its place, and has not got the run's state yet."""
+
+
 class Interrupted(RunError):  # noqa: N818  it is no error: someone wanted it
     """A signal ended the run, after a checkpoint. Exit code 128 plus the signal's number, as shells expect."""
 

@@ -31,22 +31,25 @@ def join_group(rank: int, count: int, address: str, device: torch.device, timeou
     limit = timedelta(seconds=timeout_s)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-        store=_store(address, rank, count, limit),
+        store=store_at(address, rank, count, limit),
         rank=rank,
         world_size=count,
         timeout=limit,
     )
 
 
-def _store(address: str, rank: int, count: int, limit: timedelta) -> dist.TCPStore:
-    """Where ranks find each other. Rank 0 listens at that address alone: left to itself it would on every interface."""
+def store_at(address: str, rank: int, count: int, limit: timedelta) -> dist.TCPStore:
+    """Where processes find each other. Rank 0 listens at that address alone: left to itself it would on every one.
+
+    Port 0 there is one that is free.
+    """
     host, _, port = address.rpartition(":")
     if rank > 0:
         return dist.TCPStore(host, int(port), count, is_master=False, timeout=limit)
-    listening = socket.create_server((host, int(port)), backlog=2 * count)
+    listening = socket.create_server((host, int(port)), backlog=max(128, 2 * count))
     return dist.TCPStore(
         host,
-        int(port),
+        listening.getsockname()[1],
         count,
         is_master=True,
         timeout=limit,

@@ -72,10 +72,38 @@ def pack(
         chunks[-1].append(data)
         room -= data.nbytes
         specs.append(TensorSpec(name, tuple(tensor.shape), _dtype(tensor), *place, data.nbytes, checksum))
-        if not finite(tensor):
-            raise WeightError(f"tensor {name!r} of version {version} holds values that are not finite")
+        _require_finite(name, version, tensor)
     _require_unique(specs)
     return WeightManifest(version, tuple(specs), len(chunks)), [tuple(chunk) for chunk in chunks]
+
+
+def describe(version: int, tensors: Iterable[tuple[str, Tensor]], device: torch.device) -> WeightManifest:
+    """The manifest of a version that travels in no chunks; its checksums are made where ``device`` has the bytes.
+
+    Raises:
+        WeightError: as `pack`.
+
+    Example:
+        >>> describe(7, [("w", torch.ones(2, 2))], torch.device("cpu")).chunks
+        0
+    """
+    named = [(name, _travelling(name, tensor)) for name, tensor in tensors]
+    specs = []
+    for (name, tensor), checksum in zip(named, _checksums_on(device, [tensor for _, tensor in named]), strict=True):
+        specs.append(TensorSpec(name, tuple(tensor.shape), _dtype(tensor), 0, 0, tensor.nbytes, checksum))
+        _require_finite(name, version, tensor)
+    _require_unique(specs)
+    return WeightManifest(version, tuple(specs), 0)
+
+
+def verify(manifest: WeightManifest, tensors: Sequence[Tensor]) -> None:
+    """Compare tensors, in the order of the manifest, with its checksums of `describe`.
+
+    Raises:
+        WeightError: a tensor's bytes changed.
+    """
+    if tensors:
+        _require_checksums(manifest, _checksums_on(tensors[0].device, tensors))
 
 
 def unpack(manifest: WeightManifest, chunks: Sequence[Chunk]) -> list[tuple[str, Tensor]]:
@@ -97,12 +125,7 @@ def unpack(manifest: WeightManifest, chunks: Sequence[Chunk]) -> list[tuple[str,
         raise WeightError(f"version {manifest.version} has {manifest.chunks} chunks, but {len(chunks)} arrived")
     _require_unique(manifest.tensors)
     arrays = [_located(spec, manifest.version, chunks) for spec in manifest.tensors]
-    for spec, checksum in zip(manifest.tensors, _checksums(arrays), strict=True):
-        if checksum != spec.checksum:
-            raise WeightError(
-                f"tensor {spec.name!r} of version {manifest.version} has checksum {checksum} instead of "
-                f"{spec.checksum}; its bytes changed on the way"
-            )
+    _require_checksums(manifest, _checksums(arrays))
     return [(spec.name, _view(spec, data)) for spec, data in zip(manifest.tensors, arrays, strict=True)]
 
 
@@ -119,18 +142,62 @@ def _dtype(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def _bytes(name: str, tensor: Tensor) -> np.ndarray:
+def _travelling(name: str, tensor: Tensor) -> Tensor:
     dtype = _dtype(tensor)
     if dtype not in DTYPES:
         raise WeightError(f"tensor {name!r} is {dtype}, which cannot be published; known are {', '.join(DTYPES)}")
-    data: np.ndarray = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return tensor.detach()
+
+
+def _bytes(name: str, tensor: Tensor) -> np.ndarray:
+    data: np.ndarray = _flat(_travelling(name, tensor).cpu()).numpy()
     return data
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
 def _checksums(arrays: Sequence[np.ndarray]) -> list[str]:
     """One of each array, on as many cores as torch would use: xxhash lets other threads run meanwhile."""
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         return list(pool.map(lambda data: xxhash.xxh3_64_hexdigest(data.data), arrays))
+
+
+def _checksums_on(device: torch.device, tensors: Sequence[Tensor]) -> list[str]:
+    if device.type == "cpu":
+        return _checksums([_flat(tensor.cpu()).numpy() for tensor in tensors])
+    return [weighted_sum(_flat(tensor.to(device))) for tensor in tensors]
+
+
+def weighted_sum(data: Tensor) -> str:
+    """Checksum of bytes, uint8 [bytes], for a GPU: there is no xxh3 for it, and no need to bring the bytes here.
+
+    Each byte counts as often as its place says, so that bytes in another order are seen too.
+
+    Example:
+        >>> weighted_sum(torch.tensor([3, 4], dtype=torch.uint8))
+        '000000000000000b'
+    """
+    total = 0
+    for part in data.split(2**24):
+        places = torch.arange(1, len(part) + 1, device=data.device)
+        total = (total * 1_000_003 + int((part * places).sum())) % 2**64
+    return f"{total:016x}"
+
+
+def _require_checksums(manifest: WeightManifest, checksums: Sequence[str]) -> None:
+    for spec, checksum in zip(manifest.tensors, checksums, strict=True):
+        if checksum != spec.checksum:
+            raise WeightError(
+                f"tensor {spec.name!r} of version {manifest.version} has checksum {checksum} instead of "
+                f"{spec.checksum}; its bytes changed on the way"
+            )
+
+
+def _require_finite(name: str, version: int, tensor: Tensor) -> None:
+    if not finite(tensor):
+        raise WeightError(f"tensor {name!r} of version {version} holds values that are not finite")
 
 
 def _require_unique(specs: Sequence[TensorSpec]) -> None:

@@ -145,3 +145,24 @@ def test_a_replay_of_recorded_groups_repeats_every_update(tmp_path, model):
 def test_a_replay_without_recorded_groups_says_how_to_record_them(tmp_path, model):
     with pytest.raises(ConfigError, match="record a run with pipeline.record=true"):
         replay(tiny_run(tmp_path, model), tmp_path, Progress())
+
+
+@pytest.mark.parametrize(("engine", "ranks"), [("vllm", 1), ("torch", 2)])
+def test_versions_that_are_broadcast_give_the_run_that_stored_ones_give_bit_for_bit(tmp_path, model, engine, ranks):
+    if engine == "vllm":
+        pytest.importorskip("vllm")
+    settings = {
+        "rollout": {"engine": engine, "workers": 2, "kv_cache_gib": 0.25},
+        "pipeline": {"max_staleness": 1},
+        "learner": {"lr": 1e-3, "ranks": ranks},
+    }
+    runs = []
+    for transport in ("gloo", "object_store"):
+        run = tiny_run(tmp_path / transport, model, cluster={"weight_transport": transport}, **settings, **QUICK)
+        runs.append(train(run).run_dir)
+        assert audit(runs[-1])["reissued"] == 0
+    first, second = map(final_weights, runs)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert [row["reward/mean"] for row in lines(runs[0] / "metrics.jsonl")] == [
+        row["reward/mean"] for row in lines(runs[1] / "metrics.jsonl")
+    ]

@@ -31,7 +31,7 @@ from stage_ray.bench.prompts import equal_prompts
 from stage_ray.bench.rollout import Case, measure
 from stage_ray.bench.rows import Row
 from stage_ray.bench.single_process import SingleProcessTrainer
-from stage_ray.bench.sync import sync_side
+from stage_ray.bench.sync import available, row_of, sync_side
 from stage_ray.bench.sync_actors import ROW, Weights, WeightsEngine
 from stage_ray.cli import main
 from stage_ray.config import PolicyConfig, RolloutConfig
@@ -316,6 +316,15 @@ def test_the_weights_that_sync_publishes_pass_through_the_real_checks() -> None:
     assert engine.policy_version == 1
 
 
+def test_a_row_of_each_transport_counts_the_copies_that_it_cannot_do_without() -> None:
+    turn = {f"{name}_s": 0.1 for name in ("copy", "read", "pack", "store", "load", "first")}
+    facts = [turn | {"seconds": 0.4, "workers": 2, "cpus": 2}]
+    stored, passed = (row_of(name, 1000, facts, {}) for name in available("cpu"))
+    assert (stored.name, passed.name) == ("sync/publish", "sync/publish/gloo")
+    assert (stored.limit, passed.limit) == (pytest.approx(0.15), pytest.approx(0.2))
+    assert stored.ratio == passed.ratio == pytest.approx(0.25)
+
+
 def test_end_to_end_reads_seconds_from_a_runs_own_files(tmp_path: Path) -> None:
     metrics = [{"step": i + 1, "images": 64.0, "images_per_s": 64 / (i + 1)} for i in range(4)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, metrics)) + "\n")
@@ -415,7 +424,8 @@ def test_a_rollout_bench_of_a_tiny_model_gives_whole_rows(model: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_publish_reaches_both_workers_through_ray() -> None:
-    options = {"nbytes": 50 * ROW, "device": "cpu"}
+@pytest.mark.parametrize("transport", available("cpu"))
+def test_a_publish_reaches_both_workers_by_each_transport(transport: str) -> None:
+    options = {"nbytes": 50 * ROW, "device": "cpu", "transport": transport}
     for turn in compare([Side("sync", sync_side, options)], repeats=2, progress=quiet(), title="sync")["sync"]:
         assert turn["seconds"] > turn["pack_s"] + turn["load_s"] > 0 < turn["copy_s"]

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stage_ray.records import WeightManifest
-from stage_ray.weights import DTYPES, WeightError, finite, pack, unpack
+from stage_ray.weights import DTYPES, WeightError, describe, finite, pack, unpack, verify, weighted_sum
 
 TENSORS = [
     ("embed", torch.arange(12, dtype=torch.float32).view(3, 4)),
@@ -152,3 +152,43 @@ def test_tensors_that_cannot_travel_are_refused_by_name() -> None:
 
 def test_an_empty_version_is_a_version() -> None:
     assert unpack(*pack(0, [])) == []
+
+
+def test_a_described_version_is_refused_when_a_byte_changed_and_its_tensor_is_named() -> None:
+    manifest = describe(9, TENSORS, torch.device("cpu"))
+    assert manifest.chunks == 0 and [spec.checksum for spec in manifest.tensors] == [
+        spec.checksum for spec in pack(9, TENSORS)[0].tensors
+    ]
+    copies = [tensor.clone() for _, tensor in TENSORS]
+    verify(manifest, copies)
+    copies[1].view(torch.uint8)[3] ^= 4
+    with pytest.raises(WeightError, match="tensor 'half' of version 9 has checksum .* its bytes changed"):
+        verify(manifest, copies)
+
+
+def test_what_is_not_finite_or_of_an_unknown_dtype_is_never_described() -> None:
+    with pytest.raises(WeightError, match="tensor 'w' of version 1 holds values that are not finite"):
+        describe(1, [("w", torch.tensor([1.0, torch.nan]))], torch.device("cpu"))
+    with pytest.raises(WeightError, match="tensor 'w' is complex64"):
+        describe(1, [("w", torch.zeros(1, dtype=torch.complex64))], torch.device("cpu"))
+
+
+@given(st.lists(st.integers(0, 255), min_size=1, max_size=50), st.data())
+def test_the_checksum_of_a_gpu_sees_every_changed_byte_and_every_exchange(
+    values: list[int], data: st.DataObject
+) -> None:
+    before = torch.tensor(values, dtype=torch.uint8)
+    place, other = (data.draw(st.integers(0, len(values) - 1)) for _ in range(2))
+    after = before.clone()
+    after[place] ^= data.draw(st.integers(1, 255))
+    assert weighted_sum(after) != weighted_sum(before)
+    after = before.clone()
+    after[[place, other]] = before[[other, place]]
+    assert (weighted_sum(after) == weighted_sum(before)) == torch.equal(after, before)
+
+
+def test_the_checksum_of_a_gpu_goes_beyond_its_first_part() -> None:
+    before = torch.zeros(2**24 + 5, dtype=torch.uint8)
+    before[0] = 1
+    after = before.roll(2**24)
+    assert weighted_sum(after) != weighted_sum(before)

@@ -16,6 +16,7 @@ from stage_ray.cluster.cluster import Cluster
 from stage_ray.config import RunConfig
 from stage_ray.engines.sampling import SamplingRule
 from stage_ray.engines.waves import ImageRow, WaveEngine, WaveSamples
+from stage_ray.line import Place
 from stage_ray.machine import usable_cpus
 from stage_ray.policies.base import PromptIds
 from stage_ray.records import WeightManifest
@@ -40,9 +41,9 @@ class Weights:
         for tensor in self._tensors.values():
             tensor.fill_(float(self.version))
 
-    def weights(self) -> list[tuple[str, Tensor]]:
+    def weights(self, *, in_place: bool = False) -> list[tuple[str, Tensor]]:
         """As `stage_ray.learner.Learner.weights`."""
-        return [(name, tensor.detach().cpu()) for name, tensor in self._tensors.items()]
+        return [(name, tensor if in_place else tensor.cpu()) for name, tensor in self._tensors.items()]
 
 
 class WeightsEngine(WaveEngine):
@@ -87,9 +88,10 @@ class WeightsEngine(WaveEngine):
 
 
 class SyncLearner(LearnerWorker):
-    """The learner's actor, with its own packing and chunks, around `Weights`."""
+    """The learner's actor, with its own packing, chunks and sending, around `Weights`."""
 
-    def __init__(self, nbytes: int, device: str) -> None:
+    def __init__(self, nbytes: int, device: str, run: RunConfig) -> None:
+        self._run, self._rank = run, 0
         self._learner: Any = Weights(nbytes, device)
         self._chunks: list[Chunk] = []
         self._pack_s = 0.0
@@ -101,12 +103,19 @@ class SyncLearner(LearnerWorker):
         self._pack_s = time.perf_counter() - start
         return manifest
 
+    def offer(self) -> WeightManifest:
+        """As every learner, timed."""
+        start = time.perf_counter()
+        manifest = super().offer()
+        self._pack_s = time.perf_counter() - start
+        return manifest
+
     def advance(self) -> None:
         """What an update does to weights."""
         self._learner.advance()
 
     def pack_s(self) -> float:
-        """Seconds of the last `pack`."""
+        """Seconds of the last `pack` or `offer`."""
         return self._pack_s
 
 
@@ -123,6 +132,13 @@ class SyncRolloutWorker(RolloutWorker):
         version = super().load_weights(manifest, *chunks)
         self._load_s = time.perf_counter() - start
         return version
+
+    def receive(self, manifest: WeightManifest, place: Place) -> str:
+        """As every rollout worker, timed."""
+        start = time.perf_counter()
+        problem = super().receive(manifest, place)
+        self._load_s = time.perf_counter() - start
+        return problem
 
     def loaded(self) -> tuple[float, list[float]]:
         """Seconds of the last load, and the distinct numbers in the weights that are served."""
@@ -143,15 +159,16 @@ class SyncActors(Actors):
 
     def reward(self, name: str) -> Any:
         """Never asked."""
-        return self._start(SyncRolloutWorker, 0, "cpu")
+        return actor_of(SyncRolloutWorker, 1, 0.0, {}).remote(0, "cpu")
 
     def learner(self, name: str) -> Any:
         """As the run's, around `Weights`."""
-        return self._start(SyncLearner, *self._size)
+        return self._start(SyncLearner, *self._size, self._run)
 
-    def _start(self, role: type, nbytes: int, device: str) -> Any:
-        gpus = 0.3 if device == "cuda" else 0.0
-        return actor_of(role, 1, gpus, {"OMP_NUM_THREADS": str(usable_cpus())}).remote(nbytes, device)
+    def _start(self, role: type, nbytes: int, device: str, *more: Any) -> Any:
+        whole = self._run.cluster.weight_transport == "nccl"
+        gpus = (1.0 if whole else 0.3) if device == "cuda" else 0.0
+        return actor_of(role, 1, gpus, {"OMP_NUM_THREADS": str(usable_cpus())}).remote(nbytes, device, *more)
 
 
 class SyncCluster(Cluster):

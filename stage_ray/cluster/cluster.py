@@ -17,13 +17,10 @@ from stage_ray.cluster.local_ray import start_ray
 from stage_ray.cluster.pool import Pool
 from stage_ray.cluster.seats import ArgumentsLost, Seat, WorkerFailed, WorkerLost, are_arguments_lost, heartbeats
 from stage_ray.cluster.team import begin, end
+from stage_ray.cluster.transport import ObjectStore, Transport
 from stage_ray.config import RunConfig
-from stage_ray.errors import RunError
+from stage_ray.errors import LearnerLostError, RunError
 from stage_ray.records import RolloutReceipt, RolloutRequest, ScoreReceipt
-
-
-class LearnerLostError(RunError):
-    """The learner died or hung; another one has started in its place, and has not got the run's state yet."""
 
 
 class GroupsLostError(Exception):
@@ -45,15 +42,6 @@ class GroupRefs:
     scores: Any = None  # ObjectRef of ScoredGroup
 
 
-@dataclass(frozen=True, slots=True)
-class _Publication:
-    """One policy version in the object store."""
-
-    version: int
-    manifest: Any
-    chunks: tuple[Any, ...]
-
-
 class Cluster:
     """Rollout workers, reward workers and the learner, each in a seat that outlives it.
 
@@ -64,7 +52,8 @@ class Cluster:
     def __init__(self, run: RunConfig, logs: Path | None) -> None:
         self.run = run
         self._logs = logs
-        self._published: _Publication | None = None
+        self._publications = 0
+        self._stored = run.cluster.weight_transport == "object_store"
         self._loading: list[asyncio.Task[int | None]] = []
         self._accepted_learner = 0
         actors = self._actors(logs)
@@ -77,7 +66,15 @@ class Cluster:
         self.learner = Seat(
             "learner", actors.learner, start_timeout_s=timeout, prepare=begin, kill=end, keep_failed=True
         )
-        self.rollouts = pool("rollout", run.rollout, actors.rollout, prepare=self._prepare_rollout, kill=end)
+        self.transport = self._transport()
+        self.rollouts = pool(
+            "rollout",
+            run.rollout,
+            actors.rollout,
+            prepare=self._prepare_rollout,
+            patient=not self._stored,
+            kill=end,
+        )
         self.rewards = pool("reward", run.scoring, actors.reward)
 
     @classmethod
@@ -183,15 +180,9 @@ class Cluster:
         In a synchronous run it returns when all workers serve it; else they load it behind our back, between waves,
         and the next `publish` or `settle` says if one could not.
         """
-        await self.settle()
-
-        async def pack(worker: Any) -> _Publication:
-            manifest = await worker.pack.remote()
-            version, *chunks = worker.chunks.options(num_returns=1 + manifest.chunks).remote()
-            await version  # a learner that dies before all are stored is lost here, not in every worker that loads them
-            return _Publication(manifest.version, ray.put(manifest), tuple(chunks))
-
-        self._published = await self.ask_learner(pack)
+        await (self.settle() if self._stored else self._settle())  # who has no worker left may get one by a broadcast
+        await self.transport.publish(self.rollouts.seats)
+        self._publications += 1
         self._loading = [asyncio.create_task(self._load(seat)) for seat in self.rollouts.seats if seat.started]
         await asyncio.sleep(0)  # let each take its place in its worker's queue
         if self.run.pipeline.max_staleness == 0:
@@ -202,24 +193,34 @@ class Cluster:
 
         Raises:
             RunError: a worker and its successors could not load it in ``cluster.sync_timeout_s``.
+            LearnerLostError: the learner was lost while it sent.
         """
-        loading, self._loading = self._loading, []
-        if not loading:
+        if not await self._settle():
             return
         try:
-            served = {version for version in await asyncio.gather(*loading) if version is not None}
             await self.rollouts.anyone()
         except WorkerLost as lost:
             raise self._fatal(lost) from lost
-        if self._published is not None and served - {self._published.version}:
-            raise RunError(f"rollout workers serve versions {served} after {self._published.version} was published")
+
+    async def _settle(self) -> bool:
+        """The same, also while no worker is left; whether there was anything to wait for."""
+        loading, self._loading = self._loading, []
+        try:
+            served = {version for version in await asyncio.gather(*loading) if version is not None}
+        except WorkerLost as lost:
+            raise self._fatal(lost) from lost
+        await self.transport.settled()
+        self._require_accepted()
+        if served - {self.transport.version}:
+            raise RunError(f"rollout workers serve versions {served} after {self.transport.version} was published")
+        return bool(loading)
 
     async def fetch(self, refs: Sequence[Any]) -> list[Any]:
         """Bring small objects (verdicts, a few pictures for a person to look at) to the driver."""
         return list(await asyncio.gather(*refs))
 
-    async def ask_learner(self, ask: Callable[[Any], Any]) -> Any:
-        """Call the learner.
+    async def ask_learner(self, ask: Callable[[Any], Any], *, patient: bool = False) -> Any:
+        """Call the learner; ``patient``: the call sets limits of its own.
 
         Raises:
             LearnerLostError: it died or hung, now or in a call that nobody has looked at yet.
@@ -227,12 +228,11 @@ class Cluster:
         """
 
         def ask_accepted(worker: Any) -> Any:
-            if self.learner.restarts != self._accepted_learner:
-                raise LearnerLostError(f"the learner was lost before; {self._look()}")
+            self._require_accepted()
             return ask(worker)
 
         try:
-            return await self.learner.call(ask_accepted, self.run.learner.timeout_s)
+            return await self.learner.call(ask_accepted, None if patient else self.run.learner.timeout_s)
         except WorkerFailed as failed:
             raise self._fatal(failed) from failed
         except WorkerLost as lost:
@@ -245,7 +245,7 @@ class Cluster:
     @property
     def published(self) -> bool:
         """Whether any version was published: before, workers hold the weights of the config's model."""
-        return self._published is not None
+        return self.transport.version is not None
 
     def busy(self) -> dict[str, float]:
         """Seconds that each role's actors have worked since the last call, added up over a role."""
@@ -273,9 +273,8 @@ class Cluster:
         """Let one worker load the newest version; None where it is lost (its successor begins with that), or where the
         version went down with the learner's node (the next learner publishes its own).
         """
-
         try:
-            return await seat.call(self._newest_weights, self.run.cluster.sync_timeout_s, if_ready=True)
+            return await self.transport.load(seat)
         except WorkerLost:
             self.rollouts.refill(seat)
             return None
@@ -302,20 +301,29 @@ class Cluster:
 
     async def _prepare_rollout(self, worker: Any) -> None:
         await begin(worker)
-        while (published := self._published) is not None:
+        while (loading := self.transport.newest(worker)) is not None:
+            publications = self._publications
             try:
-                await self._newest_weights(worker)
+                await loading
                 return
             except RayError as error:
                 if not are_arguments_lost(error):
                     raise
             # The learner's node is gone, and with it that version: the next learner's is the first to serve.
-            while self._published is published:
+            while self._publications == publications:
                 await asyncio.sleep(0.1)
 
-    def _newest_weights(self, worker: Any) -> Any:
-        assert self._published is not None, "nothing was published"
-        return worker.load_weights.remote(self._published.manifest, *self._published.chunks)
+    def _transport(self) -> Transport:
+        backend = self.run.cluster.weight_transport
+        if backend == "object_store":
+            return ObjectStore(self.ask_learner, self.run.cluster.sync_timeout_s)
+        from stage_ray.cluster.broadcast import Broadcast  # late: it brings torch into the driver
+
+        return Broadcast(self.run.cluster, backend, self.learner, self.ask_learner)
+
+    def _require_accepted(self) -> None:
+        if self.learner.restarts != self._accepted_learner:
+            raise LearnerLostError(f"the learner was lost before; {self._look()}")
 
     def _actors(self, logs: Path | None) -> Actors:
         return Actors(self.run, logs)

@@ -53,6 +53,7 @@ class Seat:
         prepare: Callable[[Any], Awaitable[Any] | None] = lambda actor: None,
         keep_failed: bool = False,
         kill: Callable[[Any], None] = ray.kill,
+        patient: bool = False,
     ) -> None:
         """Start the first actor, without waiting for it.
 
@@ -63,6 +64,7 @@ class Seat:
             prepare: what an actor must do before its first call (load the newest weights); None where nothing.
             keep_failed: an actor that raised is kept: its state is worth more than a fresh start.
             kill: ends an actor.
+            patient: ``prepare`` sets limits of its own.
         """
         self.name = name
         self.restarts = 0
@@ -70,6 +72,7 @@ class Seat:
         self.waiting = 0
         self._start, self._start_timeout_s = start, start_timeout_s
         self._prepare, self._keep_failed, self._kill = prepare, keep_failed, kill
+        self._prepare_timeout_s = None if patient else start_timeout_s
         self._lock = asyncio.Lock()
         self._pid: int | None = None
         self.is_ready = False
@@ -95,7 +98,7 @@ class Seat:
         self._pid = pid if node == ray.get_runtime_context().get_node_id() else None
         preparation = self._prepare(self._actor)
         if preparation is not None:
-            await self._answer(preparation, self._start_timeout_s)
+            await self._answer(preparation, self._prepare_timeout_s)
         self.is_ready = True
 
     async def call(

@@ -18,7 +18,7 @@ from stage_ray.cluster.seats import WorkerLost
 
 GRACE_S = 10.0
 """Where one rank fails the others do too, from the same cause or because they miss it; so long they have for it."""
-FIRST_ALONE = {"chunks", "save_groups", "save_taken", "load_groups", "address"}
+FIRST_ALONE = {"chunks", "open_line", "send", "version", "save_groups", "save_taken", "load_groups", "address"}
 """Calls that one rank answers for all."""
 
 

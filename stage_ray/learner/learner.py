@@ -134,14 +134,14 @@ class Learner:
         metrics["lr"] = lr
         return metrics
 
-    def weights(self) -> list[tuple[str, Tensor]]:
+    def weights(self, *, in_place: bool = False) -> list[tuple[str, Tensor]]:
         """The trained parameters by ``state_dict`` name, detached, on the CPU.
 
-        On a CPU they share memory with the live ones: pack or copy them before the next update. Several ranks gather
-        them together; all but the first then return nothing.
+        On a CPU, and on a GPU where ``in_place``, they share memory with the live ones: pack or copy them before the
+        next update. Several ranks gather them together; all but the first then return nothing.
         """
         if self._ranks.count == 1:
-            return [(name, parameter.detach().cpu()) for name, parameter in self._parameters.items()]
+            return [(name, p.detach() if in_place else p.detach().cpu()) for name, p in self._parameters.items()]
         return list(whole_state(self._parameters, keep=self._ranks.first).items())
 
     def save_state(self, directory: Path) -> None:

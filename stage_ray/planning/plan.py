@@ -33,7 +33,7 @@ class Other:
     """The best plan where one thing is different; of several runs side by side, all together.
 
     Example:
-        >>> Other("weights by NCCL", gpus=64, images=1024, step_s=16.0).images_per_s
+        >>> Other("bf16 GPU to GPU", gpus=64, images=1024, step_s=16.0).images_per_s
         64.0
     """
 
@@ -142,7 +142,7 @@ def step_seconds(task: Task, split: Split) -> float:
 
 def _others(task: Task) -> list[Other]:
     changes = [(f"max_staleness {task.max_staleness + 1}", 1, replace(task, max_staleness=task.max_staleness + 1))]
-    changes.append(("weights by NCCL (not built yet)", 1, replace(task, transport="nccl")))
+    changes.append(("bf16 GPU to GPU (not built yet)", 1, replace(task, transport="nccl")))
     if task.groups_per_step is None:
         text = f"{PUBLISHED_GROUPS} groups a step, as published"
         changes.append((text, 1, replace(task, groups_per_step=PUBLISHED_GROUPS)))

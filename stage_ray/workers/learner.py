@@ -13,11 +13,17 @@ from stage_ray.workers.metrics import WorkerMetrics
 from stage_ray.workers.ranked import Ranked
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from stage_ray.line import Line, Place
     from stage_ray.weights import Chunk
 
 
 class LearnerWorker(Ranked):
     """The STAGE update and the weights it makes, or one rank's share of that."""
+
+    _line: Line | None = None
+    _offered: Sequence[tuple[str, Tensor]] = ()
 
     def __init__(self, name: str, run: RunConfig, log: str | None, rank: int = 0) -> None:
         """Load the model; one of several ranks waits for `begin` with that."""
@@ -72,6 +78,38 @@ class LearnerWorker(Ranked):
         """
         chunks, self._chunks = self._chunks, []
         return (self._learner.version, *chunks)
+
+    def offer(self) -> WeightManifest:
+        """Describe the current version, which waits for `send` before the next update."""
+        from stage_ray.line import device_of
+        from stage_ray.weights import describe
+
+        device = device_of(self._run.cluster.weight_transport)
+        self._offered = self._learner.weights(in_place=device.type == "cuda")
+        return describe(self._learner.version, self._offered, device)
+
+    def open_line(self) -> str:
+        """Listen for rollout workers that `send` is to reach; HOST:PORT."""
+        from stage_ray.line import Line
+
+        self._line = self._line or Line()
+        return self._line.open(self._run.cluster.sync_timeout_s)
+
+    def send(self, place: Place) -> str:
+        """Pass what was offered to the rollout workers; why some may not have it, "" where all have."""
+        from stage_ray.line import LineBroken
+
+        assert self._line is not None, "the line was not opened"
+        offered, self._offered = self._offered, ()
+        try:
+            self._line.send(place, offered)
+        except LineBroken as broken:
+            return str(broken)
+        return ""
+
+    def version(self) -> int:
+        """The current version."""
+        return self._learner.version
 
     def save_state(self, directory: str) -> None:
         """Weights, optimizer, schedule and random states, for an exact resume."""

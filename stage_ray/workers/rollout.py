@@ -16,6 +16,7 @@ from stage_ray.workers.metrics import WorkerMetrics
 from stage_ray.workers.ranked import Ranked
 
 if TYPE_CHECKING:
+    from stage_ray.line import Line, Place
     from stage_ray.weights import Chunk
 
 
@@ -24,6 +25,8 @@ class RolloutWorker(Ranked):
 
     Updates its weights between waves only, so every image has one policy version (promise 2).
     """
+
+    _line: Line | None = None
 
     def __init__(self, name: str, run: RunConfig, log: str | None, rank: int = 0) -> None:
         """Start the engine; one of several ranks waits for `begin` with that."""
@@ -75,6 +78,19 @@ class RolloutWorker(Ranked):
 
         self._engine.load_weights(manifest.version, unpack(manifest, chunks), known_finite=True)
         return self._engine.policy_version
+
+    def receive(self, manifest: WeightManifest, place: Place) -> str:
+        """Take a version that the learner sends; why the old one stays, "" where it does not."""
+        from stage_ray.line import Line, LineBroken
+        from stage_ray.weights import WeightError
+
+        self._line = self._line or Line()
+        try:
+            tensors = self._line.receive(place, manifest)
+        except (LineBroken, WeightError) as error:
+            return str(error)
+        self._engine.load_weights(manifest.version, tensors, known_finite=True)
+        return ""
 
 
 def _problem(requests: Sequence[RolloutRequest], groups: Sequence[RolloutGroup]) -> str:

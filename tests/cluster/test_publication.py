@@ -47,8 +47,8 @@ async def publish_lose_publish(cluster: SyncCluster) -> None:
     await next_version()
     assert await served() == [[1.0], [1.0]]
 
-    published = cluster._published
-    cluster._published = replace(published, chunks=await lost_objects(len(published.chunks)))
+    published = cluster.transport.published
+    cluster.transport.published = replace(published, chunks=await lost_objects(len(published.chunks)))
     await asyncio.gather(*(cluster._load(seat) for seat in cluster.rollouts.seats))
     assert await served() == [[1.0], [1.0]] and cluster.restarts() == 0
 
@@ -63,7 +63,7 @@ async def publish_lose_publish(cluster: SyncCluster) -> None:
 
 @pytest.mark.slow
 def test_nobody_serves_a_version_that_is_not_whole_and_the_next_one_reaches_all(tmp_path):
-    run = run_of(QUICK_BYTES)
+    run = run_of(QUICK_BYTES, "object_store")
     start_ray(run, tmp_path)
     try:
         asyncio.run(publish_lose_publish(SyncCluster(run, None, QUICK_BYTES, "cpu")))

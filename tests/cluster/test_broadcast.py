@@ -1,0 +1,287 @@
+"""A version that goes to every rollout worker at once, while some of them die, hang and join. Real actors and gloo."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import threading
+import time
+from contextlib import asynccontextmanager
+
+import pytest
+import ray
+import torch
+
+from stage_ray.bench.sync import run_of
+from stage_ray.bench.sync_actors import ROW, SyncActors, SyncCluster, SyncLearner, SyncRolloutWorker
+from stage_ray.cluster.actors import actor_of
+from stage_ray.cluster.cluster import LearnerLostError
+from stage_ray.config import ConfigError, RunConfig, validate_config
+from stage_ray.line import Line
+
+SIZE = 200 * ROW
+SOON = 4.0  # cluster.sync_timeout_s
+
+
+class Trap(Line):
+    """Takes a line over: its owner ends, hangs or damages a tensor in the middle of the next version."""
+
+    def __init__(self, line: Line, harm: str) -> None:
+        super().__init__()
+        self._place, self._group = line._place, line._group
+        self._harm = harm
+        self._left = 16
+
+    def _broadcast(self, data: torch.Tensor, seconds: float) -> None:
+        super()._broadcast(data, seconds)
+        self._left -= 1
+        if self._left == 0:
+            if self._harm == "flip":
+                data[7] ^= 1
+            else:
+                os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[self._harm])
+
+
+class Worker(SyncRolloutWorker):
+    def trap(self, harm: str) -> int:
+        self._line = Trap(self._line, harm)
+        return os.getpid()
+
+    def policy_version(self) -> int:
+        return self._engine.policy_version
+
+    def work(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+    def addresses(self) -> set[str]:
+        """Where this process listens."""
+        import psutil
+
+        return {c.laddr.ip for c in psutil.Process().net_connections() if c.status == psutil.CONN_LISTEN}
+
+
+class Learner(SyncLearner):
+    def __init__(self, *arguments) -> None:
+        super().__init__(*arguments)
+        self._packed = 0
+
+    def trap(self, harm: str) -> None:
+        self._line = Trap(self._line, harm)
+
+    def pack(self):
+        self._packed += 1
+        return super().pack()
+
+    def packed(self) -> int:
+        return self._packed
+
+    def advance_slowly(self, seconds: float) -> None:
+        time.sleep(seconds)
+        self.advance()
+
+
+class TrappedActors(SyncActors):
+    def rollout(self, name):
+        return actor_of(Worker, 0.5, 0, {}).remote(*self._size)
+
+    def learner(self, name):
+        return actor_of(Learner, 0.5, 0, {}).remote(*self._size, self._run)
+
+
+class TrappedCluster(SyncCluster):
+    def _actors(self, logs):
+        return TrappedActors(self.run, *self._size)
+
+    async def versions(self) -> list[float]:
+        """What each worker that can be asked holds."""
+        found = []
+        for seat in self.rollouts.open:
+            _, values = await seat.call(lambda worker: worker.loaded.remote(), 60)
+            assert len(values) == 1, f"{seat.name} holds {values}"
+            found += values
+        return found
+
+    async def next(self) -> None:
+        await self.ask_learner(lambda learner: learner.advance.remote())
+        await self.publish()
+
+    async def on(self, index: int, method: str, *arguments):
+        return await self.rollouts.seats[index].call(lambda worker: getattr(worker, method).remote(*arguments), 60)
+
+    async def packed(self) -> int:
+        return await self.ask_learner(lambda learner: learner.packed.remote())
+
+
+def run_with(workers: int = 3, staleness: int = 0, **more) -> RunConfig:
+    data = run_of(SIZE, "gloo").model_dump(mode="json")
+    data["rollout"] |= {"workers": workers, "max_workers": more.pop("max_workers", None)}
+    data["pipeline"] |= {"max_staleness": staleness}
+    data["cluster"] |= {"sync_timeout_s": SOON, "start_timeout_s": 60.0} | more
+    return validate_config(data)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_ray():
+    before = os.environ.pop("GLOO_SOCKET_IFNAME", None)
+    ray.init(address="local", num_cpus=4, object_store_memory=300 * 2**20, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+    if before is not None:
+        os.environ["GLOO_SOCKET_IFNAME"] = before
+
+
+@asynccontextmanager
+async def cluster_of(run: RunConfig):
+    cluster = TrappedCluster(run, None, SIZE)
+    await asyncio.gather(cluster.rollouts.ready(), cluster.learner.ready(60))
+    try:
+        yield cluster
+    finally:
+        await cluster.rollouts.close()
+        for seat in [*cluster.rollouts.seats, cluster.learner]:
+            seat.kill()
+
+
+def test_every_worker_gets_every_version_over_one_line_and_nothing_is_stored():
+    async def scenario():
+        async with cluster_of(run_with()) as cluster:
+            for version in (1.0, 2.0, 3.0):
+                await cluster.next()
+                assert await cluster.versions() == [version] * 3
+                assert [await cluster.on(i, "policy_version") for i in range(3)] == [version] * 3
+            assert cluster.transport._number == 1, "members did not change, and neither did the line"
+            assert await cluster.packed() == 0
+            node = ray.util.get_node_ip_address()
+            assert node in await cluster.on(0, "addresses")
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("harm", ["kill", "stop", "flip"])
+def test_a_worker_that_fails_in_the_middle_of_a_version_costs_nobody_the_version(harm):
+    async def scenario():
+        async with cluster_of(run_with()) as cluster:
+            await cluster.next()
+            pid = await cluster.on(1, "trap", harm)
+            if harm == "stop":  # what heartbeats do, after longer than a member's patience
+                threading.Timer(2 * SOON, os.kill, (pid, signal.SIGKILL)).start()
+            began = time.monotonic()
+            await cluster.next()
+            assert time.monotonic() - began < 4 * SOON
+            assert set(await cluster.versions()) == {2.0}
+            assert len(cluster.rollouts.open) >= 2
+            assert await cluster.packed() == 1, "once, for those who did not get it"
+            await asyncio.wait_for(until(lambda: len(cluster.rollouts.open) == 3), 60)
+            assert await cluster.versions() == [2.0] * 3, "the successor has it before its first request"
+            await cluster.next()
+            assert await cluster.versions() == [3.0] * 3
+            assert cluster.transport._number == (2 if harm == "flip" else cluster.transport._number) >= 2
+
+    asyncio.run(scenario())
+
+
+def test_a_learner_that_dies_in_the_middle_of_a_version_is_named_and_its_successor_publishes():
+    async def scenario():
+        async with cluster_of(run_with()) as cluster:
+            await cluster.next()
+            await cluster.ask_learner(lambda learner: learner.trap.remote("kill"))
+            with pytest.raises(LearnerLostError):
+                await cluster.next()
+            assert await cluster.versions() == [1.0] * 3, "half a version touches nothing"
+            cluster.accept_learner()
+            await cluster.next()  # the successor begins at version 0
+            assert await cluster.versions() == [1.0] * 3
+            await cluster.next()
+            assert await cluster.versions() == [2.0] * 3
+
+    asyncio.run(scenario())
+
+
+def test_a_worker_that_joins_between_versions_gets_the_newest_and_takes_part_in_the_next():
+    async def scenario():
+        async with cluster_of(run_with(workers=1, max_workers=2)) as cluster:
+            await cluster.rollouts.seats[1].fill(60)
+            await cluster.next()
+            cluster.rollouts.seats[1].restart()
+            assert not cluster.rollouts.seats[1].is_ready
+            await cluster.next()
+            cluster.rollouts.refill(cluster.rollouts.seats[1])
+            await asyncio.wait_for(until(lambda: len(cluster.rollouts.open) == 2), 60)
+            assert await cluster.versions() == [2.0, 2.0] and await cluster.packed() == 1
+            await cluster.next()
+            assert await cluster.versions() == [3.0, 3.0] and await cluster.packed() == 1
+
+    asyncio.run(scenario())
+
+
+def test_a_newcomer_that_comes_too_late_for_a_version_waits_for_the_next_even_if_it_is_the_only_worker():
+    """The learner has moved on in place; what was published last is nowhere."""
+
+    async def scenario():
+        async with cluster_of(run_with(workers=1, staleness=1)) as cluster:
+            await cluster.next()
+            await cluster.settle()
+            updating = asyncio.create_task(cluster.ask_learner(lambda learner: learner.advance_slowly.remote(8.0)))
+            await asyncio.sleep(0.1)
+            cluster.rollouts.seats[0].restart()
+            cluster.rollouts.refill(cluster.rollouts.seats[0])
+            await updating
+            assert not cluster.rollouts.open
+            await cluster.publish()
+            await asyncio.wait_for(cluster.settle(), 60)
+            await asyncio.wait_for(cluster.rollouts.anyone(), 60)
+            assert await cluster.versions() == [2.0]
+
+    asyncio.run(scenario())
+
+
+def test_nobody_sits_in_a_transfer_while_a_worker_draws_for_longer_than_a_transfer_may_take():
+    async def scenario():
+        async with cluster_of(run_with(staleness=1)) as cluster:
+            await cluster.next()
+            await cluster.settle()
+            wave = asyncio.create_task(cluster.on(0, "work", 2.5 * SOON))
+            await asyncio.sleep(0.1)
+            await cluster.next()
+            await cluster.settle()
+            assert wave.done()
+            assert await cluster.versions() == [2.0] * 3
+            assert (await cluster.packed(), cluster.restarts(), cluster.transport._number) == (0, 0, 1)
+            assert cluster.busy()["learner"] < SOON, "it waited, and that is no work"
+
+    asyncio.run(scenario())
+
+
+def test_a_worker_that_dies_in_the_wave_before_a_version_is_not_waited_for():
+    async def scenario():
+        async with cluster_of(run_with(staleness=1)) as cluster:
+            await cluster.next()
+            await cluster.settle()
+            wave = asyncio.create_task(cluster.on(0, "work", 60.0))
+            await asyncio.sleep(0.1)
+            await cluster.next()
+            began = time.monotonic()
+            cluster.rollouts.seats[0].kill()
+            await cluster.settle()
+            assert time.monotonic() - began < SOON
+            assert await cluster.versions() == [2.0] * 2
+            with pytest.raises(Exception, match="rollout-0"):
+                await wave
+
+    asyncio.run(scenario())
+
+
+def test_nccl_without_a_gpu_for_each_end_is_refused():
+    data = run_of(SIZE, "gloo").model_dump(mode="json")
+    data["cluster"]["weight_transport"] = "nccl"
+    data["rollout"]["gpus"] = 0.5
+    with pytest.raises(ConfigError, match=r"weight_transport = nccl .* rollout.gpus = 0.5 and learner.gpus = 0;"):
+        validate_config(data)
+    data["rollout"]["gpus"] = data["learner"]["gpus"] = 1
+    validate_config(data)
+
+
+async def until(what) -> None:
+    while not what():
+        await asyncio.sleep(0.05)
