@@ -34,22 +34,22 @@ def replay(run: RunConfig, source: Path, progress: Progress) -> Path:
     steps = sorted(path for path in (source / GROUPS).glob("step-*") if path.is_dir())
     if not steps:
         raise ConfigError(f"--replay {source}: it holds no {GROUPS}/step-*; record a run with pipeline.record=true")
-    run_dir = open_run_dir(run, resume=False)
-    progress.stage("loading the learner")
-    learner = Learner(run, threads=run.learner.threads)
-    recorder = Recorder(run_dir, run.cluster.metrics_port, run.cluster.metrics_host)
-    try:
-        for step, directory in enumerate(steps, start=1):
-            pairs = [load_group(path) for path in sorted(directory.glob("group-*.safetensors"))]
-            began = time.perf_counter()
-            try:
-                metrics = learner.update([group for group, _ in pairs], [scored for _, scored in pairs])
-            except LearnerError as error:
-                raise RunError(f"replay of {directory}: {error}") from error
-            seconds = time.perf_counter() - began
-            timed = {"time/step_s": seconds, "images_per_s": metrics["images"] / seconds}
-            record_update(run, recorder, progress, step, len(steps), metrics | timed)
-    finally:
-        recorder.close()
-    learner.export(run_dir / "final")
+    with open_run_dir(run, resume=False) as run_dir:
+        progress.stage("loading the learner")
+        learner = Learner(run, threads=run.learner.threads)
+        recorder = Recorder(run_dir, run.cluster.metrics_port, run.cluster.metrics_host)
+        try:
+            for step, directory in enumerate(steps, start=1):
+                pairs = [load_group(path) for path in sorted(directory.glob("group-*.safetensors"))]
+                began = time.perf_counter()
+                try:
+                    metrics = learner.update([group for group, _ in pairs], [scored for _, scored in pairs])
+                except LearnerError as error:
+                    raise RunError(f"replay of {directory}: {error}") from error
+                seconds = time.perf_counter() - began
+                timed = {"time/step_s": seconds, "images_per_s": metrics["images"] / seconds}
+                record_update(run, recorder, progress, step, len(steps), metrics | timed)
+        finally:
+            recorder.close()
+        learner.export(run_dir / "final")
     return run_dir

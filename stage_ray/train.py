@@ -47,8 +47,7 @@ def train(run: RunConfig, *, resume: Resume = False, progress: Progress | None =
         RunError: a worker, a scorer or a disk failed; what was done so far stays, and ``resume`` goes on.
     """
     prompts, heldout = preflight(run)
-    with disk_errors_named(Path(run.run_dir)):
-        run_dir = open_run_dir(run, resume)
+    with disk_errors_named(Path(run.run_dir)), open_run_dir(run, resume) as run_dir:
         progress = progress or Progress()
         files = RunFiles(run, run_dir, prompts, resume=bool(resume), progress=progress)
         try:
@@ -66,7 +65,7 @@ async def _train(
     run: RunConfig, run_dir: Path, files: RunFiles, heldout: list[Prompt], progress: Progress
 ) -> tuple[float | None, float | None]:
     progress.stage("starting Ray, the rollout engine, the scorers and the learner")
-    async with Cluster.start(run, run_dir) as cluster, StopSignal(progress) as stop:  # warm, all at one version
+    async with StopSignal(progress) as stop, Cluster.start(run, run_dir) as cluster:  # warm, all at one version
         exam = Exam(cluster, run, heldout, run_dir, progress)
         final = str((run_dir / "final").resolve())
         while True:
@@ -74,7 +73,8 @@ async def _train(
                 await files.restore(cluster)
                 before = await exam.sit("before", files.step)
                 if files.step < run.steps:
-                    await _steps(run, cluster, files, exam, stop)
+                    with stop.steps():
+                        await _steps(run, cluster, files, exam, stop)
                 after = await exam.sit("after", run.steps)
                 progress.stage("writing the trained model and the report")
                 await cluster.ask_learner(lambda learner: learner.export.remote(final))

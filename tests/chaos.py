@@ -44,6 +44,8 @@ GAP_S = (0.5, 9.0)
 """Between two shots, also before the run has got over the one before."""
 STILL_S = 180.0
 """A run that trains nothing for so long, on a busy machine and with a worker to replace, stands still."""
+ENDS = {1, 128 + signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGKILL}
+"""Exit codes of a driver: it gave up, with a sentence; it was asked to leave; it was killed."""
 STEPS = 1_000_000  # more than fit into any soak: SIGTERM ends it
 
 
@@ -149,7 +151,7 @@ class Soak:
     moved: float = 0.0
     trains: bool = False
     reissued: set[str] = field(default_factory=set)
-    asked: bool = False  # to save and leave; a second time it leaves at once
+    asked: bool = False  # to save and leave
 
     @property
     def run_dir(self) -> Path:
@@ -199,6 +201,9 @@ class Soak:
         code = self.driver.wait()
         left = end_session(self.driver.pid)
         self.gave_up += code == 1
+        last = (self.directory / "driver.log").read_text().strip().rpartition("\n")[2]
+        if code not in ENDS or (code == 1 and not last.startswith("stage-ray: ")):
+            self.problems.append(f"driver {self.resumed} ended with {code}: {last}")
         note = f"driver ended with {code}, {left} processes after it"
         if (self.run_dir / "ledger.jsonl").exists():
             found = audited(self.run_dir, ended=False)

@@ -20,6 +20,7 @@ from stage_ray.errors import ConfigError
 from stage_ray.replay import replay
 from stage_ray.run.progress import Progress
 from stage_ray.train import train
+from tests.chaos import end_session, of_session, start_driver
 from tests.test_train import StopsAfter, lines, tiny_run, without_clocks
 from tests.tiny import tiny_janus
 
@@ -130,6 +131,26 @@ def test_a_first_signal_saves_and_a_resumed_run_goes_on(tmp_path, model):
     found = re.search(r"stopped by SIGTERM after step (\d+); go on with --resume", complaint)
     assert found and (Path(run.run_dir) / "checkpoints" / f"step-{int(found[1]):06d}" / "manifest.json").exists()
     assert not [p for p in psutil.process_iter() if f"/{tmp_path.name}/" in " ".join(p.cmdline())]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_ray_starts_ends_the_run_with_its_code_and_leaves_nothing_running(tmp_path, model, number):
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(tiny_run(tmp_path, model, **QUICK).model_dump(mode="json")))
+    command = [sys.executable, "-m", "stage_ray", "train", str(config)]
+    driver = start_driver(command, stderr=subprocess.PIPE)
+    try:
+        deadline = time.monotonic() + 60
+        while not of_session(driver.pid, "gcs_server") and time.monotonic() < deadline:
+            time.sleep(0.05)
+        driver.send_signal(number)
+        _, complaint = driver.communicate(timeout=60)
+        left = psutil.wait_procs(of_session(driver.pid), timeout=10)[1]
+    finally:
+        end_session(driver.pid)
+    assert driver.returncode == 128 + number, complaint
+    assert complaint.splitlines()[-1] == f"stage-ray: stopped by {number.name}; go on with --resume"
+    assert not left
 
 
 def test_a_replay_of_recorded_groups_repeats_every_update(tmp_path, model):

@@ -206,10 +206,12 @@ def test_a_run_directory_is_closed_to_others_whatever_the_umask_and_whoever_made
     before = os.umask(0)
     try:
         mine = tmp_path / "mine" / "run"
-        open_run_dir(tiny_run(tmp_path, tmp_path, run_dir=str(mine)), resume=False)
+        with open_run_dir(tiny_run(tmp_path, tmp_path, run_dir=str(mine)), resume=False):
+            pass
         shared = tmp_path / "shared"
         shared.mkdir(mode=0o777)
-        open_run_dir(tiny_run(tmp_path, tmp_path, run_dir=str(shared)), resume=False)
+        with open_run_dir(tiny_run(tmp_path, tmp_path, run_dir=str(shared)), resume=False):
+            pass
     finally:
         os.umask(before)
     assert stat.S_IMODE(mine.stat().st_mode) == 0o700

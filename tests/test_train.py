@@ -14,7 +14,6 @@ from transformers import JanusForConditionalGeneration
 from stage_ray.config import RunConfig, validate_config
 from stage_ray.errors import ConfigError, RunError
 from stage_ray.run.progress import Progress
-from stage_ray.run.run_dir import open_run_dir
 from stage_ray.train import train
 from tests.tiny import tiny_janus
 
@@ -171,23 +170,6 @@ def test_a_directory_that_holds_a_run_is_never_overwritten(tmp_path, model):
     with pytest.raises(ConfigError, match="already holds a run; add --resume"):
         train(run)
     assert (tmp_path / "run" / "config.yaml").read_text() == "steps: 1\n"
-
-
-def test_resuming_with_another_learning_rate_names_the_key(tmp_path, model):
-    run_dir = open_run_dir(tiny_run(tmp_path, model), resume=False)
-    (run_dir / "metrics.jsonl").write_text('{"step": 1}\n')
-    with pytest.raises(ConfigError, match="--resume: learner was"):
-        train(tiny_run(tmp_path, model, learner={"lr": 1.0}), resume=True)
-
-
-def test_resuming_where_there_is_no_run_is_refused_unless_it_may_begin_one(tmp_path, model):
-    run = tiny_run(tmp_path, model)
-    with pytest.raises(ConfigError, match="holds no run; leave --resume out to begin one, or use --auto-resume"):
-        open_run_dir(run, resume=True)
-    assert not (tmp_path / "run").exists()
-    run_dir = open_run_dir(run, resume="auto")
-    (run_dir / "metrics.jsonl").write_text('{"step": 1}\n')
-    assert open_run_dir(run, resume="auto") == run_dir
 
 
 def test_a_broken_model_directory_is_a_config_error_that_names_it(tmp_path, model):

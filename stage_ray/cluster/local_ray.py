@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 import ray
 from ray._common.utils import get_default_system_temp_dir
-from ray._private import ray_constants
+from ray._private import ray_constants, utils
 from ray._private.authentication.authentication_token_setup import AuthenticationTokenLoader, Config
 
 from stage_ray.cluster.seats import first_line
@@ -26,11 +26,16 @@ from stage_ray.errors import RunError
 
 
 def start_ray(run: RunConfig, run_dir: Path) -> bool:
-    """Join a cluster or start one on this machine; True if started.
+    """Join a cluster or start one on this machine; True if started. Signals stay with whoever handles them now.
 
     Raises:
         RunError: no cluster at that address, or too little memory for the object store.
     """
+    with _signals_kept():
+        return _start_ray(run, run_dir)
+
+
+def _start_ray(run: RunConfig, run_dir: Path) -> bool:
     cluster = run.cluster
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing leaves the machine unasked
     address = cluster.address or ("auto" if "RAY_ADDRESS" in os.environ else None)
@@ -95,6 +100,21 @@ def _demand_token() -> None:
     if token.exists():
         _keep_private(token.parent)
         _keep_private(token)
+
+
+@contextlib.contextmanager
+def _signals_kept() -> Iterator[None]:
+    """`ray.init` takes SIGTERM for itself, twice: it calls ``sys.exit`` in the middle of whatever goes on, and prints a
+    stack and aborts where its C++ hears of it.
+    """
+    install, utils.set_sigterm_handler = utils.set_sigterm_handler, lambda handler: None
+    aborts = ray_constants.RAY_DISABLE_FAILURE_SIGNAL_HANDLER
+    ray_constants.RAY_DISABLE_FAILURE_SIGNAL_HANDLER = True
+    try:
+        yield
+    finally:
+        utils.set_sigterm_handler = install
+        ray_constants.RAY_DISABLE_FAILURE_SIGNAL_HANDLER = aborts
 
 
 @contextlib.contextmanager

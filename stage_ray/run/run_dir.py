@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ import yaml
 from stage_ray.config import RunConfig
 from stage_ray.errors import ConfigError
 from stage_ray.run.files import write_whole
+from stage_ray.run.lock import LOCK, held
 
 # What may differ when a run goes on: where it runs and how often it looks, not what it computes.
 FREE_KEYS = {"run_dir", "cluster", "checkpoint", "evaluation", "scoring", "logs"}
@@ -22,36 +24,48 @@ FREE_NAMES |= {"gpu_memory_utilization"}
 Resume = bool | Literal["auto"]
 """Go on with the run that a directory holds: it must (True), must not (False), or as it is (auto)."""
 
+RETRY_WAIT_S = 150.0
+"""A job that is started again waits so long for the driver before it, which may be saving on another machine."""
 
-def open_run_dir(run: RunConfig, resume: Resume) -> Path:
-    """Make the run directory and write ``config.yaml``, or check that an existing one may go on.
+
+@contextlib.contextmanager
+def open_run_dir(run: RunConfig, resume: Resume) -> Iterator[Path]:
+    """The run directory, with a new ``config.yaml`` in it or that of a run which may go on; nobody else's meanwhile.
 
     Raises:
-        ConfigError: it holds a run already and ``resume`` is False, or none and it is True; it holds something else; or
-            the config of its run differs.
+        ConfigError: it holds a run already and ``resume`` is False, or none and it is True; it holds something else;
+            the config of its run differs; or another driver writes into it.
     """
     path = Path(run.run_dir)
-    config_file = path / "config.yaml"
-    if path.exists() and not path.is_dir():
-        raise ConfigError(f"run_dir {path} is a file; name a directory")
-    if resume is True and not config_file.exists():
-        raise ConfigError(
-            f"--resume: run_dir {path} holds no run; leave --resume out to begin one, or use --auto-resume"
-        )
-    if config_file.exists() and not _untouched(path):
-        if not resume:
-            raise ConfigError(
-                f"run_dir {path} already holds a run; add --resume to go on with it, or name another --run-dir"
-            )
-        _check_same(run, config_file)
-    elif path.exists() and any(path.iterdir()) and not config_file.exists():
-        raise ConfigError(f"run_dir {path} is not empty and holds no run; name another --run-dir")
+    _check_ours(path, resume)
     deny_others_writing()
     path.mkdir(parents=True, exist_ok=True, mode=0o700)
     with contextlib.suppress(PermissionError):  # a mounted volume may belong to somebody else
         path.chmod(path.stat().st_mode & 0o7755)
-    write_whole(config_file, yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False))
-    return path
+    with held(path, wait_s=RETRY_WAIT_S if resume == "auto" else 0.0):
+        config_file = path / "config.yaml"
+        if config_file.exists() and not _untouched(path):
+            if not resume:
+                raise ConfigError(
+                    f"run_dir {path} already holds a run; add --resume to go on with it, or name another --run-dir"
+                )
+            _check_same(run, config_file)
+        write_whole(config_file, yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False))
+        yield path
+
+
+def _check_ours(path: Path, resume: Resume) -> None:
+    """Raise a ConfigError unless the directory is new, empty, or a run's."""
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"run_dir {path} is a file; name a directory")
+    if (path / "config.yaml").exists():
+        return
+    if resume is True:
+        raise ConfigError(
+            f"--resume: run_dir {path} holds no run; leave --resume out to begin one, or use --auto-resume"
+        )
+    if path.exists() and any(item.name != LOCK for item in path.iterdir()):
+        raise ConfigError(f"run_dir {path} is not empty and holds no run; name another --run-dir")
 
 
 def deny_others_writing() -> None:

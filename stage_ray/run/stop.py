@@ -1,11 +1,15 @@
-"""Signals to the driver: the first lets the step finish and saves, the second leaves at once."""
+"""SIGINT and SIGTERM to the driver: nothing that was trained is lost, and nobody waits for what can be repeated."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
+from collections.abc import Iterator
 from types import TracebackType
+
+import psutil
 
 from stage_ray.errors import Interrupted
 from stage_ray.run.progress import Progress
@@ -14,25 +18,45 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopSignal:
-    """While it lasts, SIGINT and SIGTERM set ``requested`` instead of tearing the run down in the middle of a step.
+    """While it lasts, the first signal stops the run: in `steps` after the step that is under way and its checkpoint,
+    elsewhere (start, evaluation, export) at once.
+
+    Another SIGINT leaves at once, whatever is going on. Another SIGTERM says nothing new: schedulers repeat it while
+    they wait (Kubernetes sends one to a job that is deleted and one to its pod), and a save must survive that.
 
     Example:
         async with StopSignal(progress) as stop:
-            if stop.requested:
-                raise stop.error(step)
+            with stop.steps():
+                if stop.requested:
+                    raise stop.error(step)
     """
 
     def __init__(self, progress: Progress) -> None:
         self.requested: int | None = None
         self._progress = progress
+        self._saves = False
+        self._task: asyncio.Task[object] | None = None
 
-    def error(self, step: int) -> Interrupted:
-        """What ends the run after it has saved ``step``."""
+    def error(self, step: int | None = None) -> Interrupted:
+        """What ends the run, after it has saved ``step`` or at once."""
         assert self.requested is not None
+        after = "" if step is None else f" after step {step}"
         name = signal.Signals(self.requested).name
-        return Interrupted(f"stopped by {name} after step {step}; go on with --resume", 128 + self.requested)
+        return Interrupted(f"stopped by {name}{after}; go on with --resume", 128 + self.requested)
+
+    @contextlib.contextmanager
+    def steps(self) -> Iterator[None]:
+        """Within, a signal only sets ``requested``: whoever trains looks at it after each step."""
+        self._saves = True
+        try:
+            yield
+        finally:
+            self._saves = False
+        if self.requested is not None:
+            raise self.error()
 
     async def __aenter__(self) -> StopSignal:
+        self._task = asyncio.current_task()
         loop = asyncio.get_running_loop()
         for number in SIGNALS:
             loop.add_signal_handler(number, self._heard, number)
@@ -44,9 +68,19 @@ class StopSignal:
         loop = asyncio.get_running_loop()
         for number in SIGNALS:
             loop.remove_signal_handler(number)
+        if isinstance(error, asyncio.CancelledError) and self.requested is not None:
+            raise self.error() from None
 
     def _heard(self, number: int) -> None:
-        if self.requested is not None:
-            os._exit(128 + number)  # the workers follow: Ray ends them when their driver is gone
-        self.requested = number
-        self._progress.note("stopping after this step and its checkpoint; a second signal leaves at once")
+        if self.requested is None:
+            self.requested = number
+            what = "after this step and its checkpoint" if self._saves else "now"
+            self._progress.note(f"stopping {what}; Ctrl-C leaves at once")
+            if not self._saves:
+                assert self._task is not None
+                self._task.cancel()
+        elif number == signal.SIGINT:
+            for process in psutil.Process().children(recursive=True):  # a Ray that this run started
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            os._exit(128 + number)
