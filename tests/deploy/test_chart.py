@@ -7,6 +7,7 @@ import itertools
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +186,44 @@ def test_the_runs_outlive_the_release_and_claims_that_exist_are_not_made_again()
     kept = {c["metadata"]["name"]: c["metadata"].get("annotations", {}) for c in claims}
     assert kept == {"first-checkpoints": {"helm.sh/resource-policy": "keep"}, "first-hf-cache": {}}
     assert not [item for item in render({"storage": CLAIMS}) if item["kind"] == "PersistentVolumeClaim"]
+
+
+def named(word: Callable[[int], str], mode: str) -> dict[str, Any]:
+    """Values whose free names are all such words, each with a number of its own."""
+    claim = {"existingClaim": "", "storageClass": word(1)}
+    group = {"replicas": 1, "cpu": "8", "memory": "4Gi", "shm": "1Gi", "objectStore": "100000000"}
+    group |= {"rayResources": {word(2): 1}, "rayLabels": {word(3): word(4)}, "labels": {word(5): word(6)}}
+    queue = {"queueName": word(7), "priorityClass": word(8)}
+    return {
+        "mode": mode,
+        "auth": {"existingSecret": word(9)},
+        "secretEnv": {"existingSecret": word(10)},
+        "kueue": queue,
+        "groups": {"on" if word(0).isdigit() else "one": group},
+        "head": {"nodeSelector": {word(11): word(12)}, "runtimeClassName": word(13), "annotations": {"a": word(14)}},
+        "storage": {"checkpoints": claim | {"size": word(15)}, "hfCache": {"existingClaim": word(16)}},
+        "serviceAccount": {"create": False, "name": word(17)},
+        "imagePullSecrets": [{"name": word(18)}],
+        "networkPolicy": {"operatorNamespace": word(19), "monitoringNamespace": word(20)},
+        "monitoring": {"podMonitor": {"enabled": True, "labels": {word(21): word(22)}}},
+        "extraEnv": [{"name": "A", "value": word(23)}],
+    }
+
+
+def kinds(node: Any) -> Any:
+    """What an object is made of: the types of its keys and values."""
+    if isinstance(node, dict):
+        return [(type(key), kinds(value)) for key, value in node.items()]
+    return [kinds(item) for item in node] if isinstance(node, list) else type(node)
+
+
+@pytest.mark.parametrize("mode", ["job", "cluster"])
+def test_names_that_yaml_could_take_for_numbers_or_booleans_stay_text(mode):
+    plain = render(named(lambda n: f"1{n}Gi" if n == 15 else f"a{n}", mode) | {"fullnameOverride": "paper"}, "run")
+    other = render(named(lambda n: str(100 + n), mode) | {"fullnameOverride": "on"}, "123")
+    assert len(plain) == len(other) >= 5
+    for item, same in zip(plain, other, strict=True):
+        assert kinds(item) == kinds(same), item["kind"]
 
 
 def test_only_the_autoscaler_has_a_token_of_kubernetes():

@@ -4,18 +4,18 @@
 {{- $root := . -}}
 rayVersion: {{ .Values.rayVersion | quote }}
 authOptions:
-  mode: {{ .Values.auth.mode }}
+  mode: {{ .Values.auth.mode | quote }}
   {{- with .Values.auth.existingSecret }}
-  secretName: {{ . }}
+  secretName: {{ . | quote }}
   {{- end }}
 enableInTreeAutoscaling: {{ .Values.autoscaling.enabled }}
 {{- with .Values.autoscaling }}
 {{- if .enabled }}
 autoscalerOptions:
-  version: {{ .version }}
+  version: {{ .version | quote }}
   idleTimeoutSeconds: {{ .idleTimeoutSeconds | int64 }}
-  upscalingMode: {{ .upscalingMode }}
-  imagePullPolicy: {{ $root.Values.image.pullPolicy }}
+  upscalingMode: {{ .upscalingMode | quote }}
+  imagePullPolicy: {{ $root.Values.image.pullPolicy | quote }}
   {{- $size := dict "cpu" (toString .resources.cpu) "memory" .resources.memory }}
   resources:
     limits:
@@ -45,7 +45,7 @@ workerGroupSpecs:
   {{- range $name, $group := .Values.groups }}
   {{- if $group }}
   {{- $replicas := $group.replicas | int64 }}
-  - groupName: {{ $name }}
+  - groupName: {{ $name | quote }}
     replicas: {{ $replicas }}
     minReplicas: {{ hasKey $group "minReplicas" | ternary $group.minReplicas $replicas | int64 }}
     maxReplicas: {{ hasKey $group "maxReplicas" | ternary $group.maxReplicas $replicas | int64 }}
@@ -58,7 +58,7 @@ workerGroupSpecs:
     {{- with $group.rayResources }}
     resources:
       {{- range $key, $count := . }}
-      {{ $key }}: {{ toString $count | quote }}
+      {{ $key | quote }}: {{ toString $count | quote }}
       {{- end }}
     {{- end }}
     {{- with $group.rayLabels }}

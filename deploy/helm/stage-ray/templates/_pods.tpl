@@ -16,7 +16,7 @@ capabilities: {drop: [ALL]}
 
 {{- define "stage-ray.container" -}}
 image: {{ include "stage-ray.image" . | quote }}
-imagePullPolicy: {{ .Values.image.pullPolicy }}
+imagePullPolicy: {{ .Values.image.pullPolicy | quote }}
 securityContext:
   {{- include "stage-ray.containerSecurityContext" . | nindent 2 }}
 {{- end }}
@@ -55,7 +55,7 @@ imagePullSecrets:
 - name: RAY_JOB_STOP_WAIT_TIME_S  # a job that is stopped finishes its step and saves
   value: {{ .root.Values.drainSeconds | int64 | quote }}
 - name: HF_HOME
-  value: {{ .root.Values.storage.hfCache.mountPath }}
+  value: {{ .root.Values.storage.hfCache.mountPath | quote }}
 {{- range concat .root.Values.extraEnv (.part.extraEnv | default list) }}
 - {{ toYaml . | nindent 2 | trim }}
 {{- end }}
@@ -71,12 +71,12 @@ imagePullSecrets:
 {{- end -}}
 {{ include "stage-ray.pod" $root }}
 {{- if not (and .head $root.Values.autoscaling.enabled) }}
-serviceAccountName: {{ include "stage-ray.serviceAccount" $root }}
+serviceAccountName: {{ include "stage-ray.serviceAccount" $root | quote }}
 {{- end }}
 terminationGracePeriodSeconds: {{ $root.Values.terminationGracePeriodSeconds | int64 }}
 {{- include "stage-ray.scheduling" .part }}
 containers:
-  - name: {{ .name }}
+  - name: {{ .name | quote }}
     {{- include "stage-ray.container" $root | nindent 4 }}
     resources:
       limits:
@@ -88,7 +88,7 @@ containers:
     {{- with $root.Values.secretEnv.existingSecret }}
     envFrom:
       - secretRef:
-          name: {{ . }}
+          name: {{ . | quote }}
     {{- end }}
     ports:
       {{- if .head }}
@@ -105,24 +105,24 @@ containers:
     volumeMounts:
       - {name: dev-shm, mountPath: /dev/shm}
       - {name: config, mountPath: /etc/stage-ray, readOnly: true}
-      - {name: checkpoints, mountPath: {{ $storage.checkpoints.mountPath }}}
-      - {name: hf-cache, mountPath: {{ $storage.hfCache.mountPath }}}
+      - {name: checkpoints, mountPath: {{ $storage.checkpoints.mountPath | quote }}}
+      - {name: hf-cache, mountPath: {{ $storage.hfCache.mountPath | quote }}}
       {{- with .part.extraVolumeMounts }}
       {{- toYaml . | nindent 6 }}
       {{- end }}
 volumes:
   - name: dev-shm
-    emptyDir: {medium: Memory, sizeLimit: {{ .part.shm }}}
+    emptyDir: {medium: Memory, sizeLimit: {{ .part.shm | quote }}}
   - name: config
     configMap:
-      name: {{ include "stage-ray.name" $root }}-config
+      name: {{ printf "%s-config" (include "stage-ray.name" $root) | quote }}
   - name: checkpoints
     persistentVolumeClaim:
-      claimName: {{ include "stage-ray.checkpointClaim" $root }}
+      claimName: {{ include "stage-ray.checkpointClaim" $root | quote }}
   - name: hf-cache
     {{- if $storage.hfCache.enabled }}
     persistentVolumeClaim:
-      claimName: {{ include "stage-ray.hfCacheClaim" $root }}
+      claimName: {{ include "stage-ray.hfCacheClaim" $root | quote }}
     {{- else }}
     emptyDir: {}
     {{- end }}
@@ -175,9 +175,9 @@ labels:
   {{- toYaml . | nindent 2 }}
   {{- end }}
   {{- include "stage-ray.selector" .root | nindent 2 }}
-  app.kubernetes.io/component: {{ .role }}
+  app.kubernetes.io/component: {{ .role | quote }}
 annotations:
-  checksum/config: {{ include "stage-ray.config" .root | sha256sum }}
+  checksum/config: {{ include "stage-ray.config" .root | sha256sum | quote }}
   {{- with .part.annotations }}
   {{- toYaml . | nindent 2 }}
   {{- end }}
@@ -193,7 +193,7 @@ metadata:
 spec:
   restartPolicy: Never
   {{- include "stage-ray.pod" . | nindent 2 }}
-  serviceAccountName: {{ include "stage-ray.serviceAccount" . }}
+  serviceAccountName: {{ include "stage-ray.serviceAccount" . | quote }}
   {{- include "stage-ray.scheduling" (omit .Values.head "runtimeClassName") | nindent 2 }}
   containers:
     - name: ray-job-submitter
