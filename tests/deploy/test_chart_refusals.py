@@ -68,6 +68,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "labels": ({"head": {"labels": {"ray.io/cluster": "x"}}}, "head.labels: ray.io/cluster = x is set by"),
     "annotation": ({"head": {"annotations": {"checksum/config": "x"}}}, "checksum/config is set by the chart"),
     "token": ({"extraEnv": [{"name": "RAY_AUTH_TOKEN", "value": "x"}]}, "use auth.mode and auth.existingSecret"),
+    "gpus": ({"extraEnv": [{"name": "NVIDIA_VISIBLE_DEVICES", "value": "all"}]}, "use groups.*.gpus"),
     "host path": (
         {"head": {"extraVolumes": [{"name": "a", "hostPath": {"path": "/"}}]}},
         "hostPath is refused in a restricted namespace",
@@ -115,6 +116,8 @@ def test_what_would_fail_later_is_refused_now(values, sentence):
         {"mode": "service"},
         {"podSecurity": {"runAsUser": 0}},
         {"extraEnv": [{"name": "A", "secret": "b"}]},
+        {"groups": {"reward": {"rayResources": {"reward": 0.5}}}},
+        {"groups": {"reward": {"rayResources": {"big-gpu": 1}}}},
     ],
     ids=json.dumps,
 )

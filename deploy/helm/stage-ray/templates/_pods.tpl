@@ -43,6 +43,15 @@ imagePullSecrets:
 {{- end }}
 {{- end }}
 
+{{/* Environment of every container. Where NVIDIA's runtime is the default one, a container sees every GPU of its node
+     unless it is told otherwise; to those that ask for GPUs the device plugin says which. Argument: whether it does. */}}
+{{- define "stage-ray.gpuEnv" -}}
+{{- if not . -}}
+- name: NVIDIA_VISIBLE_DEVICES
+  value: void
+{{- end }}
+{{- end }}
+
 {{/* Environment of head and workers. Arguments: root, part (head or a group), head (true or false). By the time Ray
      hears of the end on the head the driver has left (preStop), so there is nothing to wait for. */}}
 {{- define "stage-ray.env" -}}
@@ -54,6 +63,9 @@ imagePullSecrets:
   value: {{ .head | ternary 5 (int64 .root.Values.drainSeconds) | quote }}
 - name: RAY_JOB_STOP_WAIT_TIME_S  # a job that is stopped finishes its step and saves
   value: {{ .root.Values.drainSeconds | int64 | quote }}
+{{- with include "stage-ray.gpuEnv" .part.gpus }}
+{{ . }}
+{{- end }}
 - name: HF_HOME
   value: {{ .root.Values.storage.hfCache.mountPath | quote }}
 {{- range concat .root.Values.extraEnv (.part.extraEnv | default list) }}
@@ -203,4 +215,6 @@ spec:
           {{- toYaml $size | nindent 10 }}
         requests:
           {{- toYaml $size | nindent 10 }}
+      env:
+        {{- include "stage-ray.gpuEnv" 0 | nindent 8 }}
 {{- end }}
