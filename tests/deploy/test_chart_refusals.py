@@ -69,6 +69,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "annotation": ({"head": {"annotations": {"checksum/config": "x"}}}, "checksum/config is set by the chart"),
     "token": ({"extraEnv": [{"name": "RAY_AUTH_TOKEN", "value": "x"}]}, "use auth.mode and auth.existingSecret"),
     "gpus": ({"extraEnv": [{"name": "NVIDIA_VISIBLE_DEVICES", "value": "all"}]}, "use groups.*.gpus"),
+    "home": ({"head": {"extraEnv": [{"name": "HOME", "value": "/root"}]}}, "head.extraEnv: HOME is set by the chart"),
     "host path": (
         {"head": {"extraVolumes": [{"name": "a", "hostPath": {"path": "/"}}]}},
         "hostPath is refused in a restricted namespace",

@@ -25,7 +25,7 @@ autoscalerOptions:
   securityContext:
     {{- include "stage-ray.containerSecurityContext" $root | nindent 4 }}
   env:
-    {{- include "stage-ray.gpuEnv" 0 | nindent 4 }}
+    {{- include "stage-ray.baseEnv" (dict "home" "/tmp") | nindent 4 }}
   volumeMounts:
     - {name: autoscaler-token, mountPath: /var/run/secrets/kubernetes.io/serviceaccount, readOnly: true}
 {{- end }}

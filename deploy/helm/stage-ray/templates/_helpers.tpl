@@ -52,8 +52,21 @@ kueue.x-k8s.io/priority-class: {{ . | quote }}
 {{ .Values.configFile | default (toYaml .Values.config) }}
 {{- end }}
 
+{{/* Where volumes are mounted, without what /a//b/ and /a/b have apart. */}}
+{{- define "stage-ray.checkpointPath" -}}
+{{ clean .Values.storage.checkpoints.mountPath }}
+{{- end }}
+
+{{- define "stage-ray.hfCachePath" -}}
+{{ clean .Values.storage.hfCache.mountPath }}
+{{- end }}
+
+{{- define "stage-ray.runDir" -}}
+{{ include "stage-ray.checkpointPath" . }}/runs/{{ include "stage-ray.name" . }}
+{{- end }}
+
 {{- define "stage-ray.entrypoint" -}}
-{{- $run := printf "%s/runs/%s" .Values.storage.checkpoints.mountPath (include "stage-ray.name" .) -}}
+{{- $run := include "stage-ray.runDir" . -}}
 {{ .Values.job.entrypoint | default (printf "stage-ray train /etc/stage-ray/config.yaml --run-dir %s --auto-resume" $run) }}
 {{- end }}
 

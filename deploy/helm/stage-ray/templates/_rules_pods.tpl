@@ -93,6 +93,8 @@
 {{- fail (printf "%s: HF_HOME is set by the chart: use storage.hfCache.mountPath" $.key) -}}
 {{- else if eq .name "NVIDIA_VISIBLE_DEVICES" -}}
 {{- fail (printf "%s: NVIDIA_VISIBLE_DEVICES is set by the chart (pods without GPUs) and the device plugin: use groups.*.gpus" $.key) -}}
+{{- else if has .name (list "HOME" "USER") -}}
+{{- fail (printf "%s: %s is set by the chart, to a place that every podSecurity.runAsUser can write to: take it out" $.key .name) -}}
 {{- else if has .name (list "RAY_ENABLE_UV_RUN_RUNTIME_ENV" "RAY_USAGE_STATS_ENABLED") -}}
 {{- fail (printf "%s: %s is set by the chart: take it out" $.key .name) -}}
 {{- end -}}
