@@ -242,6 +242,12 @@ def test_others_reach_the_jobs_api_alone_and_prometheus_the_metrics():
     assert rules[0]["from"] == [{"podSelector": only(render(), "NetworkPolicy")["spec"]["podSelector"]}]
 
 
+def test_every_series_says_of_which_release_it_is():
+    monitor = only(render({"monitoring": MONITORED}, "paper"), "PodMonitor")["spec"]
+    assert monitor["podTargetLabels"] == ["app.kubernetes.io/instance"]
+    assert monitor["selector"]["matchLabels"]["app.kubernetes.io/instance"] == "paper"
+
+
 @pytest.mark.parametrize("words", [["stage-ray", "train"], ["-m", "stage_ray", "train"]], ids=" ".join)
 def test_before_the_head_goes_the_driver_is_told_and_waited_for(words, tmp_path):
     (tmp_path / "stage_ray").mkdir()
