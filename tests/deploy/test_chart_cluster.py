@@ -43,6 +43,7 @@ def namespace() -> Iterator[str]:
     try:
         labelled = kubectl("label", "namespace", name, "pod-security.kubernetes.io/enforce=restricted")
         assert labelled.returncode == 0, labelled.stderr
+        kubectl("create", "serviceaccount", "default", "--namespace", name)  # a server without controllers makes none
         yield name
     finally:
         kubectl("delete", "namespace", name, "--wait=false")
