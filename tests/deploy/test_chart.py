@@ -5,8 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +186,44 @@ def test_the_runs_outlive_the_release_and_claims_that_exist_are_not_made_again()
     assert not [item for item in render({"storage": CLAIMS}) if item["kind"] == "PersistentVolumeClaim"]
 
 
+def named(word: Callable[[int], str], mode: str) -> dict[str, Any]:
+    """Values whose free names are all such words, each with a number of its own."""
+    claim = {"existingClaim": "", "storageClass": word(1)}
+    group = {"replicas": 1, "cpu": "8", "memory": "4Gi", "shm": "1Gi", "objectStore": "100000000"}
+    group |= {"rayResources": {word(2): 1}, "rayLabels": {word(3): word(4)}, "labels": {word(5): word(6)}}
+    queue = {"queueName": word(7), "priorityClass": word(8)}
+    return {
+        "mode": mode,
+        "auth": {"existingSecret": word(9)},
+        "secretEnv": {"existingSecret": word(10)},
+        "kueue": queue,
+        "groups": {"on" if word(0).isdigit() else "one": group},
+        "head": {"nodeSelector": {word(11): word(12)}, "runtimeClassName": word(13), "annotations": {"a": word(14)}},
+        "storage": {"checkpoints": claim | {"size": word(15)}, "hfCache": {"existingClaim": word(16)}},
+        "serviceAccount": {"create": False, "name": word(17)},
+        "imagePullSecrets": [{"name": word(18)}],
+        "networkPolicy": {"operatorNamespace": word(19), "monitoringNamespace": word(20)},
+        "monitoring": {"podMonitor": {"enabled": True, "labels": {word(21): word(22)}}},
+        "extraEnv": [{"name": "A", "value": word(23)}],
+    }
+
+
+def kinds(node: Any) -> Any:
+    """What an object is made of: the types of its keys and values."""
+    if isinstance(node, dict):
+        return [(type(key), kinds(value)) for key, value in node.items()]
+    return [kinds(item) for item in node] if isinstance(node, list) else type(node)
+
+
+@pytest.mark.parametrize("mode", ["job", "cluster"])
+def test_names_that_yaml_could_take_for_numbers_or_booleans_stay_text(mode):
+    plain = render(named(lambda n: f"1{n}Gi" if n == 15 else f"a{n}", mode) | {"fullnameOverride": "paper"}, "run")
+    other = render(named(lambda n: str(100 + n), mode) | {"fullnameOverride": "on"}, "123")
+    assert len(plain) == len(other) >= 5
+    for item, same in zip(plain, other, strict=True):
+        assert kinds(item) == kinds(same), item["kind"]
+
+
 def test_only_the_autoscaler_has_a_token_of_kubernetes():
     head = ray_cluster(render({"autoscaling": {"enabled": True}}))["headGroupSpec"]["template"]["spec"]
     assert "serviceAccountName" not in head and "autoscaler-token" in {v["name"] for v in head["volumes"]}
@@ -203,25 +240,7 @@ def test_others_reach_the_jobs_api_alone_and_prometheus_the_metrics():
     assert rules[0]["from"] == [{"podSelector": only(render(), "NetworkPolicy")["spec"]["podSelector"]}]
 
 
-@pytest.mark.parametrize("words", [["stage-ray", "train"], ["-m", "stage_ray", "train"]], ids=" ".join)
-def test_before_the_head_goes_the_driver_is_told_and_waited_for(words, tmp_path):
-    (tmp_path / "stage_ray").mkdir()
-    body = (
-        "import signal, sys, time\n"
-        "def leave(*_):\n    time.sleep(0.5)\n    open('saved', 'w').close()\n    sys.exit(143)\n"
-        "signal.signal(signal.SIGTERM, leave)\nopen('ready', 'w').close()\ntime.sleep(60)\n"
-    )
-    for name in ("stage-ray", "stage_ray/__main__.py"):
-        (tmp_path / name).write_text(body)
-    driver = subprocess.Popen([sys.executable, *words], cwd=tmp_path)
-    try:
-        while not (tmp_path / "ready").exists():
-            assert driver.poll() is None
-        script = CHART / "files" / "stop_driver.py"
-        code = "import psutil, runpy, sys; m = runpy.run_path(sys.argv[1]); "
-        code += "print(m['stop']([psutil.Process(int(sys.argv[2]))], 20))"  # not every run on this machine
-        done = subprocess.Popen([sys.executable, "-c", code, str(script), str(driver.pid)], stdout=subprocess.PIPE)
-        assert driver.wait(20) == 143 and (tmp_path / "saved").exists()
-        assert done.communicate(timeout=20)[0].strip() == b"0"
-    finally:
-        driver.kill()
+def test_every_series_says_of_which_release_it_is():
+    monitor = only(render({"monitoring": MONITORED}, "paper"), "PodMonitor")["spec"]
+    assert monitor["podTargetLabels"] == ["app.kubernetes.io/instance"]
+    assert monitor["selector"]["matchLabels"]["app.kubernetes.io/instance"] == "paper"

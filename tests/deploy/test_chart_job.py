@@ -48,7 +48,7 @@ ROLES = {"RolloutWorker": "rollout", "RewardWorker": "reward", "LearnerWorker": 
 def offered(group: dict) -> tuple[dict[str, float], int, int]:
     """Custom resources, CPUs and bytes of object store of one pod, as the operator would start Ray in it."""
     (container,) = group["template"]["spec"]["containers"]
-    resources = {name: float(count) for name, count in group.get("resources", {}).items()}
+    resources = {name: float(count) for name, count in group.get("resources", {}).items() if name != "GPU"}
     cpus = int(group["rayStartParams"].get("num-cpus", container["resources"]["limits"]["cpu"]))
     return resources, cpus, int(group["rayStartParams"]["object-store-memory"])
 

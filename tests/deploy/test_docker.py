@@ -96,6 +96,15 @@ def test_nothing_is_fetched_from_an_address_and_no_secret_is_built_in(target):
 
 
 @pytest.mark.parametrize("target", TARGETS)
+def test_which_gpus_a_container_sees_is_not_said_by_the_image(target):
+    assert "NVIDIA_VISIBLE_DEVICES" not in " ".join(steps(target, "ENV"))
+
+
+def test_the_gpu_image_can_compile_c_and_cpp():
+    assert {"gcc", "g++", "libc6-dev"} <= set(" ".join(steps("gpu", "RUN")).split())
+
+
+@pytest.mark.parametrize("target", TARGETS)
 def test_ray_neither_reports_nor_looks_for_uv(target):
     environment = " ".join(steps(target, "ENV"))
     assert "RAY_USAGE_STATS_ENABLED=0" in environment and "RAY_ENABLE_UV_RUN_RUNTIME_ENV=0" in environment

@@ -4,18 +4,18 @@
 {{- $root := . -}}
 rayVersion: {{ .Values.rayVersion | quote }}
 authOptions:
-  mode: {{ .Values.auth.mode }}
+  mode: {{ .Values.auth.mode | quote }}
   {{- with .Values.auth.existingSecret }}
-  secretName: {{ . }}
+  secretName: {{ . | quote }}
   {{- end }}
 enableInTreeAutoscaling: {{ .Values.autoscaling.enabled }}
 {{- with .Values.autoscaling }}
 {{- if .enabled }}
 autoscalerOptions:
-  version: {{ .version }}
+  version: {{ .version | quote }}
   idleTimeoutSeconds: {{ .idleTimeoutSeconds | int64 }}
-  upscalingMode: {{ .upscalingMode }}
-  imagePullPolicy: {{ $root.Values.image.pullPolicy }}
+  upscalingMode: {{ .upscalingMode | quote }}
+  imagePullPolicy: {{ $root.Values.image.pullPolicy | quote }}
   {{- $size := dict "cpu" (toString .resources.cpu) "memory" .resources.memory }}
   resources:
     limits:
@@ -24,6 +24,8 @@ autoscalerOptions:
       {{- toYaml $size | nindent 6 }}
   securityContext:
     {{- include "stage-ray.containerSecurityContext" $root | nindent 4 }}
+  env:
+    {{- include "stage-ray.baseEnv" (dict "home" "/tmp") | nindent 4 }}
   volumeMounts:
     - {name: autoscaler-token, mountPath: /var/run/secrets/kubernetes.io/serviceaccount, readOnly: true}
 {{- end }}
@@ -35,6 +37,7 @@ headGroupSpec:
     {{- toYaml . | nindent 4 }}
     {{- end }}
     num-cpus: "0"
+    num-gpus: "0"
     object-store-memory: {{ include "stage-ray.bytes" .Values.head.objectStore | quote }}
   template:
     metadata:
@@ -45,7 +48,7 @@ workerGroupSpecs:
   {{- range $name, $group := .Values.groups }}
   {{- if $group }}
   {{- $replicas := $group.replicas | int64 }}
-  - groupName: {{ $name }}
+  - groupName: {{ $name | quote }}
     replicas: {{ $replicas }}
     minReplicas: {{ hasKey $group "minReplicas" | ternary $group.minReplicas $replicas | int64 }}
     maxReplicas: {{ hasKey $group "maxReplicas" | ternary $group.maxReplicas $replicas | int64 }}
@@ -55,11 +58,9 @@ workerGroupSpecs:
     {{- if hasKey $group "idleTimeoutSeconds" }}
     idleTimeoutSeconds: {{ $group.idleTimeoutSeconds | int64 }}
     {{- end }}
-    {{- with $group.rayResources }}
+    {{- with include "stage-ray.rayResources" $group }}
     resources:
-      {{- range $key, $count := . }}
-      {{ $key }}: {{ toString $count | quote }}
-      {{- end }}
+      {{- . | nindent 6 }}
     {{- end }}
     {{- with $group.rayLabels }}
     labels:
@@ -77,4 +78,17 @@ workerGroupSpecs:
         {{- include "stage-ray.rayPod" (dict "root" $root "part" $group "name" "ray-worker" "head" false) | nindent 8 }}
   {{- end }}
   {{- end }}
+{{- end }}
+
+{{/* What Ray counts on a pod beside its CPUs, memory and GPUs. GPU: "0" where there are none: Ray would otherwise look for
+     them itself. Argument: a group. */}}
+{{- define "stage-ray.rayResources" -}}
+{{- $counts := dict -}}
+{{- if not .gpus -}}
+{{- $_ := set $counts "GPU" "0" -}}
+{{- end -}}
+{{- range $key, $count := .rayResources -}}
+{{- $_ := set $counts $key (int64 $count | toString) -}}
+{{- end -}}
+{{- if $counts }}{{ toYaml $counts }}{{ end }}
 {{- end }}

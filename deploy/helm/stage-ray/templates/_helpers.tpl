@@ -6,24 +6,24 @@
 
 {{/* What a policy or a monitor selects by: every pod of the release has these. */}}
 {{- define "stage-ray.selector" -}}
-app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/instance: {{ .Release.Name | quote }}
 app.kubernetes.io/part-of: stage-ray
 {{- end }}
 
 {{- define "stage-ray.labels" -}}
 {{ include "stage-ray.selector" . }}
 app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
-app.kubernetes.io/managed-by: {{ .Release.Service }}
-helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
+app.kubernetes.io/managed-by: {{ .Release.Service | quote }}
+helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | quote }}
 {{- end }}
 
 {{/* On the RayJob or RayCluster itself; Kueue looks there. */}}
 {{- define "stage-ray.queueLabels" -}}
 {{- with .Values.kueue.queueName }}
-kueue.x-k8s.io/queue-name: {{ . }}
+kueue.x-k8s.io/queue-name: {{ . | quote }}
 {{- end }}
 {{- with .Values.kueue.priorityClass }}
-kueue.x-k8s.io/priority-class: {{ . }}
+kueue.x-k8s.io/priority-class: {{ . | quote }}
 {{- end }}
 {{- end }}
 
@@ -52,8 +52,21 @@ kueue.x-k8s.io/priority-class: {{ . }}
 {{ .Values.configFile | default (toYaml .Values.config) }}
 {{- end }}
 
+{{/* Where volumes are mounted, without what /a//b/ and /a/b have apart. */}}
+{{- define "stage-ray.checkpointPath" -}}
+{{ clean .Values.storage.checkpoints.mountPath }}
+{{- end }}
+
+{{- define "stage-ray.hfCachePath" -}}
+{{ clean .Values.storage.hfCache.mountPath }}
+{{- end }}
+
+{{- define "stage-ray.runDir" -}}
+{{ include "stage-ray.checkpointPath" . }}/runs/{{ include "stage-ray.name" . }}
+{{- end }}
+
 {{- define "stage-ray.entrypoint" -}}
-{{- $run := printf "%s/runs/%s" .Values.storage.checkpoints.mountPath (include "stage-ray.name" .) -}}
+{{- $run := include "stage-ray.runDir" . -}}
 {{ .Values.job.entrypoint | default (printf "stage-ray train /etc/stage-ray/config.yaml --run-dir %s --auto-resume" $run) }}
 {{- end }}
 

@@ -6,6 +6,12 @@ runAsUser: {{ .Values.podSecurity.runAsUser | int64 }}
 runAsGroup: {{ .Values.podSecurity.runAsGroup | int64 }}
 fsGroup: {{ .Values.podSecurity.fsGroup | int64 }}
 fsGroupChangePolicy: OnRootMismatch
+{{- with .Values.podSecurity.supplementalGroups }}
+supplementalGroups:
+  {{- range . }}
+  - {{ int64 . }}
+  {{- end }}
+{{- end }}
 seccompProfile: {type: RuntimeDefault}
 {{- end }}
 
@@ -16,7 +22,7 @@ capabilities: {drop: [ALL]}
 
 {{- define "stage-ray.container" -}}
 image: {{ include "stage-ray.image" . | quote }}
-imagePullPolicy: {{ .Values.image.pullPolicy }}
+imagePullPolicy: {{ .Values.image.pullPolicy | quote }}
 securityContext:
   {{- include "stage-ray.containerSecurityContext" . | nindent 2 }}
 {{- end }}
@@ -43,9 +49,25 @@ imagePullSecrets:
 {{- end }}
 {{- end }}
 
+{{/* Environment of every container. A user whom the image's passwd file does not know has / for a home and no name:
+     caches of vLLM, Triton and PyTorch need both. Where NVIDIA's runtime is the default one, a container sees every GPU
+     of its node unless it is told otherwise; to those that ask for GPUs the device plugin says which.
+     Arguments: home, gpus (how many it asks for). */}}
+{{- define "stage-ray.baseEnv" -}}
+- name: HOME
+  value: {{ .home | quote }}
+- name: USER
+  value: stage-ray
+{{- if not .gpus }}
+- name: NVIDIA_VISIBLE_DEVICES
+  value: void
+{{- end }}
+{{- end }}
+
 {{/* Environment of head and workers. Arguments: root, part (head or a group), head (true or false). By the time Ray
      hears of the end on the head the driver has left (preStop), so there is nothing to wait for. */}}
 {{- define "stage-ray.env" -}}
+{{ include "stage-ray.baseEnv" (dict "home" "/home/stage-ray" "gpus" .part.gpus) }}
 - name: RAY_ENABLE_UV_RUN_RUNTIME_ENV
   value: "0"
 - name: RAY_USAGE_STATS_ENABLED
@@ -55,7 +77,7 @@ imagePullSecrets:
 - name: RAY_JOB_STOP_WAIT_TIME_S  # a job that is stopped finishes its step and saves
   value: {{ .root.Values.drainSeconds | int64 | quote }}
 - name: HF_HOME
-  value: {{ .root.Values.storage.hfCache.mountPath }}
+  value: {{ include "stage-ray.hfCachePath" .root | quote }}
 {{- range concat .root.Values.extraEnv (.part.extraEnv | default list) }}
 - {{ toYaml . | nindent 2 | trim }}
 {{- end }}
@@ -69,26 +91,34 @@ imagePullSecrets:
 {{- if .part.gpus }}
 {{- $_ := set $size (.part.gpuResource | default "nvidia.com/gpu") (toString .part.gpus) -}}
 {{- end -}}
+{{- $requests := $size -}}
+{{- if not $storage.hfCache.enabled -}}
+{{- $requests = merge (dict "ephemeral-storage" $storage.hfCache.size) $size -}}
+{{- end -}}
 {{ include "stage-ray.pod" $root }}
 {{- if not (and .head $root.Values.autoscaling.enabled) }}
-serviceAccountName: {{ include "stage-ray.serviceAccount" $root }}
+serviceAccountName: {{ include "stage-ray.serviceAccount" $root | quote }}
 {{- end }}
 terminationGracePeriodSeconds: {{ $root.Values.terminationGracePeriodSeconds | int64 }}
 {{- include "stage-ray.scheduling" .part }}
+{{- if and .head (eq $root.Values.mode "job") (not $root.Values.job.entrypoint) }}
+initContainers:
+  {{- include "stage-ray.volumeCheck" $root | nindent 2 }}
+{{- end }}
 containers:
-  - name: {{ .name }}
+  - name: {{ .name | quote }}
     {{- include "stage-ray.container" $root | nindent 4 }}
     resources:
       limits:
         {{- toYaml $size | nindent 8 }}
       requests:
-        {{- toYaml $size | nindent 8 }}
+        {{- toYaml $requests | nindent 8 }}
     env:
       {{- include "stage-ray.env" . | nindent 6 }}
     {{- with $root.Values.secretEnv.existingSecret }}
     envFrom:
       - secretRef:
-          name: {{ . }}
+          name: {{ . | quote }}
     {{- end }}
     ports:
       {{- if .head }}
@@ -105,26 +135,29 @@ containers:
     volumeMounts:
       - {name: dev-shm, mountPath: /dev/shm}
       - {name: config, mountPath: /etc/stage-ray, readOnly: true}
-      - {name: checkpoints, mountPath: {{ $storage.checkpoints.mountPath }}}
-      - {name: hf-cache, mountPath: {{ $storage.hfCache.mountPath }}}
+      - {name: home, mountPath: /home/stage-ray}
+      - {name: checkpoints, mountPath: {{ include "stage-ray.checkpointPath" $root | quote }}}
+      - {name: hf-cache, mountPath: {{ include "stage-ray.hfCachePath" $root | quote }}}
       {{- with .part.extraVolumeMounts }}
       {{- toYaml . | nindent 6 }}
       {{- end }}
 volumes:
   - name: dev-shm
-    emptyDir: {medium: Memory, sizeLimit: {{ .part.shm }}}
+    emptyDir: {medium: Memory, sizeLimit: {{ .part.shm | quote }}}
   - name: config
     configMap:
-      name: {{ include "stage-ray.name" $root }}-config
+      name: {{ printf "%s-config" (include "stage-ray.name" $root) | quote }}
+  - name: home
+    emptyDir: {}
   - name: checkpoints
     persistentVolumeClaim:
-      claimName: {{ include "stage-ray.checkpointClaim" $root }}
+      claimName: {{ include "stage-ray.checkpointClaim" $root | quote }}
   - name: hf-cache
     {{- if $storage.hfCache.enabled }}
     persistentVolumeClaim:
-      claimName: {{ include "stage-ray.hfCacheClaim" $root }}
+      claimName: {{ include "stage-ray.hfCacheClaim" $root | quote }}
     {{- else }}
-    emptyDir: {}
+    emptyDir: {sizeLimit: {{ $storage.hfCache.size | quote }}}
     {{- end }}
   {{- if and .head $root.Values.autoscaling.enabled }}
   {{- include "stage-ray.autoscalerToken" $root | nindent 2 }}
@@ -132,6 +165,33 @@ volumes:
   {{- with .part.extraVolumes }}
   {{- toYaml . | nindent 2 }}
   {{- end }}
+{{- end }}
+
+{{/* Ends with a sentence where the run could not write, before Ray starts. With an entrypoint of your own, and for jobs
+     from outside, the chart does not know where that is. */}}
+{{- define "stage-ray.volumeCheck" -}}
+{{- $size := dict "cpu" "500m" "memory" "256Mi" -}}
+- name: check-volumes
+  {{- include "stage-ray.container" . | nindent 2 }}
+  command:
+    - python
+    - /etc/stage-ray/check_volumes.py
+    - {{ printf "storage.checkpoints=%s" (include "stage-ray.runDir" .) | quote }}
+    {{- if and .Values.storage.hfCache.enabled (not .Values.storage.hfCache.existingClaim) }}
+    - {{ printf "storage.hfCache=%s" (include "stage-ray.hfCachePath" .) | quote }}
+    {{- end }}
+  terminationMessagePolicy: FallbackToLogsOnError
+  resources:
+    limits:
+      {{- toYaml $size | nindent 6 }}
+    requests:
+      {{- toYaml $size | nindent 6 }}
+  env:
+    {{- include "stage-ray.baseEnv" (dict "home" "/tmp") | nindent 4 }}
+  volumeMounts:
+    - {name: config, mountPath: /etc/stage-ray, readOnly: true}
+    - {name: checkpoints, mountPath: {{ include "stage-ray.checkpointPath" . | quote }}}
+    - {name: hf-cache, mountPath: {{ include "stage-ray.hfCachePath" . | quote }}}
 {{- end }}
 
 {{/* The operator makes the head's Service of these, so the standard ones must be among them. */}}
@@ -175,9 +235,9 @@ labels:
   {{- toYaml . | nindent 2 }}
   {{- end }}
   {{- include "stage-ray.selector" .root | nindent 2 }}
-  app.kubernetes.io/component: {{ .role }}
+  app.kubernetes.io/component: {{ .role | quote }}
 annotations:
-  checksum/config: {{ include "stage-ray.config" .root | sha256sum }}
+  checksum/config: {{ include "stage-ray.config" .root | sha256sum | quote }}
   {{- with .part.annotations }}
   {{- toYaml . | nindent 2 }}
   {{- end }}
@@ -193,7 +253,7 @@ metadata:
 spec:
   restartPolicy: Never
   {{- include "stage-ray.pod" . | nindent 2 }}
-  serviceAccountName: {{ include "stage-ray.serviceAccount" . }}
+  serviceAccountName: {{ include "stage-ray.serviceAccount" . | quote }}
   {{- include "stage-ray.scheduling" (omit .Values.head "runtimeClassName") | nindent 2 }}
   containers:
     - name: ray-job-submitter
@@ -203,4 +263,6 @@ spec:
           {{- toYaml $size | nindent 10 }}
         requests:
           {{- toYaml $size | nindent 10 }}
+      env:
+        {{- include "stage-ray.baseEnv" (dict "home" "/tmp") | nindent 8 }}
 {{- end }}

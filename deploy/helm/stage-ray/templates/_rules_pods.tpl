@@ -30,11 +30,6 @@
 {{- if lt (int64 .Values.terminationGracePeriodSeconds) (add 15 (int64 .Values.drainSeconds)) -}}
 {{- fail (printf "terminationGracePeriodSeconds = %d is less than drainSeconds = %d and 15 s for Ray to end: a pod would be killed while it saves, so raise it" (int64 .Values.terminationGracePeriodSeconds) (int64 .Values.drainSeconds)) -}}
 {{- end -}}
-{{- with .Values.storage -}}
-{{- if eq .checkpoints.mountPath .hfCache.mountPath -}}
-{{- fail (printf "storage.checkpoints.mountPath and storage.hfCache.mountPath are both %s: give each volume a path of its own" .checkpoints.mountPath) -}}
-{{- end -}}
-{{- end -}}
 {{- include "stage-ray.rules.env" (dict "key" "extraEnv" "env" .Values.extraEnv) -}}
 {{- include "stage-ray.rules.part" (dict "root" . "key" "head" "part" .Values.head) -}}
 {{- range $name, $group := .Values.groups -}}
@@ -47,6 +42,7 @@
 {{/* Arguments: root, key (head or groups.NAME), part (its values). */}}
 {{- define "stage-ray.rules.part" -}}
 {{- $key := .key -}}
+{{- $part := .part -}}
 {{- with .part -}}
 {{- if gt (int64 (include "stage-ray.bytes" .shm)) (int64 (include "stage-ray.bytes" .memory)) -}}
 {{- fail (printf "%s.shm = %s is more than %s.memory = %s, which it is part of: raise the memory" $key .shm $key .memory) -}}
@@ -57,17 +53,17 @@
 {{- if lt (int64 (include "stage-ray.bytes" .objectStore)) 78643200 -}}
 {{- fail (printf "%s.objectStore = %s: Ray wants 75Mi at least" $key .objectStore) -}}
 {{- end -}}
-{{- $ours := dict "num-cpus" "cpu" "num-gpus" "gpus" "memory" "memory" "resources" "rayResources" "labels" "rayLabels" "object-store-memory" "objectStore" -}}
+{{- $ours := include "stage-ray.ownStartParams" $key | fromYaml -}}
 {{- range $name, $value := .rayStartParams -}}
 {{- if hasKey $ours $name -}}
-{{- $where := eq $key "head" | ternary "the head offers Ray nothing, it runs no actors" (printf "use %s.%s" $key (get $ours $name)) -}}
-{{- if and (eq $key "head") (has $name (list "object-store-memory" "memory")) -}}{{- $where = printf "use head.%s" (get $ours $name) -}}{{- end -}}
-{{- fail (printf "%s.rayStartParams.%s = %s is set by the chart, and KubeRay refuses it twice: %s" $key $name $value $where) -}}
+{{- fail (printf "%s.rayStartParams.%s = %s: %s" $key $name $value (get $ours $name)) -}}
 {{- end -}}
 {{- end -}}
-{{- range $name, $value := .labels -}}
+{{- range $kind := list "labels" "rayLabels" -}}
+{{- range $name, $value := get $part $kind | default dict -}}
 {{- if or (hasPrefix "ray.io/" $name) (has $name (list "app.kubernetes.io/instance" "app.kubernetes.io/part-of" "app.kubernetes.io/component")) -}}
-{{- fail (printf "%s.labels: %s = %s is set by the chart or the operator, which select pods by it: take another name" $key $name $value) -}}
+{{- fail (printf "%s.%s: %s = %s is set by the chart or the operator, which select pods by it: take another name" $key $kind $name $value) -}}
+{{- end -}}
 {{- end -}}
 {{- end -}}
 {{- if hasKey (.annotations | default dict) "checksum/config" -}}
@@ -78,42 +74,55 @@
 {{- include "stage-ray.rules.volumes" . -}}
 {{- end }}
 
-{{/* Arguments: key, env (a list). */}}
-{{- define "stage-ray.rules.env" -}}
-{{- range .env -}}
-{{- if has .name (list "RAY_AUTH_MODE" "RAY_AUTH_TOKEN") -}}
-{{- fail (printf "%s: %s is set by the operator: use auth.mode and auth.existingSecret" $.key .name) -}}
-{{- else if eq .name "RAY_enable_autoscaler_v2" -}}
-{{- fail (printf "%s: %s is set by the operator: use autoscaling.enabled and autoscaling.version" $.key .name) -}}
-{{- else if has .name (list "RAY_REDIS_ADDRESS" "REDIS_PASSWORD" "REDIS_USERNAME") -}}
-{{- fail (printf "%s: %s is for Ray's fault tolerance with Redis, which this chart leaves out: a run goes on from its checkpoint on a new cluster" $.key .name) -}}
-{{- else if has .name (list "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S" "RAY_JOB_STOP_WAIT_TIME_S") -}}
-{{- fail (printf "%s: %s is set by the chart: use drainSeconds" $.key .name) -}}
-{{- else if eq .name "HF_HOME" -}}
-{{- fail (printf "%s: HF_HOME is set by the chart: use storage.hfCache.mountPath" $.key) -}}
-{{- else if has .name (list "RAY_ENABLE_UV_RUN_RUNTIME_ENV" "RAY_USAGE_STATS_ENABLED") -}}
-{{- fail (printf "%s: %s is set by the chart: take it out" $.key .name) -}}
+{{/* What of `ray start` the chart or the operator sets or relies on, with what to use instead. Argument: head or
+     groups.NAME. */}}
+{{- define "stage-ray.ownStartParams" -}}
+{{- $port := "the operator, the Service, probes and policies look for Ray's own port: take it out" -}}
+{{- $set := "the operator sets it: take it out" -}}
+{{- $redis := "fault tolerance with Redis is left out: a run goes on from its checkpoint on a new cluster; take it out" -}}
+{{- $own := dict
+  "object-store-memory" (printf "use %s.objectStore" .)
+  "plasma-directory" (printf "objects lie in /dev/shm: use %s.shm and %s.objectStore" . .)
+  "memory" (printf "use %s.memory" .)
+  "address" $set "block" $set "no-monitor" $set "head" $set
+  "redis-password" $redis "redis-username" $redis "redis-shard-ports" $redis
+  "port" $port "dashboard-port" $port "dashboard-agent-listen-port" $port "metrics-export-port" $port
+  "dashboard-host" "the operator asks the dashboard from outside the pod, networkPolicy says who else may: take it out"
+  "include-dashboard" "the operator submits jobs to the dashboard: take it out"
+-}}
+{{- if eq . "head" -}}
+{{- range list "num-cpus" "num-gpus" "resources" "labels" -}}
+{{- $_ := set $own . "the head offers Ray nothing, it runs no actors: take it out" -}}
+{{- end -}}
+{{- else -}}
+{{- range $name, $key := dict "num-cpus" "cpu" "num-gpus" "gpus" "resources" "rayResources" "labels" "rayLabels" -}}
+{{- $_ := set $own $name (printf "use %s.%s" $ $key) -}}
 {{- end -}}
 {{- end -}}
+{{- toYaml $own -}}
 {{- end }}
 
-{{- define "stage-ray.rules.volumes" -}}
-{{- $storage := .root.Values.storage -}}
-{{- $taken := list "/dev/shm" "/etc/stage-ray" $storage.checkpoints.mountPath $storage.hfCache.mountPath -}}
-{{- $allowed := list "name" "configMap" "csi" "downwardAPI" "emptyDir" "ephemeral" "persistentVolumeClaim" "projected" "secret" -}}
-{{- range .part.extraVolumes -}}
-{{- if has .name (list "dev-shm" "config" "checkpoints" "hf-cache" "autoscaler-token" "ray-logs" "shared-mem") -}}
-{{- fail (printf "%s.extraVolumes: the name %s is the chart's or the operator's own: take another" $.key .name) -}}
-{{- end -}}
-{{- range $source, $_ := . -}}
-{{- if not (has $source $allowed) -}}
-{{- fail (printf "%s.extraVolumes: %s is refused in a restricted namespace: use a persistentVolumeClaim" $.key $source) -}}
-{{- end -}}
-{{- end -}}
-{{- end -}}
-{{- range .part.extraVolumeMounts -}}
-{{- if has (trimSuffix "/" .mountPath) $taken -}}
-{{- fail (printf "%s.extraVolumeMounts: %s is mounted by the chart: take another path" $.key .mountPath) -}}
+{{/* Arguments: key, env (a list). */}}
+{{- define "stage-ray.rules.env" -}}
+{{- $auth := "is set by the operator: use auth.mode and auth.existingSecret" -}}
+{{- $redis := "is for Ray's fault tolerance with Redis, which this chart leaves out: a run goes on from its checkpoint on a new cluster" -}}
+{{- $home := "is set by the chart, to a place that every podSecurity.runAsUser can write to: take it out" -}}
+{{- $chart := "is set by the chart: take it out" -}}
+{{- $own := dict
+  "RAY_AUTH_MODE" $auth "RAY_AUTH_TOKEN" $auth
+  "RAY_ENABLE_K8S_TOKEN_AUTH" "asks Kubernetes about every token, which KubeRay does not support for a RayJob: use auth.mode"
+  "RAY_enable_autoscaler_v2" "is set by the operator: use autoscaling.enabled and autoscaling.version"
+  "RAY_REDIS_ADDRESS" $redis "REDIS_PASSWORD" $redis "REDIS_USERNAME" $redis
+  "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S" "is set by the chart: use drainSeconds"
+  "RAY_JOB_STOP_WAIT_TIME_S" "is set by the chart: use drainSeconds"
+  "HF_HOME" "is set by the chart: use storage.hfCache.mountPath"
+  "NVIDIA_VISIBLE_DEVICES" "is set by the chart (pods without GPUs) and the device plugin: use groups.*.gpus"
+  "HOME" $home "USER" $home
+  "RAY_ENABLE_UV_RUN_RUNTIME_ENV" $chart "RAY_USAGE_STATS_ENABLED" $chart
+-}}
+{{- range .env -}}
+{{- if hasKey $own .name -}}
+{{- fail (printf "%s: %s %s" $.key .name (get $own .name)) -}}
 {{- end -}}
 {{- end -}}
 {{- end }}

@@ -29,19 +29,27 @@
 {{- include "stage-ray.rules.role" (dict "root" $ "role" $role) -}}
 {{- end -}}
 {{- include "stage-ray.rules.total" (dict "root" . "config" $config) -}}
+{{- $groups := ($config.rollout | default dict).groups_per_step | default 8 | int64 -}}
+{{- $ranks := ($config.learner | default dict).ranks | int64 | max 1 -}}
+{{- if mod $groups $ranks -}}
+{{- fail (printf "config.learner.ranks = %d does not divide config.rollout.groups_per_step = %d: every rank trains as many whole groups as the others" $ranks $groups) -}}
+{{- end -}}
 {{- end -}}
 {{- end }}
 
-{{/* Actors that the run cannot begin without; defaults are those of stage_ray/config.py. Argument: the config. */}}
+{{/* Actors that the run cannot begin without, so many of them together on one pod; defaults are those of
+     stage_ray/config.py. Argument: the config. */}}
 {{- define "stage-ray.roles" -}}
 {{- $rollout := .rollout | default dict -}}
 {{- $scoring := .scoring | default dict -}}
 {{- $learner := .learner | default dict -}}
-{{- $actors := mul ($rollout.workers | default 1 | int64) ($rollout.tensor_parallel | default 1 | int64) -}}
+{{- $parallel := $rollout.tensor_parallel | int64 | max 1 -}}
+{{- $actors := mul ($rollout.workers | default 1 | int64) $parallel -}}
+{{- $workers := gt $parallel 1 | ternary (printf "workers, tensor_parallel = %d on one pod" $parallel) "workers" -}}
 {{- $roles := list
-  (dict "key" "rollout" "count" "workers" "actors" $actors "cpus" ($rollout.cpus | default 1) "gpus" ($rollout.gpus | default 0) "resources" ($rollout.resources | default dict))
-  (dict "key" "scoring" "count" "workers" "actors" ($scoring.workers | default 1 | int64) "cpus" ($scoring.cpus | default 0.5) "gpus" ($scoring.gpus | default 0) "resources" ($scoring.resources | default dict))
-  (dict "key" "learner" "count" "ranks" "actors" ($learner.ranks | default 1 | int64) "cpus" ($learner.cpus | default 1) "gpus" ($learner.gpus | default 0) "resources" ($learner.resources | default dict))
+  (dict "key" "rollout" "count" $workers "actors" $actors "together" $parallel "cpus" ($rollout.cpus | default 1) "gpus" ($rollout.gpus | default 0) "resources" ($rollout.resources | default dict))
+  (dict "key" "scoring" "count" "workers" "actors" ($scoring.workers | default 1 | int64) "together" 1 "cpus" ($scoring.cpus | default 0.5) "gpus" ($scoring.gpus | default 0) "resources" ($scoring.resources | default dict))
+  (dict "key" "learner" "count" "ranks" "actors" ($learner.ranks | default 1 | int64) "together" 1 "cpus" ($learner.cpus | default 1) "gpus" ($learner.gpus | default 0) "resources" ($learner.resources | default dict))
 -}}
 {{- toYaml $roles -}}
 {{- end }}
@@ -93,6 +101,7 @@
 {{- end -}}
 {{- if $all -}}
 {{- $offers = append $offers $name -}}
+{{- $slots = mul (div $slots $role.together) $role.together -}}
 {{- $places = add $places (mul $slots (include "stage-ray.podsOf" (dict "root" $root "group" $group) | int64)) -}}
 {{- end -}}
 {{- end -}}
