@@ -83,9 +83,17 @@ def test_every_panel_has_a_place_of_its_own_a_title_and_a_data_source():
 
 
 def test_every_variable_that_an_expression_uses_is_defined():
-    defined = {variable["name"] for variable in DASHBOARD["templating"]["list"]} | {"__rate_interval"}
+    defined = {variable["name"] for variable in DASHBOARD["templating"]["list"]}
     used = {name for _, expression in expressions() for name in re.findall(r"\$([a-z_]\w*)", expression)}
     assert used <= defined and {"instance", "session"} <= used
+
+
+def test_work_is_averaged_over_more_than_one_call_which_counts_when_it_ends():
+    """Over Grafana's own interval, four scrapes, a wave of a minute is nothing, then thrice what is possible."""
+    ranges = [part for _, expression in expressions() for part in re.findall(r"rate\([^\[]*\[(\w+)\]", expression)]
+    assert len(ranges) == 5 and set(ranges) == {"5m"}
+    busy = [expression for _, expression in expressions() if "stage_ray_busy_" in expression]
+    assert len(busy) == 3 and all(expression.startswith("avg_over_time(") for expression in busy)
 
 
 def test_the_dashboard_can_be_imported_as_it_is():
