@@ -44,6 +44,10 @@ ModelArgument = Annotated[
         metavar="MODEL", help="A Hugging Face directory (such as RUN_DIR/final), package:MODULE/DIR, or a hub id"
     ),
 ]
+OverridesOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a key by its dotted name; may be repeated"),
+]
 EngineOption = Annotated[Literal["vllm", "torch"] | None, typer.Option(help="What draws; vllm where it is installed")]
 GuidanceOption = Annotated[float, typer.Option(help="Classifier-free guidance scale; 1 is off", min=1.0)]
 SeedOption = Annotated[int, typer.Option(help="Fixes every image", min=0)]
@@ -54,10 +58,7 @@ def train(
     config: Annotated[
         Path, typer.Argument(metavar="CONFIG", help="A YAML file, such as configs/stage_shapeworld.yaml")
     ],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Override a key by its dotted name; may be repeated"),
-    ] = None,
+    overrides: OverridesOption = None,
     run_dir: Annotated[Path | None, typer.Option(help="Where the run writes; run_dir of the config by default")] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the newest checkpoint of the run directory")
@@ -115,10 +116,7 @@ def submit(
     address: Annotated[
         str, typer.Option(envvar="RAY_API_SERVER_ADDRESS", help="The dashboard of the Ray cluster")
     ] = "http://127.0.0.1:8265",
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Override a key by its dotted name; may be repeated"),
-    ] = None,
+    overrides: OverridesOption = None,
     run_dir: Annotated[
         Path | None, typer.Option(help="Where the run writes: absolute, on storage that the cluster shares")
     ] = None,
@@ -133,7 +131,7 @@ def submit(
     ] = None,
     wait: Annotated[bool, typer.Option(help="Follow the log until the job ends; its exit code is ours")] = True,
     working_dir: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Send this directory instead of the installed package")
+        Path | None, typer.Option(metavar="DIR", help="Send this directory, minus .gitignore, .rayignore; not our code")
     ] = None,
     image_has_code: Annotated[
         bool, typer.Option("--image-has-code", help="Send only the config: the cluster has stage_ray installed")
@@ -144,6 +142,9 @@ def submit(
             metavar="NAME",
             help="Pass this variable of yours on; may be repeated. Whoever has the cluster's token can read it there",
         ),
+    ] = None,
+    runtime_env: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="YAML of Ray's runtime_env: pip, uv, py_modules, env_vars")
     ] = None,
     entrypoint_cpus: Annotated[
         float, typer.Option(help="CPUs reserved for the driver; more than 0 lets it leave the head node", min=0)
@@ -174,6 +175,7 @@ def submit(
         env=env or [],
         cpus=entrypoint_cpus,
         resources=entrypoint_resources,
+        runtime_env=runtime_env,
     )
     raise typer.Exit(submit_job(job, address, wait=wait))
 

@@ -44,8 +44,16 @@ class Head:
 
     def jobs(self) -> dict[str, dict[str, Any]]:
         """What the Jobs API knows of submitted jobs, by submission id."""
-        answer = requests.get(f"{self.address}/api/jobs/", headers={"Authorization": f"Bearer {TOKEN}"}, timeout=30)
-        return {job["submission_id"]: job for job in answer.json() if job["type"] == "SUBMISSION"}
+        return {job["submission_id"]: job for job in self._ask("/api/jobs/") if job["type"] == "SUBMISSION"}
+
+    def reserved(self, submission_id: str) -> dict[str, float]:
+        """What Ray's scheduler reserves, or reserved, for the driver of a job."""
+        actors = self._ask("/api/v0/actors?detail=true")["data"]["result"]["result"]
+        (driver,) = [actor for actor in actors if actor["name"] == f"_ray_internal_job_actor_{submission_id}"]
+        return driver["required_resources"]
+
+    def _ask(self, path: str) -> Any:
+        return requests.get(f"{self.address}{path}", headers={"Authorization": f"Bearer {TOKEN}"}, timeout=30).json()
 
 
 def free_port() -> int:

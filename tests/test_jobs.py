@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -73,25 +74,65 @@ def test_ray_job_submit_attaches_to_the_running_cluster_and_fails_with_the_run(h
     assert "did you mean 'learner.lr'?" in wrong.stdout + wrong.stderr
 
 
-def test_submit_sends_the_code_follows_the_run_and_does_not_repeat_it(head, tmp_path):
-    run_dir = tmp_path / "run"
-    arguments = ["--run-dir", str(run_dir), "--env", "A_TOKEN", "--entrypoint-cpus", "0.5"]
-    arguments += ["--entrypoint-resources", "{driver: 1}", *settings()]
-    done = submit(head, *arguments, A_TOKEN="hush-hush")
+SCORER = """
+import numpy as np
+import stage_ray
+from stage_ray.rewards.base import RewardOutput
+
+class Brightness:
+    def __init__(self, licence):
+        assert "Apache" in open(licence).read()
+
+    def score(self, images, prompts):
+        scores = stage_ray.SENT * images.mean(axis=(1, 2, 3), dtype=np.float32)  # no other copy has SENT
+        return RewardOutput(scores, np.isfinite(scores), tuple({} for _ in scores))
+"""
+
+
+@pytest.fixture
+def changed(tmp_path: Path) -> Path:
+    """A directory with a `stage_ray` that no node of the cluster has, and a package of scorers beside it."""
+    shutil.copytree(REPOSITORY / "stage_ray", tmp_path / "stage_ray", ignore=shutil.ignore_patterns("__pycache__"))
+    for name, line in (("__init__.py", "SENT = 0.5"), ("__main__.py", 'print("this is the code that was sent")')):
+        file = tmp_path / "stage_ray" / name
+        file.write_text(f"{line}\n{file.read_text()}")
+    (tmp_path / "my_scorers").mkdir()
+    (tmp_path / "my_scorers" / "__init__.py").write_text(SCORER)
+    return tmp_path
+
+
+def test_submit_sends_code_files_and_scorers_follows_the_run_and_does_not_repeat_it(head, changed):
+    waits = ["--id", "waits", "--entrypoint-resources", "{driver: 2}", "--no-wait"]  # the cluster has one
+    assert submit(head, "--run-dir", "/shared/runs/waits", *waits).returncode == 0
+    run_dir, more = changed / "run", changed / "more.yaml"
+    more.write_text(json.dumps({"py_modules": [str(changed / "my_scorers")], "env_vars": {"A_SETTING": "1"}}))
+    arguments = ["--run-dir", str(run_dir), "--env", "A_TOKEN", "--runtime-env", str(more), "--entrypoint-cpus", "0.5"]
+    arguments += ["--set", "rewards=[{type: my_scorers.Brightness, options: {licence: LICENSE}}]", *settings()]
+    secret = {"A_TOKEN": "hush-hush", "PYTHONPATH": str(changed)}  # the latter, that the command is the changed one
+
+    done = submit(head, *arguments, "--id", "sent", "--entrypoint-resources", "{driver: 1}", **secret)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "this is the code that was sent" in done.stdout
     assert steps(run_dir) == [1] and not (run_dir / "logs" / "ray").exists()
     assert str(run_dir / "report.html") in done.stdout, "the job's log was not followed"
     assert "hush-hush" not in done.stdout + done.stderr
+    job = head.jobs()["sent"]
+    assert job["metadata"]["stage_ray_run_dir"] == str(run_dir)
+    assert job["runtime_env"]["env_vars"].items() >= {"A_TOKEN": "hush-hush", "A_SETTING": "1"}.items()
+    assert head.reserved("sent") == {"CPU": 0.5, "driver": 1.0}
+    assert head.jobs()["waits"]["status"] == "PENDING", "a driver does not wait for what it asked for"
 
-    (job,) = [job for job in head.jobs().values() if job["metadata"].get("stage_ray_run_dir") == str(run_dir)]
-    assert job["runtime_env"]["env_vars"]["A_TOKEN"] == "hush-hush"
-    again = submit(head, *arguments, A_TOKEN="hush-hush")
+    again = submit(head, *arguments, "--id", "sent", **secret)
     assert again.returncode == 0 and "has succeeded already" in again.stderr
-    assert job["submission_id"] + ".2" not in head.jobs()
+    other = submit(head, *arguments, "--id", "sent", "--set", "seed=1", **secret)
+    assert other.returncode == 1 and "--id sent: job sent (succeeded) had another config" in other.stderr
+    listed = head.command("ray", "job", "list", "--address", head.address)
+    assert listed.returncode == 0 and "'sent'" in listed.stdout and "sent.2" not in listed.stdout, listed.stdout
 
 
 def test_what_only_the_cluster_can_find_wrong_has_the_exit_code_of_the_run(head, tmp_path):
-    wrong = submit(head, "--run-dir", str(tmp_path / "a"), *settings(policy__path="/nowhere/janus"))
+    installed = ["--image-has-code"]  # the code is there already
+    wrong = submit(head, "--run-dir", str(tmp_path / "a"), *installed, *settings(policy__path="/nowhere/janus"))
     assert wrong.returncode == 2 and "/nowhere/janus does not exist" in wrong.stdout, wrong.stdout + wrong.stderr
 
     too_much = ["--run-dir", str(tmp_path / "b"), *settings(rollout__cpus="1000", cluster__start_timeout_s="5")]

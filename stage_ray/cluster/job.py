@@ -10,6 +10,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -19,6 +20,9 @@ from stage_ray.errors import ConfigError
 
 STOP_WAIT_S = 300
 """After `ray job stop` a step may end and be saved before the job is killed; Ray's own default is 3 s."""
+
+ENVIRONMENT = ("conda", "config", "env_vars", "pip", "py_modules", "uv")
+"""Keys of Ray's runtime environment that --runtime-env takes; the others say where the code is, which we do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +37,9 @@ class Job:
         variables: environment of the driver and all workers; may be secret, so it is never printed.
         cpus: reserved for the driver; anything but 0 lets it leave the head node.
         resources: custom resources reserved for the driver, such as ``{"driver": 1}``.
+        digest: of the run directory and the whole config; a name stands for one of them. Not of the code, so that a
+            mended scorer goes on with the run that it broke.
+        environment: more of Ray's runtime environment, such as ``{"pip": ["nltk"]}``; may be secret.
     """
 
     name: str
@@ -42,6 +49,8 @@ class Job:
     variables: dict[str, str] = field(default_factory=dict, repr=False)
     cpus: float = 0.0
     resources: dict[str, float] = field(default_factory=dict)
+    digest: str = ""
+    environment: dict[str, Any] = field(default_factory=dict, repr=False)
 
 
 def plan_job(
@@ -57,6 +66,7 @@ def plan_job(
     env: Sequence[str] = (),
     cpus: float = 0.0,
     resources: str | None = None,
+    runtime_env: Path | None = None,
 ) -> Job:
     """Check everything that can be checked here.
 
@@ -81,14 +91,21 @@ def plan_job(
     command = ["python", "-m", "stage_ray", "train", inside]
     command += [part for override in overrides for part in ("--set", override)]
     command += ["--run-dir", str(run_dir)] * (run_dir is not None) + ["--auto-resume"] * auto_resume
+    variables, environment = _variables(env), _environment(runtime_env)
+    ours = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)}
+    theirs = environment.pop("env_vars", {})
+    if twice := sorted(variables.keys() & theirs.keys()):
+        raise ConfigError(f"{twice[0]} is given by --env and by env_vars of {runtime_env}; leave one of them out")
     return Job(
         name=name or job_name(run),
         run_dir=run.run_dir,
         entrypoint=shlex.join(command),
         files=files,
-        variables={"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)} | _variables(env),
+        variables=ours | theirs | variables,
         cpus=cpus,
         resources=_resources(resources),
+        digest=_digest(run),
+        environment=environment,
     )
 
 
@@ -98,9 +115,12 @@ def job_name(run: RunConfig) -> str:
     Example:
         a run in /shared/runs/first is ``stage-ray-first-6d0c1a52``, and stays it on every machine
     """
-    digest = hashlib.sha256(json.dumps(run.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
     end = re.sub(r"[^A-Za-z0-9]+", "-", Path(run.run_dir).name).strip("-")[:40]
-    return f"stage-ray-{end or 'run'}-{digest[:8]}"
+    return f"stage-ray-{end or 'run'}-{_digest(run)[:8]}"
+
+
+def _digest(run: RunConfig) -> str:
+    return hashlib.sha256(json.dumps(run.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
 
 
 def attempt_of(job: Job, submission_id: str | None) -> int | None:
@@ -125,6 +145,36 @@ def _variables(names: Sequence[str]) -> dict[str, str]:
         if name not in os.environ:
             raise ConfigError(f"--env {name}: no such variable is set here")
     return {name: os.environ[name] for name in names}
+
+
+def _environment(path: Path | None) -> dict[str, Any]:
+    """A file's part of Ray's runtime environment, checked by Ray itself."""
+    if path is None:
+        return {}
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"--runtime-env {path} is not readable YAML: {' '.join(str(error).split())}") from error
+    known = ", ".join(ENVIRONMENT)
+    if not isinstance(values, dict):
+        raise ConfigError(f"--runtime-env {path} holds no mapping; known in it: {known}")
+    for key in values:
+        if key in ("working_dir", "excludes"):
+            raise ConfigError(
+                f"--runtime-env {path}: {key} is set by this command; use --working-dir DIR, and a .rayignore in it"
+            )
+        if key not in ENVIRONMENT:
+            raise ConfigError(f"--runtime-env {path}: unknown key {key!r}; known in it: {known}")
+    variables = values.get("env_vars", {})
+    if not isinstance(variables, dict) or not all(isinstance(value, str) for value in variables.values()):
+        raise ConfigError(f'--runtime-env {path}: env_vars is no mapping of names to texts, such as {{DEBUG: "1"}}')
+    from ray.runtime_env import RuntimeEnv
+
+    try:
+        RuntimeEnv(**values)
+    except (OSError, TypeError, ValueError) as error:
+        raise ConfigError(f"--runtime-env {path}: {' '.join(str(error).split())}") from error
+    return values
 
 
 def _resources(text: str | None) -> dict[str, float]:

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 RUN_DIR = "stage_ray_run_dir"
 """Key of a job's metadata: where it writes."""
+DIGEST = "stage_ray_digest"
+"""Key of a job's metadata: `Job.digest`, by which a name that is given again for something else is found out."""
 PATIENCE_S = 60.0
 """So long the cluster may be out of reach while a job is followed (a head's restart, a cut port-forward)."""
 ACTIVE = ("PENDING", "RUNNING")
@@ -43,7 +45,8 @@ def submit_job(job: Job, address: str, *, wait: bool = True, note: Callable[[str
 
     Raises:
         ConfigError: the address is not one, or the package is too large.
-        RunError: the cluster does not answer, wants another token, or another job writes into the run directory.
+        RunError: the cluster does not answer, wants another token, another job writes into the run directory, or the
+            name is that of a job with another config.
         Interrupted: Ctrl-C; the job goes on.
     """
     note = note or (lambda sentence: print(f"stage-ray: {sentence}", file=sys.stderr))
@@ -98,7 +101,8 @@ def _last_attempt(job: Job, jobs: Iterable[JobDetails], address: str) -> JobDeta
     """The newest attempt at this job that the cluster knows of.
 
     Raises:
-        RunError: another job, which may compute something else, is writing into the same run directory.
+        RunError: another job, which may compute something else, is writing into the same run directory, or had this
+            name.
     """
     attempts: dict[int, JobDetails] = {}
     for other in jobs:
@@ -111,7 +115,17 @@ def _last_attempt(job: Job, jobs: Iterable[JobDetails], address: str) -> JobDeta
                 f"job {other.submission_id} is writing into {job.run_dir} with another config or name; stop it first "
                 f"(ray job stop {other.submission_id} --address {address}), or name another --run-dir"
             )
-    return attempts[max(attempts)] if attempts else None
+    if not attempts:
+        return None
+    last = attempts[max(attempts)]
+    known = last.metadata or {}
+    if known.get(DIGEST, job.digest) != job.digest:
+        where = "config" if known.get(RUN_DIR) == job.run_dir else f"run directory ({known.get(RUN_DIR)})"
+        raise RunError(
+            f"--id {job.name}: job {last.submission_id} ({last.status.lower()}) had another {where}; name a new --id, "
+            "or leave it out: the run directory alone decides which run goes on"
+        )
+    return last
 
 
 def _start(client: JobSubmissionClient, job: Job, attempt: int, note: Callable[[str], None]) -> str:
@@ -124,14 +138,15 @@ def _start(client: JobSubmissionClient, job: Job, attempt: int, note: Callable[[
             client.submit_job(
                 entrypoint=job.entrypoint,
                 submission_id=name,
-                runtime_env={"working_dir": str(package), "env_vars": job.variables},
-                metadata={RUN_DIR: job.run_dir},
+                runtime_env=job.environment | {"working_dir": str(package), "env_vars": job.variables},
+                metadata={RUN_DIR: job.run_dir, DIGEST: job.digest},
                 entrypoint_num_cpus=job.cpus or None,
                 entrypoint_resources=job.resources or None,
             )
         except RuntimeError as error:
             if "already exists" not in str(error):
                 raise
+            _last_attempt(job, client.list_jobs(), client.get_address())
             note(f"job {name} was started by somebody else in this moment; attached to it")
             return name
     note(f"job {name} was given to the cluster: {job.entrypoint}")

@@ -194,7 +194,9 @@ def markdown() -> str:
         "## Of a run\n\nOne row an update in `metrics.jsonl` and TensorBoard, and the newest of each on the driver's "
         "Prometheus endpoint\n(`cluster.metrics_port`).\n",
         _markdown_table(RECORDED, "metrics.jsonl"),
-        "## Alarms\n\nThe label `name` of `stage_ray_alarm_total`; each has a rule in `alerts.yaml`.\n",
+        "## Alarms\n\nThe label `name` of `stage_ray_alarm_total`; each has a rule in `alerts.yaml`. A run that ends "
+        "because no group could be scored\n(`no_valid_reward`) takes its endpoint with it before another scrape: alert "
+        "on the job that failed, too.\n",
         "| name | meaning |\n| --- | --- |\n" + "".join(f"| `{name}` | {text} |\n" for name, text in ALARMS.items()),
         "## Of its workers\n\nOn the Ray metrics endpoint of each node, with the labels `role` (rollout, reward, "
         "learner) and `worker`.\n",

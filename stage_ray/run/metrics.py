@@ -106,6 +106,7 @@ class Recorder:
         self._alarms = (self._run_dir / ALARMS_FILE).open("a", encoding="utf-8")
         purge = resume_step + 1 if resume_step else None
         self._board = SummaryWriter(str(self._run_dir / "tensorboard"), purge_step=purge)
+        self._gauge("step").set(resume_step)  # before the first update too: who gets stuck there must be seen
 
     def _close_files(self) -> None:
         self._file.close()

@@ -11,11 +11,13 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from ray._private.ray_constants import DASHBOARD_CLIENT_MAX_SIZE
+from ray._private.runtime_env.packaging import GCS_STORAGE_MAX_SIZE, _dir_travel
 from ray.job_submission import JobDetails
 
 from stage_ray.cli import main
 from stage_ray.cluster.job import Job, attempt_of, job_name, plan_job
-from stage_ray.cluster.job_package import package_contents, write_package
+from stage_ray.cluster.job_package import CAP_MIB, package_contents, write_package
 from stage_ray.cluster.submit import _exit_code, _last_attempt
 from stage_ray.config import load_config
 from stage_ray.errors import ConfigError, Interrupted, RunError
@@ -24,9 +26,9 @@ CONFIG = Path(__file__).parents[2] / "configs" / "stage_shapeworld.yaml"
 SHARED = Path("/shared/runs/first")
 
 
-def job(name: str, status: str, run_dir: str = "/shared/first", **more: object) -> JobDetails:
+def job(name: str, status: str, run_dir: str = "/shared/first", digest: str = "", **more: object) -> JobDetails:
     """What the Jobs API says of a job."""
-    metadata = {"stage_ray_run_dir": run_dir}
+    metadata = {"stage_ray_run_dir": run_dir, "stage_ray_digest": digest}
     return JobDetails(type="SUBMISSION", submission_id=name, status=status, entrypoint="", metadata=metadata, **more)
 
 
@@ -89,6 +91,7 @@ def test_a_stopped_job_has_time_to_save():
         (["--run-dir", "/s/a", "--working-dir", "/nowhere"], "--working-dir /nowhere is not a directory"),
         (["--run-dir", "/s/a", "--working-dir", ".", "--image-has-code"], "exclude each other"),
         (["--run-dir", "/s/a", "--entrypoint-resources", "driver"], "is not a mapping of names to numbers"),
+        (["--run-dir", "/s/a", "--runtime-env", "none.yaml"], "--runtime-env none.yaml is not readable YAML"),
         (["--run-dir", "/s/a", "--address", "auto"], "--address 'auto' is not the address of a Ray dashboard"),
     ],
 )
@@ -139,6 +142,86 @@ def test_a_working_directory_is_sent_without_what_is_hidden_or_belongs_to_this_m
     assert set(planned.files) == own
 
 
+def test_a_working_directory_is_sent_without_what_its_ignore_files_name_as_ray_does(here):
+    (here / ".gitignore").write_text("data/\n*.bin\n!keep.bin\n")
+    (here / "lib" / ".rayignore").write_text("notes.txt\n")
+    for name in ("data/a.txt", "a.bin", "keep.bin", "lib/notes.txt", "lib/b.bin", "notes.txt"):
+        (here / name).parent.mkdir(exist_ok=True)
+        (here / name).write_text("")
+    sent = set(plan_job(Path("configs/mine.yaml"), run_dir=SHARED, working_dir=Path(".")).files)
+    assert {"keep.bin", "notes.txt", "my_scorer.py"} <= sent
+    assert not sent & {"data/a.txt", "a.bin", "lib/notes.txt", "lib/b.bin"}
+
+    rays: list[Path] = []
+    _dir_travel(here, [], rays.append, include_gitignore=True)
+    assert sent <= {path.relative_to(here).as_posix() for path in rays}, "Ray's own client would have left it out"
+
+
+def test_files_among_a_scorers_options_are_sent(here):
+    (here / "vocabulary").mkdir()
+    for name in ("words.txt", "vocabulary/a.txt"):
+        (here / name).write_text("")
+    options = "rewards.0.options={detector: a.B, path: ./words.txt, more: [{below: vocabulary}], size: soft}"
+    planned = plan_job(Path("configs/mine.yaml"), [options], SHARED, image_has_code=True)
+    assert set(planned.files) == {"configs/mine.yaml", "prompts/mine.txt", "words.txt", "vocabulary/a.txt"}
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("prompts.train=../outside.txt", "prompts.train = '../outside.txt' leads out of"),
+        ("policy.path=../models/mine", "policy.path = '../models/mine' leads out of"),
+        ("rewards.0.options.words=[../outside.txt]", "rewards.0.options.words.0 = '../outside.txt' leads out of"),
+        ("prompts.heldout=prompts/none.txt", "prompts.heldout = 'prompts/none.txt' is no file in"),
+    ],
+)
+@pytest.mark.parametrize("where", [[], ["--working-dir", "."]], ids=["the files it names", "a directory"])
+def test_a_file_that_the_job_would_not_find_is_refused_by_key_and_name(override, sentence, where, here, capsys):
+    (here / "deeper" / "prompts").mkdir(parents=True)
+    (here / "deeper" / "prompts" / "mine.txt").write_text("a photo of a ring\n")
+    (here / "models" / "mine").mkdir(parents=True)
+    (here / "outside.txt").write_text("a photo of a ring\n")
+    os.chdir(here / "deeper")
+    assert main(["submit", "../configs/mine.yaml", "--run-dir", "/s/a", "--set", override, *where]) == 2
+    error = capsys.readouterr().err
+    assert sentence in error and "give its absolute path" in error and error.count("\n") == 1, error
+
+
+def test_a_named_file_that_an_ignore_file_names_is_refused(here):
+    (here / ".gitignore").write_text("prompts/\n")
+    with pytest.raises(ConfigError, match=r"prompts\.train = 'prompts/mine\.txt'.*not sent with --working-dir"):
+        plan_job(Path("configs/mine.yaml"), run_dir=SHARED, working_dir=here)
+
+
+def test_more_of_rays_environment_comes_from_a_file(here, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hush-hush")
+    (here / "more.yaml").write_text("{env_vars: {MODE: fast}, py_modules: [lib], config: {setup_timeout_seconds: 60}}")
+    planned = plan_job(Path("configs/mine.yaml"), run_dir=SHARED, env=["HF_TOKEN"], runtime_env=Path("more.yaml"))
+    assert planned.environment == {"py_modules": ["lib"], "config": {"setup_timeout_seconds": 60}}
+    assert planned.variables.keys() == {"MODE", "HF_TOKEN", "RAY_JOB_STOP_WAIT_TIME_S"}
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("[pip]", "holds no mapping; known in it: conda"),
+        ("{working_dir: .}", "working_dir is set by this command; use --working-dir DIR"),
+        ("{excludes: [a]}", "excludes is set by this command"),
+        ("{pipp: [nltk]}", "unknown key 'pipp'; known in it: conda, config, env_vars, pip"),
+        ("{env_vars: {A: 1234}}", 'env_vars is no mapping of names to texts, such as {DEBUG: "1"}'),
+        ("{env_vars: {PATH: /bin}}", "PATH is given by --env and by env_vars"),
+        ("{pip: [nltk], conda: mine}", "cannot be specified at the same time"),
+        ("{pip: [nltk", "is not readable YAML"),
+    ],
+)
+def test_an_environment_that_is_not_one_is_refused(content, sentence, here):
+    (here / "more.yaml").write_text(content)
+    with pytest.raises(ConfigError) as refused:
+        plan_job(Path("configs/mine.yaml"), run_dir=SHARED, env=["PATH"], runtime_env=here / "more.yaml")
+    assert str(refused.value).startswith(("--runtime-env", "PATH")) and sentence in str(refused.value)
+    assert "1234" not in str(refused.value), "it may be a secret"
+
+
 def test_a_config_from_elsewhere_takes_no_other_files_name(here, tmp_path):
     (here / "stage_shapeworld.yaml").write_text("steps: 1")
     with pytest.raises(ConfigError, match="holds another stage_shapeworld.yaml"):
@@ -184,12 +267,8 @@ def test_a_package_above_rays_limit_is_refused_by_its_biggest_entries(tmp_path):
         write_package(files, tmp_path / "package.zip", cap_mib=5)
 
 
-def test_the_limit_is_rays_own():
-    from ray._private.runtime_env.packaging import GCS_STORAGE_MAX_SIZE
-
-    from stage_ray.cluster.job_package import CAP_MIB
-
-    assert CAP_MIB * 2**20 == GCS_STORAGE_MAX_SIZE
+def test_the_limit_is_that_of_rays_dashboard_and_the_head_could_keep_as_much():
+    assert CAP_MIB * 2**20 == DASHBOARD_CLIENT_MAX_SIZE < GCS_STORAGE_MAX_SIZE
 
 
 def test_attempts_are_counted_as_numbers():
@@ -208,6 +287,23 @@ def test_two_jobs_never_write_into_one_run_directory():
         RunError, match="job other is writing into /shared/first.*ray job stop other --address http://here"
     ):
         _last_attempt(mine, [job("other", "RUNNING")], "http://here")
+
+
+@pytest.mark.parametrize("status", ["SUCCEEDED", "RUNNING", "FAILED"])
+def test_a_name_that_is_given_again_for_another_config_is_refused(status):
+    mine = Job("first", "/shared/first", "", {}, digest="new")
+    assert _last_attempt(mine, [job("first", "FAILED", digest="old"), job("first.2", status, digest="new")], "http://a")
+    with pytest.raises(RunError, match=r"--id first: job first\.2 .* had another config; name a new --id, or leave it"):
+        _last_attempt(mine, [job("first", "FAILED"), job("first.2", status, digest="old")], "http://a")
+    with pytest.raises(RunError, match=r"had another run directory \(/shared/second\)"):
+        _last_attempt(mine, [job("first", status, "/shared/second", digest="old")], "http://a")
+
+
+def test_what_a_job_is_known_by_changes_with_config_and_run_directory_and_not_with_the_code():
+    plain = plan_job(CONFIG, ["steps=5"], SHARED, name="a")
+    assert plain.digest == plan_job(CONFIG, ["steps=5"], SHARED, name="b", image_has_code=True).digest
+    others = {plan_job(CONFIG, ["steps=6"], SHARED).digest, plan_job(CONFIG, ["steps=5"], Path("/s/a")).digest}
+    assert len(others) == 2 and plain.digest not in others
 
 
 def test_the_exit_code_is_the_drivers_own():

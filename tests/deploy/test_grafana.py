@@ -83,9 +83,17 @@ def test_every_panel_has_a_place_of_its_own_a_title_and_a_data_source():
 
 
 def test_every_variable_that_an_expression_uses_is_defined():
-    defined = {variable["name"] for variable in DASHBOARD["templating"]["list"]} | {"__rate_interval"}
+    defined = {variable["name"] for variable in DASHBOARD["templating"]["list"]}
     used = {name for _, expression in expressions() for name in re.findall(r"\$([a-z_]\w*)", expression)}
     assert used <= defined and {"instance", "session"} <= used
+
+
+def test_work_is_averaged_over_more_than_one_call_which_counts_when_it_ends():
+    """Over Grafana's own interval, four scrapes, a wave of a minute is nothing, then thrice what is possible."""
+    ranges = [part for _, expression in expressions() for part in re.findall(r"rate\([^\[]*\[(\w+)\]", expression)]
+    assert len(ranges) == 5 and set(ranges) == {"5m"}
+    busy = [expression for _, expression in expressions() if "stage_ray_busy_" in expression]
+    assert len(busy) == 3 and all(expression.startswith("avg_over_time(") for expression in busy)
 
 
 def test_the_dashboard_can_be_imported_as_it_is():
@@ -105,6 +113,24 @@ def test_every_alarm_has_one_rule_and_every_rule_says_what_to_do():
         assert rule.keys() <= {"alert", "expr", "for", "labels", "annotations"}
         assert rule["labels"]["severity"] in ("warning", "critical")
         assert "$labels.instance" in rule["annotations"]["description"] and rule["annotations"]["summary"]
+
+
+def test_no_progress_is_said_of_runs_that_still_report_only():
+    (rule,) = [rule for rule in RULES if rule["alert"] == "StageRayNoProgress"]
+    ranged, before, now = rule["expr"].split(" and ")
+    assert ranged == "changes(stage_ray_step[30m]) == 0" and before == "stage_ray_step offset 30m >= 0"
+    assert now == "stage_ray_step", "a range, or an offset, still sees a run that has ended"
+
+
+@needs_promtool
+def test_a_run_that_ended_is_silent_and_one_that_never_did_an_update_is_not(tmp_path):
+    """An hour after the start one ends, on a last step of 40 minutes; the other is still at step 0."""
+    series = {'stage_ray_step{instance="ended:1"}': "0+1x20 21x39 stale", 'stage_ray_step{instance="stuck:1"}': "0x120"}
+    stuck = {"severity": "critical", "alertname": "StageRayNoProgress", "instance": "stuck:1"}
+    for minute in (55, 65, 95):
+        said = fired(series, f"{minute}m", tmp_path)
+        assert ('instance="ended:1"' in said) == (minute == 55), f"{minute} minutes: {said}"
+        assert all(f'{label}="{value}"' in said for label, value in stuck.items()), f"{minute} minutes: {said}"
 
 
 @needs_promtool
@@ -153,6 +179,19 @@ def test_an_alert_fires_when_it_should_and_is_quiet_before_and_after(rule, tmp_p
     file.write_text(yaml.safe_dump(case))
     said = promtool("test", "rules", str(file), code=1)
     assert all(f'{label}="{value}"' in said for label, value in fired["exp_labels"].items()), said
+
+
+def fired(series: dict[str, str], eval_time: str, tmp_path: Path) -> str:
+    """The alerts StageRayNoProgress at a time, as promtool prints what it did not expect."""
+    test = {
+        "interval": "1m",
+        "input_series": [{"series": name, "values": values} for name, values in series.items()],
+        "alert_rule_test": [{"eval_time": eval_time, "alertname": "StageRayNoProgress", "exp_alerts": []}],
+    }
+    rules = [str(GRAFANA / "alerts.yaml")]
+    file = tmp_path / "case.yaml"
+    file.write_text(yaml.safe_dump({"rule_files": rules, "evaluation_interval": "1m", "tests": [test]}))
+    return promtool("test", "rules", str(file), code=1)
 
 
 def promtool(*arguments: str, code: int = 0) -> str:

@@ -47,6 +47,15 @@ def test_prometheus_serves_the_newest_step_under_the_same_names(recorder: Record
     assert math.isnan(seen["stage_ray_kl"])
 
 
+def test_prometheus_serves_the_step_before_the_first_update_and_after_a_rewind(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path, port=0, host="127.0.0.1", resume_step=2)
+    assert scrape(recorder.port or 0)["stage_ray_step"] == 2
+    recorder.step(3, {"kl": 0.5})
+    recorder.rewind(1)
+    assert scrape(recorder.port or 0)["stage_ray_step"] == 1
+    recorder.close()
+
+
 def test_prometheus_does_not_go_on_serving_what_a_later_step_did_not_measure(recorder: Recorder) -> None:
     recorder.step(1, {"kl": 0.5, "mismatch/abs_logprob": 0.01})
     recorder.step(2, {"kl": 0.25})
