@@ -231,9 +231,11 @@ class Learner:
         fixed, policy_weight, kl_weight, advantages = (tensor.flatten(0, 1) for tensor in flat)
         logprobs, behavior = torch.empty_like(fixed), torch.empty_like(fixed)
         loss, policy = torch.zeros((), device=self._device), torch.zeros((), device=self._device)
+        # One answer for the whole batch: ranks that ran different forwards would miss each other in their gathers.
+        guided = self._guided_ratio and bool((batch.staleness > 0).any())
         self._optimizer.zero_grad(set_to_none=True)
         for rows in cuts:
-            current, behavior[rows] = self._logprobs(batch, rows)
+            current, behavior[rows] = self._logprobs(batch, rows, guided=guided)
             part = weighted_loss(
                 current,
                 fixed[rows],
@@ -258,13 +260,14 @@ class Learner:
             self._clock() - start,
         )
 
-    def _logprobs(self, batch: Batch, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def _logprobs(self, batch: Batch, rows: Tensor, *, guided: bool) -> tuple[Tensor, Tensor]:
         """The policy's log-probabilities of some images, with gradient, and those that its ratios are taken against.
 
-        A fresh group is measured against itself: what lies between engine and learner is no reason to weigh a token.
+        With ``guided``, an old group's ratio is that of what its tokens were drawn from: one more forward pass. A fresh
+        group is measured against itself: what lies between engine and learner is no reason to weigh a token.
         """
         stale = (batch.staleness > 0).repeat_interleave(batch.tokens.shape[1])[rows].unsqueeze(-1)
-        statistics = self._statistics(batch, rows, guided=self._guided_ratio and bool(stale.any()))
+        statistics = self._statistics(batch, rows, guided=guided)
         current, recorded = statistics.logprobs, batch.logprobs.flatten(0, 1)[rows]
         if statistics.guided_logprobs is not None:
             drawn = batch.guided_logprobs.flatten(0, 1)[rows]

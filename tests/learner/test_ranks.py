@@ -27,9 +27,13 @@ SETTINGS = {
 
 
 def updates(learner: Learner, count: int) -> list[dict[str, float]]:
-    """Every rank draws the same groups: two from the newest version, two that are getting old."""
+    """Every rank draws the same groups. Those of the first rank are as new as the learner, the others' get old."""
     groups = sample_groups(_frozen(learner), [*PROMPTS, PROMPTS[0]], 4)
-    return [learner.update(groups, score(groups)) for _ in range(count)]
+    metrics = []
+    for _ in range(count):
+        aged = [replace(group, policy_version=learner.version) for group in groups[:2]] + groups[2:]
+        metrics.append(learner.update(aged, score(aged)))
+    return metrics
 
 
 def _frozen(learner: Learner):
@@ -45,8 +49,7 @@ def weights(learner: Learner) -> dict[str, torch.Tensor]:
 def rank(number: int, count: int, port: int, model: Path, out: Path) -> None:
     """What each process does; what it finds is in ``out``."""
     torch.set_num_threads(1)
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    ranks = Ranks.join(number, count, f"127.0.0.1:{port}", CPU, timeout_s=60)
+    ranks = Ranks.join(number, count, f"127.0.0.1:{port}", CPU, timeout_s=30)
     listening = {c.laddr.ip for c in psutil.Process().net_connections() if c.status == psutil.CONN_LISTEN}
     assert listening <= {"127.0.0.1"}, listening
     run = tiny_run(model, **SETTINGS, algorithm={"ratio_on": "guided"})
