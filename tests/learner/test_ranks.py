@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
