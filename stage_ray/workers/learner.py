@@ -41,9 +41,9 @@ class LearnerWorker(Ranked):
         from stage_ray.policies.base import device_for
 
         learner = self._run.learner
-        device = device_for(learner.gpus)
-        ranks = Ranks.join(self._rank, learner.ranks, address, device, timeout_s=learner.timeout_s)
-        self._learner = Learner(self._run, threads=learner.threads, ranks=ranks)
+        device = device_for(learner.gpus, "learner.gpus")
+        self._ranks = Ranks.join(self._rank, learner.ranks, address, device, timeout_s=learner.timeout_s)
+        self._learner = Learner(self._run, threads=learner.threads, ranks=self._ranks)
 
     def take(self, *objects: Any) -> None:
         """Hold the rollout groups and scored groups, alternating, of the next update.
