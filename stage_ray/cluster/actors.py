@@ -45,7 +45,7 @@ class Actors:
         """A reward worker."""
         scoring = self._run.scoring
         make = actor_of(RewardWorker, scoring.cpus, scoring.gpus, {"OMP_NUM_THREADS": "1"}, scoring.resources)
-        return make.remote(list(self._run.rewards), self._log(name))
+        return make.remote(name, list(self._run.rewards), self._log(name))
 
     def learner(self, name: str) -> Any:
         """The learner: one actor, or a `Team` of ranks."""

@@ -27,7 +27,7 @@ class LearnerWorker(Ranked):
 
     def __init__(self, name: str, run: RunConfig, log: str | None, rank: int = 0) -> None:
         """Load the model; one of several ranks waits for `begin` with that."""
-        redirect_output(log, "learner")
+        redirect_output(log, "learner", name)
         self._metrics = WorkerMetrics("learner", name)
         self._run, self._rank = run, rank
         self._chunks: list[Chunk] = []
@@ -57,7 +57,8 @@ class LearnerWorker(Ranked):
         groups = self._taken[::2]
         self._metrics.begin((group.group_id for group in groups), step=self._learner.version + 1)
         metrics = self._learner.update(groups, self._taken[1::2])
-        self._metrics.done(groups, version=self._learner.version)
+        # Each rank counts the groups that it ran, so that the counts of all add up to the work done.
+        self._metrics.done(groups[self._ranks.rows(len(groups))], version=self._learner.version)
         return metrics
 
     def save_taken(self, directory: str) -> None:
