@@ -31,7 +31,7 @@ from stage_ray.learner.batch import Batch, LearnerError, make_batch
 from stage_ray.learner.measure import PolicyPass, ReferencePass, correction_of, update_metrics
 from stage_ray.learner.precision import attention, autocast, uses_bfloat16
 from stage_ray.learner.ranks import Ranks, whole, whole_state
-from stage_ray.learner.state import LearnerParts, load_state, save_state
+from stage_ray.learner.state import LearnerParts, fingerprint, load_state, save_state
 from stage_ray.policies import load_policy
 from stage_ray.policies.base import device_for
 from stage_ray.policies.statistics import SamplingRule, TokenStatistics
@@ -78,11 +78,12 @@ class Learner:
         self.version = 0
         self._run = run
         self._ranks = ranks or Ranks()
-        self._device = device_for(run.learner.gpus)
+        self._device = device_for(run.learner.gpus, "learner.gpus")
         self._bfloat16 = uses_bfloat16(run.learner.autocast, self._device)
         self.policy = load_policy(run.policy, device=self._device, dtype=torch.float32)
         self._reference = load_policy(run.policy, device=self._device, dtype=torch.float32)
         self._reference.model.requires_grad_(False)
+        self._base = fingerprint(self._reference.trained_parameters())  # while it is whole: it never changes
         if run.learner.gradient_checkpointing:
             _enable_checkpointing(self.policy.model)
         for policy in (self.policy, self._reference):
@@ -167,7 +168,7 @@ class Learner:
         self._ranks.wait()
 
     def _parts(self) -> LearnerParts:
-        return LearnerParts(self._parameters, self._optimizer, self._reference.trained_parameters(), self._ranks)
+        return LearnerParts(self._parameters, self._optimizer, self._base, self._ranks)
 
     def _cuts(self, batch: Batch) -> list[Tensor]:
         """The rows of each micro-batch of this rank: whole groups, as many as every other rank's."""
