@@ -100,6 +100,7 @@ class Learner:
         self._rule = SamplingRule.of(run.rollout)
         # A plain rule draws from the conditional distribution itself: there is no second ratio.
         self._guided_ratio = run.algorithm.ratio_on == "guided" and not self._rule.plain
+        self._leave_free_memory()
 
     def update(self, groups: Sequence[RolloutGroup], scored: Sequence[ScoredGroup]) -> dict[str, float]:
         """Train on whole groups once and move to the next version.
@@ -133,6 +134,7 @@ class Learner:
         metrics = update_metrics(batch, reference, signals, passed, self._run)
         metrics["grad_norm"] = self._step(metrics, lr)
         metrics["lr"] = lr
+        self._leave_free_memory()
         return metrics
 
     def weights(self, *, in_place: bool = False) -> list[tuple[str, Tensor]]:
@@ -143,7 +145,9 @@ class Learner:
         """
         if self._ranks.count == 1:
             return [(name, p.detach() if in_place else p.detach().cpu()) for name, p in self._parameters.items()]
-        return list(whole_state(self._parameters, keep=self._ranks.first).items())
+        whole_weights = list(whole_state(self._parameters, keep=self._ranks.first).items())
+        self._leave_free_memory()
+        return whole_weights
 
     def save_state(self, directory: Path) -> None:
         """Write all that a bit-exact resume needs (safetensors and JSON) into ``directory``, together."""
@@ -156,6 +160,7 @@ class Learner:
             LearnerError: a file is missing or damaged, or of another model. Nothing has changed then.
         """
         self.version = load_state(directory, self._parts())
+        self._leave_free_memory()
 
     def export(self, directory: Path) -> None:
         """Write a Hugging Face checkpoint that plain transformers loads; the first rank does, the others take part."""
@@ -169,6 +174,11 @@ class Learner:
 
     def _parts(self) -> LearnerParts:
         return LearnerParts(self._parameters, self._optimizer, self._base, self._ranks)
+
+    def _leave_free_memory(self) -> None:
+        """Give what torch keeps for later back to the GPU that an engine shares: it would not find it free."""
+        if self._run.rollout.colocated and self._device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _cuts(self, batch: Batch) -> list[Tensor]:
         """The rows of each micro-batch of this rank: whole groups, as many as every other rank's."""
