@@ -18,6 +18,7 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
+from stage_ray.builds import ON_A_GPU, needs_gpu
 from stage_ray.errors import ConfigError
 from stage_ray.machine import cpu_name, gpu_names, package_version, usable_cpus
 from stage_ray.resources import resolve_path
@@ -95,6 +96,16 @@ def _libraries() -> Iterable[Finding]:
         )
     if importlib.util.find_spec("torchvision") is not None:
         yield _imports("torchvision", "torchvision", mend="its build does not fit torch: pip uninstall torchvision")
+
+
+def _vllm_build() -> Iterable[Finding]:
+    if needs_gpu():
+        yield Finding(
+            "vLLM build",
+            "missing",
+            "for GPUs, of which the default job reserves none",
+            f"stage-ray train configs/stage_shapeworld.yaml {ON_A_GPU}",
+        )
 
 
 def _imports(subject: str, distribution: str, code: str | None = None, mend: str = REINSTALL) -> Finding:
@@ -204,4 +215,13 @@ def _ports() -> Iterable[Finding]:
         )
 
 
-CHECKS: tuple[Callable[[], Iterable[Finding]], ...] = (_python, _libraries, _processor, _memory, _assets, _disk, _ports)
+CHECKS: tuple[Callable[[], Iterable[Finding]], ...] = (
+    _python,
+    _libraries,
+    _vllm_build,
+    _processor,
+    _memory,
+    _assets,
+    _disk,
+    _ports,
+)

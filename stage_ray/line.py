@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from stage_ray.process_group import store_at
+from stage_ray.process_group import keep_to_network_of, store_at
 from stage_ray.records import WeightManifest
 from stage_ray.weights import DTYPES, verify
 
@@ -138,6 +138,7 @@ def _join(place: Place, at: dist.TCPStore) -> Any:
         options._timeout = limit
         options._devices = [dist.ProcessGroupGloo.create_device(hostname=ray.util.get_node_ip_address())]
         return dist.ProcessGroupGloo(store, place.rank, place.count, options)
+    keep_to_network_of(place.address)
     # Read once, here: a deadline is then an error in `wait`, and not the end of the process.
     before = os.environ.get(BLOCKING)
     os.environ[BLOCKING] = "1"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
+from stage_ray.builds import require_fitting_build
 from stage_ray.config import RunConfig
 from stage_ray.pipeline.prompts import load_prompts
 from stage_ray.policies.checkpoint_files import check_directory
@@ -14,9 +16,14 @@ from stage_ray.resources import model_location
 def preflight(run: RunConfig) -> tuple[list[Prompt], list[Prompt]]:
     """Check the model directory (a hub id is left to the workers) and read the prompts: to train on, and held out.
 
+    Where the workers will run on this machine, also that its vLLM is one for the hardware they reserve.
+
     Raises:
-        ConfigError: the model directory or a prompt file is missing, incomplete or malformed.
+        ConfigError: vLLM is a build for GPUs and none is reserved, or the model directory or a prompt file is missing,
+            incomplete or malformed.
     """
+    if run.cluster.address is None and "RAY_ADDRESS" not in os.environ:
+        require_fitting_build(run.rollout)
     model = Path(model_location(run.policy.path))
     if model.exists():
         check_directory(model, run.policy.family)

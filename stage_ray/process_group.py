@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from datetime import timedelta
 
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -24,11 +26,14 @@ def free_address(host: str) -> str:
 def join_group(rank: int, count: int, address: str, device: torch.device, timeout_s: float) -> None:
     """Make torch's default process group; blocks until all are there. gloo on a CPU, NCCL on GPUs.
 
+    Whatever this process opens for that, now or in groups that are made of this one, is on the network of ``address``.
+
     Args:
         address: where rank 0 listens, HOST:PORT, as `free_address` gives it.
         timeout_s: how long a rank waits for another, here and in every exchange.
     """
     limit = timedelta(seconds=timeout_s)
+    keep_to_network_of(address)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
         store=store_at(address, rank, count, limit),
@@ -36,6 +41,33 @@ def join_group(rank: int, count: int, address: str, device: torch.device, timeou
         world_size=count,
         timeout=limit,
     )
+
+
+def keep_to_network_of(address: str) -> None:
+    """Let gloo and NCCL use the interface over which this machine reaches HOST:PORT; a user's own choice stays.
+
+    Left to itself gloo listens where the machine's name leads, on stock Debian and Ubuntu 127.0.1.1, which no other
+    machine reaches; and NCCL listens on the network also where everybody is on 127.0.0.1.
+    """
+    interface = interface_to(address)
+    if interface is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")  # without the sign NCCL takes it for a prefix
+
+
+def interface_to(address: str) -> str | None:
+    """Name of the interface over which this machine reaches HOST:PORT; None where its address is on no interface.
+
+    Example:
+        >>> interface_to("127.0.0.1:6000") == interface_to("127.0.0.1:7000")
+        True
+    """
+    host, _, port = address.rpartition(":")
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, int(port)))  # sends nothing: asks for the route
+        own = probe.getsockname()[0]
+    names = (name for name, found in psutil.net_if_addrs().items() if own in {item.address for item in found})
+    return next(names, None)
 
 
 def store_at(address: str, rank: int, count: int, limit: timedelta) -> dist.TCPStore:

@@ -45,7 +45,7 @@ class Actors:
         """A reward worker."""
         scoring = self._run.scoring
         make = actor_of(RewardWorker, scoring.cpus, scoring.gpus, {"OMP_NUM_THREADS": "1"}, scoring.resources)
-        return make.remote(list(self._run.rewards), self._log(name))
+        return make.remote(name, list(self._run.rewards), self._log(name))
 
     def learner(self, name: str) -> Any:
         """The learner: one actor, or a `Team` of ranks."""
@@ -119,12 +119,14 @@ def actor_of(
 
     Its ``.remote(...)`` starts one.
     """
+    # Ray shows a process without a GPU of its own every GPU of the node, and whoever sees one takes it.
+    hidden = {} if gpus else {"CUDA_VISIBLE_DEVICES": ""}
     # Pings are answered by a thread of their own, also while the actor works.
     pinged = ray.remote(concurrency_groups={"health": 1})(role)
     return pinged.options(
         num_cpus=cpus,
         num_gpus=gpus,
         resources=dict(resources or {}),
-        runtime_env={"env_vars": {**env, **worker_environment()}},
+        runtime_env={"env_vars": {**env, **hidden, **worker_environment()}},
         **where,
     )

@@ -20,7 +20,7 @@ class TorchEngine(WaveEngine):
 
     def __init__(self, policy: PolicyConfig, rollout: RolloutConfig, *, worker: str) -> None:
         super().__init__(worker, rollout.images_per_wave, SamplingRule.of(rollout))
-        device = device_for(rollout.gpus)
+        device = device_for(rollout.gpus, "rollout.gpus")
         self._device = device
         self._policy = JanusPolicy.load(policy, device=device, dtype=compute_dtype(rollout.dtype, device))
         self._policy.model.requires_grad_(False)

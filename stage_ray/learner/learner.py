@@ -31,7 +31,7 @@ from stage_ray.learner.batch import Batch, LearnerError, make_batch
 from stage_ray.learner.measure import PolicyPass, ReferencePass, correction_of, update_metrics
 from stage_ray.learner.precision import attention, autocast, uses_bfloat16
 from stage_ray.learner.ranks import Ranks, whole, whole_state
-from stage_ray.learner.state import LearnerParts, load_state, save_state
+from stage_ray.learner.state import LearnerParts, fingerprint, load_state, save_state
 from stage_ray.policies import load_policy
 from stage_ray.policies.base import device_for
 from stage_ray.policies.statistics import SamplingRule, TokenStatistics
@@ -78,11 +78,12 @@ class Learner:
         self.version = 0
         self._run = run
         self._ranks = ranks or Ranks()
-        self._device = device_for(run.learner.gpus)
+        self._device = device_for(run.learner.gpus, "learner.gpus")
         self._bfloat16 = uses_bfloat16(run.learner.autocast, self._device)
         self.policy = load_policy(run.policy, device=self._device, dtype=torch.float32)
         self._reference = load_policy(run.policy, device=self._device, dtype=torch.float32)
         self._reference.model.requires_grad_(False)
+        self._base = fingerprint(self._reference.trained_parameters())  # while it is whole: it never changes
         if run.learner.gradient_checkpointing:
             _enable_checkpointing(self.policy.model)
         for policy in (self.policy, self._reference):
@@ -99,6 +100,7 @@ class Learner:
         self._rule = SamplingRule.of(run.rollout)
         # A plain rule draws from the conditional distribution itself: there is no second ratio.
         self._guided_ratio = run.algorithm.ratio_on == "guided" and not self._rule.plain
+        self._leave_free_memory()
 
     def update(self, groups: Sequence[RolloutGroup], scored: Sequence[ScoredGroup]) -> dict[str, float]:
         """Train on whole groups once and move to the next version.
@@ -132,6 +134,7 @@ class Learner:
         metrics = update_metrics(batch, reference, signals, passed, self._run)
         metrics["grad_norm"] = self._step(metrics, lr)
         metrics["lr"] = lr
+        self._leave_free_memory()
         return metrics
 
     def weights(self, *, in_place: bool = False) -> list[tuple[str, Tensor]]:
@@ -142,7 +145,9 @@ class Learner:
         """
         if self._ranks.count == 1:
             return [(name, p.detach() if in_place else p.detach().cpu()) for name, p in self._parameters.items()]
-        return list(whole_state(self._parameters, keep=self._ranks.first).items())
+        whole_weights = list(whole_state(self._parameters, keep=self._ranks.first).items())
+        self._leave_free_memory()
+        return whole_weights
 
     def save_state(self, directory: Path) -> None:
         """Write all that a bit-exact resume needs (safetensors and JSON) into ``directory``, together."""
@@ -155,6 +160,7 @@ class Learner:
             LearnerError: a file is missing or damaged, or of another model. Nothing has changed then.
         """
         self.version = load_state(directory, self._parts())
+        self._leave_free_memory()
 
     def export(self, directory: Path) -> None:
         """Write a Hugging Face checkpoint that plain transformers loads; the first rank does, the others take part."""
@@ -167,7 +173,12 @@ class Learner:
         self._ranks.wait()
 
     def _parts(self) -> LearnerParts:
-        return LearnerParts(self._parameters, self._optimizer, self._reference.trained_parameters(), self._ranks)
+        return LearnerParts(self._parameters, self._optimizer, self._base, self._ranks)
+
+    def _leave_free_memory(self) -> None:
+        """Give what torch keeps for later back to the GPU that an engine shares: it would not find it free."""
+        if self._run.rollout.colocated and self._device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _cuts(self, batch: Batch) -> list[Tensor]:
         """The rows of each micro-batch of this rank: whole groups, as many as every other rank's."""
@@ -231,9 +242,11 @@ class Learner:
         fixed, policy_weight, kl_weight, advantages = (tensor.flatten(0, 1) for tensor in flat)
         logprobs, behavior = torch.empty_like(fixed), torch.empty_like(fixed)
         loss, policy = torch.zeros((), device=self._device), torch.zeros((), device=self._device)
+        # One answer for the whole batch: ranks that ran different forwards would miss each other in their gathers.
+        guided = self._guided_ratio and bool((batch.staleness > 0).any())
         self._optimizer.zero_grad(set_to_none=True)
         for rows in cuts:
-            current, behavior[rows] = self._logprobs(batch, rows)
+            current, behavior[rows] = self._logprobs(batch, rows, guided=guided)
             part = weighted_loss(
                 current,
                 fixed[rows],
@@ -258,13 +271,14 @@ class Learner:
             self._clock() - start,
         )
 
-    def _logprobs(self, batch: Batch, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def _logprobs(self, batch: Batch, rows: Tensor, *, guided: bool) -> tuple[Tensor, Tensor]:
         """The policy's log-probabilities of some images, with gradient, and those that its ratios are taken against.
 
-        A fresh group is measured against itself: what lies between engine and learner is no reason to weigh a token.
+        With ``guided``, an old group's ratio is that of what its tokens were drawn from: one more forward pass. A fresh
+        group is measured against itself: what lies between engine and learner is no reason to weigh a token.
         """
         stale = (batch.staleness > 0).repeat_interleave(batch.tokens.shape[1])[rows].unsqueeze(-1)
-        statistics = self._statistics(batch, rows, guided=self._guided_ratio and bool(stale.any()))
+        statistics = self._statistics(batch, rows, guided=guided)
         current, recorded = statistics.logprobs, batch.logprobs.flatten(0, 1)[rows]
         if statistics.guided_logprobs is not None:
             drawn = batch.guided_logprobs.flatten(0, 1)[rows]

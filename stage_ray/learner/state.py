@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from stage_ray.learner.batch import LearnerError
-from stage_ray.learner.ranks import Ranks, whole
+from stage_ray.learner.ranks import Ranks
 from stage_ray.learner.shards import load_shards, save_shards, sharded_like
 
 FORMAT = 1
@@ -24,11 +24,11 @@ SHARDS = "shards"
 
 @dataclass(frozen=True, slots=True)
 class LearnerParts:
-    """The parts of a learner that its state is made of, whole or sharded; ``reference`` is only fingerprinted."""
+    """The parts of a learner that its state is made of, whole or sharded, and its reference's `fingerprint`."""
 
     parameters: Mapping[str, nn.Parameter]
     optimizer: torch.optim.Optimizer
-    reference: Mapping[str, Tensor]
+    reference: str
     ranks: Ranks = field(default_factory=Ranks)
 
 
@@ -40,7 +40,6 @@ def save_state(directory: Path, version: int, parts: LearnerParts) -> None:
     scheduler to store, and the random states of the first rank are those of all.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    reference = fingerprint(parts.reference)
     weights = {name: parameter.detach() for name, parameter in parts.parameters.items()}
     states = parts.optimizer.state_dict()["state"]
     moments = {
@@ -55,7 +54,7 @@ def save_state(directory: Path, version: int, parts: LearnerParts) -> None:
         save_file({name: tensor.cpu().contiguous() for name, tensor in moments.items()}, directory / OPTIMIZER)
     if parts.ranks.first:
         save_file(_random_states(), directory / RANDOM)
-        facts = {"format": FORMAT, "version": version, "reference": reference}
+        facts = {"format": FORMAT, "version": version, "reference": parts.reference}
         (directory / FACTS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     parts.ranks.wait()
 
@@ -73,7 +72,7 @@ def load_state(directory: Path, parts: LearnerParts) -> int:
         raise LearnerError(f"learner state {directory / FACTS} cannot be read: {error}") from error
     if facts.get("format") != FORMAT:
         raise LearnerError(f"learner state {directory / FACTS} has format {facts.get('format')}, known is {FORMAT}")
-    if facts["reference"] != fingerprint(parts.reference):
+    if facts["reference"] != parts.reference:
         raise LearnerError(f"learner state {directory} was trained from another base model; set policy.path back to it")
     if (directory / SHARDS).is_dir():
         where = directory / SHARDS
@@ -101,11 +100,11 @@ def load_state(directory: Path, parts: LearnerParts) -> int:
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """xxh3-64 over names and bytes, in order: tells two models apart."""
+    """xxh3-64 over names and bytes of whole tensors, in order: tells two models apart."""
     digest = xxhash.xxh3_64()
     for name, tensor in tensors.items():
         digest.update(name.encode())
-        digest.update(whole(tensor.detach()).cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return str(digest.hexdigest())
 
 

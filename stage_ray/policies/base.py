@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from stage_ray.errors import ConfigError
 from stage_ray.policies.statistics import SamplingRule, TokenStatistics
 
 
@@ -80,9 +82,23 @@ class Policy(Protocol):
         ...
 
 
-def device_for(gpus: float) -> torch.device:
-    """A GPU where the role reserved one, else the CPU."""
-    return torch.device("cuda" if gpus > 0 and torch.cuda.is_available() else "cpu")
+def device_for(gpus: float, key: str = "gpus") -> torch.device:
+    """A GPU where the role reserved one, else the CPU; ``key`` is the config's, for the message.
+
+    Raises:
+        ConfigError: a GPU is reserved and torch cannot use it.
+
+    Example:
+        >>> device_for(0)
+        device(type='cpu')
+    """
+    if gpus > 0 and not torch.cuda.is_available():
+        built = f"is built for CUDA {torch.version.cuda}" if torch.version.cuda else "is a build without CUDA"
+        raise ConfigError(
+            f"{key} = {gpus:g} reserves a GPU, but torch {torch.__version__} on {socket.gethostname()} sees none: it "
+            f"{built}; set {key}=0, or mend the driver or the installation there (stage-ray doctor looks at both)"
+        )
+    return torch.device("cuda" if gpus > 0 else "cpu")
 
 
 def hardware_has_bfloat16(device: torch.device) -> bool:

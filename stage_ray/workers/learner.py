@@ -27,7 +27,7 @@ class LearnerWorker(Ranked):
 
     def __init__(self, name: str, run: RunConfig, log: str | None, rank: int = 0) -> None:
         """Load the model; one of several ranks waits for `begin` with that."""
-        redirect_output(log, "learner")
+        redirect_output(log, "learner", name)
         self._metrics = WorkerMetrics("learner", name)
         self._run, self._rank = run, rank
         self._chunks: list[Chunk] = []
@@ -41,9 +41,9 @@ class LearnerWorker(Ranked):
         from stage_ray.policies.base import device_for
 
         learner = self._run.learner
-        device = device_for(learner.gpus)
-        ranks = Ranks.join(self._rank, learner.ranks, address, device, timeout_s=learner.timeout_s)
-        self._learner = Learner(self._run, threads=learner.threads, ranks=ranks)
+        device = device_for(learner.gpus, "learner.gpus")
+        self._ranks = Ranks.join(self._rank, learner.ranks, address, device, timeout_s=learner.timeout_s)
+        self._learner = Learner(self._run, threads=learner.threads, ranks=self._ranks)
 
     def take(self, *objects: Any) -> None:
         """Hold the rollout groups and scored groups, alternating, of the next update.
@@ -57,7 +57,8 @@ class LearnerWorker(Ranked):
         groups = self._taken[::2]
         self._metrics.begin((group.group_id for group in groups), step=self._learner.version + 1)
         metrics = self._learner.update(groups, self._taken[1::2])
-        self._metrics.done(groups, version=self._learner.version)
+        # Each rank counts the groups that it ran, so that the counts of all add up to the work done.
+        self._metrics.done(groups[self._ranks.rows(len(groups))], version=self._learner.version)
         return metrics
 
     def save_taken(self, directory: str) -> None:

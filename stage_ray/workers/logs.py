@@ -5,32 +5,27 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import ray
-
 from stage_ray.run.logs import start_worker_logs
 from stage_ray.run.run_dir import deny_others_writing
 
 
-def redirect_output(log: str | None, role: str = "worker") -> str:
+def redirect_output(log: str | None, role: str = "worker", worker: str = "worker") -> None:
     """Send this process's stdout and stderr, C++ included, to a file; None leaves them to Ray's own log files.
 
-    Returns:
-        What this worker is called in logs and metrics: its log's name, or else its role and the begin of its actor id.
+    Args:
+        log: the file; it need not exist.
+        role: rollout, reward or learner.
+        worker: what the driver and the metrics call this worker; its lines carry that name.
 
     Every actor begins with this, so it is also where nobody else may write the files of a run any more: a worker of a
     cluster that the run joined has that cluster's umask.
     """
     deny_others_writing()
-    if log is None:
-        actor = ray.get_runtime_context().get_actor_id() if ray.is_initialized() else None
-        worker = f"{role}-{(actor or str(os.getpid()))[:8]}"
-        start_worker_logs(role, worker)
-        return worker
-    path = Path(log)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    os.close(descriptor)
-    start_worker_logs(role, path.stem)
-    return path.stem
+    if log is not None:
+        path = Path(log)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        os.dup2(descriptor, 1)
+        os.dup2(descriptor, 2)
+        os.close(descriptor)
+    start_worker_logs(role, worker)

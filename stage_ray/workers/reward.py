@@ -16,8 +16,9 @@ from stage_ray.workers.metrics import WorkerMetrics
 class RewardWorker(Pinged):
     """Every scorer of the run, called on whole batches of groups."""
 
-    def __init__(self, rewards: Sequence[RewardConfig], log: str | None) -> None:
-        self._metrics = WorkerMetrics("reward", redirect_output(log, "reward"))
+    def __init__(self, name: str, rewards: Sequence[RewardConfig], log: str | None) -> None:
+        redirect_output(log, "reward", name)
+        self._metrics = WorkerMetrics("reward", name)
         from stage_ray.rewards import build_rewards
 
         self._scorers = build_rewards(rewards)

@@ -30,7 +30,7 @@ class RolloutWorker(Ranked):
 
     def __init__(self, name: str, run: RunConfig, log: str | None, rank: int = 0) -> None:
         """Start the engine; one of several ranks waits for `begin` with that."""
-        redirect_output(log, "rollout")
+        redirect_output(log, "rollout", name)
         self._metrics = WorkerMetrics("rollout", name)
         self._name, self._run, self._rank = name, run, rank
         if run.rollout.tensor_parallel == 1:

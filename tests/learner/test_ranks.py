@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import os
-import socket
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
 import pytest
 import torch
+import torch.distributed as dist
 import torch.multiprocessing as processes
 from safetensors.torch import load_file, save_file
 from transformers import JanusForConditionalGeneration
 
 from stage_ray.learner import Learner, LearnerError, Ranks
+from stage_ray.process_group import free_address
 from tests.learner_case import PROMPTS, sample_groups, score, tiny_run
 from tests.tiny import tiny_janus
 
@@ -23,13 +25,23 @@ SETTINGS = {
     "rollout": {"groups_per_step": 4, "group_size": 4, "guidance_scale": 3.0},
     "learner": {"lr": 1e-3, "autocast": "off", "micro_batch_images": 4, "max_mismatch": None},
     "pipeline": {"max_staleness": 5},
+    "algorithm": {"ratio_on": "guided"},
 }
 
 
+def with_learner(**changes: Any) -> dict[str, Any]:
+    """The settings with some of the learner's changed."""
+    return {**SETTINGS, "learner": SETTINGS["learner"] | changes}
+
+
 def updates(learner: Learner, count: int) -> list[dict[str, float]]:
-    """Every rank draws the same groups: two from the newest version, two that are getting old."""
+    """Every rank draws the same groups. Those of the first rank are as new as the learner, the others' get old."""
     groups = sample_groups(_frozen(learner), [*PROMPTS, PROMPTS[0]], 4)
-    return [learner.update(groups, score(groups)) for _ in range(count)]
+    metrics = []
+    for _ in range(count):
+        aged = [replace(group, policy_version=learner.version) for group in groups[:2]] + groups[2:]
+        metrics.append(learner.update(aged, score(aged)))
+    return metrics
 
 
 def _frozen(learner: Learner):
@@ -42,14 +54,25 @@ def weights(learner: Learner) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in learner.weights()}
 
 
-def rank(number: int, count: int, port: int, model: Path, out: Path) -> None:
-    """What each process does; what it finds is in ``out``."""
+def rank(number: int, addresses: tuple[str, str], model: Path, out: Path) -> None:
+    """What each of three processes does; what it finds is in ``out``. The third waits until two have trained."""
     torch.set_num_threads(1)
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    ranks = Ranks.join(number, count, f"127.0.0.1:{port}", CPU, timeout_s=60)
+    if number < 2:
+        two_ranks(number, Ranks.join(number, 2, addresses[0], CPU, timeout_s=30), model, out)
+        dist.destroy_process_group()
+    ranks = Ranks.join(number, 3, addresses[1], CPU, timeout_s=200)
+    learner = Learner(tiny_run(model, **SETTINGS), threads=1, ranks=ranks)
+    learner.load_state(out / "by-two")
+    by_three = weights(learner)
+    if number == 0:
+        save_file(by_three, out / "by-three.safetensors")
+
+
+def two_ranks(number: int, ranks: Ranks, model: Path, out: Path) -> None:
+    """They recompute activations, as `stage-ray plan` proposes; who trains alone keeps them."""
     listening = {c.laddr.ip for c in psutil.Process().net_connections() if c.status == psutil.CONN_LISTEN}
     assert listening <= {"127.0.0.1"}, listening
-    run = tiny_run(model, **SETTINGS, algorithm={"ratio_on": "guided"})
+    run = tiny_run(model, **with_learner(gradient_checkpointing=True))
     learner = Learner(run, threads=1, ranks=ranks)
     metrics = updates(learner, 2)
     learner.save_state(out / "by-two")
@@ -59,7 +82,7 @@ def rank(number: int, count: int, port: int, model: Path, out: Path) -> None:
     learner.export(out / "exported")
     held = sum(p.to_local().numel() for p in learner.policy.trained_parameters().values())
     whole = sum(p.numel() for p in learner.policy.trained_parameters().values())
-    assert held <= whole * 0.55, f"rank {number} of {count} holds {held} of {whole} trained numbers"
+    assert held <= whole * 0.55, f"rank {number} of 2 holds {held} of {whole} trained numbers"
 
     groups = sample_groups(_frozen(learner), [*PROMPTS, PROMPTS[0]], 4)
     bad = score(groups, lambda group: np.full(4, np.nan))
@@ -78,6 +101,9 @@ def rank(number: int, count: int, port: int, model: Path, out: Path) -> None:
         save_file(again, out / "again.safetensors")
         save_file(after, out / "after.safetensors")
         torch.save(metrics, out / "metrics.pt")
+    rounded = updates(Learner(tiny_run(model, **with_learner(autocast="bfloat16")), threads=1, ranks=ranks), 1)
+    if number == 0:
+        torch.save(rounded, out / "rounded.pt")
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +111,7 @@ def case(tmp_path_factory):
     """Two ranks and one, with the same groups: the directory with what the two left, the one and its metrics."""
     out = tmp_path_factory.mktemp("ranks")
     model = tiny_janus(out / "janus")
-    run = tiny_run(model, **SETTINGS, algorithm={"ratio_on": "guided"})
+    run = tiny_run(model, **SETTINGS)
     alone = Learner(run, threads=1)
     metrics = updates(alone, 2)
     alone.save_state(out / "by-one")
@@ -93,10 +119,8 @@ def case(tmp_path_factory):
     moments = out / "cut" / "optimizer.safetensors"
     moments.write_bytes(moments.read_bytes()[:-100])
     metrics += updates(alone, 1)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    processes.spawn(rank, (2, port, model, out), nprocs=2)
+    addresses = (free_address("127.0.0.1"), free_address("127.0.0.1"))
+    processes.spawn(rank, (addresses, model, out), nprocs=3)
     return out, run, alone, metrics
 
 
@@ -127,6 +151,24 @@ def test_what_two_ranks_saved_one_reads_and_the_other_way(case):
     updates(reader, 1)
     close(weights(reader), weights(alone))
     close(load_file(out / "again.safetensors"), load_file(out / "by-one" / "trained.safetensors"))
+
+
+@pytest.mark.slow
+def test_what_two_ranks_saved_three_read(case):
+    out, *_ = case
+    close(load_file(out / "by-three.safetensors"), load_file(out / "by-one" / "trained.safetensors"))
+
+
+@pytest.mark.slow
+def test_in_bfloat16_two_ranks_differ_from_one_by_rounding_only(case, tmp_path):
+    out, run, *_ = case
+    alone = Learner(tiny_run(Path(run.policy.path), **with_learner(autocast="bfloat16")), threads=1)
+    (one,), (two,) = updates(alone, 1), torch.load(out / "rounded.pt", weights_only=True)
+    assert two["mismatch/abs_logprob"] != one["mismatch/abs_logprob"], "then say so no longer, in ranks.py and README"
+    # Neither is nearer to float32, in which these groups were drawn: 0.015 and 0.012 nats a token.
+    assert max(two["mismatch/abs_logprob"], one["mismatch/abs_logprob"]) < 0.03
+    for name, tolerance in {"grad_norm": 0.05, "entropy/reference": 0.01, "reward/mean": 1e-6}.items():
+        assert two[name] == pytest.approx(one[name], rel=tolerance), name
 
 
 @pytest.mark.slow

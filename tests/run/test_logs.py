@@ -117,13 +117,16 @@ def test_workers_are_told_the_format_and_the_run(tmp_path, monkeypatch):
     start_logs("text", "")
     for name, value in told.items():
         monkeypatch.setenv(name, value)
-    code = "from stage_ray.workers.logs import redirect_output as r; print(r('w/reward-1.log', 'reward'))\n"
-    code += "import logging; logging.getLogger('y').error('hm')"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, timeout=100, env=dict(os.environ))
-    name, line = (tmp_path / "w" / "reward-1.log").read_text().splitlines()
-    facts = json.loads(line)
-    assert name == "reward-1"
-    assert (facts["run"], facts["role"], facts["worker"]) == ("seed-20", "reward", "reward-1")
+    code = "import logging, sys; from stage_ray.workers.logs import redirect_output\n"
+    code += "redirect_output(sys.argv[1] or None, 'reward', 'reward-1'); logging.getLogger('y').error('hm')"
+    command = [sys.executable, "-c", code]
+    log = tmp_path / "w" / "reward-1.log"
+    for where in (str(log), ""):  # of a local run; of a cluster that the run joined, where Ray keeps the output
+        options = {"capture_output": True, "text": True, "timeout": 100, "env": dict(os.environ)}
+        done = subprocess.run([*command, where], check=True, cwd=tmp_path, **options)
+        (facts,) = objects(done.stdout or log.read_text())
+        assert (facts["run"], facts["role"], facts["worker"]) == ("seed-20", "reward", "reward-1")
+        assert bool(done.stdout) == (not where)
 
 
 def test_an_error_that_nobody_expected_is_a_line_too():

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from stage_ray.builds import require_fitting_build
 from stage_ray.config import ConfigError, PolicyConfig, RolloutConfig
 from stage_ray.engines.sampling import SamplingRule
 from stage_ray.engines.vllm.environment import set_environment
@@ -37,11 +38,12 @@ class VllmEngine(WaveEngine):
     def __init__(
         self, policy: PolicyConfig, rollout: RolloutConfig, *, worker: str, rank: int = 0, address: str = ""
     ) -> None:
+        require_fitting_build(rollout)
         super().__init__(worker, rollout.images_per_wave, SamplingRule.of(rollout))
         self._ranks = TensorRanks(rank, rollout.tensor_parallel, address)
         self._files = JanusFiles.load(policy)
         self._prompts = JanusPrompts(self._files, policy.template)
-        self._device = device_for(rollout.gpus)
+        self._device = device_for(rollout.gpus, "rollout.gpus")
         text = self._files.config.text_config
         self._ranks.check_heads(text.num_attention_heads, text.num_key_value_heads)
         self._vqmodel = janus_parts.load_vqmodel(self._files, self._device) if rank == 0 else None

@@ -15,8 +15,30 @@ from vllm.model_executor.models.llama import LlamaModel
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, maybe_prefix
 
 
+class ImageFirstEmbedding(nn.Module):
+    """Ids of the image-first vocabulary to embeddings: below V an image token, from V on a text token."""
+
+    def __init__(self, vq_config: JanusVQVAEConfig, texts: int, width: int) -> None:
+        super().__init__()
+        self.codes: int = vq_config.num_embeddings
+        self.text = VocabParallelEmbedding(texts, width)
+        self.image = nn.Embedding(vq_config.num_embeddings, vq_config.embed_dim)
+        self.aligner = JanusVQVAEAlignerMLP(vq_config)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Ids [N] -> embeddings [N, width]."""
+        image = self.aligner(self.image(ids.clamp(max=self.codes - 1)))
+        text = self.text((ids - self.codes).clamp(min=0))
+        return torch.where((ids < self.codes).unsqueeze(-1), image, text)
+
+
 class JanusForImageGeneration(nn.Module):
-    """Prompt and image ids in, logits over the V image tokens out (see `export` for the vocabulary)."""
+    """Prompt and image ids in, logits over the V image tokens out (see `export` for the vocabulary).
+
+    Ids are embedded inside of `LlamaModel`, which vLLM compiles and on a GPU cuts into CUDA graphs. A graph reads its
+    inputs where they lay when it was captured. vLLM keeps ids and positions there, but embeddings made outside would
+    lie elsewhere in every step, and a prompt's graph (``FULL_AND_PIECEWISE``, the default) would read old ones.
+    """
 
     hf_to_vllm_mapper = WeightsMapper(
         orig_to_new_prefix={
@@ -24,6 +46,9 @@ class JanusForImageGeneration(nn.Module):
             "model.vision_model.": None,
             "model.aligner.": None,
             "model.vqmodel.": None,
+            "model.language_model.embed_tokens.": "language_model.embed_tokens.text.",
+            "model.generation_embeddings.": "language_model.embed_tokens.image.",
+            "model.generation_aligner.": "language_model.embed_tokens.aligner.",
             "model.": "",
         }
     )
@@ -33,19 +58,16 @@ class JanusForImageGeneration(nn.Module):
         config = vllm_config.model_config.hf_config
         vq_config = JanusVQVAEConfig(**config.janus["vq_config"])
         self.config = config
-        self.codes: int = vq_config.num_embeddings
         self.language_model = LlamaModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "language_model"))
-        self.language_model.embed_tokens = VocabParallelEmbedding(config.janus["text_vocab_size"], config.hidden_size)
-        self.generation_embeddings = nn.Embedding(vq_config.num_embeddings, vq_config.embed_dim)
-        self.generation_aligner = JanusVQVAEAlignerMLP(vq_config)
+        self.language_model.embed_tokens = ImageFirstEmbedding(
+            vq_config, config.janus["text_vocab_size"], config.hidden_size
+        )
         # Logits rounded to bfloat16 would be the largest part of the difference to the learner's log-probabilities.
         self.generation_head = JanusVQVAEHead(vq_config).float()
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
-        """Ids [N] -> embeddings [N, hidden]: below V an image token, from V on a text token."""
-        image = self.generation_aligner(self.generation_embeddings(input_ids.clamp(max=self.codes - 1)))
-        text = self.language_model.embed_tokens((input_ids - self.codes).clamp(min=0))
-        return torch.where((input_ids < self.codes).unsqueeze(-1), image, text)
+        """Ids [N] -> embeddings [N, hidden]."""
+        return self.language_model.embed_input_ids(input_ids)
 
     def forward(
         self,
@@ -55,8 +77,7 @@ class JanusForImageGeneration(nn.Module):
         inputs_embeds: Tensor | None = None,
     ) -> Tensor:
         """Ids and positions [N] of all running requests -> states [N, hidden]."""
-        embeds = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
-        return self.language_model(None, positions, intermediate_tensors, embeds)
+        return self.language_model(input_ids, positions, intermediate_tensors, inputs_embeds)
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor:
         """States [R, hidden] -> logits [R, V], float32."""
