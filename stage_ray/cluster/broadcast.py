@@ -181,7 +181,7 @@ class _Meeting:
         self.arrived: dict[Seat, tuple[Any, asyncio.Future[bool | None]]] = {}
         self.complete = asyncio.Event()
         self.came: dict[Seat, float] = {}
-        self.began = 0.0
+        self.began: float | None = None
         self._order = list(seats)
         self._look()
 
@@ -199,10 +199,12 @@ class _Meeting:
 
     def waited(self, seat: Seat) -> float:
         """Seconds that a seat's actor was kept from work by others."""
+        assert self.began is not None, "nobody waits any more"
         return self.began - self.came[seat]
 
     def end(self) -> None:
         """Let everyone go who still waits: the learner was lost."""
+        self.began = self.began or time.perf_counter()  # where nothing was sent it was all waiting
         for _, passed in self.arrived.values():
             if not passed.done():
                 passed.set_result(None)
