@@ -29,15 +29,13 @@ class RolloutWorker(Ranked):
     _line: Line | None = None
 
     def __init__(self, name: str, run: RunConfig, log: str | None, rank: int = 0) -> None:
-        """Start the engine; one of several ranks waits for `begin` with that."""
+        """Load nothing yet: `begin` does."""
         redirect_output(log, "rollout")
         self._metrics = WorkerMetrics("rollout", name)
         self._name, self._run, self._rank = name, run, rank
-        if run.rollout.tensor_parallel == 1:
-            self.begin("")
 
-    def begin(self, address: str) -> None:
-        """Meet the other ranks there and load this rank's share of the model."""
+    def begin(self, address: str = "") -> None:
+        """Start the engine, or this rank's share of it after it has met the others at ``address``."""
         from stage_ray.engines import build_engine  # after the redirection: importing vLLM talks
 
         self._engine = build_engine(

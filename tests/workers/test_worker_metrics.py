@@ -48,6 +48,7 @@ def draw_score_train(run: Any, directory: Path) -> list[Any]:
     rollout = actor_of(RolloutWorker, 0.5, 0, {}).remote("rollout-0", run, log["rollout-0"])
     reward = actor_of(RewardWorker, 0.5, 0, {}).remote(list(run.rewards), log["reward-0"])
     learner = actor_of(LearnerWorker, 0.5, 0, {}).remote("learner", run, log["learner"])
+    ray.get([worker.begin.remote() for worker in (rollout, reward, learner)])
     requests = [RolloutRequest(i, Prompt(i, PROMPTS[i]), image_seeds(20, i, 4)) for i in range(2)]
     _, *drawn = rollout.generate.options(num_returns=5).remote(*requests)
     _, *scored = reward.score.options(num_returns=3).remote(*drawn)
