@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,9 @@ class Cluster:
             return Pool(role, size.workers, size.max_workers, start, **settings)
 
         # The learner first: colocated rollout workers are placed beside its ranks.
-        self.learner = Seat("learner", actors.learner, start_timeout_s=timeout, begin=begin, kill=end, keep_failed=True)
+        self.learner = Seat(
+            "learner", actors.learner, start_timeout_s=timeout, begin=self._begin_learner, kill=end, keep_failed=True
+        )
         self.transport = self._transport()
         self.rollouts = pool("rollout", run.rollout, actors.rollout, prepare=self._prepare_rollout)
         self.rewards = pool("reward", run.scoring, actors.reward)
@@ -165,9 +167,12 @@ class Cluster:
 
     async def update(self) -> dict[str, float]:
         """One STAGE update with the groups in the learner's hands; the policy's version grows by one."""
-        if self.run.rollout.colocated:
-            await asyncio.gather(*(self._sleep(seat) for seat in self.rollouts.open))
-        return await self.ask_learner(lambda worker: worker.update.remote())
+
+        async def update(worker: Any) -> Any:
+            async with self._gpus_to_itself():
+                return await worker.update.remote()
+
+        return await self.ask_learner(update)
 
     async def publish(self) -> None:
         """Broadcast the learner's version: every wave that is asked for from now on is drawn with it.
@@ -274,13 +279,30 @@ class Cluster:
 
     async def _begin(self) -> None:
         """Wait until every actor that the run needs is warm."""
+        if self.run.rollout.colocated:
+            # vLLM wants its share of a GPU free when it starts, and takes what others allocate while it measures itself
+            # for its own needs; if they free some it refuses. So workers load first, alone, and then sleep.
+            await self.rollouts.ready()
         timeout = self.run.cluster.start_timeout_s
         await asyncio.gather(self.rollouts.ready(), self.rewards.ready(), self.learner.ready(timeout))
 
-    async def _sleep(self, seat: Seat) -> None:
-        """Let one worker leave its GPU to the learner; the next version wakes it."""
-        with suppress(WorkerLost):
-            await seat.call(lambda worker: worker.sleep.remote(), self.run.cluster.sync_timeout_s, if_ready=True)
+    @asynccontextmanager
+    async def _gpus_to_itself(self) -> AsyncIterator[None]:
+        """Colocated workers leave their GPUs to the learner for as long as the context lasts, and none begins.
+
+        The next wave or version wakes them. Entered only when it is the learner's turn, so that nobody who holds the
+        workers waits for the learner.
+        """
+        seats = self.rollouts.seats if self.run.rollout.colocated else []
+        limit = self.run.cluster.sync_timeout_s
+        async with AsyncExitStack() as aside:
+            asleep = (seat.aside(lambda worker: worker.sleep.remote(), limit) for seat in seats)
+            await asyncio.gather(*map(aside.enter_async_context, asleep))
+            yield
+
+    async def _begin_learner(self, worker: Any) -> None:
+        async with self._gpus_to_itself():
+            await begin(worker)
 
     async def gone(self, groups: Sequence[GroupRefs]) -> list[int]:
         """Which groups' payload is nowhere any more. Only here does the driver fetch any: to see if it can."""

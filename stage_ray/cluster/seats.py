@@ -150,6 +150,20 @@ class Seat:
         turn.add_done_callback(self._turn_over)
         return await asyncio.shield(turn)
 
+    @contextlib.asynccontextmanager
+    async def aside(self, ask: Callable[[Any], Awaitable[Any]], timeout_s: float) -> AsyncIterator[None]:
+        """Let the actor do one thing, then keep it from everything for as long as the context lasts.
+
+        Where none has begun none begins meanwhile; the successor of one that is lost over ``ask`` waits as well.
+        """
+        async with self._lock:
+            if self.started:
+                try:
+                    await self._answer(ask(self._actor), timeout_s)
+                except WorkerLost as lost:
+                    self._lose(lost)
+            yield
+
     async def _turn(self, ask: Callable[[Any], Awaitable[Result]], timeout_s: float | None, if_ready: bool) -> Result:
         if if_ready and not self.is_ready:
             raise SeatEmpty(f"{self.name} was lost before its turn came")
