@@ -63,6 +63,11 @@ class WeightsEngine(WaveEngine):
         for tensor in self.tensors.values():
             synchronize(tensor.device)
 
+    @property
+    def codebook_size(self) -> int:
+        """Never asked."""
+        raise NotImplementedError
+
     def encode_prompt(self, text: str) -> PromptIds:
         """Never asked."""
         raise NotImplementedError
