@@ -51,7 +51,9 @@ class RolloutConfig(Section):
     )
     workers: int = Field(1, ge=1, description="Rollout actors that the run needs")
     max_workers: int | None = Field(
-        None, ge=1, description="Rollout actors where the cluster has room, now or later; null: no more than workers"
+        None,
+        ge=1,
+        description="Rollout actors where the cluster has room, now or later, to the end; null: no more than workers",
     )
     group_size: int = Field(8, ge=2, description="G, images of one prompt")
     groups_per_step: int = Field(8, ge=1, description="N, groups (prompts) of one update")
@@ -104,11 +106,17 @@ class ScoringConfig(Section):
 
     workers: int = Field(1, ge=1, description="Reward actors that the run needs")
     max_workers: int | None = Field(
-        None, ge=1, description="Reward actors where the cluster has room, now or later; null: no more than workers"
+        None,
+        ge=1,
+        description="Reward actors where the cluster has room, now or later, to the end; null: no more than workers",
     )
     groups_per_call: int = Field(8, ge=1, description="Groups scored in one batched call")
     timeout_s: float = Field(120.0, gt=0, description="Seconds a call may take before its groups are scored again")
-    attempts: int = Field(2, ge=1, description="Times a group is scored before it is replaced by a fresh one")
+    attempts: int = Field(
+        2,
+        ge=1,
+        description="Times a group is scored before it is replaced by a fresh one; a worker that dies does not count",
+    )
     cpus: float = Field(0.5, gt=0, description="CPUs reserved for one worker")
     gpus: float = Field(0.0, ge=0, description="GPUs reserved for one worker")
     resources: dict[str, float] = Field(default_factory=dict, description="Custom Ray resources of one worker")
@@ -223,7 +231,9 @@ class ClusterConfig(Section):
     dashboard: bool = Field(False, description="Ray's dashboard on a local cluster, on 127.0.0.1")
     metrics_port: int | None = Field(0, ge=0, le=65535, description="Prometheus port; 0 picks a free one, null is off")
     metrics_host: str = Field("127.0.0.1", description="Address the Prometheus endpoint binds to")
-    start_timeout_s: float = Field(300.0, gt=0, description="Seconds the workers may take to start")
+    start_timeout_s: float = Field(
+        300.0, gt=0, description="Seconds a worker may wait for its place, and as many to load"
+    )
     sync_timeout_s: float = Field(120.0, gt=0, description="Seconds a rollout worker may take to load a version")
     weight_transport: Literal["object_store", "gloo", "nccl"] = Field(
         "object_store",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal
@@ -77,12 +77,18 @@ class Line:
         """All tensors of a version, in memory of their own, verified.
 
         Raises:
-            LineBroken: as `send`.
+            LineBroken: as `send`, or there is no memory for it.
             WeightError: what arrived is not what the manifest says.
         """
         device = device_of(place.backend)
-        tensors = [torch.empty(s.shape, dtype=DTYPES[s.dtype], device=device) for s in manifest.tensors]
-        self._pass(place, tensors)
+        tensors: list[Tensor] = []
+
+        def rooms() -> Iterator[Tensor]:  # where `_pass` finds it out if there is none: one more copy may not fit
+            for spec in manifest.tensors:
+                tensors.append(torch.empty(spec.shape, dtype=DTYPES[spec.dtype], device=device))
+                yield tensors[-1]
+
+        self._pass(place, rooms())
         verify(manifest, tensors)
         return [(spec.name, tensor) for spec, tensor in zip(manifest.tensors, tensors, strict=True)]
 

@@ -63,6 +63,11 @@ class WeightsEngine(WaveEngine):
         for tensor in self.tensors.values():
             synchronize(tensor.device)
 
+    @property
+    def codebook_size(self) -> int:
+        """Never asked."""
+        raise NotImplementedError
+
     def encode_prompt(self, text: str) -> PromptIds:
         """Never asked."""
         raise NotImplementedError
@@ -96,6 +101,9 @@ class SyncLearner(LearnerWorker):
         self._chunks: list[Chunk] = []
         self._pack_s = 0.0
 
+    def begin(self, address: str = "") -> None:
+        """There is nothing to load."""
+
     def pack(self) -> WeightManifest:
         """As every learner, timed."""
         start = time.perf_counter()
@@ -125,6 +133,9 @@ class SyncRolloutWorker(RolloutWorker):
     def __init__(self, nbytes: int, device: str) -> None:
         self._engine: Any = WeightsEngine(nbytes, device)
         self._load_s = 0.0
+
+    def begin(self, address: str = "") -> None:
+        """There is nothing to load."""
 
     def load_weights(self, manifest: WeightManifest, *chunks: Chunk) -> int:
         """As every rollout worker, timed."""

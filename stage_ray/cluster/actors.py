@@ -67,7 +67,7 @@ class Actors:
         one_node: bool = False,
         beside: RolloutConfig | None = None,
     ) -> Any:
-        """``count`` actors with a ``share`` of cpus, gpus and resources each; they load when they `begin`.
+        """``count`` actors with a ``share`` of cpus, gpus and resources each.
 
         ``beside`` is what another actor needs that is to share each one's place.
         """

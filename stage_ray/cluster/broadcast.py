@@ -11,8 +11,8 @@ import time
 from collections.abc import Awaitable, Sequence
 from typing import Any, TypeVar
 
-from stage_ray.cluster.seats import Seat, WorkerLost
-from stage_ray.cluster.transport import AskLearner, ObjectStore
+from stage_ray.cluster.seats import Seat, WorkerLost, in_time
+from stage_ray.cluster.transport import AskLearner, ObjectStore, taken
 from stage_ray.config import ClusterConfig
 from stage_ray.errors import LearnerLostError
 from stage_ray.line import Backend, Place
@@ -64,7 +64,7 @@ class Broadcast:
         """Let a seat's actor take part when it is its turn."""
         meeting = self._meeting
         if seat not in meeting.missing:  # it was not ready when the others were called, so that the store has it
-            return await seat.call(self._newest, None, if_ready=True)
+            return await seat.call(functools.partial(self._newest, seat.name), None, if_ready=True)
         try:
             version = await seat.call(functools.partial(self._take_part, meeting, seat), None, if_ready=True)
             seat.busy_s -= meeting.waited(seat)
@@ -72,9 +72,9 @@ class Broadcast:
         finally:
             meeting.leave(seat)
 
-    def newest(self, worker: Any) -> Awaitable[int] | None:
+    def newest(self, name: str, worker: Any) -> Awaitable[int] | None:
         """Bring the newest version to an actor that just started, if there is one."""
-        return None if self._version is None else self._newest(worker)
+        return None if self._version is None else self._newest(name, worker)
 
     async def settled(self) -> None:
         """Wait until the learner has sent."""
@@ -83,12 +83,12 @@ class Broadcast:
             with contextlib.suppress(LearnerLostError):  # whoever asks the learner next is told
                 await passing
 
-    async def _newest(self, worker: Any) -> int:
+    async def _newest(self, name: str, worker: Any) -> int:
         while self._store.version != self._version:
             superseded = self._superseded
             if not await self._store_in_time():
                 await superseded.wait()
-        return await self._from_store(worker)
+        return await self._from_store(name, worker)
 
     async def _store_in_time(self) -> bool:
         """Whether the learner still had the newest version when it was asked to store it."""
@@ -103,16 +103,16 @@ class Broadcast:
         except LearnerLostError:
             return False
 
-    async def _from_store(self, worker: Any) -> int:
-        loading = self._store.newest(worker)
+    async def _from_store(self, name: str, worker: Any) -> int:
+        loading = self._store.newest(name, worker)
         assert loading is not None, "nothing was stored"
-        return await _within(loading, self._timeout_s, "a rollout worker")
+        return await loading
 
     async def _take_part(self, meeting: _Meeting, seat: Seat, worker: Any) -> int | None:
         passed = await meeting.arrive(seat, worker)
         if passed is None:
             return None
-        return self._version if passed else await self._from_store(worker)
+        return self._version if passed else await self._from_store(seat.name, worker)
 
     async def _pass(self, meeting: _Meeting, manifest: Any) -> None:
         """Hold the learner until every worker is here or lost, then let the version go from one to the others."""
@@ -136,8 +136,8 @@ class Broadcast:
         limit = 2 * self._timeout_s + GRACE_S
         sending = _within(learner.send.remote(places[0]), limit, "the learner")
         receiving = [
-            _within(worker.receive.remote(manifest, place), limit, "a rollout worker")
-            for worker, place in zip(workers, places[1:], strict=True)
+            taken(worker.receive.remote(manifest, place), seat.name, manifest.version, self._timeout_s, limit)
+            for seat, worker, place in zip(meeting.arrived, workers, places[1:], strict=True)
         ]
         sent, *received = await asyncio.gather(sending, *receiving, return_exceptions=True)
         behind = []
@@ -181,7 +181,7 @@ class _Meeting:
         self.arrived: dict[Seat, tuple[Any, asyncio.Future[bool | None]]] = {}
         self.complete = asyncio.Event()
         self.came: dict[Seat, float] = {}
-        self.began = 0.0
+        self.began: float | None = None
         self._order = list(seats)
         self._look()
 
@@ -199,10 +199,12 @@ class _Meeting:
 
     def waited(self, seat: Seat) -> float:
         """Seconds that a seat's actor was kept from work by others."""
+        assert self.began is not None, "nobody waits any more"
         return self.began - self.came[seat]
 
     def end(self) -> None:
         """Let everyone go who still waits: the learner was lost."""
+        self.began = self.began or time.perf_counter()  # where nothing was sent it was all waiting
         for _, passed in self.arrived.values():
             if not passed.done():
                 passed.set_result(None)
@@ -220,10 +222,7 @@ async def _within(answer: Awaitable[Result], seconds: float, who: str) -> Result
         WorkerLost: it took too long.
     """
 
-    async def value() -> Result:
-        return await answer
-
     try:
-        return await asyncio.wait_for(value(), seconds)
+        return await in_time(answer, seconds)
     except TimeoutError:
         raise WorkerLost(f"{who} gave no answer within {seconds:g} s") from None

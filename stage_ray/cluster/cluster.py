@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import ObjectLostError, RayError
+from ray.exceptions import ObjectLostError
 
 from stage_ray.cluster.actors import Actors
 from stage_ray.cluster.local_ray import start_ray
-from stage_ray.cluster.pool import Pool
-from stage_ray.cluster.seats import ArgumentsLost, Seat, WorkerFailed, WorkerLost, are_arguments_lost, heartbeats
+from stage_ray.cluster.pool import NobodyLeft, Pool
+from stage_ray.cluster.seats import ArgumentsLost, Seat, WorkerDied, WorkerFailed, WorkerLost, heartbeats
 from stage_ray.cluster.team import begin, end
 from stage_ray.cluster.transport import ObjectStore, Transport
 from stage_ray.config import RunConfig
@@ -52,7 +52,6 @@ class Cluster:
     def __init__(self, run: RunConfig, logs: Path | None) -> None:
         self.run = run
         self._logs = logs
-        self._publications = 0
         self._stored = run.cluster.weight_transport == "object_store"
         self._loading: list[asyncio.Task[int | None]] = []
         self._accepted_learner = 0
@@ -60,27 +59,21 @@ class Cluster:
         timeout, attempts = run.cluster.start_timeout_s, run.cluster.attempts
 
         def pool(role: str, size: Any, start: Callable[[str], Any], **more: Any) -> Pool:
-            return Pool(role, size.workers, size.max_workers, start, start_timeout_s=timeout, attempts=attempts, **more)
+            settings = {"start_timeout_s": timeout, "attempts": attempts, "begin": begin, "kill": end, **more}
+            return Pool(role, size.workers, size.max_workers, start, **settings)
 
         # The learner first: colocated rollout workers are placed beside its ranks.
         self.learner = Seat(
-            "learner", actors.learner, start_timeout_s=timeout, prepare=begin, kill=end, keep_failed=True
+            "learner", actors.learner, start_timeout_s=timeout, begin=self._begin_learner, kill=end, keep_failed=True
         )
         self.transport = self._transport()
-        self.rollouts = pool(
-            "rollout",
-            run.rollout,
-            actors.rollout,
-            prepare=self._prepare_rollout,
-            patient=not self._stored,
-            kill=end,
-        )
+        self.rollouts = pool("rollout", run.rollout, actors.rollout, prepare=self._prepare_rollout)
         self.rewards = pool("reward", run.scoring, actors.reward)
 
     @classmethod
     @asynccontextmanager
     async def start(cls, run: RunConfig, run_dir: Path) -> AsyncIterator[Cluster]:
-        """Start or join Ray, start every actor in parallel and wait until all are warm.
+        """Start or join Ray, start every actor and wait until all are warm.
 
         Raises:
             RunError: Ray or a worker does not start; says which and where its log is.
@@ -91,9 +84,7 @@ class Cluster:
             cluster = cls(run, run_dir / "logs" if local else None)
             pools = (cluster.rollouts, cluster.rewards)
             try:
-                await asyncio.gather(
-                    *(pool.ready() for pool in pools), cluster.learner.ready(run.cluster.start_timeout_s)
-                )
+                await cluster._begin()
             except WorkerLost as lost:
                 raise cluster._fatal(lost) from lost
             try:
@@ -136,10 +127,13 @@ class Cluster:
         return receipt, [GroupRefs(r.group_id, receipt.policy_version, tokens, images) for r, tokens, images in pairs]
 
     async def score(self, groups: Sequence[GroupRefs]) -> list[tuple[ScoreReceipt, GroupRefs]]:
-        """Score a batch of groups; where a worker is lost, it is replaced and its groups come back as not ok.
+        """Score a batch of groups; where a worker is too slow or fails, its groups come back as not ok.
+
+        One that dies says nothing about them: they go to others, up to ``cluster.attempts`` times in all.
 
         Raises:
             GroupsLostError: some of them are gone, with the node that held them; none is scored.
+            RunError: no worker is left.
         """
         objects = [ref for group in groups for ref in (group.tokens, group.images)]
 
@@ -147,8 +141,11 @@ class Cluster:
             receipts_ref, *scored = worker.score.options(num_returns=1 + len(groups)).remote(*objects)
             return await receipts_ref, scored
 
+        timeout, attempts = self.run.scoring.timeout_s, self.run.cluster.attempts
         try:
-            receipts, scored = await self.rewards.call(judge, self.run.scoring.timeout_s)
+            receipts, scored = await self.rewards.call(judge, timeout, attempts=attempts, retry=WorkerDied)
+        except NobodyLeft as lost:
+            raise self._fatal(lost) from lost
         except WorkerLost as lost:
             return [(ScoreReceipt(group.group_id, ok=False, error=str(lost)), group) for group in groups]
         except ArgumentsLost as lost:
@@ -170,9 +167,12 @@ class Cluster:
 
     async def update(self) -> dict[str, float]:
         """One STAGE update with the groups in the learner's hands; the policy's version grows by one."""
-        if self.run.rollout.colocated:
-            await asyncio.gather(*(self._sleep(seat) for seat in self.rollouts.open))
-        return await self.ask_learner(lambda worker: worker.update.remote())
+
+        async def update(worker: Any) -> Any:
+            async with self._gpus_to_itself():
+                return await worker.update.remote()
+
+        return await self.ask_learner(update)
 
     async def publish(self) -> None:
         """Broadcast the learner's version: every wave that is asked for from now on is drawn with it.
@@ -182,7 +182,6 @@ class Cluster:
         """
         await (self.settle() if self._stored else self._settle())  # who has no worker left may get one by a broadcast
         await self.transport.publish(self.rollouts.seats)
-        self._publications += 1
         self._loading = [asyncio.create_task(self._load(seat)) for seat in self.rollouts.seats if seat.started]
         await asyncio.sleep(0)  # let each take its place in its worker's queue
         if self.run.pipeline.max_staleness == 0:
@@ -275,18 +274,35 @@ class Cluster:
         """
         try:
             return await self.transport.load(seat)
-        except WorkerLost:
-            self.rollouts.refill(seat)
-            return None
-        except ArgumentsLost:
+        except (WorkerLost, ArgumentsLost):
             return None
 
-    async def _sleep(self, seat: Seat) -> None:
-        """Let one worker leave its GPU to the learner; the next version wakes it."""
-        try:
-            await seat.call(lambda worker: worker.sleep.remote(), self.run.cluster.sync_timeout_s, if_ready=True)
-        except WorkerLost:
-            self.rollouts.refill(seat)
+    async def _begin(self) -> None:
+        """Wait until every actor that the run needs is warm."""
+        if self.run.rollout.colocated:
+            # vLLM wants its share of a GPU free when it starts, and takes what others allocate while it measures itself
+            # for its own needs; if they free some it refuses. So workers load first, alone, and then sleep.
+            await self.rollouts.ready()
+        timeout = self.run.cluster.start_timeout_s
+        await asyncio.gather(self.rollouts.ready(), self.rewards.ready(), self.learner.ready(timeout))
+
+    @asynccontextmanager
+    async def _gpus_to_itself(self) -> AsyncIterator[None]:
+        """Colocated workers leave their GPUs to the learner for as long as the context lasts, and none begins.
+
+        The next wave or version wakes them. Entered only when it is the learner's turn, so that nobody who holds the
+        workers waits for the learner.
+        """
+        seats = self.rollouts.seats if self.run.rollout.colocated else []
+        limit = self.run.cluster.sync_timeout_s
+        async with AsyncExitStack() as aside:
+            asleep = (seat.aside(lambda worker: worker.sleep.remote(), limit) for seat in seats)
+            await asyncio.gather(*map(aside.enter_async_context, asleep))
+            yield
+
+    async def _begin_learner(self, worker: Any) -> None:
+        async with self._gpus_to_itself():
+            await begin(worker)
 
     async def gone(self, groups: Sequence[GroupRefs]) -> list[int]:
         """Which groups' payload is nowhere any more. Only here does the driver fetch any: to see if it can."""
@@ -299,19 +315,10 @@ class Cluster:
                 gone.append(group.group_id)
         return gone
 
-    async def _prepare_rollout(self, worker: Any) -> None:
-        await begin(worker)
-        while (loading := self.transport.newest(worker)) is not None:
-            publications = self._publications
-            try:
-                await loading
-                return
-            except RayError as error:
-                if not are_arguments_lost(error):
-                    raise
-            # The learner's node is gone, and with it that version: the next learner's is the first to serve.
-            while self._publications == publications:
-                await asyncio.sleep(0.1)
+    async def _prepare_rollout(self, name: str, worker: Any) -> None:
+        loading = self.transport.newest(name, worker)
+        if loading is not None:
+            await loading
 
     def _transport(self) -> Transport:
         backend = self.run.cluster.weight_transport

@@ -63,10 +63,8 @@ class Team:
         return {"scheduling_strategy": PlacementGroupSchedulingStrategy(self._group, rank)}
 
     async def begin(self) -> None:
-        """Let the ranks find each other and load the model; a single one has done so by itself."""
-        if len(self._actors) == 1:
-            return
-        address = await self.address.remote()
+        """Let the ranks find each other and load the model."""
+        address = await self.address.remote() if len(self._actors) > 1 else ""
         await TeamCall(self._name, self._actors, "begin").remote(address)
 
     def end(self) -> None:
@@ -77,9 +75,8 @@ class Team:
 
 
 async def begin(worker: Any) -> None:
-    """Let the ranks of a `Team` find each other and load the model; an actor by itself has it already."""
-    if isinstance(worker, Team):
-        await worker.begin()
+    """Let an actor load its model, or the ranks of a `Team` find each other and load theirs."""
+    await (worker.begin() if isinstance(worker, Team) else worker.begin.remote())
 
 
 def end(worker: Any) -> None:

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import ray
 
-from stage_ray.cluster.seats import Seat
+from stage_ray.cluster.seats import Seat, WorkerLost, in_time
+
+Result = TypeVar("Result")
 
 
 class AskLearner(Protocol):
@@ -42,8 +44,12 @@ class Transport(Protocol):
         """
         ...
 
-    def newest(self, worker: Any) -> Awaitable[int] | None:
-        """Bring it to an actor that just started; None where there is nothing to bring."""
+    def newest(self, name: str, worker: Any) -> Awaitable[int] | None:
+        """Bring it to an actor that just started, in the seat of that name; None where there is nothing to bring.
+
+        Raises:
+            WorkerLost: when awaited, as `taken`.
+        """
         ...
 
     async def settled(self) -> None:
@@ -87,16 +93,33 @@ class ObjectStore:
         """Let a seat's actor load what is newest when it is its turn."""
 
         def load(worker: Any) -> Any:
-            newest = self.newest(worker)
+            newest = self.newest(seat.name, worker)
             assert newest is not None, "nothing was published"
             return newest
 
-        return await seat.call(load, self._timeout_s, if_ready=True)
+        return await seat.call(load, None, if_ready=True)
 
-    def newest(self, worker: Any) -> Awaitable[int] | None:
+    def newest(self, name: str, worker: Any) -> Awaitable[int] | None:
         """Let an actor load it; None where nothing was published."""
-        published = self.published
-        return worker.load_weights.remote(published.manifest, *published.chunks) if published else None
+        if self.published is None:
+            return None
+        loading = worker.load_weights.remote(self.published.manifest, *self.published.chunks)
+        return taken(loading, name, self.published.version, self._timeout_s)
 
     async def settled(self) -> None:
         """Nothing to wait for: `publish` returns when all is stored."""
+
+
+async def taken(
+    loading: Awaitable[Result], name: str, version: int, timeout_s: float, patience_s: float | None = None
+) -> Result:
+    """What the worker in the seat ``name`` answers when it has a version.
+
+    Raises:
+        WorkerLost: it is late: it took longer than ``patience_s``, or else ``timeout_s`` (`cluster.sync_timeout_s`).
+    """
+    try:
+        return await in_time(loading, timeout_s if patience_s is None else patience_s)
+    except TimeoutError:
+        late = f"{name} did not take version {version} within cluster.sync_timeout_s = {timeout_s:g} s"
+        raise WorkerLost(late) from None

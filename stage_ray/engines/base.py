@@ -18,6 +18,11 @@ class ImageEngine(Protocol):
 
     policy_version: int
 
+    @property
+    def codebook_size(self) -> int:
+        """V: every token it draws is one of 0..V-1."""
+        ...
+
     def generate(self, requests: Sequence[RolloutRequest]) -> list[RolloutGroup]:
         """Sample every image of every request, in waves of any size; groups come back in the order of the requests."""
         ...

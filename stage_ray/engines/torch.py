@@ -32,6 +32,11 @@ class TorchEngine(WaveEngine):
         # Pictures do not come from rounded weights; a CPU convolves faster with channels last.
         self._policy.model.model.vqmodel.to(dtype=torch.float32, memory_format=torch.channels_last)
 
+    @property
+    def codebook_size(self) -> int:
+        """V: every token it draws is one of 0..V-1."""
+        return self._policy.codebook_size
+
     def encode_prompt(self, text: str) -> PromptIds:
         """Prompt to token ids of both branches."""
         return self._policy.encode_prompt(text)

@@ -56,6 +56,11 @@ class WaveEngine(ABC):
         self._whole = True
         self._asleep = False
 
+    @property
+    @abstractmethod
+    def codebook_size(self) -> int:
+        """V: every token it draws is one of 0..V-1."""
+
     @abstractmethod
     def encode_prompt(self, text: str) -> PromptIds:
         """Prompt to token ids of both branches."""

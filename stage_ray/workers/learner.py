@@ -26,17 +26,15 @@ class LearnerWorker(Ranked):
     _offered: Sequence[tuple[str, Tensor]] = ()
 
     def __init__(self, name: str, run: RunConfig, log: str | None, rank: int = 0) -> None:
-        """Load the model; one of several ranks waits for `begin` with that."""
+        """Load nothing yet: `begin` does."""
         redirect_output(log, "learner", name)
         self._metrics = WorkerMetrics("learner", name)
         self._run, self._rank = run, rank
         self._chunks: list[Chunk] = []
         self._taken: tuple[Any, ...] = ()
-        if run.learner.ranks == 1:
-            self.begin("")
 
-    def begin(self, address: str) -> None:
-        """Meet the other ranks there and load this rank's share of the model."""
+    def begin(self, address: str = "") -> None:
+        """Load the model, or this rank's share of it after it has met the others at ``address``."""
         from stage_ray.learner import Learner, Ranks
         from stage_ray.policies.base import device_for
 

@@ -17,11 +17,16 @@ class RewardWorker(Pinged):
     """Every scorer of the run, called on whole batches of groups."""
 
     def __init__(self, name: str, rewards: Sequence[RewardConfig], log: str | None) -> None:
+        """Load nothing yet: `begin` does."""
         redirect_output(log, "reward", name)
         self._metrics = WorkerMetrics("reward", name)
+        self._rewards = rewards
+
+    def begin(self) -> None:
+        """Make every scorer."""
         from stage_ray.rewards import build_rewards
 
-        self._scorers = build_rewards(rewards)
+        self._scorers = build_rewards(self._rewards)
 
     def score(self, *objects: Any) -> tuple[Any, ...]:
         """Groups and pictures alternating, as a rollout worker returned them -> receipts, then the scored groups."""

@@ -29,15 +29,13 @@ class RolloutWorker(Ranked):
     _line: Line | None = None
 
     def __init__(self, name: str, run: RunConfig, log: str | None, rank: int = 0) -> None:
-        """Start the engine; one of several ranks waits for `begin` with that."""
+        """Load nothing yet: `begin` does."""
         redirect_output(log, "rollout", name)
         self._metrics = WorkerMetrics("rollout", name)
         self._name, self._run, self._rank = name, run, rank
-        if run.rollout.tensor_parallel == 1:
-            self.begin("")
 
-    def begin(self, address: str) -> None:
-        """Meet the other ranks there and load this rank's share of the model."""
+    def begin(self, address: str = "") -> None:
+        """Start the engine, or this rank's share of it after it has met the others at ``address``."""
         from stage_ray.engines import build_engine  # after the redirection: importing vLLM talks
 
         self._engine = build_engine(
@@ -48,15 +46,17 @@ class RolloutWorker(Ranked):
         """A receipt, then for each request its group (``images`` empty) and its pictures (uint8 [G, H, W, 3]).
 
         The learner never reads pictures and the driver reads neither: each object goes only where it is used. Of
-        several ranks the first one answers; the others' objects are None.
+        several ranks the first one answers; the others' objects are None, and so are those of a wave with a problem.
         """
         start = time.perf_counter()
         self._metrics.begin(request.group_id for request in requests)
         groups = self._engine.generate(requests)
         seconds = time.perf_counter() - start
-        self._metrics.done(groups if self._rank == 0 else (), version=self._engine.policy_version)
-        receipt = RolloutReceipt(self._name, self._engine.policy_version, seconds, _problem(requests, groups))
-        if self._rank > 0:
+        problem = _problem(requests, groups, self._engine.codebook_size)
+        answers = self._rank == 0 and not problem
+        self._metrics.done(groups if answers else (), version=self._engine.policy_version)
+        receipt = RolloutReceipt(self._name, self._engine.policy_version, seconds, problem)
+        if not answers:
             return (receipt, *[None] * (2 * len(requests)))
         objects: list[Any] = [receipt]
         for group in groups:
@@ -93,12 +93,29 @@ class RolloutWorker(Ranked):
         return ""
 
 
-def _problem(requests: Sequence[RolloutRequest], groups: Sequence[RolloutGroup]) -> str:
+def _problem(requests: Sequence[RolloutRequest], groups: Sequence[RolloutGroup], codebook_size: int) -> str:
     """Why an engine's answer cannot be used, "" where it can. The driver, who asks, never sees the arrays."""
-    for request, group in zip(requests, groups, strict=True):
-        if group.group_id != request.group_id:
-            return f"group {group.group_id} where {request.group_id} was asked for"
-        for name in ("logprobs", "guided_logprobs", "entropy"):
-            if not np.isfinite(getattr(group, name)).all():
-                return f"group {group.group_id} has {name} that are not finite"
+    if len(groups) != len(requests):
+        return f"{len(groups)} groups where {len(requests)} were asked for"
+    pairs = zip(requests, groups, strict=True)
+    return next((f"group {r.group_id} {fault}" for r, g in pairs if (fault := _fault(r, g, codebook_size))), "")
+
+
+def _fault(request: RolloutRequest, group: RolloutGroup, codebook_size: int) -> str:
+    """What is wrong with one group (`RolloutGroup` says what is right)."""
+    if (group.group_id, group.seeds) != (request.group_id, request.seeds):
+        return f"was asked for with seeds {request.seeds}, and answered is {group.group_id} with {group.seeds}"
+    count, tokens, images = len(request.seeds), group.tokens, group.images
+    if tokens.dtype != np.int32 or tokens.ndim != 2 or len(tokens) != count or not tokens.size:
+        return f"has tokens {tokens.dtype} {list(tokens.shape)}, not int32 [{count}, T]"
+    if tokens.min() < 0 or tokens.max() >= codebook_size:
+        return f"has tokens {tokens.min()} to {tokens.max()} of a codebook of {codebook_size}"
+    for name in ("logprobs", "guided_logprobs", "entropy"):
+        values = getattr(group, name)
+        if values.dtype != np.float32 or values.shape != tokens.shape:
+            return f"has {name} {values.dtype} {list(values.shape)}, not float32 {list(tokens.shape)}"
+        if not np.isfinite(values).all():
+            return f"has {name} that are not finite"
+    if images.dtype != np.uint8 or images.ndim != 4 or (len(images), images.shape[3]) != (count, 3):
+        return f"has images {images.dtype} {list(images.shape)}, not uint8 [{count}, H, W, 3]"
     return ""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import threading
 import time
 from contextlib import asynccontextmanager
 
@@ -16,9 +15,12 @@ import torch
 from stage_ray.bench.sync import run_of
 from stage_ray.bench.sync_actors import ROW, SyncActors, SyncCluster, SyncLearner, SyncRolloutWorker
 from stage_ray.cluster.actors import actor_of
+from stage_ray.cluster.broadcast import _Meeting
 from stage_ray.cluster.cluster import LearnerLostError
+from stage_ray.cluster.seats import Seat
 from stage_ray.config import ConfigError, RunConfig, validate_config
-from stage_ray.line import Line
+from stage_ray.line import Line, LineBroken, Place
+from stage_ray.records import TensorSpec, WeightManifest
 
 SIZE = 200 * ROW
 SOON = 4.0  # cluster.sync_timeout_s
@@ -44,9 +46,8 @@ class Trap(Line):
 
 
 class Worker(SyncRolloutWorker):
-    def trap(self, harm: str) -> int:
+    def trap(self, harm: str) -> None:
         self._line = Trap(self._line, harm)
-        return os.getpid()
 
     def policy_version(self) -> int:
         return self._engine.policy_version
@@ -159,13 +160,13 @@ def test_every_worker_gets_every_version_over_one_line_and_nothing_is_stored():
 
 
 @pytest.mark.parametrize("harm", ["kill", "stop", "flip"])
-def test_a_worker_that_fails_in_the_middle_of_a_version_costs_nobody_the_version(harm):
+def test_a_worker_that_fails_in_the_middle_of_a_version_costs_nobody_the_version(harm, monkeypatch, caplog):
+    monkeypatch.setattr("stage_ray.cluster.broadcast.GRACE_S", 1.0)  # of one that is stopped, and gets no heartbeat
+
     async def scenario():
         async with cluster_of(run_with()) as cluster:
             await cluster.next()
-            pid = await cluster.on(1, "trap", harm)
-            if harm == "stop":  # what heartbeats do, after longer than a member's patience
-                threading.Timer(2 * SOON, os.kill, (pid, signal.SIGKILL)).start()
+            await cluster.on(1, "trap", harm)
             began = time.monotonic()
             await cluster.next()
             assert time.monotonic() - began < 4 * SOON
@@ -179,6 +180,8 @@ def test_a_worker_that_fails_in_the_middle_of_a_version_costs_nobody_the_version
             assert cluster.transport._number == (2 if harm == "flip" else cluster.transport._number) >= 2
 
     asyncio.run(scenario())
+    late = "rollout-1 did not take version 2 within cluster.sync_timeout_s = 4 s; another takes its seat"
+    assert (late in caplog.messages) == (harm == "stop")
 
 
 def test_a_learner_that_dies_in_the_middle_of_a_version_is_named_and_its_successor_publishes():
@@ -189,6 +192,7 @@ def test_a_learner_that_dies_in_the_middle_of_a_version_is_named_and_its_success
             with pytest.raises(LearnerLostError):
                 await cluster.next()
             assert await cluster.versions() == [1.0] * 3, "half a version touches nothing"
+            assert 0 <= cluster.busy()["rollout"] < 3 * SOON, "seconds, and not the hour of the clock"
             cluster.accept_learner()
             await cluster.next()  # the successor begins at version 0
             assert await cluster.versions() == [1.0] * 3
@@ -270,6 +274,28 @@ def test_a_worker_that_dies_in_the_wave_before_a_version_is_not_waited_for():
                 await wave
 
     asyncio.run(scenario())
+
+
+def test_workers_that_a_learner_never_sent_to_were_not_busy():
+    async def scenario():
+        seat = Seat("rollout-0", lambda name: None, start_timeout_s=1.0)
+        meeting = _Meeting([seat])
+        waiting = asyncio.create_task(meeting.arrive(seat, None))
+        await asyncio.sleep(0.1)
+        meeting.end()
+        assert await waiting is None
+        assert 0.1 <= meeting.waited(seat) < 1.0
+
+    asyncio.run(scenario())
+
+
+def test_a_worker_without_memory_for_a_version_breaks_the_line_and_is_served_by_the_store():
+    line = Line()
+    place = Place(1, line.open(10.0), 0, 1, "gloo", 10.0)
+    small = TensorSpec("small", (4,), "float32", 0, 0, 16, "")
+    huge = TensorSpec("huge", (2**58,), "float32", 0, 1, 2**60, "")
+    with pytest.raises(LineBroken, match="rank 0 of 1: .*memory"):
+        line.receive(place, WeightManifest(1, (small, huge), 1))
 
 
 def test_nccl_without_a_gpu_for_each_end_is_refused():

@@ -56,7 +56,7 @@ def draw_score_train(run: Any, directory: Path) -> list[Any]:
     for pid, _ in ray.get([worker.ping.remote() for worker in workers]):
         assert psutil.Process(pid).environ()["CUDA_VISIBLE_DEVICES"] == "", "without a GPU of its own it sees none"
     address = ray.get(ranks[0].address.remote())
-    ray.get([rank.begin.remote(address) for rank in ranks])
+    ray.get([rank.begin.remote(address) for rank in ranks] + [worker.begin.remote() for worker in (rollout, reward)])
     requests = [RolloutRequest(i, Prompt(i, PROMPTS[i]), image_seeds(20, i, 4)) for i in range(2)]
     _, *drawn = rollout.generate.options(num_returns=5).remote(*requests)
     _, *scored = reward.score.options(num_returns=3).remote(*drawn)

@@ -105,6 +105,11 @@ class VllmEngine(WaveEngine):
                 f"rollout.{key} = {getattr(rollout, key)} gives {cache.num_gpu_blocks}; raise it or make waves smaller"
             )
 
+    @property
+    def codebook_size(self) -> int:
+        """V: every token it draws is one of 0..V-1."""
+        return self._files.codebook_size
+
     def encode_prompt(self, text: str) -> PromptIds:
         """Prompt to token ids of both branches.
 

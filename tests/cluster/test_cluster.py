@@ -1,0 +1,160 @@
+"""What the cluster asks of whom, in which order and how often. Actors of this process."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable
+from typing import Any
+
+import pytest
+
+from stage_ray.cluster.cluster import GroupRefs
+from stage_ray.errors import LearnerLostError, RunError
+from tests.cluster.local_actor import LocalCluster, Roles, local_actors, run_of  # noqa: F401
+
+pytestmark = pytest.mark.usefixtures("local_actors")
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stage_ray.cluster.pool.FIRST_PAUSE_S", 0.01)
+
+
+async def asked(roles: Roles, call: str, count: int = 1) -> None:
+    """Wait until it was asked for so often."""
+    async with asyncio.timeout(5):
+        while roles.calls.count(call) < count:
+            await asyncio.sleep(0.01)
+
+
+async def soon(work: Awaitable[Any]) -> Any:
+    return await asyncio.wait_for(work, 5)
+
+
+GROUP = [GroupRefs(0, 0, "tokens", "images")]
+
+
+@pytest.mark.parametrize(("deaths", "ok"), [(2, True), (3, False)])
+def test_reward_workers_that_die_over_a_group_cost_it_no_attempt_of_its_scorers(deaths, ok):
+    async def scenario() -> None:
+        roles = Roles()
+        roles.takes["score"] = 0.1
+        cluster = LocalCluster(run_of(), roles)
+        await cluster.rewards.ready()
+        scoring = asyncio.create_task(cluster.score(GROUP))
+        for death in range(deaths):
+            name = "reward-0" + (f"-restart-{death}" if death else "")
+            await asked(roles, f"{name} score")
+            roles.actors[name].kill()
+        [(receipt, group)] = await soon(scoring)
+        assert receipt.ok is ok and (await group.scores == "scores" if ok else group.scores is None)
+        assert ok or "died: it was killed" in receipt.error
+        await cluster.rewards.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_scorer_that_is_too_slow_costs_its_groups_an_attempt():
+    async def scenario() -> None:
+        roles = Roles()
+        roles.takes["score"] = 60.0
+        cluster = LocalCluster(run_of(), roles)
+        await cluster.rewards.ready()
+        [(receipt, _)] = await soon(cluster.score(GROUP))
+        assert not receipt.ok and receipt.error == "reward-0 gave no answer within 0.2 s"
+        assert roles.calls.count("reward-0-restart-1 score") == 0
+        await cluster.rewards.close()
+
+    asyncio.run(scenario())
+
+
+def test_where_no_reward_worker_is_left_the_run_ends_and_no_group_is_blamed():
+    async def scenario() -> None:
+        cluster = LocalCluster(run_of(cluster={"start_timeout_s": 0.2}), Roles())
+        cluster.rewards.seats[0].vacate()
+        with pytest.raises(RunError, match=r"no reward worker is left and none started within 0.2 s"):
+            await soon(cluster.score(GROUP))
+
+    asyncio.run(scenario())
+
+
+COLOCATED = {"rollout": {"colocated": True, "workers": 2}, "learner": {"ranks": 2}}
+
+
+def while_learner(roles: Roles, does: str) -> list[str]:
+    """What workers were asked for, or were at, while the learner did something for the last time."""
+    ends = roles.calls[::-1].index(f"learner {does} done"), roles.calls[::-1].index(f"learner {does}")
+    return roles.calls[len(roles.calls) - ends[1] : len(roles.calls) - ends[0] - 1]
+
+
+def at(roles: Roles, call: str) -> int:
+    return roles.calls.index(call)
+
+
+def test_colocated_workers_load_while_their_gpus_are_empty_and_sleep_while_the_learner_loads_and_works():
+    async def scenario() -> None:
+        roles = Roles()
+        roles.takes |= {"begin": 0.05, "sleep": 0.05, "update": 0.05, "rollout-1 ping": 0.1}
+        cluster = LocalCluster(run_of(**COLOCATED), roles)
+        await soon(cluster._begin())
+        for worker in ("rollout-0", "rollout-1"):
+            assert at(roles, f"{worker} begin done") < at(roles, f"{worker} sleep")
+            assert at(roles, f"{worker} sleep done") < at(roles, "learner begin")
+        roles.calls.clear()
+        await soon(cluster.update())
+        for worker in ("rollout-0", "rollout-1"):
+            assert at(roles, f"{worker} sleep done") < at(roles, "learner update")
+        assert while_learner(roles, "update") == []
+        await cluster.rollouts.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_colocated_successor_loads_before_or_after_an_update_and_never_meanwhile():
+    async def scenario() -> None:
+        roles = Roles()
+        cluster = LocalCluster(run_of(**COLOCATED), roles)
+        await soon(cluster._begin())
+        roles.takes |= {"begin": 0.2, "update": 0.3}
+        first = cluster.rollouts.seats[0]
+        first.restart()
+        cluster.rollouts.refill(first)
+        await asked(roles, "rollout-0-restart-1 begin")
+        update = asyncio.create_task(cluster.update())
+        await asked(roles, "learner update")
+        assert at(roles, "rollout-0-restart-1 begin done") < at(roles, "rollout-0-restart-1 sleep")
+        assert at(roles, "rollout-0-restart-1 sleep") < at(roles, "learner update")
+        first.restart()
+        cluster.rollouts.refill(first)
+        wave = asyncio.create_task(cluster.rollouts.call(lambda worker: worker.generate.remote(), 5.0, turn=1))
+        await soon(update)
+        assert while_learner(roles, "update") == [], "neither a start nor a wave, which would wake a worker"
+        await soon(asyncio.gather(wave, asked(roles, "rollout-0-restart-2 begin done")))
+        await cluster.rollouts.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_colocated_learner_that_is_lost_comes_back_while_workers_sleep_or_wait():
+    async def scenario() -> None:
+        roles = Roles()
+        cluster = LocalCluster(run_of(**COLOCATED), roles)
+        await soon(cluster._begin())
+        roles.takes |= {"begin": 0.2, "update": 60.0}
+        update = asyncio.create_task(cluster.update())
+        await asked(roles, "learner update")
+        for name in ("learner", "rollout-0"):  # those of one GPU go together
+            roles.actors[name].kill()
+        with pytest.raises(LearnerLostError):
+            await soon(update)
+        cluster.accept_learner()
+        roles.calls.clear()
+        await soon(cluster.ask_learner(lambda learner: learner.load_state.remote()))
+        started = [call.split()[0] for call in roles.calls if call.endswith(" begin")]
+        assert started[0] == "learner-restart-1"
+        assert at(roles, "rollout-1 sleep done") < at(roles, "learner-restart-1 begin")
+        await asked(roles, "rollout-0-restart-1 begin done")
+        assert at(roles, "learner-restart-1 begin done") < at(roles, "rollout-0-restart-1 begin")
+        await cluster.rollouts.close()
+
+    asyncio.run(scenario())
