@@ -387,7 +387,7 @@ def test_groups_of_a_checkpoint_are_as_old_as_they_were_when_the_run_goes_on(tmp
         stream = GroupStream(
             TimedCluster(run, (0, 0, 0)), run, PromptCursor([Prompt(0, "x")], SEED), ledger, 12, step=4
         )
-        stream.restore([GroupRefs(group, version, None) for group, version in versions.items()])
+        stream.restore({group: GroupRefs(group, version, None) for group, version in versions.items()})
         return [group.group_id for group in await stream.next_batch()]
 
     assert asyncio.run(next_groups()) == [9, 10]
