@@ -26,7 +26,7 @@ def replay(run: RunConfig, source: Path, progress: Progress) -> Path:
 
     Raises:
         ConfigError: ``source`` holds no recorded groups.
-        RunError: a recorded group cannot be read, or an update is refused.
+        RunError: a step is not recorded whole, a group cannot be read, or an update is refused.
     """
     from stage_ray.learner import Learner
     from stage_ray.learner.batch import LearnerError
@@ -34,13 +34,15 @@ def replay(run: RunConfig, source: Path, progress: Progress) -> Path:
     steps = sorted(path for path in (source / GROUPS).glob("step-*") if path.is_dir())
     if not steps:
         raise ConfigError(f"--replay {source}: it holds no {GROUPS}/step-*; record a run with pipeline.record=true")
+    for directory in steps:
+        _require_whole(directory, run.rollout.groups_per_step)
     run_dir = open_run_dir(run, resume=False)
     progress.stage("loading the learner")
     learner = Learner(run, threads=run.learner.threads)
     recorder = Recorder(run_dir, run.cluster.metrics_port, run.cluster.metrics_host)
     try:
         for step, directory in enumerate(steps, start=1):
-            pairs = [load_group(path) for path in sorted(directory.glob("group-*.safetensors"))]
+            pairs = [load_group(path) for path in _recorded(directory)]
             began = time.perf_counter()
             try:
                 metrics = learner.update([group for group, _ in pairs], [scored for _, scored in pairs])
@@ -53,3 +55,17 @@ def replay(run: RunConfig, source: Path, progress: Progress) -> Path:
         recorder.close()
     learner.export(run_dir / "final")
     return run_dir
+
+
+def _recorded(directory: Path) -> list[Path]:
+    return sorted(directory.glob("group-*.safetensors"))
+
+
+def _require_whole(directory: Path, groups: int) -> None:
+    """A step of fewer groups would be another update, and say nothing."""
+    found = len(_recorded(directory))
+    if found != groups:
+        raise RunError(
+            f"{directory} holds {found} groups, rollout.groups_per_step is {groups}: the run was stopped while it "
+            "wrote them, or had another config; remove the directory to replay the other steps"
+        )

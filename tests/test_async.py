@@ -16,7 +16,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from stage_ray.errors import ConfigError
+from stage_ray.errors import ConfigError, RunError
 from stage_ray.replay import replay
 from stage_ray.run.progress import Progress
 from stage_ray.train import train
@@ -133,13 +133,24 @@ def test_a_first_signal_saves_and_a_resumed_run_goes_on(tmp_path, model):
 
 
 def test_a_replay_of_recorded_groups_repeats_every_update(tmp_path, model):
-    run = tiny_run(tmp_path, model, pipeline={"record": True}, **QUICK)
+    run = tiny_run(tmp_path, model, pipeline={"record": True, "max_staleness": 1}, **QUICK)
     recorded = train(run).run_dir
     again = replay(run.model_copy(update={"run_dir": str(tmp_path / "again")}), recorded, Progress())
     rows = [lines(directory / "metrics.jsonl") for directory in (recorded, again)]
     assert [row["loss"] for row in rows[0]] == [row["loss"] for row in rows[1]]
     first, second = map(final_weights, (recorded, again))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_replay_refuses_a_step_that_was_recorded_in_part(tmp_path):
+    for step, groups in ((1, 2), (2, 1)):
+        directory = tmp_path / "groups" / f"step-{step:06d}"
+        directory.mkdir(parents=True)
+        for group in range(groups):
+            (directory / f"group-{group:08d}.safetensors").touch()
+    with pytest.raises(RunError, match="step-000002 holds 1 groups, rollout.groups_per_step is 2"):
+        replay(tiny_run(tmp_path, tmp_path), tmp_path, Progress())
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_replay_without_recorded_groups_says_how_to_record_them(tmp_path, model):
