@@ -85,7 +85,7 @@ async def _train(
 
 
 async def _steps(run: RunConfig, cluster: Cluster, files: RunFiles, exam: Exam, stop: StopSignal) -> None:
-    async with await files.stream(cluster) as stream:  # admits, generates, scores, refills behind our back
+    async with files.stream(cluster) as stream:  # admits, generates, scores, refills behind our back
         for step in range(files.step, run.steps):
             clock = StepClock()
             groups = await stream.next_batch()  # references, within the staleness bound, in the learner's hands

@@ -74,6 +74,9 @@ def update_metrics(
         - ``ess``: effective sample size of those tokens' corrected ratios, a share of their number; 1 without any.
         - ``mismatch/abs_logprob``, ``mismatch/max_abs_logprob``: mean and greatest ``|delta log p|`` between engine and
           learner at the same version; absent when every group is older.
+        - ``mismatch/with_drift_abs_logprob``: mean ``|delta log p|`` of older groups, recorded by the engine and
+          now: what engine and learner differ by and how far the policy has moved in the updates between, not told
+          apart; absent when every group is fresh.
         - ``images``, ``tokens``; ``time/reference_s``, ``time/policy_s``.
     """
     weights = batch.scores.new_tensor([reward.weight for reward in run.rewards])
@@ -117,10 +120,14 @@ def correction_of(algorithm: AlgorithmConfig) -> Correction:
 
 def _mismatch(batch: Batch, passed: PolicyPass) -> dict[str, float]:
     fresh = batch.staleness == 0
-    if not bool(fresh.any()):
-        return {}
-    difference = (passed.logprobs - batch.logprobs)[fresh].abs()
-    return {"mismatch/abs_logprob": difference.mean().item(), "mismatch/max_abs_logprob": difference.max().item()}
+    difference = (passed.logprobs - batch.logprobs).abs()
+    metrics = {}
+    if bool(fresh.any()):
+        metrics["mismatch/abs_logprob"] = difference[fresh].mean().item()
+        metrics["mismatch/max_abs_logprob"] = difference[fresh].max().item()
+    if not bool(fresh.all()):
+        metrics["mismatch/with_drift_abs_logprob"] = difference[~fresh].mean().item()
+    return metrics
 
 
 def _staleness(batch: Batch, run: RunConfig) -> dict[str, float]:

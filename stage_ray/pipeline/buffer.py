@@ -6,20 +6,49 @@ A plain asyncio state machine over opaque references: no Ray, no payload, no ten
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, Literal, TypeVar
 
 Payload = TypeVar("Payload")
 
 
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """A group that cannot be scored and will never be ready; ``why`` in one sentence.
+
+    Example:
+        >>> Failed("geneval: 2 of 8 scores are not finite").why
+        'geneval: 2 of 8 scores are not finite'
+    """
+
+    why: str
+
+
+class GroupsFailedError(Exception):
+    """Every group of the next update is settled, and some failed: `GroupBuffer.replace` them and take again.
+
+    Attributes:
+        whys: group -> why, in the order of slots.
+    """
+
+    def __init__(self, whys: Mapping[int, str]) -> None:
+        super().__init__(f"groups {list(whys)} cannot be scored")
+        self.whys = whys
+
+
 @dataclass(slots=True, eq=False)
 class _Slot(Generic[Payload]):
     group_id: int
     step: int  # updates done when it was admitted; its policy version is at least that
-    payload: Payload | None = None
+    fate: Payload | Failed | None = None  # None while it is drawn and scored
     arrival: int = 0
     taken: bool = False
+
+    @property
+    def payload(self) -> Payload | None:
+        """What it holds, once it is ready."""
+        return None if isinstance(self.fate, Failed) else self.fate
 
 
 class GroupBuffer(Generic[Payload]):
@@ -55,6 +84,7 @@ class GroupBuffer(Generic[Payload]):
         self._slots: list[_Slot[Payload]] = []
         self._arrivals = 0
         self._changed = asyncio.Event()
+        self._watched: dict[int, list[asyncio.Future[Payload | Failed]]] = {}
 
     @property
     def free(self) -> int:
@@ -69,7 +99,12 @@ class GroupBuffer(Generic[Payload]):
     @property
     def pending(self) -> int:
         """Groups that are being drawn or scored."""
-        return sum(slot.payload is None for slot in self._slots)
+        return sum(slot.fate is None for slot in self._slots)
+
+    @property
+    def failed(self) -> dict[int, str]:
+        """Groups that failed and were not replaced yet, and why, in the order of slots."""
+        return _whys(self._slots)
 
     def admit(self, group_id: int, step: int) -> None:
         """Give a new group the next slot, ``step`` updates into the run.
@@ -83,23 +118,28 @@ class GroupBuffer(Generic[Payload]):
             raise ValueError(f"group {group_id} is in the buffer already")
         self._slots.append(_Slot(group_id, step))
 
-    def replace(self, group_id: int, successor: int) -> None:
-        """A group that cannot be scored gives its slot, and so its place in the order, to a fresh one."""
-        slot = self._slot(group_id)
-        slot.group_id, slot.payload = successor, None
-
     def ready(self, group_id: int, payload: Payload, policy_version: int) -> None:
         """A group is generated and scored: it may be trained. Its version may be newer than when it was admitted."""
         slot = self._slot(group_id)
         self._arrivals += 1
-        slot.payload, slot.arrival, slot.step = payload, self._arrivals, max(slot.step, policy_version)
-        self._changed.set()
+        slot.arrival, slot.step = self._arrivals, max(slot.step, policy_version)
+        self._settle(slot, payload)
+
+    def fail(self, group_id: int, why: str) -> None:
+        """A group cannot be scored. It keeps its slot until it is replaced."""
+        self._settle(self._slot(group_id), Failed(why))
+
+    def replace(self, group_id: int, successor: int) -> None:
+        """A group that failed gives its slot, and so its place in the order, to a fresh one."""
+        slot = self._slot(group_id)
+        slot.group_id, slot.fate = successor, None
 
     def lose(self, group_id: int) -> bool:
         """A group's payload is gone: it is drawn again, in its old place. Whether it had one to lose."""
         slot = self._slot(group_id)
         lost = slot.payload is not None
-        slot.payload, slot.taken = None, False
+        if lost:
+            slot.fate, slot.taken = None, False
         return lost
 
     def put_back(self, group_ids: Iterable[int]) -> None:
@@ -109,22 +149,33 @@ class GroupBuffer(Generic[Payload]):
         self._changed.set()
 
     async def take(self, step: int) -> list[tuple[int, Payload]]:
-        """The N groups of update ``step`` (0-based), once they are ready; their slots stay held until `release`."""
+        """The N groups of update ``step`` (0-based), once they are ready; their slots stay held until `release`.
+
+        Raises:
+            GroupsFailedError: all of them are settled, but not all are ready; none is taken.
+        """
         while True:
             batch = self._batch(step)
             if batch is not None:
+                if whys := _whys(batch):
+                    raise GroupsFailedError(whys)
                 for slot in batch:
                     slot.taken = True
                 return [(slot.group_id, slot.payload) for slot in batch if slot.payload is not None]
-            await self._change()
+            self._changed.clear()
+            await self._changed.wait()
 
-    async def payload(self, group_id: int) -> Payload | None:
-        """A held group's payload, once it is ready; None if the group was replaced in the meantime."""
-        while True:
-            slot = next((slot for slot in self._slots if slot.group_id == group_id), None)
-            if slot is None or slot.payload is not None:
-                return slot.payload if slot else None
-            await self._change()
+    def fates(self, group_ids: Iterable[int] | None = None) -> dict[int, asyncio.Future[Payload | Failed]]:
+        """What becomes of groups: their payload, or why they failed, as soon as that is settled.
+
+        It stays known when the slot has long been given to another group.
+
+        Args:
+            group_ids: of which; None: of all that are not taken, in the order of slots.
+        """
+        if group_ids is None:
+            group_ids = [slot.group_id for slot in self._slots if not slot.taken]
+        return {group_id: self._fate(self._slot(group_id)) for group_id in group_ids}
 
     def release(self, group_ids: Iterable[int]) -> None:
         """Groups are trained: only now do their slots become free.
@@ -137,28 +188,32 @@ class GroupBuffer(Generic[Payload]):
             if not slot.taken:
                 raise ValueError(f"group {group_id} was never taken, so it cannot have been trained")
             self._slots.remove(slot)
+
+    def _settle(self, slot: _Slot[Payload], fate: Payload | Failed) -> None:
+        slot.fate = fate
+        for watcher in self._watched.pop(slot.group_id, []):
+            if not watcher.done():
+                watcher.set_result(fate)
         self._changed.set()
 
-    async def wait_free(self) -> int:
-        """Wait until at least one slot is free; how many are."""
-        while self.free <= 0:
-            await self._change()
-        return self.free
-
-    async def _change(self) -> None:
-        """Wait until some group is ready or some slot is free."""
-        self._changed.clear()
-        await self._changed.wait()
+    def _fate(self, slot: _Slot[Payload]) -> asyncio.Future[Payload | Failed]:
+        watcher: asyncio.Future[Payload | Failed] = asyncio.get_running_loop().create_future()
+        if slot.fate is None:
+            self._watched.setdefault(slot.group_id, []).append(watcher)
+        else:
+            watcher.set_result(slot.fate)
+        return watcher
 
     def _batch(self, step: int) -> list[_Slot[Payload]] | None:
+        """The slots of an update, if there are N and all are settled."""
         held = [slot for slot in self._slots if not slot.taken]
         if self._order == "strict":
             batch = held[: self.groups_per_step]
         else:
             ready = [slot for slot in held if slot.payload is not None]
             batch = self._by_arrival(held, ready, step)
-        whole = len(batch) == self.groups_per_step and all(slot.payload is not None for slot in batch)
-        return batch if whole else None
+        settled = len(batch) == self.groups_per_step and all(slot.fate is not None for slot in batch)
+        return batch if settled else None
 
     def _by_arrival(
         self, held: Sequence[_Slot[Payload]], ready: Sequence[_Slot[Payload]], step: int
@@ -182,3 +237,7 @@ class GroupBuffer(Generic[Payload]):
             if slot.group_id == group_id:
                 return slot
         raise ValueError(f"group {group_id} is not in the buffer")
+
+
+def _whys(slots: Iterable[_Slot[Payload]]) -> dict[int, str]:
+    return {slot.group_id: slot.fate.why for slot in slots if isinstance(slot.fate, Failed)}

@@ -5,17 +5,20 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
 from stage_ray.cluster.cluster import Cluster, GroupRefs, GroupsLostError, LearnerLostError
 from stage_ray.config import RunConfig
 from stage_ray.errors import RunError
-from stage_ray.pipeline.buffer import GroupBuffer
+from stage_ray.pipeline.buffer import Failed, GroupBuffer, GroupsFailedError
 from stage_ray.pipeline.ledger import Event, Ledger
 from stage_ray.pipeline.prompts import PromptCursor, image_seeds
 from stage_ray.records import RolloutRequest
+
+Fate = GroupRefs | Failed
+"""What becomes of a group: its scored payload, or why it cannot be scored."""
 
 
 class NoValidRewardError(RunError):
@@ -30,9 +33,12 @@ class GroupStream:
     """Keeps every free slot of the buffer busy; `next_batch` gives the groups of one update.
 
     In strict order waves go to the workers in turn and every group's version is settled when it is admitted; in arrival
-    order they go where the queue is shortest. A group that cannot be scored in ``scoring.attempts`` tries is dropped
-    and a fresh one takes its place (promise 4); when as many groups as two steps need were dropped in a row, the
-    scorers are broken and the run stops. A group whose payload went down with a node is drawn again, as it was.
+    order they go where the queue is shortest. A group whose payload went down with a node is drawn again, as it was.
+
+    A group that cannot be scored in ``scoring.attempts`` tries is dropped and a fresh one takes its place (promise 4);
+    when more groups than two steps need failed in a row, the scorers are broken and the run stops. In arrival order the
+    fresh one is drawn at once. In strict order it must not depend on when the scorers gave up: it is drawn when its
+    batch is the next to train and all others of it are settled, with the version that was published last.
     """
 
     def __init__(
@@ -49,7 +55,7 @@ class GroupStream:
         self._requests: dict[int, RolloutRequest] = {}  # of the groups in the buffer, to draw one again
         self._tasks: set[asyncio.Task[None]] = set()
         self._failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._dropped_in_a_row = 0
+        self._failed_in_a_row = 0
         self._waves = 0
         self._counts = {"scoring/rescored": 0.0, "scoring/replaced": 0.0, "rollout/reissued": 0.0}
         self._times = {"time/rollout_s": 0.0, "time/score_s": 0.0}
@@ -57,7 +63,9 @@ class GroupStream:
 
     async def __aenter__(self) -> GroupStream:
         self._cluster.busy()  # what they did before, an evaluation for instance, is not the first step's
-        self._spawn(self._admit())
+        self._admit()
+        if self._run.pipeline.order == "arrival":
+            self._replace(self._buffer.failed)
         return self
 
     async def __aexit__(
@@ -68,15 +76,19 @@ class GroupStream:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._failure.cancel()
 
-    def restore(self, groups: Sequence[GroupRefs]) -> None:
-        """Put scored groups of a checkpoint back into their slots, in the order of admission; before `__aenter__`."""
+    def restore(self, fates: Mapping[int, Fate]) -> None:
+        """Put a checkpoint's groups back into their slots, in their order; before `__aenter__`."""
         done = self._ledger.open_groups()
-        for group in groups:
-            self._buffer.admit(group.group_id, group.policy_version)  # its age counts from there, not from the resume
+        for group_id, fate in fates.items():
+            if isinstance(fate, Failed):
+                self._buffer.admit(group_id, self.step)
+                self._buffer.fail(group_id, fate.why)
+                continue
+            self._buffer.admit(group_id, fate.policy_version)  # its age counts from there, not from the resume
             missing: list[Event] = ["generated", "scored"]
-            for event in missing[{"generated": 1, "scored": 2}.get(done[group.group_id], 0) :]:
-                self._ledger.note(event, [group.group_id], step=self.step, policy_version=group.policy_version)
-            self._buffer.ready(group.group_id, group, group.policy_version)
+            for event in missing[{"generated": 1, "scored": 2}.get(done[group_id], 0) :]:
+                self._ledger.note(event, [group_id], step=self.step, policy_version=fate.policy_version)
+            self._buffer.ready(group_id, fate, fate.policy_version)
 
     async def next_batch(self) -> list[GroupRefs]:
         """The groups of one update, in the learner's hands, as soon as all are ready.
@@ -86,10 +98,12 @@ class GroupStream:
             RunError: a worker or every scorer (`NoValidRewardError`) failed behind our back.
         """
         while True:
-            groups = [payload for _, payload in await self._unless_failed(self._buffer.take(self.step))]
             try:
+                groups = [payload for _, payload in await self._unless_failed(self._buffer.take(self.step))]
                 await self._cluster.hand_over(groups)
                 return groups
+            except GroupsFailedError as failed:
+                self._replace(failed.whys)
             except GroupsLostError as lost:
                 self.reissue(lost)
                 self._buffer.put_back(group.group_id for group in groups)
@@ -114,32 +128,43 @@ class GroupStream:
         if requests:
             self._spawn(self._generate(requests))
 
-    async def open_groups(self) -> list[GroupRefs]:
-        """The groups that are admitted and not trained now, once all of them are scored.
+    def fates(self, group_ids: Iterable[int] | None = None) -> dict[int, asyncio.Future[Fate]]:
+        """What will become of some groups, or of all that are admitted and not trained now; `settled` waits for it.
 
-        Which groups is settled when this is called; one that is replaced in the meantime is left out.
+        Which groups is settled by this call, and all later fortunes of their slots do not matter.
         """
-        return await self.ready_groups(list(self._ledger.open_groups()))
+        return self._buffer.fates(group_ids)
 
-    async def ready_groups(self, ids: Sequence[int]) -> list[GroupRefs]:
-        """Some of the groups, once all of them are scored, without those that were replaced in the meantime."""
-        groups = [await self._unless_failed(self._buffer.payload(group_id)) for group_id in ids]
-        return [group for group in groups if group is not None]
+    async def settled(self, fates: Mapping[int, asyncio.Future[Fate]]) -> dict[int, Fate]:
+        """What became of groups, once all of them are scored or cannot be."""
+
+        async def wait() -> dict[int, Fate]:
+            return {group_id: await fate for group_id, fate in fates.items()}
+
+        found: dict[int, Fate] = await self._unless_failed(wait())
+        return found
 
     def trained(self, groups: Sequence[GroupRefs], step: int) -> None:
-        """Write into the ledger that an update took these groups; their slots stay held until `release`."""
+        """Write into the ledger that an update took these groups; their slots stay held until `release`.
+
+        Raises:
+            RunError: one is older than ``pipeline.max_staleness`` allows, or newer than the learner.
+        """
         bound = self._run.pipeline.max_staleness
-        late = max(step - group.policy_version for group in groups)
-        assert 0 <= late <= bound, f"a group is {late} versions old, the bound is {bound}"
+        for group in groups:
+            age = step - group.policy_version
+            if not 0 <= age <= bound:
+                raise RunError(f"group {group.group_id} is {age} versions old, pipeline.max_staleness is {bound}")
         for group in groups:
             self._ledger.note("trained", [group.group_id], step=step, policy_version=group.policy_version)
 
     def release(self, groups: Sequence[GroupRefs]) -> None:
-        """Free the slots of trained groups: the next ones are admitted at the version that was published last."""
+        """Give the slots of trained groups to new ones, which are drawn with the version that was published last."""
         self.step += 1
         for group in groups:
             self._requests.pop(group.group_id, None)
         self._buffer.release(group.group_id for group in groups)
+        self._admit()
 
     def metrics(self) -> dict[str, float]:
         """Counters, depths of the queues, and busy seconds and shares of the roles since the last call."""
@@ -156,23 +181,24 @@ class GroupStream:
         self._times = dict.fromkeys(self._times, 0.0)
         return metrics
 
-    async def _admit(self) -> None:
-        """Fill free slots in waves, shared evenly among the rollout workers."""
+    def _admit(self) -> None:
+        """Fill the free slots."""
+        while (count := min(self._buffer.free, self._run.rollout.groups_per_step)) > 0:  # a wave spans no two batches
+            requests = [self._request() for _ in range(count)]
+            for request in requests:
+                self._buffer.admit(request.group_id, self.step)
+            self._draw(requests)
+
+    def _draw(self, requests: Sequence[RolloutRequest]) -> None:
+        """Send out new groups in waves, shared evenly among the rollout workers."""
+        self._ledger.note("admitted", [request.group_id for request in requests], step=self.step)
         rollout = self._run.rollout
+        # In strict order the cut into waves, which bits depend on, must not depend on who happens to be there.
+        workers = rollout.workers if self._run.pipeline.order == "strict" else self._cluster.workers()["rollout"]
         largest = max(1, rollout.images_per_wave // rollout.group_size)
-        while True:
-            free = await self._buffer.wait_free()
-            batch = min(free, rollout.groups_per_step)  # a wave never spans two batches
-            # In strict order the cut into waves, which bits depend on, must not depend on who happens to be there.
-            workers = rollout.workers if self._run.pipeline.order == "strict" else self._cluster.workers()["rollout"]
-            size = min(largest, math.ceil(batch / max(1, workers)))
-            while batch > 0:
-                requests = [self._request() for _ in range(min(size, batch))]
-                batch -= len(requests)
-                for request in requests:
-                    self._buffer.admit(request.group_id, self.step)
-                self._ledger.note("admitted", [r.group_id for r in requests], step=self.step)
-                self._spawn(self._generate(requests))
+        size = min(largest, math.ceil(len(requests) / max(1, workers)))
+        for start in range(0, len(requests), size):
+            self._spawn(self._generate(requests[start : start + size]))
 
     async def _generate(self, requests: Sequence[RolloutRequest]) -> None:
         ids = [request.group_id for request in requests]
@@ -207,32 +233,38 @@ class GroupStream:
             self._times["time/score_s"] += time.perf_counter() - start
             for receipt, group in results:
                 if receipt.ok:
-                    self._dropped_in_a_row = 0
+                    self._failed_in_a_row = 0
                     self._ledger.note("scored", [group.group_id], step=self.step, policy_version=group.policy_version)
                     bare = GroupRefs(group.group_id, group.policy_version, group.tokens, scores=group.scores)
                     self._buffer.ready(group.group_id, bare, group.policy_version)
             errors = {receipt.group_id: receipt.error for receipt, _ in results if not receipt.ok}
             pending = [group for receipt, group in results if not receipt.ok]
         if pending:
-            self._replace(errors)
+            self._fail(errors)
 
-    def _replace(self, errors: dict[int, str]) -> None:
-        """Groups without a score give their slots to fresh prompts."""
-        self._dropped_in_a_row += len(errors)
-        if self._dropped_in_a_row > 2 * self._run.rollout.groups_per_step:
-            why = next(iter(errors.values()))
-            text = f"{self._dropped_in_a_row} groups in a row could not be scored; the last one: {why}"
+    def _fail(self, whys: Mapping[int, str]) -> None:
+        """No scorer could score these groups: their slots wait for fresh ones."""
+        self._failed_in_a_row += len(whys)
+        if self._failed_in_a_row > 2 * self._run.rollout.groups_per_step:
+            why = next(iter(whys.values()))
+            text = f"{self._failed_in_a_row} groups in a row could not be scored; the last one: {why}"
             raise NoValidRewardError(text, self.step + 1)
-        requests = []
-        for group_id, why in errors.items():
-            request = self._request()
-            self._counts["scoring/replaced"] += 1
+        for group_id, why in whys.items():
+            self._buffer.fail(group_id, why)
+        if self._run.pipeline.order == "arrival":
+            self._replace(whys)
+
+    def _replace(self, whys: Mapping[int, str]) -> None:
+        """Drop groups that failed; fresh ones take their slots, in their order."""
+        self._counts["scoring/replaced"] += len(whys)
+        for group_id, why in whys.items():
             self._ledger.note("dropped", [group_id], step=self.step, why=why)
-            self._ledger.note("admitted", [request.group_id], step=self.step)
+            self._requests.pop(group_id, None)
+        requests = [self._request() for _ in whys]
+        for group_id, request in zip(whys, requests, strict=True):
             self._buffer.replace(group_id, request.group_id)
-            del self._requests[group_id]
-            requests.append(request)
-        self._spawn(self._generate(requests))
+        if requests:
+            self._draw(requests)
 
     def _request(self) -> RolloutRequest:
         group_id, self.next_group = self.next_group, self.next_group + 1

@@ -30,6 +30,7 @@ CHARTS = {  # title -> metric: legend, in the order of the page
     "|Δ log p| between rollout and learner, nats": {
         "mismatch/abs_logprob": "mean",
         "mismatch/max_abs_logprob": "maximum",
+        "mismatch/with_drift_abs_logprob": "mean of older groups, drift included",
     },
     "Loss": {"loss": "loss"},
     "Images a second, whole step": {"images_per_s": "images/s"},

@@ -11,7 +11,9 @@ ENTROPY_COLLAPSE_RATIO = 0.5
 KL_BLOWUP = 0.5
 """Alarm above this k3 to the reference, nats a token. Healthy runs of the paper's kind stay an order below."""
 MISMATCH = 0.05
-"""Alarm above this mean |delta log p| between engine and learner, nats a token; bfloat16 explains about 0.01."""
+"""Alarm above this mean |delta log p| between engine and learner, nats a token; bfloat16 explains about 0.01.
+
+In older groups the policy's own drift counts too: a healthy update moves it by a few thousandths."""
 
 
 def alarms(metrics: Mapping[str, float], run: RunConfig) -> list[tuple[str, str]]:
@@ -45,5 +47,12 @@ def alarms(metrics: Mapping[str, float], run: RunConfig) -> list[tuple[str, str]
     mismatch = metrics.get("mismatch/abs_logprob", 0.0)
     if mismatch > MISMATCH:
         text = f"rollout and learner differ by {mismatch:.3g} nats a token; compare rollout.dtype and learner.autocast"
+        found.append(("mismatch", text))
+    drifted = metrics.get("mismatch/with_drift_abs_logprob", 0.0)
+    if drifted > MISMATCH >= mismatch:
+        text = (
+            f"older groups differ by {drifted:.3g} nats a token from when they were drawn; compare rollout.dtype and "
+            "learner.autocast, and if they agree lower learner.lr"
+        )
         found.append(("mismatch", text))
     return found

@@ -102,6 +102,12 @@ RECORDED = (
         "learner",
     ),
     Metric("mismatch/max_abs_logprob", "nats/token", "The same, greatest token", "learner"),
+    Metric(
+        "mismatch/with_drift_abs_logprob",
+        "nats/token",
+        "Mean |delta log p| of older groups, when drawn and now: mismatch and the drift between; absent without any",
+        "learner",
+    ),
     Metric("images", "images", "Images trained in the update", "learner"),
     Metric("tokens", "tokens", "Image tokens trained in the update", "learner"),
     Metric("time/reference_s", "s", "Forward passes of the reference model", "learner"),
@@ -160,7 +166,7 @@ ALARMS = {
     "no_valid_reward": "No scorer told the images of any group apart, or none gave a valid score",
     "entropy_collapse": "The policy's token entropy fell below half of the reference's",
     "kl_blowup": "The KL to the reference model is beyond 0.5 nats a token",
-    "mismatch": "Rollout engine and learner differ by more than 0.05 nats a token at the same version",
+    "mismatch": "Rollout engine and learner differ by more than 0.05 nats a token, drift included in older groups",
     "learner_lost": "The learner died or hung, and the run went back to its last checkpoint",
 }
 """The label ``name`` of ``stage_ray_alarm_total`` and what it means; see `stage_ray.run.alarms`."""

@@ -13,6 +13,7 @@ import logging
 import os
 import re
 import shutil
+import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,7 +58,9 @@ class CheckpointStore:
     Example:
         >>> import tempfile
         >>> store = CheckpointStore(Path(tempfile.mkdtemp()), keep=2)
-        >>> path = store.save(5, lambda directory: (directory / "state.txt").write_text("five") and None, {"note": 1})
+        >>> directory = store.begin(5)
+        >>> (directory / "state.txt").write_text("five") and None
+        >>> path = store.finish(5, directory, {"note": 1})
         >>> store.latest().step, store.latest().facts, path.name
         (5, {'note': 1}, 'step-000005')
     """
@@ -68,21 +71,14 @@ class CheckpointStore:
         self.root = root
         self.keep = keep
 
-    def save(self, step: int, write: Callable[[Path], None], facts: Mapping[str, Any]) -> Path:
-        """Write a checkpoint in one go: `begin`, ``write`` fills the directory, `finish`; or `abandon` if it raises."""
-        directory = self.begin(step)
-        try:
-            write(directory)
-            return self.finish(step, directory, facts)
-        except BaseException:
-            self.abandon(directory)
-            raise
-
     def begin(self, step: int) -> Path:
-        """An empty directory to fill; what earlier crashes left behind is swept."""
+        """An empty directory to fill, then `finish` or `abandon`; what earlier crashes left behind is swept.
+
+        No other one ever had its name: the learner of a driver that was killed may still be writing into that.
+        """
         self.root.mkdir(parents=True, exist_ok=True)
         self._sweep()
-        unfinished = self.root / f"{UNFINISHED}{_name(step)}"
+        unfinished = self.root / f"{UNFINISHED}{_name(step)}-{uuid.uuid4().hex}"
         unfinished.mkdir()
         return unfinished
 
@@ -105,7 +101,7 @@ class CheckpointStore:
         _write_manifest(directory, step, facts)
         _sync_tree(directory)
         if final.exists():  # a directory cannot be renamed onto another; the old one steps aside for a moment
-            os.rename(final, self.root / f"{UNFINISHED}replaced-{final.name}")
+            os.rename(final, self.root / f"{UNFINISHED}replaced-{final.name}-{uuid.uuid4().hex}")
         os.rename(directory, final)
         _sync(self.root)
         self._sweep()
@@ -130,8 +126,9 @@ class CheckpointStore:
         return [(int(match[1]), path) for match, path in found if match]
 
     def _sweep(self) -> None:
+        """Remove what nobody will finish; whatever an orphan still writes into goes the next time."""
         for leftover in self.root.glob(f"{UNFINISHED}*"):
-            shutil.rmtree(leftover)
+            shutil.rmtree(leftover, ignore_errors=True)
 
     def _prune(self, step: int) -> None:
         """Keep the newest up to ``step``; later ones (broken ones that a resumed run passed over) do not count."""

@@ -5,19 +5,19 @@ from __future__ import annotations
 import asyncio
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
-
-from ray.exceptions import RayTaskError
 
 from stage_ray.cluster.cluster import Cluster, GroupRefs, GroupsLostError
 from stage_ray.cluster.seats import ArgumentsLost
 from stage_ray.config import RunConfig
-from stage_ray.errors import RunError
+from stage_ray.errors import LearnerLostError, RunError
+from stage_ray.pipeline.buffer import Failed
 from stage_ray.pipeline.ledger import Ledger
 from stage_ray.pipeline.prompts import PromptCursor
-from stage_ray.pipeline.stream import GroupStream
+from stage_ray.pipeline.stream import Fate, GroupStream
 from stage_ray.records import Prompt
 from stage_ray.run.alarms import alarms
 from stage_ray.run.checkpoint import Checkpoint, CheckpointStore
@@ -55,9 +55,6 @@ class RunFiles:
         self._losses += 1
         if self._losses >= LEARNER_LIVES:
             raise RunError(f"the learner was lost {self._losses} times since step {self.step}; {lost}") from lost
-        if self._saving is not None:
-            await asyncio.gather(self._saving, return_exceptions=True)
-            self._saving = None
         self._ledger.close()
         self._go_back(self._store.latest(self._progress.note))
         self.recorder.rewind(self.step)
@@ -76,23 +73,23 @@ class RunFiles:
         if self._checkpoint is not None or cluster.published:
             await cluster.publish()
 
-    async def stream(self, cluster: Cluster) -> GroupStream:
-        """The stream of groups from here on, those that the checkpoint had on their way in their old places."""
+    @asynccontextmanager
+    async def stream(self, cluster: Cluster) -> AsyncIterator[GroupStream]:
+        """The stream of groups from here on, those that the checkpoint had on their way in their old places.
+
+        When it ends, nothing is being saved any more, however it ends.
+        """
         stream = GroupStream(cluster, self._run, self._cursor, self._ledger, self._next_group, step=self.step)
-        ids = self._groups
-        if ids and self._checkpoint is not None:
-            directory = str((self._checkpoint.path / GROUPS).resolve())
-
-            async def load(worker: Any) -> list[GroupRefs]:
-                call = worker.load_groups.options(num_returns=1 + 2 * len(ids))
-                versions, *refs = call.remote(directory, ids)
-                drawn = zip(ids, await versions, refs[::2], refs[1::2], strict=True)
-                return [GroupRefs(i, version, tokens, scores=scores) for i, version, tokens, scores in drawn]
-
-            stream.restore(await cluster.ask_learner(load))
-        for group_id in self._ledger.open_groups().keys() - set(ids):
-            self._ledger.note("dropped", [group_id], step=self.step, why="not scored when the run stopped")
-        return stream
+        if self._checkpoint is not None:
+            stream.restore(await self._load_groups(cluster, self._checkpoint.path / GROUPS))
+        async with stream:
+            try:
+                yield stream
+            finally:
+                saving, self._saving = self._saving, None
+                if saving is not None:
+                    saving.cancel()
+                    await asyncio.gather(saving, return_exceptions=True)
 
     def record(self, step: int, metrics: dict[str, float]) -> None:
         """Write and show the metrics and alarms of an update."""
@@ -118,13 +115,13 @@ class RunFiles:
         if step % self._run.checkpoint.every and not last:
             return
         await self.saved()  # one at a time
-        open_groups = asyncio.ensure_future(stream.open_groups())
+        fates = stream.fates()  # at once with the facts: the ledger at that byte must know these groups, and no others
         facts = {
             "ledger_bytes": self._ledger.position(),
             "cursor": stream.cursor.position,
             "next_group": stream.next_group,
         }
-        self._saving = asyncio.create_task(self._save(step, cluster, stream, open_groups, facts))
+        self._saving = asyncio.create_task(self._save(step, cluster, stream, fates, facts))
         await asyncio.sleep(0)  # let it take its place in the learner's queue before the next update does
         if last or self._run.pipeline.max_staleness == 0:
             await self.saved()
@@ -149,36 +146,67 @@ class RunFiles:
         step: int,
         cluster: Cluster,
         stream: GroupStream,
-        open_groups: asyncio.Future[list[GroupRefs]],
+        fates: dict[int, asyncio.Future[Fate]],
         facts: dict[str, Any],
     ) -> None:
-        directory: Path | None = None
-        try:
+        with _failures_named(step):
             directory = self._store.begin(step)
+        try:
             path = str(directory.resolve())
-            await cluster.ask_learner(lambda worker: worker.save_state.remote(path))
-            groups = await open_groups
-            while lost := await _save_groups(cluster, directory / GROUPS, groups):
-                stream.reissue(lost)
-                groups = await stream.ready_groups([group.group_id for group in groups])
-            facts["groups"] = [group.group_id for group in groups]
-            await asyncio.to_thread(self._store.finish, step, directory, facts)
-            self._losses = 0
-        except BaseException as error:
-            open_groups.cancel()
-            if directory is not None:
-                self._store.abandon(directory)
-            if isinstance(error, OSError) or isinstance(error.__cause__ and error.__cause__.__cause__, RayTaskError):
-                raise RunError(
-                    f"checkpoint of step {step} could not be written ({error}); the ones before it are whole"
-                ) from error
+            with _failures_named(step):
+                await cluster.ask_learner(lambda worker: worker.save_state.remote(path))
+            settled = await self._save_groups(step, cluster, stream, fates, directory / GROUPS)
+            facts["groups"] = list(settled)
+            facts["failed"] = {str(i): fate.why for i, fate in settled.items() if isinstance(fate, Failed)}
+            with _failures_named(step):
+                await _in_thread(lambda: self._finish(step, directory, facts))
+        except BaseException:
+            self._store.abandon(directory)  # one that was finished has another name
             raise
+
+    async def _save_groups(
+        self,
+        step: int,
+        cluster: Cluster,
+        stream: GroupStream,
+        fates: dict[int, asyncio.Future[Fate]],
+        directory: Path,
+    ) -> dict[int, Fate]:
+        """Write what is on its way, as soon as it is scored; what became of each group."""
+        while True:
+            settled = await stream.settled(fates)
+            groups = [fate for fate in settled.values() if isinstance(fate, GroupRefs)]
+            with _failures_named(step):
+                lost = await _write_groups(cluster, directory, groups)
+            if lost is None:
+                return settled
+            stream.reissue(lost)
+            fates |= stream.fates(lost.group_ids)
+
+    def _finish(self, step: int, directory: Path, facts: Mapping[str, Any]) -> None:
+        self._store.finish(step, directory, facts)
+        self._losses = 0
+
+    async def _load_groups(self, cluster: Cluster, directory: Path) -> dict[int, Fate]:
+        """What the checkpoint says of the groups that were on their way, in their order."""
+        ids = [group_id for group_id in self._groups if group_id not in self._failed]
+
+        async def load(worker: Any) -> list[GroupRefs]:
+            call = worker.load_groups.options(num_returns=1 + 2 * len(ids))
+            versions, *refs = call.remote(str(directory.resolve()), ids)
+            drawn = zip(ids, await versions, refs[::2], refs[1::2], strict=True)
+            return [GroupRefs(i, version, tokens, scores=scores) for i, version, tokens, scores in drawn]
+
+        groups: list[GroupRefs] = await cluster.ask_learner(load) if ids else []
+        ready = {group.group_id: group for group in groups}
+        return {i: Failed(self._failed[i]) if i in self._failed else ready[i] for i in self._groups}
 
     def _go_back(self, saved: Checkpoint | None) -> None:
         facts: Mapping[str, Any] = saved.facts if saved else {"ledger_bytes": 0, "cursor": 0, "next_group": 0}
         self._checkpoint = saved
         self.step = saved.step if saved else 0
         self._groups: list[int] = facts.get("groups", [])
+        self._failed = {int(group_id): why for group_id, why in facts.get("failed", {}).items()}
         self._cursor = PromptCursor(self._prompts, self._run.seed, self._run.prompts.shuffle, position=facts["cursor"])
         self._next_group: int = facts["next_group"]
         for directory in (self._run_dir / GROUPS).glob("step-*"):  # other groups may be trained in these steps now
@@ -187,7 +215,7 @@ class RunFiles:
         self._ledger = Ledger(self._run_dir / "ledger.jsonl", keep_bytes=facts["ledger_bytes"])
 
 
-async def _save_groups(cluster: Cluster, directory: Path, groups: Sequence[GroupRefs]) -> GroupsLostError | None:
+async def _write_groups(cluster: Cluster, directory: Path, groups: Sequence[GroupRefs]) -> GroupsLostError | None:
     """Let the learner write groups; None when they are written, or which of them are gone, and then none is."""
     objects = [ref for group in groups for ref in (group.tokens, group.scores)]
     if not objects:
@@ -197,6 +225,40 @@ async def _save_groups(cluster: Cluster, directory: Path, groups: Sequence[Group
     except ArgumentsLost:
         return GroupsLostError(await cluster.gone(groups))
     return None
+
+
+@contextmanager
+def _failures_named(step: int) -> Iterator[None]:
+    """A disk that fails, under the driver (OSError) or the learner (RunError), fails a checkpoint: say which.
+
+    A learner that is lost is another matter: the run goes back.
+    """
+    try:
+        yield
+    except LearnerLostError:
+        raise
+    except (OSError, RunError) as error:
+        raise RunError(
+            f"checkpoint of step {step} could not be written ({error}); the ones before it are whole"
+        ) from error
+
+
+async def _in_thread(work: Callable[[], object]) -> None:
+    """Let a thread do it and wait to the end, also when cancelled: the thread goes on anyway, behind everyone's back.
+
+    Raises:
+        CancelledError: it was cancelled meanwhile, and the work is done.
+    """
+    running = asyncio.get_running_loop().run_in_executor(None, work)
+    cancelled: asyncio.CancelledError | None = None
+    while not running.done():
+        try:
+            await asyncio.wait([running])
+        except asyncio.CancelledError as error:
+            cancelled = error
+    running.result()
+    if cancelled is not None:
+        raise cancelled
 
 
 class StepClock:

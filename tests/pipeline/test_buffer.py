@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stage_ray.pipeline.buffer import GroupBuffer
+from stage_ray.pipeline.buffer import Failed, GroupBuffer, GroupsFailedError
 
 
 def test_a_slot_is_freed_when_its_group_is_trained_not_when_it_is_taken():
@@ -48,14 +48,25 @@ def test_take_waits_for_the_oldest_group_even_if_enough_younger_ones_are_ready()
     assert asyncio.run(scenario()) == [(0, "old")]
 
 
-def test_a_replaced_group_keeps_its_place_in_the_order():
-    buffer = GroupBuffer(groups_per_step=2, max_staleness=0)
-    buffer.admit(0, 0)
-    buffer.admit(1, 0)
-    buffer.replace(0, 7)
-    buffer.ready(1, "b", 0)
-    buffer.ready(7, "a", 0)
-    assert asyncio.run(buffer.take(0)) == [(7, "a"), (1, "b")]
+def test_a_failed_group_is_told_when_its_batch_is_settled_and_its_successor_has_its_place_in_the_order():
+    buffer = GroupBuffer(groups_per_step=2, max_staleness=1)
+    for group in range(4):
+        buffer.admit(group, 0)
+    buffer.fail(0, "too dark")
+    buffer.fail(3, "too bright")
+
+    async def scenario():
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(buffer.take(0), 0.01)
+        buffer.ready(1, "b", 0)
+        with pytest.raises(GroupsFailedError, match=r"\[0\]") as failed:
+            await buffer.take(0)
+        assert failed.value.whys == {0: "too dark"} and buffer.failed == {0: "too dark", 3: "too bright"}
+        buffer.replace(0, 7)
+        buffer.ready(7, "a", 0)
+        return await buffer.take(0)
+
+    assert asyncio.run(scenario()) == [(7, "a"), (1, "b")]
 
 
 def test_a_group_that_was_never_taken_cannot_be_released():
@@ -97,18 +108,21 @@ def test_a_group_drawn_later_than_it_was_admitted_may_wait_longer():
     assert asyncio.run(buffer.take(1)) == [(1, "first")]
 
 
-def test_the_payload_of_a_held_group_can_be_waited_for_and_a_replaced_one_has_none():
+def test_what_becomes_of_a_group_is_known_also_when_its_slot_has_gone_to_another():
     async def scenario():
-        buffer = GroupBuffer(groups_per_step=2, max_staleness=0)
-        buffer.admit(0, 0)
-        buffer.admit(1, 0)
-        both = asyncio.gather(buffer.payload(0), buffer.payload(1))
-        await asyncio.sleep(0)
-        buffer.replace(1, 2)
+        buffer = GroupBuffer(groups_per_step=1, max_staleness=2, order="arrival")
+        for group in range(3):
+            buffer.admit(group, 0)
         buffer.ready(0, "a", 0)
-        return await both
+        fates = buffer.fates()
+        buffer.fail(1, "too dark")
+        buffer.replace(1, 3)
+        buffer.ready(2, "c", 0)
+        await buffer.take(0)
+        buffer.release([0])
+        return {group: await fate for group, fate in fates.items()}
 
-    assert asyncio.run(scenario()) == ["a", None]
+    assert asyncio.run(scenario()) == {0: "a", 1: Failed("too dark"), 2: "c"}
 
 
 @settings(deadline=None, max_examples=60)

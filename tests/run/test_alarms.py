@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from rich.console import Console
 
 from stage_ray.config import RunConfig
@@ -98,6 +99,22 @@ def test_an_engine_that_serves_other_weights_than_it_says_is_found_out(model):
 def test_a_synchronous_run_stops_where_the_mismatch_is_beyond_its_bound(model):
     with pytest.raises(LearnerError, match="does the engine hold other weights"):
         served_old_weights(model, lr=3e-3)
+
+
+@pytest.mark.parametrize("true_weights", [True, False])
+def test_an_asynchronous_run_with_nothing_but_older_groups_finds_it_out_too(model, true_weights):
+    run = tiny_run(model, learner={"lr": 1e-4}, pipeline={"max_staleness": 1})
+    learner, engine = Learner(run, threads=1), Learner(run, threads=1)
+    if not true_weights:
+        with torch.no_grad():
+            for parameter in engine.policy.trained_parameters().values():
+                parameter.mul_(1.1)
+    first, second = (sample_groups(engine.policy, PROMPTS, 4, version=0, seed=seed) for seed in (0, 1))
+    learner.update(first, score(first))
+    metrics = learner.update(second, score(second))
+    assert metrics["staleness/1"] == 1 and "mismatch/abs_logprob" not in metrics
+    found = dict(alarms(metrics, run))
+    assert found == {} if true_weights else "older groups differ by 0." in found["mismatch"]
 
 
 def test_what_was_not_measured_raises_no_alarm(model):

@@ -21,7 +21,7 @@ from stage_ray.run.run_files import StepClock
 from stage_ray.train import train
 from tests import test_train
 from tests.fake_run import write_fake_run
-from tests.learner_case import tiny_run
+from tests.learner_case import PROMPTS, sample_groups, score, tiny_run
 from tests.learner_case import train as train_learner
 from tests.run.test_metrics import scrape
 from tests.tiny import tiny_janus
@@ -39,10 +39,13 @@ def unknown(names) -> list[str]:
 
 
 def test_the_catalogue_names_the_metrics_of_a_real_learners_update(model):
-    (update,) = train_learner(Learner(tiny_run(model), threads=1), 1)
-    assert unknown(update) == []
+    learner = Learner(tiny_run(model, pipeline={"max_staleness": 1}), threads=1)
+    older = sample_groups(learner.policy, PROMPTS, 4)
+    (fresh,) = train_learner(learner, 1)
+    updates = fresh | learner.update(older, score(older))
+    assert unknown(updates) == []
     told = {metric.name for metric in RECORDED if metric.where == "learner"}
-    assert told == {found.name for name in update if (found := find(name))}
+    assert told == {found.name for name in updates if (found := find(name))}
 
 
 def test_the_catalogue_names_the_metrics_of_the_step_clock():

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,11 +22,22 @@ def writer(text: str) -> Callable[[Path], None]:
     return write
 
 
+def save(store: CheckpointStore, step: int, write: Callable[[Path], None], facts: dict[str, Any]) -> None:
+    """As a run does, with the learner's part in it."""
+    directory = store.begin(step)
+    try:
+        write(directory)
+        store.finish(step, directory, facts)
+    except BaseException:
+        store.abandon(directory)
+        raise
+
+
 @pytest.fixture
 def store(tmp_path: Path) -> CheckpointStore:
     store = CheckpointStore(tmp_path / "checkpoints", keep=2)
-    store.save(1, writer("one"), {"cursor": 1})
-    store.save(2, writer("two"), {"cursor": 2})
+    save(store, 1, writer("one"), {"cursor": 1})
+    save(store, 2, writer("two"), {"cursor": 2})
     return store
 
 
@@ -51,12 +64,12 @@ def test_a_run_without_checkpoints_has_none(tmp_path: Path) -> None:
 
 
 def test_only_the_newest_are_kept(store: CheckpointStore) -> None:
-    store.save(30, writer("x"), {})
+    save(store, 30, writer("x"), {})
     assert names(store) == ["step-000002", "step-000030"]
 
 
 def test_a_checkpoint_of_the_same_step_is_replaced(store: CheckpointStore) -> None:
-    store.save(2, writer("new"), {"cursor": 22})
+    save(store, 2, writer("new"), {"cursor": 22})
     found = store.latest()
     assert found is not None and found.facts == {"cursor": 22}
     assert names(store) == ["step-000001", "step-000002"]
@@ -125,7 +138,7 @@ def test_a_crash_in_the_middle_of_a_save_leaves_the_older_ones_and_no_rubbish(st
         raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError, match="No space left"):
-        store.save(3, crash, {})
+        save(store, 3, crash, {})
     assert names(store) == ["step-000001", "step-000002"]
     assert latest(store) == (2, [])
 
@@ -135,8 +148,24 @@ def test_what_a_killed_save_left_is_never_loaded_and_swept_by_the_next(store: Ch
     leftover.mkdir()
     (leftover / "half.bin").write_text("half")
     assert latest(store) == (2, [])
-    store.save(4, writer("four"), {})
+    save(store, 4, writer("four"), {})
     assert names(store) == ["step-000002", "step-000004"]
+
+
+def test_a_learner_that_outlives_its_driver_and_writes_on_disturbs_no_later_save(store, monkeypatch) -> None:
+    orphaned, rmdir = store.begin(3), os.rmdir
+
+    def just_before(path: Any, **options: Any) -> None:
+        if Path(path).name == orphaned.name:
+            (orphaned / "late.bin").write_text("late")
+        rmdir(path, **options)
+
+    monkeypatch.setattr(os, "rmdir", just_before)
+    save(store, 3, writer("three"), {})
+    assert latest(store) == (3, []) and not (store.root / "step-000003" / "late.bin").exists()
+    monkeypatch.undo()
+    save(store, 4, writer("four"), {})
+    assert names(store) == ["step-000003", "step-000004"]
 
 
 def test_older_checkpoints_go_only_after_the_new_one_is_complete(store: CheckpointStore) -> None:
@@ -144,19 +173,19 @@ def test_older_checkpoints_go_only_after_the_new_one_is_complete(store: Checkpoi
         assert {"step-000001", "step-000002"} <= set(names(store))
         (directory / "x").write_text("x")
 
-    store.save(3, look, {})
+    save(store, 3, look, {})
     assert names(store) == ["step-000002", "step-000003"]
 
 
 def test_facts_that_are_not_json_are_refused_before_anything_is_kept(store: CheckpointStore) -> None:
     with pytest.raises(TypeError):
-        store.save(3, writer("x"), {"bad": object()})
+        save(store, 3, writer("x"), {"bad": object()})
     assert names(store) == ["step-000001", "step-000002"]
 
 
 def test_a_broken_later_checkpoint_does_not_push_sound_ones_out(store: CheckpointStore) -> None:
     (store.root / "step-000002" / "state.bin").unlink()
-    store.save(1, writer("again"), {})
+    save(store, 1, writer("again"), {})
     assert names(store) == ["step-000001", "step-000002"]
     assert latest(store)[0] == 1
 

@@ -1,0 +1,144 @@
+"""A whole run without Ray: real stream, ledger and checkpoints over actors that only wait, for a time that varies."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from stage_ray.bench.timed_cluster import TimedCluster
+from stage_ray.cluster.cluster import GroupRefs
+from stage_ray.config import RunConfig, validate_config
+from stage_ray.pipeline.ledger import read_ledger
+from stage_ray.records import Prompt, RolloutReceipt, RolloutRequest, ScoreReceipt
+from stage_ray.run.progress import Progress
+from stage_ray.run.run_files import RunFiles
+
+PROMPTS = [Prompt(i, f"prompt {i}") for i in range(7)]
+
+
+def timed_run(
+    directory: Path, *, steps: int = 9, groups: int = 2, staleness: int = 1, order: str = "strict", every: int = 2
+) -> RunConfig:
+    """A run of two rollout workers that draw a group at a time; it keeps one checkpoint."""
+    data = {
+        "steps": steps,
+        "run_dir": str(directory),
+        "prompts": {"train": "none"},
+        "policy": {"path": "none"},
+        "rollout": {"group_size": 2, "groups_per_step": groups, "images_per_wave": 2, "workers": 2},
+        "rewards": [{"type": "geneval"}],
+        "scoring": {"workers": 4, "groups_per_call": 1, "attempts": 1},
+        "pipeline": {"max_staleness": staleness, "order": order},
+        "checkpoint": {"every": every, "keep": 1},
+        "evaluation": {"enabled": False},
+        "cluster": {"metrics_port": None},
+    }
+    return validate_config(data)
+
+
+class FlakyCluster(TimedCluster):
+    """Its scorers take a time drawn from a seed, and some groups are beyond them. Its learner keeps files only."""
+
+    def __init__(self, run: RunConfig, seed: int = 0, fails: Callable[[int], bool] = lambda group_id: False) -> None:
+        super().__init__(run, (0.0005, 0.0, 0.0005))
+        self.prompts: dict[int, int] = {}
+        self.asked: set[int] = set()
+        self.gates: dict[int, asyncio.Event] = {}  # a group that has one is scored when it is open
+        self.published = False
+        self._choice, self._fails = random.Random(seed), fails
+
+    @property
+    def version(self) -> int:
+        """Updates done."""
+        return self._version
+
+    async def generate(self, requests: Sequence[RolloutRequest], **more: Any) -> tuple[RolloutReceipt, list[GroupRefs]]:
+        """Remembers which prompt a group has."""
+        self.prompts |= {request.group_id: request.prompt.index for request in requests}
+        receipt, groups = await super().generate(requests, **more)
+        return receipt, [GroupRefs(g.group_id, g.policy_version, [g.group_id, g.policy_version]) for g in groups]
+
+    async def score(self, groups: Sequence[GroupRefs]) -> list[tuple[ScoreReceipt, GroupRefs]]:
+        """Waits, then tells which groups are beyond it."""
+        (group,) = groups
+        await asyncio.sleep(self._choice.choice((0, 0.001, 0.004)))
+        self.asked.add(group.group_id)
+        if group.group_id in self.gates:
+            await self.gates[group.group_id].wait()
+        ok = not self._fails(group.group_id)
+        scored = GroupRefs(group.group_id, group.policy_version, group.tokens, scores="scores")
+        return [(ScoreReceipt(group.group_id, ok, "" if ok else "it is beyond me"), scored)]
+
+    async def ask_learner(self, ask: Callable[[Any], Any]) -> Any:
+        """Ask for files."""
+        methods = ("save_state", "load_state", "save_groups", "load_groups")
+        return await ask(SimpleNamespace(**{name: _Method(getattr(self, f"_{name}")) for name in methods}))
+
+    def accept_learner(self) -> None:
+        """There is only one."""
+
+    async def _save_state(self, directory: str) -> None:
+        (Path(directory) / "learner.json").write_text(json.dumps({"version": self._version}))
+
+    async def _load_state(self, directory: str) -> None:
+        self._version = json.loads((Path(directory) / "learner.json").read_text())["version"]
+
+    async def _save_groups(self, directory: str, *objects: Any) -> None:
+        Path(directory).mkdir(exist_ok=True)
+        for group_id, version in objects[::2]:
+            (Path(directory) / str(group_id)).write_text(str(version))
+
+    def _load_groups(self, directory: str, ids: Sequence[int]) -> list[Any]:
+        pairs = [(i, int((Path(directory) / str(i)).read_text())) for i in ids]
+        return [_soon([version for _, version in pairs]), *(item for pair in pairs for item in (list(pair), "scores"))]
+
+
+class _Method:
+    def __init__(self, remote: Callable[..., Any]) -> None:
+        self.remote = remote
+
+    def options(self, **options: Any) -> _Method:
+        return self
+
+
+async def _soon(value: Any) -> Any:
+    return value
+
+
+async def drive(run: RunConfig, cluster: Any, *, resume: bool = False, until: int | None = None) -> None:
+    """The loop of `stage_ray.train` without pictures and metrics; gives up in the middle of things after a step."""
+    Path(run.run_dir).mkdir(parents=True, exist_ok=True)
+    files = RunFiles(run, Path(run.run_dir), PROMPTS, resume=resume, progress=Progress())
+    try:
+        await files.restore(cluster)
+        async with files.stream(cluster) as stream:
+            for step in range(files.step, run.steps):
+                groups = await stream.next_batch()
+                await cluster.update()
+                await cluster.publish()
+                stream.trained(groups, step)
+                await files.checkpoint(step + 1, cluster, stream)
+                if step + 1 == until:
+                    return
+                if step + 1 < run.steps:
+                    stream.release(groups)
+            await files.saved()
+    finally:
+        files.close()
+
+
+def history(run: RunConfig) -> list[tuple[int, int, int]]:
+    """(group, version, step) of what was trained, in its order."""
+    events = read_ledger(Path(run.run_dir) / "ledger.jsonl")
+    return [(e["group_id"], e["policy_version"], e["step"]) for e in events if e["event"] == "trained"]
+
+
+async def until(happened: Callable[[], bool]) -> None:
+    """Wait for something."""
+    while not happened():
+        await asyncio.sleep(0.001)

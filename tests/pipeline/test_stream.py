@@ -1,0 +1,94 @@
+"""The stream over stand-ins that only wait: what happens in which order, whatever takes how long."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from stage_ray.cluster.cluster import GroupRefs
+from stage_ray.config import RunConfig
+from stage_ray.errors import RunError
+from stage_ray.pipeline.ledger import Ledger, audit, read_ledger
+from stage_ray.pipeline.prompts import PromptCursor
+from stage_ray.pipeline.stream import GroupStream
+from stage_ray.run.checkpoint import CheckpointStore
+from tests.flaky import PROMPTS, FlakyCluster, drive, history, timed_run, until
+
+
+def unlucky(group_id: int) -> bool:
+    """A third of the groups, and their successors, and one whose successor's successor is too."""
+    return group_id % 3 == 1
+
+
+def told(run: RunConfig, *clusters: FlakyCluster) -> list[tuple[int, int, int, int]]:
+    """(group, prompt, version, step) of what was trained, after making sure that nothing was lost."""
+    saved = CheckpointStore(Path(run.run_dir) / "checkpoints", keep=1).latest()
+    assert saved is not None and saved.step == run.steps
+    found = audit(
+        read_ledger(Path(run.run_dir) / "ledger.jsonl"),
+        groups_per_step=run.rollout.groups_per_step,
+        max_staleness=run.pipeline.max_staleness,
+        held=saved.facts["groups"],
+    )
+    assert found.sound and found.dropped > run.steps, found
+    prompts = {group: prompt for cluster in clusters for group, prompt in cluster.prompts.items()}
+    return [(group, prompts[group], version, step) for group, version, step in history(run)]
+
+
+@pytest.mark.parametrize("staleness", [0, 1, 2])
+def test_which_groups_take_the_place_of_failed_ones_does_not_depend_on_when_they_fail(tmp_path, staleness):
+    seen = []
+    for seed in range(3):
+        run = timed_run(tmp_path / str(seed), groups=3, staleness=staleness)
+        cluster = FlakyCluster(run, seed, unlucky)
+        asyncio.run(drive(run, cluster))
+        seen.append(told(run, cluster))
+    assert seen[0] == seen[1] == seen[2]
+    assert {version for _, _, version, step in seen[0] if step == 8} == {8 - staleness, 8}, "successors are fresh"
+
+
+@pytest.mark.parametrize(("staleness", "last"), [(1, 4), (2, 4), (2, 5)])
+def test_a_resumed_run_has_failed_groups_in_their_places(tmp_path, staleness, last):
+    whole = timed_run(tmp_path / "whole", groups=3, staleness=staleness)
+    cluster = FlakyCluster(whole, 0, unlucky)
+    asyncio.run(drive(whole, cluster))
+    broken = timed_run(tmp_path / "broken", groups=3, staleness=staleness)
+    before, after = FlakyCluster(broken, 1, unlucky), FlakyCluster(broken, 2, unlucky)
+    asyncio.run(drive(broken, before, until=last))
+    saved = CheckpointStore(tmp_path / "broken" / "checkpoints", keep=1).latest()
+    assert saved is not None and saved.facts["failed"], "nothing had failed: this run shows nothing"
+    asyncio.run(drive(broken, after, resume=True))
+    assert told(broken, before, after) == told(whole, cluster)
+
+
+@pytest.mark.parametrize(("order", "at_once"), [("strict", False), ("arrival", True)])
+def test_a_failed_group_is_replaced_at_once_or_in_strict_order_when_its_batch_is_settled(tmp_path, order, at_once):
+    run = timed_run(tmp_path, steps=1, order=order)
+    cluster = FlakyCluster(run, 0, lambda group_id: group_id == 1)
+
+    async def scenario() -> bool:
+        cluster.gates[0] = asyncio.Event()
+        running = asyncio.create_task(drive(run, cluster))
+        await until(lambda: {1, 2, 3} <= cluster.asked and (not at_once or 4 in cluster.prompts))
+        await asyncio.sleep(0.05)
+        early = 4 in cluster.prompts
+        cluster.gates[0].set()
+        await running
+        return early
+
+    assert asyncio.run(scenario()) == at_once
+    assert 4 in cluster.prompts and {group for group, _, _ in history(run)} <= {0, 2, 3, 4}
+
+
+def test_a_group_older_than_the_bound_is_never_written_down_as_trained(tmp_path):
+    run = timed_run(tmp_path, staleness=1)
+
+    async def train_late() -> None:
+        ledger = Ledger(tmp_path / "ledger.jsonl")
+        stream = GroupStream(FlakyCluster(run), run, PromptCursor(PROMPTS, 0), ledger, 0, step=0)  # type: ignore
+        stream.trained([GroupRefs(7, 1, None), GroupRefs(8, 0, None)], 2)
+
+    with pytest.raises(RunError, match=r"group 8 is 2 versions old, pipeline.max_staleness is 1"):
+        asyncio.run(train_late())
