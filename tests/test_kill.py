@@ -1,7 +1,7 @@
 """Every role is killed in every phase of an asynchronous run, disks fill and bytes rot; no group is lost or repeated.
 
 Real Ray, real processes, real signals. What must not change the outcome at all (the loss of a scorer, a learner or the
-driver, in strict order) is held to the weights of a run that nobody disturbed, bit for bit. A rollout worker's
+driver, in strict order) is held to metrics and weights of a run that nobody disturbed, bit for bit. A rollout worker's
 successor draws its groups with the newest weights, which may be other ones: there the ledger is the judge.
 """
 
@@ -44,7 +44,7 @@ from stage_ray.run.run_files import RunFiles
 from stage_ray.train import train
 from tests.chaos import WORKERS, audited, end_session, start_driver
 from tests.scorers import MOODS
-from tests.test_train import lines, tiny_run
+from tests.test_train import lines, tiny_run, without_clocks
 from tests.tiny import tiny_janus
 
 pytestmark = pytest.mark.slow  # each starts a Ray of its own
@@ -56,6 +56,7 @@ PHASES = {  # phase -> the driver's call that lasts as long as it does
     "checkpointing": (RunFiles, "_save"),
 }
 STEPS, EVERY, SEED = 40, 4, 20
+RECOVERIES = ("scoring/", "rollout/reissued", "workers/")
 
 
 def kill_run(directory: Path, model: Path, scorer: str = "Brightness", **changes: Any) -> RunConfig:
@@ -79,10 +80,18 @@ def sound(run: RunConfig, *, ended: bool = True) -> Audit:
     return found
 
 
-def same_weights(first: RunConfig, second: RunConfig) -> bool:
-    """Whether two runs ended with the same model, bit for bit."""
-    one, other = (load_file(Path(run.run_dir) / "final" / "model.safetensors") for run in (first, second))
-    return all(torch.equal(one[name], other[name]) for name in one)
+def same_outcome(first: RunConfig, second: RunConfig) -> bool:
+    """Whether two runs have the same metrics, but for clocks and the count of recoveries, and ended with the same
+    model, bit for bit."""
+    one, other = (
+        [
+            {name: value for name, value in row.items() if not name.startswith(RECOVERIES)}
+            for row in without_clocks(lines(Path(run.run_dir) / "metrics.jsonl"))
+        ]
+        for run in (first, second)
+    )
+    weights = [load_file(Path(run.run_dir) / "final" / "model.safetensors") for run in (first, second)]
+    return one == other and all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +209,7 @@ def test_scorers_and_learners_killed_in_every_phase_do_not_change_a_bit(tmp_path
     train(run)
     assert strikes.done == len(schedule) and narrow.done
     sound(run)
-    assert same_weights(run, undisturbed)
+    assert same_outcome(run, undisturbed)
 
 
 @pytest.mark.parametrize("role", ["learner", "rollout"])
@@ -217,7 +226,7 @@ def test_workers_killed_in_every_phase_lose_no_group_where_versions_are_broadcas
     train(run)
     assert strikes.done == len(PHASES) and narrow.done
     sound(run)
-    assert role == "rollout" or same_weights(run, undisturbed), "another way for the same bytes"
+    assert role == "rollout" or same_outcome(run, undisturbed), "another way for the same bytes"
 
 
 class Rot:
@@ -298,26 +307,53 @@ def newest_weights(run: RunConfig) -> tuple[int, Path]:
     return newest.step, newest.path / "trained.safetensors"
 
 
-def test_a_driver_killed_in_every_phase_goes_on_bit_for_bit_even_from_an_older_checkpoint(tmp_path, model, undisturbed):
-    run = kill_run(tmp_path, model)
-    config = tmp_path / "config.yaml"
+def kill_driver(run: RunConfig, phase: str) -> None:
+    """Let a driver begin a run or go on with it, and kill it in the midst of a phase."""
+    config = Path(run.run_dir).with_name("config.yaml")
     config.write_text(yaml.safe_dump(run.model_dump(mode="json")))
-    damages: list[Callable[[bytes], bytes] | None] = [None, lambda data: data[:-1], None, flipped]
-    for phase, damage in zip(PHASES, damages, strict=True):
-        code = "import sys; from tests.test_kill import drive_until; drive_until(*sys.argv[1:])"
-        driver = start_driver([sys.executable, "-c", code, str(config), phase], stderr=subprocess.DEVNULL)
-        try:
-            assert driver.wait(120) == -signal.SIGKILL
-        finally:
-            end_session(driver.pid)
-        sound(run, ended=False)
-        if damage is not None:
-            step, weights = newest_weights(run)
-            weights.write_bytes(damage(weights.read_bytes()))
-            assert newest_weights(run)[0] < step
+    code = "import sys; from tests.test_kill import drive_until; drive_until(*sys.argv[1:])"
+    driver = start_driver([sys.executable, "-c", code, str(config), phase], stderr=subprocess.DEVNULL)
+    try:
+        assert driver.wait(120) == -signal.SIGKILL
+    finally:
+        end_session(driver.pid)
+    sound(run, ended=False)
+
+
+def test_a_driver_killed_twice_goes_on_bit_for_bit_even_from_an_older_checkpoint(tmp_path, model, undisturbed):
+    run = kill_run(tmp_path, model)
+    damages: dict[str, Callable[[bytes], bytes]] = {"scoring": lambda data: data[:-1], "checkpointing": flipped}
+    for phase, damage in damages.items():
+        kill_driver(run, phase)
+        step, weights = newest_weights(run)
+        weights.write_bytes(damage(weights.read_bytes()))
+        assert newest_weights(run)[0] < step
     train(run, resume=True)
     sound(run)
-    assert same_weights(run, undisturbed)
+    assert same_outcome(run, undisturbed)
+
+
+def test_a_driver_killed_in_a_synchronous_run_goes_on_bit_for_bit(tmp_path, model):
+    changes = {"steps": STEPS // 2, "pipeline": {"max_staleness": 0, "record": True}}
+    whole, run = kill_run(tmp_path / "whole", model, **changes), kill_run(tmp_path / "broken", model, **changes)
+    train(whole)
+    kill_driver(run, "publishing")
+    train(run, resume=True)
+    sound(run)
+    assert same_outcome(run, whole)
+    histories = [
+        [{name: value for name, value in event.items() if name != "time"} for event in lines(ledger)]
+        for ledger in (Path(one.run_dir) / "ledger.jsonl" for one in (whole, run))
+    ]
+    assert histories[0] == histories[1]
+
+
+def test_a_driver_killed_in_a_run_in_order_of_arrival_loses_no_group_and_repeats_none(tmp_path, model):
+    run = kill_run(tmp_path, model, pipeline={"max_staleness": 2, "order": "arrival", "record": True})
+    for phase in ("checkpointing", "generating"):
+        kill_driver(run, phase)
+    train(run, resume=True)
+    sound(run)
 
 
 @pytest.fixture
@@ -374,7 +410,7 @@ def test_a_full_disk_stops_the_run_with_its_checkpoints_whole_and_with_room_it_g
         (disk / "filler").unlink()
     train(run, resume=True)
     sound(run)
-    assert same_weights(run, undisturbed)
+    assert same_outcome(run, undisturbed)
 
 
 def test_groups_of_a_checkpoint_are_as_old_as_they_were_when_the_run_goes_on(tmp_path, model):

@@ -15,7 +15,7 @@ from stage_ray.errors import ConfigError
 from stage_ray.records import Prompt, RolloutRequest
 from stage_ray.train import train
 from stage_ray.workers.rollout import RolloutWorker
-from tests.test_async import QUICK, KillsWorker, audit
+from tests.test_async import QUICK, KillsWorker, sound
 from tests.test_train import lines, tiny_run
 from tests.tiny import tiny_janus
 
@@ -54,7 +54,7 @@ def test_workers_sleep_during_every_update_and_come_back_with_the_learner_after_
     killer = KillsWorker("LearnerWorker", 3, signal.SIGKILL)
     run = tiny_run(tmp_path, tiny_janus(tmp_path / "janus"), steps=5, **ROLES, **QUICK)
     directory = train(run, progress=killer).run_dir
-    assert killer.killed == 2 and audit(directory)["trained"] == 10
+    assert killer.killed == 2 and sound(directory).trained == 10
     assert [row["step"] for row in lines(directory / "metrics.jsonl")] == [1, 2, 3, 4, 5]
     for worker in ("rollout-0", "rollout-1"):
         asked = [line.split()[1] for line in calls.read_text().splitlines() if line.split()[0] == worker]

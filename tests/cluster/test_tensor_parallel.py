@@ -13,7 +13,7 @@ from stage_ray.engines.vllm.ranks import TensorRanks
 from stage_ray.errors import ConfigError
 from stage_ray.run.progress import Progress
 from stage_ray.train import train
-from tests.test_async import QUICK, audit
+from tests.test_async import QUICK, sound
 from tests.test_security import is_loopback, is_private
 from tests.test_train import lines, tiny_run
 from tests.tiny import tiny_janus
@@ -61,7 +61,7 @@ def test_where_one_process_dies_or_hangs_the_worker_is_replaced_and_draws_its_gr
     run = train(tiny_run(tmp_path, tiny_janus(tmp_path / "janus"), **changes), progress=signals).run_dir
     rows = lines(run / "metrics.jsonl")
     assert signals.hit == 2 and rows[-1]["workers/restarts"] >= 2
-    assert audit(run)["trained"] == 12
+    assert sound(run).trained == 12
     # The learner's own log-probabilities of what the two drew together, at the same weights.
     fresh = [row["mismatch/abs_logprob"] for row in rows if row.get("mismatch/abs_logprob") is not None]
     assert fresh and max(fresh) < 1e-4
