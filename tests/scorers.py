@@ -26,18 +26,6 @@ class Brightness:
         return _output(images.mean(axis=(1, 2, 3)) / 255)
 
 
-class FailsOnFirstCall(Brightness):
-    """The first call answers NaN, later ones are right."""
-
-    def __init__(self) -> None:
-        self.calls = 0
-
-    def score(self, images: np.ndarray, prompts: Sequence[Prompt]) -> RewardOutput:
-        self.calls += 1
-        output = super().score(images, prompts)
-        return output if self.calls > 1 else _output(np.full(len(images), np.nan))
-
-
 class CannotJudge(Brightness):
     """One prompt is beyond it, for ever."""
 
@@ -54,21 +42,6 @@ class Raises:
 
     def score(self, images: np.ndarray, prompts: Sequence[Prompt]) -> RewardOutput:
         raise OSError("the scoring service is down")
-
-
-class Sleeps(Brightness):
-    """The first actor that holds it hangs in its first call; its replacement works (``marker`` is left behind)."""
-
-    def __init__(self, marker: str) -> None:
-        self.marker = marker
-
-    def score(self, images: np.ndarray, prompts: Sequence[Prompt]) -> RewardOutput:
-        try:
-            with open(self.marker, "x"):
-                time.sleep(3600)
-        except FileExistsError:
-            pass
-        return super().score(images, prompts)
 
 
 class Moody(Brightness):

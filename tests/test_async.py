@@ -48,7 +48,7 @@ def sound(run_dir: Path) -> Audit:
 class KillsWorker(Progress):
     """Sends a signal to the process of a role when a step is done."""
 
-    def __init__(self, role: str, step: int, number: int = signal.SIGKILL) -> None:
+    def __init__(self, role: str, step: int, number: int) -> None:
         super().__init__()
         self.role, self.at, self.number, self.killed = role, step, number, 0
 
@@ -61,13 +61,9 @@ class KillsWorker(Progress):
                     self.killed += 1
 
 
-@pytest.mark.parametrize("order", ["strict", "arrival"])
-def test_generation_runs_ahead_by_at_most_the_bound(tmp_path, model, order):
-    run = train(tiny_run(tmp_path, model, steps=6, pipeline={"max_staleness": 2, "order": order}, **QUICK)).run_dir
-    ages = [row["staleness/max"] for row in lines(run / "metrics.jsonl")]
-    assert max(ages) <= 2
-    if order == "strict":
-        assert ages == [0, 1, 2, 2, 2, 2]
+def test_generation_runs_ahead_to_the_bound_and_no_further(tmp_path, model):
+    run = train(tiny_run(tmp_path, model, steps=6, pipeline={"max_staleness": 2}, **QUICK)).run_dir
+    assert [row["staleness/max"] for row in lines(run / "metrics.jsonl")] == [0, 1, 2, 2, 2, 2]
     assert sound(run).trained == 12
 
 
@@ -87,22 +83,13 @@ def test_a_strict_asynchronous_run_that_drops_groups_is_repeated_and_resumed_bit
     assert sound(whole).dropped == sound(resumed).dropped == sum(row["scoring/replaced"] for row in rows[0]) > 2
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_rollout_worker_that_dies_or_hangs_is_replaced_and_its_groups_drawn_again(tmp_path, model, number):
-    killer = KillsWorker("RolloutWorker", 2, number)
+def test_a_rollout_worker_that_hangs_is_replaced_and_its_groups_drawn_again(tmp_path, model):
+    killer = KillsWorker("RolloutWorker", 2, signal.SIGSTOP)
     cluster = {"object_store_mb": 128, "metrics_port": None, "heartbeat_s": 0.5, "heartbeat_deadline_s": 2.0}
     changes = {"steps": 5, "pipeline": {"max_staleness": 1}, "cluster": cluster, **QUICK}
     run = train(tiny_run(tmp_path, model, **changes), progress=killer).run_dir
     assert killer.killed == 1
     assert lines(run / "metrics.jsonl")[-1]["workers/restarts"] >= 1
-    assert sound(run).trained == 10
-
-
-def test_a_learner_that_dies_goes_on_from_its_last_checkpoint(tmp_path, model):
-    killer = KillsWorker("LearnerWorker", 3)
-    run = train(tiny_run(tmp_path, model, steps=5, **QUICK), progress=killer).run_dir
-    assert killer.killed == 1
-    assert [row["step"] for row in lines(run / "metrics.jsonl")] == [1, 2, 3, 4, 5]
     assert sound(run).trained == 10
 
 
@@ -144,16 +131,6 @@ def test_a_signal_while_ray_starts_ends_the_run_with_its_code_and_leaves_nothing
     assert not left
 
 
-def test_a_replay_of_recorded_groups_repeats_every_update(tmp_path, model):
-    run = tiny_run(tmp_path, model, pipeline={"record": True, "max_staleness": 1}, **QUICK)
-    recorded = train(run).run_dir
-    again = replay(run.model_copy(update={"run_dir": str(tmp_path / "again")}), recorded, Progress())
-    rows = [lines(directory / "metrics.jsonl") for directory in (recorded, again)]
-    assert [row["loss"] for row in rows[0]] == [row["loss"] for row in rows[1]]
-    first, second = map(final_weights, (recorded, again))
-    assert all(torch.equal(first[name], second[name]) for name in first)
-
-
 def test_a_replay_refuses_a_step_that_was_recorded_in_part(tmp_path):
     for step, groups in ((1, 2), (2, 1)):
         directory = tmp_path / "groups" / f"step-{step:06d}"
@@ -170,14 +147,12 @@ def test_a_replay_without_recorded_groups_says_how_to_record_them(tmp_path, mode
         replay(tiny_run(tmp_path, model), tmp_path, Progress())
 
 
-@pytest.mark.parametrize(("engine", "ranks"), [("vllm", 1), ("torch", 2)])
-def test_versions_that_are_broadcast_give_the_run_that_stored_ones_give_bit_for_bit(tmp_path, model, engine, ranks):
-    if engine == "vllm":
-        pytest.importorskip("vllm")
+def test_versions_that_are_broadcast_give_the_run_that_stored_ones_give_bit_for_bit(tmp_path, model):
+    pytest.importorskip("vllm")
     settings = {
-        "rollout": {"engine": engine, "workers": 2, "kv_cache_gib": 0.25},
+        "rollout": {"engine": "vllm", "workers": 2, "kv_cache_gib": 0.25},
         "pipeline": {"max_staleness": 1},
-        "learner": {"lr": 1e-3, "ranks": ranks},
+        "learner": {"lr": 1e-3, "ranks": 2},
     }
     runs = []
     for transport in ("gloo", "object_store"):

@@ -38,6 +38,7 @@ from stage_ray.pipeline.ledger import Audit, Ledger
 from stage_ray.pipeline.prompts import PromptCursor
 from stage_ray.pipeline.stream import GroupStream
 from stage_ray.records import Prompt
+from stage_ray.replay import replay
 from stage_ray.run.checkpoint import CheckpointStore
 from stage_ray.run.progress import Progress
 from stage_ray.run.run_files import RunFiles
@@ -105,6 +106,15 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, model: Path) -> RunCon
     train(run)
     sound(run)
     return run
+
+
+def test_a_replay_of_recorded_groups_repeats_every_update(tmp_path, undisturbed):
+    recorded = Path(undisturbed.run_dir)
+    again = replay(undisturbed.model_copy(update={"run_dir": str(tmp_path / "again")}), recorded, Progress())
+    rows = [lines(directory / "metrics.jsonl") for directory in (recorded, again)]
+    assert [row["loss"] for row in rows[0]] == [row["loss"] for row in rows[1]]
+    weights = [load_file(directory / "final" / "model.safetensors") for directory in (recorded, again)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
 class Strikes:

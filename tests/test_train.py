@@ -117,12 +117,6 @@ def test_a_run_leaves_everything_a_user_looks_for(tmp_path, model):
     assert any(not torch.equal(trained[name], base[name]) for name in base)
 
 
-def test_a_score_that_is_not_finite_is_asked_for_again(tmp_path, model):
-    run = train(tiny_run(tmp_path, model, "FailsOnFirstCall", steps=1, evaluation={"enabled": False})).run_dir
-    (row,) = lines(run / "metrics.jsonl")
-    assert (row["scoring/rescored"], row["scoring/replaced"]) == (1, 0)
-
-
 def test_a_group_that_cannot_be_scored_is_replaced_by_a_fresh_one(tmp_path, model):
     changes = {"steps": 2, "evaluation": {"enabled": False}, "options": {"word": "rings"}}
     run = train(tiny_run(tmp_path, model, "CannotJudge", **changes)).run_dir
@@ -131,12 +125,6 @@ def test_a_group_that_cannot_be_scored_is_replaced_by_a_fresh_one(tmp_path, mode
     assert len(dropped) == sum(row["scoring/replaced"] for row in lines(run / "metrics.jsonl")) > 0
     trained = [row["group_id"] for row in ledger if row["event"] == "trained"]
     assert len(trained) == len(set(trained)) == 4 and not set(trained) & set(dropped)
-
-
-def test_a_scorer_that_hangs_is_replaced_and_its_groups_are_scored_again(tmp_path, model):
-    changes = {"steps": 1, "evaluation": {"enabled": False}, "options": {"marker": str(tmp_path / "marker")}}
-    run = train(tiny_run(tmp_path, model, "Sleeps", scoring={"timeout_s": 2.0}, **changes)).run_dir
-    assert lines(run / "metrics.jsonl")[0]["scoring/rescored"] >= 1
 
 
 def test_a_scorer_that_never_works_stops_the_run_with_its_reason(tmp_path, model):

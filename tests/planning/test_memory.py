@@ -146,7 +146,8 @@ def _kept(sizes, layers: int, form: str, rows: int, length: int) -> int:
     ("bfloat16", "checkpointing"), [(False, False), (False, True), (True, False)], ids=["float32", "kept", "autocast"]
 )
 def test_the_peak_of_a_real_update_of_50_million_parameters_is_foreseen(tmp_path, bfloat16, checkpointing):
-    path, rows = write_model(tmp_path / "50m", FIFTY_MILLION), 6
+    path = write_model(tmp_path / "50m", FIFTY_MILLION)
+    rows = 2 if bfloat16 else 6  # not every CPU multiplies in bfloat16, and one that does not takes minutes
     options = {"model": str(path), "rows": rows, "bfloat16": bfloat16, "checkpointing": checkpointing}
     with Progress() as progress:
         (facts,) = compare([Side("peak", peak_side, options)], repeats=1, warmups=0, progress=progress, title="peak")[
