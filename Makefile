@@ -13,6 +13,7 @@ VARIANT ?= auto
 PYTHON ?=
 TORCH_INDEX ?=
 BIN := .venv/bin
+ON_A_GPU := --set rollout.gpus=0.5 --set learner.gpus=0.5
 
 export VARIANT PYTHON TORCH_INDEX
 unexport PYTHONPATH
@@ -32,7 +33,7 @@ install: .venv/installed ## Build .venv with everything in it (chooses CPU or GP
 	@touch $@
 
 train: install ## Run the default job: STAGE on ShapeWorld, about ten minutes on two cores, ends with a report
-	@$(BIN)/stage-ray train configs/stage_shapeworld.yaml $(ARGS)
+	@$(BIN)/stage-ray train configs/stage_shapeworld.yaml $$([ ! -f .venv/gpu ] || echo "$(ON_A_GPU)") $(ARGS)
 
 test: install ## Run every test
 	@$(BIN)/python -m pytest $(ARGS)

@@ -47,7 +47,9 @@ install_packages() {
         cpu)
             "${pip[@]}" --no-deps ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} -r deploy/locks/cpu.txt
             "${pip[@]}" --no-deps --no-build-isolation --editable . ;;
-        gpu) "${pip[@]}" --editable '.[gpu,dev]' ;;
+        gpu)
+            "${pip[@]}" --editable '.[gpu,dev]'
+            touch .venv/gpu ;;  # tells make train that this vLLM knows no CPU
         plain) "${pip[@]}" --editable '.[dev]' ;;
         *) fail "VARIANT=$VARIANT is none of auto, cpu, gpu, plain" ;;
     esac

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from stage_ray.config import ConfigError, RolloutConfig
+from stage_ray.config import RolloutConfig
+from stage_ray.errors import ConfigError
 from stage_ray.machine import package_version
 
 ON_A_GPU = "--set rollout.gpus=0.5 --set learner.gpus=0.5"

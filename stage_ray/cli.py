@@ -6,13 +6,20 @@ sentence on stderr; anything else is a bug and shows its traceback.
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 from typer.exceptions import TyperException
 
+from stage_ray.cli_options import (
+    EngineOption,
+    GuidanceOption,
+    ModelArgument,
+    OverridesOption,
+    PretrainStage,
+    SeedOption,
+)
 from stage_ray.errors import ConfigError, Interrupted, RunError
 
 app = typer.Typer(
@@ -25,32 +32,6 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-
-class PretrainStage(StrEnum):
-    """The stages of ``pretrain``, named here because importing them takes seconds."""
-
-    prompts = "prompts"
-    tokenizer = "tokenizer"
-    language_model = "language-model"
-    detector = "detector"
-    clip = "clip"
-    cards = "cards"
-
-
-ModelArgument = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODEL", help="A Hugging Face directory (such as RUN_DIR/final), package:MODULE/DIR, or a hub id"
-    ),
-]
-OverridesOption = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override a key by its dotted name; may be repeated"),
-]
-EngineOption = Annotated[Literal["vllm", "torch"] | None, typer.Option(help="What draws; vllm where it is installed")]
-GuidanceOption = Annotated[float, typer.Option(help="Classifier-free guidance scale; 1 is off", min=1.0)]
-SeedOption = Annotated[int, typer.Option(help="Fixes every image", min=0)]
 
 
 @app.command(no_args_is_help=True)
@@ -83,7 +64,7 @@ def train(
 
     Example: stage-ray train configs/stage_shapeworld.yaml --set learner.lr=1e-5 --run-dir runs/slow
     """
-    from stage_ray.config import load_config
+    from stage_ray.config_file import load_config
 
     run = load_config(config, overrides, run_dir)
     if dry_run:

@@ -1,18 +1,13 @@
-"""The configuration of a run: pydantic models, YAML plus dotted overrides, unknown keys refused by name.
+"""The configuration of a run: pydantic models, closed to unknown keys. `config_file` reads them from YAML.
 
 Imports neither torch, ray nor vllm: ``stage-ray train --dry-run`` and every error about a config answer at once.
 """
 
 from __future__ import annotations
 
-import difflib
-from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
-
-from stage_ray.errors import ConfigError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 
 class Section(BaseModel):
@@ -335,101 +330,3 @@ class RunConfig(Section):
                 f"rollout.gpus = {share:g} and learner.gpus = {rest:g} must add up to 1 where rollout.colocated is "
                 "true, such as 0.5 each"
             )
-
-
-def load_config(path: Path, overrides: list[str] | None = None, run_dir: Path | None = None) -> RunConfig:
-    """Read a YAML config, apply ``KEY=VALUE`` overrides (values are YAML) and validate.
-
-    Raises:
-        ConfigError: missing or unreadable file, unknown key (with the nearest right one), impossible value.
-
-    Example:
-        load_config(Path("configs/stage_shapeworld.yaml"), ["learner.lr=1e-5", "rewards.0.weight=2"])
-    """
-    if not path.is_file():
-        raise ConfigError(f"config file {path} does not exist")
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path} holds no mapping of keys to values")
-    for override in overrides or []:
-        _apply_override(data, override)
-    if run_dir is not None:
-        data["run_dir"] = str(run_dir)
-    return validate_config(data, source=str(path))
-
-
-def validate_config(data: dict[str, Any], source: str = "config") -> RunConfig:
-    """Validate plain data into a `RunConfig`; errors name the key, the value and the mend.
-
-    Raises:
-        ConfigError: as `load_config`.
-    """
-    try:
-        return RunConfig.model_validate(data)
-    except ValidationError as error:
-        raise ConfigError(f"{source}: " + "; ".join(_explain(item) for item in error.errors())) from error
-
-
-def _apply_override(data: dict[str, Any], override: str) -> None:
-    key, sign, text = override.partition("=")
-    if not sign or not key:
-        raise ConfigError(f"--set {override!r} is not KEY=VALUE, for example learner.lr=1e-5")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {override!r}: {text!r} is not a YAML value") from error
-    node: Any = data
-    *parents, last = key.split(".")
-    for part in parents:
-        node = node.setdefault(part, {}) if isinstance(node, dict) else _item(node, part, key)
-    if isinstance(node, list):
-        _item(node, last, key)
-        node[int(last)] = value
-    elif isinstance(node, dict):
-        node[last] = value
-    else:
-        raise ConfigError(f"--set {override!r}: {'.'.join(parents)} is a value, not a section")
-
-
-def _item(node: Any, part: str, key: str) -> Any:
-    if not isinstance(node, list) or not part.isdigit() or int(part) >= len(node):
-        raise ConfigError(
-            f"--set {key}: there is no {part!r} here; lists are indexed from 0, for example rewards.0.weight"
-        )
-    return node[int(part)]
-
-
-def _explain(item: Any) -> str:
-    location = [str(part) for part in item["loc"]]
-    key = ".".join(location) or "config"
-    if item["type"] == "extra_forbidden":
-        names = _fields_at(location[:-1])
-        near = difflib.get_close_matches(location[-1], names, n=1, cutoff=0.5)
-        mend = (
-            f"did you mean {'.'.join([*location[:-1], near[0]])!r}?"
-            if near
-            else f"known here: {', '.join(sorted(names))}"
-        )
-        return f"unknown key {key!r}: {mend}"
-    if item["type"] == "missing":
-        return f"{key} is missing"
-    if item["type"] == "value_error":
-        return str(item["ctx"]["error"])
-    return f"{key} = {item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}"
-
-
-def _fields_at(location: list[str]) -> list[str]:
-    """Names that are allowed in the section at a location, list positions skipped."""
-    model: type[BaseModel] = RunConfig
-    for part in location:
-        if part.isdigit():
-            continue
-        annotation = model.model_fields[part].annotation
-        inner = [a for a in (annotation, *get_args(annotation)) if isinstance(a, type) and issubclass(a, BaseModel)]
-        if not inner:
-            return []
-        model = inner[0]
-    return list(model.model_fields)

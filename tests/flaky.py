@@ -12,7 +12,8 @@ from typing import Any
 
 from stage_ray.bench.timed_cluster import TimedCluster
 from stage_ray.cluster.cluster import GroupRefs
-from stage_ray.config import RunConfig, validate_config
+from stage_ray.config import RunConfig
+from stage_ray.config_file import validate_config
 from stage_ray.pipeline.ledger import read_ledger
 from stage_ray.records import Prompt, RolloutReceipt, RolloutRequest, ScoreReceipt
 from stage_ray.run.progress import Progress

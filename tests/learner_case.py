@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from stage_ray.config import RunConfig, validate_config
+from stage_ray.config import RunConfig
+from stage_ray.config_file import validate_config
 from stage_ray.learner import Learner
 from stage_ray.policies.base import Policy
 from stage_ray.policies.statistics import token_statistics

@@ -10,8 +10,9 @@ import torch
 from stage_ray import doctor
 from stage_ray.builds import ON_A_GPU, needs_gpu, require_fitting_build
 from stage_ray.cli import main
-from stage_ray.config import ConfigError, PolicyConfig, RolloutConfig
+from stage_ray.config import PolicyConfig, RolloutConfig
 from stage_ray.engines import build_engine
+from stage_ray.errors import ConfigError
 from stage_ray.policies.base import device_for
 
 DEFAULT_JOB = str(Path(__file__).parents[1] / "configs" / "stage_shapeworld.yaml")

@@ -10,7 +10,7 @@ import yaml
 from PIL import Image
 
 from stage_ray.cli import PretrainStage, main
-from stage_ray.config import load_config
+from stage_ray.config_file import load_config
 from tests.fake_run import write_fake_run
 from tests.tiny import tiny_janus
 

@@ -6,7 +6,8 @@ import pytest
 import yaml
 
 from stage_ray.cli import main
-from stage_ray.config import RunConfig, load_config
+from stage_ray.config import RunConfig
+from stage_ray.config_file import load_config
 from stage_ray.errors import ConfigError
 
 SMALLEST = {

@@ -32,7 +32,8 @@ from safetensors.torch import load_file
 from stage_ray.bench.timed_cluster import TimedCluster
 from stage_ray.cluster.cluster import Cluster, GroupRefs
 from stage_ray.cluster.transport import ObjectStore
-from stage_ray.config import RunConfig, load_config
+from stage_ray.config import RunConfig
+from stage_ray.config_file import load_config
 from stage_ray.errors import RunError
 from stage_ray.pipeline.ledger import Audit, Ledger
 from stage_ray.pipeline.prompts import PromptCursor

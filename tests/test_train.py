@@ -10,7 +10,8 @@ import pytest
 import torch
 from transformers import JanusForConditionalGeneration
 
-from stage_ray.config import RunConfig, validate_config
+from stage_ray.config import RunConfig
+from stage_ray.config_file import validate_config
 from stage_ray.errors import ConfigError, RunError
 from stage_ray.run.progress import Progress
 from stage_ray.train import train

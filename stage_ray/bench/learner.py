@@ -16,7 +16,8 @@ from stage_ray.bench.memory import PeakMemory
 from stage_ray.bench.models import FIFTY_MILLION, SMALL, ModelSize, model_of
 from stage_ray.bench.prompts import equal_prompts
 from stage_ray.bench.rows import Row, median
-from stage_ray.config import RunConfig, validate_config
+from stage_ray.config import RunConfig
+from stage_ray.config_file import validate_config
 from stage_ray.learner import Learner
 from stage_ray.learner.precision import uses_bfloat16
 from stage_ray.policies.base import Policy, device_for

@@ -12,7 +12,8 @@ from typing import Any
 from stage_ray.bench.contest import Facts, Side, Turn, compare
 from stage_ray.bench.rows import Row, median
 from stage_ray.bench.timed_cluster import TimedCluster
-from stage_ray.config import RunConfig, validate_config
+from stage_ray.config import RunConfig
+from stage_ray.config_file import validate_config
 from stage_ray.pipeline.ledger import Event, Ledger
 from stage_ray.pipeline.prompts import PromptCursor
 from stage_ray.pipeline.stream import GroupStream

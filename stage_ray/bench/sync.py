@@ -20,7 +20,8 @@ from stage_ray.bench.models import FIFTY_MILLION, SMALL, model_of
 from stage_ray.bench.rows import Row, median
 from stage_ray.bench.sync_actors import ROW, TENSORS, SyncCluster
 from stage_ray.cluster.local_ray import start_ray
-from stage_ray.config import PolicyConfig, RolloutConfig, RunConfig, validate_config
+from stage_ray.config import PolicyConfig, RolloutConfig, RunConfig
+from stage_ray.config_file import validate_config
 from stage_ray.engines.waves import WaveEngine
 from stage_ray.machine import usable_cpus
 from stage_ray.run.progress import Progress

@@ -15,7 +15,8 @@ from typing import Any
 import yaml
 
 from stage_ray.cluster.job_package import package_contents
-from stage_ray.config import RunConfig, load_config
+from stage_ray.config import RunConfig
+from stage_ray.config_file import load_config
 from stage_ray.errors import ConfigError
 
 STOP_WAIT_S = 300

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 
-from stage_ray.config import ConfigError, PolicyConfig, RolloutConfig
+from stage_ray.config import PolicyConfig, RolloutConfig
 from stage_ray.engines.base import ImageEngine
+from stage_ray.errors import ConfigError
 
 
 def build_engine(

@@ -26,7 +26,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from stage_ray.algorithm.losses import TokenWeights, token_weights, weighted_loss
 from stage_ray.algorithm.off_policy import guided_behavior
 from stage_ray.algorithm.signals import Signals, stage_signals
-from stage_ray.config import ConfigError, LearnerConfig, RunConfig
+from stage_ray.config import LearnerConfig, RunConfig
+from stage_ray.errors import ConfigError
 from stage_ray.learner.batch import Batch, LearnerError, make_batch
 from stage_ray.learner.measure import PolicyPass, ReferencePass, correction_of, update_metrics
 from stage_ray.learner.precision import attention, autocast, uses_bfloat16

@@ -6,7 +6,8 @@ from typing import Any
 
 import yaml
 
-from stage_ray.config import RunConfig, validate_config
+from stage_ray.config import RunConfig
+from stage_ray.config_file import validate_config
 from stage_ray.planning.memory import rollout_lines, vllm_share
 from stage_ray.planning.split import Split, Task
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import JanusForConditionalGeneration
 
-from stage_ray.config import ConfigError, PolicyConfig
+from stage_ray.config import PolicyConfig
+from stage_ray.errors import ConfigError
 from stage_ray.policies import janus_parts
 from stage_ray.policies.base import PromptIds
 from stage_ray.policies.janus_parts import JanusFiles, JanusPrompts

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoProcessor, GenerationConfig, JanusConfig, JanusProcessor, JanusVQVAE
 
-from stage_ray.config import ConfigError, PolicyConfig
+from stage_ray.config import PolicyConfig
+from stage_ray.errors import ConfigError
 from stage_ray.policies.base import PromptIds
 from stage_ray.policies.checkpoint_files import local_checkpoint, read_tensors
 

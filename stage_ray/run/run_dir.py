@@ -45,20 +45,20 @@ def open_run_dir(run: RunConfig, resume: Resume) -> Iterator[Path]:
     with held(path, wait_s=RETRY_WAIT_S if resume == "auto" else 0.0):
         config_file = path / "config.yaml"
         if config_file.exists() and not _untouched(path):
-            if not resume:
-                raise ConfigError(
-                    f"run_dir {path} already holds a run; add --resume to go on with it, or name another --run-dir"
-                )
             _check_same(run, config_file)
         write_whole(config_file, yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False))
         yield path
 
 
 def _check_ours(path: Path, resume: Resume) -> None:
-    """Raise a ConfigError unless the directory is new, empty, or a run's."""
+    """Raise a ConfigError, and touch nothing, unless the directory is new, empty, or a run's that may go on."""
     if path.exists() and not path.is_dir():
         raise ConfigError(f"run_dir {path} is a file; name a directory")
     if (path / "config.yaml").exists():
+        if not resume and not _untouched(path):
+            raise ConfigError(
+                f"run_dir {path} already holds a run; add --resume to go on with it, or name another --run-dir"
+            )
         return
     if resume is True:
         raise ConfigError(

@@ -11,7 +11,8 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from stage_ray.cluster.cluster import Cluster
-from stage_ray.config import RunConfig, validate_config
+from stage_ray.config import RunConfig
+from stage_ray.config_file import validate_config
 from stage_ray.records import ScoreReceipt
 
 

@@ -18,7 +18,9 @@ from stage_ray.cluster.actors import actor_of
 from stage_ray.cluster.broadcast import _Meeting
 from stage_ray.cluster.cluster import LearnerLostError
 from stage_ray.cluster.seats import Seat
-from stage_ray.config import ConfigError, RunConfig, validate_config
+from stage_ray.config import RunConfig
+from stage_ray.config_file import validate_config
+from stage_ray.errors import ConfigError
 from stage_ray.line import Line, LineBroken, Place
 from stage_ray.records import TensorSpec, WeightManifest
 

@@ -19,7 +19,7 @@ from stage_ray.cli import main
 from stage_ray.cluster.job import Job, attempt_of, job_name, plan_job
 from stage_ray.cluster.job_package import CAP_MIB, package_contents, write_package
 from stage_ray.cluster.submit import _exit_code, _last_attempt
-from stage_ray.config import load_config
+from stage_ray.config_file import load_config
 from stage_ray.errors import ConfigError, Interrupted, RunError
 
 CONFIG = Path(__file__).parents[2] / "configs" / "stage_shapeworld.yaml"

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from stage_ray.config import load_config
+from stage_ray.config_file import load_config
 from tests.deploy.charts import CHART, ROOT, helm, merged, only, ray_cluster, render
 
 TEXT = (ROOT / "deploy" / "README.md").read_text(encoding="utf-8")

@@ -16,7 +16,7 @@ import yaml
 from rich.console import Console
 
 from stage_ray.cli import main
-from stage_ray.config import load_config, validate_config
+from stage_ray.config_file import load_config, validate_config
 from stage_ray.errors import ConfigError
 from stage_ray.planning.gpus import GPUS
 from stage_ray.planning.links import links

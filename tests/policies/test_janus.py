@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoProcessor, JanusForConditionalGeneration
 
-from stage_ray.config import ConfigError, PolicyConfig
+from stage_ray.config import PolicyConfig
+from stage_ray.errors import ConfigError
 from stage_ray.policies import janus as janus_module
 from stage_ray.policies import load_policy
 from stage_ray.policies.janus import JanusPolicy

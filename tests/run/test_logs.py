@@ -17,7 +17,8 @@ import pytest
 import yaml
 
 from stage_ray.cli import main
-from stage_ray.config import ConfigError, validate_config
+from stage_ray.config_file import validate_config
+from stage_ray.errors import ConfigError
 from stage_ray.run.logs import about, start_logs, tell_error, worker_environment
 from stage_ray.run.progress import LoggedProgress, Progress, progress_for
 from tests.test_train import tiny_run
