@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
 
 import psutil
@@ -69,8 +70,10 @@ def test_where_one_process_dies_or_hangs_the_worker_is_replaced_and_draws_its_gr
     assert signals.sockets and all(is_private(Path(socket)) for socket in signals.sockets)
     logs = {path.stem for path in (run / "logs").glob("rollout-0*.log")}
     assert {"rollout-0-rank-0", "rollout-0-rank-1", "rollout-0-restart-1-rank-1"} <= logs
-    left = {name for name in shared_memory() - before if "cpushm" in name or name.startswith("psm_")}
-    assert not left, "what a killed worker's ranks shared outlives them"
+    deadline = time.monotonic() + 60  # what other tests share meanwhile goes with them
+    while left := {name for name in shared_memory() - before if "cpushm" in name or name.startswith("psm_")}:
+        assert time.monotonic() < deadline, f"what a killed worker's ranks shared outlives them: {left}"
+        time.sleep(0.5)
 
 
 def test_processes_that_cannot_share_the_heads_are_refused_with_the_numbers_that_can():
