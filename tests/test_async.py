@@ -150,6 +150,7 @@ def test_a_replay_without_recorded_groups_says_how_to_record_them(tmp_path, mode
 def test_versions_that_are_broadcast_give_the_run_that_stored_ones_give_bit_for_bit(tmp_path, model):
     pytest.importorskip("vllm")
     settings = {
+        "steps": 3,
         "rollout": {"engine": "vllm", "workers": 2, "kv_cache_gib": 0.25},
         "pipeline": {"max_staleness": 1},
         "learner": {"lr": 1e-3, "ranks": 2},
