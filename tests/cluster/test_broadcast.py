@@ -127,7 +127,14 @@ def run_with(workers: int = 3, staleness: int = 0, **more) -> RunConfig:
 @pytest.fixture(scope="module", autouse=True)
 def one_ray():
     before = os.environ.pop("GLOO_SOCKET_IFNAME", None)
-    ray.init(address="local", num_cpus=4, object_store_memory=300 * 2**20, include_dashboard=False, log_to_driver=False)
+    ray.init(
+        address="local",
+        num_cpus=4,
+        object_store_memory=300 * 2**20,
+        include_dashboard=False,
+        log_to_driver=False,
+        _system_config={"prestart_worker_first_driver": False},  # one for each CPU, which nobody uses
+    )
     yield
     ray.shutdown()
     if before is not None:
