@@ -59,7 +59,7 @@ def _start_ray(run: RunConfig, run_dir: Path) -> bool:
                 log_to_driver=False,
                 logging_level="ERROR",
                 _temp_dir=str(_private_directory() / "ray"),
-                # Else Ray starts a process for each CPU, and every actor of ours needs one with an environment of its own.
+                # Else it starts a process for each CPU, though every actor needs one with an environment of its own.
                 _system_config={"prestart_worker_first_driver": False},
             )
     except Exception as error:  # Ray raises a bare Exception when a node does not come up in time
