@@ -13,7 +13,8 @@ VARIANT ?= auto
 PYTHON ?=
 TORCH_INDEX ?=
 BIN := .venv/bin
-TWO_AT_A_TIME := --numprocesses 2 --dist loadfile --no-loadscope-reorder
+# Two files at a time. Ray's workers would give way to everything else, so that each starved while another file computes.
+PYTEST := RAY_worker_niceness=0 RAY_prestart_worker_first_driver=0 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 ON_A_GPU := --set rollout.gpus=0.5 --set learner.gpus=0.5
 
 export VARIANT PYTHON TORCH_INDEX
@@ -37,13 +38,13 @@ train: install ## Run the default job: STAGE on ShapeWorld, about ten minutes on
 	@$(BIN)/stage-ray train configs/stage_shapeworld.yaml $$([ ! -f .venv/gpu ] || echo "$(ON_A_GPU)") $(ARGS)
 
 test: install ## Run every test
-	@$(BIN)/python -m pytest $(TWO_AT_A_TIME) $(ARGS)
+	@$(PYTEST) $(ARGS)
 
 check: install ## Format, lint, types and the fast tests, in under two minutes
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
-	@$(BIN)/python -m pytest $(TWO_AT_A_TIME) -m "not slow" $(ARGS)
+	@$(PYTEST) -m "not slow" $(ARGS)
 
 chaos: install ## Shoot at a run for MINUTES and prove from its ledger that no group was lost or trained twice
 	@$(BIN)/python -m tests.chaos --minutes $(MINUTES) --seed $(SEED)

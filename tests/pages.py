@@ -53,7 +53,7 @@ TABLE: dict[str, dict[str, str]] = {
         'stage-ray generate runs/mine/final --prompt "a photo of a red circle and a blue ring" --guidance 3'
         " --out pictures": HERE + "test_the_trained_model_draws",
         "stage-ray report runs/mine": HERE + "test_a_run_is_reported_anew",
-        "stage-ray bench pipeline": HERE + "test_the_pipelines_bench_has_its_rows",
+        "stage-ray bench pipeline": MINUTES,
         "stage-ray pretrain --out world": "tests/world/test_pretrain.py::"
         "test_a_smoke_run_builds_every_model_in_a_form_that_transformers_loads",
         TRAIN + "--set steps=12 --set evaluation.enabled=false --set pipeline.max_staleness=0"

@@ -147,21 +147,19 @@ def test_a_replay_without_recorded_groups_says_how_to_record_them(tmp_path, mode
         replay(tiny_run(tmp_path, model), tmp_path, Progress())
 
 
-def test_versions_that_are_broadcast_give_the_run_that_stored_ones_give_bit_for_bit(tmp_path, model):
+def test_a_version_that_several_ranks_broadcast_is_the_one_that_vllm_serves(tmp_path, model):
     pytest.importorskip("vllm")
-    settings = {
-        "steps": 3,
-        "rollout": {"engine": "vllm", "workers": 2, "kv_cache_gib": 0.25},
-        "pipeline": {"max_staleness": 1},
-        "learner": {"lr": 1e-3, "ranks": 2},
-    }
-    runs = []
-    for transport in ("gloo", "object_store"):
-        run = tiny_run(tmp_path / transport, model, cluster={"weight_transport": transport}, **settings, **QUICK)
-        runs.append(train(run).run_dir)
-        assert sound(runs[-1]).reissued == 0
-    first, second = map(final_weights, runs)
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    assert [row["reward/mean"] for row in lines(runs[0] / "metrics.jsonl")] == [
-        row["reward/mean"] for row in lines(runs[1] / "metrics.jsonl")
-    ]
+    run = tiny_run(
+        tmp_path,
+        model,
+        steps=3,
+        rollout={"engine": "vllm", "workers": 2, "kv_cache_gib": 0.25, "dtype": "float32"},
+        learner={"lr": 1e-3, "ranks": 2},
+        cluster={"weight_transport": "gloo"},
+        **QUICK,
+    )
+    directory = train(run).run_dir
+    rows = lines(directory / "metrics.jsonl")
+    # What the learner says of the tokens that were drawn with its weights; a step at this rate moves that by far more.
+    assert all(row["mismatch/abs_logprob"] < 1e-4 for row in rows) and rows[-1]["kl"] > 1e-5
+    assert sound(directory).reissued == 0

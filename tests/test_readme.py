@@ -106,13 +106,6 @@ def test_the_lines_that_make_a_token_make_one_that_is_closed_to_others(tmp_path)
     assert stat.S_IMODE(token.stat().st_mode) == 0o600 and len(token.read_text()) >= 32
 
 
-@pytest.mark.slow
-def test_the_pipelines_bench_has_its_rows(tmp_path, capsys):
-    assert main([*the("stage-ray bench pipeline"), "--quick", "--json", str(tmp_path / "rows.json")]) == 0
-    assert {row["name"].split("/")[0] for row in json.loads((tmp_path / "rows.json").read_text())} == {"pipeline"}
-    assert "targets met" in capsys.readouterr().out
-
-
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where somebody types the lines under "Use it": a run that was stopped, and gone on with."""
