@@ -26,9 +26,9 @@ RAYS_OWN = JOBS + "test_ray_job_submit_attaches_to_the_running_cluster_and_fails
 STOPPED = JOBS + "test_a_job_is_joined_left_stopped_killed_and_goes_on_without_losing_a_group"
 TOKEN = HERE + "test_the_lines_that_make_a_token_make_one_that_is_closed_to_others"
 HEAD = "tests/ray_head.py::ray_head"
-RENDERED = (
-    f"{KUBERNETES}; rendered as written by tests/deploy/test_deploy_readme.py::test_every_release_of_ours_renders"
-)
+CHART = "tests/deploy/test_chart_readme.py::"
+RENDERED = f"{KUBERNETES}; rendered as written by {CHART}test_every_release_on_the_page_renders"
+CHECKED = CHART + "test_the_config_that_the_page_writes_out_passes_the_dry_run_that_it_recommends"
 
 SUBMIT = "stage-ray submit configs/stage_shapeworld.yaml --run-dir /shared/runs/"
 TRAIN = "stage-ray train configs/stage_shapeworld.yaml "
@@ -97,15 +97,26 @@ TABLE: dict[str, dict[str, str]] = {
         'export RAY_AUTH_TOKEN=$(kubectl exec "$HEAD" --container ray-head -- printenv RAY_AUTH_TOKEN)': KUBERNETES,
         "ray job list --address http://127.0.0.1:8265": SENT,
         f"helm upgrade first {HELM}first.yaml{MONITORING}": RENDERED,
-        "helm uninstall first": KUBERNETES,
-        f"helm install team {HELM}first.yaml --set mode=cluster": RENDERED,
+        f"helm template first {HELM}first.yaml --show-only templates/configmap.yaml | python -c 'import sys, yaml;"
+        """ print(yaml.safe_load(sys.stdin)["data"]["config.yaml"])' > first-config.yaml""": CHECKED,
+        "stage-ray train first-config.yaml --dry-run": CHECKED,
+        "helm uninstall first --wait --timeout 5m": KUBERNETES,
+        "kubectl wait pod --for=delete --selector app.kubernetes.io/instance=first --timeout=5m": KUBERNETES,
+        "openssl rand -hex 32 | tr -d '\\n' | kubectl create secret generic stage-ray-token"
+        " --from-file=auth_token=/dev/stdin": KUBERNETES,
+        f"helm install team {HELM}smoke.yaml --set mode=cluster": RENDERED,
+        f"helm install gpus {HELM}first.yaml --set mode=cluster": RENDERED,
+        SUBMIT + "gpus --set rollout.gpus=1 --set learner.gpus=1 --set 'rollout.resources={rollout: 1}'"
+        " --set 'scoring.resources={reward: 1}' --set 'learner.resources={learner: 1}'": CHART
+        + "test_a_job_on_the_page_has_room_on_its_cluster_and_an_engine_that_runs_there",
         SUBMIT + "first --image-has-code": JOBS
         + "test_what_only_the_cluster_can_find_wrong_has_the_exit_code_of_the_run",
         SUBMIT + "second --set learner.lr=5e-5 --env HF_TOKEN": SENT,
         "ray job stop ID --address http://127.0.0.1:8265": STOPPED,
         "ray job submit --address http://127.0.0.1:8265 --working-dir . --"
         f" {TRAIN}--run-dir /shared/runs/third --auto-resume": RAYS_OWN,
-        f"helm upgrade first {HELM}first.yaml --set image.tag=0.1.1": RENDERED,
+        f"helm install first {HELM}first.yaml --set image.tag=0.1.1": RENDERED,
+        f"helm upgrade gpus {HELM}first.yaml --set mode=cluster --set image.tag=0.1.1": RENDERED,
         "kubectl get persistentvolumeclaim": KUBERNETES,
         "ray get-auth-token --generate && chmod 600 ~/.ray/auth_token": TOKEN,
         "ray start --head --dashboard-host=127.0.0.1 --disable-usage-stats --resources='{\"learner\": 4}'": HEAD,

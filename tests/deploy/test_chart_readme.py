@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+from stage_ray.cli import main
 from stage_ray.config_file import load_config
 from tests.deploy.charts import CHART, ROOT, helm, merged, only, ray_cluster, render
 
@@ -51,6 +52,15 @@ def test_every_release_on_the_page_renders(words):
     values = values_of(words)
     assert words[3] == "deploy/helm/stage-ray" and (ROOT / words[3]).is_dir()
     assert only(render(values, words[2]), "RayCluster" if values.get("mode") == "cluster" else "RayJob")
+
+
+def test_the_config_that_the_page_writes_out_passes_the_dry_run_that_it_recommends(tmp_path, monkeypatch, capsys):
+    (words,) = [words for words in RELEASES if words[1] == "template"]
+    config = only(render(values_of(words), words[2]), "ConfigMap", "-config")["data"]["config.yaml"]
+    (tmp_path / "first-config.yaml").write_text(config)
+    monkeypatch.chdir(tmp_path)
+    (line,) = typed("stage-ray train ")[:1]
+    assert main(line[1:]) == 0, capsys.readouterr().err
 
 
 def test_the_page_has_both_modes_and_both_images():

@@ -92,26 +92,6 @@ def test_every_value_on_the_page_is_one_of_the_chart():
             node = node[part]
 
 
-@pytest.mark.parametrize("words", [w for w in commands("helm") if "deploy/helm/stage-ray" in w], ids=" ".join)
-def test_every_release_of_ours_renders(words):
-    """With the page's own values files, and with its options as Helm reads them."""
-    charts = pytest.importorskip("tests.deploy.charts")
-    blocks = dict(
-        zip(("smoke.yaml", "first.yaml"), re.findall(r"```yaml\n(.*?)```", TEXT, flags=re.DOTALL), strict=True)
-    )
-    values = yaml.safe_load(blocks[words[words.index("--values") + 1]])
-    for option, given in zip(words, words[1:], strict=False):
-        key, _, value = given.partition("=")
-        if option in ("--set", "--set-file"):
-            value = (ROOT / value).read_text() if option == "--set-file" else yaml.safe_load(value)
-            for part in reversed(key.split(".")):
-                value = {part: value}
-            values = charts.merged(values, value)
-    kinds = {item["kind"] for item in charts.render(values, name=words[1])}
-    assert ("RayCluster" if "mode=cluster" in words else "RayJob") in kinds
-    assert "PrometheusRule" in kinds or "monitoring.podMonitor.enabled=true" not in words
-
-
 def test_the_page_says_what_was_tried_as_the_table_of_the_tests_does():
     tried = TEXT[TEXT.index("\n## Tried") :]
     for how in set(TABLE[DEPLOY_PAGE].values()):
