@@ -325,7 +325,7 @@ def kill_driver(run: RunConfig, phase: str) -> None:
     code = "import sys; from tests.test_kill import drive_until; drive_until(*sys.argv[1:])"
     driver = start_driver([sys.executable, "-c", code, str(config), phase], stderr=subprocess.DEVNULL)
     try:
-        assert driver.wait(120) == -signal.SIGKILL
+        assert driver.wait(240) == -signal.SIGKILL
     finally:
         end_session(driver.pid)
     sound(run, ended=False)

@@ -120,7 +120,7 @@ def run_with(workers: int = 3, staleness: int = 0, **more) -> RunConfig:
     data = run_of(SIZE, "gloo").model_dump(mode="json")
     data["rollout"] |= {"workers": workers, "max_workers": more.pop("max_workers", None)}
     data["pipeline"] |= {"max_staleness": staleness}
-    data["cluster"] |= {"sync_timeout_s": SOON, "start_timeout_s": 60.0} | more
+    data["cluster"] |= {"sync_timeout_s": SOON, "start_timeout_s": 180.0} | more
     return validate_config(data)
 
 
@@ -144,7 +144,7 @@ def one_ray():
 @asynccontextmanager
 async def cluster_of(run: RunConfig):
     cluster = TrappedCluster(run, None, SIZE)
-    await asyncio.gather(cluster.rollouts.ready(), cluster.learner.ready(60))
+    await asyncio.gather(cluster.rollouts.ready(), cluster.learner.ready(180))
     try:
         yield cluster
     finally:
@@ -182,7 +182,7 @@ def test_a_worker_that_fails_in_the_middle_of_a_version_costs_nobody_the_version
             assert set(await cluster.versions()) == {2.0}
             assert len(cluster.rollouts.open) >= 2
             assert await cluster.packed() == 1, "once, for those who did not get it"
-            await asyncio.wait_for(until(lambda: len(cluster.rollouts.open) == 3), 60)
+            await asyncio.wait_for(until(lambda: len(cluster.rollouts.open) == 3), 180)
             assert await cluster.versions() == [2.0] * 3, "the successor has it before its first request"
             await cluster.next()
             assert await cluster.versions() == [3.0] * 3
@@ -214,13 +214,13 @@ def test_a_learner_that_dies_in_the_middle_of_a_version_is_named_and_its_success
 def test_a_worker_that_joins_between_versions_gets_the_newest_and_takes_part_in_the_next():
     async def scenario():
         async with cluster_of(run_with(workers=1, max_workers=2)) as cluster:
-            await cluster.rollouts.seats[1].fill(60)
+            await cluster.rollouts.seats[1].fill(180)
             await cluster.next()
             cluster.rollouts.seats[1].restart()
             assert not cluster.rollouts.seats[1].is_ready
             await cluster.next()
             cluster.rollouts.refill(cluster.rollouts.seats[1])
-            await asyncio.wait_for(until(lambda: len(cluster.rollouts.open) == 2), 60)
+            await asyncio.wait_for(until(lambda: len(cluster.rollouts.open) == 2), 180)
             assert await cluster.versions() == [2.0, 2.0] and await cluster.packed() == 1
             await cluster.next()
             assert await cluster.versions() == [3.0, 3.0] and await cluster.packed() == 1
@@ -242,8 +242,8 @@ def test_a_newcomer_that_comes_too_late_for_a_version_waits_for_the_next_even_if
             await updating
             assert not cluster.rollouts.open
             await cluster.publish()
-            await asyncio.wait_for(cluster.settle(), 60)
-            await asyncio.wait_for(cluster.rollouts.anyone(), 60)
+            await asyncio.wait_for(cluster.settle(), 180)
+            await asyncio.wait_for(cluster.rollouts.anyone(), 180)
             assert await cluster.versions() == [2.0]
 
     asyncio.run(scenario())
