@@ -345,6 +345,21 @@ def test_a_driver_killed_twice_goes_on_bit_for_bit_even_from_an_older_checkpoint
     assert same_outcome(run, undisturbed)
 
 
+def test_a_driver_killed_in_a_synchronous_run_goes_on_bit_for_bit(tmp_path, model):
+    changes = {"steps": STEPS // 2, "pipeline": {"max_staleness": 0, "record": True}}
+    whole, run = kill_run(tmp_path / "whole", model, **changes), kill_run(tmp_path / "broken", model, **changes)
+    train(whole)
+    kill_driver(run, "publishing")
+    train(run, resume=True)
+    sound(run)
+    assert same_outcome(run, whole)
+    histories = [
+        [{name: value for name, value in event.items() if name != "time"} for event in lines(ledger)]
+        for ledger in (Path(one.run_dir) / "ledger.jsonl" for one in (whole, run))
+    ]
+    assert histories[0] == histories[1]
+
+
 def test_a_driver_killed_in_a_run_in_order_of_arrival_loses_no_group_and_repeats_none(tmp_path, model):
     run = kill_run(tmp_path, model, pipeline={"max_staleness": 2, "order": "arrival", "record": True})
     for phase in ("checkpointing", "generating"):
