@@ -81,7 +81,8 @@ class GroupBuffer(Generic[Payload]):
         self.max_staleness = max_staleness
         self.capacity = groups_per_step * (max_staleness + 1)
         self._order = order
-        self._slots: list[_Slot[Payload]] = []
+        self._slots: list[_Slot[Payload]] = []  # in the order of admission
+        self._of: dict[int, _Slot[Payload]] = {}  # group -> its slot: a thousand GPUs have thousands
         self._arrivals = 0
         self._changed = asyncio.Event()
         self._watched: dict[int, list[asyncio.Future[Payload | Failed]]] = {}
@@ -114,9 +115,10 @@ class GroupBuffer(Generic[Payload]):
         """
         if self.free <= 0:
             raise ValueError(f"group {group_id} cannot be admitted: all {self.capacity} slots are held")
-        if any(slot.group_id == group_id for slot in self._slots):
+        if group_id in self._of:
             raise ValueError(f"group {group_id} is in the buffer already")
-        self._slots.append(_Slot(group_id, step))
+        self._of[group_id] = _Slot(group_id, step)
+        self._slots.append(self._of[group_id])
 
     def ready(self, group_id: int, payload: Payload, policy_version: int) -> None:
         """A group is generated and scored: it may be trained. Its version may be newer than when it was admitted."""
@@ -133,6 +135,7 @@ class GroupBuffer(Generic[Payload]):
         """A group that failed gives its slot, and so its place in the order, to a fresh one."""
         slot = self._slot(group_id)
         slot.group_id, slot.fate = successor, None
+        self._of[successor] = self._of.pop(group_id)
 
     def lose(self, group_id: int) -> bool:
         """A group's payload is gone: it is drawn again, in its old place. Whether it had one to lose."""
@@ -184,10 +187,10 @@ class GroupBuffer(Generic[Payload]):
             ValueError: a group was not taken.
         """
         for group_id in group_ids:
-            slot = self._slot(group_id)
-            if not slot.taken:
+            if not self._slot(group_id).taken:
                 raise ValueError(f"group {group_id} was never taken, so it cannot have been trained")
-            self._slots.remove(slot)
+            del self._of[group_id]
+        self._slots = [slot for slot in self._slots if slot.group_id in self._of]
 
     def _settle(self, slot: _Slot[Payload], fate: Payload | Failed) -> None:
         slot.fate = fate
@@ -233,10 +236,9 @@ class GroupBuffer(Generic[Payload]):
         return (batch + rest)[:size]
 
     def _slot(self, group_id: int) -> _Slot[Payload]:
-        for slot in self._slots:
-            if slot.group_id == group_id:
-                return slot
-        raise ValueError(f"group {group_id} is not in the buffer")
+        if group_id not in self._of:
+            raise ValueError(f"group {group_id} is not in the buffer")
+        return self._of[group_id]
 
 
 def _whys(slots: Iterable[_Slot[Payload]]) -> dict[int, str]:

@@ -115,16 +115,26 @@ def best_split(task: Task) -> Split:
     """
     most = _check(task)
     best: tuple[float, Split] | None = None
-    for split in _splits(task, most):
-        step = split.step_s(task.max_staleness)
-        images = split.groups * task.group_size
-        cost = step if task.groups_per_step else step * (1 + CRITICAL_IMAGES / images)
-        cost *= 1 + GPU_PRICE * split.gpus
-        if best is None or cost < best[0]:
-            best = (cost, split)
+    # Those first that may be best, so that most are passed over: no step is shorter than the learner's part of it.
+    learners = [
+        (_cost(task, cut.time.seconds, groups, ranks + 2), ranks, groups, cut) for ranks, groups, cut in _learners(task)
+    ]
+    for least, ranks, groups, cut in sorted(learners, key=lambda learner: learner[0]):
+        if best is not None and least >= best[0]:
+            break
+        for split in _splits(task, most, ranks, groups, cut):
+            cost = _cost(task, split.step_s(task.max_staleness), split.groups, split.gpus)
+            if best is None or cost < best[0]:
+                best = (cost, split)
     if best is None:
         raise ConfigError(_no_learner(task))
     return best[1]
+
+
+def _cost(task: Task, step_s: float, groups: int, gpus: int) -> float:
+    """What is to be least."""
+    steps = 1.0 if task.groups_per_step else 1 + CRITICAL_IMAGES / (groups * task.group_size)
+    return step_s * steps * (1 + GPU_PRICE * gpus)
 
 
 def _check(task: Task) -> int:
@@ -173,18 +183,36 @@ def _ranks(task: Task) -> list[int]:
     return [count for count in counts if count <= task.gpus - 2]
 
 
-def _splits(task: Task, most: int) -> Iterator[Split]:
+def _learners(task: Task) -> Iterator[tuple[int, int, LearnerCut]]:
+    """Ranks, groups a step and the cut that fits, where one does."""
     batches = [task.groups_per_step] if task.groups_per_step else [*EVENLY, 1536, 2048]
     for ranks in _ranks(task):
         for groups in (count for count in batches if count % ranks == 0):
             cut = best_cut(task, ranks, groups * task.group_size)
-            if cut is None:
-                continue
-            for rewards in (count for count in EVENLY if count <= min(groups, task.gpus - ranks - 1)):
-                for rollouts in _counts(min(groups, task.gpus - ranks - rewards)):
-                    split = _split(task, most, rollouts, rewards, ranks, groups, cut)
-                    if split.waves_each * rollouts == math.ceil(groups / split.wave_groups):
-                        yield split  # waves go to workers in turn: with one wave more some would lag behind
+            if cut is not None:
+                yield ranks, groups, cut
+
+
+def _splits(task: Task, most: int, ranks: int, groups: int, cut: LearnerCut) -> Iterator[Split]:
+    """What the other GPUs may do beside a learner."""
+    left = task.gpus - ranks
+    rollouts = [count for count in _counts(min(groups, left - 1)) if _take_turns(task, most, count, groups)]
+    for rewards in (count for count in EVENLY if count <= min(groups, left - 1)):
+        for count in rollouts:
+            if count <= left - rewards:
+                yield _split(task, most, count, rewards, ranks, groups, cut)
+
+
+def _take_turns(task: Task, most: int, rollouts: int, groups: int) -> bool:
+    """Whether each worker draws as many waves as the others: they take turns, and with one more some would lag."""
+    wave_groups, waves_each = _waves(task, most, rollouts, groups)
+    return waves_each * rollouts == math.ceil(groups / wave_groups)
+
+
+def _waves(task: Task, most: int, rollouts: int, groups: int) -> tuple[int, int]:
+    """Groups of a wave and waves of a worker, cut as `GroupStream` cuts them."""
+    wave_groups = min(max(1, most // task.group_size), math.ceil(groups / rollouts))
+    return wave_groups, math.ceil(math.ceil(groups / wave_groups) / rollouts)
 
 
 def _counts(most: int) -> Iterator[int]:
@@ -222,11 +250,9 @@ def best_cut(task: Task, ranks: int, images: int) -> LearnerCut | None:
 
 
 def _split(task: Task, most: int, rollouts: int, rewards: int, ranks: int, groups: int, cut: LearnerCut) -> Split:
-    """Fill in the seconds; waves are cut as `GroupStream` cuts them."""
+    """Fill in the seconds."""
     size, per_node = task.group_size, task.gpus_per_node
-    largest = max(1, most // size)
-    wave_groups = min(largest, math.ceil(groups / rollouts))
-    waves_each = math.ceil(math.ceil(groups / wave_groups) / rollouts)
+    wave_groups, waves_each = _waves(task, most, rollouts, groups)
     images = min(most, wave_groups * size)  # a group larger than a wave is drawn in several
     parts = math.ceil(wave_groups * size / images)
     first, last = ranks // per_node, (ranks + rollouts - 1) // per_node

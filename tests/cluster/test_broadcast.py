@@ -6,7 +6,8 @@ import asyncio
 import os
 import signal
 import time
-from contextlib import asynccontextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import ray
@@ -105,9 +106,17 @@ class TrappedCluster(SyncCluster):
             found += values
         return found
 
-    async def next(self) -> None:
+    async def whole(self) -> None:
+        """Wait until no seat is empty."""
+        await asyncio.wait_for(until(lambda: len(self.rollouts.open) == len(self.rollouts.seats)), 180)
+
+    async def begin_next(self) -> None:
         await self.ask_learner(lambda learner: learner.advance.remote())
         await self.publish()
+
+    async def next(self) -> None:
+        await self.begin_next()
+        await self.settle()
 
     async def on(self, index: int, method: str, *arguments):
         return await self.rollouts.seats[index].call(lambda worker: getattr(worker, method).remote(*arguments), 60)
@@ -116,11 +125,11 @@ class TrappedCluster(SyncCluster):
         return await self.ask_learner(lambda learner: learner.packed.remote())
 
 
-def run_with(workers: int = 3, staleness: int = 0, **more) -> RunConfig:
+def run_with(workers: int) -> RunConfig:
     data = run_of(SIZE, "gloo").model_dump(mode="json")
-    data["rollout"] |= {"workers": workers, "max_workers": more.pop("max_workers", None)}
-    data["pipeline"] |= {"max_staleness": staleness}
-    data["cluster"] |= {"sync_timeout_s": SOON, "start_timeout_s": 180.0} | more
+    data["rollout"] |= {"workers": workers}
+    data["pipeline"] |= {"max_staleness": 1}
+    data["cluster"] |= {"sync_timeout_s": SOON, "start_timeout_s": 180.0}
     return validate_config(data)
 
 
@@ -141,148 +150,170 @@ def one_ray():
         os.environ["GLOO_SOCKET_IFNAME"] = before
 
 
-@asynccontextmanager
-async def cluster_of(run: RunConfig):
-    cluster = TrappedCluster(run, None, SIZE)
-    await asyncio.gather(cluster.rollouts.ready(), cluster.learner.ready(180))
-    try:
-        yield cluster
-    finally:
-        await cluster.rollouts.close()
+@contextmanager
+def cluster_of(workers: int) -> Iterator[tuple[asyncio.Runner, TrappedCluster]]:
+    async def start() -> TrappedCluster:
+        cluster = TrappedCluster(run_with(workers), None, SIZE)
+        await asyncio.gather(cluster.rollouts.ready(), cluster.learner.ready(180))
+        return cluster
+
+    with asyncio.Runner() as runner:
+        cluster = runner.run(start())
+        yield runner, cluster
+        runner.run(cluster.rollouts.close())
         for seat in [*cluster.rollouts.seats, cluster.learner]:
             seat.kill()
 
 
-def test_every_worker_gets_every_version_over_one_line_and_nothing_is_stored():
-    async def scenario():
-        async with cluster_of(run_with()) as cluster:
-            for version in (1.0, 2.0, 3.0):
-                await cluster.next()
-                assert await cluster.versions() == [version] * 3
-                assert [await cluster.on(i, "policy_version") for i in range(3)] == [version] * 3
-            assert cluster.transport._number == 1, "members did not change, and neither did the line"
-            assert await cluster.packed() == 0
-            node = ray.util.get_node_ip_address()
-            assert node in await cluster.on(0, "addresses")
+@pytest.fixture(scope="module")
+def standing() -> Iterator[tuple[asyncio.Runner, TrappedCluster]]:
+    with cluster_of(workers=3) as both:
+        yield both
 
-    asyncio.run(scenario())
+
+@pytest.fixture
+def play(standing):
+    """Play a scenario on three workers that share a version, whatever the one before has left."""
+    runner, cluster = standing
+
+    async def begin() -> float:
+        await cluster.whole()
+        await cluster.next()
+        assert await cluster.versions() == [cluster.transport.version] * 3
+        return float(cluster.transport.version)
+
+    def play(scenario) -> float:
+        version = runner.run(begin())
+        runner.run(scenario(cluster, version))
+        return version
+
+    return play
+
+
+def test_every_worker_gets_every_version_over_one_line_and_nothing_is_stored(play):
+    async def scenario(cluster, version):
+        packed, line = await cluster.packed(), cluster.transport._number
+        for ahead in (1, 2, 3):
+            await cluster.next()
+            assert await cluster.versions() == [version + ahead] * 3
+            assert [await cluster.on(i, "policy_version") for i in range(3)] == [version + ahead] * 3
+        assert cluster.transport._number == line, "members did not change, and neither did the line"
+        assert await cluster.packed() == packed
+        node = ray.util.get_node_ip_address()
+        assert node in await cluster.on(0, "addresses")
+
+    play(scenario)
 
 
 @pytest.mark.parametrize("harm", ["kill", "stop", "flip"])
-def test_a_worker_that_fails_in_the_middle_of_a_version_costs_nobody_the_version(harm, monkeypatch, caplog):
+def test_a_worker_that_fails_in_the_middle_of_a_version_costs_nobody_the_version(harm, play, monkeypatch, caplog):
     monkeypatch.setattr("stage_ray.cluster.broadcast.GRACE_S", 1.0)  # of one that is stopped, and gets no heartbeat
 
-    async def scenario():
-        async with cluster_of(run_with()) as cluster:
-            await cluster.next()
-            await cluster.on(1, "trap", harm)
-            began = time.monotonic()
-            await cluster.next()
-            assert time.monotonic() - began < 4 * SOON
-            assert set(await cluster.versions()) == {2.0}
-            assert len(cluster.rollouts.open) >= 2
-            assert await cluster.packed() == 1, "once, for those who did not get it"
-            await asyncio.wait_for(until(lambda: len(cluster.rollouts.open) == 3), 180)
-            assert await cluster.versions() == [2.0] * 3, "the successor has it before its first request"
-            await cluster.next()
-            assert await cluster.versions() == [3.0] * 3
-            assert cluster.transport._number == (2 if harm == "flip" else cluster.transport._number) >= 2
+    async def scenario(cluster, version):
+        packed, line = await cluster.packed(), cluster.transport._number
+        await cluster.on(1, "trap", harm)
+        began = time.monotonic()
+        await cluster.next()
+        assert time.monotonic() - began < 4 * SOON
+        assert set(await cluster.versions()) == {version + 1}
+        assert len(cluster.rollouts.open) >= 2
+        assert await cluster.packed() == packed + 1, "once, for those who did not get it"
+        await cluster.whole()
+        assert await cluster.versions() == [version + 1] * 3, "the successor has it before its first request"
+        await cluster.next()
+        assert await cluster.versions() == [version + 2] * 3
+        lines = cluster.transport._number - line
+        assert lines == 1 if harm == "flip" else lines >= 1
 
-    asyncio.run(scenario())
-    late = "rollout-1 did not take version 2 within cluster.sync_timeout_s = 4 s; another takes its seat"
-    assert (late in caplog.messages) == (harm == "stop")
-
-
-def test_a_learner_that_dies_in_the_middle_of_a_version_is_named_and_its_successor_publishes():
-    async def scenario():
-        async with cluster_of(run_with()) as cluster:
-            await cluster.next()
-            await cluster.ask_learner(lambda learner: learner.trap.remote("kill"))
-            with pytest.raises(LearnerLostError):
-                await cluster.next()
-            assert await cluster.versions() == [1.0] * 3, "half a version touches nothing"
-            assert 0 <= cluster.busy()["rollout"] < 3 * SOON, "seconds, and not the hour of the clock"
-            cluster.accept_learner()
-            await cluster.next()  # the successor begins at version 0
-            assert await cluster.versions() == [1.0] * 3
-            await cluster.next()
-            assert await cluster.versions() == [2.0] * 3
-
-    asyncio.run(scenario())
+    version = play(scenario)
+    late = f"did not take version {version + 1:.0f} within cluster.sync_timeout_s = 4 s; another takes its seat"
+    assert (f"rollout-1 {late}" in caplog.messages) == (harm == "stop")
 
 
-def test_a_worker_that_joins_between_versions_gets_the_newest_and_takes_part_in_the_next():
-    async def scenario():
-        async with cluster_of(run_with(workers=1, max_workers=2)) as cluster:
-            await cluster.rollouts.seats[1].fill(180)
+def test_a_learner_that_dies_in_the_middle_of_a_version_is_named_and_its_successor_publishes(play):
+    async def scenario(cluster, version):
+        cluster.busy()
+        await cluster.ask_learner(lambda learner: learner.trap.remote("kill"))
+        with pytest.raises(LearnerLostError):
             await cluster.next()
-            cluster.rollouts.seats[1].restart()
-            assert not cluster.rollouts.seats[1].is_ready
-            await cluster.next()
-            cluster.rollouts.refill(cluster.rollouts.seats[1])
-            await asyncio.wait_for(until(lambda: len(cluster.rollouts.open) == 2), 180)
-            assert await cluster.versions() == [2.0, 2.0] and await cluster.packed() == 1
-            await cluster.next()
-            assert await cluster.versions() == [3.0, 3.0] and await cluster.packed() == 1
+        assert await cluster.versions() == [version] * 3, "half a version touches nothing"
+        assert 0 <= cluster.busy()["rollout"] < 3 * SOON, "seconds, and not the hour of the clock"
+        cluster.accept_learner()
+        await cluster.next()  # the successor begins at version 0
+        assert await cluster.versions() == [1.0] * 3
+        await cluster.next()
+        assert await cluster.versions() == [2.0] * 3
 
-    asyncio.run(scenario())
+    play(scenario)
+
+
+def test_a_worker_that_joins_between_versions_gets_the_newest_and_takes_part_in_the_next(play):
+    async def scenario(cluster, version):
+        packed = await cluster.packed()
+        newcomer = cluster.rollouts.seats[1]
+        newcomer.restart()
+        assert not newcomer.is_ready
+        await cluster.next()
+        assert await cluster.versions() == [version + 1] * 2
+        cluster.rollouts.refill(newcomer)
+        await cluster.whole()
+        assert await cluster.versions() == [version + 1] * 3 and await cluster.packed() == packed + 1
+        await cluster.next()
+        assert await cluster.versions() == [version + 2] * 3 and await cluster.packed() == packed + 1
+
+    play(scenario)
+
+
+def test_nobody_sits_in_a_transfer_while_a_worker_draws_for_longer_than_a_transfer_may_take(play):
+    async def scenario(cluster, version):
+        packed, restarts, line = await cluster.packed(), cluster.restarts(), cluster.transport._number
+        cluster.busy()
+        wave = asyncio.create_task(cluster.on(0, "work", 2.5 * SOON))
+        await asyncio.sleep(0.1)
+        await cluster.begin_next()
+        await cluster.settle()
+        assert wave.done()
+        assert await cluster.versions() == [version + 1] * 3
+        assert (await cluster.packed(), cluster.restarts(), cluster.transport._number) == (packed, restarts, line)
+        assert cluster.busy()["learner"] < SOON, "it waited, and that is no work"
+
+    play(scenario)
+
+
+def test_a_worker_that_dies_in_the_wave_before_a_version_is_not_waited_for(play):
+    async def scenario(cluster, version):
+        wave = asyncio.create_task(cluster.on(0, "work", 60.0))
+        await asyncio.sleep(0.1)
+        await cluster.begin_next()
+        began = time.monotonic()
+        cluster.rollouts.seats[0].kill()
+        await cluster.settle()
+        assert time.monotonic() - began < SOON
+        assert await cluster.versions() == [version + 1] * 2
+        with pytest.raises(Exception, match="rollout-0"):
+            await wave
+
+    play(scenario)
 
 
 def test_a_newcomer_that_comes_too_late_for_a_version_waits_for_the_next_even_if_it_is_the_only_worker():
     """The learner has moved on in place; what was published last is nowhere."""
 
-    async def scenario():
-        async with cluster_of(run_with(workers=1, staleness=1)) as cluster:
-            await cluster.next()
-            await cluster.settle()
-            updating = asyncio.create_task(cluster.ask_learner(lambda learner: learner.advance_slowly.remote(8.0)))
-            await asyncio.sleep(0.1)
-            cluster.rollouts.seats[0].restart()
-            cluster.rollouts.refill(cluster.rollouts.seats[0])
-            await updating
-            assert not cluster.rollouts.open
-            await cluster.publish()
-            await asyncio.wait_for(cluster.settle(), 180)
-            await asyncio.wait_for(cluster.rollouts.anyone(), 180)
-            assert await cluster.versions() == [2.0]
+    async def scenario(cluster):
+        await cluster.next()
+        updating = asyncio.create_task(cluster.ask_learner(lambda learner: learner.advance_slowly.remote(8.0)))
+        await asyncio.sleep(0.1)
+        cluster.rollouts.seats[0].restart()
+        cluster.rollouts.refill(cluster.rollouts.seats[0])
+        await updating
+        assert not cluster.rollouts.open
+        await cluster.publish()
+        await asyncio.wait_for(cluster.settle(), 180)
+        await asyncio.wait_for(cluster.rollouts.anyone(), 180)
+        assert await cluster.versions() == [2.0]
 
-    asyncio.run(scenario())
-
-
-def test_nobody_sits_in_a_transfer_while_a_worker_draws_for_longer_than_a_transfer_may_take():
-    async def scenario():
-        async with cluster_of(run_with(staleness=1)) as cluster:
-            await cluster.next()
-            await cluster.settle()
-            wave = asyncio.create_task(cluster.on(0, "work", 2.5 * SOON))
-            await asyncio.sleep(0.1)
-            await cluster.next()
-            await cluster.settle()
-            assert wave.done()
-            assert await cluster.versions() == [2.0] * 3
-            assert (await cluster.packed(), cluster.restarts(), cluster.transport._number) == (0, 0, 1)
-            assert cluster.busy()["learner"] < SOON, "it waited, and that is no work"
-
-    asyncio.run(scenario())
-
-
-def test_a_worker_that_dies_in_the_wave_before_a_version_is_not_waited_for():
-    async def scenario():
-        async with cluster_of(run_with(staleness=1)) as cluster:
-            await cluster.next()
-            await cluster.settle()
-            wave = asyncio.create_task(cluster.on(0, "work", 60.0))
-            await asyncio.sleep(0.1)
-            await cluster.next()
-            began = time.monotonic()
-            cluster.rollouts.seats[0].kill()
-            await cluster.settle()
-            assert time.monotonic() - began < SOON
-            assert await cluster.versions() == [2.0] * 2
-            with pytest.raises(Exception, match="rollout-0"):
-                await wave
-
-    asyncio.run(scenario())
+    with cluster_of(workers=1) as (runner, cluster):
+        runner.run(scenario(cluster))
 
 
 def test_workers_that_a_learner_never_sent_to_were_not_busy():

@@ -10,6 +10,7 @@ import os
 import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -78,7 +79,8 @@ def test_the_rendered_entrypoint_trains_on_nodes_like_its_pods_and_again_does_no
     try:
         submit = ["ray", "job", "submit", "--address", head.address, "--", *shlex.split(entrypoint)]
         done = head.command(*submit)
-        while "No available agent" in done.stderr:  # the node's agent is still starting; pytest's limit ends this
+        deadline = time.monotonic() + 60
+        while "No available agent" in done.stderr and time.monotonic() < deadline:  # the node's agent is still starting
             done = head.command(*submit)
         assert done.returncode == 0, done.stdout + done.stderr
         metrics = tmp_path / "volume" / "runs" / "first" / "metrics.jsonl"
@@ -110,6 +112,7 @@ def start(spec: dict, directory: Path) -> tuple[Head, Cluster]:
     assert cpus == 0, "the head is for the driver"
     port = free_port()
     here = {"include_dashboard": True, "dashboard_host": "127.0.0.1", "dashboard_port": port}
+    here["dashboard_agent_listen_port"] = free_port()  # it starts the jobs; another Ray may hold the default one
     nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": cpus, "object_store_memory": store, **here})
     for group in spec["workerGroupSpecs"]:
         resources, cpus, store = offered(group)

@@ -26,7 +26,12 @@ from tests.test_train import PROMPTS, tiny_run
 from tests.tiny import IMAGE_TOKENS, tiny_janus
 
 ON_A_GPU = "ray_stage_ray_worker_peak_gpu_memory_bytes"
-RANKS = ["learner-rank-0", "learner-rank-1"]
+RANKS = ["learner-9-rank-0", "learner-9-rank-1"]
+WORKERS = {
+    "rollout": ["rollout-9"],
+    "reward": ["reward-9"],
+    "learner": RANKS,
+}  # names that no test uses in this process
 Series = dict[tuple[str, str, str], float]
 
 
@@ -39,15 +44,14 @@ def reported(tmp_path_factory) -> Series:
         patch.setenv("RAY_metrics_report_interval_ms", "500")
         start_ray(run, directory / "run")
         try:
-            workers = draw_score_train(run, directory)  # Ray ends those that nobody holds
-            return scrape(len(workers))
+            return scrape(draw_score_train(run, directory))
         finally:
             ray.shutdown()
 
 
 def draw_score_train(run: Any, directory: Path) -> list[Any]:
-    rollout = actor_of(RolloutWorker, 0.5, 0, {}).remote("rollout-0", run, str(directory / "rollout-0.log"))
-    reward = actor_of(RewardWorker, 0.5, 0, {}).remote("reward-0", list(run.rewards), str(directory / "reward-0.log"))
+    rollout = actor_of(RolloutWorker, 0.5, 0, {}).remote("rollout-9", run, str(directory / "rollout.log"))
+    reward = actor_of(RewardWorker, 0.5, 0, {}).remote("reward-9", list(run.rewards), str(directory / "reward.log"))
     ranks = [
         actor_of(LearnerWorker, 0.25, 0, {}).remote(name, run, str(directory / f"{name}.log"), rank)
         for rank, name in enumerate(RANKS)
@@ -65,21 +69,26 @@ def draw_score_train(run: Any, directory: Path) -> list[Any]:
     return workers
 
 
-def scrape(workers: int) -> Series:
-    """What the endpoint says once so many workers are on it and nothing new has come for a while."""
+def scrape(held: list[Any]) -> Series:
+    """What the endpoint says once all workers are on it and nothing new has come for a while.
+
+    ``held``: the workers: Ray ends those that nobody holds.
+    """
+    names = {name for workers in WORKERS.values() for name in workers}
     node = ray.nodes()[0]
     address = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
     deadline, grown = time.monotonic() + 60, time.monotonic()
     series: Series = {}
     while time.monotonic() < deadline:
-        if len({worker for _, _, worker in series}) == workers and time.monotonic() - grown > 5:
+        if {worker for _, _, worker in series} == names and time.monotonic() - grown > 5:
             break
         known = len(series)
         time.sleep(0.5)
         text = urllib.request.urlopen(address, timeout=10).read().decode()
         for name, labels, value in re.findall(r"^(ray_stage_ray\w+)\{(.*)\} (\S+)$", text, flags=re.MULTILINE):
             tags = dict(re.findall(r'(\w+)="([^"]*)"', labels))
-            series[name, tags["role"], tags["worker"]] = float(value)
+            if tags["worker"] in names:
+                series[name, tags["role"], tags["worker"]] = float(value)
         grown = time.monotonic() if len(series) > known else grown
     return series
 
@@ -87,14 +96,14 @@ def scrape(workers: int) -> Series:
 @pytest.mark.slow
 def test_every_worker_reports_every_metric_of_the_catalogue_and_no_other(reported):
     names = {metric.prometheus for metric in WORKER} - {ON_A_GPU}
-    workers = [("rollout", "rollout-0"), ("reward", "reward-0"), *(("learner", rank) for rank in RANKS)]
-    without_version = {("ray_stage_ray_worker_policy_version", "reward", "reward-0")}
+    workers = [(role, worker) for role, names in WORKERS.items() for worker in names]
+    without_version = {("ray_stage_ray_worker_policy_version", "reward", "reward-9")}
     wanted = {(name, role, worker) for name in names for role, worker in workers} - without_version
     assert {key for key in reported if key[0] != ON_A_GPU} == wanted
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("role, workers", [("rollout", ["rollout-0"]), ("reward", ["reward-0"]), ("learner", RANKS)])
+@pytest.mark.parametrize("role, workers", WORKERS.items())
 def test_the_counts_of_a_role_are_those_of_the_work_done(reported, role, workers):
     def of(name: str) -> float:
         return sum(reported[f"ray_stage_ray_worker_{name}", role, worker] for worker in workers)
@@ -109,7 +118,7 @@ def test_the_counts_of_a_role_are_those_of_the_work_done(reported, role, workers
 
 @pytest.mark.slow
 def test_the_policy_version_is_that_which_drew_and_that_which_was_made(reported):
-    assert reported["ray_stage_ray_worker_policy_version", "rollout", "rollout-0"] == 0
+    assert reported["ray_stage_ray_worker_policy_version", "rollout", "rollout-9"] == 0
     assert reported["ray_stage_ray_worker_policy_version", "learner", RANKS[0]] == 1
 
 

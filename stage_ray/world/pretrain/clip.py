@@ -24,7 +24,7 @@ from transformers import (
 
 from stage_ray.world.grammar import Split, sample_record, sample_scene
 from stage_ray.world.pretrain.language_model import TASK_WEIGHTS
-from stage_ray.world.pretrain.loop import Budget, TrainingRun, device, save_atomically
+from stage_ray.world.pretrain.loop import Budget, TrainingRun, autocast, device, save_atomically
 from stage_ray.world.pretrain.policy_files import BOS, EOS, PAD, VOCABULARY, text_tokenizer
 from stage_ray.world.pretrain.tokenizer import to_pixels
 from stage_ray.world.render import render
@@ -98,7 +98,7 @@ def _batch(
 
 
 def _loss(model: CLIPModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    with torch.autocast(device().type, torch.bfloat16):
+    with autocast():
         logits = model(**batch).logits_per_image.float()
     answers = torch.arange(len(logits), device=logits.device)
     return (F.cross_entropy(logits, answers) + F.cross_entropy(logits.T, answers)) / 2

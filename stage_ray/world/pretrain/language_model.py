@@ -24,7 +24,7 @@ from torch import nn
 from transformers import JanusForConditionalGeneration, JanusProcessor
 
 from stage_ray.world.grammar import sample_mixture, sample_record, sample_scene
-from stage_ray.world.pretrain.loop import Budget, TrainingRun, console, device, save_atomically
+from stage_ray.world.pretrain.loop import Budget, TrainingRun, autocast, console, device, save_atomically
 from stage_ray.world.pretrain.policy_files import new_policy, prompt_ids, unconditional_ids
 from stage_ray.world.pretrain.tokenizer import ThriftyCodes, load_tokenizer
 from stage_ray.world.render import render
@@ -160,7 +160,7 @@ def train_language_model(
             tail=corpus.tokens.shape[1] - 1,
         )
         tokens = corpus.tokens[chosen].long().to(device())
-        with torch.autocast(device().type, torch.bfloat16):
+        with autocast():
             loss = model(ids.to(device()), lengths.to(device()), tokens)
         run.descend(loss)
         run.report(loss=loss.item())

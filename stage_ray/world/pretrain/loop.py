@@ -17,12 +17,19 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from stage_ray.policies.base import hardware_has_bfloat16
+
 console = Console(width=120)
 
 
 def device() -> torch.device:
     """CUDA where there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def autocast() -> torch.autocast:
+    """bfloat16 for the products of a forward pass, where the hardware has it: elsewhere it is emulated, and slow."""
+    return torch.autocast(device().type, torch.bfloat16, enabled=hardware_has_bfloat16(device()))
 
 
 def save_atomically(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:

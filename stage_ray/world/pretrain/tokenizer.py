@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import JanusVQVAE, JanusVQVAEConfig
 
-from stage_ray.world.pretrain.loop import Budget, TrainingRun, device, save_atomically
+from stage_ray.world.pretrain.loop import Budget, TrainingRun, autocast, device, save_atomically
 from stage_ray.world.render import render, render_with_masks
 from stage_ray.world.scene import IMAGE_SIZE, Scene, random_scene
 
@@ -117,7 +117,7 @@ class Quantized(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Pictures [B, 3, 64, 64] to reconstructions, the quantiser's loss, code ids [B * 64] and unit-length encoder
         outputs [B * 64, 8]. Without `quantise` the decoder sees the encoder's outputs themselves."""
-        with torch.autocast(pixels.device.type, torch.bfloat16):
+        with autocast():
             latent = self.model.quant_conv(self.model.encoder(pixels))
         with torch.autocast(pixels.device.type, enabled=False):
             grid = F.normalize(latent.float(), dim=1)  # [B, 8, 8, 8]
@@ -128,7 +128,7 @@ class Quantized(nn.Module):
             code_loss = (chosen - grid.detach()).square().mean()
             commitment = (chosen.detach() - grid).square().mean()
             straight_through = grid + (chosen - grid).detach() if quantise else grid
-        with torch.autocast(pixels.device.type, torch.bfloat16):
+        with autocast():
             decoded = self.model.decoder(self.model.post_quant_conv(straight_through))
         quantiser_loss = code_loss + COMMITMENT * commitment if quantise else code_loss
         return decoded.float(), quantiser_loss, ids, outputs
@@ -234,7 +234,7 @@ def cosines(model: JanusVQVAE, images: np.ndarray, batch: int = 64) -> torch.Ten
     codes = F.normalize(model.quantize.embedding.weight, dim=1)
     fits = []
     for start in range(0, len(images), batch):
-        with torch.autocast(device().type, torch.bfloat16):
+        with autocast():
             latent = model.quant_conv(model.encoder(to_pixels(images[start : start + batch])))
         outputs = F.normalize(latent.float(), dim=1).permute(0, 2, 3, 1)  # [B, 8, 8, 8]
         fits.append((outputs @ codes.T).flatten(1, 2))
