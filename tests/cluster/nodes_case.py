@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import signal
 import subprocess
@@ -17,7 +16,6 @@ import yaml
 from ray.cluster_utils import Cluster
 
 from stage_ray.config_file import load_config
-from stage_ray.pipeline.ledger import read_ledger
 from tests.chaos import audited
 from tests.test_train import tiny_run
 from tests.tiny import tiny_janus
@@ -88,7 +86,7 @@ def wait_until(what, driver: subprocess.Popen, directory: Path, seconds: float =
 def test_a_node_dies_another_joins_and_no_group_is_lost(tmp_path, model, nodes):
     first = nodes.add(rollout=1, reward=1)
     nodes.add(rollout=1, reward=1)
-    nodes.add(learner=1)
+    home = nodes.add(learner=1)
     nodes.wait_for_nodes()
     run = tiny_run(
         tmp_path,
@@ -107,16 +105,16 @@ def test_a_node_dies_another_joins_and_no_group_is_lost(tmp_path, model, nodes):
         learner={"resources": {"learner": 1}},
         pipeline={"max_staleness": 1, "order": "arrival"},
         evaluation={"enabled": False},
-        cluster={"heartbeat_deadline_s": 60.0, "metrics_port": None},  # that the node went down is found out by Ray
+        cluster={"heartbeat_s": 1.0, "metrics_port": None},
     )
     driver = start(run, nodes.address, tmp_path)
     try:
         wait_until(lambda: serving(tmp_path)[2:], driver, tmp_path)
-        (worker,) = workers_of(first, "RolloutWorker")
-        worker.suspend()
-        wait_until(lambda: overtaken(tmp_path), driver, tmp_path)  # so that it goes down with groups in its hands
+        (learner,) = workers_of(home, "LearnerWorker")
+        learner.suspend()  # groups that wait for it lie where they were drawn
+        wait_until(lambda: stands_still(tmp_path), driver, tmp_path)
         nodes.remove_node(first, allow_graceful=False)
-        worker.kill()  # it cannot notice by itself
+        learner.resume()
         wait_until(lambda: serving(tmp_path)[-1] == 1, driver, tmp_path)
         alone = len(serving(tmp_path))
         wait_until(lambda: serving(tmp_path)[alone + 3 :], driver, tmp_path)
@@ -131,7 +129,7 @@ def test_a_node_dies_another_joins_and_no_group_is_lost(tmp_path, model, nodes):
     assert serving(tmp_path)[:3] == [2, 2, 2]
     found = audited(tmp_path / "run", ended=True)
     assert found.sound and found.trained == 4 * len(serving(tmp_path)), found
-    assert found.reissued > 0
+    assert found.reissued > 0, "the node died without taking anything with it: this run shows nothing"
 
 
 @pytest.mark.slow
@@ -170,12 +168,12 @@ def workers_of(node, role: str) -> list[psutil.Process]:
     return [process for process in raylet.children() if f"ray::{role}" in " ".join(process.cmdline())]
 
 
-def overtaken(directory: Path) -> bool:
-    """Whether a group has been trained that was admitted after one that is not even drawn."""
-    events = read_ledger(directory / "run" / "ledger.jsonl")
-    names = ("admitted", "generated", "trained")
-    admitted, generated, trained = ({e["group_id"] for e in events if e["event"] == name} for name in names)
-    return min(admitted - generated, default=math.inf) < max(trained)
+def stands_still(directory: Path) -> bool:
+    """Whether nothing happened to any group for a second."""
+    ledger = directory / "run" / "ledger.jsonl"
+    before = ledger.stat().st_size
+    time.sleep(1)
+    return ledger.stat().st_size == before
 
 
 def alarmed(directory: Path) -> list[str]:
