@@ -97,7 +97,7 @@ def test_a_node_dies_another_joins_and_no_group_is_lost(tmp_path, model, nodes):
             "workers": 2,
             "max_workers": 3,
             "group_size": 4,
-            "groups_per_step": 4,
+            "groups_per_step": 8,
             "images_per_wave": 8,
             "resources": {"rollout": 1},
         },
@@ -128,7 +128,7 @@ def test_a_node_dies_another_joins_and_no_group_is_lost(tmp_path, model, nodes):
         driver.kill()
     assert serving(tmp_path)[:3] == [2, 2, 2]
     found = audited(tmp_path / "run", ended=True)
-    assert found.sound and found.trained == 4 * len(serving(tmp_path)), found
+    assert found.sound and found.trained == 8 * len(serving(tmp_path)), found
     assert found.reissued > 0, "the node died without taking anything with it: this run shows nothing"
 
 
