@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from stage_ray.errors import ConfigError, RunError
 from stage_ray.pipeline.ledger import Audit
 from stage_ray.replay import replay
+from stage_ray.run.catalogue import RECORDED, find
 from stage_ray.run.progress import Progress
 from stage_ray.train import train
 from tests.chaos import audited, end_session, of_session, start_driver
@@ -61,9 +62,13 @@ class KillsWorker(Progress):
                     self.killed += 1
 
 
-def test_generation_runs_ahead_to_the_bound_and_no_further(tmp_path, model):
+def test_generation_runs_ahead_to_the_bound_and_no_further_and_records_what_the_catalogue_names(tmp_path, model):
     run = train(tiny_run(tmp_path, model, steps=6, pipeline={"max_staleness": 2}, **QUICK)).run_dir
-    assert [row["staleness/max"] for row in lines(run / "metrics.jsonl")] == [0, 1, 2, 2, 2, 2]
+    rows = lines(run / "metrics.jsonl")
+    assert [row["staleness/max"] for row in rows] == [0, 1, 2, 2, 2, 2]
+    named = {name: find(name) for row in rows for name in row}
+    assert None not in named.values(), named
+    assert {metric.name for metric in RECORDED} - {metric.name for metric in named.values()} == {"alarm"}
     assert sound(run).trained == 12
 
 

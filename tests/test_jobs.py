@@ -23,6 +23,7 @@ CONFIG = "configs/stage_shapeworld.yaml"
 SMALL = {
     "steps": "1",
     "evaluation.enabled": "false",
+    "rollout.engine": "torch",  # starts in a quarter of vLLM's time
     "rollout.groups_per_step": "2",
     "rollout.group_size": "2",
     "rollout.threads": "1",
@@ -145,7 +146,7 @@ def test_what_only_the_cluster_can_find_wrong_has_the_exit_code_of_the_run(head,
 
 def test_a_job_is_joined_left_stopped_killed_and_goes_on_without_losing_a_group(head, tmp_path):
     run_dir = tmp_path / "long"
-    long = settings(steps="30", checkpoint__every="4", rollout__engine="torch")
+    long = settings(steps="30", checkpoint__every="4")
     arguments = ["--run-dir", str(run_dir), "--id", "long", *long]
     words = [str(BIN / "stage-ray"), "submit", CONFIG, "--address", head.address, *arguments]
 

@@ -118,21 +118,6 @@ def test_a_run_leaves_everything_a_user_looks_for(tmp_path, model):
     assert any(not torch.equal(trained[name], base[name]) for name in base)
 
 
-def test_a_group_that_cannot_be_scored_is_replaced_by_a_fresh_one(tmp_path, model):
-    changes = {"steps": 2, "evaluation": {"enabled": False}, "options": {"word": "rings"}}
-    run = train(tiny_run(tmp_path, model, "CannotJudge", **changes)).run_dir
-    ledger = lines(run / "ledger.jsonl")
-    dropped = [row["group_id"] for row in ledger if row["event"] == "dropped"]
-    assert len(dropped) == sum(row["scoring/replaced"] for row in lines(run / "metrics.jsonl")) > 0
-    trained = [row["group_id"] for row in ledger if row["event"] == "trained"]
-    assert len(trained) == len(set(trained)) == 4 and not set(trained) & set(dropped)
-
-
-def test_a_scorer_that_never_works_stops_the_run_with_its_reason(tmp_path, model):
-    with pytest.raises(RunError, match="could not be scored.*the scoring service is down"):
-        train(tiny_run(tmp_path, model, "Raises", evaluation={"enabled": False}))
-
-
 def test_a_directory_that_holds_a_run_is_never_overwritten(tmp_path, model):
     run = tiny_run(tmp_path, model)
     (tmp_path / "run").mkdir()

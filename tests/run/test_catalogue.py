@@ -18,8 +18,6 @@ from stage_ray.run.catalogue import ALARMS, RECORDED, find, markdown
 from stage_ray.run.metrics import Recorder, read_steps
 from stage_ray.run.progress import SHOWN
 from stage_ray.run.run_files import StepClock
-from stage_ray.train import train
-from tests import test_train
 from tests.fake_run import write_fake_run
 from tests.learner_case import PROMPTS, sample_groups, score, tiny_run
 from tests.learner_case import train as train_learner
@@ -54,16 +52,6 @@ def test_the_catalogue_names_the_metrics_of_the_step_clock():
         clock.lap(lap)
     told = {metric.name for metric in RECORDED if metric.where == "driver"} - {"step", "alarms", "alarm"}
     assert set(clock.metrics(8)) == told
-
-
-@pytest.mark.slow
-def test_a_real_run_records_what_the_catalogue_names_and_nothing_else(tmp_path, model):
-    quiet = {"evaluation": {"enabled": False}, "pipeline": {"max_staleness": 1}}
-    run_dir = train(test_train.tiny_run(tmp_path, model, steps=2, **quiet)).run_dir
-    names = {name for row in read_steps(run_dir / "metrics.jsonl") for name in row}
-    assert unknown(names) == []
-    recorded = {found.name for name in names if (found := find(name))}
-    assert {metric.name for metric in RECORDED} - recorded == {"alarm"}, "nothing records these"
 
 
 def test_invented_runs_of_other_tests_use_names_that_exist(tmp_path):

@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -146,7 +147,7 @@ def test_another_format_is_refused_by_name(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_run_that_fails_says_everything_in_json_driver_and_workers(tmp_path):
+def test_a_run_whose_scorer_never_works_says_why_in_json_in_its_alarms_and_in_its_report(tmp_path):
     quiet = {"evaluation": {"enabled": False}, "logs": {"format": "json"}}
     run = tiny_run(tmp_path, tiny_janus(tmp_path / "janus"), "Raises", steps=1, **quiet)
     config = tmp_path / "config.yaml"
@@ -157,7 +158,11 @@ def test_a_run_that_fails_says_everything_in_json_driver_and_workers(tmp_path):
     assert done.returncode == 1 and done.stderr == ""
     *_, alarm, error = objects(done.stdout)
     assert alarm["alarm"] == "no_valid_reward" and error["level"] == "ERROR"
-    assert error["message"].startswith("stage-ray: ") and {error["run"], error["role"]} == {"run", "driver"}
+    assert re.match("stage-ray: .*could not be scored.*the scoring service is down", error["message"])
+    assert {error["run"], error["role"]} == {"run", "driver"}
+    (kept,) = objects((Path(run.run_dir) / "alarms.jsonl").read_text())
+    assert (kept["step"], kept["alarm"]) == (1, "no_valid_reward") and "the scoring service is down" in kept["text"]
+    assert ">no_valid_reward<" in (Path(run.run_dir) / "report.html").read_text()
     log = objects((Path(run.run_dir) / "logs" / "reward-0.log").read_text())
     assert {(line["run"], line["role"], line["worker"]) for line in log} == {("run", "reward", "reward-0")}
     assert {group for line in log for group in line["group_id"]} >= {0, 1}
