@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 import typer
 from typer.exceptions import TyperException
 
-from stage_ray.cli_options import (
+from stage_ray.commands.options import (
     EngineOption,
     GuidanceOption,
     ModelArgument,
@@ -64,18 +64,18 @@ def train(
 
     Example: stage-ray train configs/stage_shapeworld.yaml --set learner.lr=1e-5 --run-dir runs/slow
     """
-    from stage_ray.config_file import load_config
+    from stage_ray.config.load import load_config
 
     run = load_config(config, overrides, run_dir)
     if dry_run:
-        from stage_ray.dry_run import describe
+        from stage_ray.run.dry_run import describe
 
         typer.echo(describe(run))
         return
-    from stage_ray.run.progress import progress_for
+    from stage_ray.observability.progress import progress_for
 
     if replay is not None:
-        from stage_ray.replay import replay as replay_run
+        from stage_ray.commands.replay import replay as replay_run
 
         with progress_for(run) as progress:
             progress.note(f"replayed into {replay_run(run, replay, progress)}")
@@ -141,8 +141,8 @@ def submit(
 
     Example: stage-ray submit configs/stage_shapeworld.yaml --run-dir /shared/runs/first
     """
-    from stage_ray.cluster.job import plan_job
-    from stage_ray.cluster.submit import submit_job
+    from stage_ray.commands.job import plan_job
+    from stage_ray.commands.submit import submit_job
 
     job = plan_job(
         config,
@@ -180,8 +180,8 @@ def evaluate(
 
     Example: stage-ray evaluate runs/stage_shapeworld/final --suite geneval --json after.json
     """
-    from stage_ray.inference import evaluate_model, result_table, write_result
-    from stage_ray.run.progress import Progress
+    from stage_ray.commands.inference import evaluate_model, result_table, write_result
+    from stage_ray.observability.progress import Progress
 
     with Progress() as progress:
         result = evaluate_model(
@@ -216,8 +216,8 @@ def generate(
 
     Example: stage-ray generate runs/stage_shapeworld/final --prompt "a photo of a red ring" --out pictures
     """
-    from stage_ray.inference import generate_images
-    from stage_ray.run.progress import Progress
+    from stage_ray.commands.inference import generate_images
+    from stage_ray.observability.progress import Progress
 
     with Progress() as progress:
         sheet = generate_images(
@@ -249,7 +249,7 @@ def pretrain(
 
     Example: stage-ray pretrain --out world --smoke
     """
-    from stage_ray.world.pretrain import pretrain as pretrain_world
+    from stage_ray.shapeworld.pretrain import pretrain as pretrain_world
 
     pretrain_world(out, stages=stages, seed=seed, smoke=smoke)
 
@@ -309,7 +309,7 @@ def plan(
 
     Example: stage-ray plan --model janus-pro-7b --gpu h100 --gpus 64
     """
-    from stage_ray.planning.show import run_plan
+    from stage_ray.commands.planning.show import run_plan
 
     run_plan(
         model=model,
@@ -347,8 +347,8 @@ def metrics(
 
     Example: stage-ray metrics
     """
-    from stage_ray.run.catalogue import markdown as as_markdown
-    from stage_ray.run.catalogue import print_table
+    from stage_ray.observability.registry import markdown as as_markdown
+    from stage_ray.observability.registry import print_table
 
     if markdown:
         typer.echo(as_markdown(), nl=False)
@@ -362,7 +362,7 @@ def doctor() -> None:
 
     Example: stage-ray doctor
     """
-    from stage_ray.doctor import examine
+    from stage_ray.commands.doctor import examine
 
     raise typer.Exit(0 if examine() else 1)
 
@@ -379,7 +379,7 @@ def main(arguments: list[str] | None = None) -> int:
     except RunError as error:
         code, sentence = 1, str(error)
     if sentence.strip():  # a bare command has shown its help instead
-        from stage_ray.run.logs import tell_error
+        from stage_ray.observability.logs import tell_error
 
         tell_error(f"stage-ray: {' '.join(sentence.split())}".replace("Value error, ", ""))
     return code

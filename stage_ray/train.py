@@ -9,15 +9,15 @@ from pathlib import Path
 from stage_ray.cluster.cluster import Cluster, LearnerLostError
 from stage_ray.config import RunConfig
 from stage_ray.errors import ConfigError, RunError
+from stage_ray.files import disk_errors_named
+from stage_ray.observability.progress import Progress
 from stage_ray.pipeline.stream import NoValidRewardError
-from stage_ray.preflight import preflight
 from stage_ray.records import Prompt
 from stage_ray.report.report import write_report
-from stage_ray.run.exam import Exam
-from stage_ray.run.files import disk_errors_named
-from stage_ray.run.progress import Progress
+from stage_ray.run.heldout import Exam
+from stage_ray.run.preflight import preflight
 from stage_ray.run.run_dir import Resume, open_run_dir
-from stage_ray.run.run_files import RunFiles, StepClock
+from stage_ray.run.state import RunFiles, StepClock
 from stage_ray.run.stop import StopSignal
 
 __all__ = ["ConfigError", "RunError", "RunSummary", "train"]

@@ -8,9 +8,9 @@ import numpy as np
 import yaml
 
 from stage_ray.evaluation import summarise
+from stage_ray.observability.recorder import Recorder
 from stage_ray.records import Prompt, ScoredGroup
 from stage_ray.report.samples import contact_sheet
-from stage_ray.run.metrics import Recorder
 
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 PROMPTS = [

@@ -13,11 +13,11 @@ from typing import Any
 from stage_ray.bench.timed_cluster import TimedCluster
 from stage_ray.cluster.cluster import GroupRefs
 from stage_ray.config import RunConfig
-from stage_ray.config_file import validate_config
+from stage_ray.config.load import validate_config
+from stage_ray.observability.progress import Progress
 from stage_ray.pipeline.ledger import read_ledger
 from stage_ray.records import Prompt, RolloutReceipt, RolloutRequest, ScoreReceipt
-from stage_ray.run.progress import Progress
-from stage_ray.run.run_files import RunFiles
+from stage_ray.run.state import RunFiles
 
 PROMPTS = [Prompt(i, f"prompt {i}") for i in range(7)]
 

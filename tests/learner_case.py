@@ -10,10 +10,10 @@ import numpy as np
 import torch
 
 from stage_ray.config import RunConfig
-from stage_ray.config_file import validate_config
+from stage_ray.config.load import validate_config
 from stage_ray.learner import Learner
 from stage_ray.policies.base import Policy
-from stage_ray.policies.statistics import token_statistics
+from stage_ray.policies.logprobs import token_statistics
 from stage_ray.records import Prompt, RolloutGroup, ScoredGroup
 
 PROMPTS = ("a photo of a red circle", "a photo of two green squares and a blue ring", "a photo of a ring")

@@ -18,7 +18,7 @@ MINUTES = "takes ten minutes to hours; its options are parsed and its parts are 
 TESTS = "is what runs these tests"
 
 HERE = "tests/test_readme.py::"
-JOBS = "tests/test_jobs.py::"
+JOBS = "tests/commands/test_jobs.py::"
 DRY_RUN = HERE + "test_every_training_of_the_pages_is_accepted_by_a_dry_run"
 SHORT_RUN = HERE + "test_a_training_that_was_stopped_goes_on"
 SENT = JOBS + "test_submit_sends_code_files_and_scorers_follows_the_run_and_does_not_repeat_it"
@@ -54,7 +54,7 @@ TABLE: dict[str, dict[str, str]] = {
         " --out pictures": HERE + "test_the_trained_model_draws",
         "stage-ray report runs/mine": HERE + "test_a_run_is_reported_anew",
         "stage-ray bench pipeline": MINUTES,
-        "stage-ray pretrain --out world": "tests/world/test_pretrain.py::"
+        "stage-ray pretrain --out world": "tests/shapeworld/test_pretrain.py::"
         "test_a_smoke_run_builds_every_model_in_a_form_that_transformers_loads",
         TRAIN + "--set steps=12 --set evaluation.enabled=false --set pipeline.max_staleness=0"
         " --run-dir runs/lockstep": DRY_RUN,
@@ -67,7 +67,7 @@ TABLE: dict[str, dict[str, str]] = {
         f"ray job submit --working-dir . -- {TRAIN}--run-dir /shared/runs/second --auto-resume": RAYS_OWN,
         TRAIN + "--set rollout.tensor_parallel=2 --set steps=2 --run-dir runs/parallel": DRY_RUN,
         f"helm install first {HELM}first.yaml": RENDERED,
-        "stage-ray plan --model janus-pro-7b --gpu h100 --gpus 64": "tests/planning/test_plan.py::"
+        "stage-ray plan --model janus-pro-7b --gpu h100 --gpus 64": "tests/commands/planning/test_plan.py::"
         "test_the_plans_in_deploy_are_what_the_command_prints",
     },
     DEPLOY: {

@@ -15,11 +15,11 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from stage_ray.commands.replay import replay
 from stage_ray.errors import ConfigError, RunError
+from stage_ray.observability.progress import Progress
+from stage_ray.observability.registry import RECORDED, find
 from stage_ray.pipeline.ledger import Audit
-from stage_ray.replay import replay
-from stage_ray.run.catalogue import RECORDED, find
-from stage_ray.run.progress import Progress
 from stage_ray.train import train
 from tests.chaos import audited, end_session, of_session, start_driver
 from tests.test_train import StopsAfter, lines, tiny_run, without_clocks

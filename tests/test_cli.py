@@ -10,7 +10,7 @@ import yaml
 from PIL import Image
 
 from stage_ray.cli import PretrainStage, main
-from stage_ray.config_file import load_config
+from stage_ray.config.load import load_config
 from tests.fake_run import write_fake_run
 from tests.tiny import tiny_janus
 
@@ -186,7 +186,7 @@ def test_report_prints_the_path_of_the_page(tmp_path: Path, capsys: pytest.Captu
 
 
 def test_pretrain_offers_every_stage_there_is(capsys: pytest.CaptureFixture[str]) -> None:
-    from stage_ray.world.pretrain import STAGES
+    from stage_ray.shapeworld.pretrain import STAGES
 
     assert tuple(PretrainStage) == STAGES
     assert main(["pretrain", "--out", "world", "--stage", "clop"]) == 2

@@ -31,19 +31,19 @@ from safetensors.torch import load_file
 
 from stage_ray.bench.timed_cluster import TimedCluster
 from stage_ray.cluster.cluster import Cluster, GroupRefs
-from stage_ray.cluster.transport import ObjectStore
+from stage_ray.commands.replay import replay
 from stage_ray.config import RunConfig
-from stage_ray.config_file import load_config
+from stage_ray.config.load import load_config
 from stage_ray.errors import RunError
+from stage_ray.observability.progress import Progress
 from stage_ray.pipeline.ledger import Audit, Ledger
 from stage_ray.pipeline.prompts import PromptCursor
 from stage_ray.pipeline.stream import GroupStream
 from stage_ray.records import Prompt
-from stage_ray.replay import replay
 from stage_ray.run.checkpoint import CheckpointStore
-from stage_ray.run.progress import Progress
-from stage_ray.run.run_files import RunFiles
+from stage_ray.run.state import RunFiles
 from stage_ray.train import train
+from stage_ray.weights.object_store import ObjectStore
 from tests.chaos import WORKERS, audited, end_session, start_driver
 from tests.scorers import MOODS
 from tests.test_train import lines, tiny_run, without_clocks

@@ -142,7 +142,7 @@ def test_a_training_that_was_stopped_goes_on(home):
 
 @pytest.mark.slow
 def test_the_trained_model_is_evaluated(home):
-    held_out = (ROOT / "stage_ray/world/assets/prompts/heldout.jsonl").read_text().splitlines()
+    held_out = (ROOT / "stage_ray/shapeworld/assets/prompts/heldout.jsonl").read_text().splitlines()
     (home / "some.jsonl").write_text("\n".join(held_out[::10]))
     few = ["--prompts", "some.jsonl", "--images-per-prompt", "1", "--engine", "torch"]
     printed = typed(home, *the("stage-ray evaluate"), *few)

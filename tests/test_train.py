@@ -11,9 +11,9 @@ import torch
 from transformers import JanusForConditionalGeneration
 
 from stage_ray.config import RunConfig
-from stage_ray.config_file import validate_config
+from stage_ray.config.load import validate_config
 from stage_ray.errors import ConfigError, RunError
-from stage_ray.run.progress import Progress
+from stage_ray.observability.progress import Progress
 from stage_ray.train import train
 from tests.tiny import tiny_janus
 

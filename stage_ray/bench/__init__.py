@@ -11,9 +11,9 @@ from rich.console import Console
 
 from stage_ray.bench.rows import Row
 from stage_ray.bench.table import print_machine, print_rows, write_rows
+from stage_ray.config.hardware import machine_facts
 from stage_ray.errors import ConfigError
-from stage_ray.machine import machine_facts
-from stage_ray.run.progress import Progress
+from stage_ray.observability.progress import Progress
 
 BENCHES = ("rollout", "learner", "sync", "pipeline", "end-to-end")
 

@@ -12,15 +12,15 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from stage_ray.algorithm import stage_loss
+from stage_ray.algorithm.credit import stage_signals
 from stage_ray.algorithm.losses import StageLoss
-from stage_ray.algorithm.signals import stage_signals
 from stage_ray.config import PolicyConfig, RunConfig
 from stage_ray.learner.batch import Batch, make_batch
 from stage_ray.learner.learner import learning_rate
 from stage_ray.learner.precision import autocast, uses_bfloat16
 from stage_ray.policies.base import PromptIds, device_for
 from stage_ray.policies.janus import JanusPolicy
-from stage_ray.policies.statistics import TokenStatistics
+from stage_ray.policies.logprobs import TokenStatistics
 from stage_ray.records import RolloutGroup, ScoredGroup
 
 Pick = Callable[[Tensor, int], Tensor]

@@ -11,16 +11,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from stage_ray.bench.contest import Facts, Side, Turn, compare
 from stage_ray.bench.limits import Speed, Work, probe_side
 from stage_ray.bench.rows import Row
 from stage_ray.bench.single_process import SingleProcessTrainer
+from stage_ray.bench.timing import Facts, Side, Turn, compare
 from stage_ray.config import RunConfig
-from stage_ray.config_file import load_config
+from stage_ray.config.load import load_config
 from stage_ray.errors import ConfigError, RunError
 from stage_ray.learner.precision import uses_bfloat16
+from stage_ray.observability.progress import Progress
 from stage_ray.policies.base import compute_dtype, device_for
-from stage_ray.run.progress import Progress
 
 CONFIG = Path(__file__).parents[2] / "configs" / "stage_shapeworld.yaml"
 STEPS, SKIPPED, REPEATS = 12, 3, 3

@@ -10,19 +10,19 @@ import numpy as np
 import torch
 
 from stage_ray.bench.baselines import PlainLearner
-from stage_ray.bench.contest import Facts, Side, Turn, compare
 from stage_ray.bench.limits import Speed, Work, probe_side, synchronize
 from stage_ray.bench.memory import PeakMemory
 from stage_ray.bench.models import FIFTY_MILLION, SMALL, ModelSize, model_of
 from stage_ray.bench.prompts import equal_prompts
 from stage_ray.bench.rows import Row, median
+from stage_ray.bench.timing import Facts, Side, Turn, compare
 from stage_ray.config import RunConfig
-from stage_ray.config_file import validate_config
+from stage_ray.config.load import validate_config
 from stage_ray.learner import Learner
 from stage_ray.learner.precision import uses_bfloat16
+from stage_ray.observability.progress import Progress
 from stage_ray.policies.base import Policy, device_for
 from stage_ray.records import RolloutGroup, ScoredGroup
-from stage_ray.run.progress import Progress
 
 GROUPS, GROUP_SIZE = 2, 8
 IMAGES = GROUPS * GROUP_SIZE

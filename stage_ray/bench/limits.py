@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from stage_ray.bench.contest import Facts, Side, Turn
+from stage_ray.bench.timing import Facts, Side, Turn
 
 BEST_OF = 3
 

@@ -20,9 +20,9 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from stage_ray.resources import resolve_path
+from stage_ray.config.paths import resolve_path
 
-SHIPPED = "package:stage_ray/world/assets/janus"
+SHIPPED = "package:stage_ray/shapeworld/assets/janus"
 PATCH = 8  # pixels of one token's side
 
 

@@ -9,16 +9,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from stage_ray.bench.contest import Facts, Side, Turn, compare
 from stage_ray.bench.rows import Row, median
 from stage_ray.bench.timed_cluster import TimedCluster
+from stage_ray.bench.timing import Facts, Side, Turn, compare
 from stage_ray.config import RunConfig
-from stage_ray.config_file import validate_config
+from stage_ray.config.load import validate_config
+from stage_ray.observability.progress import Progress
 from stage_ray.pipeline.ledger import Event, Ledger
 from stage_ray.pipeline.prompts import PromptCursor
 from stage_ray.pipeline.stream import GroupStream
 from stage_ray.records import Prompt
-from stage_ray.run.progress import Progress
 
 STAGES = (1.0, 0.3, 0.8)  # seconds of a wave, of scoring a batch, of an update
 STALENESS = (1, 2)

@@ -10,7 +10,7 @@ from stage_ray.pipeline.prompts import load_prompts
 from stage_ray.policies.base import PromptIds
 from stage_ray.records import Prompt
 
-TRAIN = "package:stage_ray/world/assets/prompts/train.jsonl"
+TRAIN = "package:stage_ray/shapeworld/assets/prompts/train.jsonl"
 
 
 def equal_prompts(

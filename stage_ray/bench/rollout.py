@@ -11,17 +11,17 @@ from typing import Any
 import torch
 
 from stage_ray.bench.baselines import plain_policy, plain_statistics, plain_tokens
-from stage_ray.bench.contest import Facts, Side, Turn, compare
 from stage_ray.bench.limits import Speed, Work, probe_side, synchronize
 from stage_ray.bench.models import FIFTY_MILLION, SMALL, ModelSize, model_of
 from stage_ray.bench.prompts import equal_prompts
 from stage_ray.bench.rows import Row, median
+from stage_ray.bench.timing import Facts, Side, Turn, compare
 from stage_ray.config import PolicyConfig, RolloutConfig
+from stage_ray.config.hardware import usable_cpus
 from stage_ray.engines import build_engine
-from stage_ray.engines.waves import ImageRow, WaveEngine
-from stage_ray.machine import usable_cpus
+from stage_ray.engines.batching import ImageRow, WaveEngine
+from stage_ray.observability.progress import Progress
 from stage_ray.policies.base import compute_dtype
-from stage_ray.run.progress import Progress
 
 GUIDANCE, GROUP = 2.0, 8
 PLAIN = (
@@ -166,7 +166,7 @@ def work_of(policy: PolicyConfig) -> Work:
     """What a model's tokens cost, counted on a copy that holds no numbers."""
     from transformers import JanusForConditionalGeneration
 
-    from stage_ray.policies.janus_parts import JanusFiles
+    from stage_ray.policies.janus.files import JanusFiles
 
     with torch.device("meta"):
         return Work.of(JanusForConditionalGeneration(JanusFiles.load(policy).config))

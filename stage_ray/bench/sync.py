@@ -14,17 +14,17 @@ import numpy as np
 import torch
 import xxhash
 
-from stage_ray.bench.contest import Facts, Side, Turn, compare
 from stage_ray.bench.limits import synchronize
 from stage_ray.bench.models import FIFTY_MILLION, SMALL, model_of
 from stage_ray.bench.rows import Row, median
 from stage_ray.bench.sync_actors import ROW, TENSORS, SyncCluster
-from stage_ray.cluster.local_ray import start_ray
+from stage_ray.bench.timing import Facts, Side, Turn, compare
+from stage_ray.cluster.runtime import start_ray
 from stage_ray.config import PolicyConfig, RolloutConfig, RunConfig
-from stage_ray.config_file import validate_config
-from stage_ray.engines.waves import WaveEngine
-from stage_ray.machine import usable_cpus
-from stage_ray.run.progress import Progress
+from stage_ray.config.hardware import usable_cpus
+from stage_ray.config.load import validate_config
+from stage_ray.engines.batching import WaveEngine
+from stage_ray.observability.progress import Progress
 
 WORKERS = 2
 GIGABYTE, QUICK_BYTES = 7813 * ROW, 500 * ROW

@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 
 from stage_ray.bench.limits import synchronize
-from stage_ray.cluster.actors import Actors, actor_of
 from stage_ray.cluster.cluster import Cluster
+from stage_ray.cluster.placement import Actors, actor_of
 from stage_ray.config import RunConfig
+from stage_ray.config.hardware import usable_cpus
+from stage_ray.engines.batching import ImageRow, WaveEngine, WaveSamples
 from stage_ray.engines.sampling import SamplingRule
-from stage_ray.engines.waves import ImageRow, WaveEngine, WaveSamples
-from stage_ray.line import Place
-from stage_ray.machine import usable_cpus
 from stage_ray.policies.base import PromptIds
 from stage_ray.records import WeightManifest
-from stage_ray.weights import Chunk
+from stage_ray.weights.broadcast_group import Place
+from stage_ray.weights.manifest import Chunk
 from stage_ray.workers.learner import LearnerWorker
 from stage_ray.workers.rollout import RolloutWorker
 

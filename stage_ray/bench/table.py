@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from stage_ray.bench.rows import Row
-from stage_ray.run.files import write_whole
+from stage_ray.files import write_whole
 
 COLUMNS = ("claim", "ratio", "target", "met", "baseline", "ours", "limit", "of limit")
 

@@ -12,15 +12,15 @@ from typing import Any
 import ray
 from ray.exceptions import ObjectLostError
 
-from stage_ray.cluster.actors import Actors
-from stage_ray.cluster.local_ray import start_ray
-from stage_ray.cluster.pool import NobodyLeft, Pool
-from stage_ray.cluster.seats import ArgumentsLost, Seat, WorkerDied, WorkerFailed, WorkerLost, heartbeats
-from stage_ray.cluster.team import begin, end
-from stage_ray.cluster.transport import ObjectStore, Transport
+from stage_ray.actors.pool import NobodyLeft, Pool
+from stage_ray.actors.rank_group import begin, end
+from stage_ray.actors.supervised import ArgumentsLost, Seat, WorkerDied, WorkerFailed, WorkerLost, heartbeats
+from stage_ray.cluster.placement import Actors
+from stage_ray.cluster.runtime import start_ray
 from stage_ray.config import RunConfig
 from stage_ray.errors import LearnerLostError, RunError
 from stage_ray.records import RolloutReceipt, RolloutRequest, ScoreReceipt
+from stage_ray.weights.object_store import ObjectStore, Transport
 
 
 class GroupsLostError(Exception):
@@ -324,7 +324,7 @@ class Cluster:
         backend = self.run.cluster.weight_transport
         if backend == "object_store":
             return ObjectStore(self.ask_learner, self.run.cluster.sync_timeout_s)
-        from stage_ray.cluster.broadcast import Broadcast  # late: it brings torch into the driver
+        from stage_ray.weights.broadcast import Broadcast  # late: it brings torch into the driver
 
         return Broadcast(self.run.cluster, backend, self.learner, self.ask_learner)
 

@@ -2,7 +2,7 @@
 
 Both engines call `draw`, so one seed gives one image whatever else is in the batch and whichever engine ran it, up to
 floating-point differences of the logits. Pure functions of tensors; nothing here keeps state. What is done to
-logits before the noise lies in `stage_ray.policies.statistics`, for the learner does it again.
+logits before the noise lies in `stage_ray.policies.logprobs`, for the learner does it again.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stage_ray.policies.statistics import SamplingRule, final_logits, keep_top_k, keep_top_p, token_statistics
+from stage_ray.policies.logprobs import SamplingRule, final_logits, keep_top_k, keep_top_p, token_statistics
 
 __all__ = ["Draw", "SamplingRule", "draw", "final_logits", "gumbel", "keep_top_k", "keep_top_p", "uniform"]
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from stage_ray.config import PolicyConfig, RolloutConfig
+from stage_ray.engines.batching import ImageRow, WaveEngine, WaveSamples
 from stage_ray.engines.sampling import Draw, SamplingRule, draw
 from stage_ray.engines.static_decoder import StaticDecoder
-from stage_ray.engines.waves import ImageRow, WaveEngine, WaveSamples
 from stage_ray.policies.base import PromptIds, compute_dtype, device_for
 from stage_ray.policies.janus import JanusPolicy
 

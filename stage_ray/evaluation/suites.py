@@ -58,11 +58,11 @@ SUITES = {
         Suite(
             name="geneval",
             description="GenEval's six tasks over ShapeWorld's held-out prompts, judged by its detector",
-            prompts="package:stage_ray/world/assets/prompts/heldout.jsonl",
+            prompts="package:stage_ray/shapeworld/assets/prompts/heldout.jsonl",
             rewards=(
                 _config(
                     "geneval",
-                    detector="stage_ray.world.detector.ShapeDetector",
+                    detector="stage_ray.shapeworld.detector.ShapeDetector",
                     threshold=0.5,
                     counting_threshold=0.5,
                 ),

@@ -23,19 +23,19 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from stage_ray.algorithm.credit import Signals, stage_signals
 from stage_ray.algorithm.losses import TokenWeights, token_weights, weighted_loss
 from stage_ray.algorithm.off_policy import guided_behavior
-from stage_ray.algorithm.signals import Signals, stage_signals
 from stage_ray.config import LearnerConfig, RunConfig
 from stage_ray.errors import ConfigError
 from stage_ray.learner.batch import Batch, LearnerError, make_batch
-from stage_ray.learner.measure import PolicyPass, ReferencePass, correction_of, update_metrics
+from stage_ray.learner.metrics import PolicyPass, ReferencePass, correction_of, update_metrics
 from stage_ray.learner.precision import attention, autocast, uses_bfloat16
 from stage_ray.learner.ranks import Ranks, whole, whole_state
 from stage_ray.learner.state import LearnerParts, fingerprint, load_state, save_state
 from stage_ray.policies import load_policy
 from stage_ray.policies.base import device_for
-from stage_ray.policies.statistics import SamplingRule, TokenStatistics
+from stage_ray.policies.logprobs import SamplingRule, TokenStatistics
 from stage_ray.records import RolloutGroup, ScoredGroup
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import xxhash
 
+from stage_ray.config.paths import resolve_path
 from stage_ray.errors import ConfigError
 from stage_ray.records import Prompt
-from stage_ray.resources import resolve_path
 
 
 def load_prompts(location: str) -> list[Prompt]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from stage_ray.errors import ConfigError
-from stage_ray.policies.statistics import SamplingRule, TokenStatistics
+from stage_ray.policies.logprobs import SamplingRule, TokenStatistics
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,13 +12,13 @@ import jinja2
 import yaml
 from markupsafe import Markup
 
+from stage_ray.config.hardware import machine_facts
 from stage_ray.errors import ConfigError, RunError
 from stage_ray.evaluation.result import EvaluationResult
-from stage_ray.machine import machine_facts
+from stage_ray.files import write_whole
+from stage_ray.observability.recorder import ALARMS_FILE, MACHINE_FILE, METRICS_FILE, read_steps
 from stage_ray.report.charts import Series, curves, stacked
 from stage_ray.report.comparison import OVERALL, Estimate, TaskComparison, compare
-from stage_ray.run.files import write_whole
-from stage_ray.run.metrics import ALARMS_FILE, MACHINE_FILE, METRICS_FILE, read_steps
 
 MOST_SAMPLES = 6
 CHARTS = {  # title -> metric: legend, in the order of the page

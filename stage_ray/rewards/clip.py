@@ -13,9 +13,9 @@ from pydantic import Field
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
+from stage_ray.config.paths import model_location
 from stage_ray.errors import ConfigError
 from stage_ray.records import Prompt
-from stage_ray.resources import model_location
 from stage_ray.rewards.base import RewardOutput
 
 

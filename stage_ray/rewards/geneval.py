@@ -8,9 +8,9 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import Field
 
+from stage_ray.config.paths import import_dotted
 from stage_ray.errors import ConfigError
 from stage_ray.records import Prompt
-from stage_ray.resources import import_dotted
 from stage_ray.rewards.base import RewardOutput
 from stage_ray.rewards.detection import Detection, Detector
 from stage_ray.rewards.geneval_rules import Objects, requirements, soft_score, strict_verdict
@@ -27,9 +27,9 @@ class GenEvalReward:
 
     Example:
         >>> import numpy as np
-        >>> from stage_ray.world.render import render
-        >>> from stage_ray.world.scene import Scene, Shape
-        >>> reward = GenEvalReward("stage_ray.world.detector.ShapeDetector")
+        >>> from stage_ray.shapeworld.render import render
+        >>> from stage_ray.shapeworld.scene import Scene, Shape
+        >>> reward = GenEvalReward("stage_ray.shapeworld.detector.ShapeDetector")
         >>> picture = render(Scene((Shape("ring", "red", cx=32.0, cy=32.0, size=30.0),)))
         >>> record = {"tag": "single_object", "include": [{"class": "ring", "count": 1}]}
         >>> reward.score(picture[None], [Prompt(0, "a photo of a ring", record)]).details[0]["correct"]

@@ -10,8 +10,8 @@ from typing import Any, get_type_hints
 from pydantic import PydanticSchemaGenerationError, TypeAdapter, ValidationError
 
 from stage_ray.config import RewardConfig
+from stage_ray.config.paths import import_dotted
 from stage_ray.errors import ConfigError
-from stage_ray.resources import import_dotted
 from stage_ray.rewards.base import Reward
 
 # Dotted paths, so that a run imports only the libraries of the scorers it uses.

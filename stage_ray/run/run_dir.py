@@ -12,7 +12,7 @@ import yaml
 
 from stage_ray.config import RunConfig
 from stage_ray.errors import ConfigError
-from stage_ray.run.files import write_whole
+from stage_ray.files import write_whole
 from stage_ray.run.lock import LOCK, held
 
 # What may differ when a run goes on: where it runs and how often it looks, not what it computes.

@@ -12,7 +12,7 @@ from types import TracebackType
 import psutil
 
 from stage_ray.errors import Interrupted
-from stage_ray.run.progress import Progress
+from stage_ray.observability.progress import Progress
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 

@@ -6,17 +6,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stage_ray.actors.ranked import Ranked
 from stage_ray.config import RunConfig
+from stage_ray.observability.worker_logs import redirect_output
+from stage_ray.observability.worker_metrics import WorkerMetrics
 from stage_ray.records import WeightManifest
-from stage_ray.workers.logs import redirect_output
-from stage_ray.workers.metrics import WorkerMetrics
-from stage_ray.workers.ranked import Ranked
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from stage_ray.line import Line, Place
-    from stage_ray.weights import Chunk
+    from stage_ray.weights.broadcast_group import Line, Place
+    from stage_ray.weights.manifest import Chunk
 
 
 class LearnerWorker(Ranked):
@@ -65,7 +65,7 @@ class LearnerWorker(Ranked):
 
     def pack(self) -> WeightManifest:
         """Pack the current version; its chunks, views of the weights, wait for `chunks` before the next update."""
-        from stage_ray.weights import pack
+        from stage_ray.weights.manifest import pack
 
         manifest, self._chunks = pack(self._learner.version, self._learner.weights())
         return manifest
@@ -80,8 +80,8 @@ class LearnerWorker(Ranked):
 
     def offer(self) -> WeightManifest:
         """Describe the current version, which waits for `send` before the next update."""
-        from stage_ray.line import device_of
-        from stage_ray.weights import describe
+        from stage_ray.weights.broadcast_group import device_of
+        from stage_ray.weights.manifest import describe
 
         device = device_of(self._run.cluster.weight_transport)
         self._offered = self._learner.weights(in_place=device.type == "cuda")
@@ -89,14 +89,14 @@ class LearnerWorker(Ranked):
 
     def open_line(self) -> str:
         """Listen for rollout workers that `send` is to reach; HOST:PORT."""
-        from stage_ray.line import Line
+        from stage_ray.weights.broadcast_group import Line
 
         self._line = self._line or Line()
         return self._line.open(self._run.cluster.sync_timeout_s)
 
     def send(self, place: Place) -> str:
         """Pass what was offered to the rollout workers; why some may not have it, "" where all have."""
-        from stage_ray.line import LineBroken
+        from stage_ray.weights.broadcast_group import LineBroken
 
         assert self._line is not None, "the line was not opened"
         offered, self._offered = self._offered, ()

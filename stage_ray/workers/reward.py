@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from stage_ray.actors.health import Pinged
 from stage_ray.config import RewardConfig
+from stage_ray.observability.worker_logs import redirect_output
+from stage_ray.observability.worker_metrics import WorkerMetrics
 from stage_ray.records import RolloutGroup, ScoredGroup, ScoreReceipt
-from stage_ray.workers.health import Pinged
-from stage_ray.workers.logs import redirect_output
-from stage_ray.workers.metrics import WorkerMetrics
 
 
 class RewardWorker(Pinged):

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from stage_ray.actors.ranked import Ranked
 from stage_ray.config import RunConfig
+from stage_ray.observability.worker_logs import redirect_output
+from stage_ray.observability.worker_metrics import WorkerMetrics
 from stage_ray.records import RolloutGroup, RolloutReceipt, RolloutRequest, WeightManifest
-from stage_ray.workers.logs import redirect_output
-from stage_ray.workers.metrics import WorkerMetrics
-from stage_ray.workers.ranked import Ranked
 
 if TYPE_CHECKING:
-    from stage_ray.line import Line, Place
-    from stage_ray.weights import Chunk
+    from stage_ray.weights.broadcast_group import Line, Place
+    from stage_ray.weights.manifest import Chunk
 
 
 class RolloutWorker(Ranked):
@@ -74,15 +74,15 @@ class RolloutWorker(Ranked):
         Raises:
             WeightError: it does not verify; the old version stays.
         """
-        from stage_ray.weights import unpack
+        from stage_ray.weights.manifest import unpack
 
         self._engine.load_weights(manifest.version, unpack(manifest, chunks), known_finite=True)
         return self._engine.policy_version
 
     def receive(self, manifest: WeightManifest, place: Place) -> str:
         """Take a version that the learner sends; why the old one stays, "" where it does not."""
-        from stage_ray.line import Line, LineBroken
-        from stage_ray.weights import WeightError
+        from stage_ray.weights.broadcast_group import Line, LineBroken
+        from stage_ray.weights.manifest import WeightError
 
         self._line = self._line or Line()
         try:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stage_ray.algorithm import stage_loss
-from stage_ray.algorithm.signals import stage_signals
+from stage_ray.algorithm.credit import stage_signals
 from tests.algorithm.literal_stage import literal_step
 
 SWITCHES = list(itertools.product([True, False], repeat=3))

@@ -15,7 +15,7 @@ import pytest
 import yaml
 from ray.cluster_utils import Cluster
 
-from stage_ray.config_file import load_config
+from stage_ray.config.load import load_config
 from tests.chaos import audited
 from tests.test_train import tiny_run
 from tests.tiny import tiny_janus

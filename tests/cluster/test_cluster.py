@@ -10,14 +10,14 @@ import pytest
 
 from stage_ray.cluster.cluster import GroupRefs
 from stage_ray.errors import LearnerLostError, RunError
-from tests.cluster.local_actor import LocalCluster, Roles, local_actors, run_of  # noqa: F401
+from tests.actors.local_actor import LocalCluster, Roles, local_actors, run_of  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("local_actors")
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stage_ray.cluster.pool.FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr("stage_ray.actors.pool.FIRST_PAUSE_S", 0.01)
 
 
 async def asked(roles: Roles, call: str, count: int = 1) -> None:

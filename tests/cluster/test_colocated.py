@@ -54,7 +54,7 @@ class Watched(RolloutWorker):
 def test_workers_sleep_during_every_update_and_come_back_with_the_learner_after_a_rank_dies(tmp_path, monkeypatch):
     calls = tmp_path / "calls"
     monkeypatch.setenv("STAGE_RAY_TEST_CALLS", str(calls))
-    monkeypatch.setattr("stage_ray.cluster.actors.RolloutWorker", Watched)
+    monkeypatch.setattr("stage_ray.cluster.placement.RolloutWorker", Watched)
     killer = KillsWorker("LearnerWorker", 3, signal.SIGKILL)
     run = tiny_run(tmp_path, tiny_janus(tmp_path / "janus"), steps=5, **ROLES, **QUICK)
     directory = train(run, progress=killer).run_dir

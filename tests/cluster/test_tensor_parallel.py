@@ -12,7 +12,7 @@ import pytest
 
 from stage_ray.engines.vllm.ranks import TensorRanks
 from stage_ray.errors import ConfigError
-from stage_ray.run.progress import Progress
+from stage_ray.observability.progress import Progress
 from stage_ray.train import train
 from tests.test_async import QUICK, sound
 from tests.test_security import is_loopback, is_private

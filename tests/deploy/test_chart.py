@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from stage_ray.config_file import validate_config
+from stage_ray.config.load import validate_config
 from tests.deploy.charts import CHART, GRAFANA, IMAGE, ROOT, helm, only, pod_specs, ray_cluster, render
 
 kubernetes_validate = pytest.importorskip("kubernetes_validate", reason="kubernetes-validate is not installed")

@@ -17,7 +17,7 @@ import pytest
 import yaml
 from ray.cluster_utils import Cluster
 
-from stage_ray.config_file import load_config
+from stage_ray.config.load import load_config
 from tests.deploy.charts import ROOT, only, ray_cluster, render
 from tests.ray_head import BIN, Head, free_port, with_token
 

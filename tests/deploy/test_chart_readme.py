@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from stage_ray.cli import main
-from stage_ray.config_file import load_config
+from stage_ray.config.load import load_config
 from tests.deploy.charts import CHART, ROOT, helm, merged, only, ray_cluster, render
 
 TEXT = (ROOT / "deploy" / "README.md").read_text(encoding="utf-8")

@@ -13,7 +13,7 @@ from typer.main import get_command
 
 from stage_ray import __version__
 from stage_ray.cli import app
-from stage_ray.cluster.job import plan_job
+from stage_ray.commands.job import plan_job
 from stage_ray.errors import ConfigError
 from tests.pages import DEPLOY as DEPLOY_PAGE
 from tests.pages import REASONS, TABLE, named_tests

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from stage_ray.run.catalogue import ALARMS, PREFIX, RAY_PREFIX, RECORDED, WORKER, Metric
+from stage_ray.observability.registry import ALARMS, PREFIX, RAY_PREFIX, RECORDED, WORKER, Metric
 
 GRAFANA = Path(__file__).parents[2] / "deploy" / "grafana"
 DASHBOARD = json.loads((GRAFANA / "stage-ray.json").read_text(encoding="utf-8"))

@@ -17,8 +17,8 @@ from transformers import AutoProcessor, JanusForConditionalGeneration
 
 from stage_ray.config import PolicyConfig, RolloutConfig
 from stage_ray.engines import build_engine
+from stage_ray.engines.batching import WaveEngine
 from stage_ray.engines.sampling import SamplingRule, final_logits
-from stage_ray.engines.waves import WaveEngine
 from stage_ray.errors import ConfigError
 from stage_ray.policies import load_policy
 from stage_ray.policies.janus import JanusPolicy

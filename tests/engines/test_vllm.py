@@ -13,9 +13,9 @@ from stage_ray.config import PolicyConfig, RolloutConfig
 from stage_ray.engines.sampling import SamplingRule
 from stage_ray.engines.torch import TorchEngine
 from stage_ray.engines.vllm.environment import vllm_environment
-from stage_ray.engines.vllm.export import flat_config
 from stage_ray.errors import ConfigError
-from stage_ray.policies.janus_parts import JanusFiles
+from stage_ray.policies.janus.files import JanusFiles
+from stage_ray.policies.janus.vllm_export import flat_config
 from stage_ray.records import Prompt, RolloutRequest
 from tests.tiny import CODES, tiny_janus
 

@@ -13,10 +13,10 @@ from transformers import AutoProcessor, JanusForConditionalGeneration
 
 from stage_ray.config import PolicyConfig
 from stage_ray.errors import ConfigError
-from stage_ray.policies import janus as janus_module
 from stage_ray.policies import load_policy
 from stage_ray.policies.janus import JanusPolicy
-from stage_ray.policies.statistics import token_statistics
+from stage_ray.policies.janus import policy as janus_module
+from stage_ray.policies.logprobs import token_statistics
 from tests.tiny import CODES, IMAGE_SIZE, IMAGE_TOKENS, tiny_janus
 
 CPU = torch.device("cpu")

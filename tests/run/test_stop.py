@@ -13,7 +13,7 @@ import pytest
 DRIVER = """
 import asyncio, subprocess, sys
 from stage_ray.errors import Interrupted
-from stage_ray.run.progress import Progress
+from stage_ray.observability.progress import Progress
 from stage_ray.run.stop import StopSignal
 
 async def run(place):

@@ -9,19 +9,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from stage_ray.builds import require_fitting_build
 from stage_ray.config import PolicyConfig, RolloutConfig
+from stage_ray.engines.batching import ImageRow, WaveEngine, WaveSamples
 from stage_ray.engines.sampling import SamplingRule
-from stage_ray.engines.vllm.environment import set_environment
-from stage_ray.engines.vllm.export import export_for_vllm
+from stage_ray.engines.vllm.environment import require_fitting_build, set_environment
 from stage_ray.engines.vllm.plugin import register
 from stage_ray.engines.vllm.ranks import TensorRanks
-from stage_ray.engines.waves import ImageRow, WaveEngine, WaveSamples
 from stage_ray.errors import ConfigError
-from stage_ray.policies import janus_parts
 from stage_ray.policies.base import PromptIds, compute_dtype, device_for
 from stage_ray.policies.checkpoint_files import read_tensors, tensor_shapes
-from stage_ray.policies.janus_parts import JanusFiles, JanusPrompts
+from stage_ray.policies.janus import files as janus_parts
+from stage_ray.policies.janus.files import JanusFiles, JanusPrompts
+from stage_ray.policies.janus.vllm_export import export_for_vllm
 
 LONGEST_PROMPT = 256  # tokens; the memory of a wave is reserved for prompts of this length
 TRAINED, FROZEN = "model.language_model.", "model.generation_"

@@ -18,8 +18,8 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
+from stage_ray.engines.batching import WaveSamples
 from stage_ray.engines.sampling import SamplingRule, draw
-from stage_ray.engines.waves import WaveSamples
 
 CONDITIONAL, UNCONDITIONAL = 0, 1
 

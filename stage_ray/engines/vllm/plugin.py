@@ -10,4 +10,4 @@ def register() -> None:
     from vllm import ModelRegistry
 
     if ARCHITECTURE not in ModelRegistry.get_supported_archs():
-        ModelRegistry.register_model(ARCHITECTURE, "stage_ray.engines.vllm.model:JanusForImageGeneration")
+        ModelRegistry.register_model(ARCHITECTURE, "stage_ray.policies.janus.vllm_model:JanusForImageGeneration")

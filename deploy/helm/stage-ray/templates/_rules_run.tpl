@@ -1,5 +1,5 @@
 {{/* The run's config beside the pods: a role that no pod can take would wait until cluster.start_timeout_s. The keys
-     themselves are checked by the run (stage_ray/config.py), before it asks for anything. */}}
+     themselves are checked by the run (stage_ray/config/schema.py), before it asks for anything. */}}
 
 {{- define "stage-ray.rules.run" -}}
 {{- $config := include "stage-ray.config" . | fromYaml -}}
@@ -38,7 +38,7 @@
 {{- end }}
 
 {{/* Actors that the run cannot begin without, so many of them together on one pod; defaults are those of
-     stage_ray/config.py. Argument: the config. */}}
+     stage_ray/config/schema.py. Argument: the config. */}}
 {{- define "stage-ray.roles" -}}
 {{- $rollout := .rollout | default dict -}}
 {{- $scoring := .scoring | default dict -}}

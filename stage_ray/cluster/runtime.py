@@ -1,0 +1,163 @@
+"""Ray for a run: the cluster this process belongs to, the one that is named, or a new one on this machine.
+
+Whoever reaches a port or a socket of Ray can run code as its user. A new one is therefore out of reach of other
+machines (loopback only) and of other users of this one (a token that only this user can read, a private directory).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import secrets
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import ray
+from ray._common.utils import get_default_system_temp_dir
+from ray._private import ray_constants, utils
+from ray._private.authentication.authentication_token_setup import AuthenticationTokenLoader, Config
+
+from stage_ray.actors.supervised import first_line
+from stage_ray.config import ClusterConfig, RunConfig
+from stage_ray.errors import RunError
+
+
+def start_ray(run: RunConfig, run_dir: Path) -> bool:
+    """Join a cluster or start one on this machine; True if started. Signals stay with whoever handles them now.
+
+    Raises:
+        RunError: no cluster at that address, or too little memory for the object store.
+    """
+    with _signals_kept():
+        return _start_ray(run, run_dir)
+
+
+def _start_ray(run: RunConfig, run_dir: Path) -> bool:
+    cluster = run.cluster
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing leaves the machine unasked
+    address = cluster.address or ("auto" if "RAY_ADDRESS" in os.environ else None)
+    if address is not None:
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise RunError(f"no Ray cluster answers at cluster.address = {address!r}: {first_line(error)}") from error
+        return False
+    _check_memory(cluster)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # vLLM's torch.distributed, which knows no token
+    try:
+        _demand_token()
+        with _loopback_only():
+            context = ray.init(
+                address="local",
+                num_cpus=cluster.num_cpus or max(os.cpu_count() or 1, math.ceil(wanted_cpus(run))),
+                object_store_memory=cluster.object_store_mb * 2**20,
+                include_dashboard=cluster.dashboard,
+                dashboard_host="127.0.0.1",
+                log_to_driver=False,
+                logging_level="ERROR",
+                _temp_dir=str(_private_directory() / "ray"),
+                # Else it starts a process for each CPU, though every actor needs one with an environment of its own.
+                _system_config={"prestart_worker_first_driver": False},
+            )
+    except Exception as error:  # Ray raises a bare Exception when a node does not come up in time
+        raise RunError(f"Ray did not start on this machine: {first_line(error)}") from error
+    logs = run_dir / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    link = logs / "ray"
+    link.unlink(missing_ok=True)
+    link.symlink_to(Path(context.address_info["session_dir"]) / "logs")
+    return True
+
+
+def wanted_cpus(run: RunConfig) -> float:
+    """Logical CPUs that all roles ask for together."""
+    return (
+        run.rollout.workers * run.rollout.tensor_parallel * run.rollout.cpus
+        + run.scoring.workers * run.scoring.cpus
+        + run.learner.ranks * run.learner.cpus
+    )
+
+
+def _demand_token() -> None:
+    """Nobody gets an answer from this Ray without the user's token; one who has none is given one, as Ray would.
+
+    Ray's own way leaves the file readable by everyone, and worse under a lax umask.
+    """
+    os.environ["RAY_AUTH_MODE"] = "token"
+    Config.initialize("")  # Ray read the variable when it was imported
+    loader = AuthenticationTokenLoader.instance()
+    token = Path.home() / ".ray" / "auth_token"
+    if not loader.has_token(ignore_auth_mode=True):
+        token.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        descriptor, scratch = tempfile.mkstemp(dir=token.parent)  # mode 0600 whatever the umask
+        with os.fdopen(descriptor, "w") as file:
+            file.write(secrets.token_hex(32))
+        with contextlib.suppress(FileExistsError):  # another run was faster: its token serves both
+            os.link(scratch, token)
+        os.unlink(scratch)
+        loader.reset_cache()
+    if token.exists():
+        _keep_private(token.parent)
+        _keep_private(token)
+
+
+@contextlib.contextmanager
+def _signals_kept() -> Iterator[None]:
+    """`ray.init` takes SIGTERM for itself, twice: it calls ``sys.exit`` in the middle of whatever goes on, and prints a
+    stack and aborts where its C++ hears of it.
+    """
+    install, utils.set_sigterm_handler = utils.set_sigterm_handler, lambda handler: None
+    aborts = ray_constants.RAY_DISABLE_FAILURE_SIGNAL_HANDLER
+    ray_constants.RAY_DISABLE_FAILURE_SIGNAL_HANDLER = True
+    try:
+        yield
+    finally:
+        utils.set_sigterm_handler = install
+        ray_constants.RAY_DISABLE_FAILURE_SIGNAL_HANDLER = aborts
+
+
+@contextlib.contextmanager
+def _loopback_only() -> Iterator[None]:
+    """Start Ray here with 127.0.0.1 as its node's address, so that each of its servers listens there only.
+
+    Ray replaces a given 127.0.0.1 by the machine's address in the network (`ray._private.services`,
+    `resolve_ip_for_localhost`), and then every server binds all interfaces, unless clusters are off. This is the switch
+    that RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 sets when Ray is imported, which is too early for us.
+    """
+    clusters, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = clusters
+
+
+def _private_directory() -> Path:
+    """Where Ray keeps its session: Ray opens its own directories, and the sockets in them, to every user (0777).
+
+    Raises:
+        PermissionError: the name is taken by somebody else.
+    """
+    directory = Path(get_default_system_temp_dir()) / f"stage-ray-{os.getuid()}"
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if directory.is_symlink() or directory.stat().st_uid != os.getuid():
+        raise PermissionError(f"{directory} belongs to another user; set RAY_TMPDIR to a directory of yours")
+    _keep_private(directory)
+    return directory
+
+
+def _keep_private(path: Path) -> None:
+    mode = path.stat().st_mode & 0o777
+    if mode & 0o077:
+        path.chmod(mode & 0o700)
+
+
+def _check_memory(cluster: ClusterConfig) -> None:
+    free_mb = psutil.virtual_memory().available // 2**20
+    if cluster.object_store_mb > free_mb:
+        raise RunError(
+            f"cluster.object_store_mb = {cluster.object_store_mb} is more than the {free_mb} MB of memory "
+            "that are free; lower it"
+        )

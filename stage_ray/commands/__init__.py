@@ -1,0 +1,1 @@
+"""The commands of `stage-ray`, one file each."""

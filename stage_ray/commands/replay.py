@@ -1,0 +1,80 @@
+"""Train offline on recorded groups: the learner alone, without Ray, engine or scorers. For debugging an update."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from stage_ray.config import RunConfig
+from stage_ray.errors import ConfigError, RunError
+from stage_ray.observability.progress import Progress
+from stage_ray.observability.recorder import Recorder
+from stage_ray.run.recording import load_group
+from stage_ray.run.run_dir import open_run_dir
+from stage_ray.run.state import GROUPS, record_update
+
+if TYPE_CHECKING:
+    from stage_ray.learner import Learner
+
+
+def replay(run: RunConfig, source: Path, progress: Progress) -> Path:
+    """Repeat the updates of a run that was trained with ``pipeline.record=true``; the new run directory.
+
+    With the same config the metrics of every step are those of the recorded run, clocks apart; with another learner or
+    algorithm they show what it would have made of the same images. ``metrics.jsonl`` and ``final/`` are written.
+
+    Args:
+        run: its ``run_dir`` is the new one.
+        source: the recorded run's directory.
+
+    Raises:
+        ConfigError: ``source`` holds no recorded groups.
+        RunError: a step is not recorded whole, a group cannot be read, or an update is refused.
+    """
+    from stage_ray.learner import Learner
+
+    steps = sorted(path for path in (source / GROUPS).glob("step-*") if path.is_dir())
+    if not steps:
+        raise ConfigError(f"--replay {source}: it holds no {GROUPS}/step-*; record a run with pipeline.record=true")
+    for directory in steps:
+        _require_whole(directory, run.rollout.groups_per_step)
+    with open_run_dir(run, resume=False) as run_dir:
+        progress.stage("loading the learner")
+        learner = Learner(run, threads=run.learner.threads)
+        recorder = Recorder(run_dir, run.cluster.metrics_port, run.cluster.metrics_host)
+        try:
+            for step, directory in enumerate(steps, start=1):
+                record_update(run, recorder, progress, step, len(steps), _update(learner, directory))
+        finally:
+            recorder.close()
+        learner.export(run_dir / "final")
+    return run_dir
+
+
+def _update(learner: Learner, directory: Path) -> dict[str, float]:
+    """One update with the groups of a recorded step; its metrics and seconds."""
+    from stage_ray.learner.batch import LearnerError
+
+    pairs = [load_group(path) for path in _recorded(directory)]
+    began = time.perf_counter()
+    try:
+        metrics = learner.update([group for group, _ in pairs], [scored for _, scored in pairs])
+    except LearnerError as error:
+        raise RunError(f"replay of {directory}: {error}") from error
+    seconds = time.perf_counter() - began
+    return metrics | {"time/step_s": seconds, "images_per_s": metrics["images"] / seconds}
+
+
+def _recorded(directory: Path) -> list[Path]:
+    return sorted(directory.glob("group-*.safetensors"))
+
+
+def _require_whole(directory: Path, groups: int) -> None:
+    """A step of fewer groups would be another update, and say nothing."""
+    found = len(_recorded(directory))
+    if found != groups:
+        raise RunError(
+            f"{directory} holds {found} groups, rollout.groups_per_step is {groups}: the run was stopped while it "
+            "wrote them, or had another config; remove the directory to replay the other steps"
+        )

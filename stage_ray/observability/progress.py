@@ -1,0 +1,197 @@
+"""What a command tells while it works: a live display on a terminal, a few plain lines elsewhere, or lines of a log."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+from rich.text import Text
+
+from stage_ray.config import RunConfig
+from stage_ray.observability.logs import about, start_logs
+
+log = logging.getLogger(__name__)
+PLAIN_EVERY_S = 10.0
+PLAIN_EVERY_STEPS = 10
+SHOWN = {  # metric -> how a person reads it
+    "reward/mean": "reward {:.3f}",
+    "kl": "KL {:.4f}",
+    "entropy/policy": "entropy {:.3f}",
+    "images_per_s": "{:.1f} images/s",
+}
+
+
+class Progress:
+    """Shows stages, steps, bars, notes and alarms; picks live or plain by whether the console is a terminal.
+
+    Nothing is drawn before the first call, and `close` (or leaving a ``with``) restores the terminal.
+
+    Example:
+        with Progress() as progress:
+            progress.stage("starting workers")
+            with progress.bar("evaluating", total=64) as advance:
+                advance(8)
+            progress.step(1, 100, {"reward/mean": 0.51, "kl": 0.0, "images_per_s": 21.0})
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(highlight=False, soft_wrap=True)
+        self._start = time.monotonic()
+        self._bars = Bars(
+            SpinnerColumn(),
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=28),
+            MofNCompleteColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+            console=self.console,
+            speed_estimate_period=300,
+        )
+        self._numbers = Text(style="cyan")
+        self._live: Live | None = None
+        self._training: TaskID | None = None
+        self._stage: TaskID | None = None
+        self._first: tuple[float, int] | None = None
+        self._printed = (float("-inf"), -PLAIN_EVERY_STEPS)
+
+    def stage(self, text: str) -> None:
+        """Name what happens now; replaces the stage before it."""
+        if not self.console.is_terminal:
+            self._line(f"{text} ...")
+            return
+        self._draw()
+        self._end_stage()
+        self._stage = self._bars.add_task(text, total=None)
+
+    def step(self, step: int, total: int, metrics: Mapping[str, Any]) -> None:
+        """One update is done: ``step`` of ``total``, with the metrics of the run's ``metrics.jsonl``."""
+        numbers = "  ".join(form.format(metrics[name]) for name, form in SHOWN.items() if metrics.get(name) is not None)
+        now = time.monotonic()
+        self._first = self._first or (now, step)
+        if self.console.is_terminal:
+            self._draw()
+            self._end_stage()
+            if self._training is None:
+                self._training = self._bars.add_task("training", total=total, completed=step)
+            self._bars.update(self._training, completed=step, total=total)
+            self._numbers.plain = f"  {numbers}"
+        elif now - self._printed[0] >= PLAIN_EVERY_S or step - self._printed[1] >= PLAIN_EVERY_STEPS or step >= total:
+            self._printed = (now, step)
+            done = step - self._first[1]
+            eta = f"  ETA {_clock((now - self._first[0]) / done * (total - step))}" if done and step < total else ""
+            self._line(f"step {step}/{total}  {numbers}{eta}")
+
+    @contextmanager
+    def bar(self, description: str, total: int) -> Iterator[Callable[..., None]]:
+        """A sub-task of ``total`` units; yields ``advance(units=1)``."""
+        started = printed = time.monotonic()
+        done = 0
+
+        def advance(units: int = 1) -> None:
+            nonlocal done, printed
+            done += units
+            if self.console.is_terminal:
+                self._bars.update(task, completed=done)
+            elif done < total and time.monotonic() - printed >= PLAIN_EVERY_S:
+                printed = time.monotonic()
+                self._line(f"{description}: {done} of {total}")
+
+        if self.console.is_terminal:
+            self._draw()
+            self._end_stage()
+            task = self._bars.add_task(description, total=total)
+            try:
+                yield advance
+            finally:
+                self._bars.remove_task(task)
+        else:
+            self._line(f"{description} ({total}) ...")
+            yield advance
+        self._line(f"{description}: done in {_clock(time.monotonic() - started)}")
+
+    def note(self, text: str) -> None:
+        """A line that stays."""
+        self._line(text)
+
+    def alarm(self, name: str, text: str) -> None:
+        """A line that stays and cannot be missed."""
+        self._line(f"ALARM {name}: {text}", style="bold red")
+
+    def close(self) -> None:
+        """Stop the live display; the last state stays on the screen."""
+        if self._live is not None:
+            self._end_stage()
+            self._live.stop()
+            self._live = None
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _line(self, text: str, style: str | None = None) -> None:
+        self.console.print(f"[{_clock(time.monotonic() - self._start)}] {text}", style=style, markup=False)
+
+    def _draw(self) -> None:
+        if self._live is None:
+            self._live = Live(Group(self._bars, self._numbers), console=self.console, refresh_per_second=8)
+            self._live.start()
+
+    def _end_stage(self) -> None:
+        if self._stage is not None:
+            self._bars.remove_task(self._stage)
+            self._stage = None
+
+
+class LoggedProgress(Progress):
+    """The same as lines of the log, for ``logs.format: json``: every step, with its numbers in ``metrics``.
+
+    Example:
+        start_logs("json", "stage_shapeworld")
+        LoggedProgress().step(1, 100, {"kl": 0.01})  # {"message": "step 1 of 100", "metrics": {"kl": 0.01}, ...}
+    """
+
+    def __init__(self) -> None:
+        super().__init__(Console(force_terminal=False))
+
+    def step(self, step: int, total: int, metrics: Mapping[str, Any]) -> None:
+        """One line a step."""
+        about(step=step)
+        known = {name: metrics[name] for name in SHOWN if metrics.get(name) is not None}
+        finite = {name: value for name, value in known.items() if math.isfinite(value)}  # JSON has no NaN
+        log.info("step %d of %d", step, total, extra={"metrics": finite})
+
+    def alarm(self, name: str, text: str) -> None:
+        """A warning with the alarm's name in ``alarm``."""
+        about()
+        log.warning(text, extra={"alarm": name})
+
+    def _line(self, text: str, style: str | None = None) -> None:
+        about()
+        log.info(text)
+
+
+def progress_for(run: RunConfig) -> Progress:
+    """The progress of a run, as its ``logs.format`` wants it; from here on Python's logging is that too."""
+    start_logs(run.logs.format, Path(run.run_dir).name)
+    return LoggedProgress() if run.logs.format == "json" else Progress()
+
+
+def _clock(seconds: float) -> str:
+    """Seconds as 1:05 or 2:03:04."""
+    whole = round(seconds)
+    hours, minutes = whole // 3600, whole // 60 % 60
+    return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes}:{whole % 60:02d}"

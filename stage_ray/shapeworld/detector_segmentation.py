@@ -1,0 +1,177 @@
+"""Cuts a ShapeWorld picture into single-coloured objects, by plain image processing; no learning here.
+
+The palette is known, so a pixel is explained as ``background + alpha * (colour - background)``. Colours are voted on by
+the *core* of the foreground (one pixel away from every edge), because a blurred edge of red on white looks pink. Every
+other pixel goes to its nearest core. Where cores of different colours touch, they may be two objects or one that
+changed colour on the way (a tokenizer turns a corner of a red square orange): both readings are returned, and
+`detector` lets the shape decide.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import ndimage
+
+from stage_ray.shapeworld.scene import BACKGROUNDS, COLORS
+
+COLOR_NAMES: tuple[str, ...] = tuple(COLORS)
+PALETTE = np.asarray(list(COLORS.values()), np.float32)  # [8, 3], 0..255
+
+PALE = 190  # a pixel may be background when every channel is above this
+FOREGROUND_ALPHA = 0.45  # share of a colour above which a pixel is foreground
+MASK_ALPHA = 0.5  # share of its object's colour above which a pixel is inside the mask
+MIN_CORE = 16  # pixels; the smallest true core (a 16-pixel cross) has about 75
+REACH = 3.0  # pixels from a core that still belong to its object
+SPECKLE_ALPHA = 0.1  # shares below this are the background's noise
+
+# Connectivity inside one plane of a stack: neighbours left, right, up and down; nothing across planes.
+_PLANE = np.zeros((3, 3, 3), bool)
+_PLANE[1] = ndimage.generate_binary_structure(2, 1)
+_PLANES = np.zeros((3, 3, 3, 3), bool)
+_PLANES[1] = _PLANE
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """One single-coloured region of one picture.
+
+    Attributes:
+        image: index of its picture in the batch.
+        color: a name of ``scene.COLORS``.
+        purity: 0..1, share of its inner pixels that look like this colour rather than another.
+        off_color: median distance of its inner pixels from the palette, in grey levels (0..441).
+        region: number of the connected foreground that it lies in, unique in the batch.
+        whole: True for the reading that takes all cores of a region for one object.
+        alpha: float32 [H, W], share of the object's colour in each pixel, 0 away from the object.
+        mask: bool [H, W], where ``alpha`` is at least one half.
+        box: (x0, y0, x1, y1) of the mask in pixels.
+    """
+
+    image: int
+    color: str
+    purity: float
+    off_color: float
+    region: int
+    whole: bool
+    alpha: np.ndarray
+    mask: np.ndarray
+    box: tuple[float, float, float, float]
+
+
+def segment(images: np.ndarray) -> list[Segment]:
+    """All coloured regions of a batch: uint8 [B, H, W, 3] -> segments, ordered by picture."""
+    if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
+        raise ValueError(f"images are {images.dtype} {list(images.shape)}; a detector takes uint8 [B, H, W, 3]")
+    pixels = images.astype(np.float32)
+    background = np.stack([_background(image) for image in pixels]) if len(pixels) else np.zeros((0, 3), np.float32)
+    offset = pixels - background[:, None, None]  # [B, H, W, 3]
+    direction = PALETTE - background[:, None]  # [B, 8, 3]
+    nearest, off_color = _nearest_color(pixels)
+    steps = direction[np.arange(len(pixels))[:, None, None], nearest]  # [B, H, W, 3]
+    foreground = (offset * steps).sum(-1) > FOREGROUND_ALPHA * (steps * steps).sum(-1)
+    regions, _ = ndimage.label(foreground, _PLANE)
+    cores, colors = _cores(foreground, nearest)
+    segments: list[Segment] = []
+    for index, (labels, found) in enumerate(zip(cores, colors, strict=True)):
+        owner = _owners(labels) if found else labels
+        parts = []
+        for label, color in found:
+            core = labels == label
+            facts = (float((nearest[index][core] == color).mean()), float(np.median(off_color[index][core])))
+            alpha = _alpha(offset[index], direction[index, color], owner == label)
+            part = _segment(index, color, *facts, int(regions[index][core][0]), False, alpha)
+            if part is not None:
+                parts.append((part, int(core.sum())))
+        segments += [part for part, _ in parts]
+        segments += _wholes(parts)
+    return segments
+
+
+def _background(pixels: np.ndarray) -> np.ndarray:
+    """Median of the pale pixels [3]; white where a picture has hardly any."""
+    pale = pixels[pixels.min(-1) > PALE]
+    if len(pale) < 0.05 * pixels.shape[0] * pixels.shape[1]:
+        return np.asarray(BACKGROUNDS["white"], np.float32)
+    return np.asarray(np.median(pale, axis=0), np.float32)
+
+
+def _nearest_color(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Index into COLOR_NAMES of each pixel's nearest palette colour, int64 [B, H, W], and its distance, float32."""
+    squares = (pixels * pixels).sum(-1)[..., None] - 2.0 * (pixels @ PALETTE.T) + (PALETTE * PALETTE).sum(-1)
+    nearest = squares.argmin(-1)
+    return nearest, np.sqrt(np.maximum(squares.min(-1), 0.0))
+
+
+def _cores(foreground: np.ndarray, nearest: np.ndarray) -> tuple[np.ndarray, list[list[tuple[int, int]]]]:
+    """Label the single-coloured cores.
+
+    Returns:
+        labels int32 [B, H, W], 0 outside cores; and per picture its (label, colour index) pairs.
+    """
+    inner = ndimage.binary_erosion(foreground, _PLANE)
+    votes = np.zeros((len(COLOR_NAMES), *foreground.shape), np.float32)
+    for color in range(len(COLOR_NAMES)):
+        present = inner & (nearest == color)
+        if present.any():
+            votes[color] = ndimage.uniform_filter(present.astype(np.float32), size=(0, 3, 3))
+    winner = votes.argmax(0)  # the majority of the 3 x 3 inner neighbours: single odd pixels do not split an object
+    layers = inner & (winner == np.arange(len(COLOR_NAMES))[:, None, None, None])  # [8, B, H, W]
+    labels, count = ndimage.label(layers, _PLANES)
+    sizes = np.bincount(labels.ravel(), minlength=count + 1)
+    found: list[list[tuple[int, int]]] = [[] for _ in foreground]
+    kept = np.zeros(count + 1, np.int32)
+    for label, place in enumerate(ndimage.find_objects(labels), start=1):
+        if sizes[label] >= MIN_CORE and place is not None:
+            kept[label] = label
+            found[place[1].start].append((label, place[0].start))
+    return kept[labels].max(axis=0), found
+
+
+def _owners(labels: np.ndarray) -> np.ndarray:
+    """Every pixel near a core to its nearest core: labels int32 [H, W]."""
+    distance, (rows, columns) = ndimage.distance_transform_edt(labels == 0, return_indices=True)
+    return np.where(distance <= REACH, labels[rows, columns], 0)
+
+
+def _alpha(offset: np.ndarray, step: np.ndarray, mine: np.ndarray) -> np.ndarray:
+    """Share of a colour in each pixel, float32 [H, W]; `step` is the colour minus the background."""
+    alpha = np.where(mine, offset @ step / float(step @ step), 0.0)
+    return np.clip(np.where(alpha < SPECKLE_ALPHA, 0.0, alpha), 0.0, 1.0).astype(np.float32)
+
+
+def _segment(
+    image: int, color: int, purity: float, off_color: float, region: int, whole: bool, alpha: np.ndarray
+) -> Segment | None:
+    mask = alpha >= MASK_ALPHA
+    if not mask.any():
+        return None
+    return Segment(image, COLOR_NAMES[color], purity, off_color, region, whole, alpha, mask, _box(mask))
+
+
+def _wholes(parts: list[tuple[Segment, int]]) -> list[Segment]:
+    """The other reading of each region with several cores: one object, in the colour of most of its core pixels."""
+    regions: dict[int, list[tuple[Segment, int]]] = {}
+    for part, size in parts:
+        regions.setdefault(part.region, []).append((part, size))
+    wholes = []
+    for region, members in regions.items():
+        if len(members) < 2:
+            continue
+        total = sum(size for _, size in members)
+        by_color: dict[str, float] = {}
+        for part, size in members:
+            by_color[part.color] = by_color.get(part.color, 0.0) + part.purity * size / total
+        color, purity = max(by_color.items(), key=lambda item: item[1])
+        off_color = sum(part.off_color * size for part, size in members) / total
+        # Each pixel has one owner, so the parts' alphas never overlap.
+        alpha = np.sum([part.alpha for part, _ in members], axis=0)
+        whole = _segment(members[0][0].image, COLOR_NAMES.index(color), purity, off_color, region, True, alpha)
+        wholes += [whole] if whole is not None else []
+    return wholes
+
+
+def _box(mask: np.ndarray) -> tuple[float, float, float, float]:
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    return (float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1))

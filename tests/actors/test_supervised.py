@@ -1,0 +1,304 @@
+"""Seats and pools: what a call, a start and a heartbeat cost whom. Actors of this process."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from stage_ray.actors.pool import NobodyLeft, Pool
+from stage_ray.actors.supervised import Seat, WorkerDied, WorkerLost, heartbeats
+from stage_ray.errors import ConfigError
+from stage_ray.weights.object_store import ObjectStore, Publication
+from tests.actors.local_actor import LocalActor, local_actors  # noqa: F401
+
+pytestmark = pytest.mark.usefixtures("local_actors")
+
+
+class Worker:
+    """Writes down what it does."""
+
+    def __init__(self, name: str = "worker") -> None:
+        self.name = name
+        self.done: list[str] = []
+
+    async def begin(self) -> None:
+        self.done.append("begin")
+
+    async def work(self, what: str, seconds: float = 0.0) -> str:
+        await asyncio.sleep(seconds)
+        self.done.append(what)
+        return self.name
+
+
+class Starts:
+    """Makes workers, and gives the first ones something else to do when they begin."""
+
+    def __init__(self, *beginnings: Callable[[], Any]) -> None:
+        self.beginnings = list(beginnings)
+        self.actors: list[LocalActor] = []
+
+    def __call__(self, name: str) -> LocalActor:
+        worker = Worker(name)
+        if self.beginnings:
+            worker.begin = self.beginnings.pop(0)  # type: ignore[method-assign]
+        self.actors.append(LocalActor(worker))
+        return self.actors[-1]
+
+
+async def fails() -> None:
+    raise OSError("the GPU is not free yet")
+
+
+async def hangs() -> None:
+    await asyncio.sleep(3600)
+
+
+async def misconfigured() -> None:
+    raise ConfigError("policy.path = nowhere")
+
+
+def seat(start: Callable[[str], Any], **more: Any) -> Seat:
+    return Seat("seat", start, **{"start_timeout_s": 5.0, "begin": begin, "kill": LocalActor.kill} | more)
+
+
+def pool(start: Callable[[str], Any], least: int = 1, most: int | None = None, **more: Any) -> Pool:
+    settings = {"start_timeout_s": 5.0, "attempts": 2, "begin": begin, "kill": LocalActor.kill} | more
+    return Pool("test", least, most, start, **settings)
+
+
+def begin(worker: Any) -> Any:
+    return worker.begin.remote()
+
+
+def work(what: str, seconds: float = 0.0) -> Callable[[Any], Any]:
+    return lambda worker: worker.work.remote(what, seconds)
+
+
+async def until(what: Callable[[], bool], seconds: float = 5.0) -> None:
+    async with asyncio.timeout(seconds):
+        while not what():
+            await asyncio.sleep(0.01)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stage_ray.actors.pool.FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr("stage_ray.actors.pool.LONGEST_PAUSE_S", 0.04)
+
+
+def test_a_call_that_nobody_waits_for_any_more_keeps_the_seat_until_the_actor_is_done():
+    async def scenario() -> None:
+        starts = Starts()
+        it = seat(starts)
+        wave = asyncio.create_task(it.call(work("wave", 0.5), 5.0))
+        await asyncio.sleep(0.1)
+        wave.cancel()
+        await asyncio.gather(wave, return_exceptions=True)
+        assert it.waiting == 1
+        await it.call(work("load"), 0.2)  # of its own, once it is its turn
+        assert starts.actors[0].inside.done == ["begin", "wave", "load"]
+        assert it.restarts == 0 and it.waiting == 0
+
+    asyncio.run(scenario())
+
+
+def test_a_call_that_is_cancelled_before_its_turn_is_never_asked():
+    async def scenario() -> None:
+        starts = Starts()
+        it = seat(starts)
+        calls = [asyncio.create_task(it.call(work(what, 0.1), 5.0)) for what in ("first", "second", "third")]
+        await asyncio.sleep(0.05)
+        calls[1].cancel()
+        await asyncio.gather(*calls, return_exceptions=True)
+        assert starts.actors[0].inside.done == ["begin", "first", "third"] and it.waiting == 0
+
+    asyncio.run(scenario())
+
+
+def test_an_actor_lost_in_a_call_that_nobody_waits_for_any_more_has_a_successor():
+    async def scenario() -> None:
+        starts = Starts()
+        members = pool(starts)
+        await members.ready()
+        wave = asyncio.create_task(members.call(work("wave", 3600), 0.1))
+        await asyncio.sleep(0.05)
+        wave.cancel()
+        await until(lambda: len(starts.actors) == 2)
+        assert await members.call(work("next"), 1.0) == "test-0-restart-1"
+        await members.close()
+
+    asyncio.run(scenario())
+
+
+async def answer_late(seconds: float, value: Any) -> Any:
+    """As one that a thread brings: the loop needs several turns until whoever waits has it."""
+    await asyncio.sleep(seconds)
+    for _ in range(5):
+        await asyncio.sleep(0)
+    return value
+
+
+@pytest.mark.parametrize("call", ["heartbeat", "wave"])
+def test_a_driver_that_was_busy_itself_beyond_the_deadline_kills_no_worker(call):
+    async def scenario() -> None:
+        starts = Starts()
+        it = seat(starts)
+        await it.fill(1.0)
+        inside = starts.actors[0].inside
+        inside.ping = lambda: answer_late(0.05, (0, "another node"))
+        inside.wave = lambda: answer_late(0.05, "drawn")
+        asked = it.check(0.1) if call == "heartbeat" else it.call(lambda worker: worker.wave.remote(), 0.1)
+        waiting = asyncio.create_task(asked)
+        await asyncio.sleep(0.01)
+        time.sleep(0.3)
+        await waiting
+        assert not starts.actors[0].killed.is_set()
+
+    asyncio.run(scenario())
+
+
+def test_a_worker_that_answers_no_ping_is_killed():
+    async def scenario() -> None:
+        starts = Starts()
+        it = seat(starts)
+        await it.fill(1.0)
+        starts.actors[0].inside.ping = hangs
+        async with heartbeats([it], 0.01, 0.05):
+            with pytest.raises(WorkerDied):
+                await it.call(work("wave", 3600), None)
+
+    asyncio.run(scenario())
+
+
+def test_heartbeats_that_cannot_go_on_end_what_they_watch_and_say_why(caplog):
+    async def scenario() -> None:
+        it = seat(Starts())
+
+        async def check(deadline_s: float) -> None:
+            raise KeyError("a mistake of ours")
+
+        it.check = check  # type: ignore[method-assign]
+        async with heartbeats([it], 0.01, 0.05):
+            await asyncio.wait({asyncio.create_task(asyncio.sleep(2))})
+
+    began = time.monotonic()
+    with pytest.raises(KeyError, match="a mistake of ours"):
+        asyncio.run(scenario())
+    assert time.monotonic() - began < 1
+    assert "nobody watches the workers any more" in caplog.text
+
+
+def test_room_may_take_for_ever_but_a_start_that_hangs_once_there_is_room_is_given_up():
+    async def scenario() -> None:
+        starts = Starts(hangs)
+        members = pool(starts, start_timeout_s=0.3)
+        room = asyncio.Event()
+
+        async def ping() -> tuple[int, str]:
+            await room.wait()
+            return 0, "another node"
+
+        starts.actors[0].inside.ping = ping
+        members.refill(members.seats[0])
+        await asyncio.sleep(1.5)
+        assert len(starts.actors) == 1
+        room.set()
+        await until(lambda: len(members.open) == 1)
+        assert len(starts.actors) == 2
+        await members.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_seat_whose_starts_fail_is_tried_again_until_one_succeeds(caplog):
+    async def scenario() -> None:
+        starts = Starts(Worker().begin, fails, fails, fails, fails, fails)
+        members = pool(starts, least=1, most=2)
+        await members.ready()
+        assert await members.call(work("wave"), 1.0) == "test-0"
+        await until(lambda: len(members.open) == 2)
+        assert [seat.restarts for seat in members.seats] == [0, 5]
+        await members.close()
+
+    asyncio.run(scenario())
+    pauses = [record.args[1] for record in caplog.records if "in %g s" in record.msg]
+    assert pauses == [0.01, 0.02, 0.04, 0.04, 0.04]
+
+
+def test_a_pool_without_anybody_whose_starts_fail_says_why():
+    async def scenario() -> None:
+        starts = Starts(Worker().begin, fails, fails)
+        members = pool(starts, start_timeout_s=60.0)
+        await members.ready()
+        starts.actors[0].kill()
+        with pytest.raises(NobodyLeft, match="no test worker is left and none starts: .* the GPU is not free yet"):
+            await members.call(work("wave"), 1.0, attempts=2)
+        await members.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_config_that_a_successor_finds_wrong_is_told_when_nobody_is_left_and_logged_before(caplog):
+    async def scenario() -> None:
+        starts = Starts(Worker().begin, misconfigured)
+        members = pool(starts, least=1, most=2)
+        await members.ready()
+        await until(lambda: "policy.path = nowhere; its seat stays empty" in caplog.text)
+        assert await members.call(work("wave"), 1.0) == "test-0"
+        starts.beginnings = [misconfigured]
+        starts.actors[0].kill()
+        with pytest.raises(ConfigError, match="nowhere"):
+            await members.call(work("wave"), 1.0, attempts=2)
+        await asyncio.sleep(0.1)
+        assert len(starts.actors) == 3, "a successor would read the same config"
+        await members.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_mistake_in_the_refilling_itself_reaches_the_log_and_whoever_asks_next(caplog):
+    async def scenario() -> None:
+        members = pool(Starts(), least=1, most=2)
+
+        async def fill(timeout_s: float | None) -> None:
+            raise KeyError("a mistake of ours")
+
+        members.seats[1].fill = fill  # type: ignore[method-assign]
+        await members.ready()
+        await until(lambda: "is not refilled any more" in caplog.text)
+        with pytest.raises(KeyError, match="a mistake of ours"):
+            await members.call(work("wave"), 1.0)
+        await members.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_worker_that_is_late_with_a_version_is_named_with_the_version_and_its_limit(caplog):
+    async def scenario() -> None:
+        starts = Starts()
+        store = ObjectStore(None, 0.05)  # type: ignore[arg-type]  # the learner is not asked here
+        members = pool(starts, prepare=lambda name, worker: store.newest(name, worker) or asyncio.sleep(0))
+        await members.ready()
+        late = "test-0 did not take version 7 within cluster.sync_timeout_s = 0.05 s"
+        store.published = Publication(7, "manifest", ())
+        starts.actors[0].inside.load_weights = lambda manifest: hangs()
+        starts.beginnings = [lambda: setattr_then(starts.actors[1].inside, lambda manifest: hangs())]
+        with pytest.raises(WorkerLost, match=late):
+            await store.load(members.seats[0])
+        await until(lambda: len(starts.actors) == 3)
+        await members.close()
+        assert [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING][:2] == [
+            f"{late}; another takes its seat",
+            f"{late}; another takes its seat in 0.01 s",
+        ]
+
+    asyncio.run(scenario())
+
+
+async def setattr_then(worker: Worker, load: Any) -> None:
+    worker.load_weights = load  # type: ignore[attr-defined]

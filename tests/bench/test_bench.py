@@ -1,0 +1,430 @@
+"""The benches compare like with like, and say what they measured.
+
+What is held here: the baselines do the same work as ours (same tokens for the same draws, same loss and gradients), the
+sides really take turns, and rows carry facts. No test looks at a ratio of speeds.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+from stage_ray import bench
+from stage_ray.bench import pipeline
+from stage_ray.bench.baselines import PlainLearner, plain_policy, plain_statistics, plain_tokens
+from stage_ray.bench.end_to_end import ledger_step, step_seconds
+from stage_ray.bench.learner import random_groups
+from stage_ray.bench.limits import Speed, Work
+from stage_ray.bench.memory import PeakMemory
+from stage_ray.bench.models import SMALL, write_model
+from stage_ray.bench.prompts import equal_prompts
+from stage_ray.bench.rollout import Case, measure
+from stage_ray.bench.rows import Row
+from stage_ray.bench.single_process import SingleProcessTrainer
+from stage_ray.bench.sync import available, row_of, sync_side
+from stage_ray.bench.sync_actors import ROW, Weights, WeightsEngine
+from stage_ray.bench.timing import Side, Turn, compare
+from stage_ray.cli import main
+from stage_ray.config import PolicyConfig, RolloutConfig
+from stage_ray.engines.batching import ImageRow
+from stage_ray.engines.sampling import final_logits, gumbel
+from stage_ray.engines.torch import TorchEngine
+from stage_ray.errors import RunError
+from stage_ray.learner import Learner
+from stage_ray.observability.progress import Progress
+from stage_ray.pipeline.ledger import Ledger
+from stage_ray.policies.janus import JanusPolicy
+from stage_ray.weights.manifest import WeightError, pack, unpack
+from tests.learner_case import PROMPTS, sample_groups, score, tiny_run
+from tests.tiny import CODES, HIDDEN, IMAGE_TOKENS, tiny_janus
+
+CPU = torch.device("cpu")
+GUIDANCE = 2.0
+TEXTS = ("a photo of a red circle", "a photo of a blue ring", "a photo of a green square")  # equally long
+KEYS = {
+    "name",
+    "ratio",
+    "target",
+    "met",
+    "ratio_is",
+    "baseline",
+    "baseline_is",
+    "ours",
+    "unit",
+    "better",
+    "limit",
+    "limit_is",
+    "share_of_limit",
+    "details",
+    "notes",
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_janus(tmp_path_factory.mktemp("bench") / "janus")
+
+
+@pytest.fixture(scope="module")
+def policy(model: Path) -> JanusPolicy:
+    return plain_policy(str(model), device=CPU, dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def engine(model: Path) -> TorchEngine:
+    rollout = {"engine": "torch", "dtype": "float32", "guidance_scale": GUIDANCE, "images_per_wave": 16}
+    return TorchEngine(
+        PolicyConfig.model_validate({"path": str(model)}), RolloutConfig.model_validate(rollout), worker="bench"
+    )
+
+
+def row(**changes: object) -> Row:
+    whole = Row("rollout/x/torch", 2.0, 3.0, "times as fast", "a loop", 6.0, 3.0, limit=1.5, limit_is="reading weights")
+    return replace(whole, **changes)
+
+
+# Baselines do the same work.
+
+
+def test_the_plain_loop_draws_the_engines_tokens_when_given_the_engines_noise(
+    policy: JanusPolicy, engine: TorchEngine
+) -> None:
+    prompts = [policy.encode_prompt(text) for text in TEXTS]
+    seeds = torch.arange(len(prompts))
+
+    def draw(probabilities: torch.Tensor, step: int) -> torch.Tensor:
+        noise = gumbel(seeds, torch.full_like(seeds, step), CODES)
+        return (probabilities.log() + noise).argmax(dim=-1)
+
+    wave = engine.sample([ImageRow(ids, seed) for seed, ids in enumerate(prompts)], engine.rule)
+    assert plain_tokens(policy, prompts, GUIDANCE, draw).tolist() == wave.tokens.tolist()
+    assert plain_tokens(policy, prompts, 5.0, draw).tolist() != wave.tokens.tolist(), "guidance does something"
+    statistics = plain_statistics(policy, prompts, wave.tokens)
+    torch.testing.assert_close(statistics.logprobs, wave.logprobs, atol=2e-3, rtol=2e-3)
+    torch.testing.assert_close(statistics.entropy, wave.entropy, atol=2e-3, rtol=2e-3)
+
+
+def test_the_plain_loops_own_draws_follow_the_guided_distribution(policy: JanusPolicy, engine: TorchEngine) -> None:
+    ids, count = policy.encode_prompt(TEXTS[0]), 1500
+    torch.manual_seed(0)
+    tokens = plain_tokens(policy, [ids] * count, GUIDANCE)
+    blank = torch.zeros(1, IMAGE_TOKENS, dtype=torch.int64)
+    with torch.no_grad():
+        branches = (policy.image_logits([branch], blank)[:, 0] for branch in (ids.conditional, ids.unconditional))
+        expected = final_logits(*branches, engine.rule).softmax(-1)[0]
+    found = torch.bincount(tokens[:, 0], minlength=CODES) / count
+    distance = 0.5 * (found - expected).abs().sum().item()
+    chance = 0.5 * (2 * expected * (1 - expected) / (math.pi * count)).sqrt().sum().item()  # its mean for true samples
+    assert distance < 2 * chance
+    assert 0.5 * (1 / CODES - expected).abs().sum().item() > 4 * chance, "a flat distribution would be told apart"
+    assert len(set(map(tuple, tokens.tolist()))) == count, "every image has draws of its own"
+
+
+def test_the_plain_loop_wants_prompts_of_one_length(policy: JanusPolicy) -> None:
+    prompts = [policy.encode_prompt(text) for text in ("a photo of a ring", "a photo of two red rings")]
+    with pytest.raises(ValueError, match="one length"):
+        plain_tokens(policy, prompts, GUIDANCE)
+
+
+@pytest.mark.parametrize("micro_batch_images", [12, 5])
+def test_the_plain_update_has_our_loss_and_our_gradients(model: Path, tmp_path: Path, micro_batch_images: int) -> None:
+    run = tiny_run(model, learner={"micro_batch_images": micro_batch_images})
+    plain, ours = PlainLearner(run), Learner(run)
+    for version in range(2):  # in the first the policy is its own reference: no KL
+        groups = sample_groups(ours.policy, PROMPTS, 4, version=version, seed=version)
+        metrics, loss = ours.update(groups, score(groups)), plain.update(groups, score(groups))
+        assert loss.loss.item() == pytest.approx(metrics["loss"], rel=1e-3, abs=1e-6)
+    assert loss.kl.item() == pytest.approx(metrics["kl/weighted"], rel=1e-2) and loss.kl.item() > 0
+    for name, parameter in plain.parameters.items():
+        torch.testing.assert_close(parameter, ours.policy.trained_parameters()[name], atol=2e-4, rtol=1e-3)
+
+    fresh = Learner(run)
+    groups = sample_groups(fresh.policy, PROMPTS, 4)
+    fresh.update(groups, score(groups))
+    fresh.save_state(tmp_path)
+    moments = load_file(tmp_path / "optimizer.safetensors")
+    again = PlainLearner(run)
+    again.update(groups, score(groups))
+    gradients = {name: parameter.grad for name, parameter in again.parameters.items() if parameter.grad is not None}
+    assert sum(float(gradient.norm()) for gradient in gradients.values()) > 0.1
+    for name, gradient in gradients.items():  # AdamW's first moment after one step is a tenth of the clipped gradient
+        torch.testing.assert_close(10 * moments[f"exp_avg/{name}"], gradient, atol=1e-5, rtol=2e-3)
+
+
+def test_the_single_process_trainer_trains_on_what_it_draws(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("\n".join(TEXTS))
+    run = tiny_run(
+        model,
+        prompts={"train": str(tmp_path / "prompts.txt")},
+        rollout={"group_size": 4, "groups_per_step": 2},
+        rewards=[{"type": "tests.scorers.Brightness"}],
+    )
+    trainer = SingleProcessTrainer(run)
+    learner = trainer._learner
+    before = {name: parameter.detach().clone() for name, parameter in learner.parameters.items()}
+    assert trainer.step() > 0 and trainer.step() > 0
+    assert learner.version == 2
+    assert all(not torch.equal(parameter, before[name]) for name, parameter in learner.parameters.items())
+    drawn = trainer._generate()
+    assert [group.prompt.text for group in drawn] == [TEXTS[1], TEXTS[2]], "prompts go round"
+    assert drawn[0].images.shape[0] == 4 and drawn[0].images.std() > 0
+
+
+# Models, prompts, groups.
+
+
+def test_a_model_of_any_size_is_a_checkpoint_that_every_part_loads(tmp_path: Path) -> None:
+    path = write_model(tmp_path / "small", SMALL)
+    policy = JanusPolicy.load(PolicyConfig.model_validate({"path": str(path)}), device=CPU)
+    assert (policy.image_tokens, policy.codebook_size) == (SMALL.side**2, SMALL.codes)
+    pairs = equal_prompts(policy.encode_prompt, 3)
+    assert len({len(ids.conditional) for _, ids in pairs}) == 1 and len({prompt.text for prompt, _ in pairs}) == 3
+    assert all(0 not in ids.conditional for _, ids in pairs), "no padding"
+    groups, scored = random_groups(policy, version=3)
+    assert groups[0].tokens.max() > SMALL.codes // 2 and groups[0].policy_version == 3
+    assert len(np.unique(scored[0].scores)) == len(scored[0].scores), "every group tells its images apart"
+
+
+def test_the_limit_counts_the_weights_and_the_cache_that_a_token_needs(policy: JanusPolicy) -> None:
+    work = Work.of(policy.model)
+    head_dim, kv_heads, heads, intermediate, layers = 32, 1, 2, 128, 2
+    attention = 2 * HIDDEN * heads * head_dim + 2 * HIDDEN * kv_heads * head_dim
+    assert work.layers == layers * (attention + 3 * HIDDEN * intermediate + 2 * HIDDEN)
+    assert work.head == HIDDEN * HIDDEN + HIDDEN + HIDDEN * CODES + CODES
+    assert work.cache == layers * 2 * kv_heads * head_dim
+    case = {"rows": 4, "prompt": 0, "tokens": 2, "dtype": "float32"}
+    slow_memory, which = work.sampling_limit(**case, speed=Speed({"float32": 1e15}, 1e6))
+    assert slow_memory == pytest.approx(4 * (2 * (work.layers + work.head) + 4 * work.cache) / 1e6)
+    assert which.startswith("reading weights")
+    slow_sums, which = work.sampling_limit(**case, speed=Speed({"float32": 1e6}, 1e15))
+    assert slow_sums == pytest.approx(2 * (work.layers + work.head) * 4 * 2 / 1e6)
+    assert which.startswith("matrix products")
+
+
+def test_peak_memory_sees_what_was_freed_again() -> None:
+    peak = PeakMemory(CPU)
+    before = peak.rise_mib()
+    block = np.ones(96 * 2**20, np.uint8)
+    del block
+    assert 90 < peak.rise_mib() - before < 200
+    assert PeakMemory(CPU).rise_mib() < 60, "each starts anew"
+
+
+# Sides take turns, each in a process of its own.
+
+
+def logging_side(log: str, name: str) -> Turn:
+    state = {"turns": 0}
+
+    def turn() -> dict[str, float]:
+        state["turns"] += 1
+        with Path(log).open("a") as file:
+            file.write(f"{name} {os.getpid()} {os.environ['OMP_NUM_THREADS']}\n")
+        return {"seconds": float(state["turns"])}
+
+    return turn
+
+
+def failing_side(log: str, name: str) -> Turn:
+    raise ValueError(f"{name} has\nno legs")
+
+
+def dying_side(log: str, name: str) -> Turn:
+    def turn() -> dict[str, float]:
+        os._exit(7)
+
+    return turn
+
+
+def quiet() -> Progress:
+    return Progress(Console(file=Path(os.devnull).open("w")))
+
+
+def test_sides_take_turns_in_fresh_processes_with_every_core(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stage_ray.bench.timing.usable_cpus", lambda: 5)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    log = tmp_path / "log"
+    sides = [Side(name, logging_side, {"log": str(log), "name": name}) for name in "ab"]
+    facts = compare(sides, repeats=2, progress=quiet(), title="test", warmups=1)
+    lines = [line.split() for line in log.read_text().splitlines()]
+    assert [name for name, _, _ in lines] == ["a", "b"] * 3
+    assert len({pid for _, pid, _ in lines}) == 2 and str(os.getpid()) not in {pid for _, pid, _ in lines}
+    assert {threads for _, _, threads in lines} == {"5"} and os.environ["OMP_NUM_THREADS"] == "3"
+    assert facts == {name: [{"seconds": 2.0}, {"seconds": 3.0}] for name in "ab"}, "the warm-up does not count"
+
+
+@pytest.mark.parametrize(
+    ("side", "why"), [(failing_side, "ValueError: lame has no legs"), (dying_side, "ended with exit code 7")]
+)
+def test_a_side_that_fails_ends_the_bench_with_its_reason(side: object, why: str, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=f"lame failed: .*{why}.*its log is"):
+        compare([Side("lame", side, {"log": "", "name": "lame"})], repeats=1, progress=quiet(), title="test")
+
+
+# The driver's bench drives the driver.
+
+
+@pytest.mark.parametrize(("staleness", "hidden"), [(0, False), (2, True)])
+def test_stages_overlap_as_far_as_staleness_allows(staleness: int, hidden: bool) -> None:
+    stages = (0.1, 0.05, 0.1)
+    seconds = pipeline.step_side(stages=stages, staleness=staleness, steps=6)()["seconds"]
+    assert seconds >= max(stages)
+    assert (seconds < 0.9 * sum(stages)) == hidden
+    row = pipeline.overlap_row(staleness, stages, [{"seconds": seconds}])
+    assert row.share_of_limit is not None and row.share_of_limit <= 1.0
+    assert not pipeline.overlap_row(0, stages, [{"seconds": sum(stages)}]).met
+
+
+def test_the_drivers_cost_covers_every_group_of_the_run(tmp_path: Path) -> None:
+    run = pipeline.run_of(steps=3, groups=20, staleness=1, rollouts=64, rewards=16)
+    assert pipeline.driver_cost(run, tmp_path / "ledger.jsonl") > 0
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    assert ledger.trained == 60 and ledger.dropped == 0
+    events = [json.loads(line) for line in (tmp_path / "ledger.jsonl").read_text().splitlines()]
+    stale = {event["step"] - event["policy_version"] for event in events if event["event"] == "trained"}
+    assert stale == {0, 1}, "the first batch is fresh, later ones lag by the bound"
+
+
+def test_cost_rows_compare_few_with_many() -> None:
+    facts = [{"few": 1e-3, "many": 1.1e-3, "few_slots": 1e-3, "many_slots": 4e-3, "ledger": 1e-4}]
+    cost, run, slots = pipeline.cost_rows(facts, quick=False)
+    assert (cost.ratio, run.ratio, slots.ratio) == (pytest.approx(4 / 3), pytest.approx(1.1), pytest.approx(4.0))
+    assert (cost.met, run.met, slots.met) == (False, True, False)
+    assert slots.share_of_limit == pytest.approx(0.025)
+
+
+def test_the_weights_that_sync_publishes_pass_through_the_real_checks() -> None:
+    source, engine = Weights(3 * ROW, "cpu"), WeightsEngine(3 * ROW, "cpu")
+    source.advance()
+    manifest, chunks = pack(source.version, source.weights())
+    assert sum(data.nbytes for chunk in chunks for data in chunk) == 3 * ROW
+    engine.load_weights(manifest.version, unpack(manifest, chunks))
+    assert engine.policy_version == 1 and all(bool((tensor == 1).all()) for tensor in engine.tensors.values())
+    stored = [tuple(data.copy() for data in chunk) for chunk in chunks]
+    stored[0][0][7] ^= 1
+    with pytest.raises(WeightError, match="checksum"):
+        engine.load_weights(2, unpack(manifest, stored))
+    assert engine.policy_version == 1
+
+
+def test_a_row_of_each_transport_counts_the_copies_that_it_cannot_do_without() -> None:
+    turn = {f"{name}_s": 0.1 for name in ("copy", "read", "pack", "store", "load", "first")}
+    facts = [turn | {"seconds": 0.4, "workers": 2, "cpus": 2}]
+    stored, passed = (row_of(name, 1000, facts, {}) for name in available("cpu"))
+    assert (stored.name, passed.name) == ("sync/publish", "sync/publish/gloo")
+    assert (stored.limit, passed.limit) == (pytest.approx(0.15), pytest.approx(0.2))
+    assert stored.ratio == passed.ratio == pytest.approx(0.25)
+
+
+def test_end_to_end_reads_seconds_from_a_runs_own_files(tmp_path: Path) -> None:
+    metrics = [{"step": i + 1, "images": 64.0, "images_per_s": 64 / (i + 1)} for i in range(4)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, metrics)) + "\n")
+    assert step_seconds(tmp_path) == pytest.approx([1.0, 2.0, 3.0, 4.0])
+    trained = [
+        {"event": "trained", "group_id": 2 * s + g, "step": s, "time": 10.0 * s} for s in range(4) for g in (0, 1)
+    ]
+    events = [{"event": "admitted", "group_id": 9, "step": 3, "time": 99.0}, *trained]
+    (tmp_path / "ledger.jsonl").write_text("\n".join(map(json.dumps, events)) + "\n")
+    assert ledger_step(tmp_path, skipped=2) == pytest.approx(10.0)
+
+
+# Rows, tables, the command.
+
+
+@pytest.mark.parametrize(
+    ("changes", "met"),
+    [
+        ({"ratio": 3.0}, True),
+        ({"ratio": 2.99}, False),
+        ({"ratio": math.nan}, False),
+        ({"ratio": 0.5, "target": 0.5, "better": "lower"}, True),
+        ({"ratio": 0.51, "target": 0.5, "better": "lower"}, False),
+        ({"ratio": math.nan, "better": "lower"}, False),
+    ],
+)
+def test_a_row_is_met_only_at_its_target_or_better(changes: dict[str, object], met: bool) -> None:
+    assert row(**changes).met is met
+    assert row(**changes).to_json()["met"] is met
+
+
+def test_a_row_tells_everything_there_is_to_judge_it_by() -> None:
+    data = row(details={"images_per_s": 21.5}, notes=("64 images",)).to_json()
+    assert data.keys() == KEYS
+    assert data["share_of_limit"] == 0.5 and data["details"] == {"images_per_s": 21.5}
+    assert row(limit=None).to_json()["share_of_limit"] is None
+
+
+def test_json_holds_what_is_printed_and_a_missed_target_is_no_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = []
+
+    def fake(name: str) -> bench.Bench:
+        def run(*, device: str, quick: bool, progress: Progress) -> list[Row]:
+            asked.append((name, device, quick))
+            return [row(name=f"{name}/a"), row(name=f"{name}/b", ratio=9.87, details={"images_per_s": 123.4})]
+
+        return run
+
+    monkeypatch.setattr(bench, "load", fake)
+    path = tmp_path / "all.json"
+    assert main(["bench", "all", "--json", str(path), "--device", "cpu", "--quick"]) == 0
+    assert asked == [(name, "cpu", True) for name in bench.BENCHES]
+    rows = json.loads(path.read_text())
+    assert [one["name"] for one in rows] == [f"{name}/{case}" for name in bench.BENCHES for case in "ab"]
+    assert [one["met"] for one in rows] == [False, True] * len(bench.BENCHES)
+    printed = capsys.readouterr().out
+    for one in rows:
+        assert one.keys() >= KEYS | {"machine", "device", "quick"}
+        assert one["machine"]["torch"] in printed and one["machine"]["cpu"] in printed
+        assert one["name"] in printed and f"{one['ratio']:.2f}" in printed and one["limit_is"] in printed
+    assert "images_per_s 123.4" in printed and "5 of 10 targets met" in printed
+
+
+def test_bench_help_names_every_bench_and_each_can_be_loaded(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--help"]) == 0
+    shown = capsys.readouterr().out
+    for name in (*bench.BENCHES, "all", "--json", "--quick", "--device"):
+        assert name in shown
+    assert "Example: stage-ray bench" in shown
+    assert all(callable(bench.load(name)) for name in bench.BENCHES)
+
+
+@pytest.mark.parametrize("arguments", [["rollouts"], ["rollout", "--device", "tpu"], []])
+def test_wrong_usage_of_bench_is_exit_code_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", *arguments]) == 2
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_gpu_that_is_not_there_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "rollout", "--device", "cuda"]) == 2
+    assert "no CUDA device" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_rollout_bench_of_a_tiny_model_gives_whole_rows(model: Path) -> None:
+    case = Case("tiny", None, 8, "float32", {"torch": 3.0, "best": 2.5}, repeats=2)
+    rows = measure(case, str(model), ["torch"], "cpu", quiet())
+    assert [one.name for one in rows] == ["rollout/tiny/torch", "rollout/tiny/best"]
+    for one in rows:
+        assert one.ratio == pytest.approx(one.baseline / one.ours) and one.ours > 0
+        assert one.share_of_limit is not None and 0 < one.share_of_limit < 1
+        alone, second = one.details["loop_alone_s"], one.details["second_forward_s"]
+        assert alone > second > 0, "sixteen steps take longer than one forward"
+        assert one.details["ratio_without_second_forward"] < one.ratio
+
+
+@pytest.mark.slow
+def test_a_broadcast_version_reaches_both_workers() -> None:
+    options = {"nbytes": 50 * ROW, "device": "cpu", "transport": "gloo"}
+    for turn in compare([Side("sync", sync_side, options)], repeats=2, progress=quiet(), title="sync")["sync"]:
+        assert turn["seconds"] > turn["pack_s"] + turn["load_s"] > 0 < turn["copy_s"]

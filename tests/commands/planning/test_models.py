@@ -1,0 +1,115 @@
+"""The sizes that a plan reckons with are those of real models."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import JanusConfig, JanusForConditionalGeneration, JanusVisionConfig, JanusVQVAEConfig, LlamaConfig
+
+from stage_ray.bench.limits import Work
+from stage_ray.commands.planning.gpus import GPUS, gpu_named
+from stage_ray.commands.planning.models import KNOWN, ModelSizes, model_sizes
+from stage_ray.config.paths import resolve_path
+from stage_ray.errors import ConfigError
+from tests.tiny import tiny_janus
+
+SHIPPED = "package:stage_ray/shapeworld/assets/janus"
+
+
+def counted(model: JanusForConditionalGeneration) -> dict[str, int]:
+    return {name: sum(p.numel() for p in part.parameters()) for name, part in model.model.named_children()}
+
+
+def same(sizes: ModelSizes, model: JanusForConditionalGeneration) -> None:
+    parts = counted(model)
+    assert sizes.trained == parts["language_model"]
+    assert sizes.head == parts["generation_head"]
+    assert sizes.image_embedding == parts["generation_embeddings"] + parts["generation_aligner"]
+    assert sizes.vision == parts["vision_model"] + parts["aligner"]
+    assert sizes.vqmodel == parts["vqmodel"]
+    assert sizes.total == sum(parameter.numel() for parameter in model.parameters())
+    assert Work(sizes.decoder, sizes.head, sizes.cache) == Work.of(model)
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_a_published_model_has_as_many_parameters_as_transformers_makes_of_its_config(name):
+    sizes = KNOWN[name]
+    config = JanusConfig(
+        text_config=LlamaConfig(
+            vocab_size=sizes.vocabulary,
+            hidden_size=sizes.hidden,
+            intermediate_size=sizes.intermediate,
+            num_hidden_layers=sizes.layers,
+            num_attention_heads=sizes.heads,
+            num_key_value_heads=sizes.kv_heads,
+        ),
+        vision_config=JanusVisionConfig(projection_dim=sizes.hidden),
+        vq_config=JanusVQVAEConfig(projection_dim=sizes.hidden, image_token_embed_dim=sizes.hidden),
+    )
+    with torch.device("meta"):
+        model = JanusForConditionalGeneration(config).eval()
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            pixels = model.model.vqmodel.decode(torch.zeros(1, sizes.image_tokens, dtype=torch.int64))
+    same(sizes, model)
+    assert pixels.shape[-2:] == (sizes.side_pixels, sizes.side_pixels)
+    assert counter.get_total_flops() == pytest.approx(sizes.decode_flops, rel=1e-3)
+
+
+def test_a_tiny_checkpoint_is_counted_parameter_by_parameter(tmp_path):
+    directory = tiny_janus(tmp_path / "janus")
+    same(model_sizes(str(directory)), JanusForConditionalGeneration.from_pretrained(directory))
+
+
+def test_the_shipped_model_is_as_large_as_its_file():
+    sizes = model_sizes(SHIPPED)
+    same(sizes, JanusForConditionalGeneration.from_pretrained(resolve_path(SHIPPED)))
+    with safe_open(resolve_path(SHIPPED) / "model.safetensors", "pt") as file:
+        names = file.keys()
+        assert sizes.total == sum(torch.Size(file.get_slice(name).get_shape()).numel() for name in names)
+    assert (sizes.image_tokens, sizes.codes, sizes.side_pixels) == (64, 512, 64)
+
+
+@pytest.mark.parametrize(
+    ("model", "why"),
+    [
+        ("janus-pro-3b", "neither known (janus-pro-1b, janus-pro-7b) nor a local directory"),
+        ("EMPTY", "no config.json"),
+        ("LLAMA", "'llama' model; plans are for Janus"),
+    ],
+)
+def test_a_model_that_cannot_be_planned_is_named(tmp_path: Path, model: str, why: str):
+    directory = tmp_path / model
+    if model.isupper():
+        directory.mkdir()
+        model = str(directory)
+    if directory.name == "LLAMA":
+        (directory / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    with pytest.raises(ConfigError) as error:
+        model_sizes(model)
+    assert why in str(error.value)
+
+
+def test_a_gpu_of_your_own_is_a_yaml(tmp_path):
+    file = tmp_path / "mine.yaml"
+    keys = "memory_gib: 47\nbfloat16_tflops: 180\nfloat32_tflops: 60\nmemory_gbs: 960\npcie_gbs: 32\nnetwork_gbs: 12\n"
+    file.write_text(keys)
+    mine = gpu_named(str(file))
+    assert (mine.name, mine.memory_bytes, mine.peer_gbs) == ("mine", 47 * 2**30, 32)
+    file.write_text(keys + "nvlink: 300\n")
+    with pytest.raises(ConfigError, match="nvlink: .*its keys are name, memory_gib"):
+        gpu_named(str(file))
+    with pytest.raises(ConfigError, match="no such file"):
+        gpu_named(str(tmp_path / "other.yaml"))
+    with pytest.raises(ConfigError, match="neither known"):
+        gpu_named("h1000")
+
+
+def test_no_gpu_of_the_table_has_sparse_figures_or_both_directions():
+    for gpu in GPUS.values():
+        assert gpu.bfloat16_tflops <= 2250 and gpu.nvlink_gbs <= 900 and gpu.pcie_gbs <= 64
+        assert gpu.bfloat16_tflops / gpu.float32_tflops < 40

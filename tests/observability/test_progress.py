@@ -1,0 +1,51 @@
+"""Progress is lively on a terminal and a few plain lines elsewhere."""
+
+import io
+
+from rich.console import Console
+
+from stage_ray.observability.progress import Progress
+
+
+def plain() -> tuple[Progress, io.StringIO]:
+    out = io.StringIO()
+    return Progress(Console(file=out, force_terminal=False, width=200, highlight=False)), out
+
+
+def test_without_a_terminal_every_tenth_step_and_the_last_are_lines_without_control_codes() -> None:
+    progress, out = plain()
+    with progress:
+        progress.stage("starting workers")
+        for step in range(1, 26):
+            progress.step(step, 25, {"reward/mean": 0.5, "kl": 0.001, "entropy/policy": None, "images_per_s": 12.0})
+    lines = out.getvalue().splitlines()
+    assert [line.split()[2] for line in lines if "step" in line] == ["1/25", "11/25", "21/25", "25/25"]
+    assert "reward 0.500  KL 0.0010  12.0 images/s" in lines[2] and "ETA" in lines[2]
+    assert "\x1b" not in out.getvalue()
+
+
+def test_a_bar_yields_a_counter_and_says_when_it_is_done() -> None:
+    progress, out = plain()
+    with progress.bar("evaluating", total=4) as advance:
+        advance(3)
+        advance()
+    assert "evaluating (4) ..." in out.getvalue() and "evaluating: done in 0:00" in out.getvalue()
+
+
+def test_brackets_in_a_prompt_are_text_not_markup() -> None:
+    progress, out = plain()
+    progress.note("drew [bold]a [red circle]")
+    progress.alarm("kl_blowup", "[/nothing] is wrong")
+    assert "drew [bold]a [red circle]" in out.getvalue() and "ALARM kl_blowup: [/nothing] is wrong" in out.getvalue()
+
+
+def test_on_a_terminal_the_display_ends_with_the_last_numbers() -> None:
+    out = io.StringIO()
+    with Progress(Console(file=out, force_terminal=True, width=100)) as progress:
+        progress.stage("starting workers")
+        with progress.bar("evaluating", total=2) as advance:
+            advance(2)
+        progress.step(1, 2, {"reward/mean": 0.25})
+        progress.step(2, 2, {"reward/mean": 0.75})
+    assert "reward 0.750" in out.getvalue() and "2/2" in out.getvalue()
+    assert out.getvalue().count("\x1b[?25l") == out.getvalue().count("\x1b[?25h") == 1, "the cursor comes back"

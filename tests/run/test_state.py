@@ -1,0 +1,166 @@
+"""A run's files over stand-ins for its actors: what a checkpoint says agrees with itself, and none is ever damaged."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stage_ray.errors import RunError
+from stage_ray.observability.progress import Progress
+from stage_ray.pipeline.ledger import Ledger
+from stage_ray.run import checkpoint
+from stage_ray.run.checkpoint import Checkpoint, CheckpointStore
+from stage_ray.run.state import RunFiles
+from tests.flaky import PROMPTS, FlakyCluster, drive, timed_run, until
+
+
+def saved(directory: Path) -> Checkpoint:
+    """The newest checkpoint of a run, after making sure that its save left nothing beside it."""
+    found = CheckpointStore(directory / "checkpoints", keep=1).latest()
+    assert found is not None
+    assert all(path.name.startswith("step-") for path in found.path.parent.iterdir())
+    return found
+
+
+class Slow:
+    """A disk on which the second checkpoint takes its time."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.reached, self.go_on = threading.Event(), threading.Event()
+        self._sync, self._calls = checkpoint._sync_tree, 0
+        patch.setattr(checkpoint, "_sync_tree", self._watched)
+
+    def _watched(self, directory: Path) -> None:
+        self._calls += 1
+        if self._calls == 2:
+            self.reached.set()
+            assert self.go_on.wait(30)
+        self._sync(directory)
+
+
+@pytest.mark.parametrize("how", ["another part of the run fails", "the run is cancelled"])
+def test_a_run_that_ends_while_a_checkpoint_is_finished_waits_for_it_and_leaves_it_whole(tmp_path, monkeypatch, how):
+    run = timed_run(tmp_path)
+    slow = Slow(monkeypatch)
+    cluster = FlakyCluster(run)
+    update = cluster.update
+
+    async def breaks_down() -> dict[str, float]:
+        if cluster.version < 4:
+            return await update()
+        await until(slow.reached.is_set)
+        if how == "the run is cancelled":
+            running.cancel()
+            await asyncio.sleep(0)
+        raise RunError("the learner refused")
+
+    cluster.update = breaks_down  # type: ignore[method-assign]
+
+    async def scenario() -> None:
+        nonlocal running
+        running = asyncio.create_task(drive(run, cluster))
+        await until(lambda: slow.reached.is_set() or running.done())
+        asyncio.get_running_loop().call_later(0.1, slow.go_on.set)
+        with pytest.raises((RunError, asyncio.CancelledError)):
+            await running
+        assert slow.go_on.is_set(), "the run did not wait"
+
+    running: asyncio.Task[None]
+    asyncio.run(scenario())
+    assert saved(tmp_path).step == 4
+    asyncio.run(drive(run, FlakyCluster(run), resume=True))
+    assert saved(tmp_path).step == 9
+
+
+def test_a_disk_that_fails_while_a_checkpoint_is_finished_leaves_the_one_before_it(tmp_path, monkeypatch):
+    run = timed_run(tmp_path)
+    write = checkpoint._write_manifest
+
+    def full(directory: Path, step: int, facts: Any) -> None:
+        if step == 4:
+            raise OSError(28, "No space left on device")
+        write(directory, step, facts)
+
+    monkeypatch.setattr(checkpoint, "_write_manifest", full)
+    with pytest.raises(RunError, match=r"checkpoint of step 4 could not be written \(.*No space left.*are whole"):
+        asyncio.run(drive(run, FlakyCluster(run)))
+    assert saved(tmp_path).step == 2
+
+
+def test_what_fails_while_a_checkpoint_waits_for_its_groups_is_not_said_of_the_disk(tmp_path):
+    run = timed_run(tmp_path, steps=2)
+    cluster = FlakyCluster(run, 0, lambda group_id: group_id >= 4)
+
+    async def breaks_down(*_: Any, **more: Any) -> Any:
+        raise RunError("rollout-0 died")
+
+    async def scenario() -> None:
+        files = RunFiles(run, tmp_path, PROMPTS, resume=False, progress=Progress())
+        async with files.stream(cluster) as stream:
+            cluster.gates[2] = asyncio.Event()
+            groups = await stream.next_batch()
+            stream.trained(groups, 0)
+            stream.release(groups)
+            cluster.generate = breaks_down  # type: ignore[method-assign]
+            await files.checkpoint(1, cluster, stream, now=True)
+
+    with pytest.raises(RunError, match="^rollout-0 died$"):
+        asyncio.run(scenario())
+
+
+def test_a_checkpoint_holds_the_very_groups_that_its_ledger_has_open(tmp_path):
+    """A scorer gives up in the moment in which the checkpoint is begun, and a fresh group is admitted."""
+    run = timed_run(tmp_path, order="arrival")
+    cluster = FlakyCluster(run, 0, lambda group_id: group_id == 3)
+
+    async def scenario() -> int:
+        files = RunFiles(run, tmp_path, PROMPTS, resume=False, progress=Progress())
+        async with files.stream(cluster) as stream:
+            cluster.gates[3] = asyncio.Event()
+            groups = await stream.next_batch()
+            await cluster.update()
+            await cluster.publish()
+            stream.trained(groups, 0)
+            await until(lambda: 3 in cluster.asked)
+            before = stream.next_group
+            cluster.gates[3].set()
+            await files.checkpoint(1, cluster, stream, now=True)
+            files.close()
+            return stream.next_group - before
+
+    assert asyncio.run(scenario()) == 1, "nothing was replaced meanwhile: this shows nothing"
+    facts = saved(tmp_path).facts
+    assert list(Ledger(tmp_path / "ledger.jsonl", keep_bytes=facts["ledger_bytes"]).open_groups()) == facts["groups"]
+    assert facts["next_group"] == 4 and facts["failed"] == {"3": "it is beyond me"}
+    asyncio.run(drive(run, FlakyCluster(run), resume=True))
+    assert saved(tmp_path).step == 9, "and a resumed run replaces what failed"
+
+
+def test_a_group_that_is_trained_while_its_checkpoint_waits_for_another_is_in_it(tmp_path):
+    run = timed_run(tmp_path, groups=1, staleness=2, order="arrival", every=1)
+    cluster = FlakyCluster(run)
+
+    async def scenario() -> list[int]:
+        trained = []
+        files = RunFiles(run, tmp_path, PROMPTS, resume=False, progress=Progress())
+        async with files.stream(cluster) as stream:
+            cluster.gates[0] = asyncio.Event()
+            for step in range(2):
+                (group,) = await stream.next_batch()
+                trained.append(group.group_id)
+                stream.trained([group], step)
+                if step == 0:
+                    await files.checkpoint(1, cluster, stream)
+                stream.release([group])
+            cluster.gates[0].set()
+            await files.saved()
+        files.close()
+        return trained
+
+    _, overtook = asyncio.run(scenario())
+    assert overtook > 0
+    assert saved(tmp_path).facts["groups"] == [0, overtook]

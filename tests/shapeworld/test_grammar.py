@@ -1,0 +1,168 @@
+"""The grammar's promises: GenEval's format, splits that share no composition, scenes that keep what records ask."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from stage_ray.shapeworld.grammar import (
+    MIRROR,
+    NUMBERS,
+    RELATIONS,
+    TASKS,
+    TRAIN_REPEATS,
+    Record,
+    colors,
+    counting,
+    held_out,
+    heldout_prompts,
+    mentions_held_out,
+    position,
+    relation_margin,
+    sample_mixture,
+    sample_record,
+    sample_scene,
+    training_prompts,
+)
+from stage_ray.shapeworld.scene import (
+    COLORS,
+    IMAGE_SIZE,
+    MIN_BORDER,
+    MIN_GAP,
+    SHAPES,
+    Scene,
+    boxes_apart,
+    random_scene,
+)
+
+
+def compositions(records: list[Record]) -> set[object]:
+    """Everything that records compose, in words of its own, independent of `mentions_held_out`."""
+    found: set[object] = set()
+    for record in records:
+        include = record["include"]
+        for wanted in include:
+            if "color" in wanted:
+                found.add((wanted["class"], wanted["color"]))
+            if record["tag"] == "counting":
+                found.add((wanted["class"], wanted["count"]))
+            if "position" in wanted:
+                relation, target = wanted["position"]
+                other = include[target]["class"]
+                found |= {(wanted["class"], relation, other), (other, MIRROR[relation], wanted["class"])}
+        if len(include) == 2:
+            found.add(frozenset(wanted["class"] for wanted in include))
+    return found
+
+
+def held_out_compositions() -> set[object]:
+    held = held_out()
+    return {*held.shape_colors, *held.shape_pairs, *held.triples, *held.shape_counts}
+
+
+def test_no_training_prompt_or_caption_mentions_a_held_out_composition():
+    rng = np.random.default_rng(0)
+    captions = [sample_record(rng, dict.fromkeys(TASKS, 1.0)) for _ in range(4000)]
+    assert compositions(training_prompts() + captions).isdisjoint(held_out_compositions())
+
+
+def test_every_held_out_prompt_asks_for_a_held_out_composition_except_those_that_compose_nothing():
+    for record in heldout_prompts():
+        asked = bool(compositions([record]) & held_out_compositions())
+        assert asked == mentions_held_out(record) == (record["tag"] != "single_object")
+
+
+def test_about_a_fifth_of_each_kind_of_composition_is_held_out():
+    held = held_out()
+    assert len(held.shape_colors) == 7 and len(held.shape_pairs) == 2 and len(held.shape_counts) == 3
+    assert len(held.triples) == 32 and all((b, MIRROR[r], a) in held.triples for a, r, b in held.triples)
+
+
+def test_every_shape_color_relation_and_count_is_frequent_in_training():
+    words = Counter(word for record in training_prompts() for word in record["prompt"].split())
+    for color in COLORS:
+        assert words[color] >= 15
+    for shape in SHAPES:
+        assert words[shape] + words[shape + "s"] + words[shape + "es"] >= 30
+    for word in (*NUMBERS.values(), *(relation.split()[0] for relation in RELATIONS)):
+        assert words[word] >= 8
+
+
+def test_prompt_lists_are_the_same_every_time_and_repeat_only_what_they_mean_to():
+    for prompts, repeats in ((training_prompts, TRAIN_REPEATS), (heldout_prompts, {})):
+        assert prompts() == prompts()
+        assert {record["tag"] for record in prompts()} == set(TASKS)
+        times = Counter(record["prompt"] for record in prompts())
+        assert all(times[record["prompt"]] == repeats.get(record["tag"], 1) for record in prompts())
+
+
+def test_captions_beyond_the_six_tasks_mention_nothing_held_out_and_can_be_drawn():
+    rng = np.random.default_rng(1)
+    records = [sample_mixture(rng) for _ in range(500)]
+    assert not any(mentions_held_out(record) for record in records)
+    assert len({record["prompt"] for record in records}) > 400
+    for record in records[:100]:
+        scene = sample_scene(record, rng, lattice=True)
+        assert len(scene.shapes) == sum(item["count"] for item in record["include"])
+        assert all(shape.cx % 4 == 0 and shape.cy % 4 == 0 for shape in scene.shapes)
+
+
+def test_records_have_the_format_of_geneval():
+    assert colors("circle", "orange") == {
+        "tag": "colors",
+        "include": [{"class": "circle", "count": 1, "color": "orange"}],
+        "prompt": "a photo of an orange circle",
+    }
+    assert counting("cross", 3) == {
+        "tag": "counting",
+        "include": [{"class": "cross", "count": 3}],
+        "exclude": [{"class": "cross", "count": 4}],
+        "prompt": "a photo of three crosses",
+    }
+    assert position("ring", "left of", "square") == {
+        "tag": "position",
+        "include": [{"class": "square", "count": 1}, {"class": "ring", "count": 1, "position": ["left of", 0]}],
+        "prompt": "a photo of a ring left of a square",
+    }
+
+
+def satisfies(scene: Scene, record: Record) -> bool:
+    """The record, checked against the scene itself."""
+    wanted = Counter({(w["class"], w.get("color")): w["count"] for w in record["include"]})
+    for (kind, color), count in wanted.items():
+        if sum(s.kind == kind and color in (None, s.color) for s in scene.shapes) != count:
+            return False
+    if len(scene.shapes) != sum(wanted.values()):
+        return False
+    for item in record["include"]:
+        if "position" in item:
+            relation, target = item["position"]
+            box = {shape.kind: shape.box for shape in scene.shapes}
+            if relation_margin(box[item["class"]], box[record["include"][target]["class"]], relation) <= 0.5:
+                return False
+    return True
+
+
+@pytest.mark.parametrize("record", heldout_prompts()[::3] + training_prompts()[::12], ids=lambda r: r["prompt"][11:])
+def test_a_sampled_scene_shows_what_its_record_asks_and_nothing_else(record: Record):
+    rng = np.random.default_rng(1)
+    assert all(satisfies(sample_scene(record, rng), record) for _ in range(10))
+
+
+def test_training_scenes_show_no_held_out_shape_and_color_even_where_the_caption_leaves_colors_open():
+    rng = np.random.default_rng(2)
+    for _ in range(500):
+        scene = sample_scene(sample_record(rng, dict.fromkeys(TASKS, 1.0)), rng)
+        assert all((shape.kind, shape.color) not in held_out().shape_colors for shape in scene.shapes)
+
+
+def test_objects_keep_their_distance_from_each_other_and_from_the_border():
+    rng = np.random.default_rng(3)
+    for _ in range(200):
+        squares = [(shape.cx, shape.cy, shape.size) for shape in random_scene(rng).shapes]
+        for index, one in enumerate(squares):
+            reach = one[2] / 2 + MIN_BORDER - 1e-6
+            assert reach <= min(one[:2]) and max(one[:2]) <= IMAGE_SIZE - reach
+            assert all(boxes_apart(one, other, MIN_GAP - 1e-6) for other in squares[index + 1 :])

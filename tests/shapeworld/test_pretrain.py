@@ -1,0 +1,63 @@
+"""Pretraining: every stage runs, what it writes loads, and a run that was cut off goes on as if it had not been."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import CLIPModel, JanusForConditionalGeneration, JanusProcessor
+
+from stage_ray.shapeworld.pretrain import pretrain
+from stage_ray.shapeworld.pretrain.loop import Budget, TrainingRun
+
+
+def train(path: Path, steps: int, stop_after: int | None = None) -> nn.Linear:
+    torch.manual_seed(0)
+    module = nn.Linear(3, 1)
+    run = TrainingRun(path, module, peak_lr=0.1, budget=Budget(steps))
+    for step, _ in run:
+        inputs = torch.randn(8, 3, generator=torch.Generator().manual_seed(step))
+        run.descend((module(inputs) - inputs.sum(dim=1, keepdim=True)).square().mean())
+        if step + 1 == stop_after:
+            run.step += 1
+            run.save()
+            break
+    return module
+
+
+def test_a_training_that_was_cut_off_ends_with_the_same_weights(tmp_path: Path):
+    straight = train(tmp_path / "straight.safetensors", steps=20)
+    train(tmp_path / "cut.safetensors", steps=20, stop_after=7)
+    resumed = train(tmp_path / "cut.safetensors", steps=20)
+    assert torch.equal(straight.weight, resumed.weight) and torch.equal(straight.bias, resumed.bias)
+
+
+def test_a_loss_that_is_not_finite_stops_the_training(tmp_path: Path):
+    module = nn.Linear(1, 1)
+    run = TrainingRun(tmp_path / "run.safetensors", module, peak_lr=0.1, budget=Budget(2))
+    with pytest.raises(FloatingPointError, match="step 0"):
+        for _ in run:
+            run.descend(module(torch.full((1, 1), float("nan"))).sum())
+
+
+def test_the_learning_rate_follows_whichever_of_steps_and_seconds_is_further_along():
+    budget = Budget(steps=100, seconds=10)
+    assert budget.progress(step=50, elapsed_s=1) == 0.5
+    assert budget.progress(step=10, elapsed_s=9) == 0.9
+    assert budget.progress(step=10, elapsed_s=99) == 1.0
+
+
+def test_an_unknown_stage_is_refused(tmp_path: Path):
+    with pytest.raises(ValueError, match="no stage is called tokeniser"):
+        pretrain(tmp_path, stages=["tokeniser"])
+
+
+@pytest.mark.slow
+def test_a_smoke_run_builds_every_model_in_a_form_that_transformers_loads(tmp_path: Path):
+    pretrain(tmp_path, stages=["prompts", "tokenizer", "language-model", "clip"], smoke=True)
+    assert JanusForConditionalGeneration.from_pretrained(tmp_path / "janus").dtype == torch.bfloat16
+    assert JanusProcessor.from_pretrained(tmp_path / "janus").num_image_tokens == 64
+    assert CLIPModel.from_pretrained(tmp_path / "clip").config.projection_dim == 128
+    assert len((tmp_path / "prompts" / "heldout.jsonl").read_text().splitlines()) == 100

@@ -1,0 +1,94 @@
+"""The checkpoints that ship: plain transformers loads them, draws with them and scores with them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, JanusForConditionalGeneration, JanusProcessor
+
+from stage_ray.config.paths import resolve_path
+from stage_ray.shapeworld.grammar import colors, counting, heldout_prompts, sample_scene, training_prompts
+from stage_ray.shapeworld.pretrain.policy_files import chat, prompt_ids, unconditional_ids
+from stage_ray.shapeworld.render import render, render_with_masks
+from stage_ray.shapeworld.scene import random_scene
+
+JANUS, CLIP = "package:stage_ray/shapeworld/assets/janus", "package:stage_ray/shapeworld/assets/clip"
+
+
+@pytest.fixture(scope="module")
+def model() -> JanusForConditionalGeneration:
+    return JanusForConditionalGeneration.from_pretrained(resolve_path(JANUS), dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def processor() -> JanusProcessor:
+    return JanusProcessor.from_pretrained(resolve_path(JANUS))
+
+
+def test_the_tokenizer_keeps_objects_recognisable(model: JanusForConditionalGeneration):
+    rng = np.random.default_rng(0)
+    drawn = [render_with_masks(random_scene(rng)) for _ in range(16)]
+    images = np.stack([image for image, _ in drawn])
+    objects = np.stack([masks.max(axis=0) for _, masks in drawn]) > 0.9
+    with torch.inference_mode():
+        vq = model.model.vqmodel
+        tokens = vq.encode(torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1).image_tokens.view(16, 64)
+        pixels = ((vq.decode(tokens).permute(0, 2, 3, 1) + 1) * 127.5).clamp(0, 255).numpy()
+    assert tokens.min() >= 0 and tokens.max() < 512
+    assert np.abs(pixels - images)[objects].mean() < 20
+
+
+def test_plain_transformers_draws_pictures_in_colors_that_were_asked(
+    model: JanusForConditionalGeneration, processor: JanusProcessor
+):
+    torch.manual_seed(0)
+    prompts = ["a photo of a red square"] * 4 + ["a photo of a blue triangle"] * 4
+    inputs = processor(
+        text=[chat(processor, prompt) for prompt in prompts],
+        generation_mode="image",
+        padding=True,
+        return_tensors="pt",
+    )
+    tokens = model.generate(**inputs, generation_mode="image", do_sample=True, guidance_scale=3)
+    assert tokens.shape == (8, 64)
+    pixels = model.decode_image_tokens(tokens)  # [8, 64, 64, 3]
+    # transformers' PIL image processor unnormalises channels-first pictures only.
+    pictures = processor.postprocess(list(pixels.permute(0, 3, 1, 2).float()), return_tensors="PIL.Image.Image")
+    arrays = np.stack([np.asarray(picture, np.float32) for picture in pictures["pixel_values"]])
+    assert arrays.shape == (8, 64, 64, 3)
+    redness = (arrays[..., 0] - arrays[..., 2]).mean(axis=(1, 2))
+    assert redness[:4].mean() > redness[4:].mean() + 10
+
+
+def test_the_unconditional_branch_is_the_prompt_with_pads_between_its_first_and_last_token(processor: JanusProcessor):
+    ids = prompt_ids(processor, "a photo of a red ring")
+    pad = processor.tokenizer.pad_token_id
+    assert unconditional_ids(processor, ids) == [ids[0], *[pad] * (len(ids) - 2), ids[-1]]
+    assert processor.tokenizer.convert_ids_to_tokens([ids[0], ids[-1]]) == [
+        "<｜begin▁of▁sentence｜>",
+        "<begin_of_image>",
+    ]
+
+
+def test_every_word_of_every_prompt_is_known(processor: JanusProcessor):
+    unknown = processor.tokenizer.unk_token_id
+    for record in training_prompts() + heldout_prompts():
+        assert unknown not in prompt_ids(processor, record["prompt"])
+
+
+def test_plain_clip_prefers_the_caption_that_is_true():
+    location = resolve_path(CLIP)
+    model = CLIPModel.from_pretrained(location, dtype=torch.float32).eval()
+    records = [colors("cross", "red"), colors("ring", "blue"), counting("square", 3, "green"), colors("circle", "pink")]
+    texts = [record["prompt"] for record in records]
+    rng = np.random.default_rng(0)
+    pictures = [Image.fromarray(render(sample_scene(record, rng))) for record in records]
+    inputs = AutoTokenizer.from_pretrained(location)(texts, padding=True, return_tensors="pt")
+    pixels = AutoImageProcessor.from_pretrained(location, backend="pil")(pictures, return_tensors="pt")["pixel_values"]
+    with torch.inference_mode():
+        logits = model(
+            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], pixel_values=pixels
+        ).logits_per_image
+    assert (logits.argmax(dim=1) == torch.arange(len(texts))).all()

@@ -1,0 +1,126 @@
+"""A wave that cannot be used is noticed where it was drawn, and drawn again by a fresh worker."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from stage_ray.records import Prompt, RolloutGroup, RolloutRequest
+from stage_ray.workers.rollout import RolloutWorker
+from tests.actors.local_actor import LocalCluster, Roles, local_actors, run_of  # noqa: F401
+
+
+class Engine:
+    """Draws five tokens an image; ``bad`` is what it draws instead."""
+
+    policy_version = 0
+    codebook_size = 16
+
+    def __init__(self, **bad: Any) -> None:
+        self._bad = bad
+
+    def generate(self, requests: Sequence[RolloutRequest]) -> list[RolloutGroup]:
+        return [group_of(request, **self._bad) for request in requests]
+
+
+def group_of(request: RolloutRequest, **changes: Any) -> RolloutGroup:
+    count = len(request.seeds)
+    floats = np.zeros((count, 5), np.float32)
+    images = np.zeros((count, 8, 8, 3), np.uint8)
+    fields = {
+        "group_id": request.group_id,
+        "prompt": request.prompt,
+        "seeds": request.seeds,
+        "tokens": np.full((count, 5), 15, np.int32),
+        "logprobs": floats,
+        "guided_logprobs": floats,
+        "entropy": floats,
+        "images": images,
+        "policy_version": 0,
+        "worker": "w",
+        "generate_s": 0.0,
+    }
+    return RolloutGroup(**(fields | changes))
+
+
+REQUESTS = [RolloutRequest(group_id, Prompt(0, "a ring"), (1, 2, 3)) for group_id in (7, 8)]
+
+
+class InProcess:
+    """The real rollout worker, asked as an actor."""
+
+    def __init__(self, name: str, engine: Engine) -> None:
+        self.worker = RolloutWorker(name, run_of(), None)
+        self.worker._engine = engine
+
+    async def begin(self) -> None:
+        """It has its engine."""
+
+    async def generate(self, *requests: RolloutRequest) -> tuple[Any, ...]:
+        return self.worker.generate(*requests)
+
+
+@pytest.fixture
+def worker_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process stays as it is where a worker would make one its own."""
+    monkeypatch.setattr("stage_ray.workers.rollout.redirect_output", lambda log, role, worker: None)
+
+
+BAD = {
+    "tokens that are too many": ({"tokens": np.zeros((4, 5), np.int32)}, r"tokens int32 \[4, 5\], not int32 \[3, T\]"),
+    "no tokens": ({"tokens": np.zeros((3, 0), np.int32)}, r"tokens int32 \[3, 0\]"),
+    "tokens of another type": ({"tokens": np.zeros((3, 5), np.int64)}, "tokens int64"),
+    "a token beyond the codebook": ({"tokens": np.full((3, 5), 16, np.int32)}, "tokens 16 to 16 of a codebook of 16"),
+    "a token below it": ({"tokens": np.full((3, 5), -1, np.int32)}, "tokens -1 to -1"),
+    "log-probabilities of fewer tokens": (
+        {"guided_logprobs": np.zeros((3, 4), np.float32)},
+        r"guided_logprobs float32 \[3, 4\], not float32 \[3, 5\]",
+    ),
+    "log-probabilities that are no numbers": (
+        {"logprobs": np.full((3, 5), np.nan, np.float32)},
+        "logprobs that are not finite",
+    ),
+    "too few pictures": ({"images": np.zeros((2, 8, 8, 3), np.uint8)}, r"images uint8 \[2, 8, 8, 3\], not uint8 \[3, "),
+    "pictures of another type": ({"images": np.zeros((3, 8, 8, 3), np.float32)}, "images float32"),
+    "grey pictures": ({"images": np.zeros((3, 8, 8, 1), np.uint8)}, r"images uint8 \[3, 8, 8, 1\]"),
+    "other seeds": ({"seeds": (1, 2, 4)}, r"seeds \(1, 2, 3\), and answered is 7 with \(1, 2, 4\)"),
+    "another group": ({"group_id": 9}, "answered is 9"),
+}
+
+
+@pytest.mark.parametrize(("bad", "problem"), BAD.values(), ids=BAD)
+def test_a_worker_says_what_is_wrong_with_what_its_engine_drew(worker_process, bad, problem):
+    receipt, *objects = InProcess("rollout-0", Engine(**bad)).worker.generate(*REQUESTS)
+    assert re.search(f"^group 7 .*{problem}", receipt.problem)
+    assert objects == [None] * 4
+
+
+def test_a_worker_says_that_its_engine_drew_too_few_groups(worker_process):
+    worker = InProcess("rollout-0", Engine()).worker
+    draw = worker._engine.generate
+    worker._engine.generate = lambda requests: draw(requests[1:])
+    receipt, *objects = worker.generate(*REQUESTS)
+    assert receipt.problem == "1 groups where 2 were asked for" and objects == [None] * 4
+
+
+def test_groups_that_were_drawn_badly_are_drawn_again_by_the_workers_successor(worker_process, local_actors):  # noqa: F811
+    def inside(name: str) -> InProcess:
+        return InProcess(name, Engine(**({} if "restart" in name else {"tokens": np.full((3, 5), 99, np.int32)})))
+
+    async def scenario() -> None:
+        cluster = LocalCluster(run_of(), Roles(inside))
+        await cluster.rollouts.ready()
+        again: list[int] = []
+        receipt, groups = await cluster.generate(REQUESTS, on_retry=lambda: again.append(1))
+        assert (receipt.worker, receipt.problem, again) == ("rollout-0-restart-1", "", [1])
+        drawn = [await group.tokens for group in groups]
+        assert [(group.group_id, group.seeds) for group in drawn] == [(7, (1, 2, 3)), (8, (1, 2, 3))]
+        assert cluster.restarts() == 1
+        await cluster.rollouts.close()
+
+    asyncio.run(scenario())
