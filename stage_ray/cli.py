@@ -379,7 +379,7 @@ def main(arguments: list[str] | None = None) -> int:
     except RunError as error:
         code, sentence = 1, str(error)
     if sentence.strip():  # a bare command has shown its help instead
-        from stage_ray.observability.logs import tell_error
+        from stage_ray.observability.logs import log_error
 
-        tell_error(f"stage-ray: {' '.join(sentence.split())}".replace("Value error, ", ""))
+        log_error(f"stage-ray: {' '.join(sentence.split())}".replace("Value error, ", ""))
     return code

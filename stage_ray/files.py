@@ -14,7 +14,7 @@ DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 
 
 @contextlib.contextmanager
-def disk_errors_named(directory: Path) -> Iterator[None]:
+def name_disk_errors(directory: Path) -> Iterator[None]:
     """A disk that is full or broken, whatever file it hit, is one sentence for a person.
 
     Raises:
@@ -30,7 +30,7 @@ def disk_errors_named(directory: Path) -> Iterator[None]:
         ) from error
 
 
-def write_whole(path: Path, text: str) -> None:
+def atomic_write(path: Path, text: str) -> None:
     """Write UTF-8 text under a temporary name, flush it to disk, then rename: readers see the old file or the new one.
 
     The directory is made if it is missing.

@@ -9,15 +9,15 @@ from pathlib import Path
 from stage_ray.cluster.cluster import Cluster, LearnerLostError
 from stage_ray.config import RunConfig
 from stage_ray.errors import ConfigError, RunError
-from stage_ray.files import disk_errors_named
+from stage_ray.files import name_disk_errors
 from stage_ray.observability.progress import Progress
 from stage_ray.pipeline.stream import NoValidRewardError
 from stage_ray.records import Prompt
 from stage_ray.report.report import write_report
-from stage_ray.run.heldout import Exam
+from stage_ray.run.heldout import HeldOutEvaluation
 from stage_ray.run.preflight import preflight
 from stage_ray.run.run_dir import Resume, open_run_dir
-from stage_ray.run.state import RunFiles, StepClock
+from stage_ray.run.state import RunState, StepClock
 from stage_ray.run.stop import StopSignal
 
 __all__ = ["ConfigError", "RunError", "RunSummary", "train"]
@@ -46,12 +46,12 @@ def train(run: RunConfig, *, resume: Resume = False, progress: Progress | None =
         ConfigError: the config cannot be used; no run was started and nothing overwritten.
         RunError: a worker, a scorer or a disk failed; what was done so far stays, and ``resume`` goes on.
     """
-    prompts, heldout = preflight(run)
-    with disk_errors_named(Path(run.run_dir)), open_run_dir(run, resume) as run_dir:
+    prompts, heldout_prompts = preflight(run)
+    with name_disk_errors(Path(run.run_dir)), open_run_dir(run, resume) as run_dir:
         progress = progress or Progress()
-        files = RunFiles(run, run_dir, prompts, resume=bool(resume), progress=progress)
+        files = RunState(run, run_dir, prompts, resume=bool(resume), progress=progress)
         try:
-            before, after = asyncio.run(_train(run, run_dir, files, heldout, progress))
+            before, after = asyncio.run(_train(run, run_dir, files, heldout_prompts, progress))
         except NoValidRewardError as error:
             files.alarm(error.step, "no_valid_reward", str(error))
             raise
@@ -62,29 +62,31 @@ def train(run: RunConfig, *, resume: Resume = False, progress: Progress | None =
 
 
 async def _train(
-    run: RunConfig, run_dir: Path, files: RunFiles, heldout: list[Prompt], progress: Progress
+    run: RunConfig, run_dir: Path, files: RunState, heldout_prompts: list[Prompt], progress: Progress
 ) -> tuple[float | None, float | None]:
     progress.stage("starting Ray, the rollout engine, the scorers and the learner")
     async with StopSignal(progress) as stop, Cluster.start(run, run_dir) as cluster:  # warm, all at one version
-        exam = Exam(cluster, run, heldout, run_dir, progress)
+        heldout = HeldOutEvaluation(cluster, run, heldout_prompts, run_dir, progress)
         final = str((run_dir / "final").resolve())
         while True:
             try:
                 await files.restore(cluster)
-                before = await exam.sit("before", files.step)
+                before = await heldout.evaluate("before", files.step)
                 if files.step < run.steps:
                     with stop.steps():
-                        await _steps(run, cluster, files, exam, stop)
-                after = await exam.sit("after", run.steps)
+                        await _steps(run, cluster, files, heldout, stop)
+                after = await heldout.evaluate("after", run.steps)
                 progress.stage("writing the trained model and the report")
-                await cluster.ask_learner(lambda learner: learner.export.remote(final))
+                await cluster.call_learner(lambda learner: learner.export.remote(final))
                 return before, after
             except LearnerLostError as lost:  # its work since the last checkpoint is gone; everyone else stays
                 await files.rewind(lost)
                 files.alarm(files.step, "learner_lost", str(lost))
 
 
-async def _steps(run: RunConfig, cluster: Cluster, files: RunFiles, exam: Exam, stop: StopSignal) -> None:
+async def _steps(
+    run: RunConfig, cluster: Cluster, files: RunState, heldout: HeldOutEvaluation, stop: StopSignal
+) -> None:
     async with files.stream(cluster) as stream:  # admits, generates, scores, refills behind our back
         for step in range(files.step, run.steps):
             clock = StepClock()
@@ -94,16 +96,16 @@ async def _steps(run: RunConfig, cluster: Cluster, files: RunFiles, exam: Exam, 
             clock.lap("update")
             await cluster.publish()  # version step + 1, loaded by every worker between waves
             clock.lap("publish")
-            stream.trained(groups, step)
+            stream.mark_trained(groups, step)
             images = len(groups) * run.rollout.group_size
             files.record(step + 1, update | stream.metrics() | clock.metrics(images))
             await files.keep_groups(step + 1, cluster)
-            await exam.sample(step + 1)
+            await heldout.sample(step + 1)
             await files.checkpoint(step + 1, cluster, stream, now=stop.requested is not None)
             if stop.requested is not None:
                 raise stop.error(step + 1)
             if step + 1 < run.steps:
-                stream.release(groups)  # only now do their slots free
+                stream.free_slots(groups)  # only now do their slots free
         await files.saved()
-        await exam.drawn()
+        await heldout.drawn()
         await cluster.settle()

@@ -66,7 +66,7 @@ def audited(run_dir: Path, *, ended: bool) -> Audit:
     }
     events = read_ledger(run_dir / "ledger.jsonl")
     saved = CheckpointStore(run_dir / "checkpoints", keep=1).latest()
-    held = saved.facts["groups"] if saved and ended else None
+    held = saved.metadata["groups"] if saved and ended else None
     found = audit(events, **rules, held=held)
     faults = [*found.faults, *_recorded_otherwise(run_dir, events, rules["groups_per_step"])]
     if saved is not None:
@@ -78,10 +78,10 @@ def audited(run_dir: Path, *, ended: bool) -> Audit:
 
 def _saved_otherwise(run_dir: Path, saved: Checkpoint, rules: Any) -> list[str]:
     """The weights of a checkpoint have the version, and its groups the state, that the ledger says at its byte."""
-    text = (run_dir / "ledger.jsonl").read_bytes()[: saved.facts["ledger_bytes"]].decode()
+    text = (run_dir / "ledger.jsonl").read_bytes()[: saved.metadata["ledger_bytes"]].decode()
     then = audit([json.loads(line) for line in text.splitlines()], **rules)
     version = json.loads((saved.path / "learner.json").read_text())["version"]
-    strangers = set(saved.facts["groups"]) - set(then.open)
+    strangers = set(saved.metadata["groups"]) - set(then.open)
     faults = [f"checkpoint of step {saved.step}: weights of version {version}"] * (version != saved.step)
     faults += [f"checkpoint of step {saved.step}: ledger of step {then.steps}"] * (then.steps != saved.step)
     faults += [f"checkpoint of step {saved.step}: holds {strangers}, which are not on their way"] * bool(strangers)
@@ -290,7 +290,7 @@ def write_config(directory: Path, seed: int) -> None:
         tiny_janus(directory / "janus"),
         steps=STEPS,
         seed=seed,
-        rollout={"workers": 2, "images_per_wave": 1},  # slow, so that a shot at a rollout worker hits it at work
+        rollout={"workers": 2, "images_per_batch": 1},  # slow, so that a shot at a rollout worker hits it at work
         scoring={"workers": 2, "timeout_s": 20.0},
         pipeline={"max_staleness": 2, "order": "arrival", "record": True},
         checkpoint={"every": 5, "keep": 3},

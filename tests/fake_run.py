@@ -8,7 +8,7 @@ import numpy as np
 import yaml
 
 from stage_ray.evaluation import summarise
-from stage_ray.observability.recorder import Recorder
+from stage_ray.observability.recorder import MetricsLogger
 from stage_ray.records import Prompt, ScoredGroup
 from stage_ray.report.samples import contact_sheet
 
@@ -27,7 +27,7 @@ def write_fake_run(
     config = {"steps": planned, "seed": 20, "run_dir": str(run_dir), "evaluation": {"enabled": True}}
     (run_dir / "config.yaml").write_text(yaml.safe_dump(config))
     noise = np.random.default_rng(0)
-    recorder = Recorder(run_dir, port=None, host="127.0.0.1")
+    recorder = MetricsLogger(run_dir, port=None, host="127.0.0.1")
     for step in range(1, steps + 1):
         recorder.step(step, metrics_of(step, noise))
         if step in (7, 8, 30):

@@ -17,7 +17,7 @@ from stage_ray.config.load import validate_config
 from stage_ray.observability.progress import Progress
 from stage_ray.pipeline.ledger import read_ledger
 from stage_ray.records import Prompt, RolloutReceipt, RolloutRequest, ScoreReceipt
-from stage_ray.run.state import RunFiles
+from stage_ray.run.state import RunState
 
 PROMPTS = [Prompt(i, f"prompt {i}") for i in range(7)]
 
@@ -31,7 +31,7 @@ def timed_run(
         "run_dir": str(directory),
         "prompts": {"train": "none"},
         "policy": {"path": "none"},
-        "rollout": {"group_size": 2, "groups_per_step": groups, "images_per_wave": 2, "workers": 2},
+        "rollout": {"group_size": 2, "groups_per_step": groups, "images_per_batch": 2, "workers": 2},
         "rewards": [{"type": "geneval"}],
         "scoring": {"workers": 4, "groups_per_call": 1, "attempts": 1},
         "pipeline": {"max_staleness": staleness, "order": order},
@@ -75,7 +75,7 @@ class FlakyCluster(TimedCluster):
         scored = GroupRefs(group.group_id, group.policy_version, group.tokens, scores="scores")
         return [(ScoreReceipt(group.group_id, ok, "" if ok else "it is beyond me"), scored)]
 
-    async def ask_learner(self, ask: Callable[[Any], Any]) -> Any:
+    async def call_learner(self, ask: Callable[[Any], Any]) -> Any:
         """Ask for files."""
         methods = ("save_state", "load_state", "save_groups", "load_groups")
         return await ask(SimpleNamespace(**{name: _Method(getattr(self, f"_{name}")) for name in methods}))
@@ -114,7 +114,7 @@ async def _soon(value: Any) -> Any:
 async def drive(run: RunConfig, cluster: Any, *, resume: bool = False, until: int | None = None) -> None:
     """The loop of `stage_ray.train` without pictures and metrics; gives up in the middle of things after a step."""
     Path(run.run_dir).mkdir(parents=True, exist_ok=True)
-    files = RunFiles(run, Path(run.run_dir), PROMPTS, resume=resume, progress=Progress())
+    files = RunState(run, Path(run.run_dir), PROMPTS, resume=resume, progress=Progress())
     try:
         await files.restore(cluster)
         async with files.stream(cluster) as stream:
@@ -122,12 +122,12 @@ async def drive(run: RunConfig, cluster: Any, *, resume: bool = False, until: in
                 groups = await stream.next_batch()
                 await cluster.update()
                 await cluster.publish()
-                stream.trained(groups, step)
+                stream.mark_trained(groups, step)
                 await files.checkpoint(step + 1, cluster, stream)
                 if step + 1 == until:
                     return
                 if step + 1 < run.steps:
-                    stream.release(groups)
+                    stream.free_slots(groups)
             await files.saved()
     finally:
         files.close()

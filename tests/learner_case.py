@@ -13,7 +13,7 @@ from stage_ray.config import RunConfig
 from stage_ray.config.load import validate_config
 from stage_ray.learner import Learner
 from stage_ray.policies.base import Policy
-from stage_ray.policies.logprobs import token_statistics
+from stage_ray.policies.logprobs import token_logprobs
 from stage_ray.records import Prompt, RolloutGroup, ScoredGroup
 
 PROMPTS = ("a photo of a red circle", "a photo of two green squares and a blue ring", "a photo of a ring")
@@ -47,7 +47,7 @@ def sample_groups(
         for place in range(policy.image_tokens):
             logits = policy.image_logits(ids, tokens)[:, place].float()
             tokens[:, place] = torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(-1)
-        statistics = token_statistics(policy.image_logits(ids, tokens), tokens)
+        statistics = token_logprobs(policy.image_logits(ids, tokens), tokens)
         groups.append(make_group(index, text, tokens, statistics.logprobs, statistics.entropy, version))
     return groups
 

@@ -41,7 +41,7 @@ from stage_ray.pipeline.prompts import PromptCursor
 from stage_ray.pipeline.stream import GroupStream
 from stage_ray.records import Prompt
 from stage_ray.run.checkpoint import CheckpointStore
-from stage_ray.run.state import RunFiles
+from stage_ray.run.state import RunState
 from stage_ray.train import train
 from stage_ray.weights.object_store import ObjectStore
 from tests.chaos import WORKERS, audited, end_session, start_driver
@@ -55,7 +55,7 @@ PHASES = {  # phase -> the driver's call that lasts as long as it does
     "generating": (Cluster, "generate"),
     "scoring": (Cluster, "score"),
     "publishing": (Cluster, "publish"),
-    "checkpointing": (RunFiles, "_save"),
+    "checkpointing": (RunState, "_save"),
 }
 STEPS, EVERY, SEED = 40, 4, 20
 RECOVERIES = ("scoring/", "rollout/reissued", "workers/")
@@ -183,12 +183,12 @@ class DiesWhenAsked:
         self._at, self.asked = methods, Counter[str]()
 
     def watch(self, patch: pytest.MonkeyPatch) -> None:
-        ask_learner = Cluster.ask_learner
+        call_learner = Cluster.call_learner
 
         async def watched(cluster: Cluster, ask: Callable[[Any], Any], **more: Any) -> Any:
-            return await ask_learner(cluster, lambda worker: ask(_Watched(worker, self)), **more)
+            return await call_learner(cluster, lambda worker: ask(_Watched(worker, self)), **more)
 
-        patch.setattr(Cluster, "ask_learner", watched)
+        patch.setattr(Cluster, "call_learner", watched)
 
     def ask(self, method: str) -> None:
         self.asked[method] += 1

@@ -42,7 +42,7 @@ def tiny_run(directory: Path, model: Path, scorer: str = "Brightness", **changes
             "engine": "torch",
             "group_size": 4,
             "groups_per_step": 2,
-            "images_per_wave": 4,
+            "images_per_batch": 4,
             "dtype": "float32",
             "cpus": 0.5,
             "threads": 1,

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
-from stage_ray.actors.supervised import ArgumentsLost, Seat, SeatEmpty, WorkerLost
+from stage_ray.actors.supervised import ActorNotReady, ArgumentsLost, SupervisedActor, WorkerLost
 from stage_ray.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -18,7 +18,7 @@ LOST_PAUSE_S = 1.0
 """Between two looks whether there is something to be prepared with again."""
 
 
-class NobodyLeft(WorkerLost):
+class NoWorkersLeft(WorkerLost):
     """A pool has no actor, and gets none."""
 
 
@@ -52,23 +52,23 @@ class Pool:
             role: for names: ``rollout-0`` and so on.
             least, most: actors that the run needs, and may have; None: no more than it needs.
             attempts: starts in a row that may fail in every seat before a run without any actor ends.
-            start, start_timeout_s, more: as `Seat`.
+            start, start_timeout_s, more: as `SupervisedActor`.
         """
         self.role = role
         self._least, self._attempts, self._start_timeout_s = least, attempts, start_timeout_s
-        self._refills: dict[Seat, asyncio.Task[None]] = {}
+        self._refills: dict[SupervisedActor, asyncio.Task[None]] = {}
         self._changed = asyncio.Event()
-        self._failed_starts: dict[Seat, int] = {}  # in a row
+        self._failed_starts: dict[SupervisedActor, int] = {}  # in a row
         self._failure: WorkerLost | ConfigError | None = None  # of the last start
         self._fault: BaseException | None = None  # our own, in the refilling
         self._turn = 0
         self.seats = [
-            Seat(f"{role}-{i}", start, start_timeout_s=start_timeout_s, on_loss=self.refill, **more)
+            SupervisedActor(f"{role}-{i}", start, start_timeout_s=start_timeout_s, on_loss=self.refill, **more)
             for i in range(most or least)
         ]
 
     @property
-    def open(self) -> list[Seat]:
+    def open(self) -> list[SupervisedActor]:
         """The seats that can be asked now."""
         return [seat for seat in self.seats if seat.is_ready]
 
@@ -80,7 +80,7 @@ class Pool:
         """
         for seat in self.seats[self._least :]:
             self.refill(seat)
-        await asyncio.gather(*(seat.fill(self._start_timeout_s) for seat in self.seats[: self._least]))
+        await asyncio.gather(*(seat.start(self._start_timeout_s) for seat in self.seats[: self._least]))
 
     async def call(
         self,
@@ -103,13 +103,13 @@ class Pool:
 
         Raises:
             WorkerLost, WorkerFailed, WorkerDied: the last attempt failed too.
-            NobodyLeft, ConfigError: as `anyone`.
+            NoWorkersLeft, ConfigError: as `wait_any`.
         """
         while True:
             seat = await self._choose(turn)
             try:
                 return await seat.call(ask, timeout_s, if_ready=True)
-            except SeatEmpty:
+            except ActorNotReady:
                 continue
             except WorkerLost as lost:
                 attempts -= 1
@@ -117,7 +117,7 @@ class Pool:
                     raise
                 on_retry()
 
-    def refill(self, seat: Seat) -> None:
+    def refill(self, seat: SupervisedActor) -> None:
         """Let an actor take an empty seat as soon as there is room for it."""
         if seat not in self._refills or self._refills[seat].done():
             self._refills[seat] = asyncio.create_task(self._refill(seat))
@@ -129,11 +129,11 @@ class Pool:
             task.cancel()
         await asyncio.gather(*self._refills.values(), return_exceptions=True)
 
-    async def anyone(self) -> None:
+    async def wait_any(self) -> None:
         """Wait until one seat is open.
 
         Raises:
-            NobodyLeft: none came in ``start_timeout_s``, or ``attempts`` starts in a row failed in every seat.
+            NoWorkersLeft: none came in ``start_timeout_s``, or ``attempts`` starts in a row failed in every seat.
             ConfigError: what the actor that tried last found wrong with the config.
         """
         try:
@@ -149,18 +149,18 @@ class Pool:
         except TimeoutError:
             where = f"no {self.role} worker is left and none started within {self._start_timeout_s:g} s"
             why = f"the last one that tried: {self._failure}" if self._failure else "has the cluster room for one?"
-            raise NobodyLeft(f"{where}: {why}") from self._failure
+            raise NoWorkersLeft(f"{where}: {why}") from self._failure
 
     def _raise_if_hopeless(self) -> None:
         if min(self._failed_starts.get(seat, 0) for seat in self.seats) < self._attempts:
             return
         if isinstance(self._failure, ConfigError):
             raise self._failure
-        raise NobodyLeft(f"no {self.role} worker is left and none starts: {self._failure}") from self._failure
+        raise NoWorkersLeft(f"no {self.role} worker is left and none starts: {self._failure}") from self._failure
 
-    async def _choose(self, turn: int | None) -> Seat:
+    async def _choose(self, turn: int | None) -> SupervisedActor:
         """The open seat whose turn it is, or with the fewest calls; among equals they take turns."""
-        await self.anyone()
+        await self.wait_any()
         seats = self.open
         if turn is not None:
             return seats[turn % len(seats)]
@@ -168,12 +168,12 @@ class Pool:
         order = [seats[(self._turn + i) % len(seats)] for i in range(len(seats))]
         return min(order, key=lambda seat: seat.waiting)
 
-    async def _refill(self, seat: Seat) -> None:
+    async def _refill(self, seat: SupervisedActor) -> None:
         """Until an actor sits there: what keeps one from starting (memory that is not free yet, say) may pass."""
         pause_s = FIRST_PAUSE_S
         while True:
             try:
-                await seat.fill(None)
+                await seat.start(None)
                 self._failed_starts.pop(seat, None)
                 return
             except ArgumentsLost:  # the version that was newest went down with a node: the next one is as good
@@ -190,8 +190,8 @@ class Pool:
             pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
             seat.restart()
 
-    def _failed(self, seat: Seat, failure: WorkerLost | ConfigError, starts: int) -> None:
-        seat.vacate()
+    def _failed(self, seat: SupervisedActor, failure: WorkerLost | ConfigError, starts: int) -> None:
+        seat.stop()
         self._failure, self._failed_starts[seat] = failure, starts
         self._changed.set()
 

@@ -18,18 +18,18 @@ from stage_ray.actors.supervised import WorkerLost
 
 GRACE_S = 10.0
 """Where one rank fails the others do too, from the same cause or because they miss it; so long they have for it."""
-FIRST_ALONE = {"chunks", "open_line", "send", "version", "save_groups", "save_taken", "load_groups", "address"}
+FIRST_ALONE = {"chunks", "open_group", "send", "version", "save_groups", "save_batch", "load_groups", "address"}
 """Calls that one rank answers for all."""
 
 
-class Team:
-    """Looks like an actor to a `Seat`: ``team.update.remote()`` asks every rank, the first one's answer counts.
+class RankGroup:
+    """Looks like an actor to a `SupervisedActor`: ``team.update.remote()`` asks every rank, rank 0's counts.
 
     Ray places all of them or none (a placement group).
 
     Example:
-        team = Team("learner", 4, {"CPU": 8, "GPU": 1}, lambda rank, where: Learner.options(**where).remote(rank))
-        await team.begin()
+        team = RankGroup("learner", 4, {"CPU": 8, "GPU": 1}, lambda rank, where: Learner.options(**where).remote(rank))
+        await team.setup()
         await team.update.remote()
     """
 
@@ -55,17 +55,17 @@ class Team:
         self._group = placement_group([dict(bundle)] * count, strategy="STRICT_PACK" if one_node else "PACK")
         self._actors = [start(rank, self.place(rank)) for rank in range(count)]
 
-    def __getattr__(self, method: str) -> TeamCall:
-        return TeamCall(self._name, self._actors, method)
+    def __getattr__(self, method: str) -> RankGroupCall:
+        return RankGroupCall(self._name, self._actors, method)
 
     def place(self, rank: int) -> dict[str, Any]:
         """Options of an actor that lives in this rank's bundle: this rank, or one that shares it and its fate."""
         return {"scheduling_strategy": PlacementGroupSchedulingStrategy(self._group, rank)}
 
-    async def begin(self) -> None:
+    async def setup(self) -> None:
         """Let the ranks find each other and load the model."""
         address = await self.address.remote() if len(self._actors) > 1 else ""
-        await TeamCall(self._name, self._actors, "begin").remote(address)
+        await RankGroupCall(self._name, self._actors, "setup").remote(address)
 
     def end(self) -> None:
         """End every rank, even one that is stopped: Ray ends what runs in a placement group that is removed."""
@@ -74,28 +74,28 @@ class Team:
         remove_placement_group(self._group)
 
 
-async def begin(worker: Any) -> None:
-    """Let an actor load its model, or the ranks of a `Team` find each other and load theirs."""
-    await (worker.begin() if isinstance(worker, Team) else worker.begin.remote())
+async def setup(worker: Any) -> None:
+    """Let an actor load its model, or the ranks of a `RankGroup` find each other and load theirs."""
+    await (worker.setup() if isinstance(worker, RankGroup) else worker.setup.remote())
 
 
 def end(worker: Any) -> None:
-    """End an actor, or every one of a `Team`."""
-    if isinstance(worker, Team):
+    """End an actor, or every one of a `RankGroup`."""
+    if isinstance(worker, RankGroup):
         worker.end()
     else:
         ray.kill(worker)
 
 
-class TeamCall:
+class RankGroupCall:
     """One method of every rank."""
 
     def __init__(self, team: str, actors: Sequence[Any], method: str, options: Mapping[str, Any] | None = None) -> None:
         self._team, self._actors, self._method, self._options = team, actors, method, dict(options or {})
 
-    def options(self, **options: Any) -> TeamCall:
+    def options(self, **options: Any) -> RankGroupCall:
         """As of an actor's method."""
-        return TeamCall(self._team, self._actors, self._method, options)
+        return RankGroupCall(self._team, self._actors, self._method, options)
 
     def remote(self, *arguments: Any) -> Any:
         """What the first rank's method gives: a reference, or several with ``num_returns``.

@@ -9,7 +9,7 @@ from stage_ray.weights.rendezvous import free_address
 
 
 class Ranked(Pinged):
-    """One actor of a `Team`, or a whole worker by itself."""
+    """One actor of a `RankGroup`, or a whole worker by itself."""
 
     def address(self) -> str:
         """Where the other ranks meet this one: HOST:PORT."""

@@ -38,7 +38,7 @@ class WorkerDied(WorkerLost):
     """An actor whose process ended: by itself, with its node, or because it answered no ping."""
 
 
-class SeatEmpty(WorkerLost):
+class ActorNotReady(WorkerLost):
     """The seat's actor was lost before this call's turn came; its successor is not ready yet."""
 
 
@@ -46,7 +46,7 @@ class ArgumentsLost(Exception):
     """What a call was about went down with a node; the actor is as good as before."""
 
 
-class Seat:
+class SupervisedActor:
     """One actor after another; one call at a time, in the order in which the calls came.
 
     Invariant: calls reach the actor in the order of `call`, across replacements too, because they queue at a fair lock.
@@ -60,18 +60,18 @@ class Seat:
         start: Callable[[str], Any],
         *,
         start_timeout_s: float,
-        begin: Callable[[Any], Awaitable[Any]] = _nothing,
-        prepare: Callable[[str, Any], Awaitable[Any]] = _nothing,
+        setup: Callable[[Any], Awaitable[Any]] = _nothing,
+        sync: Callable[[str, Any], Awaitable[Any]] = _nothing,
         keep_failed: bool = False,
         kill: Callable[[Any], None] = ray.kill,
-        on_loss: Callable[[Seat], object] = lambda seat: None,
+        on_loss: Callable[[SupervisedActor], object] = lambda seat: None,
     ) -> None:
         """Start the first actor, without waiting for it.
 
         Args:
             name: for logs and messages; later actors get a number after it.
             start: makes an actor, given its name, that answers pings as soon as there is room for it.
-            start_timeout_s: seconds that `begin` may take.
+            start_timeout_s: seconds that `setup` may take.
             begin: what an actor does once (load its model).
             prepare: what it must do then, before its first call (load the newest weights), given the seat's name too;
                 it sets limits of its own.
@@ -85,15 +85,15 @@ class Seat:
         self.busy_s = 0.0
         self.waiting = 0
         self._start, self._start_timeout_s = start, start_timeout_s
-        self._begin, self._prepare = begin, prepare
+        self._setup, self._sync = setup, sync
         self._keep_failed, self._kill, self._on_loss = keep_failed, kill, on_loss
         self._lock = asyncio.Lock()
         self._pid: int | None = None
         self.is_ready = False
-        self.started = False  # it has begun, and takes the newest of what `prepare` gives it
+        self.started = False  # it has begun, and takes the newest of what `sync` gives it
         self._actor = start(name)
 
-    async def fill(self, timeout_s: float | None) -> None:
+    async def start(self, timeout_s: float | None) -> None:
         """`ready`, before any call that comes once there is room for the actor; ``timeout_s`` None: whenever that is.
 
         Raises:
@@ -117,11 +117,11 @@ class Seat:
         self._pid = pid if node == _this_node() else None
         if not self.started:
             try:
-                await self._answer(self._begin(self._actor), self._start_timeout_s)
+                await self._answer(self._setup(self._actor), self._start_timeout_s)
             except WorkerFailed as failed:
                 raise WorkerLost(str(failed)) from failed  # it has no state yet that would be worth to be kept
             self.started = True
-        await self._answer(self._prepare(self.name, self._actor), None)
+        await self._answer(self._sync(self.name, self._actor), None)
         self.is_ready = True
 
     async def call(
@@ -136,7 +136,7 @@ class Seat:
 
         Raises:
             WorkerLost, WorkerFailed, WorkerDied: another actor is starting in the seat.
-            SeatEmpty: it was lost before, and ``if_ready``.
+            ActorNotReady: it was lost before, and ``if_ready``.
             ArgumentsLost: an object of the call is gone; nothing was asked.
             ConfigError: an actor found the config wrong.
         """
@@ -151,7 +151,7 @@ class Seat:
         return await asyncio.shield(turn)
 
     @contextlib.asynccontextmanager
-    async def aside(self, ask: Callable[[Any], Awaitable[Any]], timeout_s: float) -> AsyncIterator[None]:
+    async def exclusive(self, ask: Callable[[Any], Awaitable[Any]], timeout_s: float) -> AsyncIterator[None]:
         """Let the actor do one thing, then keep it from everything for as long as the context lasts.
 
         Where none has begun none begins meanwhile; the successor of one that is lost over ``ask`` waits as well.
@@ -166,7 +166,7 @@ class Seat:
 
     async def _turn(self, ask: Callable[[Any], Awaitable[Result]], timeout_s: float | None, if_ready: bool) -> Result:
         if if_ready and not self.is_ready:
-            raise SeatEmpty(f"{self.name} was lost before its turn came")
+            raise ActorNotReady(f"{self.name} was lost before its turn came")
         try:
             await self.ready(self._start_timeout_s)
             began = time.perf_counter()
@@ -189,11 +189,11 @@ class Seat:
 
     def restart(self) -> None:
         """Kill the actor, if there is one, and start another."""
-        self.vacate()
+        self.stop()
         self.restarts += 1
         self._actor = self._start(f"{self.name}-restart-{self.restarts}")
 
-    def vacate(self) -> None:
+    def stop(self) -> None:
         """Kill the actor and leave the seat empty until `restart`."""
         self.kill()
         self.is_ready = self.started = False
@@ -219,7 +219,7 @@ class Seat:
             if actor is self._actor and self.is_ready:
                 log.warning("%s: no heartbeat for %g s, so it is killed", self.name, deadline_s)
                 self.kill()
-        except (RayError, WorkerLost):  # the second from a `Team`
+        except (RayError, WorkerLost):  # the second from a `RankGroup`
             return  # it is dead: whoever calls it finds out
 
     async def _answer(self, answer: Awaitable[Result], timeout_s: float | None) -> Result:
@@ -240,7 +240,7 @@ class Seat:
 
 
 @contextlib.asynccontextmanager
-async def heartbeats(seats: Sequence[Seat], every_s: float, deadline_s: float) -> AsyncIterator[None]:
+async def heartbeats(seats: Sequence[SupervisedActor], every_s: float, deadline_s: float) -> AsyncIterator[None]:
     """Ping every seat's actor every so often, for as long as the context lasts.
 
     Where that cannot go on, whatever runs in the context is cancelled and the context raises the reason: a run whose

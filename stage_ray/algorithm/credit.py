@@ -13,7 +13,7 @@ from stage_ray.algorithm.similarity import opposite_sign_similarity
 
 
 @dataclass(frozen=True, slots=True)
-class Signals:
+class Credit:
     """Everything the loss takes from rewards; no gradient anywhere.
 
     Attributes:
@@ -30,7 +30,7 @@ class Signals:
 
 
 @torch.no_grad()
-def stage_signals(
+def stage_credit(
     scores: Tensor,
     policy_entropy: Tensor,
     reference_entropy: Tensor,
@@ -42,7 +42,7 @@ def stage_signals(
     entropy_weight: float = 0.4,
     entropy_best_only: bool = True,
     eps: float = 1e-4,
-) -> Signals:
+) -> Credit:
     """Scores to advantages and similarities, in the order of the published training step.
 
     A group in which no scorer says anything, with the entropy reward off, has advantages of 0 and, as in the published
@@ -62,7 +62,7 @@ def stage_signals(
     Example:
         >>> still, book = torch.zeros(1, 2), torch.eye(2)
         >>> scores, tokens = torch.tensor([[[1.0], [0.0]]]), torch.tensor([[[0], [1]]])
-        >>> stage_signals(scores, still, still, tokens, book).similarity.flatten().tolist()
+        >>> stage_credit(scores, still, still, tokens, book).similarity.flatten().tolist()
         [0.0, 0.0]
     """
     informative = informative_scorers(scores)
@@ -75,4 +75,4 @@ def stage_signals(
     if entropy_weight == 0:
         silent = ~informative.any(dim=1)
         similarity = similarity.masked_fill(silent[:, None, None], 1.0)
-    return Signals(rewards, advantages, similarity, informative)
+    return Credit(rewards, advantages, similarity, informative)

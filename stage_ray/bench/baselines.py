@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from stage_ray.algorithm import stage_loss
-from stage_ray.algorithm.credit import stage_signals
+from stage_ray.algorithm.credit import stage_credit
 from stage_ray.algorithm.losses import StageLoss
 from stage_ray.config import PolicyConfig, RunConfig
 from stage_ray.learner.batch import Batch, make_batch
@@ -20,7 +20,7 @@ from stage_ray.learner.learner import learning_rate
 from stage_ray.learner.precision import autocast, uses_bfloat16
 from stage_ray.policies.base import PromptIds, device_for
 from stage_ray.policies.janus import JanusPolicy
-from stage_ray.policies.logprobs import TokenStatistics
+from stage_ray.policies.logprobs import TokenLogprobs
 from stage_ray.records import RolloutGroup, ScoredGroup
 
 Pick = Callable[[Tensor, int], Tensor]
@@ -76,17 +76,17 @@ def plain_tokens(
 
 
 @torch.no_grad()
-def plain_statistics(policy: JanusPolicy, prompts: Sequence[PromptIds], tokens: Tensor) -> TokenStatistics:
+def plain_statistics(policy: JanusPolicy, prompts: Sequence[PromptIds], tokens: Tensor) -> TokenLogprobs:
     """Log-probabilities and entropies of sampled tokens by a second, teacher-forced forward of the conditional rows."""
     states = policy.hidden_states([prompt.conditional for prompt in prompts], tokens)
     return full_statistics(policy.model.model.generation_head(states).float(), tokens)
 
 
-def full_statistics(logits: Tensor, tokens: Tensor) -> TokenStatistics:
+def full_statistics(logits: Tensor, tokens: Tensor) -> TokenLogprobs:
     """Log-probabilities and entropies [B, T] from all logits at once, float32 [B, T, V]."""
     logp = torch.log_softmax(logits, dim=-1)
     chosen = logp.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-    return TokenStatistics(chosen, -(logp.exp() * logp).sum(dim=-1))
+    return TokenLogprobs(chosen, -(logp.exp() * logp).sum(dim=-1))
 
 
 class PlainLearner:
@@ -145,7 +145,7 @@ class PlainLearner:
             policy = full_statistics(self.policy.image_logits(prompts, tokens), tokens)
             with torch.no_grad():
                 reference = full_statistics(self._reference.image_logits(prompts, tokens), tokens)
-        signals = stage_signals(
+        signals = stage_credit(
             batch.scores,
             policy.entropy.detach().view(shape).mean(dim=-1),
             reference.entropy.view(shape).mean(dim=-1),

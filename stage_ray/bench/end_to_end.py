@@ -14,7 +14,7 @@ from typing import Any
 from stage_ray.bench.limits import Speed, Work, probe_side
 from stage_ray.bench.rows import Row
 from stage_ray.bench.single_process import SingleProcessTrainer
-from stage_ray.bench.timing import Facts, Side, Turn, compare
+from stage_ray.bench.timing import Facts, Trial, Variant, compare
 from stage_ray.config import RunConfig
 from stage_ray.config.load import load_config
 from stage_ray.errors import ConfigError, RunError
@@ -38,8 +38,8 @@ def bench(*, device: str, quick: bool, progress: Progress) -> list[Row]:
     options = {"overrides": overrides(device, steps), "skipped": skipped}
     run = load_config(config_file(), overrides(device, steps))
     sides = [
-        Side("single-process", single_side, options),
-        Side("stage-ray", train_side, options),
+        Variant("single-process", single_side, options),
+        Variant("stage-ray", train_side, options),
         probe_side(device, ["float32", rollout_dtype_of(run), learner_dtype_of(run)]),
     ]
     repeats = 1 if quick else REPEATS
@@ -122,7 +122,7 @@ def config_file() -> Path:
     return CONFIG
 
 
-def single_side(overrides: list[str], skipped: int) -> Turn:
+def single_side(overrides: list[str], skipped: int) -> Trial:
     """The baseline: as many steps as a run has, in this process."""
     run = load_config(config_file(), overrides)
     trainer = SingleProcessTrainer(run)
@@ -134,7 +134,7 @@ def single_side(overrides: list[str], skipped: int) -> Turn:
     return turn
 
 
-def train_side(overrides: list[str], skipped: int) -> Turn:
+def train_side(overrides: list[str], skipped: int) -> Trial:
     """Ours: each turn is ``stage-ray train`` as a person starts it."""
     arguments = [argument for override in overrides for argument in ("--set", override)]
 

@@ -15,7 +15,7 @@ from stage_ray.bench.memory import PeakMemory
 from stage_ray.bench.models import FIFTY_MILLION, SMALL, ModelSize, model_of
 from stage_ray.bench.prompts import equal_prompts
 from stage_ray.bench.rows import Row, median
-from stage_ray.bench.timing import Facts, Side, Turn, compare
+from stage_ray.bench.timing import Facts, Trial, Variant, compare
 from stage_ray.config import RunConfig
 from stage_ray.config.load import validate_config
 from stage_ray.learner import Learner
@@ -36,9 +36,9 @@ def bench(*, device: str, quick: bool, progress: Progress) -> list[Row]:
     size: ModelSize = SMALL if quick else FIFTY_MILLION
     with model_of(size) as model:
         common = {"model": model, "device": device}
-        ours = {cut: Side(f"micro-{cut}", learner_side, {**common, "micro_batch_images": cut}) for cut in CUTS}
+        ours = {cut: Variant(f"micro-{cut}", learner_side, {**common, "micro_batch_images": cut}) for cut in CUTS}
         probe = probe_side(device, ["bfloat16", "float32"])
-        sides = [Side("plain", plain_side, common), *ours.values(), probe]
+        sides = [Variant("plain", plain_side, common), *ours.values(), probe]
         facts = compare(sides, repeats=2 if quick else 5, progress=progress, title=f"learner, {size.name}")
     speed = Speed.of(facts["machine"])
     return [
@@ -89,13 +89,13 @@ def rows_of(name: str, plain: Sequence[Facts], ours: Sequence[Facts], speed: Spe
     ]
 
 
-def plain_side(model: str, device: str) -> Turn:
+def plain_side(model: str, device: str) -> Trial:
     """The baseline's update."""
     learner = PlainLearner(run_of(model, device, IMAGES))
     return _turn(learner, learner.policy, device, {})
 
 
-def learner_side(model: str, device: str, micro_batch_images: int) -> Turn:
+def learner_side(model: str, device: str, micro_batch_images: int) -> Trial:
     """Ours."""
     run = run_of(model, device, micro_batch_images)
     learner = Learner(run)
@@ -139,7 +139,7 @@ def random_groups(policy: Policy, version: int) -> tuple[list[RolloutGroup], lis
     return groups, scored
 
 
-def _turn(learner: Learner | PlainLearner, policy: Policy, device: str, facts: Facts) -> Turn:
+def _turn(learner: Learner | PlainLearner, policy: Policy, device: str, facts: Facts) -> Trial:
     place = torch.device(device)
     prompt = random_groups(policy, 0)[0][0].prompt.text
     positions = IMAGES * (len(policy.encode_prompt(prompt).conditional) + policy.image_tokens - 1)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from stage_ray.bench.timing import Facts, Side, Turn
+from stage_ray.bench.timing import Facts, Trial, Variant
 
 BEST_OF = 3
 
@@ -35,12 +35,12 @@ class Speed:
         return cls(flops, max(float(fact["bytes_per_s"]) for fact in facts))
 
 
-def probe_side(device: str, dtypes: Sequence[str], size: int | None = None) -> Side:
+def probe_side(device: str, dtypes: Sequence[str], size: int | None = None) -> Variant:
     """A side that measures the machine instead of the code."""
-    return Side("machine", probe, {"device": device, "dtypes": tuple(sorted(set(dtypes))), "size": size})
+    return Variant("machine", probe, {"device": device, "dtypes": tuple(sorted(set(dtypes))), "size": size})
 
 
-def probe(device: str, dtypes: Sequence[str], size: int | None) -> Turn:
+def probe(device: str, dtypes: Sequence[str], size: int | None) -> Trial:
     """One large square matrix product in each dtype, and one copy larger than any cache."""
     place = torch.device(device)
     edge = size or (8192 if place.type == "cuda" else 2048)

@@ -11,7 +11,7 @@ from typing import Any
 
 from stage_ray.bench.rows import Row, median
 from stage_ray.bench.timed_cluster import TimedCluster
-from stage_ray.bench.timing import Facts, Side, Turn, compare
+from stage_ray.bench.timing import Facts, Trial, Variant, compare
 from stage_ray.config import RunConfig
 from stage_ray.config.load import validate_config
 from stage_ray.observability.progress import Progress
@@ -31,10 +31,10 @@ def bench(*, device: str, quick: bool, progress: Progress) -> list[Row]:
     """Step time against the slowest stage, then the driver's cost with many workers; the device plays no part."""
     stages = [seconds / 10 if quick else seconds for seconds in STAGES]
     steps = 6 if quick else 20
-    sides = [Side(f"k{k}", step_side, {"stages": stages, "staleness": k, "steps": steps}) for k in STALENESS]
+    sides = [Variant(f"k{k}", step_side, {"stages": stages, "staleness": k, "steps": steps}) for k in STALENESS]
     facts = compare(sides, repeats=1, progress=progress, title="pipeline, timed stages", warmups=0)
     rows = [overlap_row(k, stages, facts[f"k{k}"]) for k in STALENESS]
-    cost = Side("driver", cost_side, {"scale": 4 if quick else 1})
+    cost = Variant("driver", cost_side, {"scale": 4 if quick else 1})
     costs = compare([cost], repeats=3 if quick else 9, progress=progress, title="pipeline, driver")["driver"]
     return rows + cost_rows(costs, quick)
 
@@ -112,11 +112,11 @@ async def drive(run: RunConfig, stages: Sequence[float], ledger: Ledger) -> list
             groups = await stream.next_batch()
             await cluster.update()
             await cluster.publish()
-            stream.trained(groups, step)
+            stream.mark_trained(groups, step)
             stream.metrics()
             ended.append(time.perf_counter())
             if step + 1 < run.steps:
-                stream.release(groups)
+                stream.free_slots(groups)
     return ended
 
 
@@ -126,7 +126,7 @@ def run_of(*, steps: int, groups: int, staleness: int, rollouts: int = 1, reward
         "steps": steps,
         "prompts": {"train": "none"},
         "policy": {"path": "none"},
-        "rollout": {"group_size": 8, "groups_per_step": groups, "images_per_wave": 8 * groups, "workers": rollouts},
+        "rollout": {"group_size": 8, "groups_per_step": groups, "images_per_batch": 8 * groups, "workers": rollouts},
         "rewards": [{"type": "geneval"}],
         "scoring": {"workers": rewards, "groups_per_call": groups if rewards == 1 else 8},
         "pipeline": {"max_staleness": staleness},
@@ -135,7 +135,7 @@ def run_of(*, steps: int, groups: int, staleness: int, rollouts: int = 1, reward
     return validate_config(data)
 
 
-def step_side(stages: Sequence[float], staleness: int, steps: int) -> Turn:
+def step_side(stages: Sequence[float], staleness: int, steps: int) -> Trial:
     """Mean seconds of a step once the pipeline is full."""
     filling = staleness + 2
     run = run_of(steps=steps + filling, groups=8, staleness=staleness)
@@ -148,7 +148,7 @@ def step_side(stages: Sequence[float], staleness: int, steps: int) -> Turn:
     return turn
 
 
-def cost_side(scale: int) -> Turn:
+def cost_side(scale: int) -> Trial:
     """Processor seconds of the driver for one group, in four cases, and of the ledger alone."""
     few, many = FEW // scale, MANY // scale
     many_steps = many // (few // 2)

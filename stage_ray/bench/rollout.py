@@ -15,11 +15,11 @@ from stage_ray.bench.limits import Speed, Work, probe_side, synchronize
 from stage_ray.bench.models import FIFTY_MILLION, SMALL, ModelSize, model_of
 from stage_ray.bench.prompts import equal_prompts
 from stage_ray.bench.rows import Row, median
-from stage_ray.bench.timing import Facts, Side, Turn, compare
+from stage_ray.bench.timing import Facts, Trial, Variant, compare
 from stage_ray.config import PolicyConfig, RolloutConfig
 from stage_ray.config.hardware import usable_cpus
 from stage_ray.engines import build_engine
-from stage_ray.engines.batching import ImageRow, WaveEngine
+from stage_ray.engines.batching import BatchEngine, ImageSequence
 from stage_ray.observability.progress import Progress
 from stage_ray.policies.base import compute_dtype
 
@@ -72,8 +72,8 @@ def measure(case: Case, model: str, engines: Sequence[str], device: str, progres
     """The rows of one case: all sides take turns."""
     dtype = str(compute_dtype(case.dtype, torch.device(device))).removeprefix("torch.")
     common = {"model": model, "images": case.images, "device": device}
-    plain = [Side(f"plain/{name}", plain_side, {**common, "dtype": name}) for name in sorted({dtype, "float32"})]
-    ours = [Side(name, engine_side, {**common, "engine": name, "dtype": dtype}) for name in engines]
+    plain = [Variant(f"plain/{name}", plain_side, {**common, "dtype": name}) for name in sorted({dtype, "float32"})]
+    ours = [Variant(name, engine_side, {**common, "engine": name, "dtype": dtype}) for name in engines]
     sides = [*plain, *ours, probe_side(device, [dtype, "float32"])]
     facts = compare(sides, repeats=case.repeats, progress=progress, title=f"rollout, {case.name}")
     speed = Speed.of(facts["machine"])
@@ -120,7 +120,7 @@ def row_of(case: Case, claim: str, plain: Sequence[Facts], ours: Sequence[Facts]
     )
 
 
-def plain_side(model: str, images: int, device: str, dtype: str) -> Turn:
+def plain_side(model: str, images: int, device: str, dtype: str) -> Trial:
     """The baseline: tokens, then their statistics."""
     place = torch.device(device)
     policy = plain_policy(model, device=place, dtype=getattr(torch, dtype))
@@ -139,17 +139,17 @@ def plain_side(model: str, images: int, device: str, dtype: str) -> Turn:
     return turn
 
 
-def engine_side(model: str, images: int, device: str, engine: str, dtype: str) -> Turn:
+def engine_side(model: str, images: int, device: str, engine: str, dtype: str) -> Trial:
     """Ours: an engine's own sampling of one wave, which records log-probabilities and entropies as it goes."""
     place = torch.device(device)
     policy = PolicyConfig.model_validate({"path": model})
     work = work_of(policy)
-    settings: dict[str, Any] = {"engine": engine, "guidance_scale": GUIDANCE, "images_per_wave": images}
+    settings: dict[str, Any] = {"engine": engine, "guidance_scale": GUIDANCE, "images_per_batch": images}
     settings |= {"dtype": dtype, "cpus": usable_cpus(), "gpus": float(place.type == "cuda")}
     built = build_engine(policy, RolloutConfig.model_validate(settings), worker="bench")
-    assert isinstance(built, WaveEngine)
+    assert isinstance(built, BatchEngine)
     pairs = equal_prompts(built.encode_prompt, -(-images // GROUP))
-    rows = [ImageRow(ids, seed) for seed, ids in enumerate(ids for _, ids in pairs for _ in range(GROUP))][:images]
+    rows = [ImageSequence(ids, seed) for seed, ids in enumerate(ids for _, ids in pairs for _ in range(GROUP))][:images]
     prompt = len(rows[0].prompt.conditional)
 
     def turn() -> Facts:

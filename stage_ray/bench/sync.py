@@ -18,12 +18,12 @@ from stage_ray.bench.limits import synchronize
 from stage_ray.bench.models import FIFTY_MILLION, SMALL, model_of
 from stage_ray.bench.rows import Row, median
 from stage_ray.bench.sync_actors import ROW, TENSORS, SyncCluster
-from stage_ray.bench.timing import Facts, Side, Turn, compare
+from stage_ray.bench.timing import Facts, Trial, Variant, compare
 from stage_ray.cluster.runtime import start_ray
 from stage_ray.config import PolicyConfig, RolloutConfig, RunConfig
 from stage_ray.config.hardware import usable_cpus
 from stage_ray.config.load import validate_config
-from stage_ray.engines.batching import WaveEngine
+from stage_ray.engines.batching import BatchEngine
 from stage_ray.observability.progress import Progress
 
 WORKERS = 2
@@ -47,7 +47,7 @@ def bench(*, device: str, quick: bool, progress: Progress) -> list[Row]:
     """One publish of a gigabyte by each transport, and apart from it what vLLM does to weights that have arrived."""
     size = QUICK_BYTES if quick else GIGABYTE
     transports = available(device)
-    sides = [Side(name, sync_side, {"nbytes": size, "device": device, "transport": name}) for name in transports]
+    sides = [Variant(name, sync_side, {"nbytes": size, "device": device, "transport": name}) for name in transports]
     repeats = 3 if quick else 9
     facts = compare(sides, repeats=repeats, progress=progress, title="sync", warmups=FRESH)
     repack = repacking(device, quick, progress) if importlib.util.find_spec("vllm") else {}
@@ -100,7 +100,7 @@ def least_seconds(copy_s: float, read_s: float, cpus: int, *, copies: int, worke
     return (copies * copy_s + workers * read_s) / cpus
 
 
-def sync_side(nbytes: int, device: str, transport: str = "object_store") -> Turn:
+def sync_side(nbytes: int, device: str, transport: str = "object_store") -> Trial:
     """Ray with one learner and two workers; a turn copies the bytes once, then publishes them."""
     run = run_of(nbytes, transport)
     source = np.ones(nbytes, np.uint8)
@@ -116,13 +116,13 @@ def sync_side(nbytes: int, device: str, transport: str = "object_store") -> Turn
         await asyncio.gather(cluster.rollouts.ready(), cluster.learner.ready(None))
 
     async def loaded() -> tuple[float, list[tuple[float, list[float]]]]:
-        pack_s = await cluster.ask_learner(lambda learner: learner.pack_s.remote())
+        pack_s = await cluster.call_learner(lambda learner: learner.pack_s.remote())
         return pack_s, [await seat.call(lambda worker: worker.loaded.remote(), None) for seat in cluster.rollouts.seats]
 
     runner.run(ready())
 
     def turn() -> Facts:
-        runner.run(cluster.ask_learner(lambda learner: learner.advance.remote()))
+        runner.run(cluster.call_learner(lambda learner: learner.advance.remote()))
         time.sleep(FREE_S)
         copy_s, read_s = timed(lambda: np.copyto(target, source)), timed(lambda: xxhash.xxh3_64_intdigest(source.data))
         seconds = timed(lambda: runner.run(cluster.publish()))
@@ -176,19 +176,19 @@ def run_of(nbytes: int, transport: str) -> RunConfig:
 def repacking(device: str, quick: bool, progress: Progress) -> dict[str, float]:
     """Seconds a gigabyte that vLLM needs to take weights that lie ready."""
     with model_of(SMALL if quick else FIFTY_MILLION) as model:
-        sides = [Side("vllm", repack_side, {"model": model, "device": device})]
+        sides = [Variant("vllm", repack_side, {"model": model, "device": device})]
         facts = compare(sides, repeats=3, progress=progress, title="vLLM's repacking")["vllm"]
     return {"vllm_repacking_s_per_gb": median(facts, "seconds") / facts[0]["nbytes"] * 1e9}
 
 
-def repack_side(model: str, device: str) -> Turn:
+def repack_side(model: str, device: str) -> Trial:
     """A vLLM engine that is given its own weights again and again."""
     from stage_ray.engines import build_engine
 
-    settings = {"engine": "vllm", "images_per_wave": 2, "cpus": usable_cpus(), "gpus": float(device == "cuda")}
+    settings = {"engine": "vllm", "images_per_batch": 2, "cpus": usable_cpus(), "gpus": float(device == "cuda")}
     rollout = RolloutConfig.model_validate(settings)
     engine = build_engine(PolicyConfig.model_validate({"path": model}), rollout, worker="bench")
-    assert isinstance(engine, WaveEngine)
+    assert isinstance(engine, BatchEngine)
     tensors = {name: torch.zeros(shape) for name, shape in engine.weight_shapes().items()}
     nbytes = sum(tensor.nbytes for tensor in tensors.values())
 

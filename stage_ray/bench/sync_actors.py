@@ -15,11 +15,11 @@ from stage_ray.cluster.cluster import Cluster
 from stage_ray.cluster.placement import Actors, actor_of
 from stage_ray.config import RunConfig
 from stage_ray.config.hardware import usable_cpus
-from stage_ray.engines.batching import ImageRow, WaveEngine, WaveSamples
-from stage_ray.engines.sampling import SamplingRule
+from stage_ray.engines.batching import BatchEngine, ImageSequence, Rollouts
+from stage_ray.engines.sampling import SamplingParams
 from stage_ray.policies.base import PromptIds
 from stage_ray.records import WeightManifest
-from stage_ray.weights.broadcast_group import Place
+from stage_ray.weights.broadcast_group import GroupMember
 from stage_ray.weights.manifest import Chunk
 from stage_ray.workers.learner import LearnerWorker
 from stage_ray.workers.rollout import RolloutWorker
@@ -46,11 +46,11 @@ class Weights:
         return [(name, tensor if in_place else tensor.cpu()) for name, tensor in self._tensors.items()]
 
 
-class WeightsEngine(WaveEngine):
+class WeightsEngine(BatchEngine):
     """An engine that only takes weights: the checks of every engine, then what `TorchEngine` does with them."""
 
     def __init__(self, nbytes: int, device: str) -> None:
-        super().__init__("bench", 1, SamplingRule())
+        super().__init__("bench", 1, SamplingParams())
         self.tensors = tensors_of(nbytes, device)
 
     def weight_shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -72,7 +72,7 @@ class WeightsEngine(WaveEngine):
         """Never asked."""
         raise NotImplementedError
 
-    def sample(self, rows: Sequence[ImageRow], rule: SamplingRule) -> WaveSamples:
+    def sample(self, rows: Sequence[ImageSequence], rule: SamplingParams) -> Rollouts:
         """Never asked."""
         raise NotImplementedError
 
@@ -80,11 +80,11 @@ class WeightsEngine(WaveEngine):
         """Never asked."""
         raise NotImplementedError
 
-    def give_back(self) -> None:
+    def offload(self) -> None:
         """Never asked."""
         raise NotImplementedError
 
-    def take_back(self) -> None:
+    def onload(self) -> None:
         """Never asked."""
         raise NotImplementedError
 
@@ -101,7 +101,7 @@ class SyncLearner(LearnerWorker):
         self._chunks: list[Chunk] = []
         self._pack_s = 0.0
 
-    def begin(self, address: str = "") -> None:
+    def setup(self, address: str = "") -> None:
         """There is nothing to load."""
 
     def pack(self) -> WeightManifest:
@@ -134,7 +134,7 @@ class SyncRolloutWorker(RolloutWorker):
         self._engine: Any = WeightsEngine(nbytes, device)
         self._load_s = 0.0
 
-    def begin(self, address: str = "") -> None:
+    def setup(self, address: str = "") -> None:
         """There is nothing to load."""
 
     def load_weights(self, manifest: WeightManifest, *chunks: Chunk) -> int:
@@ -144,7 +144,7 @@ class SyncRolloutWorker(RolloutWorker):
         self._load_s = time.perf_counter() - start
         return version
 
-    def receive(self, manifest: WeightManifest, place: Place) -> str:
+    def receive(self, manifest: WeightManifest, place: GroupMember) -> str:
         """As every rollout worker, timed."""
         start = time.perf_counter()
         problem = super().receive(manifest, place)

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from stage_ray.bench.rows import Row
-from stage_ray.files import write_whole
+from stage_ray.files import atomic_write
 
 COLUMNS = ("claim", "ratio", "target", "met", "baseline", "ours", "limit", "of limit")
 
@@ -50,7 +50,7 @@ def print_rows(console: Console, rows: Sequence[Row]) -> None:
 def write_rows(path: Path, rows: Sequence[Row], run: Mapping[str, object]) -> None:
     """The rows as a JSON list, whole or not at all; each carries ``run``: machine, device, quick or not."""
     data = [row.to_json() | dict(run) for row in rows]
-    write_whole(path, json.dumps(data, indent=1, allow_nan=False))
+    atomic_write(path, json.dumps(data, indent=1, allow_nan=False))
 
 
 def _number(value: float, unit: str) -> str:

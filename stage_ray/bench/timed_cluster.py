@@ -46,7 +46,7 @@ class TimedCluster:
             for group in groups
         ]
 
-    async def hand_over(self, groups: Sequence[GroupRefs]) -> None:
+    async def set_batch(self, groups: Sequence[GroupRefs]) -> None:
         """Nothing to wait for."""
 
     async def update(self) -> dict[str, float]:

@@ -24,12 +24,12 @@ from stage_ray.errors import RunError
 from stage_ray.observability.progress import Progress
 
 Facts = Mapping[str, Any]
-Turn = Callable[[], Facts]
+Trial = Callable[[], Facts]
 REST_S = 0.3  # OpenMP's threads spin for a while after their last work; the next side must not pay for that
 
 
 @dataclass(frozen=True, slots=True)
-class Side:
+class Variant:
     """One side of a comparison: ``build(**options)`` loads everything and returns the turn that is timed.
 
     ``build`` is a function of a module, and its options are plain values: they travel to another process. A turn times
@@ -38,17 +38,17 @@ class Side:
     Example:
         >>> def build(size: int) -> Turn:
         ...     return lambda: {"seconds": 0.0, "size": size}
-        >>> Side("empty", build, {"size": 3}).options["size"]
+        >>> Variant("empty", build, {"size": 3}).options["size"]
         3
     """
 
     name: str
-    build: Callable[..., Turn]
+    build: Callable[..., Trial]
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
 def compare(
-    sides: Sequence[Side], *, repeats: int, progress: Progress, title: str, warmups: int = 1
+    sides: Sequence[Variant], *, repeats: int, progress: Progress, title: str, warmups: int = 1
 ) -> dict[str, list[Facts]]:
     """Let the sides take turns, A B A B, each with every core while the others wait.
 
@@ -84,7 +84,7 @@ def compare(
 
 
 @contextmanager
-def _contestant(side: Side, logs: Path) -> Iterator[Turn]:
+def _contestant(side: Variant, logs: Path) -> Iterator[Trial]:
     """A side in its process, loaded; yields the call that makes it take a turn."""
     log = logs / f"{side.name.replace('/', '-')}.log"
     context = multiprocessing.get_context("spawn")
@@ -119,7 +119,7 @@ def _contestant(side: Side, logs: Path) -> Iterator[Turn]:
             process.join()
 
 
-def _serve(side: Side, pipe: Connection, log: str) -> None:
+def _serve(side: Variant, pipe: Connection, log: str) -> None:
     """The other process: build, then one turn for each word that arrives."""
     from stage_ray.observability.worker_logs import redirect_output
 

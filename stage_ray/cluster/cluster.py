@@ -12,9 +12,9 @@ from typing import Any
 import ray
 from ray.exceptions import ObjectLostError
 
-from stage_ray.actors.pool import NobodyLeft, Pool
-from stage_ray.actors.rank_group import begin, end
-from stage_ray.actors.supervised import ArgumentsLost, Seat, WorkerDied, WorkerFailed, WorkerLost, heartbeats
+from stage_ray.actors.pool import NoWorkersLeft, Pool
+from stage_ray.actors.rank_group import end, setup
+from stage_ray.actors.supervised import ArgumentsLost, SupervisedActor, WorkerDied, WorkerFailed, WorkerLost, heartbeats
 from stage_ray.cluster.placement import Actors
 from stage_ray.cluster.runtime import start_ray
 from stage_ray.config import RunConfig
@@ -59,15 +59,15 @@ class Cluster:
         timeout, attempts = run.cluster.start_timeout_s, run.cluster.attempts
 
         def pool(role: str, size: Any, start: Callable[[str], Any], **more: Any) -> Pool:
-            settings = {"start_timeout_s": timeout, "attempts": attempts, "begin": begin, "kill": end, **more}
+            settings = {"start_timeout_s": timeout, "attempts": attempts, "setup": setup, "kill": end, **more}
             return Pool(role, size.workers, size.max_workers, start, **settings)
 
         # The learner first: colocated rollout workers are placed beside its ranks.
-        self.learner = Seat(
-            "learner", actors.learner, start_timeout_s=timeout, begin=self._begin_learner, kill=end, keep_failed=True
+        self.learner = SupervisedActor(
+            "learner", actors.learner, start_timeout_s=timeout, setup=self._setup_learner, kill=end, keep_failed=True
         )
         self.transport = self._transport()
-        self.rollouts = pool("rollout", run.rollout, actors.rollout, prepare=self._prepare_rollout)
+        self.rollouts = pool("rollout", run.rollout, actors.rollout, sync=self._sync_weights)
         self.rewards = pool("reward", run.scoring, actors.reward)
 
     @classmethod
@@ -84,7 +84,7 @@ class Cluster:
             cluster = cls(run, run_dir / "logs" if local else None)
             pools = (cluster.rollouts, cluster.rewards)
             try:
-                await cluster._begin()
+                await cluster._setup()
             except WorkerLost as lost:
                 raise cluster._fatal(lost) from lost
             try:
@@ -144,16 +144,16 @@ class Cluster:
         timeout, attempts = self.run.scoring.timeout_s, self.run.cluster.attempts
         try:
             receipts, scored = await self.rewards.call(judge, timeout, attempts=attempts, retry=WorkerDied)
-        except NobodyLeft as lost:
+        except NoWorkersLeft as lost:
             raise self._fatal(lost) from lost
         except WorkerLost as lost:
             return [(ScoreReceipt(group.group_id, ok=False, error=str(lost)), group) for group in groups]
         except ArgumentsLost as lost:
-            raise GroupsLostError(await self.gone(groups)) from lost
+            raise GroupsLostError(await self.missing(groups)) from lost
         results = zip(receipts, groups, scored, strict=True)
         return [(r, GroupRefs(g.group_id, g.policy_version, g.tokens, g.images, s)) for r, g, s in results]
 
-    async def hand_over(self, groups: Sequence[GroupRefs]) -> None:
+    async def set_batch(self, groups: Sequence[GroupRefs]) -> None:
         """Give the learner the groups of its next update.
 
         Raises:
@@ -161,9 +161,9 @@ class Cluster:
         """
         objects = [ref for group in groups for ref in (group.tokens, group.scores)]
         try:
-            await self.ask_learner(lambda worker: worker.take.remote(*objects))
+            await self.call_learner(lambda worker: worker.set_batch.remote(*objects))
         except ArgumentsLost as lost:
-            raise GroupsLostError(await self.gone(groups)) from lost
+            raise GroupsLostError(await self.missing(groups)) from lost
 
     async def update(self) -> dict[str, float]:
         """One STAGE update with the groups in the learner's hands; the policy's version grows by one."""
@@ -172,7 +172,7 @@ class Cluster:
             async with self._gpus_to_itself():
                 return await worker.update.remote()
 
-        return await self.ask_learner(update)
+        return await self.call_learner(update)
 
     async def publish(self) -> None:
         """Broadcast the learner's version: every wave that is asked for from now on is drawn with it.
@@ -197,7 +197,7 @@ class Cluster:
         if not await self._settle():
             return
         try:
-            await self.rollouts.anyone()
+            await self.rollouts.wait_any()
         except WorkerLost as lost:
             raise self._fatal(lost) from lost
 
@@ -218,7 +218,7 @@ class Cluster:
         """Bring small objects (verdicts, a few pictures for a person to look at) to the driver."""
         return list(await asyncio.gather(*refs))
 
-    async def ask_learner(self, ask: Callable[[Any], Any], *, patient: bool = False) -> Any:
+    async def call_learner(self, ask: Callable[[Any], Any], *, patient: bool = False) -> Any:
         """Call the learner; ``patient``: the call sets limits of its own.
 
         Raises:
@@ -260,7 +260,7 @@ class Cluster:
         """Actors of each role that can be asked now."""
         return {"rollout": len(self.rollouts.open), "reward": len(self.rewards.open), "learner": 1}
 
-    def seats(self) -> list[Seat]:
+    def seats(self) -> list[SupervisedActor]:
         """Every seat of the run."""
         return [*self.rollouts.seats, *self.rewards.seats, self.learner]
 
@@ -268,7 +268,7 @@ class Cluster:
         """Actors replaced so far."""
         return sum(seat.restarts for seat in self.seats())
 
-    async def _load(self, seat: Seat) -> int | None:
+    async def _load(self, seat: SupervisedActor) -> int | None:
         """Let one worker load the newest version; None where it is lost (its successor begins with that), or where the
         version went down with the learner's node (the next learner publishes its own).
         """
@@ -277,7 +277,7 @@ class Cluster:
         except (WorkerLost, ArgumentsLost):
             return None
 
-    async def _begin(self) -> None:
+    async def _setup(self) -> None:
         """Wait until every actor that the run needs is warm."""
         if self.run.rollout.colocated:
             # vLLM wants its share of a GPU free when it starts, and takes what others allocate while it measures itself
@@ -295,27 +295,27 @@ class Cluster:
         """
         seats = self.rollouts.seats if self.run.rollout.colocated else []
         limit = self.run.cluster.sync_timeout_s
-        async with AsyncExitStack() as aside:
-            asleep = (seat.aside(lambda worker: worker.sleep.remote(), limit) for seat in seats)
-            await asyncio.gather(*map(aside.enter_async_context, asleep))
+        async with AsyncExitStack() as exclusive:
+            asleep = (seat.exclusive(lambda worker: worker.sleep.remote(), limit) for seat in seats)
+            await asyncio.gather(*map(exclusive.enter_async_context, asleep))
             yield
 
-    async def _begin_learner(self, worker: Any) -> None:
+    async def _setup_learner(self, worker: Any) -> None:
         async with self._gpus_to_itself():
-            await begin(worker)
+            await setup(worker)
 
-    async def gone(self, groups: Sequence[GroupRefs]) -> list[int]:
+    async def missing(self, groups: Sequence[GroupRefs]) -> list[int]:
         """Which groups' payload is nowhere any more. Only here does the driver fetch any: to see if it can."""
-        gone = []
+        missing = []
         for group in groups:
             refs = [ref for ref in (group.tokens, group.images, group.scores) if ref is not None]
             try:
                 await asyncio.gather(*refs)
             except ObjectLostError:
-                gone.append(group.group_id)
-        return gone
+                missing.append(group.group_id)
+        return missing
 
-    async def _prepare_rollout(self, name: str, worker: Any) -> None:
+    async def _sync_weights(self, name: str, worker: Any) -> None:
         loading = self.transport.newest(name, worker)
         if loading is not None:
             await loading
@@ -323,10 +323,10 @@ class Cluster:
     def _transport(self) -> Transport:
         backend = self.run.cluster.weight_transport
         if backend == "object_store":
-            return ObjectStore(self.ask_learner, self.run.cluster.sync_timeout_s)
+            return ObjectStore(self.call_learner, self.run.cluster.sync_timeout_s)
         from stage_ray.weights.broadcast import Broadcast  # late: it brings torch into the driver
 
-        return Broadcast(self.run.cluster, backend, self.learner, self.ask_learner)
+        return Broadcast(self.run.cluster, backend, self.learner, self.call_learner)
 
     def _require_accepted(self) -> None:
         if self.learner.restarts != self._accepted_learner:

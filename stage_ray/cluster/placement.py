@@ -10,7 +10,7 @@ from typing import Any
 
 import ray
 
-from stage_ray.actors.rank_group import Team
+from stage_ray.actors.rank_group import RankGroup
 from stage_ray.config import LearnerConfig, RolloutConfig, RunConfig
 from stage_ray.engines.vllm.environment import vllm_environment
 from stage_ray.observability.logs import worker_environment
@@ -29,10 +29,10 @@ class Actors:
     def __init__(self, run: RunConfig, logs: Path | None) -> None:
         """``logs``: directory of the workers' logs; None leaves them to Ray, on the node where each runs."""
         self._run, self._logs = run, logs
-        self._learners: Team | None = None  # beside whose ranks colocated rollout workers live
+        self._learners: RankGroup | None = None  # beside whose ranks colocated rollout workers live
 
     def rollout(self, name: str) -> Any:
-        """A rollout worker: one actor, or a `Team` of tensor-parallel ranks; colocated ones after the learner."""
+        """A rollout worker: one actor, or a `RankGroup` of tensor-parallel ranks; colocated ones after the learner."""
         rollout = self._run.rollout
         env = vllm_environment(rollout) if rollout.engine == "vllm" else {}
         env |= self._threads(rollout.threads, rollout.tensor_parallel)
@@ -48,7 +48,7 @@ class Actors:
         return make.remote(name, list(self._run.rewards), self._log(name))
 
     def learner(self, name: str) -> Any:
-        """The learner: one actor, or a `Team` of ranks."""
+        """The learner: one actor, or a `RankGroup` of ranks."""
         learner, rollout = self._run.learner, self._run.rollout
         beside = rollout if rollout.colocated else None
         env = self._threads(learner.threads, learner.ranks)
@@ -80,7 +80,7 @@ class Actors:
         bundle: Counter[str] = Counter()
         for part in (share, beside) if beside else (share,):
             bundle.update({"CPU": part.cpus, "GPU": part.gpus, **part.resources})
-        return Team(name, count, {key: n for key, n in bundle.items() if n}, start, one_node=one_node)
+        return RankGroup(name, count, {key: n for key, n in bundle.items() if n}, start, one_node=one_node)
 
     def _actor(
         self,

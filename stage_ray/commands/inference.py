@@ -18,7 +18,7 @@ from stage_ray.engines import build_engine
 from stage_ray.engines.base import ImageEngine
 from stage_ray.errors import ConfigError
 from stage_ray.evaluation import EvaluationResult, evaluate, find_suite, requests_for
-from stage_ray.files import write_whole
+from stage_ray.files import atomic_write
 from stage_ray.observability.progress import Progress
 from stage_ray.pipeline.prompts import load_prompts
 from stage_ray.records import Prompt
@@ -72,7 +72,7 @@ def result_table(result: EvaluationResult) -> str:
 
 def write_result(result: EvaluationResult, path: Path) -> None:
     """Write a result as JSON, whole or not at all."""
-    write_whole(path, json.dumps(result.to_json(), indent=1))
+    atomic_write(path, json.dumps(result.to_json(), indent=1))
 
 
 def generate_images(

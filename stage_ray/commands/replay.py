@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from stage_ray.config import RunConfig
 from stage_ray.errors import ConfigError, RunError
 from stage_ray.observability.progress import Progress
-from stage_ray.observability.recorder import Recorder
+from stage_ray.observability.recorder import MetricsLogger
 from stage_ray.run.recording import load_group
 from stage_ray.run.run_dir import open_run_dir
 from stage_ray.run.state import GROUPS, record_update
@@ -42,7 +42,7 @@ def replay(run: RunConfig, source: Path, progress: Progress) -> Path:
     with open_run_dir(run, resume=False) as run_dir:
         progress.stage("loading the learner")
         learner = Learner(run, threads=run.learner.threads)
-        recorder = Recorder(run_dir, run.cluster.metrics_port, run.cluster.metrics_host)
+        recorder = MetricsLogger(run_dir, run.cluster.metrics_port, run.cluster.metrics_host)
         try:
             for step, directory in enumerate(steps, start=1):
                 record_update(run, recorder, progress, step, len(steps), _update(learner, directory))

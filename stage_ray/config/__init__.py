@@ -1,4 +1,4 @@
-"""A run's configuration: its schema, its file, where its paths lead, and the hardware it meets. No torch, ray or vllm."""
+"""A run's configuration: schema, file, paths, and the hardware it meets. Imports neither torch, ray nor vllm."""
 
 from stage_ray.config.schema import (
     AlgorithmConfig,

@@ -56,7 +56,7 @@ class RolloutConfig(Section):
     temperature: float = Field(1.0, gt=0.0, description="Sampling temperature after guidance")
     top_k: int = Field(0, ge=0, description="Keep the k likeliest tokens; 0 is off")
     top_p: float = Field(1.0, gt=0.0, le=1.0, description="Keep the smallest set of tokens with this mass; 1 is off")
-    images_per_wave: int = Field(64, ge=1, description="Images in flight at once on one worker")
+    images_per_batch: int = Field(64, ge=1, description="Images in flight at once on one worker")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="auto: bfloat16 where the hardware computes in it"
     )

@@ -11,18 +11,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stage_ray.engines.sampling import SamplingRule
+from stage_ray.engines.sampling import SamplingParams
 from stage_ray.policies.base import PromptIds
 from stage_ray.records import RolloutGroup, RolloutRequest
 from stage_ray.weights.manifest import finite
 
 
 @dataclass(frozen=True, slots=True)
-class ImageRow:
+class ImageSequence:
     """One image to sample.
 
     Example:
-        >>> ImageRow(PromptIds((1, 5, 9), (1, 0, 9)), seed=7).seed
+        >>> ImageSequence(PromptIds((1, 5, 9), (1, 0, 9)), seed=7).seed
         7
     """
 
@@ -31,7 +31,7 @@ class ImageRow:
 
 
 @dataclass(frozen=True, slots=True)
-class WaveSamples:
+class Rollouts:
     """What one wave of B images gave, on the CPU: tokens int64 [B, T], the rest float32 [B, T] (see `RolloutGroup`)."""
 
     tokens: Tensor
@@ -40,7 +40,7 @@ class WaveSamples:
     entropy: Tensor
 
 
-class WaveEngine(ABC):
+class BatchEngine(ABC):
     """An `ImageEngine` but for its sampling loop.
 
     Weights change only between calls of `generate`, so every token of an image comes from the version in
@@ -48,10 +48,10 @@ class WaveEngine(ABC):
     refuses to generate until an update succeeds.
     """
 
-    def __init__(self, worker: str, images_per_wave: int, rule: SamplingRule) -> None:
+    def __init__(self, worker: str, images_per_batch: int, rule: SamplingParams) -> None:
         self.policy_version = 0
         self.worker = worker
-        self.images_per_wave = images_per_wave
+        self.images_per_batch = images_per_batch
         self.rule = rule
         self._whole = True
         self._asleep = False
@@ -66,7 +66,7 @@ class WaveEngine(ABC):
         """Prompt to token ids of both branches."""
 
     @abstractmethod
-    def sample(self, rows: Sequence[ImageRow], rule: SamplingRule) -> WaveSamples:
+    def sample(self, rows: Sequence[ImageSequence], rule: SamplingParams) -> Rollouts:
         """Sample one wave."""
 
     @abstractmethod
@@ -82,30 +82,30 @@ class WaveEngine(ABC):
         """Put checked tensors in place. They may be read-only."""
 
     @abstractmethod
-    def give_back(self) -> None:
+    def offload(self) -> None:
         """Free a GPU's memory for others, keep what cannot be made again in the machine's."""
 
     @abstractmethod
-    def take_back(self) -> None:
-        """Undo `give_back`."""
+    def onload(self) -> None:
+        """Undo `offload`."""
 
     def sleep(self) -> None:
         """Leave the GPU's memory to others until the next wave or version; nothing is lost."""
         if not self._asleep:
-            self.give_back()
+            self.offload()
             self._asleep = True
 
     def _wake(self) -> None:
         if self._asleep:
-            self.take_back()
+            self.onload()
             self._asleep = False
 
     @abstractmethod
     def close(self) -> None:
         """Free what the engine holds."""
 
-    def generate(self, requests: Sequence[RolloutRequest], rule: SamplingRule | None = None) -> list[RolloutGroup]:
-        """Sample every image of every request, ``images_per_wave`` at a time; groups in the order of the requests.
+    def generate(self, requests: Sequence[RolloutRequest], rule: SamplingParams | None = None) -> list[RolloutGroup]:
+        """Sample every image of every request, ``images_per_batch`` at a time; groups in the order of the requests.
 
         ``rule`` replaces the config's for this call (evaluation has a guidance scale of its own).
 
@@ -116,12 +116,12 @@ class WaveEngine(ABC):
             raise RuntimeError(f"{self.worker} holds half of a weight update; load a whole version before generating")
         self._wake()
         prompts = [self.encode_prompt(request.prompt.text) for request in requests]
-        rows = [ImageRow(p, seed) for p, request in zip(prompts, requests, strict=True) for seed in request.seeds]
+        rows = [ImageSequence(p, seed) for p, request in zip(prompts, requests, strict=True) for seed in request.seeds]
         waves: list[tuple[np.ndarray, ...]] = []
         seconds: list[float] = []  # of each image: its share of its wave
-        for start in range(0, len(rows), self.images_per_wave):
+        for start in range(0, len(rows), self.images_per_batch):
             began = time.perf_counter()
-            wave = self.sample(rows[start : start + self.images_per_wave], rule or self.rule)
+            wave = self.sample(rows[start : start + self.images_per_batch], rule or self.rule)
             waves.append((*_arrays(wave), self.decode(wave.tokens).numpy()))
             count = len(wave.tokens)
             seconds += [(time.perf_counter() - began) / count] * count
@@ -187,6 +187,6 @@ class WaveEngine(ABC):
         return groups
 
 
-def _arrays(wave: WaveSamples) -> tuple[np.ndarray, ...]:
+def _arrays(wave: Rollouts) -> tuple[np.ndarray, ...]:
     tokens = wave.tokens.to(torch.int32).numpy()
     return (tokens, *(part.float().numpy() for part in (wave.logprobs, wave.guided_logprobs, wave.entropy)))

@@ -1,6 +1,6 @@
 """How a token is drawn: guidance, temperature, top-k, top-p, and noise from (seed, position, token id) alone.
 
-Both engines call `draw`, so one seed gives one image whatever else is in the batch and whichever engine ran it, up to
+Both engines call `sample`, so one seed gives one image whatever else is in the batch and whichever engine ran it, up to
 floating-point differences of the logits. Pure functions of tensors; nothing here keeps state. What is done to
 logits before the noise lies in `stage_ray.policies.logprobs`, for the learner does it again.
 """
@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stage_ray.policies.logprobs import SamplingRule, final_logits, keep_top_k, keep_top_p, token_statistics
+from stage_ray.policies.logprobs import SamplingParams, keep_top_k, keep_top_p, process_logits, token_logprobs
 
-__all__ = ["Draw", "SamplingRule", "draw", "final_logits", "gumbel", "keep_top_k", "keep_top_p", "uniform"]
+__all__ = ["Sample", "SamplingParams", "sample", "process_logits", "gumbel", "keep_top_k", "keep_top_p", "uniform"]
 
 # SplitMix64 (Steele, Lea, Flood 2014): state += GOLDEN, then a two-multiply finaliser. As signed 64-bit integers.
 GOLDEN = 0x9E3779B97F4A7C15 - 2**64
@@ -23,7 +23,7 @@ LARGEST_UNIFORM = 1 - 2.0**-24
 
 
 @dataclass(frozen=True, slots=True)
-class Draw:
+class Sample:
     """One token of each image, and what was recorded about it (nats).
 
     Attributes:
@@ -39,9 +39,9 @@ class Draw:
     entropy: Tensor
 
 
-def draw(
-    conditional: Tensor, unconditional: Tensor | None, seeds: Tensor, positions: Tensor, rule: SamplingRule
-) -> Draw:
+def sample(
+    conditional: Tensor, unconditional: Tensor | None, seeds: Tensor, positions: Tensor, rule: SamplingParams
+) -> Sample:
     """Draw the token at ``positions`` of the images with these ``seeds``.
 
     Args:
@@ -53,13 +53,13 @@ def draw(
         ValueError: guidance without unconditional logits.
     """
     conditional = conditional.float()
-    logits = final_logits(conditional, unconditional, rule)
+    logits = process_logits(conditional, unconditional, rule)
     tokens = (logits + gumbel(seeds, positions, logits.shape[-1])).argmax(dim=-1)
-    statistics = token_statistics(conditional, tokens)
+    statistics = token_logprobs(conditional, tokens)
     guided = statistics.logprobs
     if not rule.plain:
         guided = logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(dim=-1)
-    return Draw(tokens, statistics.logprobs, guided, statistics.entropy)
+    return Sample(tokens, statistics.logprobs, guided, statistics.entropy)
 
 
 def gumbel(seeds: Tensor, positions: Tensor, vocabulary: int) -> Tensor:

@@ -8,18 +8,18 @@ import torch
 from torch import Tensor
 
 from stage_ray.config import PolicyConfig, RolloutConfig
-from stage_ray.engines.batching import ImageRow, WaveEngine, WaveSamples
-from stage_ray.engines.sampling import Draw, SamplingRule, draw
+from stage_ray.engines.batching import BatchEngine, ImageSequence, Rollouts
+from stage_ray.engines.sampling import Sample, SamplingParams, sample
 from stage_ray.engines.static_decoder import StaticDecoder
 from stage_ray.policies.base import PromptIds, compute_dtype, device_for
 from stage_ray.policies.janus import JanusPolicy
 
 
-class TorchEngine(WaveEngine):
+class TorchEngine(BatchEngine):
     """Guided sampling with the policy's own modules; conditional and unconditional rows of an image share a batch."""
 
     def __init__(self, policy: PolicyConfig, rollout: RolloutConfig, *, worker: str) -> None:
-        super().__init__(worker, rollout.images_per_wave, SamplingRule.of(rollout))
+        super().__init__(worker, rollout.images_per_batch, SamplingParams.of(rollout))
         device = device_for(rollout.gpus, "rollout.gpus")
         self._device = device
         self._policy = JanusPolicy.load(policy, device=device, dtype=compute_dtype(rollout.dtype, device))
@@ -58,13 +58,13 @@ class TorchEngine(WaveEngine):
             else:
                 parameter.copy_(tensors[name])
 
-    def give_back(self) -> None:
+    def offload(self) -> None:
         """Move the model to the machine's memory; caches live only as long as a wave."""
         self._move(torch.device("cpu"))
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def take_back(self) -> None:
+    def onload(self) -> None:
         """Move the model to its device."""
         self._move(self._device)
 
@@ -77,7 +77,7 @@ class TorchEngine(WaveEngine):
         del self._policy, self._image_embeds
 
     @torch.inference_mode()
-    def sample(self, rows: Sequence[ImageRow], rule: SamplingRule) -> WaveSamples:
+    def sample(self, rows: Sequence[ImageSequence], rule: SamplingParams) -> Rollouts:
         """Sample one wave: B conditional rows, then the B unconditional ones where guidance is on."""
         count, steps = len(rows), self._policy.image_tokens
         llama = self._policy.model.model.language_model
@@ -91,16 +91,16 @@ class TorchEngine(WaveEngine):
         seeds = torch.tensor([row.seed for row in rows], device=self._device)
         decoder = StaticDecoder(llama, len(prompts), ids.shape[1] + steps - 1)
         states = decoder.prefill(llama.embed_tokens(ids), padding, owners)
-        draws: list[Draw] = []
+        samples: list[Sample] = []
         for step in range(steps):
             logits = self._policy.head(states)
             unconditional = logits[count:] if rule.guided else None
-            draws.append(draw(logits[:count], unconditional, seeds, torch.full_like(seeds, step), rule))
+            samples.append(sample(logits[:count], unconditional, seeds, torch.full_like(seeds, step), rule))
             if step + 1 < steps:
-                states = decoder.step(self._image_embeds[draws[-1].tokens].repeat(len(prompts) // count, 1))
-        return WaveSamples(
+                states = decoder.step(self._image_embeds[samples[-1].tokens].repeat(len(prompts) // count, 1))
+        return Rollouts(
             *(
-                torch.stack([getattr(item, name) for item in draws], dim=1).cpu()
+                torch.stack([getattr(item, name) for item in samples], dim=1).cpu()
                 for name in ("tokens", "logprobs", "guided_logprobs", "entropy")
             )
         )

@@ -23,19 +23,19 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from stage_ray.algorithm.credit import Signals, stage_signals
+from stage_ray.algorithm.credit import Credit, stage_credit
 from stage_ray.algorithm.losses import TokenWeights, token_weights, weighted_loss
 from stage_ray.algorithm.off_policy import guided_behavior
 from stage_ray.config import LearnerConfig, RunConfig
 from stage_ray.errors import ConfigError
 from stage_ray.learner.batch import Batch, LearnerError, make_batch
-from stage_ray.learner.metrics import PolicyPass, ReferencePass, correction_of, update_metrics
+from stage_ray.learner.metrics import PolicyOutputs, ReferenceOutputs, correction_of, update_metrics
 from stage_ray.learner.precision import attention, autocast, uses_bfloat16
-from stage_ray.learner.ranks import Ranks, whole, whole_state
+from stage_ray.learner.ranks import Ranks, full_state_dict, full_tensor
 from stage_ray.learner.state import LearnerParts, fingerprint, load_state, save_state
 from stage_ray.policies import load_policy
 from stage_ray.policies.base import device_for
-from stage_ray.policies.logprobs import SamplingRule, TokenStatistics
+from stage_ray.policies.logprobs import SamplingParams, TokenLogprobs
 from stage_ray.records import RolloutGroup, ScoredGroup
 
 
@@ -88,7 +88,7 @@ class Learner:
         if run.learner.gradient_checkpointing:
             _enable_checkpointing(self.policy.model)
         for policy in (self.policy, self._reference):
-            self._ranks.shard(policy.shards(), self._bfloat16)
+            self._ranks.shard(policy.fsdp_modules(), self._bfloat16)
         self._parameters = self.policy.trained_parameters()
         self._optimizer = torch.optim.AdamW(
             self._parameters.values(),
@@ -98,7 +98,7 @@ class Learner:
             fused=True,
         )
         self._codebook = self.policy.codebook()
-        self._rule = SamplingRule.of(run.rollout)
+        self._rule = SamplingParams.of(run.rollout)
         # A plain rule draws from the conditional distribution itself: there is no second ratio.
         self._guided_ratio = run.algorithm.ratio_on == "guided" and not self._rule.plain
         self._leave_free_memory()
@@ -126,13 +126,13 @@ class Learner:
             encode=self.policy.encode_prompt,
             device=self._device,
         )
-        cuts = self._cuts(batch)
+        micro_batches = self._micro_batches(batch)
         with attention(self._bfloat16, self._device):
-            reference = self._reference_pass(batch, cuts)
+            reference = self._reference_pass(batch, micro_batches)
             signals = self._signals(batch, reference)
-            passed = self._policy_pass(batch, cuts, reference, signals)
+            outputs = self._policy_pass(batch, micro_batches, reference, signals)
         lr = learning_rate(self.version, self._run.steps, self._run.learner)
-        metrics = update_metrics(batch, reference, signals, passed, self._run)
+        metrics = update_metrics(batch, reference, signals, outputs, self._run)
         metrics["grad_norm"] = self._step(metrics, lr)
         metrics["lr"] = lr
         self._leave_free_memory()
@@ -146,7 +146,7 @@ class Learner:
         """
         if self._ranks.count == 1:
             return [(name, p.detach() if in_place else p.detach().cpu()) for name, p in self._parameters.items()]
-        whole_weights = list(whole_state(self._parameters, keep=self._ranks.first).items())
+        whole_weights = list(full_state_dict(self._parameters, keep=self._ranks.first).items())
         self._leave_free_memory()
         return whole_weights
 
@@ -168,7 +168,7 @@ class Learner:
         if self._ranks.count == 1:
             self.policy.save(directory)
             return
-        state = whole_state(self.policy.model.state_dict(), keep=self._ranks.first)
+        state = full_state_dict(self.policy.model.state_dict(), keep=self._ranks.first)
         if self._ranks.first:
             self.policy.save(directory, state)
         self._ranks.wait()
@@ -181,13 +181,13 @@ class Learner:
         if self._run.rollout.colocated and self._device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _cuts(self, batch: Batch) -> list[Tensor]:
+    def _micro_batches(self, batch: Batch) -> list[Tensor]:
         """The rows of each micro-batch of this rank: whole groups, as many as every other rank's."""
         return batch.micro_batches(self._run.learner.micro_batch_images, self._ranks.rows(len(batch.prompts)))
 
-    def _gathered(self, rows: Tensor) -> Tensor:
+    def _all_gather(self, rows: Tensor) -> Tensor:
         """[N * G, T] of which this rank filled its own groups' rows, filled by all."""
-        return self._ranks.gathered(rows[self._ranks.rows(rows.shape[0])])
+        return self._ranks.all_gather(rows[self._ranks.rows(rows.shape[0])])
 
     def _autocast(self) -> AbstractContextManager[object]:
         return autocast(self._bfloat16, self._device)
@@ -198,23 +198,23 @@ class Learner:
         return time.perf_counter()
 
     @torch.no_grad()
-    def _reference_pass(self, batch: Batch, cuts: Sequence[Tensor]) -> ReferencePass:
+    def _reference_pass(self, batch: Batch, micro_batches: Sequence[Tensor]) -> ReferenceOutputs:
         start = self._clock()
         tokens = batch.tokens.flatten(0, 1)
         logprobs = torch.empty(tokens.shape, device=self._device)
         entropy = torch.empty_like(logprobs)
-        for rows in cuts:
+        for rows in micro_batches:
             with self._autocast():
                 prompts = [prompt.conditional for prompt in batch.prompts_of(rows)]
-                statistics = self._reference.statistics(prompts, tokens[rows], entropy_grad=False)
+                statistics = self._reference.token_logprobs(prompts, tokens[rows], entropy_grad=False)
             logprobs[rows], entropy[rows] = statistics.logprobs, statistics.entropy
         shape = batch.tokens.shape
-        logprobs, entropy = self._gathered(logprobs), self._gathered(entropy)
-        return ReferencePass(logprobs.view(shape), entropy.view(shape), self._clock() - start)
+        logprobs, entropy = self._all_gather(logprobs), self._all_gather(entropy)
+        return ReferenceOutputs(logprobs.view(shape), entropy.view(shape), self._clock() - start)
 
-    def _signals(self, batch: Batch, reference: ReferencePass) -> Signals:
+    def _signals(self, batch: Batch, reference: ReferenceOutputs) -> Credit:
         algorithm = self._run.algorithm
-        return stage_signals(
+        return stage_credit(
             batch.scores,
             batch.entropy.mean(dim=-1),
             reference.entropy.mean(dim=-1),
@@ -228,8 +228,8 @@ class Learner:
         )
 
     def _policy_pass(
-        self, batch: Batch, cuts: Sequence[Tensor], reference: ReferencePass, signals: Signals
-    ) -> PolicyPass:
+        self, batch: Batch, micro_batches: Sequence[Tensor], reference: ReferenceOutputs, signals: Credit
+    ) -> PolicyOutputs:
         """Forward and backward over micro-batches; their losses and gradients add up to those of the whole batch."""
         start = self._clock()
         algorithm = self._run.algorithm
@@ -246,7 +246,7 @@ class Learner:
         # One answer for the whole batch: ranks that ran different forwards would miss each other in their gathers.
         guided = self._guided_ratio and bool((batch.staleness > 0).any())
         self._optimizer.zero_grad(set_to_none=True)
-        for rows in cuts:
+        for rows in micro_batches:
             current, behavior[rows] = self._logprobs(batch, rows, guided=guided)
             part = weighted_loss(
                 current,
@@ -263,11 +263,11 @@ class Learner:
             loss += part.loss.detach()
             policy += part.policy
         shape = batch.tokens.shape
-        return PolicyPass(
-            self._gathered(logprobs).view(shape),
-            self._gathered(behavior).view(shape),
-            self._ranks.summed(loss).item(),
-            self._ranks.summed(policy).item(),
+        return PolicyOutputs(
+            self._all_gather(logprobs).view(shape),
+            self._all_gather(behavior).view(shape),
+            self._ranks.all_reduce(loss).item(),
+            self._ranks.all_reduce(policy).item(),
             weights,
             self._clock() - start,
         )
@@ -279,25 +279,25 @@ class Learner:
         group is measured against itself: what lies between engine and learner is no reason to weigh a token.
         """
         stale = (batch.staleness > 0).repeat_interleave(batch.tokens.shape[1])[rows].unsqueeze(-1)
-        statistics = self._statistics(batch, rows, guided=guided)
+        statistics = self._token_logprobs(batch, rows, guided=guided)
         current, recorded = statistics.logprobs, batch.logprobs.flatten(0, 1)[rows]
         if statistics.guided_logprobs is not None:
             drawn = batch.guided_logprobs.flatten(0, 1)[rows]
             recorded = guided_behavior(current, statistics.guided_logprobs, drawn)
         return current, torch.where(stale, recorded, current.detach())
 
-    def _statistics(self, batch: Batch, rows: Tensor, *, guided: bool) -> TokenStatistics:
+    def _token_logprobs(self, batch: Batch, rows: Tensor, *, guided: bool) -> TokenLogprobs:
         prompts, tokens = batch.prompts_of(rows), batch.tokens.flatten(0, 1)[rows]
         with self._autocast():
             if guided:
-                return self.policy.guided_statistics(prompts, tokens, self._rule, entropy_grad=False)
+                return self.policy.guided_token_logprobs(prompts, tokens, self._rule, entropy_grad=False)
             conditional = [prompt.conditional for prompt in prompts]
-            return self.policy.statistics(conditional, tokens, entropy_grad=False)
+            return self.policy.token_logprobs(conditional, tokens, entropy_grad=False)
 
     def _step(self, metrics: dict[str, float], lr: float) -> float:
         """Check, clip and step; returns the gradient norm before clipping."""
         gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
-        norm = whole(torch.nn.utils.get_total_norm(gradients))
+        norm = full_tensor(torch.nn.utils.get_total_norm(gradients))
         where = f"update {self.version}"
         for name, value in (("loss", metrics["loss"]), ("gradient norm", norm.item())):
             if not math.isfinite(value):

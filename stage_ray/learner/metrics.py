@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from stage_ray.algorithm.advantages import combine_rewards
-from stage_ray.algorithm.credit import Signals
+from stage_ray.algorithm.credit import Credit
 from stage_ray.algorithm.entropy import entropy_closeness
 from stage_ray.algorithm.kl import k3_kl
 from stage_ray.algorithm.losses import TokenWeights
@@ -24,7 +24,7 @@ from stage_ray.learner.batch import Batch
 
 
 @dataclass(frozen=True, slots=True)
-class ReferencePass:
+class ReferenceOutputs:
     """The reference model on a batch: float32 [N, G, T] log-probabilities and entropies (nats), and the seconds."""
 
     logprobs: Tensor
@@ -33,7 +33,7 @@ class ReferencePass:
 
 
 @dataclass(frozen=True, slots=True)
-class PolicyPass:
+class PolicyOutputs:
     """The policy on a batch.
 
     Attributes:
@@ -53,7 +53,7 @@ class PolicyPass:
 
 
 def update_metrics(
-    batch: Batch, reference: ReferencePass, signals: Signals, passed: PolicyPass, run: RunConfig
+    batch: Batch, reference: ReferenceOutputs, signals: Credit, outputs: PolicyOutputs, run: RunConfig
 ) -> dict[str, float]:
     """Flat metrics of one update.
 
@@ -91,20 +91,20 @@ def update_metrics(
         "entropy_reward/mean": entropy_closeness(batch.entropy.mean(-1), reference.entropy.mean(-1)).mean().item(),
         "entropy/policy": batch.entropy.mean().item(),
         "entropy/reference": reference.entropy.mean().item(),
-        "kl": k3_kl(passed.logprobs, reference.logprobs).mean().item(),
-        "kl/weighted": (passed.weights.kl * k3_kl(passed.logprobs, reference.logprobs)).sum().item(),
-        "loss": passed.loss,
-        "policy_loss": passed.policy,
+        "kl": k3_kl(outputs.logprobs, reference.logprobs).mean().item(),
+        "kl/weighted": (outputs.weights.kl * k3_kl(outputs.logprobs, reference.logprobs)).sum().item(),
+        "loss": outputs.loss,
+        "policy_loss": outputs.policy,
         "similarity/mean": signals.similarity.mean().item(),
         "weight/mean": advantage_weight(signals.similarity).mean().item() if reweighted else 1.0,
         "images": float(batch.tokens.shape[0] * batch.tokens.shape[1]),
         "tokens": float(batch.tokens.numel()),
         "time/reference_s": reference.seconds,
-        "time/policy_s": passed.seconds,
+        "time/policy_s": outputs.seconds,
     }
     for column, reward in enumerate(run.rewards):
         metrics[f"reward/{reward.column}"] = batch.scores[..., column].mean().item()
-    return metrics | _mismatch(batch, passed) | _staleness(batch, run) | _ratios(batch, passed, run)
+    return metrics | _mismatch(batch, outputs) | _staleness(batch, run) | _ratios(batch, outputs, run)
 
 
 def correction_of(algorithm: AlgorithmConfig) -> Correction:
@@ -118,9 +118,9 @@ def correction_of(algorithm: AlgorithmConfig) -> Correction:
     return Correction(algorithm.correction, cap=algorithm.ratio_cap, low=low, high=high)
 
 
-def _mismatch(batch: Batch, passed: PolicyPass) -> dict[str, float]:
+def _mismatch(batch: Batch, outputs: PolicyOutputs) -> dict[str, float]:
     fresh = batch.staleness == 0
-    difference = (passed.logprobs - batch.logprobs).abs()
+    difference = (outputs.logprobs - batch.logprobs).abs()
     metrics = {}
     if bool(fresh.any()):
         metrics["mismatch/abs_logprob"] = difference[fresh].mean().item()
@@ -138,11 +138,11 @@ def _staleness(batch: Batch, run: RunConfig) -> dict[str, float]:
     return metrics
 
 
-def _ratios(batch: Batch, passed: PolicyPass, run: RunConfig) -> dict[str, float]:
+def _ratios(batch: Batch, outputs: PolicyOutputs, run: RunConfig) -> dict[str, float]:
     stale = batch.staleness > 0
     if not bool(stale.any()):
         return {"ratio/mean": 1.0, "ratio/max": 1.0, "ratio/clipped": 0.0, "ess": 1.0}
-    logprobs, behavior, correction = passed.logprobs[stale], passed.behavior[stale], correction_of(run.algorithm)
+    logprobs, behavior, correction = outputs.logprobs[stale], outputs.behavior[stale], correction_of(run.algorithm)
     ratio = importance_ratio(logprobs, behavior)
     return {
         "ratio/mean": ratio.mean().item(),

@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from stage_ray.weights.rendezvous import join_group
+from stage_ray.weights.rendezvous import init_process_group
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,11 +31,11 @@ class Ranks:
     mesh: DeviceMesh | None = None
 
     @classmethod
-    def join(cls, rank: int, count: int, address: str, device: torch.device, timeout_s: float) -> Ranks:
-        """Meet the other ranks (`join_group`); blocks until all are there."""
+    def init_process_group(cls, rank: int, count: int, address: str, device: torch.device, timeout_s: float) -> Ranks:
+        """Meet the other ranks (`init_process_group`); blocks until all are there."""
         if count == 1:
             return cls()
-        join_group(rank, count, address, device, timeout_s)
+        init_process_group(rank, count, address, device, timeout_s)
         return cls(rank, count, init_device_mesh(device.type, (count,)))
 
     @property
@@ -66,15 +66,15 @@ class Ranks:
             module.set_gradient_divide_factor(1.0)  # type: ignore[operator]
             module.set_force_sum_reduction_for_comms(True)  # type: ignore[operator]  # gloo knows nothing else
 
-    def gathered(self, part: Tensor) -> Tensor:
+    def all_gather(self, part: Tensor) -> Tensor:
         """Every rank's rows, in the order of ranks: [rows / count, ...] -> [rows, ...]."""
         if self.mesh is None:
             return part
-        whole = part.new_empty((part.shape[0] * self.count, *part.shape[1:]))
-        dist.all_gather_into_tensor(whole, part.contiguous())
-        return whole
+        full_tensor = part.new_empty((part.shape[0] * self.count, *part.shape[1:]))
+        dist.all_gather_into_tensor(full_tensor, part.contiguous())
+        return full_tensor
 
-    def summed(self, value: Tensor) -> Tensor:
+    def all_reduce(self, value: Tensor) -> Tensor:
         """The sum over ranks."""
         if self.mesh is not None:
             dist.all_reduce(value)
@@ -86,21 +86,21 @@ class Ranks:
             dist.barrier()
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """A tensor with all its shards; every rank must ask.
 
     Example:
-        >>> whole(torch.ones(2)).shape
+        >>> full_tensor(torch.ones(2)).shape
         torch.Size([2])
     """
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def whole_state(state: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
+def full_state_dict(state: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
     """A state with all shards on the CPU, one tensor gathered after another; empty where it is not to be kept."""
     found = {}
     for name, tensor in state.items():
-        full = whole(tensor.detach())
+        full = full_tensor(tensor.detach())
         if keep:
             found[name] = full.cpu()
     return found

@@ -42,8 +42,8 @@ def load_shards(directory: Path, like: Callable[[str], Tensor | None]) -> dict[s
     try:
         saved = reader.read_metadata().state_dict_metadata
         found: dict[str, Tensor] = {}
-        for key, facts in saved.items():
-            model, size = like(key), torch.Size(getattr(facts, "size", ()))
+        for key, metadata in saved.items():
+            model, size = like(key), torch.Size(getattr(metadata, "size", ()))
             if model is None:
                 raise LearnerError(f"learner state {directory} holds {key!r}, which this model does not train")
             if size and size != model.shape:

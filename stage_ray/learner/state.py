@@ -18,7 +18,12 @@ from stage_ray.learner.ranks import Ranks
 from stage_ray.learner.shards import load_shards, save_shards, sharded_like
 
 FORMAT = 1
-WEIGHTS, OPTIMIZER, RANDOM, FACTS = "trained.safetensors", "optimizer.safetensors", "random.safetensors", "learner.json"
+WEIGHTS, OPTIMIZER, RANDOM, METADATA = (
+    "trained.safetensors",
+    "optimizer.safetensors",
+    "random.safetensors",
+    "learner.json",
+)
 SHARDS = "shards"
 
 
@@ -54,8 +59,8 @@ def save_state(directory: Path, version: int, parts: LearnerParts) -> None:
         save_file({name: tensor.cpu().contiguous() for name, tensor in moments.items()}, directory / OPTIMIZER)
     if parts.ranks.first:
         save_file(_random_states(), directory / RANDOM)
-        facts = {"format": FORMAT, "version": version, "reference": parts.reference}
-        (directory / FACTS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        metadata = {"format": FORMAT, "version": version, "reference": parts.reference}
+        (directory / METADATA).write_text(json.dumps(metadata, indent=1) + "\n", encoding="utf-8")
     parts.ranks.wait()
 
 
@@ -67,12 +72,12 @@ def load_state(directory: Path, parts: LearnerParts) -> int:
     """
     random = _read(directory / RANDOM)
     try:
-        facts = json.loads((directory / FACTS).read_text(encoding="utf-8"))
+        metadata = json.loads((directory / METADATA).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise LearnerError(f"learner state {directory / FACTS} cannot be read: {error}") from error
-    if facts.get("format") != FORMAT:
-        raise LearnerError(f"learner state {directory / FACTS} has format {facts.get('format')}, known is {FORMAT}")
-    if facts["reference"] != parts.reference:
+        raise LearnerError(f"learner state {directory / METADATA} cannot be read: {error}") from error
+    if metadata.get("format") != FORMAT:
+        raise LearnerError(f"learner state {directory / METADATA} has format {metadata.get('format')}, not {FORMAT}")
+    if metadata["reference"] != parts.reference:
         raise LearnerError(f"learner state {directory} was trained from another base model; set policy.path back to it")
     if (directory / SHARDS).is_dir():
         where = directory / SHARDS
@@ -96,7 +101,7 @@ def load_state(directory: Path, parts: LearnerParts) -> int:
         for name, parameter in parts.parameters.items():
             parameter.copy_(sharded_like(weights[name], parameter))
     _restore_random(random)
-    return int(facts["version"])
+    return int(metadata["version"])
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:

@@ -47,7 +47,7 @@ def start_worker_logs(role: str, worker: str) -> None:
         _start({"run": os.environ.get(RUN, ""), "role": role, "worker": worker}, None)
 
 
-def about(**facts: Any) -> None:
+def bind_context(**facts: Any) -> None:
     """What the lines from here on are about, such as ``step=3`` or ``group_id=[7, 8]``; None takes a fact away."""
     if _handler is None:
         return
@@ -57,7 +57,7 @@ def about(**facts: Any) -> None:
     _adopt()
 
 
-def tell_error(sentence: str) -> None:
+def log_error(sentence: str) -> None:
     """Why a command ends: a line on stderr, or of the log where it is JSON."""
     if _handler is None:
         print(sentence, file=sys.stderr)

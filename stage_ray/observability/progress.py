@@ -18,7 +18,7 @@ from rich.progress import Progress as Bars
 from rich.text import Text
 
 from stage_ray.config import RunConfig
-from stage_ray.observability.logs import about, start_logs
+from stage_ray.observability.logs import bind_context, start_logs
 
 log = logging.getLogger(__name__)
 PLAIN_EVERY_S = 10.0
@@ -169,18 +169,18 @@ class LoggedProgress(Progress):
 
     def step(self, step: int, total: int, metrics: Mapping[str, Any]) -> None:
         """One line a step."""
-        about(step=step)
+        bind_context(step=step)
         known = {name: metrics[name] for name in SHOWN if metrics.get(name) is not None}
         finite = {name: value for name, value in known.items() if math.isfinite(value)}  # JSON has no NaN
         log.info("step %d of %d", step, total, extra={"metrics": finite})
 
     def alarm(self, name: str, text: str) -> None:
         """A warning with the alarm's name in ``alarm``."""
-        about()
+        bind_context()
         log.warning(text, extra={"alarm": name})
 
     def _line(self, text: str, style: str | None = None) -> None:
-        about()
+        bind_context()
         log.info(text)
 
 

@@ -14,7 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from stage_ray.config.hardware import machine_facts
 from stage_ray.errors import RunError
-from stage_ray.files import write_whole
+from stage_ray.files import atomic_write
 from stage_ray.observability.registry import ALARMS, PREFIX, find, flat
 
 METRICS_FILE = "metrics.jsonl"
@@ -22,7 +22,7 @@ ALARMS_FILE = "alarms.jsonl"
 MACHINE_FILE = "machine.json"
 
 
-class Recorder:
+class MetricsLogger:
     """Writes one JSON object per step, and mirrors it to TensorBoard and Prometheus.
 
     Invariant: ``metrics.jsonl`` holds whole lines with growing steps, whatever was killed when. A line is flushed
@@ -31,7 +31,7 @@ class Recorder:
     ``step`` counts updates done, from 1, so a checkpoint of step 50 resumes with ``resume_step=50``.
 
     Example:
-        recorder = Recorder(Path("runs/a"), port=0, host="127.0.0.1")
+        recorder = MetricsLogger(Path("runs/a"), port=0, host="127.0.0.1")
         recorder.step(1, {"reward/mean": 0.5, "alarms": []})   # and gauge stage_ray_reward_mean on recorder.port
         recorder.close()
     """
@@ -50,9 +50,9 @@ class Recorder:
         """
         self._registry = CollectorRegistry()
         self._gauges: dict[str, Gauge] = {}
-        self._rung = Counter(f"{PREFIX}alarm", _help("alarm"), ["name"], registry=self._registry)
+        self._alerts = Counter(f"{PREFIX}alarm", _help("alarm"), ["name"], registry=self._registry)
         for name in ALARMS:  # at 0 from the start: Prometheus sees no increase in a counter that begins at 1
-            self._rung.labels(name)
+            self._alerts.labels(name)
         self.port: int | None = None
         self._server: Any = None
         if port is not None:
@@ -84,7 +84,7 @@ class Recorder:
         """Record one alarm of a step in ``alarms.jsonl`` and in the counter ``stage_ray_alarm_total{name="..."}``."""
         self._alarms.write(json.dumps({"step": step, "alarm": name, "text": text}) + "\n")
         self._alarms.flush()
-        self._rung.labels(name).inc()
+        self._alerts.labels(name).inc()
 
     def rewind(self, step: int) -> None:
         """Forget the steps after ``step``; they will be trained again."""
@@ -144,7 +144,7 @@ def truncate_steps(path: Path, last_step: int) -> None:
     if not path.exists():
         return
     kept = [row for row in read_steps(path) if row["step"] <= last_step]
-    write_whole(path, "".join(json.dumps(row) + "\n" for row in kept))
+    atomic_write(path, "".join(json.dumps(row) + "\n" for row in kept))
 
 
 def read_steps(path: Path) -> list[dict[str, Any]]:

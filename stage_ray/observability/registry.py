@@ -12,7 +12,7 @@ from typing import Literal
 PREFIX = "stage_ray_"
 RAY_PREFIX = "ray_"
 
-Place = Literal["learner", "stream", "driver", "every worker", "rollout, learner"]
+Source = Literal["learner", "stream", "driver", "every worker", "rollout, learner"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class Metric:
     name: str
     unit: str
     meaning: str
-    where: Place
+    where: Source
     kind: Literal["gauge", "counter"] = "gauge"
     worker: bool = False
 
@@ -196,7 +196,7 @@ def find(name: str) -> Metric | None:
 def markdown() -> str:
     """The catalogue as ``deploy/grafana/METRICS.md`` has it."""
     parts = [
-        "# Metrics\n\nWritten by `stage-ray metrics --markdown`; the source is `stage_ray/observability/registry.py`.\n",
+        "# Metrics\n\nWritten by `stage-ray metrics --markdown`; source: `stage_ray/observability/registry.py`.\n",
         "## Of a run\n\nOne row an update in `metrics.jsonl` and TensorBoard, and the newest of each on the driver's "
         "Prometheus endpoint\n(`cluster.metrics_port`).\n",
         _markdown_table(RECORDED, "metrics.jsonl"),

@@ -10,7 +10,7 @@ from typing import Any
 
 from ray.util.metrics import Counter, Gauge
 
-from stage_ray.observability.logs import about
+from stage_ray.observability.logs import bind_context
 from stage_ray.observability.registry import WORKER
 from stage_ray.records import RolloutGroup
 
@@ -39,7 +39,7 @@ class WorkerMetrics:
 
     def begin(self, group_ids: Iterable[int], **facts: int) -> None:
         """A call begins: on these groups, and with what else its log lines are about (``step``)."""
-        about(group_id=list(group_ids), **facts)
+        bind_context(group_id=list(group_ids), **facts)
         self._began = time.perf_counter()
 
     def done(self, groups: Sequence[RolloutGroup], version: int | None = None) -> None:

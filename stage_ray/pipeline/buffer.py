@@ -29,33 +29,33 @@ class GroupsFailedError(Exception):
     """Every group of the next update is settled, and some failed: `GroupBuffer.replace` them and take again.
 
     Attributes:
-        whys: group -> why, in the order of slots.
+        reasons: group -> why, in the order of slots.
     """
 
-    def __init__(self, whys: Mapping[int, str]) -> None:
-        super().__init__(f"groups {list(whys)} cannot be scored")
-        self.whys = whys
+    def __init__(self, reasons: Mapping[int, str]) -> None:
+        super().__init__(f"groups {list(reasons)} cannot be scored")
+        self.reasons = reasons
 
 
 @dataclass(slots=True, eq=False)
 class _Slot(Generic[Payload]):
     group_id: int
     step: int  # updates done when it was admitted; its policy version is at least that
-    fate: Payload | Failed | None = None  # None while it is drawn and scored
+    outcome: Payload | Failed | None = None  # None while it is drawn and scored
     arrival: int = 0
     taken: bool = False
 
     @property
     def payload(self) -> Payload | None:
         """What it holds, once it is ready."""
-        return None if isinstance(self.fate, Failed) else self.fate
+        return None if isinstance(self.outcome, Failed) else self.outcome
 
 
 class GroupBuffer(Generic[Payload]):
     """Holds ``groups_per_step * (max_staleness + 1)`` slots, in the order of admission.
 
-    Invariant: a slot is freed when its group is *trained* (`release`), not when it is taken. A group is admitted only
-    into a free slot, so when it is admitted at version v fewer than ``(k + 1) N`` groups stand before and with it.
+    Invariant: a slot is freed when its group is *trained* (`free_slots`), not when it is taken. A group gets only
+    a free slot, so when it is admitted at version v fewer than ``(k + 1) N`` groups stand before and with it.
     In ``strict`` order groups train as admitted, N a step, so it trains at version v + k at the latest: no group can be
     born stale. In ``arrival`` order a ready group may overtake one that is not, as long as every group can still train
     by its last step.
@@ -70,7 +70,7 @@ class GroupBuffer(Generic[Payload]):
         [(0, 'a'), (1, 'b')]
         >>> buffer.free
         0
-        >>> buffer.release([0, 1]); buffer.free
+        >>> buffer.free_slots([0, 1]); buffer.free
         2
     """
 
@@ -100,12 +100,12 @@ class GroupBuffer(Generic[Payload]):
     @property
     def pending(self) -> int:
         """Groups that are being drawn or scored."""
-        return sum(slot.fate is None for slot in self._slots)
+        return sum(slot.outcome is None for slot in self._slots)
 
     @property
     def failed(self) -> dict[int, str]:
         """Groups that failed and were not replaced yet, and why, in the order of slots."""
-        return _whys(self._slots)
+        return _reasons(self._slots)
 
     def admit(self, group_id: int, step: int) -> None:
         """Give a new group the next slot, ``step`` updates into the run.
@@ -134,25 +134,25 @@ class GroupBuffer(Generic[Payload]):
     def replace(self, group_id: int, successor: int) -> None:
         """A group that failed gives its slot, and so its place in the order, to a fresh one."""
         slot = self._slot(group_id)
-        slot.group_id, slot.fate = successor, None
+        slot.group_id, slot.outcome = successor, None
         self._of[successor] = self._of.pop(group_id)
 
-    def lose(self, group_id: int) -> bool:
+    def invalidate(self, group_id: int) -> bool:
         """A group's payload is gone: it is drawn again, in its old place. Whether it had one to lose."""
         slot = self._slot(group_id)
         lost = slot.payload is not None
         if lost:
-            slot.fate, slot.taken = None, False
+            slot.outcome, slot.taken = None, False
         return lost
 
-    def put_back(self, group_ids: Iterable[int]) -> None:
+    def requeue(self, group_ids: Iterable[int]) -> None:
         """Taken groups were not trained after all: they stand where they stood."""
         for group_id in group_ids:
             self._slot(group_id).taken = False
         self._changed.set()
 
     async def take(self, step: int) -> list[tuple[int, Payload]]:
-        """The N groups of update ``step`` (0-based), once they are ready; their slots stay held until `release`.
+        """The N groups of update ``step`` (0-based), once they are ready; their slots stay held until `free_slots`.
 
         Raises:
             GroupsFailedError: all of them are settled, but not all are ready; none is taken.
@@ -160,15 +160,15 @@ class GroupBuffer(Generic[Payload]):
         while True:
             batch = self._batch(step)
             if batch is not None:
-                if whys := _whys(batch):
-                    raise GroupsFailedError(whys)
+                if reasons := _reasons(batch):
+                    raise GroupsFailedError(reasons)
                 for slot in batch:
                     slot.taken = True
                 return [(slot.group_id, slot.payload) for slot in batch if slot.payload is not None]
             self._changed.clear()
             await self._changed.wait()
 
-    def fates(self, group_ids: Iterable[int] | None = None) -> dict[int, asyncio.Future[Payload | Failed]]:
+    def outcomes(self, group_ids: Iterable[int] | None = None) -> dict[int, asyncio.Future[Payload | Failed]]:
         """What becomes of groups: their payload, or why they failed, as soon as that is settled.
 
         It stays known when the slot has long been given to another group.
@@ -178,9 +178,9 @@ class GroupBuffer(Generic[Payload]):
         """
         if group_ids is None:
             group_ids = [slot.group_id for slot in self._slots if not slot.taken]
-        return {group_id: self._fate(self._slot(group_id)) for group_id in group_ids}
+        return {group_id: self._outcome(self._slot(group_id)) for group_id in group_ids}
 
-    def release(self, group_ids: Iterable[int]) -> None:
+    def free_slots(self, group_ids: Iterable[int]) -> None:
         """Groups are trained: only now do their slots become free.
 
         Raises:
@@ -192,19 +192,19 @@ class GroupBuffer(Generic[Payload]):
             del self._of[group_id]
         self._slots = [slot for slot in self._slots if slot.group_id in self._of]
 
-    def _settle(self, slot: _Slot[Payload], fate: Payload | Failed) -> None:
-        slot.fate = fate
+    def _settle(self, slot: _Slot[Payload], outcome: Payload | Failed) -> None:
+        slot.outcome = outcome
         for watcher in self._watched.pop(slot.group_id, []):
             if not watcher.done():
-                watcher.set_result(fate)
+                watcher.set_result(outcome)
         self._changed.set()
 
-    def _fate(self, slot: _Slot[Payload]) -> asyncio.Future[Payload | Failed]:
+    def _outcome(self, slot: _Slot[Payload]) -> asyncio.Future[Payload | Failed]:
         watcher: asyncio.Future[Payload | Failed] = asyncio.get_running_loop().create_future()
-        if slot.fate is None:
+        if slot.outcome is None:
             self._watched.setdefault(slot.group_id, []).append(watcher)
         else:
-            watcher.set_result(slot.fate)
+            watcher.set_result(slot.outcome)
         return watcher
 
     def _batch(self, step: int) -> list[_Slot[Payload]] | None:
@@ -215,7 +215,7 @@ class GroupBuffer(Generic[Payload]):
         else:
             ready = [slot for slot in held if slot.payload is not None]
             batch = self._by_arrival(held, ready, step)
-        settled = len(batch) == self.groups_per_step and all(slot.fate is not None for slot in batch)
+        settled = len(batch) == self.groups_per_step and all(slot.outcome is not None for slot in batch)
         return batch if settled else None
 
     def _by_arrival(
@@ -241,5 +241,5 @@ class GroupBuffer(Generic[Payload]):
         return self._of[group_id]
 
 
-def _whys(slots: Iterable[_Slot[Payload]]) -> dict[int, str]:
-    return {slot.group_id: slot.fate.why for slot in slots if isinstance(slot.fate, Failed)}
+def _reasons(slots: Iterable[_Slot[Payload]]) -> dict[int, str]:
+    return {slot.group_id: slot.outcome.why for slot in slots if isinstance(slot.outcome, Failed)}

@@ -17,7 +17,7 @@ from stage_ray.pipeline.ledger import Event, Ledger
 from stage_ray.pipeline.prompts import PromptCursor, image_seeds
 from stage_ray.records import RolloutRequest
 
-Fate = GroupRefs | Failed
+Outcome = GroupRefs | Failed
 """What becomes of a group: its scored payload, or why it cannot be scored."""
 
 
@@ -76,19 +76,19 @@ class GroupStream:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._failure.cancel()
 
-    def restore(self, fates: Mapping[int, Fate]) -> None:
+    def restore(self, outcomes: Mapping[int, Outcome]) -> None:
         """Put a checkpoint's groups back into their slots, in their order; before `__aenter__`."""
         done = self._ledger.open_groups()
-        for group_id, fate in fates.items():
-            if isinstance(fate, Failed):
+        for group_id, outcome in outcomes.items():
+            if isinstance(outcome, Failed):
                 self._buffer.admit(group_id, self.step)
-                self._buffer.fail(group_id, fate.why)
+                self._buffer.fail(group_id, outcome.why)
                 continue
-            self._buffer.admit(group_id, fate.policy_version)  # its age counts from there, not from the resume
+            self._buffer.admit(group_id, outcome.policy_version)  # its age counts from there, not from the resume
             missing: list[Event] = ["generated", "scored"]
             for event in missing[{"generated": 1, "scored": 2}.get(done[group_id], 0) :]:
-                self._ledger.note(event, [group_id], step=self.step, policy_version=fate.policy_version)
-            self._buffer.ready(group_id, fate, fate.policy_version)
+                self._ledger.note(event, [group_id], step=self.step, policy_version=outcome.policy_version)
+            self._buffer.ready(group_id, outcome, outcome.policy_version)
 
     async def next_batch(self) -> list[GroupRefs]:
         """The groups of one update, in the learner's hands, as soon as all are ready.
@@ -100,13 +100,13 @@ class GroupStream:
         while True:
             try:
                 groups = [payload for _, payload in await self._unless_failed(self._buffer.take(self.step))]
-                await self._cluster.hand_over(groups)
+                await self._cluster.set_batch(groups)
                 return groups
             except GroupsFailedError as failed:
-                self._replace(failed.whys)
+                self._replace(failed.reasons)
             except GroupsLostError as lost:
                 self.reissue(lost)
-                self._buffer.put_back(group.group_id for group in groups)
+                self._buffer.requeue(group.group_id for group in groups)
 
     def reissue(self, lost: GroupsLostError, *, scored: bool = True) -> None:
         """Draw groups whose payload is gone again: the same prompts and seeds, by whatever version is served now.
@@ -121,31 +121,31 @@ class GroupStream:
         unknown = [group_id for group_id in lost.group_ids if group_id not in self._requests]
         if unknown:
             raise LearnerLostError(f"group {unknown[0]} of the checkpoint went down with a node")
-        ids = [group_id for group_id in lost.group_ids if self._buffer.lose(group_id) or not scored]
+        ids = [group_id for group_id in lost.group_ids if self._buffer.invalidate(group_id) or not scored]
         requests = [self._requests[group_id] for group_id in ids]
         self._counts["rollout/reissued"] += len(requests)
         self._ledger.note("reissued", ids, step=self.step)
         if requests:
             self._spawn(self._generate(requests))
 
-    def fates(self, group_ids: Iterable[int] | None = None) -> dict[int, asyncio.Future[Fate]]:
-        """What will become of some groups, or of all that are admitted and not trained now; `settled` waits for it.
+    def outcomes(self, group_ids: Iterable[int] | None = None) -> dict[int, asyncio.Future[Outcome]]:
+        """What becomes of groups, or of all admitted and not trained; `wait_outcomes` waits for it.
 
         Which groups is settled by this call, and all later fortunes of their slots do not matter.
         """
-        return self._buffer.fates(group_ids)
+        return self._buffer.outcomes(group_ids)
 
-    async def settled(self, fates: Mapping[int, asyncio.Future[Fate]]) -> dict[int, Fate]:
+    async def wait_outcomes(self, outcomes: Mapping[int, asyncio.Future[Outcome]]) -> dict[int, Outcome]:
         """What became of groups, once all of them are scored or cannot be."""
 
-        async def wait() -> dict[int, Fate]:
-            return {group_id: await fate for group_id, fate in fates.items()}
+        async def wait() -> dict[int, Outcome]:
+            return {group_id: await outcome for group_id, outcome in outcomes.items()}
 
-        found: dict[int, Fate] = await self._unless_failed(wait())
+        found: dict[int, Outcome] = await self._unless_failed(wait())
         return found
 
-    def trained(self, groups: Sequence[GroupRefs], step: int) -> None:
-        """Write into the ledger that an update took these groups; their slots stay held until `release`.
+    def mark_trained(self, groups: Sequence[GroupRefs], step: int) -> None:
+        """Write into the ledger that an update took these groups; their slots stay held until `free_slots`.
 
         Raises:
             RunError: one is older than ``pipeline.max_staleness`` allows, or newer than the learner.
@@ -158,12 +158,12 @@ class GroupStream:
         for group in groups:
             self._ledger.note("trained", [group.group_id], step=step, policy_version=group.policy_version)
 
-    def release(self, groups: Sequence[GroupRefs]) -> None:
+    def free_slots(self, groups: Sequence[GroupRefs]) -> None:
         """Give the slots of trained groups to new ones, which are drawn with the version that was published last."""
         self.step += 1
         for group in groups:
             self._requests.pop(group.group_id, None)
-        self._buffer.release(group.group_id for group in groups)
+        self._buffer.free_slots(group.group_id for group in groups)
         self._admit()
 
     def metrics(self) -> dict[str, float]:
@@ -195,7 +195,7 @@ class GroupStream:
         rollout = self._run.rollout
         # In strict order the cut into waves, which bits depend on, must not depend on who happens to be there.
         workers = rollout.workers if self._run.pipeline.order == "strict" else self._cluster.workers()["rollout"]
-        largest = max(1, rollout.images_per_wave // rollout.group_size)
+        largest = max(1, rollout.images_per_batch // rollout.group_size)
         size = min(largest, math.ceil(len(requests) / max(1, workers)))
         for start in range(0, len(requests), size):
             self._spawn(self._generate(requests[start : start + size]))
@@ -242,26 +242,26 @@ class GroupStream:
         if pending:
             self._fail(errors)
 
-    def _fail(self, whys: Mapping[int, str]) -> None:
+    def _fail(self, reasons: Mapping[int, str]) -> None:
         """No scorer could score these groups: their slots wait for fresh ones."""
-        self._failed_in_a_row += len(whys)
+        self._failed_in_a_row += len(reasons)
         if self._failed_in_a_row > 2 * self._run.rollout.groups_per_step:
-            why = next(iter(whys.values()))
+            why = next(iter(reasons.values()))
             text = f"{self._failed_in_a_row} groups in a row could not be scored; the last one: {why}"
             raise NoValidRewardError(text, self.step + 1)
-        for group_id, why in whys.items():
+        for group_id, why in reasons.items():
             self._buffer.fail(group_id, why)
         if self._run.pipeline.order == "arrival":
-            self._replace(whys)
+            self._replace(reasons)
 
-    def _replace(self, whys: Mapping[int, str]) -> None:
+    def _replace(self, reasons: Mapping[int, str]) -> None:
         """Drop groups that failed; fresh ones take their slots, in their order."""
-        self._counts["scoring/replaced"] += len(whys)
-        for group_id, why in whys.items():
+        self._counts["scoring/replaced"] += len(reasons)
+        for group_id, why in reasons.items():
             self._ledger.note("dropped", [group_id], step=self.step, why=why)
             self._requests.pop(group_id, None)
-        requests = [self._request() for _ in whys]
-        for group_id, request in zip(whys, requests, strict=True):
+        requests = [self._request() for _ in reasons]
+        for group_id, request in zip(reasons, requests, strict=True):
             self._buffer.replace(group_id, request.group_id)
         if requests:
             self._draw(requests)

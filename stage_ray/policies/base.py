@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from stage_ray.errors import ConfigError
-from stage_ray.policies.logprobs import SamplingRule, TokenStatistics
+from stage_ray.policies.logprobs import SamplingParams, TokenLogprobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,19 +43,19 @@ class Policy(Protocol):
         """Teacher-forced logits of the image tokens: prompts of B lengths, tokens int64 [B, T] -> float [B, T, V]."""
         ...
 
-    def statistics(
+    def token_logprobs(
         self, prompts: Sequence[Sequence[int]], tokens: Tensor, *, entropy_grad: bool = True
-    ) -> TokenStatistics:
+    ) -> TokenLogprobs:
         """Log-probability and entropy of each token at temperature 1; differentiable where the model is.
 
         Cheaper with ``entropy_grad`` off: the entropy then carries no gradient.
         """
         ...
 
-    def guided_statistics(
-        self, prompts: Sequence[PromptIds], tokens: Tensor, rule: SamplingRule, *, entropy_grad: bool = True
-    ) -> TokenStatistics:
-        """`statistics` of the conditional branch, the same bits, and log p under what ``rule`` draws from.
+    def guided_token_logprobs(
+        self, prompts: Sequence[PromptIds], tokens: Tensor, rule: SamplingParams, *, entropy_grad: bool = True
+    ) -> TokenLogprobs:
+        """`token_logprobs` of the conditional branch, the same bits, and log p under what ``rule`` draws from.
 
         The latter carries no gradient. Guidance costs a second forward pass, of the unconditional branch.
         """
@@ -73,7 +73,7 @@ class Policy(Protocol):
         """The parameters that STAGE trains, by their ``state_dict`` name; the rest is frozen."""
         ...
 
-    def shards(self) -> list[nn.Module]:
+    def fsdp_modules(self) -> list[nn.Module]:
         """Modules whose parameters are gathered together in a sharded model, inner ones first; the last is all."""
         ...
 

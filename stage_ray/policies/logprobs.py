@@ -1,7 +1,7 @@
 """Log-probabilities and entropies of tokens from logits: pure functions that engines, learner and policies share.
 
-`token_statistics` is the plain form. `head_statistics` gives the same numbers from the states below a head without ever
-holding all logits. `SamplingRule` and `final_logits` say what distribution tokens are drawn from.
+`token_logprobs` is the plain form. `chunked_logprobs` gives the same numbers from the states below a head without ever
+holding all logits. `SamplingParams` and `process_logits` say what distribution tokens are drawn from.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ LOWEST = -1e3  # in place of minus infinity, which times a probability of 0 is N
 
 
 @dataclass(frozen=True, slots=True)
-class TokenStatistics:
+class TokenLogprobs:
     """Teacher-forced statistics of image tokens, in nats: float32 [B, T] each.
 
     Attributes:
@@ -34,7 +34,7 @@ class TokenStatistics:
     guided_logprobs: Tensor | None = None
 
 
-def token_statistics(logits: Tensor, tokens: Tensor) -> TokenStatistics:
+def token_logprobs(logits: Tensor, tokens: Tensor) -> TokenLogprobs:
     """Statistics of tokens under ``softmax(logits)``, in nats, computed in float32.
 
     Args:
@@ -47,13 +47,13 @@ def token_statistics(logits: Tensor, tokens: Tensor) -> TokenStatistics:
     logp = torch.log_softmax(logits.float(), dim=-1)
     chosen = logp.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
     entropy = -(logp.exp() * logp.clamp(min=LOWEST)).sum(dim=-1)
-    return TokenStatistics(chosen, entropy)
+    return TokenLogprobs(chosen, entropy)
 
 
-def head_statistics(
+def chunked_logprobs(
     states: Tensor, tokens: Tensor, head: Head, *, rows: int = 256, entropy_grad: bool = False
-) -> TokenStatistics:
-    """`token_statistics` of ``head(states)``, made and dropped some tokens at a time.
+) -> TokenLogprobs:
+    """`token_logprobs` of ``head(states)``, made and dropped some tokens at a time.
 
     Where only the states are trained, as below a frozen head, the gradient of each token's log-probability is taken
     while its logits are there: the backward pass needs neither them nor the head again. Where the head itself or the
@@ -72,7 +72,7 @@ def head_statistics(
 
     Example:
         >>> head = torch.nn.Linear(4, 9)
-        >>> head_statistics(torch.zeros(2, 3, 4), torch.zeros(2, 3, dtype=torch.int64), head, rows=2).entropy.shape
+        >>> chunked_logprobs(torch.zeros(2, 3, 4), torch.zeros(2, 3, dtype=torch.int64), head, rows=2).entropy.shape
         torch.Size([2, 3])
     """
     flat, gradients = states.reshape(tokens.numel(), *states.shape[tokens.dim() :]), torch.is_grad_enabled()
@@ -84,7 +84,7 @@ def head_statistics(
         else:
             wanted = gradients and flat.requires_grad
             logprobs, entropy = _StatesOnly.apply(flat, tokens.flatten(), head, rows, wanted)
-    return TokenStatistics(logprobs.view(tokens.shape), entropy.view(tokens.shape))
+    return TokenLogprobs(logprobs.view(tokens.shape), entropy.view(tokens.shape))
 
 
 def _has_gradients_of_its_own(head: Head, states: Tensor) -> bool:
@@ -93,7 +93,7 @@ def _has_gradients_of_its_own(head: Head, states: Tensor) -> bool:
 
 
 def _recomputed(states: Tensor, tokens: Tensor, head: Head, entropy_grad: bool) -> tuple[Tensor, Tensor]:
-    statistics = token_statistics(head(states.float()), tokens)
+    statistics = token_logprobs(head(states.float()), tokens)
     return statistics.logprobs, statistics.entropy if entropy_grad else statistics.entropy.detach()
 
 
@@ -132,11 +132,11 @@ class _StatesOnly(torch.autograd.Function):
 
 
 @dataclass(frozen=True, slots=True)
-class SamplingRule:
+class SamplingParams:
     """What happens to logits before a token is drawn; the defaults change nothing.
 
     Example:
-        >>> SamplingRule(guidance_scale=5.0).guided
+        >>> SamplingParams(guidance_scale=5.0).guided
         True
     """
 
@@ -146,7 +146,7 @@ class SamplingRule:
     top_p: float = 1.0
 
     @classmethod
-    def of(cls, rollout: RolloutConfig) -> SamplingRule:
+    def of(cls, rollout: RolloutConfig) -> SamplingParams:
         """The rule of a config's ``rollout`` section."""
         return cls(rollout.guidance_scale, rollout.temperature, rollout.top_k, rollout.top_p)
 
@@ -158,10 +158,10 @@ class SamplingRule:
     @property
     def plain(self) -> bool:
         """Whether tokens are drawn from the conditional distribution as it is."""
-        return self == SamplingRule()
+        return self == SamplingParams()
 
 
-def final_logits(conditional: Tensor, unconditional: Tensor | None, rule: SamplingRule) -> Tensor:
+def process_logits(conditional: Tensor, unconditional: Tensor | None, rule: SamplingParams) -> Tensor:
     """Logits of the distribution that is sampled, float32 [B, V]; minus infinity for what top-k and top-p leave out."""
     logits = conditional.float()
     if rule.guided:

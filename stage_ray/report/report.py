@@ -15,7 +15,7 @@ from markupsafe import Markup
 from stage_ray.config.hardware import machine_facts
 from stage_ray.errors import ConfigError, RunError
 from stage_ray.evaluation.result import EvaluationResult
-from stage_ray.files import write_whole
+from stage_ray.files import atomic_write
 from stage_ray.observability.recorder import ALARMS_FILE, MACHINE_FILE, METRICS_FILE, read_steps
 from stage_ray.report.charts import Series, curves, stacked
 from stage_ray.report.comparison import OVERALL, Estimate, TaskComparison, compare
@@ -55,7 +55,7 @@ def write_report(run_dir: Path) -> Path:
     )
     page = environment.get_template("report.html.j2").render(_contents(run_dir))
     path = run_dir / "report.html"
-    write_whole(path, page)
+    atomic_write(path, page)
     return path
 
 

@@ -47,7 +47,7 @@ class Checkpoint:
 
     step: int
     path: Path
-    facts: Mapping[str, Any] = field(default_factory=dict)
+    metadata: Mapping[str, Any] = field(default_factory=dict)
 
 
 class CheckpointStore:
@@ -61,7 +61,7 @@ class CheckpointStore:
         >>> directory = store.begin(5)
         >>> (directory / "state.txt").write_text("five") and None
         >>> path = store.finish(5, directory, {"note": 1})
-        >>> store.latest().step, store.latest().facts, path.name
+        >>> store.latest().step, store.latest().metadata, path.name
         (5, {'note': 1}, 'step-000005')
     """
 
@@ -82,7 +82,7 @@ class CheckpointStore:
         unfinished.mkdir()
         return unfinished
 
-    def finish(self, step: int, directory: Path, facts: Mapping[str, Any]) -> Path:
+    def finish(self, step: int, directory: Path, metadata: Mapping[str, Any]) -> Path:
         """Give a filled directory its name and, now that it is complete, drop the oldest.
 
         Args:
@@ -95,10 +95,10 @@ class CheckpointStore:
 
         Raises:
             OSError: the disk; older checkpoints are untouched.
-            TypeError: ``facts`` is not JSON data.
+            TypeError: ``metadata`` is not JSON data.
         """
         final = self.root / _name(step)
-        _write_manifest(directory, step, facts)
+        _write_manifest(directory, step, metadata)
         _sync_tree(directory)
         if final.exists():  # a directory cannot be renamed onto another; the old one steps aside for a moment
             os.rename(final, self.root / f"{UNFINISHED}replaced-{final.name}-{uuid.uuid4().hex}")
@@ -159,17 +159,17 @@ def verify(path: Path, step: int | None = None) -> dict[str, Any]:
             raise CheckpointError(f"{file} has {size} bytes instead of {expected['bytes']}; it is truncated or changed")
         if _sha256(file) != expected["sha256"]:
             raise CheckpointError(f"{file} has another SHA-256 than its manifest says; its bytes changed")
-    facts: dict[str, Any] = manifest["facts"]
-    return facts
+    metadata: dict[str, Any] = manifest["metadata"]
+    return metadata
 
 
-def _write_manifest(directory: Path, step: int, facts: Mapping[str, Any]) -> None:
+def _write_manifest(directory: Path, step: int, metadata: Mapping[str, Any]) -> None:
     files = {
         path.relative_to(directory).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
         for path in sorted(directory.rglob("*"))
         if path.is_file()
     }
-    body = {"format": FORMAT, "step": step, "facts": dict(facts), "files": files}
+    body = {"format": FORMAT, "step": step, "metadata": dict(metadata), "files": files}
     text = json.dumps({**body, "checksum": _checksum(body)}, indent=1, sort_keys=True)
     (directory / MANIFEST).write_text(text + "\n", encoding="utf-8")
 

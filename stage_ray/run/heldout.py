@@ -13,13 +13,13 @@ from stage_ray.cluster.cluster import Cluster, GroupRefs, GroupsLostError
 from stage_ray.config import RunConfig
 from stage_ray.errors import RunError
 from stage_ray.evaluation import requests_for, summarise
-from stage_ray.files import write_whole
+from stage_ray.files import atomic_write
 from stage_ray.observability.progress import Progress
 from stage_ray.records import Prompt, RolloutRequest, ScoredGroup, ScoreReceipt
 from stage_ray.report.samples import contact_sheet
 
 
-class Exam:
+class HeldOutEvaluation:
     """Every sitting has the same prompts and seeds, so its pictures can be laid side by side."""
 
     def __init__(
@@ -31,7 +31,7 @@ class Exam:
         stride = max(1, len(self._prompts) // run.evaluation.sample_prompts)
         self._sample_prompts = self._prompts[::stride][: run.evaluation.sample_prompts]
 
-    async def sit(self, name: str, policy_version: int) -> float | None:
+    async def evaluate(self, name: str, policy_version: int) -> float | None:
         """Evaluate all held-out prompts, write ``evaluation/NAME.json`` and a picture; the strict score, 0..1.
 
         A sitting that is on disk already (a resumed run's "before") is read, not repeated.
@@ -46,7 +46,7 @@ class Exam:
         with self._progress.bar(f"evaluation {name}", len(requests)) as advance:
             scored = await self._judge(requests, advance)
         result = summarise(self._prompts, [verdicts for _, verdicts in scored])
-        write_whole(path, json.dumps({**result.to_json(), "policy_version": policy_version}, indent=1))
+        atomic_write(path, json.dumps({**result.to_json(), "policy_version": policy_version}, indent=1))
         await self._picture(self._dir / "evaluation" / f"{name}.png")
         shown = {"GenEval": result.overall} | {scorer: mean for scorer, mean in result.scores.items()}
         told = ", ".join(f"{scorer} {mean:.3f}" for scorer, mean in shown.items() if mean is not None)
@@ -79,7 +79,7 @@ class Exam:
         self, requests: Sequence[RolloutRequest], advance: Callable[[int], object]
     ) -> list[tuple[GroupRefs, ScoredGroup]]:
         """Generate in waves on all workers and score each wave; groups in the order of the requests."""
-        groups_per_wave = max(1, self._run.rollout.images_per_wave // len(requests[0].seeds))
+        groups_per_wave = max(1, self._run.rollout.images_per_batch // len(requests[0].seeds))
         waves = [requests[i : i + groups_per_wave] for i in range(0, len(requests), groups_per_wave)]
 
         async def judge(wave: Sequence[RolloutRequest]) -> list[tuple[GroupRefs, ScoredGroup]]:

@@ -21,7 +21,7 @@ RETRY_S = 0.5
 
 
 @contextlib.contextmanager
-def held(run_dir: Path, wait_s: float) -> Iterator[None]:
+def run_dir_lock(run_dir: Path, wait_s: float) -> Iterator[None]:
     """Hold a run directory against other drivers, on this machine or on others that share its storage.
 
     The system lets go of it when this process ends, however it ends. Storage that knows no locks is used without.

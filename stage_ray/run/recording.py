@@ -13,7 +13,7 @@ from stage_ray.errors import RunError
 from stage_ray.records import Prompt, RolloutGroup, ScoredGroup
 
 ARRAYS = ("tokens", "logprobs", "guided_logprobs", "entropy")
-FACTS = ("group_id", "policy_version", "worker", "generate_s")
+METADATA = ("group_id", "policy_version", "worker", "generate_s")
 
 
 def group_file(directory: Path, group_id: int) -> Path:
@@ -37,7 +37,7 @@ def save_group(directory: Path, group: RolloutGroup, scored: ScoredGroup) -> Pat
     arrays |= {"scores": np.ascontiguousarray(scored.scores), "valid": np.ascontiguousarray(scored.valid)}
     prompt = group.prompt
     said = {
-        **{name: getattr(group, name) for name in FACTS},
+        **{name: getattr(group, name) for name in METADATA},
         "prompt": {"index": prompt.index, "text": prompt.text, "record": dict(prompt.record)},
         "seeds": list(group.seeds),
         "names": list(scored.names),
@@ -67,7 +67,7 @@ def load_group(path: Path) -> tuple[RolloutGroup, ScoredGroup]:
         prompt=Prompt(**said["prompt"]),
         seeds=seeds,
         images=np.empty((len(seeds), 0, 0, 3), np.uint8),
-        **{name: said[name] for name in FACTS},
+        **{name: said[name] for name in METADATA},
         **{name: arrays[name] for name in ARRAYS},
     )
     scored = ScoredGroup(

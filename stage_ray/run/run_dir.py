@@ -12,8 +12,8 @@ import yaml
 
 from stage_ray.config import RunConfig
 from stage_ray.errors import ConfigError
-from stage_ray.files import write_whole
-from stage_ray.run.lock import LOCK, held
+from stage_ray.files import atomic_write
+from stage_ray.run.lock import LOCK, run_dir_lock
 
 # What may differ when a run goes on: where it runs and how often it looks, not what it computes.
 FREE_KEYS = {"run_dir", "cluster", "checkpoint", "evaluation", "scoring", "logs"}
@@ -42,11 +42,11 @@ def open_run_dir(run: RunConfig, resume: Resume) -> Iterator[Path]:
     path.mkdir(parents=True, exist_ok=True, mode=0o700)
     with contextlib.suppress(PermissionError):  # a mounted volume may belong to somebody else
         path.chmod(path.stat().st_mode & 0o7755)
-    with held(path, wait_s=RETRY_WAIT_S if resume == "auto" else 0.0):
+    with run_dir_lock(path, wait_s=RETRY_WAIT_S if resume == "auto" else 0.0):
         config_file = path / "config.yaml"
         if config_file.exists() and not _untouched(path):
             _check_same(run, config_file)
-        write_whole(config_file, yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False))
+        atomic_write(config_file, yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False))
         yield path
 
 

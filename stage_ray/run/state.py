@@ -16,11 +16,11 @@ from stage_ray.config import RunConfig
 from stage_ray.errors import LearnerLostError, RunError
 from stage_ray.observability.alarms import alarms
 from stage_ray.observability.progress import Progress
-from stage_ray.observability.recorder import Recorder
+from stage_ray.observability.recorder import MetricsLogger
 from stage_ray.pipeline.buffer import Failed
 from stage_ray.pipeline.ledger import Ledger
 from stage_ray.pipeline.prompts import PromptCursor
-from stage_ray.pipeline.stream import Fate, GroupStream
+from stage_ray.pipeline.stream import GroupStream, Outcome
 from stage_ray.records import Prompt
 from stage_ray.run.checkpoint import Checkpoint, CheckpointStore
 
@@ -28,7 +28,7 @@ GROUPS = "groups"
 LEARNER_LIVES = 3
 
 
-class RunFiles:
+class RunState:
     """A checkpoint names a byte of the ledger, a prompt and a group, and holds the groups that were on their way;
     going on from it cuts every file back to it (promise 8).
 
@@ -44,7 +44,9 @@ class RunFiles:
         self._saving: asyncio.Task[None] | None = None
         self._losses = 0
         self._go_back(self._store.latest(progress.note) if resume else None)
-        self.recorder = Recorder(run_dir, run.cluster.metrics_port, run.cluster.metrics_host, resume_step=self.step)
+        self.recorder = MetricsLogger(
+            run_dir, run.cluster.metrics_port, run.cluster.metrics_host, resume_step=self.step
+        )
 
     async def rewind(self, lost: RunError) -> None:
         """Back to the newest checkpoint: the learner lost all that came after it.
@@ -68,7 +70,7 @@ class RunFiles:
         cluster.accept_learner()
         if self._checkpoint is not None:
             path = str(self._checkpoint.path.resolve())
-            await cluster.ask_learner(lambda worker: worker.load_state.remote(path))
+            await cluster.call_learner(lambda worker: worker.load_state.remote(path))
             self._progress.note(f"going on after step {self.step} from {self._checkpoint.path}")
         if self._checkpoint is not None or cluster.published:
             await cluster.publish()
@@ -103,7 +105,7 @@ class RunFiles:
         """Write the groups of the last update to disk, where the config wants that."""
         if self._run.pipeline.record:
             directory = str((self._run_dir / GROUPS / f"step-{step:06d}").resolve())
-            await cluster.ask_learner(lambda worker: worker.save_taken.remote(directory))
+            await cluster.call_learner(lambda worker: worker.save_batch.remote(directory))
 
     async def checkpoint(self, step: int, cluster: Cluster, stream: GroupStream, *, now: bool = False) -> None:
         """Save everything, when it is due or wanted ``now``.
@@ -115,13 +117,15 @@ class RunFiles:
         if step % self._run.checkpoint.every and not last:
             return
         await self.saved()  # one at a time
-        fates = stream.fates()  # at once with the facts: the ledger at that byte must know these groups, and no others
-        facts = {
+        outcomes = (
+            stream.outcomes()
+        )  # at once with the facts: the ledger at that byte must know these groups, and no others
+        metadata = {
             "ledger_bytes": self._ledger.position(),
             "cursor": stream.cursor.position,
             "next_group": stream.next_group,
         }
-        self._saving = asyncio.create_task(self._save(step, cluster, stream, fates, facts))
+        self._saving = asyncio.create_task(self._save(step, cluster, stream, outcomes, metadata))
         await asyncio.sleep(0)  # let it take its place in the learner's queue before the next update does
         if last or self._run.pipeline.max_staleness == 0:
             await self.saved()
@@ -146,20 +150,20 @@ class RunFiles:
         step: int,
         cluster: Cluster,
         stream: GroupStream,
-        fates: dict[int, asyncio.Future[Fate]],
-        facts: dict[str, Any],
+        outcomes: dict[int, asyncio.Future[Outcome]],
+        metadata: dict[str, Any],
     ) -> None:
         with _failures_named(step):
             directory = self._store.begin(step)
         try:
             path = str(directory.resolve())
             with _failures_named(step):
-                await cluster.ask_learner(lambda worker: worker.save_state.remote(path))
-            settled = await self._save_groups(step, cluster, stream, fates, directory / GROUPS)
-            facts["groups"] = list(settled)
-            facts["failed"] = {str(i): fate.why for i, fate in settled.items() if isinstance(fate, Failed)}
+                await cluster.call_learner(lambda worker: worker.save_state.remote(path))
+            settled = await self._save_groups(step, cluster, stream, outcomes, directory / GROUPS)
+            metadata["groups"] = list(settled)
+            metadata["failed"] = {str(i): outcome.why for i, outcome in settled.items() if isinstance(outcome, Failed)}
             with _failures_named(step):
-                await _in_thread(lambda: self._finish(step, directory, facts))
+                await _in_thread(lambda: self._finish(step, directory, metadata))
         except BaseException:
             self._store.abandon(directory)  # one that was finished has another name
             raise
@@ -169,25 +173,25 @@ class RunFiles:
         step: int,
         cluster: Cluster,
         stream: GroupStream,
-        fates: dict[int, asyncio.Future[Fate]],
+        outcomes: dict[int, asyncio.Future[Outcome]],
         directory: Path,
-    ) -> dict[int, Fate]:
+    ) -> dict[int, Outcome]:
         """Write what is on its way, as soon as it is scored; what became of each group."""
         while True:
-            settled = await stream.settled(fates)
-            groups = [fate for fate in settled.values() if isinstance(fate, GroupRefs)]
+            settled = await stream.wait_outcomes(outcomes)
+            groups = [outcome for outcome in settled.values() if isinstance(outcome, GroupRefs)]
             with _failures_named(step):
                 lost = await _write_groups(cluster, directory, groups)
             if lost is None:
                 return settled
             stream.reissue(lost)
-            fates |= stream.fates(lost.group_ids)
+            outcomes |= stream.outcomes(lost.group_ids)
 
-    def _finish(self, step: int, directory: Path, facts: Mapping[str, Any]) -> None:
-        self._store.finish(step, directory, facts)
+    def _finish(self, step: int, directory: Path, metadata: Mapping[str, Any]) -> None:
+        self._store.finish(step, directory, metadata)
         self._losses = 0
 
-    async def _load_groups(self, cluster: Cluster, directory: Path) -> dict[int, Fate]:
+    async def _load_groups(self, cluster: Cluster, directory: Path) -> dict[int, Outcome]:
         """What the checkpoint says of the groups that were on their way, in their order."""
         ids = [group_id for group_id in self._groups if group_id not in self._failed]
 
@@ -197,22 +201,24 @@ class RunFiles:
             drawn = zip(ids, await versions, refs[::2], refs[1::2], strict=True)
             return [GroupRefs(i, version, tokens, scores=scores) for i, version, tokens, scores in drawn]
 
-        groups: list[GroupRefs] = await cluster.ask_learner(load) if ids else []
+        groups: list[GroupRefs] = await cluster.call_learner(load) if ids else []
         ready = {group.group_id: group for group in groups}
         return {i: Failed(self._failed[i]) if i in self._failed else ready[i] for i in self._groups}
 
     def _go_back(self, saved: Checkpoint | None) -> None:
-        facts: Mapping[str, Any] = saved.facts if saved else {"ledger_bytes": 0, "cursor": 0, "next_group": 0}
+        metadata: Mapping[str, Any] = saved.metadata if saved else {"ledger_bytes": 0, "cursor": 0, "next_group": 0}
         self._checkpoint = saved
         self.step = saved.step if saved else 0
-        self._groups: list[int] = facts.get("groups", [])
-        self._failed = {int(group_id): why for group_id, why in facts.get("failed", {}).items()}
-        self._cursor = PromptCursor(self._prompts, self._run.seed, self._run.prompts.shuffle, position=facts["cursor"])
-        self._next_group: int = facts["next_group"]
+        self._groups: list[int] = metadata.get("groups", [])
+        self._failed = {int(group_id): why for group_id, why in metadata.get("failed", {}).items()}
+        self._cursor = PromptCursor(
+            self._prompts, self._run.seed, self._run.prompts.shuffle, position=metadata["cursor"]
+        )
+        self._next_group: int = metadata["next_group"]
         for directory in (self._run_dir / GROUPS).glob("step-*"):  # other groups may be trained in these steps now
             if int(directory.name.removeprefix("step-")) > self.step:
                 shutil.rmtree(directory)
-        self._ledger = Ledger(self._run_dir / "ledger.jsonl", keep_bytes=facts["ledger_bytes"])
+        self._ledger = Ledger(self._run_dir / "ledger.jsonl", keep_bytes=metadata["ledger_bytes"])
 
 
 async def _write_groups(cluster: Cluster, directory: Path, groups: Sequence[GroupRefs]) -> GroupsLostError | None:
@@ -221,9 +227,9 @@ async def _write_groups(cluster: Cluster, directory: Path, groups: Sequence[Grou
     if not objects:
         return None
     try:
-        await cluster.ask_learner(lambda worker: worker.save_groups.remote(str(directory.resolve()), *objects))
+        await cluster.call_learner(lambda worker: worker.save_groups.remote(str(directory.resolve()), *objects))
     except ArgumentsLost:
-        return GroupsLostError(await cluster.gone(groups))
+        return GroupsLostError(await cluster.missing(groups))
     return None
 
 
@@ -281,7 +287,7 @@ class StepClock:
 
 
 def record_update(
-    run: RunConfig, recorder: Recorder, progress: Progress, step: int, steps: int, metrics: dict[str, float]
+    run: RunConfig, recorder: MetricsLogger, progress: Progress, step: int, steps: int, metrics: dict[str, float]
 ) -> None:
     """Write and show the metrics and alarms of update ``step`` of ``steps``."""
     found = alarms(metrics, run)
@@ -291,7 +297,7 @@ def record_update(
         record_alarm(recorder, progress, step, name, text)
 
 
-def record_alarm(recorder: Recorder, progress: Progress, step: int, name: str, text: str) -> None:
+def record_alarm(recorder: MetricsLogger, progress: Progress, step: int, name: str, text: str) -> None:
     """Write and show an alarm of a step."""
     recorder.alarm(step, name, text)
     progress.alarm(name, text)

@@ -14,8 +14,8 @@ Names the shape of one coloured region: a convolutional network of 24 thousand p
 (no colour), with the classes {classes}. The regions, their colours, boxes and masks come from plain image
 processing (`stage_ray/shapeworld/detector_segmentation.py`), which needs no weights.
 
-Made by `stage_ray.shapeworld.detector_training.train` (stage `detector` of `stage-ray pretrain`), {source}, and on wrong
-objects that must count as "none": turned, squeezed, cut, bitten, merged, half-way between two shapes, wobbly, blobs,
+Made by `stage_ray.shapeworld.detector_training.train` (stage `detector` of `stage-ray pretrain`), {source}, and on
+wrong objects that must count as "none": turned, squeezed, cut, bitten, merged, half-way between two shapes, wobbly, blobs,
 smears. Seed {seed}, {steps} updates of {batch} regions.
 
 ## How good it is
@@ -49,5 +49,5 @@ def model_card(report: Mapping[str, Mapping[str, float]], **facts: object) -> st
         for name, grades in report.items()
         if name != "mush"
     ]
-    mush = [f"| {MUSH_KINDS[kind]} | {share:.3f} |" for kind, share in report["mush"].items()]
-    return TEMPLATE.format(verdicts="\n".join(verdicts), mush="\n".join(mush), **facts)
+    non_objects = [f"| {MUSH_KINDS[kind]} | {share:.3f} |" for kind, share in report["mush"].items()]
+    return TEMPLATE.format(verdicts="\n".join(verdicts), non_objects="\n".join(non_objects), **facts)

@@ -115,14 +115,14 @@ def draw_mush(count: int, seed: int, tokenizer: TokenizerView | None) -> dict[st
     rng = np.random.default_rng(seed)
     scenes = [np.stack([render(random_scene(rng)) for _ in range(count)]).astype(np.float32) for _ in range(2)]
     noise = ndimage.gaussian_filter(rng.normal(size=scenes[0].shape), sigma=(0, 4, 4, 0))
-    mush = {
+    non_objects = {
         "noise": np.clip(160 + 70 * noise / noise.std(), 0, 255).astype(np.uint8),
         "blend": ((scenes[0] + scenes[1]) / 2).astype(np.uint8),
     }
     if tokenizer is not None:
-        mush["tokens"] = tokenizer.random_images(count, rng)
-        mush["shuffled"] = tokenizer.shuffled_images(scenes[0].astype(np.uint8), 0.5, rng)
-    return mush
+        non_objects["tokens"] = tokenizer.random_images(count, rng)
+        non_objects["shuffled"] = tokenizer.shuffled_images(scenes[0].astype(np.uint8), 0.5, rng)
+    return non_objects
 
 
 def share_with_objects(detector: Detector, images: np.ndarray, *, threshold: float) -> float:
@@ -142,6 +142,8 @@ def examine(
     for name, view in views.items():
         facts = asdict(grade(detector, cases, threshold=threshold, view=view))
         report[name] = {key: value for key, value in facts.items() if key != "missed"}
-    mush = draw_mush(count // 3, seed, tokenizer)
-    report["mush"] = {kind: share_with_objects(detector, images, threshold=threshold) for kind, images in mush.items()}
+    non_objects = draw_mush(count // 3, seed, tokenizer)
+    report["mush"] = {
+        kind: share_with_objects(detector, images, threshold=threshold) for kind, images in non_objects.items()
+    }
     return report

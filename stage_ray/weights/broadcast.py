@@ -11,11 +11,11 @@ import time
 from collections.abc import Awaitable, Sequence
 from typing import Any, TypeVar
 
-from stage_ray.actors.supervised import Seat, WorkerLost, in_time
+from stage_ray.actors.supervised import SupervisedActor, WorkerLost, in_time
 from stage_ray.config import ClusterConfig
 from stage_ray.errors import LearnerLostError
-from stage_ray.weights.broadcast_group import Backend, Place
-from stage_ray.weights.object_store import AskLearner, ObjectStore, taken
+from stage_ray.weights.broadcast_group import Backend, GroupMember
+from stage_ray.weights.object_store import CallLearner, ObjectStore, taken
 
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -32,10 +32,12 @@ class Broadcast:
     somebody needs it, and only until its next update: after that a newcomer waits for the version which that makes.
     """
 
-    def __init__(self, cluster: ClusterConfig, backend: Backend, learner: Seat, ask_learner: AskLearner) -> None:
+    def __init__(
+        self, cluster: ClusterConfig, backend: Backend, learner: SupervisedActor, call_learner: CallLearner
+    ) -> None:
         self._backend, self._timeout_s = backend, cluster.sync_timeout_s
-        self._learner, self._ask_learner = learner, ask_learner
-        self._store = ObjectStore(ask_learner, self._timeout_s)
+        self._learner, self._ask_learner = learner, call_learner
+        self._store = ObjectStore(call_learner, self._timeout_s)
         self._version: int | None = None
         self._meeting = _Meeting([])
         self._passing: asyncio.Task[None] | None = None
@@ -48,7 +50,7 @@ class Broadcast:
         """The newest version, None before the first `publish`."""
         return self._version
 
-    async def publish(self, seats: Sequence[Seat]) -> None:
+    async def publish(self, seats: Sequence[SupervisedActor]) -> None:
         """Let the learner wait for the workers, and send when all are there."""
         manifest = await self._ask_learner(lambda learner: learner.offer.remote())
         self._store.published = None
@@ -60,7 +62,7 @@ class Broadcast:
         self._superseded.set()
         self._superseded = asyncio.Event()
 
-    async def load(self, seat: Seat) -> int | None:
+    async def load(self, seat: SupervisedActor) -> int | None:
         """Let a seat's actor take part when it is its turn."""
         meeting = self._meeting
         if seat not in meeting.missing:  # it was not ready when the others were called, so that the store has it
@@ -108,7 +110,7 @@ class Broadcast:
         assert loading is not None, "nothing was stored"
         return await loading
 
-    async def _take_part(self, meeting: _Meeting, seat: Seat, worker: Any) -> int | None:
+    async def _take_part(self, meeting: _Meeting, seat: SupervisedActor, worker: Any) -> int | None:
         passed = await meeting.arrive(seat, worker)
         if passed is None:
             return None
@@ -132,12 +134,12 @@ class Broadcast:
 
     async def _send(self, learner: Any, meeting: _Meeting, manifest: Any) -> None:
         workers = [worker for worker, _ in meeting.arrived.values()]
-        places = await self._places(learner, workers)
+        members = await self._group_members(learner, workers)
         limit = 2 * self._timeout_s + GRACE_S
-        sending = _within(learner.send.remote(places[0]), limit, "the learner")
+        sending = _within(learner.send.remote(members[0]), limit, "the learner")
         receiving = [
-            taken(worker.receive.remote(manifest, place), seat.name, manifest.version, self._timeout_s, limit)
-            for seat, worker, place in zip(meeting.arrived, workers, places[1:], strict=True)
+            taken(worker.receive.remote(manifest, member), seat.name, manifest.version, self._timeout_s, limit)
+            for seat, worker, member in zip(meeting.arrived, workers, members[1:], strict=True)
         ]
         sent, *received = await asyncio.gather(sending, *receiving, return_exceptions=True)
         behind = []
@@ -161,43 +163,44 @@ class Broadcast:
         for passed in behind:
             passed.set_result(False)
 
-    async def _places(self, learner: Any, workers: Sequence[Any]) -> list[Place]:
+    async def _group_members(self, learner: Any, workers: Sequence[Any]) -> list[GroupMember]:
         """The members' places in the line: the old ones if it holds and they are the same."""
         members = [learner, *workers]
         if len(members) != len(self._members) or not all(map(operator.is_, members, self._members)):
-            self._address = await _within(learner.open_line.remote(), self._timeout_s, "the learner")
+            self._address = await _within(learner.open_group.remote(), self._timeout_s, "the learner")
             self._members, self._number = members, self._number + 1
         count = len(members)
         return [
-            Place(self._number, self._address, rank, count, self._backend, self._timeout_s) for rank in range(count)
+            GroupMember(self._number, self._address, rank, count, self._backend, self._timeout_s)
+            for rank in range(count)
         ]
 
 
 class _Meeting:
     """The workers of one `publish`: called, then here or lost."""
 
-    def __init__(self, seats: Sequence[Seat]) -> None:
+    def __init__(self, seats: Sequence[SupervisedActor]) -> None:
         self.missing = dict.fromkeys(seats)
-        self.arrived: dict[Seat, tuple[Any, asyncio.Future[bool | None]]] = {}
+        self.arrived: dict[SupervisedActor, tuple[Any, asyncio.Future[bool | None]]] = {}
         self.complete = asyncio.Event()
-        self.came: dict[Seat, float] = {}
+        self.came: dict[SupervisedActor, float] = {}
         self.began: float | None = None
         self._order = list(seats)
         self._look()
 
-    async def arrive(self, seat: Seat, worker: Any) -> bool | None:
+    async def arrive(self, seat: SupervisedActor, worker: Any) -> bool | None:
         """Wait for the others: True if the version came, False if the store has it, None if neither."""
         passed: asyncio.Future[bool | None] = asyncio.get_running_loop().create_future()
         self.arrived[seat], self.came[seat] = (worker, passed), time.perf_counter()
         self.leave(seat)
         return await passed
 
-    def leave(self, seat: Seat) -> None:
+    def leave(self, seat: SupervisedActor) -> None:
         """Wait no more for a seat."""
         self.missing.pop(seat, None)
         self._look()
 
-    def waited(self, seat: Seat) -> float:
+    def waited(self, seat: SupervisedActor) -> float:
         """Seconds that a seat's actor was kept from work by others."""
         assert self.began is not None, "nobody waits any more"
         return self.began - self.came[seat]

@@ -28,16 +28,16 @@ Backend = Literal["gloo", "nccl"]
 BLOCKING = "TORCH_NCCL_BLOCKING_WAIT"
 
 
-class LineBroken(Exception):  # noqa: N818  as WorkerLost
+class BroadcastFailed(Exception):  # noqa: N818  as WorkerLost
     """A member died, hung or was too slow: nobody can tell who got the version. One sentence."""
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class GroupMember:
     """One member of a line: the learner is rank 0, where the others meet it.
 
     Example:
-        >>> Place(number=1, address="10.0.0.1:6000", rank=2, count=3, backend="gloo", timeout_s=120.0).rank
+        >>> GroupMember(number=1, address="10.0.0.1:6000", rank=2, count=3, backend="gloo", timeout_s=120.0).rank
         2
     """
 
@@ -49,11 +49,11 @@ class Place:
     timeout_s: float  # to connect, and again for each version
 
 
-class Line:
+class BroadcastGroup:
     """This process's end of a line. It stays connected for as long as it is given the same place."""
 
     def __init__(self) -> None:
-        self._place: Place | None = None
+        self._member: GroupMember | None = None
         self._group: Any = None
         self._store: dist.TCPStore | None = None
 
@@ -64,23 +64,23 @@ class Line:
         self._store = store_at(f"{host}:0", 0, 1, timedelta(seconds=timeout_s))
         return f"{host}:{self._store.port}"
 
-    def send(self, place: Place, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    def send(self, member: GroupMember, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Pass a version on, tensors in the order of its manifest.
 
         Raises:
-            LineBroken: somebody may not have it; the line is to be built again.
+            BroadcastFailed: somebody may not have it; the line is to be built again.
         """
-        device = device_of(place.backend)
-        self._pass(place, (tensor.detach().to(device).contiguous() for _, tensor in tensors))
+        device = device_of(member.backend)
+        self._pass(member, (tensor.detach().to(device).contiguous() for _, tensor in tensors))
 
-    def receive(self, place: Place, manifest: WeightManifest) -> list[tuple[str, Tensor]]:
+    def receive(self, member: GroupMember, manifest: WeightManifest) -> list[tuple[str, Tensor]]:
         """All tensors of a version, in memory of their own, verified.
 
         Raises:
-            LineBroken: as `send`, or there is no memory for it.
+            BroadcastFailed: as `send`, or there is no memory for it.
             WeightError: what arrived is not what the manifest says.
         """
-        device = device_of(place.backend)
+        device = device_of(member.backend)
         tensors: list[Tensor] = []
 
         def rooms() -> Iterator[Tensor]:  # where `_pass` finds it out if there is none: one more copy may not fit
@@ -88,36 +88,36 @@ class Line:
                 tensors.append(torch.empty(spec.shape, dtype=DTYPES[spec.dtype], device=device))
                 yield tensors[-1]
 
-        self._pass(place, rooms())
+        self._pass(member, rooms())
         verify(manifest, tensors)
         return [(spec.name, tensor) for spec, tensor in zip(manifest.tensors, tensors, strict=True)]
 
     def close(self) -> None:
         """Leave the line; the others notice."""
-        self._place = self._group = self._store = None
+        self._member = self._group = self._store = None
 
-    def _pass(self, place: Place, tensors: Iterable[Tensor]) -> None:
+    def _pass(self, member: GroupMember, tensors: Iterable[Tensor]) -> None:
         try:
-            if place != self._place:
-                self._place, self._group = None, None
-                self._group, self._place = _join(place, self._store or _reached(place)), place
-            deadline = time.monotonic() + place.timeout_s
+            if member != self._member:
+                self._member, self._group = None, None
+                self._group, self._member = _join(member, self._store or _reached(member)), member
+            deadline = time.monotonic() + member.timeout_s
             for tensor in tensors:
                 if tensor.numel():
                     self._broadcast(tensor.view(-1).view(torch.uint8), deadline - time.monotonic())
         except (RuntimeError, OSError) as error:  # torch's errors of a group are the first
             self.close()
-            raise LineBroken(f"rank {place.rank} of {place.count}: {str(error).splitlines()[0]}") from error
+            raise BroadcastFailed(f"rank {member.rank} of {member.count}: {str(error).splitlines()[0]}") from error
 
     def _broadcast(self, data: Tensor, seconds: float) -> None:
-        assert self._place is not None
+        assert self._member is not None
         limit = timedelta(seconds=seconds)
         if seconds <= 0:
-            raise RuntimeError(f"a version took longer than {self._place.timeout_s:g} s")
+            raise RuntimeError(f"a version took longer than {self._member.timeout_s:g} s")
         options = dist.BroadcastOptions()
         options.rootRank, options.timeout = 0, limit
         work = self._group.broadcast([data], options)
-        if self._place.backend == "gloo":
+        if self._member.backend == "gloo":
             work.wait()  # given a limit, it would leave the operation pending, and `close` wait for that
         else:
             work.wait(limit)
@@ -128,30 +128,30 @@ def device_of(backend: str) -> torch.device:
     return torch.device("cuda" if backend == "nccl" else "cpu")
 
 
-def _reached(place: Place) -> dist.TCPStore:
+def _reached(member: GroupMember) -> dist.TCPStore:
     """The store of a line's rank 0, which listens already: if it does not it is dead, and `store_at` would wait."""
-    host, _, port = place.address.rpartition(":")
-    socket.create_connection((host, int(port)), timeout=place.timeout_s).close()
-    return store_at(place.address, place.rank, place.count, timedelta(seconds=place.timeout_s))
+    host, _, port = member.address.rpartition(":")
+    socket.create_connection((host, int(port)), timeout=member.timeout_s).close()
+    return store_at(member.address, member.rank, member.count, timedelta(seconds=member.timeout_s))
 
 
-def _join(place: Place, at: dist.TCPStore) -> Any:
+def _join(member: GroupMember, at: dist.TCPStore) -> Any:
     """A process group apart from torch's default one, which several ranks of a learner and vLLM have for themselves."""
-    limit = timedelta(seconds=place.timeout_s)
+    limit = timedelta(seconds=member.timeout_s)
     store = dist.PrefixStore("weights", at)
-    if place.backend == "gloo":
+    if member.backend == "gloo":
         options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # as torch's own code makes them
         options._timeout = limit
         options._devices = [dist.ProcessGroupGloo.create_device(hostname=ray.util.get_node_ip_address())]
-        return dist.ProcessGroupGloo(store, place.rank, place.count, options)
-    keep_to_network_of(place.address)
+        return dist.ProcessGroupGloo(store, member.rank, member.count, options)
+    keep_to_network_of(member.address)
     # Read once, here: a deadline is then an error in `wait`, and not the end of the process.
     before = os.environ.get(BLOCKING)
     os.environ[BLOCKING] = "1"
     try:
         nccl = dist.ProcessGroupNCCL.Options()
         nccl._timeout = limit
-        return dist.ProcessGroupNCCL(store, place.rank, place.count, nccl)
+        return dist.ProcessGroupNCCL(store, member.rank, member.count, nccl)
     finally:
         os.environ.pop(BLOCKING)
         os.environ |= {BLOCKING: before} if before is not None else {}

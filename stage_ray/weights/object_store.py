@@ -11,13 +11,13 @@ from typing import Any, Protocol, TypeVar
 
 import ray
 
-from stage_ray.actors.supervised import Seat, WorkerLost, in_time
+from stage_ray.actors.supervised import SupervisedActor, WorkerLost, in_time
 
 Result = TypeVar("Result")
 
 
-class AskLearner(Protocol):
-    """`Cluster.ask_learner`."""
+class CallLearner(Protocol):
+    """`Cluster.call_learner`."""
 
     def __call__(self, ask: Callable[[Any], Any], *, patient: bool = False) -> Awaitable[Any]:
         """See there."""
@@ -32,15 +32,15 @@ class Transport(Protocol):
         """The newest version, None before the first `publish`."""
         ...
 
-    async def publish(self, seats: Sequence[Seat]) -> None:
+    async def publish(self, seats: Sequence[SupervisedActor]) -> None:
         """Make the learner's version the newest; then, at once, `load` is called for every seat that has started."""
         ...
 
-    async def load(self, seat: Seat) -> int | None:
+    async def load(self, seat: SupervisedActor) -> int | None:
         """Bring it to a seat's actor when it is its turn; the version served, None if that is still the one before.
 
         Raises:
-            WorkerLost: as `Seat.call`.
+            WorkerLost: as `SupervisedActor.call`.
         """
         ...
 
@@ -69,8 +69,8 @@ class Publication:
 class ObjectStore:
     """The learner puts a version into Ray's object store; each worker takes it from there in its own time."""
 
-    def __init__(self, ask_learner: AskLearner, timeout_s: float) -> None:
-        self._ask_learner, self._timeout_s = ask_learner, timeout_s
+    def __init__(self, call_learner: CallLearner, timeout_s: float) -> None:
+        self._ask_learner, self._timeout_s = call_learner, timeout_s
         self.published: Publication | None = None
 
     @property
@@ -78,7 +78,7 @@ class ObjectStore:
         """The newest version, None before the first `publish`."""
         return self.published.version if self.published else None
 
-    async def publish(self, seats: Sequence[Seat]) -> None:
+    async def publish(self, seats: Sequence[SupervisedActor]) -> None:
         """Store the learner's version."""
         await self._ask_learner(self.store)
 
@@ -89,7 +89,7 @@ class ObjectStore:
         await version  # a learner that dies before all are stored is lost here, not in every worker that loads them
         self.published = Publication(manifest.version, ray.put(manifest), tuple(chunks))
 
-    async def load(self, seat: Seat) -> int | None:
+    async def load(self, seat: SupervisedActor) -> int | None:
         """Let a seat's actor load what is newest when it is its turn."""
 
         def load(worker: Any) -> Any:

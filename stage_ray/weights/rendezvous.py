@@ -23,7 +23,7 @@ def free_address(host: str) -> str:
         return f"{host}:{probe.getsockname()[1]}"
 
 
-def join_group(rank: int, count: int, address: str, device: torch.device, timeout_s: float) -> None:
+def init_process_group(rank: int, count: int, address: str, device: torch.device, timeout_s: float) -> None:
     """Make torch's default process group; blocks until all are there. gloo on a CPU, NCCL on GPUs.
 
     Whatever this process opens for that, now or in groups that are made of this one, is on the network of ``address``.

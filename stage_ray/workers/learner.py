@@ -15,53 +15,53 @@ from stage_ray.records import WeightManifest
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from stage_ray.weights.broadcast_group import Line, Place
+    from stage_ray.weights.broadcast_group import BroadcastGroup, GroupMember
     from stage_ray.weights.manifest import Chunk
 
 
 class LearnerWorker(Ranked):
     """The STAGE update and the weights it makes, or one rank's share of that."""
 
-    _line: Line | None = None
+    _group: BroadcastGroup | None = None
     _offered: Sequence[tuple[str, Tensor]] = ()
 
     def __init__(self, name: str, run: RunConfig, log: str | None, rank: int = 0) -> None:
-        """Load nothing yet: `begin` does."""
+        """Load nothing yet: `setup` does."""
         redirect_output(log, "learner", name)
         self._metrics = WorkerMetrics("learner", name)
         self._run, self._rank = run, rank
         self._chunks: list[Chunk] = []
-        self._taken: tuple[Any, ...] = ()
+        self._batch: tuple[Any, ...] = ()
 
-    def begin(self, address: str = "") -> None:
+    def setup(self, address: str = "") -> None:
         """Load the model, or this rank's share of it after it has met the others at ``address``."""
         from stage_ray.learner import Learner, Ranks
         from stage_ray.policies.base import device_for
 
         learner = self._run.learner
         device = device_for(learner.gpus, "learner.gpus")
-        self._ranks = Ranks.join(self._rank, learner.ranks, address, device, timeout_s=learner.timeout_s)
+        self._ranks = Ranks.init_process_group(self._rank, learner.ranks, address, device, timeout_s=learner.timeout_s)
         self._learner = Learner(self._run, threads=learner.threads, ranks=self._ranks)
 
-    def take(self, *objects: Any) -> None:
+    def set_batch(self, *objects: Any) -> None:
         """Hold the rollout groups and scored groups, alternating, of the next update.
 
         Apart from `update`, so that an object that is lost keeps no rank from an update that others are in.
         """
-        self._taken = objects
+        self._batch = objects
 
     def update(self) -> dict[str, float]:
-        """Train on the groups of `take`; metrics of one update."""
-        groups = self._taken[::2]
+        """Train on the groups of `set_batch`; metrics of one update."""
+        groups = self._batch[::2]
         self._metrics.begin((group.group_id for group in groups), step=self._learner.version + 1)
-        metrics = self._learner.update(groups, self._taken[1::2])
+        metrics = self._learner.update(groups, self._batch[1::2])
         # Each rank counts the groups that it ran, so that the counts of all add up to the work done.
         self._metrics.done(groups[self._ranks.rows(len(groups))], version=self._learner.version)
         return metrics
 
-    def save_taken(self, directory: str) -> None:
-        """Write the groups of the last `take`."""
-        self.save_groups(directory, *self._taken)
+    def save_batch(self, directory: str) -> None:
+        """Write the groups of the last `set_batch`."""
+        self.save_groups(directory, *self._batch)
 
     def pack(self) -> WeightManifest:
         """Pack the current version; its chunks, views of the weights, wait for `chunks` before the next update."""
@@ -87,22 +87,22 @@ class LearnerWorker(Ranked):
         self._offered = self._learner.weights(in_place=device.type == "cuda")
         return describe(self._learner.version, self._offered, device)
 
-    def open_line(self) -> str:
+    def open_group(self) -> str:
         """Listen for rollout workers that `send` is to reach; HOST:PORT."""
-        from stage_ray.weights.broadcast_group import Line
+        from stage_ray.weights.broadcast_group import BroadcastGroup
 
-        self._line = self._line or Line()
-        return self._line.open(self._run.cluster.sync_timeout_s)
+        self._group = self._group or BroadcastGroup()
+        return self._group.open(self._run.cluster.sync_timeout_s)
 
-    def send(self, place: Place) -> str:
+    def send(self, member: GroupMember) -> str:
         """Pass what was offered to the rollout workers; why some may not have it, "" where all have."""
-        from stage_ray.weights.broadcast_group import LineBroken
+        from stage_ray.weights.broadcast_group import BroadcastFailed
 
-        assert self._line is not None, "the line was not opened"
+        assert self._group is not None, "the line was not opened"
         offered, self._offered = self._offered, ()
         try:
-            self._line.send(place, offered)
-        except LineBroken as broken:
+            self._group.send(member, offered)
+        except BroadcastFailed as broken:
             return str(broken)
         return ""
 

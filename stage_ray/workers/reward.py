@@ -17,12 +17,12 @@ class RewardWorker(Pinged):
     """Every scorer of the run, called on whole batches of groups."""
 
     def __init__(self, name: str, rewards: Sequence[RewardConfig], log: str | None) -> None:
-        """Load nothing yet: `begin` does."""
+        """Load nothing yet: `setup` does."""
         redirect_output(log, "reward", name)
         self._metrics = WorkerMetrics("reward", name)
         self._rewards = rewards
 
-    def begin(self) -> None:
+    def setup(self) -> None:
         """Make every scorer."""
         from stage_ray.rewards import build_rewards
 

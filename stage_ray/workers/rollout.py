@@ -16,7 +16,7 @@ from stage_ray.observability.worker_metrics import WorkerMetrics
 from stage_ray.records import RolloutGroup, RolloutReceipt, RolloutRequest, WeightManifest
 
 if TYPE_CHECKING:
-    from stage_ray.weights.broadcast_group import Line, Place
+    from stage_ray.weights.broadcast_group import BroadcastGroup, GroupMember
     from stage_ray.weights.manifest import Chunk
 
 
@@ -26,15 +26,15 @@ class RolloutWorker(Ranked):
     Updates its weights between waves only, so every image has one policy version (promise 2).
     """
 
-    _line: Line | None = None
+    _group: BroadcastGroup | None = None
 
     def __init__(self, name: str, run: RunConfig, log: str | None, rank: int = 0) -> None:
-        """Load nothing yet: `begin` does."""
+        """Load nothing yet: `setup` does."""
         redirect_output(log, "rollout", name)
         self._metrics = WorkerMetrics("rollout", name)
         self._name, self._run, self._rank = name, run, rank
 
-    def begin(self, address: str = "") -> None:
+    def setup(self, address: str = "") -> None:
         """Start the engine, or this rank's share of it after it has met the others at ``address``."""
         from stage_ray.engines import build_engine  # after the redirection: importing vLLM talks
 
@@ -79,15 +79,15 @@ class RolloutWorker(Ranked):
         self._engine.load_weights(manifest.version, unpack(manifest, chunks), known_finite=True)
         return self._engine.policy_version
 
-    def receive(self, manifest: WeightManifest, place: Place) -> str:
+    def receive(self, manifest: WeightManifest, member: GroupMember) -> str:
         """Take a version that the learner sends; why the old one stays, "" where it does not."""
-        from stage_ray.weights.broadcast_group import Line, LineBroken
+        from stage_ray.weights.broadcast_group import BroadcastFailed, BroadcastGroup
         from stage_ray.weights.manifest import WeightError
 
-        self._line = self._line or Line()
+        self._group = self._group or BroadcastGroup()
         try:
-            tensors = self._line.receive(place, manifest)
-        except (LineBroken, WeightError) as error:
+            tensors = self._group.receive(member, manifest)
+        except (BroadcastFailed, WeightError) as error:
             return str(error)
         self._engine.load_weights(manifest.version, tensors, known_finite=True)
         return ""

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from stage_ray.actors.pool import NobodyLeft, Pool
-from stage_ray.actors.supervised import Seat, WorkerDied, WorkerLost, heartbeats
+from stage_ray.actors.pool import NoWorkersLeft, Pool
+from stage_ray.actors.supervised import SupervisedActor, WorkerDied, WorkerLost, heartbeats
 from stage_ray.errors import ConfigError
 from stage_ray.weights.object_store import ObjectStore, Publication
 from tests.actors.local_actor import LocalActor, local_actors  # noqa: F401
@@ -26,8 +26,8 @@ class Worker:
         self.name = name
         self.done: list[str] = []
 
-    async def begin(self) -> None:
-        self.done.append("begin")
+    async def setup(self) -> None:
+        self.done.append("setup")
 
     async def work(self, what: str, seconds: float = 0.0) -> str:
         await asyncio.sleep(seconds)
@@ -45,7 +45,7 @@ class Starts:
     def __call__(self, name: str) -> LocalActor:
         worker = Worker(name)
         if self.beginnings:
-            worker.begin = self.beginnings.pop(0)  # type: ignore[method-assign]
+            worker.setup = self.beginnings.pop(0)  # type: ignore[method-assign]
         self.actors.append(LocalActor(worker))
         return self.actors[-1]
 
@@ -62,17 +62,17 @@ async def misconfigured() -> None:
     raise ConfigError("policy.path = nowhere")
 
 
-def seat(start: Callable[[str], Any], **more: Any) -> Seat:
-    return Seat("seat", start, **{"start_timeout_s": 5.0, "begin": begin, "kill": LocalActor.kill} | more)
+def seat(start: Callable[[str], Any], **more: Any) -> SupervisedActor:
+    return SupervisedActor("seat", start, **{"start_timeout_s": 5.0, "setup": setup, "kill": LocalActor.kill} | more)
 
 
 def pool(start: Callable[[str], Any], least: int = 1, most: int | None = None, **more: Any) -> Pool:
-    settings = {"start_timeout_s": 5.0, "attempts": 2, "begin": begin, "kill": LocalActor.kill} | more
+    settings = {"start_timeout_s": 5.0, "attempts": 2, "setup": setup, "kill": LocalActor.kill} | more
     return Pool("test", least, most, start, **settings)
 
 
-def begin(worker: Any) -> Any:
-    return worker.begin.remote()
+def setup(worker: Any) -> Any:
+    return worker.setup.remote()
 
 
 def work(what: str, seconds: float = 0.0) -> Callable[[Any], Any]:
@@ -101,7 +101,7 @@ def test_a_call_that_nobody_waits_for_any_more_keeps_the_seat_until_the_actor_is
         await asyncio.gather(wave, return_exceptions=True)
         assert it.waiting == 1
         await it.call(work("load"), 0.2)  # of its own, once it is its turn
-        assert starts.actors[0].inside.done == ["begin", "wave", "load"]
+        assert starts.actors[0].inside.done == ["setup", "wave", "load"]
         assert it.restarts == 0 and it.waiting == 0
 
     asyncio.run(scenario())
@@ -115,7 +115,7 @@ def test_a_call_that_is_cancelled_before_its_turn_is_never_asked():
         await asyncio.sleep(0.05)
         calls[1].cancel()
         await asyncio.gather(*calls, return_exceptions=True)
-        assert starts.actors[0].inside.done == ["begin", "first", "third"] and it.waiting == 0
+        assert starts.actors[0].inside.done == ["setup", "first", "third"] and it.waiting == 0
 
     asyncio.run(scenario())
 
@@ -148,7 +148,7 @@ def test_a_driver_that_was_busy_itself_beyond_the_deadline_kills_no_worker(call)
     async def scenario() -> None:
         starts = Starts()
         it = seat(starts)
-        await it.fill(1.0)
+        await it.start(1.0)
         inside = starts.actors[0].inside
         inside.ping = lambda: answer_late(0.05, (0, "another node"))
         inside.wave = lambda: answer_late(0.05, "drawn")
@@ -166,7 +166,7 @@ def test_a_worker_that_answers_no_ping_is_killed():
     async def scenario() -> None:
         starts = Starts()
         it = seat(starts)
-        await it.fill(1.0)
+        await it.start(1.0)
         starts.actors[0].inside.ping = hangs
         async with heartbeats([it], 0.01, 0.05):
             with pytest.raises(WorkerDied):
@@ -217,7 +217,7 @@ def test_room_may_take_for_ever_but_a_start_that_hangs_once_there_is_room_is_giv
 
 def test_a_seat_whose_starts_fail_is_tried_again_until_one_succeeds(caplog):
     async def scenario() -> None:
-        starts = Starts(Worker().begin, fails, fails, fails, fails, fails)
+        starts = Starts(Worker().setup, fails, fails, fails, fails, fails)
         members = pool(starts, least=1, most=2)
         await members.ready()
         assert await members.call(work("wave"), 1.0) == "test-0"
@@ -232,11 +232,11 @@ def test_a_seat_whose_starts_fail_is_tried_again_until_one_succeeds(caplog):
 
 def test_a_pool_without_anybody_whose_starts_fail_says_why():
     async def scenario() -> None:
-        starts = Starts(Worker().begin, fails, fails)
+        starts = Starts(Worker().setup, fails, fails)
         members = pool(starts, start_timeout_s=60.0)
         await members.ready()
         starts.actors[0].kill()
-        with pytest.raises(NobodyLeft, match="no test worker is left and none starts: .* the GPU is not free yet"):
+        with pytest.raises(NoWorkersLeft, match="no test worker is left and none starts: .* the GPU is not free yet"):
             await members.call(work("wave"), 1.0, attempts=2)
         await members.close()
 
@@ -245,7 +245,7 @@ def test_a_pool_without_anybody_whose_starts_fail_says_why():
 
 def test_a_config_that_a_successor_finds_wrong_is_told_when_nobody_is_left_and_logged_before(caplog):
     async def scenario() -> None:
-        starts = Starts(Worker().begin, misconfigured)
+        starts = Starts(Worker().setup, misconfigured)
         members = pool(starts, least=1, most=2)
         await members.ready()
         await until(lambda: "policy.path = nowhere; its seat stays empty" in caplog.text)
@@ -265,10 +265,10 @@ def test_a_mistake_in_the_refilling_itself_reaches_the_log_and_whoever_asks_next
     async def scenario() -> None:
         members = pool(Starts(), least=1, most=2)
 
-        async def fill(timeout_s: float | None) -> None:
+        async def start(timeout_s: float | None) -> None:
             raise KeyError("a mistake of ours")
 
-        members.seats[1].fill = fill  # type: ignore[method-assign]
+        members.seats[1].start = start  # type: ignore[method-assign]
         await members.ready()
         await until(lambda: "is not refilled any more" in caplog.text)
         with pytest.raises(KeyError, match="a mistake of ours"):
@@ -282,7 +282,7 @@ def test_a_worker_that_is_late_with_a_version_is_named_with_the_version_and_its_
     async def scenario() -> None:
         starts = Starts()
         store = ObjectStore(None, 0.05)  # type: ignore[arg-type]  # the learner is not asked here
-        members = pool(starts, prepare=lambda name, worker: store.newest(name, worker) or asyncio.sleep(0))
+        members = pool(starts, sync=lambda name, worker: store.newest(name, worker) or asyncio.sleep(0))
         await members.ready()
         late = "test-0 did not take version 7 within cluster.sync_timeout_s = 0.05 s"
         store.published = Publication(7, "manifest", ())

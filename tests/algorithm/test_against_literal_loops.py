@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stage_ray.algorithm import stage_loss
-from stage_ray.algorithm.credit import stage_signals
+from stage_ray.algorithm.credit import stage_credit
 from tests.algorithm.literal_stage import literal_step
 
 SWITCHES = list(itertools.product([True, False], repeat=3))
@@ -41,7 +41,7 @@ def test_the_vectorised_step_equals_the_published_step_in_loops(
 ) -> None:
     data, weights, beta = batch(seed), torch.tensor([1.0, 0.5], dtype=torch.float64), 0.03
     entropy_weight = 0.4 if entropy else 0.0
-    signals = stage_signals(
+    signals = stage_credit(
         data["scores"], data["h"], data["h_ref"], data["tokens"], data["codebook"],
         weights=weights, drop_constant=True, entropy_weight=entropy_weight,
     )  # fmt: skip

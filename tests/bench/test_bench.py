@@ -32,11 +32,11 @@ from stage_ray.bench.rows import Row
 from stage_ray.bench.single_process import SingleProcessTrainer
 from stage_ray.bench.sync import available, row_of, sync_side
 from stage_ray.bench.sync_actors import ROW, Weights, WeightsEngine
-from stage_ray.bench.timing import Side, Turn, compare
+from stage_ray.bench.timing import Trial, Variant, compare
 from stage_ray.cli import main
 from stage_ray.config import PolicyConfig, RolloutConfig
-from stage_ray.engines.batching import ImageRow
-from stage_ray.engines.sampling import final_logits, gumbel
+from stage_ray.engines.batching import ImageSequence
+from stage_ray.engines.sampling import gumbel, process_logits
 from stage_ray.engines.torch import TorchEngine
 from stage_ray.errors import RunError
 from stage_ray.learner import Learner
@@ -81,7 +81,7 @@ def policy(model: Path) -> JanusPolicy:
 
 @pytest.fixture(scope="module")
 def engine(model: Path) -> TorchEngine:
-    rollout = {"engine": "torch", "dtype": "float32", "guidance_scale": GUIDANCE, "images_per_wave": 16}
+    rollout = {"engine": "torch", "dtype": "float32", "guidance_scale": GUIDANCE, "images_per_batch": 16}
     return TorchEngine(
         PolicyConfig.model_validate({"path": str(model)}), RolloutConfig.model_validate(rollout), worker="bench"
     )
@@ -105,7 +105,7 @@ def test_the_plain_loop_draws_the_engines_tokens_when_given_the_engines_noise(
         noise = gumbel(seeds, torch.full_like(seeds, step), CODES)
         return (probabilities.log() + noise).argmax(dim=-1)
 
-    wave = engine.sample([ImageRow(ids, seed) for seed, ids in enumerate(prompts)], engine.rule)
+    wave = engine.sample([ImageSequence(ids, seed) for seed, ids in enumerate(prompts)], engine.rule)
     assert plain_tokens(policy, prompts, GUIDANCE, draw).tolist() == wave.tokens.tolist()
     assert plain_tokens(policy, prompts, 5.0, draw).tolist() != wave.tokens.tolist(), "guidance does something"
     statistics = plain_statistics(policy, prompts, wave.tokens)
@@ -120,7 +120,7 @@ def test_the_plain_loops_own_draws_follow_the_guided_distribution(policy: JanusP
     blank = torch.zeros(1, IMAGE_TOKENS, dtype=torch.int64)
     with torch.no_grad():
         branches = (policy.image_logits([branch], blank)[:, 0] for branch in (ids.conditional, ids.unconditional))
-        expected = final_logits(*branches, engine.rule).softmax(-1)[0]
+        expected = process_logits(*branches, engine.rule).softmax(-1)[0]
     found = torch.bincount(tokens[:, 0], minlength=CODES) / count
     distance = 0.5 * (found - expected).abs().sum().item()
     chance = 0.5 * (2 * expected * (1 - expected) / (math.pi * count)).sqrt().sum().item()  # its mean for true samples
@@ -222,7 +222,7 @@ def test_peak_memory_sees_what_was_freed_again() -> None:
 # Sides take turns, each in a process of its own.
 
 
-def logging_side(log: str, name: str) -> Turn:
+def logging_side(log: str, name: str) -> Trial:
     state = {"turns": 0}
 
     def turn() -> dict[str, float]:
@@ -234,11 +234,11 @@ def logging_side(log: str, name: str) -> Turn:
     return turn
 
 
-def failing_side(log: str, name: str) -> Turn:
+def failing_side(log: str, name: str) -> Trial:
     raise ValueError(f"{name} has\nno legs")
 
 
-def dying_side(log: str, name: str) -> Turn:
+def dying_side(log: str, name: str) -> Trial:
     def turn() -> dict[str, float]:
         os._exit(7)
 
@@ -253,7 +253,7 @@ def test_sides_take_turns_in_fresh_processes_with_every_core(tmp_path: Path, mon
     monkeypatch.setattr("stage_ray.bench.timing.usable_cpus", lambda: 5)
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     log = tmp_path / "log"
-    sides = [Side(name, logging_side, {"log": str(log), "name": name}) for name in "ab"]
+    sides = [Variant(name, logging_side, {"log": str(log), "name": name}) for name in "ab"]
     facts = compare(sides, repeats=2, progress=quiet(), title="test", warmups=1)
     lines = [line.split() for line in log.read_text().splitlines()]
     assert [name for name, _, _ in lines] == ["a", "b"] * 3
@@ -267,7 +267,7 @@ def test_sides_take_turns_in_fresh_processes_with_every_core(tmp_path: Path, mon
 )
 def test_a_side_that_fails_ends_the_bench_with_its_reason(side: object, why: str, tmp_path: Path) -> None:
     with pytest.raises(RunError, match=f"lame failed: .*{why}.*its log is"):
-        compare([Side("lame", side, {"log": "", "name": "lame"})], repeats=1, progress=quiet(), title="test")
+        compare([Variant("lame", side, {"log": "", "name": "lame"})], repeats=1, progress=quiet(), title="test")
 
 
 # The driver's bench drives the driver.
@@ -426,5 +426,5 @@ def test_a_rollout_bench_of_a_tiny_model_gives_whole_rows(model: Path) -> None:
 @pytest.mark.slow
 def test_a_broadcast_version_reaches_both_workers() -> None:
     options = {"nbytes": 50 * ROW, "device": "cpu", "transport": "gloo"}
-    for turn in compare([Side("sync", sync_side, options)], repeats=2, progress=quiet(), title="sync")["sync"]:
+    for turn in compare([Variant("sync", sync_side, options)], repeats=2, progress=quiet(), title="sync")["sync"]:
         assert turn["seconds"] > turn["pack_s"] + turn["load_s"] > 0 < turn["copy_s"]

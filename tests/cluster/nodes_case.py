@@ -98,7 +98,7 @@ def test_a_node_dies_another_joins_and_no_group_is_lost(tmp_path, model, nodes):
             "max_workers": 3,
             "group_size": 4,
             "groups_per_step": 8,
-            "images_per_wave": 8,
+            "images_per_batch": 8,
             "resources": {"rollout": 1},
         },
         scoring={"workers": 2, "resources": {"reward": 1}},

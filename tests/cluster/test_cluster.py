@@ -71,7 +71,7 @@ def test_a_scorer_that_is_too_slow_costs_its_groups_an_attempt():
 def test_where_no_reward_worker_is_left_the_run_ends_and_no_group_is_blamed():
     async def scenario() -> None:
         cluster = LocalCluster(run_of(cluster={"start_timeout_s": 0.2}), Roles())
-        cluster.rewards.seats[0].vacate()
+        cluster.rewards.seats[0].stop()
         with pytest.raises(RunError, match=r"no reward worker is left and none started within 0.2 s"):
             await soon(cluster.score(GROUP))
 
@@ -94,12 +94,12 @@ def at(roles: Roles, call: str) -> int:
 def test_colocated_workers_load_while_their_gpus_are_empty_and_sleep_while_the_learner_loads_and_works():
     async def scenario() -> None:
         roles = Roles()
-        roles.takes |= {"begin": 0.05, "sleep": 0.05, "update": 0.05, "rollout-1 ping": 0.1}
+        roles.takes |= {"setup": 0.05, "sleep": 0.05, "update": 0.05, "rollout-1 ping": 0.1}
         cluster = LocalCluster(run_of(**COLOCATED), roles)
-        await soon(cluster._begin())
+        await soon(cluster._setup())
         for worker in ("rollout-0", "rollout-1"):
-            assert at(roles, f"{worker} begin done") < at(roles, f"{worker} sleep")
-            assert at(roles, f"{worker} sleep done") < at(roles, "learner begin")
+            assert at(roles, f"{worker} setup done") < at(roles, f"{worker} sleep")
+            assert at(roles, f"{worker} sleep done") < at(roles, "learner setup")
         roles.calls.clear()
         await soon(cluster.update())
         for worker in ("rollout-0", "rollout-1"):
@@ -114,22 +114,22 @@ def test_a_colocated_successor_loads_before_or_after_an_update_and_never_meanwhi
     async def scenario() -> None:
         roles = Roles()
         cluster = LocalCluster(run_of(**COLOCATED), roles)
-        await soon(cluster._begin())
-        roles.takes |= {"begin": 0.2, "update": 0.3}
+        await soon(cluster._setup())
+        roles.takes |= {"setup": 0.2, "update": 0.3}
         first = cluster.rollouts.seats[0]
         first.restart()
         cluster.rollouts.refill(first)
-        await asked(roles, "rollout-0-restart-1 begin")
+        await asked(roles, "rollout-0-restart-1 setup")
         update = asyncio.create_task(cluster.update())
         await asked(roles, "learner update")
-        assert at(roles, "rollout-0-restart-1 begin done") < at(roles, "rollout-0-restart-1 sleep")
+        assert at(roles, "rollout-0-restart-1 setup done") < at(roles, "rollout-0-restart-1 sleep")
         assert at(roles, "rollout-0-restart-1 sleep") < at(roles, "learner update")
         first.restart()
         cluster.rollouts.refill(first)
         wave = asyncio.create_task(cluster.rollouts.call(lambda worker: worker.generate.remote(), 5.0, turn=1))
         await soon(update)
         assert while_learner(roles, "update") == [], "neither a start nor a wave, which would wake a worker"
-        await soon(asyncio.gather(wave, asked(roles, "rollout-0-restart-2 begin done")))
+        await soon(asyncio.gather(wave, asked(roles, "rollout-0-restart-2 setup done")))
         await cluster.rollouts.close()
 
     asyncio.run(scenario())
@@ -139,8 +139,8 @@ def test_a_colocated_learner_that_is_lost_comes_back_while_workers_sleep_or_wait
     async def scenario() -> None:
         roles = Roles()
         cluster = LocalCluster(run_of(**COLOCATED), roles)
-        await soon(cluster._begin())
-        roles.takes |= {"begin": 0.2, "update": 60.0}
+        await soon(cluster._setup())
+        roles.takes |= {"setup": 0.2, "update": 60.0}
         update = asyncio.create_task(cluster.update())
         await asked(roles, "learner update")
         for name in ("learner", "rollout-0"):  # those of one GPU go together
@@ -149,12 +149,12 @@ def test_a_colocated_learner_that_is_lost_comes_back_while_workers_sleep_or_wait
             await soon(update)
         cluster.accept_learner()
         roles.calls.clear()
-        await soon(cluster.ask_learner(lambda learner: learner.load_state.remote()))
-        started = [call.split()[0] for call in roles.calls if call.endswith(" begin")]
+        await soon(cluster.call_learner(lambda learner: learner.load_state.remote()))
+        started = [call.split()[0] for call in roles.calls if call.endswith(" setup")]
         assert started[0] == "learner-restart-1"
-        assert at(roles, "rollout-1 sleep done") < at(roles, "learner-restart-1 begin")
-        await asked(roles, "rollout-0-restart-1 begin done")
-        assert at(roles, "learner-restart-1 begin done") < at(roles, "rollout-0-restart-1 begin")
+        assert at(roles, "rollout-1 sleep done") < at(roles, "learner-restart-1 setup")
+        await asked(roles, "rollout-0-restart-1 setup done")
+        assert at(roles, "learner-restart-1 setup done") < at(roles, "rollout-0-restart-1 setup")
         await cluster.rollouts.close()
 
     asyncio.run(scenario())

@@ -29,9 +29,9 @@ ROLES = {
 class Watched(RolloutWorker):
     """Writes down what it is asked for."""
 
-    def begin(self, address=""):
-        self._note("begin")
-        super().begin(address)
+    def setup(self, address=""):
+        self._note("setup")
+        super().setup(address)
 
     def generate(self, *requests):
         self._note("generate")
@@ -62,7 +62,7 @@ def test_workers_sleep_during_every_update_and_come_back_with_the_learner_after_
     assert [row["step"] for row in lines(directory / "metrics.jsonl")] == [1, 2, 3, 4, 5]
     for worker in ("rollout-0", "rollout-1"):
         asked = [line.split()[1] for line in calls.read_text().splitlines() if line.split()[0] == worker]
-        assert asked[:11] == ["begin", "sleep"] + ["generate", "sleep", "load"] * 3
+        assert asked[:11] == ["setup", "sleep"] + ["generate", "sleep", "load"] * 3
         assert set(asked[11:]) <= {"generate", "sleep"}, "the wave that was on, or a learner that begins beside it"
     successors = {line.split()[0] for line in calls.read_text().splitlines()} - {"rollout-0", "rollout-1"}
     assert successors == {"rollout-0-restart-1", "rollout-1-restart-1"}

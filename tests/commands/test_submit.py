@@ -1,4 +1,4 @@
-"""What `stage-ray submit` decides and packs before it talks to a cluster; tests/commands/test_jobs.py has a real one."""
+"""What `stage-ray submit` decides and packs before it talks to a cluster; tests/commands/test_jobs.py has one."""
 
 from __future__ import annotations
 

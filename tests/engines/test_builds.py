@@ -15,7 +15,7 @@ from stage_ray.engines.vllm.environment import ON_A_GPU, needs_gpu, require_fitt
 from stage_ray.errors import ConfigError
 from stage_ray.policies.base import device_for
 
-DEFAULT_JOB = str(Path(__file__).parents[1] / "configs" / "stage_shapeworld.yaml")
+DEFAULT_JOB = str(Path(__file__).parents[2] / "configs" / "stage_shapeworld.yaml")
 
 
 @pytest.fixture

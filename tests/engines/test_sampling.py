@@ -6,7 +6,7 @@ import pytest
 import torch
 from scipy import stats
 
-from stage_ray.engines.sampling import SamplingRule, draw, final_logits, gumbel, keep_top_k, keep_top_p, uniform
+from stage_ray.engines.sampling import SamplingParams, gumbel, keep_top_k, keep_top_p, process_logits, sample, uniform
 
 LOGITS = torch.tensor([[2.0, 1.0, 0.0, -1.0], [0.0, 0.0, 3.0, 1.0]])
 OTHER = torch.tensor([[1.0, 1.0, 1.0, 1.0], [2.0, 0.0, 0.0, 0.0]])
@@ -55,31 +55,33 @@ def test_noise_depends_on_nothing_but_its_own_seed_and_position() -> None:
 def test_tokens_follow_the_softmax_of_their_logits() -> None:
     count = 20000
     logits = torch.tensor([1.5, 0.0, -0.5, 0.7])
-    drawn = draw(logits.expand(count, -1), None, seeds(count), torch.zeros(count, dtype=torch.int64), SamplingRule())
+    drawn = sample(
+        logits.expand(count, -1), None, seeds(count), torch.zeros(count, dtype=torch.int64), SamplingParams()
+    )
     counts = torch.bincount(drawn.tokens, minlength=4)
     expected = logits.double().softmax(0) * count
     assert stats.chisquare(counts.numpy(), expected.numpy()).pvalue > 1e-4
 
 
 def test_guidance_moves_from_the_unconditional_through_the_conditional_logits() -> None:
-    guided = final_logits(LOGITS, OTHER, SamplingRule(guidance_scale=5.0))
+    guided = process_logits(LOGITS, OTHER, SamplingParams(guidance_scale=5.0))
     torch.testing.assert_close(guided, OTHER + 5 * (LOGITS - OTHER))
 
 
 def test_without_guidance_the_unconditional_branch_is_not_needed_and_with_it_it_is() -> None:
-    assert torch.equal(final_logits(LOGITS, None, SamplingRule()), LOGITS)
+    assert torch.equal(process_logits(LOGITS, None, SamplingParams()), LOGITS)
     with pytest.raises(ValueError, match="needs unconditional logits"):
-        final_logits(LOGITS, None, SamplingRule(guidance_scale=2.0))
+        process_logits(LOGITS, None, SamplingParams(guidance_scale=2.0))
 
 
 def test_temperature_divides_after_guidance() -> None:
-    found = final_logits(LOGITS, OTHER, SamplingRule(guidance_scale=3.0, temperature=2.0))
+    found = process_logits(LOGITS, OTHER, SamplingParams(guidance_scale=3.0, temperature=2.0))
     torch.testing.assert_close(found, (OTHER + 3 * (LOGITS - OTHER)) / 2)
 
 
 def test_top_k_keeps_the_k_likeliest() -> None:
     assert torch.isfinite(keep_top_k(LOGITS, 2)).tolist() == [[True, True, False, False], [False, False, True, True]]
-    assert torch.equal(final_logits(LOGITS, None, SamplingRule(top_k=10)), LOGITS)
+    assert torch.equal(process_logits(LOGITS, None, SamplingParams(top_k=10)), LOGITS)
 
 
 def test_top_p_keeps_the_smallest_set_with_that_mass_and_never_nothing() -> None:
@@ -90,9 +92,9 @@ def test_top_p_keeps_the_smallest_set_with_that_mass_and_never_nothing() -> None
 
 
 def test_the_guided_log_probability_is_that_of_the_distribution_drawn_from() -> None:
-    rule = SamplingRule(guidance_scale=2.0, temperature=0.7, top_k=3, top_p=0.9)
-    drawn = draw(LOGITS, OTHER, seeds(2), seeds(2), rule)
-    expected = final_logits(LOGITS, OTHER, rule).log_softmax(-1).gather(-1, drawn.tokens[:, None])[:, 0]
+    rule = SamplingParams(guidance_scale=2.0, temperature=0.7, top_k=3, top_p=0.9)
+    drawn = sample(LOGITS, OTHER, seeds(2), seeds(2), rule)
+    expected = process_logits(LOGITS, OTHER, rule).log_softmax(-1).gather(-1, drawn.tokens[:, None])[:, 0]
     torch.testing.assert_close(drawn.guided_logprobs, expected)
     torch.testing.assert_close(drawn.logprobs, LOGITS.log_softmax(-1).gather(-1, drawn.tokens[:, None])[:, 0])
     torch.testing.assert_close(drawn.entropy, torch.distributions.Categorical(logits=LOGITS).entropy())
@@ -100,6 +102,6 @@ def test_the_guided_log_probability_is_that_of_the_distribution_drawn_from() -> 
 
 def test_the_one_token_that_top_k_leaves_is_drawn_whatever_the_noise() -> None:
     count = 5000
-    rule = SamplingRule(top_k=1)
-    drawn = draw(LOGITS[:1].expand(count, -1), None, seeds(count), seeds(count), rule)
+    rule = SamplingParams(top_k=1)
+    drawn = sample(LOGITS[:1].expand(count, -1), None, seeds(count), seeds(count), rule)
     assert drawn.tokens.eq(0).all() and drawn.guided_logprobs.eq(0).all()

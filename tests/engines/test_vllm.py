@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from stage_ray.config import PolicyConfig, RolloutConfig
-from stage_ray.engines.sampling import SamplingRule
+from stage_ray.engines.sampling import SamplingParams
 from stage_ray.engines.torch import TorchEngine
 from stage_ray.engines.vllm.environment import vllm_environment
 from stage_ray.errors import ConfigError
@@ -23,7 +23,7 @@ pytest.importorskip("vllm")
 
 
 def configs(directory: Path, **settings: object) -> tuple[PolicyConfig, RolloutConfig]:
-    chosen = {"dtype": "float32", "images_per_wave": 12, "guidance_scale": 2.0, "kv_cache_gib": 0.25}
+    chosen = {"dtype": "float32", "images_per_batch": 12, "guidance_scale": 2.0, "kv_cache_gib": 0.25}
     return PolicyConfig.model_validate({"path": str(directory)}), RolloutConfig.model_validate(chosen | settings)
 
 
@@ -35,13 +35,13 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_row_without_its_partner_stops_the_wave() -> None:
     from stage_ray.engines.vllm.guidance import CONDITIONAL, UNCONDITIONAL, _lay_out, _Row
 
-    guided, cpu = SamplingRule(guidance_scale=2.0), torch.device("cpu")
+    guided, cpu = SamplingParams(guidance_scale=2.0), torch.device("cpu")
     rows = {
         0: _Row(image=4, branch=UNCONDITIONAL, seed=1, rule=guided, output=[]),
         1: _Row(image=3, branch=CONDITIONAL, seed=2, rule=guided, output=[]),
         2: _Row(image=4, branch=CONDITIONAL, seed=1, rule=guided, output=[]),
     }
-    with pytest.raises(RuntimeError, match="image 3: .* rollout.images_per_wave"):
+    with pytest.raises(RuntimeError, match="image 3: .* rollout.images_per_batch"):
         _lay_out(rows, cpu)
     del rows[1]
     layout = _lay_out(rows, cpu)
@@ -80,7 +80,7 @@ def test_engines_draw_the_same_images_a_wave_that_does_not_fit_and_a_long_prompt
     """One start of vLLM for four statements, the fourth: a captured CUDA graph would find every input in its place."""
     from stage_ray.engines.vllm.engine import VllmEngine
 
-    with pytest.raises(ConfigError, match="rollout.images_per_wave = 12 needs .* rollout.kv_cache_gib = 0.0002"):
+    with pytest.raises(ConfigError, match="rollout.images_per_batch = 12 needs .* rollout.kv_cache_gib = 0.0002"):
         VllmEngine(*configs(directory, kv_cache_gib=0.0002), worker="w")
 
     engine = VllmEngine(*configs(directory), worker="vllm")

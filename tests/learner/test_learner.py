@@ -17,7 +17,7 @@ from stage_ray.config import LearnerConfig
 from stage_ray.learner import Learner, LearnerError
 from stage_ray.learner.learner import learning_rate
 from stage_ray.policies.base import hardware_has_bfloat16
-from stage_ray.policies.logprobs import SamplingRule
+from stage_ray.policies.logprobs import SamplingParams
 from stage_ray.records import RolloutGroup, ScoredGroup
 from stage_ray.weights.manifest import pack, unpack
 from tests.learner_case import PROMPTS, sample_groups, score, tiny_run, train
@@ -352,10 +352,10 @@ def test_the_guided_ratio_is_that_of_what_was_sampled_and_still_trains_the_condi
     model: Path, scored: Scored
 ) -> None:
     learner, (groups, scores) = one_update_late(model, scored, ratio_on="guided")
-    rule, older = SamplingRule(guidance_scale=3.0), []
+    rule, older = SamplingParams(guidance_scale=3.0), []
     for group in groups:
         prompts = [learner.policy.encode_prompt(group.prompt.text)] * len(group.tokens)
-        now = learner.policy.guided_statistics(prompts, torch.from_numpy(group.tokens).long(), rule).guided_logprobs
+        now = learner.policy.guided_token_logprobs(prompts, torch.from_numpy(group.tokens).long(), rule).guided_logprobs
         assert now is not None
         older.append(
             dataclasses.replace(group, guided_logprobs=(now - np.log(1.5)).numpy(), logprobs=group.logprobs - 9)
@@ -408,4 +408,4 @@ def test_it_uses_as_many_threads_as_it_is_told(model: Path) -> None:
         "    Learner(tiny_run(Path(sys.argv[1])), threads=threads)\n"
         "    assert torch.get_num_threads() == threads"
     )
-    subprocess.run([sys.executable, "-c", script, str(model)], check=True, cwd=Path(__file__).parents[1])
+    subprocess.run([sys.executable, "-c", script, str(model)], check=True, cwd=Path(__file__).parents[2])

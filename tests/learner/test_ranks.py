@@ -58,9 +58,9 @@ def rank(number: int, addresses: tuple[str, str], model: Path, out: Path) -> Non
     """What each of three processes does; what it finds is in ``out``. The third waits until two have trained."""
     torch.set_num_threads(1)
     if number < 2:
-        two_ranks(number, Ranks.join(number, 2, addresses[0], CPU, timeout_s=30), model, out)
+        two_ranks(number, Ranks.init_process_group(number, 2, addresses[0], CPU, timeout_s=30), model, out)
         dist.destroy_process_group()
-    ranks = Ranks.join(number, 3, addresses[1], CPU, timeout_s=200)
+    ranks = Ranks.init_process_group(number, 3, addresses[1], CPU, timeout_s=200)
     learner = Learner(tiny_run(model, **SETTINGS), threads=1, ranks=ranks)
     learner.load_state(out / "by-two")
     by_three = weights(learner)

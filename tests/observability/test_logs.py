@@ -20,7 +20,7 @@ import yaml
 from stage_ray.cli import main
 from stage_ray.config.load import validate_config
 from stage_ray.errors import ConfigError
-from stage_ray.observability.logs import about, start_logs, tell_error, worker_environment
+from stage_ray.observability.logs import bind_context, log_error, start_logs, worker_environment
 from stage_ray.observability.progress import LoggedProgress, Progress, progress_for
 from tests.test_train import tiny_run
 from tests.tiny import tiny_janus
@@ -62,18 +62,18 @@ def test_progress_is_lines_with_the_step_its_numbers_and_the_names_of_alarms(out
         with progress.bar("evaluating", total=2) as advance:
             advance(2)
         progress.note("report: here")
-    started, stepped, rung, *others = objects(out.getvalue())
+    started, stepped, alerts, *others = objects(out.getvalue())
     assert started["message"] == "starting workers ..." and "step" not in started
     assert (stepped["message"], stepped["step"], stepped["metrics"]) == ("step 3 of 10", 3, {"reward/mean": 0.5})
-    assert (rung["level"], rung["alarm"], rung["step"]) == ("WARNING", "kl_blowup", 3)
-    assert rung["message"] == "KL is 100% too large"
+    assert (alerts["level"], alerts["alarm"], alerts["step"]) == ("WARNING", "kl_blowup", 3)
+    assert alerts["message"] == "KL is 100% too large"
     assert [line["message"] for line in others] == ["evaluating (2) ...", "evaluating: done in 0:00", "report: here"]
 
 
 def test_lines_carry_what_they_are_about_until_it_is_taken_away(out):
-    about(step=7, group_id=[3, 4])
+    bind_context(step=7, group_id=[3, 4])
     logging.getLogger("x").error("one")
-    about(group_id=None)
+    bind_context(group_id=None)
     logging.getLogger("x").error("two")
     one, two = objects(out.getvalue())
     assert (one["step"], one["group_id"]) == (7, [3, 4])
@@ -93,7 +93,7 @@ def test_libraries_that_bring_a_terminal_of_their_own_and_warnings_come_along(ou
     library = logging.getLogger("some.library")
     library.addHandler(logging.StreamHandler(sys.stderr))  # as Ray, vLLM and transformers do
     library.propagate = False
-    about()
+    bind_context()
     library.warning("from a library")
     with warnings.catch_warnings():
         warnings.simplefilter("always")
@@ -107,8 +107,8 @@ def test_text_leaves_logging_and_the_workers_as_they_are(tmp_path, capsys):
     handlers = list(logging.getLogger().handlers)
     run = tiny_run(tmp_path, tmp_path)
     assert type(progress_for(run)) is Progress
-    about(step=3)
-    tell_error("stage-ray: no")
+    bind_context(step=3)
+    log_error("stage-ray: no")
     assert logging.getLogger().handlers == handlers and worker_environment() == {}
     assert capsys.readouterr().err == "stage-ray: no\n"
 

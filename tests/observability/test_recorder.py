@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from stage_ray.errors import RunError
-from stage_ray.observability.recorder import Recorder, read_steps
+from stage_ray.observability.recorder import MetricsLogger, read_steps
 
 
 @pytest.fixture
 def recorder(tmp_path: Path):
-    recorder = Recorder(tmp_path, port=0, host="127.0.0.1")
+    recorder = MetricsLogger(tmp_path, port=0, host="127.0.0.1")
     yield recorder
     recorder.close()
 
@@ -26,7 +26,7 @@ def scrape(port: int) -> dict[str, float]:
     return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))}
 
 
-def test_each_step_is_one_json_object_with_finite_numbers_or_null(recorder: Recorder, tmp_path: Path) -> None:
+def test_each_step_is_one_json_object_with_finite_numbers_or_null(recorder: MetricsLogger, tmp_path: Path) -> None:
     recorder.step(1, {"reward/mean": np.float32(0.5), "kl": math.nan, "loss": -math.inf, "alarms": ["kl_blowup"]})
     recorder.step(2, {"reward/mean": 1, "kl": None})
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
@@ -36,7 +36,7 @@ def test_each_step_is_one_json_object_with_finite_numbers_or_null(recorder: Reco
     ]
 
 
-def test_prometheus_serves_the_newest_step_under_the_same_names(recorder: Recorder) -> None:
+def test_prometheus_serves_the_newest_step_under_the_same_names(recorder: MetricsLogger) -> None:
     recorder.step(1, {"reward/mean": 0.25, "alarms": ["a", "b"]})
     recorder.step(2, {"reward/mean": 0.75, "kl": math.inf, "alarms": []})
     assert recorder.port is not None and recorder.port > 0
@@ -48,7 +48,7 @@ def test_prometheus_serves_the_newest_step_under_the_same_names(recorder: Record
 
 
 def test_prometheus_serves_the_step_before_the_first_update_and_after_a_rewind(tmp_path: Path) -> None:
-    recorder = Recorder(tmp_path, port=0, host="127.0.0.1", resume_step=2)
+    recorder = MetricsLogger(tmp_path, port=0, host="127.0.0.1", resume_step=2)
     assert scrape(recorder.port or 0)["stage_ray_step"] == 2
     recorder.step(3, {"kl": 0.5})
     recorder.rewind(1)
@@ -56,14 +56,14 @@ def test_prometheus_serves_the_step_before_the_first_update_and_after_a_rewind(t
     recorder.close()
 
 
-def test_prometheus_does_not_go_on_serving_what_a_later_step_did_not_measure(recorder: Recorder) -> None:
+def test_prometheus_does_not_go_on_serving_what_a_later_step_did_not_measure(recorder: MetricsLogger) -> None:
     recorder.step(1, {"kl": 0.5, "mismatch/abs_logprob": 0.01})
     recorder.step(2, {"kl": 0.25})
     seen = scrape(recorder.port or 0)
     assert seen["stage_ray_kl"] == 0.25 and math.isnan(seen["stage_ray_mismatch_abs_logprob"])
 
 
-def test_prometheus_counts_each_alarm_by_its_name(recorder: Recorder) -> None:
+def test_prometheus_counts_each_alarm_by_its_name(recorder: MetricsLogger) -> None:
     for step, name in ((1, "kl_blowup"), (2, "kl_blowup"), (2, "mismatch")):
         recorder.alarm(step, name, "one sentence")
     seen = scrape(recorder.port or 0)
@@ -74,7 +74,7 @@ def test_prometheus_counts_each_alarm_by_its_name(recorder: Recorder) -> None:
 def test_tensorboard_holds_the_same_scalars(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    recorder = Recorder(tmp_path, port=None, host="127.0.0.1")
+    recorder = MetricsLogger(tmp_path, port=None, host="127.0.0.1")
     recorder.step(1, {"kl": 0.125})
     recorder.step(2, {"kl": math.nan})
     recorder.close()
@@ -84,12 +84,12 @@ def test_tensorboard_holds_the_same_scalars(tmp_path: Path) -> None:
 
 
 def test_a_resumed_run_forgets_the_steps_it_will_train_again(tmp_path: Path) -> None:
-    first = Recorder(tmp_path, port=None, host="127.0.0.1")
+    first = MetricsLogger(tmp_path, port=None, host="127.0.0.1")
     for step in (1, 2, 3):
         first.step(step, {"kl": 0.1 * step})
         first.alarm(step, "kl_blowup", "KL is large")
     first.close()
-    again = Recorder(tmp_path, port=None, host="127.0.0.1", resume_step=2)
+    again = MetricsLogger(tmp_path, port=None, host="127.0.0.1", resume_step=2)
     again.step(3, {"kl": 9.0})
     again.close()
     assert [(row["step"], row["kl"]) for row in read_steps(tmp_path / "metrics.jsonl")] == [
@@ -103,7 +103,7 @@ def test_a_resumed_run_forgets_the_steps_it_will_train_again(tmp_path: Path) -> 
 def test_a_line_that_a_crash_cut_short_is_dropped(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "kl": 0.5}\n{"step": 2, "kl"')
-    recorder = Recorder(tmp_path, port=None, host="127.0.0.1", resume_step=2)
+    recorder = MetricsLogger(tmp_path, port=None, host="127.0.0.1", resume_step=2)
     recorder.step(3, {"kl": 0.25})
     recorder.close()
     assert [row["step"] for row in read_steps(path)] == [1, 3]
@@ -121,12 +121,12 @@ def test_a_taken_port_is_one_sentence_that_names_the_key(tmp_path: Path) -> None
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         with pytest.raises(RunError, match=r"cluster\.metrics_port to 0"):
-            Recorder(tmp_path / "run", port=taken.getsockname()[1], host="127.0.0.1")
+            MetricsLogger(tmp_path / "run", port=taken.getsockname()[1], host="127.0.0.1")
     assert not (tmp_path / "run").exists(), "nothing is written before the port is known to be free"
 
 
 def test_closing_frees_the_port(tmp_path: Path) -> None:
-    recorder = Recorder(tmp_path, port=0, host="127.0.0.1")
+    recorder = MetricsLogger(tmp_path, port=0, host="127.0.0.1")
     port = recorder.port
     recorder.close()
-    Recorder(tmp_path, port=port, host="127.0.0.1").close()
+    MetricsLogger(tmp_path, port=port, host="127.0.0.1").close()

@@ -14,7 +14,7 @@ from stage_ray.cli import main
 from stage_ray.learner import Learner
 from stage_ray.observability import alarms
 from stage_ray.observability.progress import SHOWN
-from stage_ray.observability.recorder import Recorder, read_steps
+from stage_ray.observability.recorder import MetricsLogger, read_steps
 from stage_ray.observability.registry import ALARMS, RECORDED, find, markdown
 from stage_ray.report.report import CHARTS, STAGES
 from stage_ray.run.state import StepClock
@@ -76,12 +76,12 @@ def test_an_unknown_metric_is_found_out():
 def test_the_alarms_of_the_catalogue_are_those_that_ring():
     tree = ast.parse(inspect.getsource(alarms))
     pairs = [node.elts for node in ast.walk(tree) if isinstance(node, ast.Tuple) and len(node.elts) == 2]
-    rung = {first.value for first, _ in pairs if isinstance(first, ast.Constant) and isinstance(first.value, str)}
-    assert set(ALARMS) == rung | {"learner_lost"}  # which is no number of an update: `stage_ray.train` rings it
+    alerts = {first.value for first, _ in pairs if isinstance(first, ast.Constant) and isinstance(first.value, str)}
+    assert set(ALARMS) == alerts | {"learner_lost"}  # which is no number of an update: `stage_ray.train` rings it
 
 
 def test_the_endpoint_explains_a_metric_in_the_catalogues_words(tmp_path):
-    recorder = Recorder(tmp_path, port=0, host="127.0.0.1")
+    recorder = MetricsLogger(tmp_path, port=0, host="127.0.0.1")
     recorder.step(1, {"kl": 0.5, "reward/clip": 0.25})
     text = urllib.request.urlopen(f"http://127.0.0.1:{recorder.port}/metrics", timeout=10).read().decode()
     recorder.close()
@@ -90,7 +90,7 @@ def test_the_endpoint_explains_a_metric_in_the_catalogues_words(tmp_path):
 
 
 def test_every_alarm_is_served_as_zero_before_it_rings(tmp_path):
-    recorder = Recorder(tmp_path, port=0, host="127.0.0.1")
+    recorder = MetricsLogger(tmp_path, port=0, host="127.0.0.1")
     served = scrape(recorder.port or 0)
     recorder.close()
     assert {name: served[f'stage_ray_alarm_total{{name="{name}"}}'] for name in ALARMS} == dict.fromkeys(ALARMS, 0.0)

@@ -60,11 +60,11 @@ def draw_score_train(run: Any, directory: Path) -> list[Any]:
     for pid, _ in ray.get([worker.ping.remote() for worker in workers]):
         assert psutil.Process(pid).environ()["CUDA_VISIBLE_DEVICES"] == "", "without a GPU of its own it sees none"
     address = ray.get(ranks[0].address.remote())
-    ray.get([rank.begin.remote(address) for rank in ranks] + [worker.begin.remote() for worker in (rollout, reward)])
+    ray.get([rank.setup.remote(address) for rank in ranks] + [worker.setup.remote() for worker in (rollout, reward)])
     requests = [RolloutRequest(i, Prompt(i, PROMPTS[i]), image_seeds(20, i, 4)) for i in range(2)]
     _, *drawn = rollout.generate.options(num_returns=5).remote(*requests)
     _, *scored = reward.score.options(num_returns=3).remote(*drawn)
-    ray.get([rank.take.remote(drawn[0], scored[0], drawn[2], scored[1]) for rank in ranks])
+    ray.get([rank.set_batch.remote(drawn[0], scored[0], drawn[2], scored[1]) for rank in ranks])
     ray.get([rank.update.remote() for rank in ranks])
     return workers
 

@@ -16,7 +16,7 @@ def test_a_slot_is_freed_when_its_group_is_trained_not_when_it_is_taken():
     assert asyncio.run(buffer.take(0)) == [(0, "payload")]
     with pytest.raises(ValueError, match="all 1 slots are held"):
         buffer.admit(1, 0)
-    buffer.release([0])
+    buffer.free_slots([0])
     buffer.admit(1, 0)
 
 
@@ -61,7 +61,7 @@ def test_a_failed_group_is_told_when_its_batch_is_settled_and_its_successor_has_
         buffer.ready(1, "b", 0)
         with pytest.raises(GroupsFailedError, match=r"\[0\]") as failed:
             await buffer.take(0)
-        assert failed.value.whys == {0: "too dark"} and buffer.failed == {0: "too dark", 3: "too bright"}
+        assert failed.value.reasons == {0: "too dark"} and buffer.failed == {0: "too dark", 3: "too bright"}
         buffer.replace(0, 7)
         buffer.ready(7, "a", 0)
         return await buffer.take(0)
@@ -73,7 +73,7 @@ def test_a_group_that_was_never_taken_cannot_be_released():
     buffer = GroupBuffer(groups_per_step=1, max_staleness=0)
     buffer.admit(0, 0)
     with pytest.raises(ValueError, match="never taken"):
-        buffer.release([0])
+        buffer.free_slots([0])
 
 
 def test_in_order_of_arrival_a_ready_group_overtakes_one_that_may_still_wait():
@@ -114,13 +114,13 @@ def test_what_becomes_of_a_group_is_known_also_when_its_slot_has_gone_to_another
         for group in range(3):
             buffer.admit(group, 0)
         buffer.ready(0, "a", 0)
-        fates = buffer.fates()
+        outcomes = buffer.outcomes()
         buffer.fail(1, "too dark")
         buffer.replace(1, 3)
         buffer.ready(2, "c", 0)
         await buffer.take(0)
-        buffer.release([0])
-        return {group: await fate for group, fate in fates.items()}
+        buffer.free_slots([0])
+        return {group: await outcome for group, outcome in outcomes.items()}
 
     assert asyncio.run(scenario()) == {0: "a", 1: Failed("too dark"), 2: "c"}
 
@@ -145,7 +145,7 @@ def test_no_schedule_of_generation_and_training_breaks_the_staleness_bound(n, k,
         assert all(0 <= version - drawn.pop(group) <= k for group in groups)
         assert order == "arrival" or groups == sorted(groups)
         version += 1
-        buffer.release(groups)
+        buffer.free_slots(groups)
 
     for choice in choices:
         if choice % 3 == 0 and buffer.free:
@@ -174,9 +174,9 @@ def test_a_group_whose_payload_is_gone_is_waited_for_again_in_its_old_place():
 
     async def scenario():
         assert await buffer.take(0) == [(0, "a"), (1, "b")]
-        assert buffer.lose(0)
-        buffer.put_back([0, 1])
-        assert not buffer.lose(0), "it is being drawn again already"
+        assert buffer.invalidate(0)
+        buffer.requeue([0, 1])
+        assert not buffer.invalidate(0), "it is being drawn again already"
         assert (buffer.pending, buffer.waiting, buffer.free) == (1, 1, 0)
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(buffer.take(0), 0.01)

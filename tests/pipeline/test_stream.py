@@ -30,7 +30,7 @@ def told(run: RunConfig, *clusters: FlakyCluster) -> list[tuple[int, int, int, i
         read_ledger(Path(run.run_dir) / "ledger.jsonl"),
         groups_per_step=run.rollout.groups_per_step,
         max_staleness=run.pipeline.max_staleness,
-        held=saved.facts["groups"],
+        held=saved.metadata["groups"],
     )
     assert found.sound and found.dropped > run.steps, found
     prompts = {group: prompt for cluster in clusters for group, prompt in cluster.prompts.items()}
@@ -58,7 +58,7 @@ def test_a_resumed_run_has_failed_groups_in_their_places(tmp_path, staleness, la
     before, after = FlakyCluster(broken, 1, unlucky), FlakyCluster(broken, 2, unlucky)
     asyncio.run(drive(broken, before, until=last))
     saved = CheckpointStore(tmp_path / "broken" / "checkpoints", keep=1).latest()
-    assert saved is not None and saved.facts["failed"], "nothing had failed: this run shows nothing"
+    assert saved is not None and saved.metadata["failed"], "nothing had failed: this run shows nothing"
     asyncio.run(drive(broken, after, resume=True))
     assert told(broken, before, after) == told(whole, cluster)
 
@@ -88,7 +88,7 @@ def test_a_group_older_than_the_bound_is_never_written_down_as_trained(tmp_path)
     async def train_late() -> None:
         ledger = Ledger(tmp_path / "ledger.jsonl")
         stream = GroupStream(FlakyCluster(run), run, PromptCursor(PROMPTS, 0), ledger, 0, step=0)  # type: ignore
-        stream.trained([GroupRefs(7, 1, None), GroupRefs(8, 0, None)], 2)
+        stream.mark_trained([GroupRefs(7, 1, None), GroupRefs(8, 0, None)], 2)
 
     with pytest.raises(RunError, match=r"group 8 is 2 versions old, pipeline.max_staleness is 1"):
         asyncio.run(train_late())

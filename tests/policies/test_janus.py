@@ -16,7 +16,7 @@ from stage_ray.errors import ConfigError
 from stage_ray.policies import load_policy
 from stage_ray.policies.janus import JanusPolicy
 from stage_ray.policies.janus import policy as janus_module
-from stage_ray.policies.logprobs import token_statistics
+from stage_ray.policies.logprobs import token_logprobs
 from tests.tiny import CODES, IMAGE_SIZE, IMAGE_TOKENS, tiny_janus
 
 CPU = torch.device("cpu")
@@ -82,7 +82,7 @@ def test_logits_are_those_of_transformers_for_each_prompt_alone(policy: JanusPol
 
 def test_statistics_are_the_log_probability_and_entropy_of_the_logits_and_carry_gradients(policy: JanusPolicy) -> None:
     prompts, tokens = [policy.encode_prompt(text).conditional for text in TEXTS], some_tokens(3)
-    statistics = policy.statistics(prompts, tokens)
+    statistics = policy.token_logprobs(prompts, tokens)
     categorical = torch.distributions.Categorical(logits=policy.image_logits(prompts, tokens))
     torch.testing.assert_close(statistics.logprobs, categorical.log_prob(tokens), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(statistics.entropy, categorical.entropy(), atol=1e-5, rtol=1e-5)
@@ -96,7 +96,7 @@ def test_statistics_in_pieces_are_the_statistics_at_once_gradients_too(
     parameter = policy.trained_parameters()["model.language_model.layers.0.mlp.down_proj.weight"]
 
     def measure() -> tuple[torch.Tensor, torch.Tensor]:
-        statistics = policy.statistics(prompts, tokens)
+        statistics = policy.token_logprobs(prompts, tokens)
         loss = statistics.logprobs.sum() + statistics.entropy.sum()
         return statistics.logprobs.detach(), torch.autograd.grad(loss, parameter)[0]
 
@@ -107,7 +107,7 @@ def test_statistics_in_pieces_are_the_statistics_at_once_gradients_too(
 
 
 def test_a_token_that_cannot_be_adds_nothing_to_the_entropy() -> None:
-    statistics = token_statistics(torch.tensor([[0.0, 0.0, -torch.inf]]), torch.tensor([2]))
+    statistics = token_logprobs(torch.tensor([[0.0, 0.0, -torch.inf]]), torch.tensor([2]))
     assert statistics.logprobs.item() == -torch.inf
     assert statistics.entropy.item() == pytest.approx(0.6931, abs=1e-4)
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from stage_ray.config import PolicyConfig
 from stage_ray.engines import sampling
-from stage_ray.policies import load_policy, statistics
+from stage_ray.policies import load_policy, logprobs
 from stage_ray.policies.janus import JanusPolicy
-from stage_ray.policies.logprobs import SamplingRule, final_logits, head_statistics, token_statistics
+from stage_ray.policies.logprobs import SamplingParams, chunked_logprobs, process_logits, token_logprobs
 from tests.tiny import CODES, IMAGE_TOKENS, tiny_janus
 
 B, T, HIDDEN, V = 3, 7, 16, 33
@@ -49,8 +49,8 @@ def case(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
     return states, tokens, torch.randn(B, T, generator=generator)
 
 
-def plain(states: Tensor, tokens: Tensor, head: nn.Module) -> statistics.TokenStatistics:
-    return token_statistics(head(states.float()), tokens)
+def plain(states: Tensor, tokens: Tensor, head: nn.Module) -> logprobs.TokenLogprobs:
+    return token_logprobs(head(states.float()), tokens)
 
 
 @pytest.mark.parametrize("impossible", [0, 5])
@@ -59,7 +59,7 @@ def plain(states: Tensor, tokens: Tensor, head: nn.Module) -> statistics.TokenSt
 def test_values_and_the_states_gradient_are_the_plain_ones(rows: int, dtype: torch.dtype, impossible: int) -> None:
     states, tokens, weight = case(dtype)
     head = frozen(impossible)
-    found, expected = head_statistics(states, tokens, head, rows=rows), plain(states, tokens, head)
+    found, expected = chunked_logprobs(states, tokens, head, rows=rows), plain(states, tokens, head)
     torch.testing.assert_close(found.logprobs, expected.logprobs, **CLOSE)
     torch.testing.assert_close(found.entropy, expected.entropy, **CLOSE)
     assert (found.logprobs == -torch.inf).any() == (impossible > 0)
@@ -72,8 +72,8 @@ def test_values_and_the_states_gradient_are_the_plain_ones(rows: int, dtype: tor
 def test_the_entropys_gradient_is_there_for_the_asking(rows: int) -> None:
     states, tokens, weight = case()
     head = frozen(impossible=2)
-    assert not head_statistics(states, tokens, head).entropy.requires_grad
-    found, expected = head_statistics(states, tokens, head, rows=rows, entropy_grad=True), plain(states, tokens, head)
+    assert not chunked_logprobs(states, tokens, head).entropy.requires_grad
+    found, expected = chunked_logprobs(states, tokens, head, rows=rows, entropy_grad=True), plain(states, tokens, head)
     for name in ("logprobs", "entropy"):
         got, want = (torch.autograd.grad(getattr(each, name), states, weight, True)[0] for each in (found, expected))
         torch.testing.assert_close(got, want, **CLOSE)
@@ -86,7 +86,7 @@ def test_a_head_that_is_trained_gets_its_gradients_whether_module_or_function(
     states, tokens, weight = case()
     head = SmallHead()
     wanted = [states, *head.parameters()]
-    found, expected = head_statistics(states, tokens, wrap(head), rows=4), plain(states, tokens, head)
+    found, expected = chunked_logprobs(states, tokens, wrap(head), rows=4), plain(states, tokens, head)
     assert not found.entropy.requires_grad
     got, want = (torch.autograd.grad(each.logprobs, wanted, weight) for each in (found, expected))
     for one, other in zip(got, want, strict=True):
@@ -96,7 +96,7 @@ def test_a_head_that_is_trained_gets_its_gradients_whether_module_or_function(
 def test_a_frozen_head_runs_once_a_chunk_and_never_on_more() -> None:
     states, tokens, weight = case()
     head = frozen()
-    found = head_statistics(states, tokens, head, rows=8)
+    found = chunked_logprobs(states, tokens, head, rows=8)
     found.logprobs.backward(weight)
     assert head.rows == [1, 8, 8, 5]  # the first asks whether the head itself wants a gradient
 
@@ -104,9 +104,9 @@ def test_a_frozen_head_runs_once_a_chunk_and_never_on_more() -> None:
 def test_numbers_are_the_same_bits_with_and_without_gradient() -> None:
     states, tokens, _ = case()
     for head in (frozen(), SmallHead()):
-        trained = head_statistics(states, tokens, head, rows=8)
+        trained = chunked_logprobs(states, tokens, head, rows=8)
         with torch.no_grad():
-            measured = head_statistics(states, tokens, head, rows=8)
+            measured = chunked_logprobs(states, tokens, head, rows=8)
         assert torch.equal(trained.logprobs, measured.logprobs) and torch.equal(trained.entropy, measured.entropy)
 
 
@@ -114,9 +114,9 @@ def test_numbers_are_the_same_bits_with_and_without_gradient() -> None:
 def test_the_head_and_its_gradient_stay_in_float32_under_autocast(trained: bool) -> None:
     states, tokens, weight = case()
     head = SmallHead() if trained else frozen()
-    expected = head_statistics(states, tokens, head, rows=8).logprobs
+    expected = chunked_logprobs(states, tokens, head, rows=8).logprobs
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = head_statistics(states, tokens, head, rows=8).logprobs
+        found = chunked_logprobs(states, tokens, head, rows=8).logprobs
     assert torch.equal(found, expected)
     assert torch.equal(torch.autograd.grad(found, states, weight)[0], torch.autograd.grad(expected, states, weight)[0])
 
@@ -124,15 +124,15 @@ def test_the_head_and_its_gradient_stay_in_float32_under_autocast(trained: bool)
 def test_a_head_may_take_several_states_a_token() -> None:
     states, tokens, weight = case()
     head, pairs = frozen(), torch.stack((states, states.flip(0)), dim=2)  # [B, T, 2, hidden]
-    found = head_statistics(pairs, tokens, lambda rows: head(rows[:, 0]) - head(rows[:, 1]), rows=4)
-    expected = token_statistics(head(states) - head(states.flip(0)), tokens)
+    found = chunked_logprobs(pairs, tokens, lambda rows: head(rows[:, 0]) - head(rows[:, 1]), rows=4)
+    expected = token_logprobs(head(states) - head(states.flip(0)), tokens)
     torch.testing.assert_close(found.logprobs, expected.logprobs, **CLOSE)
     got, want = (torch.autograd.grad(each.logprobs, states, weight, True)[0] for each in (found, expected))
     torch.testing.assert_close(got, want, **CLOSE)
 
 
 def test_engines_and_learner_share_one_definition_of_what_is_drawn_from() -> None:
-    assert sampling.final_logits is final_logits and sampling.SamplingRule is SamplingRule
+    assert sampling.process_logits is process_logits and sampling.SamplingParams is SamplingParams
 
 
 @pytest.fixture(scope="module")
@@ -146,28 +146,28 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> JanusPolicy:
 @pytest.mark.parametrize(
     "rule",
     [
-        SamplingRule(),
-        SamplingRule(temperature=0.7),
-        SamplingRule(guidance_scale=3.0),
-        SamplingRule(guidance_scale=3.0, temperature=0.8, top_k=20, top_p=0.95),
+        SamplingParams(),
+        SamplingParams(temperature=0.7),
+        SamplingParams(guidance_scale=3.0),
+        SamplingParams(guidance_scale=3.0, temperature=0.8, top_k=20, top_p=0.95),
     ],
 )
 def test_guided_log_probabilities_are_those_that_the_engines_draw_from(
-    policy: JanusPolicy, rule: SamplingRule, monkeypatch: pytest.MonkeyPatch
+    policy: JanusPolicy, rule: SamplingParams, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("stage_ray.policies.janus.LOGITS_AT_ONCE", 10 * CODES)
+    monkeypatch.setattr("stage_ray.policies.janus.policy.LOGITS_AT_ONCE", 10 * CODES)
     texts = ("a photo of a red circle", "a photo of a square left of a triangle")
     prompts = [policy.encode_prompt(text) for text in texts]
     tokens = torch.randint(0, CODES, (2, IMAGE_TOKENS), generator=torch.Generator().manual_seed(1))
-    found = policy.guided_statistics(prompts, tokens, rule)
+    found = policy.guided_token_logprobs(prompts, tokens, rule)
     assert found.guided_logprobs is not None and not found.guided_logprobs.requires_grad
     with torch.no_grad():
         conditional = policy.image_logits([prompt.conditional for prompt in prompts], tokens)
         unconditional = policy.image_logits([prompt.unconditional for prompt in prompts], tokens)
-        expected = final_logits(conditional.flatten(0, 1), unconditional.flatten(0, 1), rule).log_softmax(-1)
+        expected = process_logits(conditional.flatten(0, 1), unconditional.flatten(0, 1), rule).log_softmax(-1)
     chosen = expected.gather(-1, tokens.flatten().unsqueeze(-1)).view(tokens.shape)
     assert (chosen == -torch.inf).any() == (rule.top_k > 0)
     torch.testing.assert_close(found.guided_logprobs, chosen, atol=1e-4, rtol=1e-4)
-    plain = policy.statistics([prompt.conditional for prompt in prompts], tokens)
+    plain = policy.token_logprobs([prompt.conditional for prompt in prompts], tokens)
     assert torch.equal(found.logprobs, plain.logprobs) and torch.equal(found.entropy, plain.entropy)
     assert found.logprobs.requires_grad and found.entropy.requires_grad

@@ -22,12 +22,12 @@ def writer(text: str) -> Callable[[Path], None]:
     return write
 
 
-def save(store: CheckpointStore, step: int, write: Callable[[Path], None], facts: dict[str, Any]) -> None:
+def save(store: CheckpointStore, step: int, write: Callable[[Path], None], metadata: dict[str, Any]) -> None:
     """As a run does, with the learner's part in it."""
     directory = store.begin(step)
     try:
         write(directory)
-        store.finish(step, directory, facts)
+        store.finish(step, directory, metadata)
     except BaseException:
         store.abandon(directory)
         raise
@@ -55,7 +55,7 @@ def latest(store: CheckpointStore) -> tuple[int | None, list[str]]:
 def test_the_newest_checkpoint_is_found_with_its_files_and_facts(store: CheckpointStore) -> None:
     found = store.latest()
     assert found is not None
-    assert (found.step, found.facts) == (2, {"cursor": 2})
+    assert (found.step, found.metadata) == (2, {"cursor": 2})
     assert (found.path / "learner" / "weights.bin").read_text() == "two"
 
 
@@ -71,7 +71,7 @@ def test_only_the_newest_are_kept(store: CheckpointStore) -> None:
 def test_a_checkpoint_of_the_same_step_is_replaced(store: CheckpointStore) -> None:
     save(store, 2, writer("new"), {"cursor": 22})
     found = store.latest()
-    assert found is not None and found.facts == {"cursor": 22}
+    assert found is not None and found.metadata == {"cursor": 22}
     assert names(store) == ["step-000001", "step-000002"]
 
 
@@ -111,7 +111,7 @@ def test_other_damage_is_named(store: CheckpointStore, spoil: Callable[[Path], o
 def test_facts_that_were_edited_are_not_believed(store: CheckpointStore) -> None:
     file = store.root / "step-000002" / "manifest.json"
     body = json.loads(file.read_text())
-    body["facts"]["cursor"] = 3
+    body["metadata"]["cursor"] = 3
     file.write_text(json.dumps(body))
     with pytest.raises(CheckpointError, match="its own checksum"):
         verify(file.parent)

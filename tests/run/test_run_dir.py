@@ -19,8 +19,8 @@ from tests.test_train import tiny_run
 HOLDER = """
 import sys, time
 from pathlib import Path
-from stage_ray.run.lock import held
-with held(Path(sys.argv[1]), 0):
+from stage_ray.run.lock import run_dir_lock
+with run_dir_lock(Path(sys.argv[1]), 0):
     print("held", flush=True)
     time.sleep(60)
 """

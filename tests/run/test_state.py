@@ -14,7 +14,7 @@ from stage_ray.observability.progress import Progress
 from stage_ray.pipeline.ledger import Ledger
 from stage_ray.run import checkpoint
 from stage_ray.run.checkpoint import Checkpoint, CheckpointStore
-from stage_ray.run.state import RunFiles
+from stage_ray.run.state import RunState
 from tests.flaky import PROMPTS, FlakyCluster, drive, timed_run, until
 
 
@@ -80,10 +80,10 @@ def test_a_disk_that_fails_while_a_checkpoint_is_finished_leaves_the_one_before_
     run = timed_run(tmp_path)
     write = checkpoint._write_manifest
 
-    def full(directory: Path, step: int, facts: Any) -> None:
+    def full(directory: Path, step: int, metadata: Any) -> None:
         if step == 4:
             raise OSError(28, "No space left on device")
-        write(directory, step, facts)
+        write(directory, step, metadata)
 
     monkeypatch.setattr(checkpoint, "_write_manifest", full)
     with pytest.raises(RunError, match=r"checkpoint of step 4 could not be written \(.*No space left.*are whole"):
@@ -99,12 +99,12 @@ def test_what_fails_while_a_checkpoint_waits_for_its_groups_is_not_said_of_the_d
         raise RunError("rollout-0 died")
 
     async def scenario() -> None:
-        files = RunFiles(run, tmp_path, PROMPTS, resume=False, progress=Progress())
+        files = RunState(run, tmp_path, PROMPTS, resume=False, progress=Progress())
         async with files.stream(cluster) as stream:
             cluster.gates[2] = asyncio.Event()
             groups = await stream.next_batch()
-            stream.trained(groups, 0)
-            stream.release(groups)
+            stream.mark_trained(groups, 0)
+            stream.free_slots(groups)
             cluster.generate = breaks_down  # type: ignore[method-assign]
             await files.checkpoint(1, cluster, stream, now=True)
 
@@ -118,13 +118,13 @@ def test_a_checkpoint_holds_the_very_groups_that_its_ledger_has_open(tmp_path):
     cluster = FlakyCluster(run, 0, lambda group_id: group_id == 3)
 
     async def scenario() -> int:
-        files = RunFiles(run, tmp_path, PROMPTS, resume=False, progress=Progress())
+        files = RunState(run, tmp_path, PROMPTS, resume=False, progress=Progress())
         async with files.stream(cluster) as stream:
             cluster.gates[3] = asyncio.Event()
             groups = await stream.next_batch()
             await cluster.update()
             await cluster.publish()
-            stream.trained(groups, 0)
+            stream.mark_trained(groups, 0)
             await until(lambda: 3 in cluster.asked)
             before = stream.next_group
             cluster.gates[3].set()
@@ -133,9 +133,11 @@ def test_a_checkpoint_holds_the_very_groups_that_its_ledger_has_open(tmp_path):
             return stream.next_group - before
 
     assert asyncio.run(scenario()) == 1, "nothing was replaced meanwhile: this shows nothing"
-    facts = saved(tmp_path).facts
-    assert list(Ledger(tmp_path / "ledger.jsonl", keep_bytes=facts["ledger_bytes"]).open_groups()) == facts["groups"]
-    assert facts["next_group"] == 4 and facts["failed"] == {"3": "it is beyond me"}
+    metadata = saved(tmp_path).metadata
+    assert (
+        list(Ledger(tmp_path / "ledger.jsonl", keep_bytes=metadata["ledger_bytes"]).open_groups()) == metadata["groups"]
+    )
+    assert metadata["next_group"] == 4 and metadata["failed"] == {"3": "it is beyond me"}
     asyncio.run(drive(run, FlakyCluster(run), resume=True))
     assert saved(tmp_path).step == 9, "and a resumed run replaces what failed"
 
@@ -146,16 +148,16 @@ def test_a_group_that_is_trained_while_its_checkpoint_waits_for_another_is_in_it
 
     async def scenario() -> list[int]:
         trained = []
-        files = RunFiles(run, tmp_path, PROMPTS, resume=False, progress=Progress())
+        files = RunState(run, tmp_path, PROMPTS, resume=False, progress=Progress())
         async with files.stream(cluster) as stream:
             cluster.gates[0] = asyncio.Event()
             for step in range(2):
                 (group,) = await stream.next_batch()
                 trained.append(group.group_id)
-                stream.trained([group], step)
+                stream.mark_trained([group], step)
                 if step == 0:
                     await files.checkpoint(1, cluster, stream)
-                stream.release([group])
+                stream.free_slots([group])
             cluster.gates[0].set()
             await files.saved()
         files.close()
@@ -163,4 +165,4 @@ def test_a_group_that_is_trained_while_its_checkpoint_waits_for_another_is_in_it
 
     _, overtook = asyncio.run(scenario())
     assert overtook > 0
-    assert saved(tmp_path).facts["groups"] == [0, overtook]
+    assert saved(tmp_path).metadata["groups"] == [0, overtook]

@@ -100,8 +100,8 @@ def test_verdicts_on_the_tokenizers_reconstructions_are_right():
 
 
 def test_mush_is_rarely_taken_for_an_object():
-    mush = draw_mush(100, seed=5, tokenizer=tokenizer())
-    shares = {kind: share_with_objects(detector(), images, threshold=THRESHOLD) for kind, images in mush.items()}
+    non_objects = draw_mush(100, seed=5, tokenizer=tokenizer())
+    shares = {kind: share_with_objects(detector(), images, threshold=THRESHOLD) for kind, images in non_objects.items()}
     assert shares["noise"] <= 0.05, shares
     # Random tokens decode to blobs among which there are true crosses, rings and triangles: looked at, nearly all found
     # objects had their shape. What must not happen is that most of such pictures count as showing something.

@@ -13,7 +13,7 @@ import pytest
 import ray
 import torch
 
-from stage_ray.actors.supervised import Seat
+from stage_ray.actors.supervised import SupervisedActor
 from stage_ray.bench.sync import run_of
 from stage_ray.bench.sync_actors import ROW, SyncActors, SyncCluster, SyncLearner, SyncRolloutWorker
 from stage_ray.cluster.cluster import LearnerLostError
@@ -23,18 +23,18 @@ from stage_ray.config.load import validate_config
 from stage_ray.errors import ConfigError
 from stage_ray.records import TensorSpec, WeightManifest
 from stage_ray.weights.broadcast import _Meeting
-from stage_ray.weights.broadcast_group import Line, LineBroken, Place
+from stage_ray.weights.broadcast_group import BroadcastFailed, BroadcastGroup, GroupMember
 
 SIZE = 200 * ROW
 SOON = 4.0  # cluster.sync_timeout_s
 
 
-class Trap(Line):
+class Trap(BroadcastGroup):
     """Takes a line over: its owner ends, hangs or damages a tensor in the middle of the next version."""
 
-    def __init__(self, line: Line, harm: str) -> None:
+    def __init__(self, line: BroadcastGroup, harm: str) -> None:
         super().__init__()
-        self._place, self._group = line._place, line._group
+        self._member, self._group = line._member, line._group
         self._harm = harm
         self._left = 16
 
@@ -50,7 +50,7 @@ class Trap(Line):
 
 class Worker(SyncRolloutWorker):
     def trap(self, harm: str) -> None:
-        self._line = Trap(self._line, harm)
+        self._group = Trap(self._group, harm)
 
     def policy_version(self) -> int:
         return self._engine.policy_version
@@ -71,7 +71,7 @@ class Learner(SyncLearner):
         self._packed = 0
 
     def trap(self, harm: str) -> None:
-        self._line = Trap(self._line, harm)
+        self._group = Trap(self._group, harm)
 
     def pack(self):
         self._packed += 1
@@ -111,7 +111,7 @@ class TrappedCluster(SyncCluster):
         await asyncio.wait_for(until(lambda: len(self.rollouts.open) == len(self.rollouts.seats)), 180)
 
     async def begin_next(self) -> None:
-        await self.ask_learner(lambda learner: learner.advance.remote())
+        await self.call_learner(lambda learner: learner.advance.remote())
         await self.publish()
 
     async def next(self) -> None:
@@ -122,7 +122,7 @@ class TrappedCluster(SyncCluster):
         return await self.rollouts.seats[index].call(lambda worker: getattr(worker, method).remote(*arguments), 60)
 
     async def packed(self) -> int:
-        return await self.ask_learner(lambda learner: learner.packed.remote())
+        return await self.call_learner(lambda learner: learner.packed.remote())
 
 
 def run_with(workers: int) -> RunConfig:
@@ -233,7 +233,7 @@ def test_a_worker_that_fails_in_the_middle_of_a_version_costs_nobody_the_version
 def test_a_learner_that_dies_in_the_middle_of_a_version_is_named_and_its_successor_publishes(play):
     async def scenario(cluster, version):
         cluster.busy()
-        await cluster.ask_learner(lambda learner: learner.trap.remote("kill"))
+        await cluster.call_learner(lambda learner: learner.trap.remote("kill"))
         with pytest.raises(LearnerLostError):
             await cluster.next()
         assert await cluster.versions() == [version] * 3, "half a version touches nothing"
@@ -301,7 +301,7 @@ def test_a_newcomer_that_comes_too_late_for_a_version_waits_for_the_next_even_if
 
     async def scenario(cluster):
         await cluster.next()
-        updating = asyncio.create_task(cluster.ask_learner(lambda learner: learner.advance_slowly.remote(8.0)))
+        updating = asyncio.create_task(cluster.call_learner(lambda learner: learner.advance_slowly.remote(8.0)))
         await asyncio.sleep(0.1)
         cluster.rollouts.seats[0].restart()
         cluster.rollouts.refill(cluster.rollouts.seats[0])
@@ -309,7 +309,7 @@ def test_a_newcomer_that_comes_too_late_for_a_version_waits_for_the_next_even_if
         assert not cluster.rollouts.open
         await cluster.publish()
         await asyncio.wait_for(cluster.settle(), 180)
-        await asyncio.wait_for(cluster.rollouts.anyone(), 180)
+        await asyncio.wait_for(cluster.rollouts.wait_any(), 180)
         assert await cluster.versions() == [2.0]
 
     with cluster_of(workers=1) as (runner, cluster):
@@ -318,7 +318,7 @@ def test_a_newcomer_that_comes_too_late_for_a_version_waits_for_the_next_even_if
 
 def test_workers_that_a_learner_never_sent_to_were_not_busy():
     async def scenario():
-        seat = Seat("rollout-0", lambda name: None, start_timeout_s=1.0)
+        seat = SupervisedActor("rollout-0", lambda name: None, start_timeout_s=1.0)
         meeting = _Meeting([seat])
         waiting = asyncio.create_task(meeting.arrive(seat, None))
         await asyncio.sleep(0.1)
@@ -330,11 +330,11 @@ def test_workers_that_a_learner_never_sent_to_were_not_busy():
 
 
 def test_a_worker_without_memory_for_a_version_breaks_the_line_and_is_served_by_the_store():
-    line = Line()
-    place = Place(1, line.open(10.0), 0, 1, "gloo", 10.0)
+    line = BroadcastGroup()
+    place = GroupMember(1, line.open(10.0), 0, 1, "gloo", 10.0)
     small = TensorSpec("small", (4,), "float32", 0, 0, 16, "")
     huge = TensorSpec("huge", (2**58,), "float32", 0, 1, 2**60, "")
-    with pytest.raises(LineBroken, match="rank 0 of 1: .*memory"):
+    with pytest.raises(BroadcastFailed, match="rank 0 of 1: .*memory"):
         line.receive(place, WeightManifest(1, (small, huge), 1))
 
 

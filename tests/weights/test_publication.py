@@ -40,7 +40,7 @@ async def publish_lose_publish(cluster: SyncCluster) -> None:
         return [(await seat.call(lambda w: w.loaded.remote(), 60))[1] for seat in cluster.rollouts.seats]
 
     async def next_version() -> None:
-        await cluster.ask_learner(lambda learner: learner.advance.remote())
+        await cluster.call_learner(lambda learner: learner.advance.remote())
         await cluster.publish()
 
     await asyncio.gather(cluster.rollouts.ready(), cluster.learner.ready(None))

@@ -58,7 +58,7 @@ class InProcess:
         self.worker = RolloutWorker(name, run_of(), None)
         self.worker._engine = engine
 
-    async def begin(self) -> None:
+    async def setup(self) -> None:
         """It has its engine."""
 
     async def generate(self, *requests: RolloutRequest) -> tuple[Any, ...]:
@@ -102,8 +102,8 @@ def test_a_worker_says_what_is_wrong_with_what_its_engine_drew(worker_process, b
 
 def test_a_worker_says_that_its_engine_drew_too_few_groups(worker_process):
     worker = InProcess("rollout-0", Engine()).worker
-    draw = worker._engine.generate
-    worker._engine.generate = lambda requests: draw(requests[1:])
+    sample = worker._engine.generate
+    worker._engine.generate = lambda requests: sample(requests[1:])
     receipt, *objects = worker.generate(*REQUESTS)
     assert receipt.problem == "1 groups where 2 were asked for" and objects == [None] * 4
 

@@ -105,7 +105,7 @@ def make_plan(task: Task) -> Plan:
         task=task,
         split=split,
         memory={
-            "rollout": rollout_lines(task.model, images=split.images_per_wave, dtype=task.dtype),
+            "rollout": rollout_lines(task.model, images=split.images_per_batch, dtype=task.dtype),
             "reward": reward_lines(),
             "learner": learner_lines(
                 task.model,
@@ -173,7 +173,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "groups_per_step": split.groups,
         "group_size": task.group_size,
         "images_per_step": plan.images,
-        "images_per_wave": split.images_per_wave,
+        "images_per_batch": split.images_per_batch,
         "images_in_flight_at_most": plan.most_in_flight,
         "tensor_parallel": 1,
         "micro_batch_images": split.cut.rows,

@@ -95,7 +95,7 @@ def _rollout(plan: Plan) -> str:
     return (
         f"rollout: one engine a GPU (tensor parallel 1): its {weights:.1f} GiB of weights fit, and cutting them would "
         f"add traffic at every token. Up to {plan.most_in_flight} images fit in flight, "
-        f"{plan.split.images_per_wave} are planned; each is two sequences."
+        f"{plan.split.images_per_batch} are planned; each is two sequences."
     )
 
 

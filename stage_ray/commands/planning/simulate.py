@@ -113,9 +113,9 @@ async def _drive(run: RunConfig, stages: Mapping[str, float], path: Path) -> lis
             groups = await stream.next_batch()
             await cluster.update()
             await cluster.publish()
-            stream.trained(groups, step)
+            stream.mark_trained(groups, step)
             ended.append(asyncio.get_running_loop().time())
             if step + 1 < run.steps:
-                stream.release(groups)
+                stream.free_slots(groups)
     await cluster.settle()
     return ended

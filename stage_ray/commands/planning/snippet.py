@@ -36,7 +36,7 @@ def as_yaml(task: Task, split: Split) -> str:
 
 
 def _data(task: Task, split: Split) -> dict[str, Any]:
-    lines = rollout_lines(task.model, images=split.images_per_wave, dtype=task.dtype)
+    lines = rollout_lines(task.model, images=split.images_per_batch, dtype=task.dtype)
     sync = split.transfer_s + split.load_s + split.waves_each * split.wave_s
     return {
         "steps": STEPS,
@@ -50,7 +50,7 @@ def _data(task: Task, split: Split) -> dict[str, Any]:
             "dtype": task.dtype,
             "group_size": task.group_size,
             "groups_per_step": split.groups,
-            "images_per_wave": split.images_per_wave,
+            "images_per_batch": split.images_per_batch,
             "gpu_memory_utilization": vllm_share(lines, task.gpu),
         },
         "rewards": [{"type": "geneval", "options": {"detector": "your_package.YourDetector"}}],

@@ -74,7 +74,7 @@ class Split:
     groups: int
     wave_groups: int
     call_groups: int
-    images_per_wave: int
+    images_per_batch: int
     cut: LearnerCut
     wave_s: float
     load_s: float
@@ -273,7 +273,7 @@ def _split(task: Task, most: int, rollouts: int, rewards: int, ranks: int, group
         groups=groups,
         wave_groups=wave_groups,
         call_groups=call_groups,
-        images_per_wave=images,
+        images_per_batch=images,
         cut=cut,
         wave_s=parts * _wave_s(task.model, task.gpu, images, task.dtype),
         load_s=load,

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from stage_ray.config import PolicyConfig, RolloutConfig
-from stage_ray.engines.batching import ImageRow, WaveEngine, WaveSamples
-from stage_ray.engines.sampling import SamplingRule
+from stage_ray.engines.batching import BatchEngine, ImageSequence, Rollouts
+from stage_ray.engines.sampling import SamplingParams
 from stage_ray.engines.vllm.environment import require_fitting_build, set_environment
 from stage_ray.engines.vllm.plugin import register
 from stage_ray.engines.vllm.ranks import TensorRanks
@@ -26,7 +26,7 @@ LONGEST_PROMPT = 256  # tokens; the memory of a wave is reserved for prompts of 
 TRAINED, FROZEN = "model.language_model.", "model.generation_"
 
 
-class VllmEngine(WaveEngine):
+class VllmEngine(BatchEngine):
     """Guided sampling with vLLM's paged attention.
 
     At start it is made sure that a whole wave fits vLLM's batch and key-value cache, so that the two requests of an
@@ -39,7 +39,7 @@ class VllmEngine(WaveEngine):
         self, policy: PolicyConfig, rollout: RolloutConfig, *, worker: str, rank: int = 0, address: str = ""
     ) -> None:
         require_fitting_build(rollout)
-        super().__init__(worker, rollout.images_per_wave, SamplingRule.of(rollout))
+        super().__init__(worker, rollout.images_per_batch, SamplingParams.of(rollout))
         self._ranks = TensorRanks(rank, rollout.tensor_parallel, address)
         self._files = JanusFiles.load(policy)
         self._prompts = JanusPrompts(self._files, policy.template)
@@ -55,7 +55,7 @@ class VllmEngine(WaveEngine):
         self._directory = tempfile.TemporaryDirectory(prefix="stage-ray-vllm-")
         export_for_vllm(location, self._files.config, Path(self._directory.name))
         set_environment(rollout)
-        self._ranks.meet(self._device, rollout.timeout_s, self._directory.name)
+        self._ranks.init_process_group(self._device, rollout.timeout_s, self._directory.name)
         self._start(rollout)
         self._ranks.unlink_shared_memory()
         self._check_cache(rollout)
@@ -67,7 +67,7 @@ class VllmEngine(WaveEngine):
 
         register()
         on_cpu = self._device.type == "cpu"
-        rows = 2 * rollout.images_per_wave
+        rows = 2 * rollout.images_per_batch
         try:
             self._llm = LLM(
                 self._directory.name,
@@ -96,12 +96,12 @@ class VllmEngine(WaveEngine):
         """Raise a `ConfigError` unless the key-value cache holds a whole wave."""
         cache = self._llm.llm_engine.vllm_config.cache_config
         longest = self._longest_prompt + self._files.image_tokens
-        needed = 2 * rollout.images_per_wave * -(-longest // cache.block_size)
+        needed = 2 * rollout.images_per_batch * -(-longest // cache.block_size)
         if cache.num_gpu_blocks <= needed:  # vLLM keeps one block for itself
             self.close()
             key = "kv_cache_gib" if self._device.type == "cpu" else "gpu_memory_utilization"
             raise ConfigError(
-                f"rollout.images_per_wave = {rollout.images_per_wave} needs {needed + 1} blocks of key-value cache; "
+                f"rollout.images_per_batch = {rollout.images_per_batch} needs {needed + 1} blocks of key-value cache; "
                 f"rollout.{key} = {getattr(rollout, key)} gives {cache.num_gpu_blocks}; raise it or make waves smaller"
             )
 
@@ -138,17 +138,17 @@ class VllmEngine(WaveEngine):
         whole = {**tensors, **self._frozen}
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(whole.items())})
 
-    def give_back(self) -> None:
+    def offload(self) -> None:
         """Offload the weights and forget the key-value cache, on a GPU; vLLM cannot on a CPU."""
         if self._device.type == "cuda":
             self._llm.sleep(level=1)
 
-    def take_back(self) -> None:
-        """Undo `give_back`."""
+    def onload(self) -> None:
+        """Undo `offload`."""
         if self._device.type == "cuda":
             self._llm.wake_up()
 
-    def sample(self, rows: Sequence[ImageRow], rule: SamplingRule) -> WaveSamples:
+    def sample(self, rows: Sequence[ImageSequence], rule: SamplingParams) -> Rollouts:
         """Sample one wave.
 
         Raises:
@@ -169,7 +169,7 @@ class VllmEngine(WaveEngine):
                 prompts.append({"prompt_token_ids": [token + shift for token in ids]})
                 params.append(image_params(length, image, branch, row.seed, rule))
         outputs = self._llm.generate(prompts, params, use_tqdm=False)
-        wave: WaveSamples = self._llm.collective_rpc("recorded_wave", args=(len(rows),))[0]
+        wave: Rollouts = self._llm.collective_rpc("recorded_batch", args=(len(rows),))[0]
         served = torch.tensor([output.outputs[0].token_ids for output in outputs])
         if not torch.equal(served, wave.tokens.repeat_interleave(len(prompts) // len(rows), dim=0)):
             raise RuntimeError("vLLM served tokens that were not drawn; do not trust this wave")

@@ -12,23 +12,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from vllm import SamplingParams
+from vllm import SamplingParams as VllmSamplingParams
 from vllm.config import VllmConfig
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
-from stage_ray.engines.batching import WaveSamples
-from stage_ray.engines.sampling import SamplingRule, draw
+from stage_ray.engines.batching import Rollouts
+from stage_ray.engines.sampling import SamplingParams, sample
 
 CONDITIONAL, UNCONDITIONAL = 0, 1
 
 
-def image_params(tokens: int, image: int, branch: int, seed: int, rule: SamplingRule) -> SamplingParams:
+def image_params(tokens: int, image: int, branch: int, seed: int, rule: SamplingParams) -> VllmSamplingParams:
     """Sampling parameters of one request: T tokens, greedy over the one token that the processor leaves."""
     # Plain values: vLLM copies them for every request, and may send them to another process.
     arguments = {"image": image, "branch": branch, "seed": seed, "rule": astuple(rule)}
-    return SamplingParams(
+    return VllmSamplingParams(
         temperature=0.0,
         max_tokens=tokens,
         ignore_eos=True,
@@ -45,7 +45,7 @@ class _Row:
     image: int
     branch: int
     seed: int
-    rule: SamplingRule
+    rule: SamplingParams
     output: list[int]
 
 
@@ -57,7 +57,7 @@ class _Layout:
     unconditional: Tensor | None
     images: Tensor
     seeds: Tensor
-    rule: SamplingRule
+    rule: SamplingParams
     outputs: list[list[int]]
 
 
@@ -98,7 +98,7 @@ class PairedGuidance(LogitsProcessor):
         else:
             positions = torch.tensor(done, device=self._device)
         unconditional = None if layout.unconditional is None else logits[layout.unconditional]
-        drawn = draw(logits[layout.conditional], unconditional, layout.seeds, positions, layout.rule)
+        drawn = sample(logits[layout.conditional], unconditional, layout.seeds, positions, layout.rule)
         self._tokens[layout.images, positions] = drawn.tokens
         self._records[:, layout.images, positions] = torch.stack((drawn.logprobs, drawn.guided_logprobs, drawn.entropy))
         logits.fill_(-torch.inf)
@@ -107,10 +107,10 @@ class PairedGuidance(LogitsProcessor):
             logits[layout.unconditional, drawn.tokens] = 0.0
         return logits
 
-    def recorded(self, images: int) -> WaveSamples:
+    def recorded(self, images: int) -> Rollouts:
         """What the finished wave's first ``images`` images recorded, on the CPU."""
         logprobs, guided, entropy = self._records[:, :images].cpu().clone()
-        return WaveSamples(self._tokens[:images].cpu().clone(), logprobs, guided, entropy)
+        return Rollouts(self._tokens[:images].cpu().clone(), logprobs, guided, entropy)
 
 
 class RecordsExtension:
@@ -118,17 +118,17 @@ class RecordsExtension:
 
     model_runner: Any
 
-    def recorded_wave(self, images: int) -> WaveSamples:
+    def recorded_batch(self, images: int) -> Rollouts:
         """See `PairedGuidance.recorded`."""
         processors = self.model_runner.input_batch.logitsprocs.all
         return next(p for p in processors if isinstance(p, PairedGuidance)).recorded(images)
 
 
-def _row(params: SamplingParams, prompt_ids: list[int] | None, output: list[int]) -> _Row | None:
+def _row(params: VllmSamplingParams, prompt_ids: list[int] | None, output: list[int]) -> _Row | None:
     arguments = params.extra_args or {}
     if "image" not in arguments:
         return None
-    rule = SamplingRule(*arguments["rule"])
+    rule = SamplingParams(*arguments["rule"])
     return _Row(arguments["image"], arguments["branch"], arguments["seed"], rule, output)
 
 
@@ -148,7 +148,7 @@ def _lay_out(rows: dict[int, _Row], device: torch.device) -> _Layout:
     if alone:
         raise RuntimeError(
             f"{len(alone)} images run without the other half of their guidance pair, the first is image {min(alone)}: "
-            "vLLM could not hold a whole wave; lower rollout.images_per_wave or raise rollout.kv_cache_gib"
+            "vLLM could not hold a whole wave; lower rollout.images_per_batch or raise rollout.kv_cache_gib"
         )
 
     def column(values: list[int]) -> Tensor:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from stage_ray.errors import ConfigError
-from stage_ray.weights.rendezvous import join_group
+from stage_ray.weights.rendezvous import init_process_group
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ class TensorRanks:
                 f"of keys and values); take one of {possible}"
             )
 
-    def meet(self, device: torch.device, timeout_s: float, private: str) -> None:
+    def init_process_group(self, device: torch.device, timeout_s: float, private: str) -> None:
         """Make torch's process group: vLLM takes the one that is there. Its own would listen on every interface.
 
         Args:
@@ -58,7 +58,7 @@ class TensorRanks:
         # on their machine, so that two workers do not share it; vLLM has one name for all.
         ExecutorWithExternalLauncher._distributed_args = lambda _: (f"tcp://{self.address}", self.rank, 0)
         self._unlink_segments()  # of a worker that was killed with the same port
-        join_group(self.rank, self.count, self.address, device, timeout_s)
+        init_process_group(self.rank, self.count, self.address, device, timeout_s)
 
     def llm_arguments(self) -> dict[str, Any]:
         """What `vllm.LLM` needs to know."""

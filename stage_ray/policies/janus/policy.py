@@ -14,13 +14,13 @@ from stage_ray.errors import ConfigError
 from stage_ray.policies.base import PromptIds
 from stage_ray.policies.janus import files as janus_parts
 from stage_ray.policies.janus.files import JanusFiles, JanusPrompts
-from stage_ray.policies.logprobs import SamplingRule, TokenStatistics, final_logits, head_statistics
+from stage_ray.policies.logprobs import SamplingParams, TokenLogprobs, chunked_logprobs, process_logits
 
 TRAINED_PREFIX = "model.language_model."
-LOGITS_AT_ONCE = 2**22  # float32 logits made at once by `statistics`: 16 MiB, and a few temporaries of that size
+LOGITS_AT_ONCE = 2**22  # float32 logits made at once by `token_logprobs`: 16 MiB, and a few temporaries of that size
 
 
-class Trunk(nn.Module):
+class Backbone(nn.Module):
     """Rows of token ids, image tokens in their places, to states: all that is trained, as one module, to be sharded."""
 
     def __init__(self, language_model: nn.Module) -> None:
@@ -49,7 +49,7 @@ class JanusPolicy:
         self._prompts = prompts
         self._pad = int(files.processor.tokenizer.pad_token_id)
         model.model.generation_head.float()  # see `head`
-        self._trunk = Trunk(model.model.language_model)
+        self._backbone = Backbone(model.model.language_model)
         model.requires_grad_(False)
         for parameter in self.trained_parameters().values():
             parameter.requires_grad_(True)
@@ -94,7 +94,7 @@ class JanusPolicy:
         starts = torch.tensor([len(prompt) for prompt in prompts], device=device)
         image_embeds = self.model.prepare_embeddings_for_image_generation(tokens[:, :-1])
         positions = starts[:, None] + torch.arange(length - 1, device=device)
-        states = self._trunk(torch.tensor(rows, device=device), image_embeds, positions)
+        states = self._backbone(torch.tensor(rows, device=device), image_embeds, positions)
         predicting = (starts[:, None] - 1 + torch.arange(length, device=device)).unsqueeze(-1)
         return states.gather(1, predicting.expand(-1, -1, states.shape[-1]))
 
@@ -110,26 +110,26 @@ class JanusPolicy:
         with torch.autocast(states.device.type, enabled=False):
             return self.model.model.generation_head(states.float())
 
-    def statistics(
+    def token_logprobs(
         self, prompts: Sequence[Sequence[int]], tokens: Tensor, *, entropy_grad: bool = True
-    ) -> TokenStatistics:
+    ) -> TokenLogprobs:
         """Log-probability and entropy of each token at temperature 1, float32 [B, T].
 
         Differentiable, the entropy only with ``entropy_grad``, which costs a second run of the head. However large the
         batch, no more than `LOGITS_AT_ONCE` logits are held.
         """
-        return self._statistics(self.hidden_states(prompts, tokens), tokens, entropy_grad)
+        return self._token_logprobs(self.hidden_states(prompts, tokens), tokens, entropy_grad)
 
-    def guided_statistics(
-        self, prompts: Sequence[PromptIds], tokens: Tensor, rule: SamplingRule, *, entropy_grad: bool = True
-    ) -> TokenStatistics:
-        """`statistics` of the conditional branch, and each token's log p under what ``rule`` draws from.
+    def guided_token_logprobs(
+        self, prompts: Sequence[PromptIds], tokens: Tensor, rule: SamplingParams, *, entropy_grad: bool = True
+    ) -> TokenLogprobs:
+        """`token_logprobs` of the conditional branch, and each token's log p under what ``rule`` draws from.
 
         The latter, float32 [B, T], carries no gradient and is minus infinity for a token that top-k or top-p now leaves
         out. One forward of the language model a branch: the conditional states serve both.
         """
         states = self.hidden_states([prompt.conditional for prompt in prompts], tokens)
-        plain = self._statistics(states, tokens, entropy_grad)
+        plain = self._token_logprobs(states, tokens, entropy_grad)
         with torch.no_grad():
             branches = [states]
             if rule.guided:
@@ -137,14 +137,14 @@ class JanusPolicy:
 
             def guided(rows: Tensor) -> Tensor:
                 logits = self.head(rows)  # [rows, branches, V]
-                return final_logits(logits[:, 0], logits[:, 1] if rule.guided else None, rule)
+                return process_logits(logits[:, 0], logits[:, 1] if rule.guided else None, rule)
 
             rows = self._rows_at_once(len(branches))
-            found = head_statistics(torch.stack(branches, dim=2), tokens, guided, rows=rows)
-        return TokenStatistics(plain.logprobs, plain.entropy, found.logprobs)
+            found = chunked_logprobs(torch.stack(branches, dim=2), tokens, guided, rows=rows)
+        return TokenLogprobs(plain.logprobs, plain.entropy, found.logprobs)
 
-    def _statistics(self, states: Tensor, tokens: Tensor, entropy_grad: bool) -> TokenStatistics:
-        return head_statistics(states, tokens, self.head, rows=self._rows_at_once(), entropy_grad=entropy_grad)
+    def _token_logprobs(self, states: Tensor, tokens: Tensor, entropy_grad: bool) -> TokenLogprobs:
+        return chunked_logprobs(states, tokens, self.head, rows=self._rows_at_once(), entropy_grad=entropy_grad)
 
     def _rows_at_once(self, branches: int = 1) -> int:
         return max(1, LOGITS_AT_ONCE // (branches * self.codebook_size))
@@ -161,9 +161,9 @@ class JanusPolicy:
         """The language model's parameters by ``state_dict`` name, each once (a tied text head is not named again)."""
         return {name: parameter for name, parameter in self.model.named_parameters() if name.startswith(TRAINED_PREFIX)}
 
-    def shards(self) -> list[nn.Module]:
+    def fsdp_modules(self) -> list[nn.Module]:
         """What is gathered at once where the model is sharded: each layer, then the whole, which keeps the rest."""
-        return [*self._trunk.language_model.layers, self._trunk]  # type: ignore[misc]
+        return [*self._backbone.language_model.layers, self._backbone]  # type: ignore[misc]
 
     def save(self, directory: Path, state: Mapping[str, Tensor] | None = None) -> None:
         """Write weights (``state`` in their place where the model is sharded), configs, tokenizer and template."""

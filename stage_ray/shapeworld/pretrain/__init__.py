@@ -1,7 +1,7 @@
 """Builds everything ShapeWorld ships, from nothing but this package: about 80 minutes on two cores.
 
-`stage-ray pretrain --out DIR` or `python -m stage_ray.shapeworld.pretrain --out DIR`. Each stage can be run alone and goes
-on where it stopped; what it works on lies in `DIR/work`, what ships in `DIR/{prompts,janus,detector,clip}`.
+`stage-ray pretrain --out DIR` or `python -m stage_ray.shapeworld.pretrain --out DIR`. Each stage can be run alone and
+goes on where it stopped; what it works on lies in `DIR/work`, what ships in `DIR/{prompts,janus,detector,clip}`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a real forward and backward takes, measured in a process of its own (a `Side` of stage_ray.bench.timing)."""
+"""What a real forward and backward takes, measured in a process of its own (a `Variant` of stage_ray.bench.timing)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import ctypes
 import torch
 
 from stage_ray.bench.memory import PeakMemory
-from stage_ray.bench.timing import Facts, Turn
+from stage_ray.bench.timing import Facts, Trial
 from stage_ray.config import PolicyConfig
 from stage_ray.learner.learner import _enable_checkpointing
 from stage_ray.learner.precision import autocast
@@ -17,7 +17,7 @@ PROMPT = "a photo of a red circle"
 MMAP_THRESHOLD = -3  # of malloc.h: larger tensors go back to the system at once, so that holes do not count
 
 
-def peak_side(model: str, rows: int, bfloat16: bool, checkpointing: bool) -> Turn:
+def peak_side(model: str, rows: int, bfloat16: bool, checkpointing: bool) -> Trial:
     """Rise of memory over forward and backward of ``rows`` images; gradients are there before."""
     ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, 2**16)
     cpu = torch.device("cpu")
@@ -29,7 +29,7 @@ def peak_side(model: str, rows: int, bfloat16: bool, checkpointing: bool) -> Tur
     def passes(count: int) -> None:
         tokens = torch.randint(policy.codebook_size, (count, policy.image_tokens))
         with autocast(bfloat16, cpu):
-            statistics = policy.statistics([prompt] * count, tokens, entropy_grad=False)
+            statistics = policy.token_logprobs([prompt] * count, tokens, entropy_grad=False)
         statistics.logprobs.sum().backward()
 
     def turn() -> Facts:

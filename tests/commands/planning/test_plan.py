@@ -28,7 +28,7 @@ from stage_ray.config.load import load_config, validate_config
 from stage_ray.errors import ConfigError
 
 SEVEN, ONE, H100 = KNOWN["janus-pro-7b"], KNOWN["janus-pro-1b"], GPUS["h100"]
-PLANS = Path(__file__).parents[2] / "deploy" / "PLANS.md"
+PLANS = Path(__file__).parents[3] / "deploy" / "PLANS.md"
 CUT = "[...]"
 COMMAND = re.compile(r"```console\n\$ stage-ray (plan [^\n]+)\n(.*?)```", flags=re.DOTALL)
 
@@ -46,7 +46,7 @@ def test_a_plan_never_fills_a_gpu_beyond_its_memory(model, gpu, dtype):
     for role, lines in plan.memory.items():
         assert sum(lines.values()) <= room(task.gpu), role
     assert learner_loading(task.model) <= room(task.gpu)
-    assert plan.split.images_per_wave <= plan.most_in_flight
+    assert plan.split.images_per_batch <= plan.most_in_flight
     assert plan.split.gpus <= task.gpus
     assert plan.config.rollout.gpu_memory_utilization < 1
 
@@ -100,7 +100,7 @@ def test_the_simulation_takes_as_long_as_a_pipeline_reckoned_by_hand():
         "prompts": {"train": "none"},
         "policy": {"path": "none"},
         "rewards": [{"type": "geneval"}],
-        "rollout": {"workers": 2, "groups_per_step": 4, "group_size": 4, "images_per_wave": 8},
+        "rollout": {"workers": 2, "groups_per_step": 4, "group_size": 4, "images_per_batch": 8},
         "scoring": {"workers": 2, "groups_per_call": 2},
         "evaluation": {"enabled": False},
     }
@@ -177,7 +177,8 @@ def test_the_shipped_model_can_be_planned_on_a_gpu_of_ones_own(tmp_path, capsys)
 
 def test_planning_is_imported_without_torch_ray_or_vllm_and_the_config_needs_none_of_them():
     code = (
-        "import sys; from stage_ray.cli import main; import stage_ray.commands.planning.show; main(['plan', '--yaml']); "
+        "import sys\n"
+        "from stage_ray.cli import main; import stage_ray.commands.planning.show; main(['plan', '--yaml']); "
         "print([name for name in ('torch', 'ray', 'vllm', 'transformers') if name in sys.modules], file=sys.stderr)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
