@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.resources
 from pathlib import Path
-from typing import Any
 
 from stage_ray.errors import ConfigError
 
@@ -43,22 +41,3 @@ def model_location(location: str) -> str:
     """
     looks_like_path = location.startswith((PACKAGE, "/", ".", "~")) or location.count("/") != 1
     return str(resolve_path(location)) if looks_like_path or Path(location).exists() else location
-
-
-def import_dotted(name: str, what: str) -> Any:
-    """Import ``package.module.Name``.
-
-    Raises:
-        ConfigError: not a dotted name, no such module, or no such attribute.
-    """
-    module, _, attribute = name.rpartition(".")
-    if not module:
-        raise ConfigError(
-            f"{what} {name!r} is neither a known name nor the dotted path of a class (package.module.Class)"
-        )
-    try:
-        return getattr(importlib.import_module(module), attribute)
-    except ModuleNotFoundError as error:
-        raise ConfigError(f"{what} {name!r}: no module named {error.name!r}") from error
-    except AttributeError as error:
-        raise ConfigError(f"{what} {name!r}: module {module!r} has no {attribute!r}") from error

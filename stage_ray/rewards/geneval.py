@@ -8,9 +8,9 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import Field
 
-from stage_ray.config.paths import import_dotted
 from stage_ray.errors import ConfigError
 from stage_ray.records import Prompt
+from stage_ray.registry import import_dotted
 from stage_ray.rewards.base import RewardOutput
 from stage_ray.rewards.detection import Detection, Detector
 from stage_ray.rewards.geneval_rules import Objects, requirements, soft_score, strict_verdict

@@ -10,15 +10,11 @@ from typing import Any, get_type_hints
 from pydantic import PydanticSchemaGenerationError, TypeAdapter, ValidationError
 
 from stage_ray.config import RewardConfig
-from stage_ray.config.paths import import_dotted
 from stage_ray.errors import ConfigError
+from stage_ray.registry import Registry
 from stage_ray.rewards.base import Reward
 
-# Dotted paths, so that a run imports only the libraries of the scorers it uses.
-BUILTIN = {
-    "geneval": "stage_ray.rewards.geneval.GenEvalReward",
-    "clip": "stage_ray.rewards.clip.ClipReward",
-}
+REWARDS = Registry("stage_ray.rewards", "Reward", "scorer")
 
 
 def build_rewards(configs: Sequence[RewardConfig]) -> list[tuple[str, Reward]]:
@@ -34,7 +30,7 @@ def build_rewards(configs: Sequence[RewardConfig]) -> list[tuple[str, Reward]]:
 
 
 def _build(config: RewardConfig, key: str) -> Reward:
-    kind = _find(config.type, key)
+    kind = REWARDS.find(config.type, f"{key}.type")
     if not callable(kind) or not callable(getattr(kind, "score", None)):
         raise ConfigError(f"{key}.type = {config.type!r} is not a class with a method score(images, prompts)")
     _check_names(kind, config, f"{key}.options")
@@ -47,16 +43,6 @@ def _build(config: RewardConfig, key: str) -> Reward:
         return kind(**options)
     except ConfigError as error:
         raise ConfigError(f"{key}.options of {config.type}: {error}") from error
-
-
-def _find(name: str, key: str) -> Any:
-    if "." in name:
-        return import_dotted(BUILTIN.get(name, name), f"{key}.type")
-    if name not in BUILTIN:
-        near = difflib.get_close_matches(name, BUILTIN, n=1, cutoff=0.5)
-        mend = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(BUILTIN))},"
-        raise ConfigError(f"{key}.type = {name!r} is no known scorer; {mend} or give the dotted path of your own class")
-    return import_dotted(BUILTIN[name], f"{key}.type")
 
 
 def _check_names(kind: Any, config: RewardConfig, key: str) -> None:

@@ -15,8 +15,8 @@ Names the shape of one coloured region: a convolutional network of 24 thousand p
 processing (`stage_ray/shapeworld/detector_segmentation.py`), which needs no weights.
 
 Made by `stage_ray.shapeworld.detector_training.train` (stage `detector` of `stage-ray pretrain`), {source}, and on
-wrong objects that must count as "none": turned, squeezed, cut, bitten, merged, half-way between two shapes, wobbly, blobs,
-smears. Seed {seed}, {steps} updates of {batch} regions.
+wrong objects that must count as "none": turned, squeezed, cut, bitten, merged, half-way between two shapes, wobbly,
+blobs, smears. Seed {seed}, {steps} updates of {batch} regions.
 
 ## How good it is
 

@@ -1,0 +1,94 @@
+"""A name in a config is a file of a room, or the dotted path of somebody's own class.
+
+``rewards[].type: clip`` is the class in ``stage_ray/rewards/clip.py`` whose name ends in ``Reward``. So a new scorer,
+recipe, family or benchmark is one new file: no list of names is kept anywhere.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stage_ray.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class Registry:
+    """The names that one room offers. Importing a file waits until its name is asked for.
+
+    Attributes:
+        room: package that holds one file (or folder) a name.
+        suffix: what the class of each file ends in.
+        what: the field's word for it, for messages.
+
+    Example:
+        >>> Registry("stage_ray.rewards", "Reward", "scorer").names()
+        ['clip', 'geneval']
+    """
+
+    room: str
+    suffix: str
+    what: str
+
+    def names(self) -> list[str]:
+        """Every name that a config may give, in alphabetical order."""
+        return sorted(self._files())
+
+    def find(self, name: str, key: str) -> Any:
+        """The class of a name or dotted path.
+
+        Args:
+            name: as the config has it.
+            key: the config's key, for messages.
+
+        Raises:
+            ConfigError: no such file (with the nearest name), module or attribute.
+
+        Example:
+            >>> Registry("stage_ray.rewards", "Reward", "scorer").find("geneval", "rewards.0.type").__name__
+            'GenEvalReward'
+        """
+        files = self._files()
+        if name in files:
+            return getattr(importlib.import_module(f"{self.room}.{name}"), files[name])
+        if "." in name:
+            return import_dotted(name, key)
+        near = difflib.get_close_matches(name, files, n=1, cutoff=0.5)
+        fix = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(files))},"
+        raise ConfigError(f"{key} = {name!r} is no known {self.what}; {fix} or give the dotted path of your own class")
+
+    def _files(self) -> dict[str, str]:
+        """Name -> class, read from the sources without running them."""
+        room = Path(str(importlib.import_module(self.room).__file__)).parent
+        pattern = re.compile(rf"^(?:class|from \S+ import) (\w+{self.suffix})\b", re.MULTILINE)
+        found = {}
+        for path in [*room.glob("*.py"), *room.glob("*/__init__.py")]:
+            name = path.parent.name if path.name == "__init__.py" else path.stem
+            # `base` defines what the others are; a folder's face names its class by importing it.
+            match = pattern.search(path.read_text(encoding="utf-8")) if name != "base" else None
+            if match and (match[0].startswith("class") or path.name == "__init__.py"):
+                found[name] = match[1]
+        return found
+
+
+def import_dotted(name: str, key: str) -> Any:
+    """Import ``package.module.Name``; ``key`` is the config's, for messages.
+
+    Raises:
+        ConfigError: not a dotted name, no such module, or no such attribute.
+    """
+    module, _, attribute = name.rpartition(".")
+    if not module:
+        raise ConfigError(
+            f"{key} {name!r} is neither a known name nor the dotted path of a class (package.module.Class)"
+        )
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"{key} {name!r}: no module named {error.name!r}") from error
+    except AttributeError as error:
+        raise ConfigError(f"{key} {name!r}: module {module!r} has no {attribute!r}") from error
