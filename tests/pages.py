@@ -66,7 +66,7 @@ TABLE: dict[str, dict[str, str]] = {
         SUBMIT + "first": SENT,
         f"ray job submit --working-dir . -- {TRAIN}--run-dir /shared/runs/second --auto-resume": RAYS_OWN,
         f"helm install first {HELM}first.yaml": RENDERED,
-        "stage-ray plan --model janus-pro-7b --gpu h100 --gpus 64": "tests/commands/planning/test_plan.py::"
+        "stage-ray plan --model janus-pro-7b --gpu h100 --gpus 64": "tests/commands/test_plan.py::"
         "test_the_plans_in_deploy_are_what_the_command_prints",
     },
     DEPLOY: {

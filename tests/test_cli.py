@@ -9,7 +9,8 @@ import pytest
 import yaml
 from PIL import Image
 
-from stage_ray.cli import PretrainStage, main
+from stage_ray.cli import main
+from stage_ray.commands.pretrain import PretrainStage
 from stage_ray.config.load import load_config
 from tests.fake_run import write_fake_run
 from tests.tiny import tiny_janus

@@ -1,27 +1,37 @@
-"""A training as a Ray job, planned on this machine: its name, its command, what it carries. Nothing is sent here."""
+"""What a submitted job is, decided on this machine: its name, command, environment and the files that it carries.
+
+Ray's own client packs the files and leaves out what .gitignore and .rayignore name; `stage_files` only puts them into
+one directory. Ray unpacks it as the job's working directory on every node and puts it first on Python's path.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 import os
 import re
 import shlex
-from collections.abc import Sequence
+import uuid
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from stage_ray.commands.job_package import package_contents
+import stage_ray
 from stage_ray.config import RunConfig
 from stage_ray.config.load import load_config
+from stage_ray.config.paths import PACKAGE
 from stage_ray.errors import ConfigError
 
 STOP_WAIT_S = 300
 """After `ray job stop` a step may end and be saved before the job is killed; Ray's own default is 3 s."""
-
+CAP_MIB = 100
+"""Ray's dashboard takes no larger upload (its ``DASHBOARD_CLIENT_MAX_SIZE``)."""
+HIDDEN = ".[!.]*"
+"""Of a user's directory no hidden file is sent, such as ``.env``, whatever the ignore files say."""
 ENVIRONMENT = ("conda", "config", "env_vars", "pip", "py_modules", "uv")
 """Keys of Ray's runtime environment that --runtime-env takes; the others say where the code is, which we do."""
 
@@ -34,12 +44,12 @@ class Job:
         name: submission id of the first attempt; later ones are ``name.2``, ``name.3`` ...
         run_dir: where the run writes, as the cluster's machines see it.
         entrypoint: shell command of the driver.
-        files: of the package it carries, name inside to path here.
+        files: what the job carries, name in its working directory to file or directory here.
         variables: environment of the driver and all workers; may be secret, so it is never printed.
         cpus: reserved for the driver; anything but 0 lets it leave the head node.
         resources: custom resources reserved for the driver, such as ``{"driver": 1}``.
         digest: of the run directory and the whole config; a name stands for one of them. Not of the code, so that a
-            mended scorer goes on with the run that it broke.
+            fixed scorer goes on with the run that it broke.
         environment: more of Ray's runtime environment, such as ``{"pip": ["nltk"]}``; may be secret.
     """
 
@@ -52,6 +62,17 @@ class Job:
     resources: dict[str, float] = field(default_factory=dict)
     digest: str = ""
     environment: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    def attempt(self, submission_id: str | None) -> int | None:
+        """Which attempt at this job a submission id means, from 1; None if it belongs to another job.
+
+        Example:
+            >>> job = Job("first", "/shared/first", "", {})
+            >>> [job.attempt(name) for name in ("first", "first.3", "firsts", None)]
+            [1, 3, None, None]
+        """
+        found = re.fullmatch(re.escape(self.name) + r"(?:\.(\d+))?", submission_id or "")
+        return int(found[1] or 1) if found else None
 
 
 def plan_job(
@@ -88,7 +109,7 @@ def plan_job(
         raise ConfigError(f"--id {name!r}: use up to 100 letters, digits, '-' and '_'")
     if working_dir is not None and image_has_code:
         raise ConfigError("--working-dir and --image-has-code exclude each other: the code comes from one place")
-    inside, files = package_contents(config, run, code=not image_has_code, working_dir=working_dir)
+    inside, files = _files(config, run, code=not image_has_code, working_dir=working_dir)
     command = ["python", "-m", "stage_ray", "train", inside]
     command += [part for override in overrides for part in ("--set", override)]
     command += ["--run-dir", str(run_dir)] * (run_dir is not None) + ["--auto-resume"] * auto_resume
@@ -106,8 +127,95 @@ def plan_job(
         cpus=cpus,
         resources=_resources(resources),
         digest=_digest(run),
-        environment=environment,
+        environment=environment | {"excludes": [HIDDEN] if working_dir else []},
     )
+
+
+def stage_files(job: Job, directory: Path) -> Path:
+    """Make an empty directory into the job's: links to its files, which Ray's client follows, and a file of its own.
+
+    Ray names a package by its content and deletes it when its last job ends. A next attempt that came at that moment
+    with the same content would be told that the cluster has it already, and then find it gone. So no two are the same.
+    """
+    for name, path in job.files.items():
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        (directory / name).symlink_to(path.resolve())
+    (directory / "submission").write_text(uuid.uuid4().hex, encoding="utf-8")
+    return directory
+
+
+def _files(config: Path, run: RunConfig, *, code: bool, working_dir: Path | None) -> tuple[str, dict[str, Path]]:
+    """Name of the config in the job's directory, and all that lies there: code and named files, or a user's directory.
+
+    Raises:
+        ConfigError: ``working_dir`` is no directory, or holds another file where the config must lie; or the job would
+            not find a file that the config names.
+    """
+    root = working_dir or Path.cwd()
+    if not root.is_dir():
+        raise ConfigError(f"--working-dir {working_dir} is not a directory")
+    files = dict(_named_files(run, root, f"--working-dir {working_dir}" if working_dir else "the current directory"))
+    if working_dir is not None:
+        files = {path.name: path for path in working_dir.iterdir()}
+    elif code:
+        files |= _own_code()
+    inside = config.resolve().is_relative_to(root.resolve())
+    name = config.resolve().relative_to(root.resolve()).as_posix() if inside else config.name
+    if working_dir is None:
+        files[name] = config
+    elif not inside and files.setdefault(name, config) != config:
+        raise ConfigError(f"--working-dir {working_dir} holds another {name}; move {config} into it, or rename it")
+    return name, files
+
+
+def _own_code() -> dict[str, Path]:
+    """The package that runs here, and its metadata, in which vLLM finds our plug-in as if the package was installed."""
+    distribution = importlib.metadata.distribution("stage-ray")
+    name = f"stage_ray-{distribution.version}.dist-info"
+    metadata = {
+        f"{name}/{file}": Path(str(distribution.locate_file(name))) / file for file in ("METADATA", "entry_points.txt")
+    }
+    return {"stage_ray": Path(stage_ray.__file__).parent} | {
+        key: path for key, path in metadata.items() if path.is_file()
+    }
+
+
+def _named_files(run: RunConfig, root: Path, called: str) -> Iterator[tuple[str, Path]]:
+    """Files and directories below ``root`` that relative paths of a config mean; hub ids and plain texts are skipped.
+
+    Raises:
+        ConfigError: the job would not find one, because it leads out of what is sent, is not there, or is too large.
+    """
+    fix = "move it there, or put it on storage that the cluster shares and give its absolute path"
+    for key, name in _texts(run):
+        inside = os.path.normpath(name)  # not resolved: the job looks it up by its name, so a link stays a link
+        path = root / inside
+        if inside.startswith("..") and (path.exists() or key.startswith("prompts.")):
+            raise ConfigError(f"{key} = {name!r} leads out of {called}, and a job finds only what lies below; {fix}")
+        if key.startswith("prompts.") and not path.is_file():
+            raise ConfigError(f"{key} = {name!r} is no file in {called}; {fix}")
+        if path.exists():
+            size = sum(file.stat().st_size for file in (path, *path.rglob("*")) if file.is_file()) / 2**20
+            if size > CAP_MIB:
+                raise ConfigError(f"{key} = {name!r} has {size:.0f} MiB and Ray takes {CAP_MIB} at most; {fix}")
+            yield inside, path
+
+
+def _texts(run: RunConfig) -> Iterator[tuple[str, str]]:
+    """Key and value of what may be a relative path in a config: prompts, a model, any text among a scorer's options."""
+    pending: list[tuple[str, Any]] = [
+        ("prompts.train", run.prompts.train),
+        ("prompts.heldout", run.prompts.heldout),
+        ("policy.path", run.policy.path),
+        *((f"rewards.{i}.options", reward.options) for i, reward in enumerate(run.rewards)),
+    ]
+    while pending:
+        key, value = pending.pop()
+        if isinstance(value, dict | list):
+            items = value.items() if isinstance(value, dict) else enumerate(value)
+            pending += [(f"{key}.{name}", below) for name, below in items]
+        elif isinstance(value, str) and value and not value.startswith((PACKAGE, "/", "~")):
+            yield key, value
 
 
 def job_name(run: RunConfig) -> str:
@@ -122,18 +230,6 @@ def job_name(run: RunConfig) -> str:
 
 def _digest(run: RunConfig) -> str:
     return hashlib.sha256(json.dumps(run.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
-
-
-def attempt_of(job: Job, submission_id: str | None) -> int | None:
-    """Which attempt at this job a submission id means, from 1; None if it belongs to another job.
-
-    Example:
-        >>> job = Job("first", "/shared/first", "", {})
-        >>> [attempt_of(job, name) for name in ("first", "first.3", "firsts", None)]
-        [1, 3, None, None]
-    """
-    found = re.fullmatch(re.escape(job.name) + r"(?:\.(\d+))?", submission_id or "")
-    return int(found[1] or 1) if found else None
 
 
 def _variables(names: Sequence[str]) -> dict[str, str]:

@@ -1,23 +1,10 @@
-"""Arguments and options of the command line that several commands share, or that would be long where they stand."""
+"""Arguments and options that several commands share."""
 
 from __future__ import annotations
 
-from enum import StrEnum
 from typing import Annotated, Literal
 
 import typer
-
-
-class PretrainStage(StrEnum):
-    """The stages of ``pretrain``, named here because importing them takes seconds."""
-
-    prompts = "prompts"
-    tokenizer = "tokenizer"
-    language_model = "language-model"
-    detector = "detector"
-    clip = "clip"
-    cards = "cards"
-
 
 ModelArgument = Annotated[
     str,

@@ -14,16 +14,19 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from stage_ray.commands.job import Job, attempt_of
-from stage_ray.commands.job_package import write_package
+import typer
+
+from stage_ray.commands.options import OverridesOption
 from stage_ray.errors import ConfigError, Interrupted, RunError
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
+
+    from stage_ray.commands.job import Job
 
 RUN_DIR = "stage_ray_run_dir"
 """Key of a job's metadata: where it writes."""
@@ -34,14 +37,81 @@ PATIENCE_S = 60.0
 ACTIVE = ("PENDING", "RUNNING")
 
 
-def submit_job(job: Job, address: str, *, wait: bool = True, note: Callable[[str], None] | None = None) -> int:
+def submit(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file; checked here before anything is sent")],
+    address: Annotated[
+        str, typer.Option(envvar="RAY_API_SERVER_ADDRESS", help="The dashboard of the Ray cluster")
+    ] = "http://127.0.0.1:8265",
+    overrides: OverridesOption = None,
+    run_dir: Annotated[
+        Path | None, typer.Option(help="Where the run writes: absolute, on storage that the cluster shares")
+    ] = None,
+    scratch: Annotated[
+        bool, typer.Option("--scratch", help="A relative run directory is wanted: it is lost with the job")
+    ] = False,
+    auto_resume: Annotated[
+        bool, typer.Option(help="Go on if the run directory holds a run, else begin; without, begin or fail")
+    ] = True,
+    job_id: Annotated[
+        str | None, typer.Option("--id", help="Name of the job; by default made of run directory and config")
+    ] = None,
+    wait: Annotated[bool, typer.Option(help="Follow the log until the job ends; its exit code is ours")] = True,
+    working_dir: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Send this directory, minus .gitignore, .rayignore; not our code")
+    ] = None,
+    image_has_code: Annotated[
+        bool, typer.Option("--image-has-code", help="Send only the config: the cluster has stage_ray installed")
+    ] = False,
+    env: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="Pass this variable of yours on; may be repeated. Whoever has the cluster's token can read it there",
+        ),
+    ] = None,
+    runtime_env: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="YAML of Ray's runtime_env: pip, uv, py_modules, env_vars")
+    ] = None,
+    entrypoint_cpus: Annotated[
+        float, typer.Option(help="CPUs reserved for the driver; more than 0 lets it leave the head node", min=0)
+    ] = 0.0,
+    entrypoint_resources: Annotated[
+        str | None, typer.Option(metavar="MAPPING", help="Custom resources reserved for the driver, as {driver: 1}")
+    ] = None,
+) -> None:
+    """Train as a job of a Ray cluster: start it, or follow it if it runs, or go on with it if it failed.
+
+    The exit code is that of the run. Ctrl-C stops following, not the job. A cluster that demands a token gets it from
+    RAY_AUTH_MODE=token with RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token.
+
+    Example: stage-ray submit configs/stage_shapeworld.yaml --run-dir /shared/runs/first
+    """
+    from stage_ray.commands.job import plan_job
+
+    job = plan_job(
+        config,
+        overrides or [],
+        run_dir,
+        auto_resume=auto_resume,
+        name=job_id,
+        working_dir=working_dir,
+        image_has_code=image_has_code,
+        scratch=scratch,
+        env=env or [],
+        cpus=entrypoint_cpus,
+        resources=entrypoint_resources,
+        runtime_env=runtime_env,
+    )
+    raise typer.Exit(submit_job(job, address, wait=wait))
+
+
+def submit_job(job: Job, address: str, *, wait: bool = True) -> int:
     """Start the job, or its next attempt, or attach to it; follow its log on stdout; the exit code of its driver.
 
     Args:
         job: of `plan_job`.
         address: of the cluster's dashboard, such as ``http://127.0.0.1:8265``.
         wait: False returns 0 as soon as the cluster has the job.
-        note: takes our own sentences; stderr by default.
 
     Raises:
         ConfigError: the address is not one, or the package is too large.
@@ -49,24 +119,23 @@ def submit_job(job: Job, address: str, *, wait: bool = True, note: Callable[[str
             name is that of a job with another config.
         Interrupted: Ctrl-C; the job goes on.
     """
-    note = note or (lambda sentence: print(f"stage-ray: {sentence}", file=sys.stderr))
     name = job.name
     try:
         client = connect(address)
         with _one_sentence(address):
             last = _last_attempt(job, client.list_jobs(), address)
             if last is not None and last.status == "SUCCEEDED":
-                note(
+                _note(
                     f"job {last.submission_id} has succeeded already ({job.run_dir}); to run it again, name a new --id"
                 )
                 return 0
             if last is not None and last.status in ACTIVE:
                 name = last.submission_id
-                note(f"job {name} is {last.status.lower()} already; attached to it")
+                _note(f"job {name} is {last.status.lower()} already; attached to it")
             else:
-                name = _start(client, job, (attempt_of(job, last.submission_id) or 0) + 1 if last else 1, note)
+                name = _start(client, job, (job.attempt(last.submission_id) or 0) + 1 if last else 1)
         if not wait:
-            note(f"follow it: ray job logs --follow {name} --address {address}, or this command without --no-wait")
+            _note(f"follow it: ray job logs --follow {name} --address {address}, or this command without --no-wait")
             return 0
         return _exit_code(asyncio.run(_follow(client, name, address)))
     except KeyboardInterrupt:
@@ -77,22 +146,26 @@ def submit_job(job: Job, address: str, *, wait: bool = True, note: Callable[[str
         ) from None
 
 
+def _note(sentence: str) -> None:
+    print(f"stage-ray: {sentence}", file=sys.stderr)
+
+
 def connect(address: str) -> JobSubmissionClient:
     """A client of the cluster's Jobs API that has been answered.
 
     Raises:
         ConfigError: not the address of a dashboard.
-        RunError: nobody answers there, or not with this token.
+        RunError: no dashboard answers there, or it refuses the token.
     """
     if not re.fullmatch(r"https?://[^/\s]+/?", address):
         raise ConfigError(f"--address {address!r} is not the address of a Ray dashboard, such as http://127.0.0.1:8265")
-    logging.getLogger("ray").setLevel(logging.ERROR)  # says where it uploads what, and what it leaves out
     os.environ["RAY_API_SERVER_ADDRESS"] = address  # else RAY_ADDRESS would go before what was asked for
     from ray.job_submission import JobSubmissionClient
 
-    logging.getLogger("ray.dashboard.modules").setLevel(logging.ERROR)
-    for name in ("job.sdk", "dashboard_sdk"):
-        logging.getLogger(f"ray.dashboard.modules.{name}").setLevel(logging.ERROR)
+    for name in ("", ".dashboard.modules", ".dashboard.modules.job.sdk", ".dashboard.modules.dashboard_sdk"):
+        logging.getLogger("ray" + name).setLevel(
+            logging.ERROR
+        )  # they say where they upload what, and what they leave out
     with _one_sentence(address):
         return JobSubmissionClient(address)
 
@@ -106,7 +179,7 @@ def _last_attempt(job: Job, jobs: Iterable[JobDetails], address: str) -> JobDeta
     """
     attempts: dict[int, JobDetails] = {}
     for other in jobs:
-        attempt = attempt_of(job, other.submission_id)
+        attempt = job.attempt(other.submission_id)
         writes_there = Path(job.run_dir).is_absolute() and (other.metadata or {}).get(RUN_DIR) == job.run_dir
         if attempt is not None:
             attempts[attempt] = other
@@ -128,17 +201,18 @@ def _last_attempt(job: Job, jobs: Iterable[JobDetails], address: str) -> JobDeta
     return last
 
 
-def _start(client: JobSubmissionClient, job: Job, attempt: int, note: Callable[[str], None]) -> str:
-    """Upload the package and hand the job over; its submission id."""
+def _start(client: JobSubmissionClient, job: Job, attempt: int) -> str:
+    """Send the files and hand the job over; its submission id."""
+    from stage_ray.commands.job import stage_files
+
     name = job.name if attempt == 1 else f"{job.name}.{attempt}"
     with tempfile.TemporaryDirectory(prefix="stage-ray-") as directory:
-        package = write_package(job.files, Path(directory) / "package.zip")
-        note(f"sending {len(job.files)} files, {package.stat().st_size / 2**20:.1f} MiB")
+        staged = stage_files(job, Path(directory))
         try:
             client.submit_job(
                 entrypoint=job.entrypoint,
                 submission_id=name,
-                runtime_env=job.environment | {"working_dir": str(package), "env_vars": job.variables},
+                runtime_env=job.environment | {"working_dir": str(staged), "env_vars": job.variables},
                 metadata={RUN_DIR: job.run_dir, DIGEST: job.digest},
                 entrypoint_num_cpus=job.cpus or None,
                 entrypoint_resources=job.resources or None,
@@ -147,9 +221,9 @@ def _start(client: JobSubmissionClient, job: Job, attempt: int, note: Callable[[
             if "already exists" not in str(error):
                 raise
             _last_attempt(job, client.list_jobs(), client.get_address())
-            note(f"job {name} was started by somebody else in this moment; attached to it")
+            _note(f"job {name} was started by another command at this moment; attached to it")
             return name
-    note(f"job {name} was given to the cluster: {job.entrypoint}")
+    _note(f"job {name} was given to the cluster: {job.entrypoint}")
     return name
 
 
@@ -198,17 +272,17 @@ def _exit_code(details: JobDetails) -> int:
 
 @contextlib.contextmanager
 def _one_sentence(address: str) -> Iterator[None]:
-    """What Ray's client raises, as one sentence with the mend."""
+    """What Ray's client raises, as one sentence with the fix."""
     import aiohttp
     import requests
     from ray.exceptions import AuthenticationError
 
-    mend = "set RAY_AUTH_MODE=token, and the cluster's token as RAY_AUTH_TOKEN or in ~/.ray/auth_token"
+    fix = "set RAY_AUTH_MODE=token, and the cluster's token as RAY_AUTH_TOKEN or in ~/.ray/auth_token"
     try:
         yield
     except AuthenticationError as error:
         fault = "refuses this token" if "failed" in error.message.partition("\n")[0] else "wants a token"
-        raise RunError(f"the Ray cluster at {address} {fault}: {mend}") from error
+        raise RunError(f"the Ray cluster at {address} {fault}: {fix}") from error
     except (aiohttp.ClientError, requests.RequestException, OSError) as error:
         raise RunError(
             f"no Ray dashboard answers at {address}; name it with --address or RAY_API_SERVER_ADDRESS "

@@ -1,4 +1,4 @@
-"""A config from its file: YAML, dotted overrides, and errors that name the key, the value and the mend."""
+"""A config from its file: YAML, dotted overrides, and errors that name the key, the value and the fix."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from pydantic import BaseModel, ValidationError
 
 from stage_ray.config import RunConfig
 from stage_ray.errors import ConfigError
+
+RENAMED = {"rollout.images_per_wave": "rollout.images_per_batch"}
+"""Key of an earlier version -> what it is called now; the old one is refused, and the error names the new one."""
 
 
 def load_config(path: Path, overrides: list[str] | None = None, run_dir: Path | None = None) -> RunConfig:
@@ -38,7 +41,7 @@ def load_config(path: Path, overrides: list[str] | None = None, run_dir: Path | 
 
 
 def validate_config(data: dict[str, Any], source: str = "config") -> RunConfig:
-    """Validate plain data into a `RunConfig`; errors name the key, the value and the mend.
+    """Validate plain data into a `RunConfig`; errors name the key, the value and the fix.
 
     Raises:
         ConfigError: as `load_config`.
@@ -81,15 +84,17 @@ def _item(node: Any, part: str, key: str) -> Any:
 def _explain(item: Any) -> str:
     location = [str(part) for part in item["loc"]]
     key = ".".join(location) or "config"
+    if item["type"] == "extra_forbidden" and key in RENAMED:
+        return f"unknown key {key!r}: it is called {RENAMED[key]!r} now"
     if item["type"] == "extra_forbidden":
         names = _fields_at(location[:-1])
         near = difflib.get_close_matches(location[-1], names, n=1, cutoff=0.5)
-        mend = (
+        fix = (
             f"did you mean {'.'.join([*location[:-1], near[0]])!r}?"
             if near
             else f"known here: {', '.join(sorted(names))}"
         )
-        return f"unknown key {key!r}: {mend}"
+        return f"unknown key {key!r}: {fix}"
     if item["type"] == "missing":
         return f"{key} is missing"
     if item["type"] == "value_error":

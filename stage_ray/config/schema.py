@@ -1,4 +1,4 @@
-"""The configuration of a run: pydantic models, closed to unknown keys. `config_file` reads them from YAML.
+"""The configuration of a run: pydantic models, closed to unknown keys. `load` reads them from YAML.
 
 Imports neither torch, ray nor vllm: ``stage-ray train --dry-run`` and every error about a config answer at once.
 """

@@ -30,8 +30,8 @@ def test_a_note_does_not_stand_in_the_way(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_a_library_that_is_installed_but_broken_is_found_out() -> None:
     broken = "raise RuntimeError('operator torchvision::nms does not exist')"
-    finding = doctor._imports("torchvision", "numpy", broken, mend="remove it")
-    assert (finding.state, finding.mend) == ("missing", "remove it")
+    finding = doctor._imports("torchvision", "numpy", broken, fix="remove it")
+    assert (finding.state, finding.fix) == ("missing", "remove it")
     assert finding.found.endswith("it does not import: RuntimeError: operator torchvision::nms does not exist")
 
 

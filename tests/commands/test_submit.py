@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import os
-import random
 import shlex
 import subprocess
 import sys
+import tempfile
 import zipfile
 from pathlib import Path
 
 import pytest
 from ray._private.ray_constants import DASHBOARD_CLIENT_MAX_SIZE
-from ray._private.runtime_env.packaging import GCS_STORAGE_MAX_SIZE, _dir_travel
+from ray._private.runtime_env.packaging import GCS_STORAGE_MAX_SIZE, create_package, get_uri_for_directory
 from ray.job_submission import JobDetails
+from stage_ray.commands.job_package import CAP_MIB
 
 from stage_ray.cli import main
-from stage_ray.commands.job import Job, attempt_of, job_name, plan_job
-from stage_ray.commands.job_package import CAP_MIB, package_contents, write_package
+from stage_ray.commands.job import Job, job_name, plan_job
 from stage_ray.commands.submit import _exit_code, _last_attempt
 from stage_ray.config.load import load_config
 from stage_ray.errors import ConfigError, Interrupted, RunError
@@ -30,6 +30,21 @@ def job(name: str, status: str, run_dir: str = "/shared/first", digest: str = ""
     """What the Jobs API says of a job."""
     metadata = {"stage_ray_run_dir": run_dir, "stage_ray_digest": digest}
     return JobDetails(type="SUBMISSION", submission_id=name, status=status, entrypoint="", metadata=metadata, **more)
+
+
+def package(job: Job, target: Path) -> Path:
+    """The zip that Ray's client makes of a job's files and uploads."""
+    with tempfile.TemporaryDirectory() as directory:
+        staged = stage_files(job, Path(directory))
+        excludes = [".git", ".venv", "venv", "__pycache__", *job.environment["excludes"]]
+        create_package(str(staged), target, include_gitignore=True, excludes=excludes)
+    return target
+
+
+def sent(job: Job) -> set[str]:
+    """Names of the files that a job carries."""
+    names = zipfile.ZipFile(package(job, Path(tempfile.mkdtemp()) / "sent.zip")).namelist()
+    return {name for name in names if name != "submission" and not name.endswith("/")}
 
 
 @pytest.fixture
@@ -123,38 +138,26 @@ def test_a_relative_run_directory_is_taken_when_it_is_wanted():
 
 
 def test_the_package_holds_the_config_the_files_it_names_and_the_code(here):
-    config = Path("configs/mine.yaml")
-    name, files = package_contents(config, load_config(config), code=True)
-    assert name == "configs/mine.yaml" and {name, "prompts/mine.txt", "stage_ray/train.py"} <= files.keys()
-    foreign = {name for name in files if not name.startswith("stage_ray")}
-    assert foreign == {"configs/mine.yaml", "prompts/mine.txt"}
+    files = sent(plan_job(Path("configs/mine.yaml"), run_dir=SHARED))
+    assert {"configs/mine.yaml", "prompts/mine.txt", "stage_ray/train.py"} <= files
+    assert {name for name in files if not name.startswith("stage_ray")} == {"configs/mine.yaml", "prompts/mine.txt"}
     assert not [name for name in files if "__pycache__" in name]
 
 
 def test_an_image_that_has_the_code_is_sent_the_config_alone(here):
     planned = plan_job(Path("configs/mine.yaml"), run_dir=SHARED, image_has_code=True)
-    assert set(planned.files) == {"configs/mine.yaml", "prompts/mine.txt"}
+    assert sent(planned) == {"configs/mine.yaml", "prompts/mine.txt"}
 
 
-def test_a_working_directory_is_sent_without_what_is_hidden_or_belongs_to_this_machine(here):
-    planned = plan_job(Path("configs/mine.yaml"), run_dir=SHARED, working_dir=Path("."))
-    own = {"configs/mine.yaml", "prompts/mine.txt", "prompts/other.txt", "my_scorer.py", "lib/tests/kept.py"}
-    assert set(planned.files) == own
-
-
-def test_a_working_directory_is_sent_without_what_its_ignore_files_name_as_ray_does(here):
-    (here / ".gitignore").write_text("data/\n*.bin\n!keep.bin\n")
+def test_a_working_directory_is_sent_without_what_is_hidden_and_what_its_ignore_files_name(here):
+    (here / ".gitignore").write_text("data/\n*.bin\n!keep.bin\n/runs/\n/env/\n")
     (here / "lib" / ".rayignore").write_text("notes.txt\n")
     for name in ("data/a.txt", "a.bin", "keep.bin", "lib/notes.txt", "lib/b.bin", "notes.txt"):
         (here / name).parent.mkdir(exist_ok=True)
         (here / name).write_text("")
-    sent = set(plan_job(Path("configs/mine.yaml"), run_dir=SHARED, working_dir=Path(".")).files)
-    assert {"keep.bin", "notes.txt", "my_scorer.py"} <= sent
-    assert not sent & {"data/a.txt", "a.bin", "lib/notes.txt", "lib/b.bin"}
-
-    rays: list[Path] = []
-    _dir_travel(here, [], rays.append, include_gitignore=True)
-    assert sent <= {path.relative_to(here).as_posix() for path in rays}, "Ray's own client would have left it out"
+    own = {"configs/mine.yaml", "prompts/mine.txt", "prompts/other.txt", "my_scorer.py", "lib/tests/kept.py"}
+    planned = plan_job(Path("configs/mine.yaml"), run_dir=SHARED, working_dir=Path("."))
+    assert sent(planned) == own | {"tests/test_it.py", "keep.bin", "notes.txt"}
 
 
 def test_files_among_a_scorers_options_are_sent(here):
@@ -163,7 +166,7 @@ def test_files_among_a_scorers_options_are_sent(here):
         (here / name).write_text("")
     options = "rewards.0.options={detector: a.B, path: ./words.txt, more: [{below: vocabulary}], size: soft}"
     planned = plan_job(Path("configs/mine.yaml"), [options], SHARED, image_has_code=True)
-    assert set(planned.files) == {"configs/mine.yaml", "prompts/mine.txt", "words.txt", "vocabulary/a.txt"}
+    assert sent(planned) == {"configs/mine.yaml", "prompts/mine.txt", "words.txt", "vocabulary/a.txt"}
 
 
 @pytest.mark.parametrize(
@@ -187,17 +190,11 @@ def test_a_file_that_the_job_would_not_find_is_refused_by_key_and_name(override,
     assert sentence in error and "give its absolute path" in error and error.count("\n") == 1, error
 
 
-def test_a_named_file_that_an_ignore_file_names_is_refused(here):
-    (here / ".gitignore").write_text("prompts/\n")
-    with pytest.raises(ConfigError, match=r"prompts\.train = 'prompts/mine\.txt'.*not sent with --working-dir"):
-        plan_job(Path("configs/mine.yaml"), run_dir=SHARED, working_dir=here)
-
-
 def test_more_of_rays_environment_comes_from_a_file(here, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hush-hush")
     (here / "more.yaml").write_text("{env_vars: {MODE: fast}, py_modules: [lib], config: {setup_timeout_seconds: 60}}")
     planned = plan_job(Path("configs/mine.yaml"), run_dir=SHARED, env=["HF_TOKEN"], runtime_env=Path("more.yaml"))
-    assert planned.environment == {"py_modules": ["lib"], "config": {"setup_timeout_seconds": 60}}
+    assert planned.environment == {"excludes": [], "py_modules": ["lib"], "config": {"setup_timeout_seconds": 60}}
     assert planned.variables.keys() == {"MODE", "HF_TOKEN", "RAY_JOB_STOP_WAIT_TIME_S"}
 
 
@@ -229,8 +226,7 @@ def test_a_config_from_elsewhere_takes_no_other_files_name(here, tmp_path):
 
 
 def test_unpacked_first_on_the_path_it_is_the_package_with_its_plugin(tmp_path):
-    package = write_package(plan_job(CONFIG, run_dir=SHARED).files, tmp_path / "package.zip")
-    zipfile.ZipFile(package).extractall(tmp_path / "there")
+    zipfile.ZipFile(package(plan_job(CONFIG, run_dir=SHARED), tmp_path / "a.zip")).extractall(tmp_path / "there")
     there = tmp_path / "there"
     code = (
         "import stage_ray, importlib.metadata as m; print(stage_ray.__file__)\n"
@@ -250,21 +246,19 @@ def test_unpacked_first_on_the_path_it_is_the_package_with_its_plugin(tmp_path):
 
 
 def test_no_two_submissions_share_a_package_that_ray_deletes_with_the_first_of_them(here):
-    files = plan_job(Path("configs/mine.yaml"), run_dir=SHARED, image_has_code=True).files
-    first, second = (write_package(files, here / name) for name in ("first.zip", "second.zip"))
-    assert first.read_bytes() != second.read_bytes()
-    assert zipfile.ZipFile(first).namelist() == zipfile.ZipFile(second).namelist() == sorted(files)
+    job = plan_job(Path("configs/mine.yaml"), run_dir=SHARED, image_has_code=True)
+    names = []
+    for directory in (here / "first", here / "second"):
+        directory.mkdir()
+        names.append(get_uri_for_directory(str(stage_files(job, directory)), include_gitignore=True))
+    assert names[0] != names[1]
 
 
-def test_a_package_above_rays_limit_is_refused_by_its_biggest_entries(tmp_path):
-    for name, size in (("weights/a.bin", 3), ("weights/b.bin", 2), ("pictures/c.bin", 1), ("d.py", 0)):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_bytes(random.Random(0).randbytes(size * 2**20))
-    files = {str(path.relative_to(tmp_path)): path for path in tmp_path.rglob("*.*")}
-    with pytest.raises(
-        ConfigError, match=r"has 6\.0 MiB and Ray takes 5 at most.*weights/a\.bin \(3\.0 MiB\), weights/b"
-    ):
-        write_package(files, tmp_path / "package.zip", cap_mib=5)
+def test_a_named_file_above_rays_limit_is_refused_by_its_key(here):
+    with (here / "big.txt").open("wb") as file:
+        file.truncate((CAP_MIB + 1) * 2**20)
+    with pytest.raises(ConfigError, match=r"prompts\.train = 'big\.txt' has 101 MiB and Ray takes 100 at most"):
+        plan_job(Path("configs/mine.yaml"), ["prompts.train=big.txt"], SHARED)
 
 
 def test_the_limit_is_that_of_rays_dashboard_and_the_head_could_keep_as_much():
@@ -275,7 +269,7 @@ def test_attempts_are_counted_as_numbers():
     mine = Job("first", "/shared/first", "", {})
     jobs = [job("first", "FAILED"), job("first.10", "RUNNING"), job("first.9", "FAILED"), job("firsts", "FAILED")]
     last = _last_attempt(mine, jobs, "http://here")
-    assert last is not None and attempt_of(mine, last.submission_id) == 10
+    assert last is not None and mine.attempt(last.submission_id) == 10
 
 
 def test_two_jobs_never_write_into_one_run_directory():

@@ -1,4 +1,4 @@
-"""Every config that cannot be used is one sentence naming key, value and mend, and exit code 2."""
+"""Every config that cannot be used is one sentence naming key, value and fix, and exit code 2."""
 
 from pathlib import Path
 
@@ -68,6 +68,7 @@ def test_the_shipped_configs_are_valid_and_differ_only_in_the_algorithm() -> Non
         ("learner.learning_rat=1", "unknown key 'learner.learning_rat': known here: "),
         ("rollout.group_sise=4", "unknown key 'rollout.group_sise': did you mean 'rollout.group_size'?"),
         ("rewards.0.wieght=4", "unknown key 'rewards.0.wieght': did you mean 'rewards.0.weight'?"),
+        ("rollout.images_per_wave=8", "'rollout.images_per_wave': it is called 'rollout.images_per_batch' now"),
         ("xyzzy=1", "unknown key 'xyzzy': known here: "),
         ("steps=0", "steps = 0: input should be greater than or equal to 1"),
         ("steps=many", "steps = 'many': input should be a valid integer"),

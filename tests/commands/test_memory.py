@@ -5,29 +5,24 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaModel
 
-from stage_ray.bench.limits import Speed, Work
 from stage_ray.bench.models import FIFTY_MILLION, write_model
 from stage_ray.bench.timing import Variant, compare
-from stage_ray.commands.planning import memory, timing
-from stage_ray.commands.planning.gpus import GPUS
-from stage_ray.commands.planning.models import KNOWN, model_sizes
-from stage_ray.config import PolicyConfig, RolloutConfig
+from stage_ray.commands import memory
+from stage_ray.commands.memory import KNOWN, model_sizes
+from stage_ray.commands.plan import GPUS
 from stage_ray.engines.static_decoder import StaticDecoder
-from stage_ray.engines.torch import TorchEngine
 from stage_ray.engines.vllm import engine
 from stage_ray.learner import Learner
 from stage_ray.observability.progress import Progress
 from stage_ray.policies.base import hardware_has_bfloat16
 from stage_ray.policies.janus import files as janus_parts
 from stage_ray.policies.janus import policy as janus
-from stage_ray.records import Prompt, RolloutRequest
 from stage_ray.weights.manifest import pack
-from tests.commands.planning.measured import peak_side
+from tests.commands.measured import peak_side
 from tests.learner_case import PROMPTS, sample_groups, score, tiny_run
 from tests.tiny import tiny_janus
 
@@ -176,31 +171,6 @@ def test_the_constants_are_those_of_the_program():
     assert memory.LONGEST_PROMPT == engine.LONGEST_PROMPT
     assert memory.LOGITS_AT_ONCE == janus.LOGITS_AT_ONCE
     assert memory.DECODE_CHUNK == janus_parts.DECODE_CHUNK
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_the_least_seconds_are_those_that_the_benches_compare_with(dtype):
-    model, speed = KNOWN["janus-pro-7b"], Speed({"bfloat16": 4e14, "float32": 3e13}, 2e12)
-    work = Work(model.decoder, model.head, model.cache)
-    flops = speed.flops[dtype]
-    for rows in (2, 2000):  # memory binds, then arithmetic
-        limit, _ = work.sampling_limit(
-            rows=rows, prompt=timing.PROMPT_TOKENS, tokens=model.image_tokens, speed=speed, dtype=dtype
-        )
-        mine = timing.sampling_limit(model, rows=rows, flops=flops, moved=speed.bytes_per_s, dtype=dtype)
-        assert mine == pytest.approx(limit)
-    limit, _ = work.update_limit(tokens=5000, speed=speed, dtype=dtype)
-    mine = timing.update_limit(model, tokens=5000, flops=flops, float32_flops=speed.flops["float32"])
-    assert mine == pytest.approx(limit)
-
-
-def test_a_group_is_as_large_as_its_arrays(tiny):
-    torch_engine = TorchEngine(PolicyConfig(path=str(tiny)), RolloutConfig(group_size=3, dtype="float32"), worker="w")
-    (group,) = torch_engine.generate([RolloutRequest(0, Prompt(0, PROMPTS[0]), (1, 2, 3))])
-    arrays = [value for name in group.__slots__ if isinstance(value := getattr(group, name), np.ndarray)]
-    sizes = model_sizes(str(tiny))
-    assert memory.group_bytes(sizes, 3) == sum(array.nbytes for array in arrays) - group.images.nbytes
-    assert 3 * sizes.picture_bytes == group.images.nbytes
 
 
 @pytest.mark.parametrize("gpu", GPUS)

@@ -8,12 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import JanusConfig, JanusForConditionalGeneration, JanusVisionConfig, JanusVQVAEConfig, LlamaConfig
 
-from stage_ray.bench.limits import Work
-from stage_ray.commands.planning.gpus import GPUS, gpu_named
-from stage_ray.commands.planning.models import KNOWN, ModelSizes, model_sizes
+from stage_ray.commands.memory import KNOWN, ModelSizes, model_sizes
 from stage_ray.config.paths import resolve_path
 from stage_ray.errors import ConfigError
 from tests.tiny import tiny_janus
@@ -30,10 +27,10 @@ def same(sizes: ModelSizes, model: JanusForConditionalGeneration) -> None:
     assert sizes.trained == parts["language_model"]
     assert sizes.head == parts["generation_head"]
     assert sizes.image_embedding == parts["generation_embeddings"] + parts["generation_aligner"]
-    assert sizes.vision == parts["vision_model"] + parts["aligner"]
     assert sizes.vqmodel == parts["vqmodel"]
     assert sizes.total == sum(parameter.numel() for parameter in model.parameters())
-    assert Work(sizes.decoder, sizes.head, sizes.cache) == Work.of(model)
+    assert sizes.layer == sum(p.numel() for p in model.model.language_model.layers[0].parameters())
+    assert sizes.frozen == sizes.total - parts["language_model"]
 
 
 @pytest.mark.parametrize("name", KNOWN)
@@ -41,7 +38,7 @@ def test_a_published_model_has_as_many_parameters_as_transformers_makes_of_its_c
     sizes = KNOWN[name]
     config = JanusConfig(
         text_config=LlamaConfig(
-            vocab_size=sizes.vocabulary,
+            vocab_size=sizes.embedding // sizes.hidden,
             hidden_size=sizes.hidden,
             intermediate_size=sizes.intermediate,
             num_hidden_layers=sizes.layers,
@@ -53,11 +50,10 @@ def test_a_published_model_has_as_many_parameters_as_transformers_makes_of_its_c
     )
     with torch.device("meta"):
         model = JanusForConditionalGeneration(config).eval()
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
+        with torch.no_grad():
             pixels = model.model.vqmodel.decode(torch.zeros(1, sizes.image_tokens, dtype=torch.int64))
     same(sizes, model)
     assert pixels.shape[-2:] == (sizes.side_pixels, sizes.side_pixels)
-    assert counter.get_total_flops() == pytest.approx(sizes.decode_flops, rel=1e-3)
 
 
 def test_a_tiny_checkpoint_is_counted_parameter_by_parameter(tmp_path):
@@ -92,24 +88,3 @@ def test_a_model_that_cannot_be_planned_is_named(tmp_path: Path, model: str, why
     with pytest.raises(ConfigError) as error:
         model_sizes(model)
     assert why in str(error.value)
-
-
-def test_a_gpu_of_your_own_is_a_yaml(tmp_path):
-    file = tmp_path / "mine.yaml"
-    keys = "memory_gib: 47\nbfloat16_tflops: 180\nfloat32_tflops: 60\nmemory_gbs: 960\npcie_gbs: 32\nnetwork_gbs: 12\n"
-    file.write_text(keys)
-    mine = gpu_named(str(file))
-    assert (mine.name, mine.memory_bytes, mine.peer_gbs) == ("mine", 47 * 2**30, 32)
-    file.write_text(keys + "nvlink: 300\n")
-    with pytest.raises(ConfigError, match="nvlink: .*its keys are name, memory_gib"):
-        gpu_named(str(file))
-    with pytest.raises(ConfigError, match="no such file"):
-        gpu_named(str(tmp_path / "other.yaml"))
-    with pytest.raises(ConfigError, match="neither known"):
-        gpu_named("h1000")
-
-
-def test_no_gpu_of_the_table_has_sparse_figures_or_both_directions():
-    for gpu in GPUS.values():
-        assert gpu.bfloat16_tflops <= 2250 and gpu.nvlink_gbs <= 900 and gpu.pcie_gbs <= 64
-        assert gpu.bfloat16_tflops / gpu.float32_tflops < 40

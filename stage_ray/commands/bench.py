@@ -1,0 +1,35 @@
+"""``stage-ray bench``: ratios against named baselines, on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+
+def bench(
+    name: Annotated[
+        Literal["rollout", "learner", "sync", "pipeline", "end-to-end", "all"],
+        typer.Argument(metavar="NAME", help="rollout, learner, sync, pipeline, end-to-end, or all"),
+    ],
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the rows here, as a list")] = None,
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"], typer.Option(help="What computes; auto is a GPU where there is one")
+    ] = "auto",
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Small sizes and few repeats, to see that it works; the ratios say nothing")
+    ] = False,
+) -> None:
+    """Measure how fast this is: ratios against plain code run in turn with ours, and the limit of each.
+
+    rollout: images drawn, by each engine. learner: time and memory of an update. sync: weights to two workers.
+    pipeline: what the driver hides and costs. end-to-end: images trained a second, by a real short run.
+
+    A missed target is a fact, not a failure: the exit code is 0 all the same. Let nothing else run meanwhile.
+
+    Example: stage-ray bench rollout --json rollout.json
+    """
+    from stage_ray.bench import run_benches
+
+    run_benches(name, device=device, quick=quick, json_file=json_file)

@@ -1,0 +1,66 @@
+"""``stage-ray train``: read a config, check it or train it, or repeat the updates of a recorded run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from stage_ray.commands.options import OverridesOption
+
+
+def train(
+    config: Annotated[
+        Path, typer.Argument(metavar="CONFIG", help="A YAML file, such as configs/stage_shapeworld.yaml")
+    ],
+    overrides: OverridesOption = None,
+    run_dir: Annotated[Path | None, typer.Option(help="Where the run writes; run_dir of the config by default")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest checkpoint of the run directory")
+    ] = False,
+    auto_resume: Annotated[
+        bool,
+        typer.Option(
+            "--auto-resume", help="Go on if the run directory holds a run, else begin; for jobs that are retried"
+        ),
+    ] = False,
+    replay: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="RUN_DIR", help="Train the learner alone on the groups that RUN_DIR recorded (pipeline.record=true)"
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, print the resolved config, start nothing")
+    ] = False,
+) -> None:
+    """Train a model and write a run directory that ends with report.html.
+
+    Example: stage-ray train configs/stage_shapeworld.yaml --set learner.lr=1e-5 --run-dir runs/slow
+    """
+    from stage_ray.config.load import load_config
+
+    run = load_config(config, overrides, run_dir)
+    if dry_run:
+        from stage_ray.run.dry_run import describe
+
+        typer.echo(describe(run))
+        return
+    from stage_ray.observability.progress import progress_for
+
+    if replay is not None:
+        from stage_ray.commands.replay import replay as replay_run
+
+        with progress_for(run) as progress:
+            progress.note(f"replayed into {replay_run(run, replay, progress)}")
+        return
+    from stage_ray.train import train as train_run
+
+    with progress_for(run) as progress:
+        summary = train_run(run, resume="auto" if auto_resume else resume, progress=progress)
+        if summary.before is not None and summary.after is not None:
+            progress.note(
+                f"held-out GenEval {summary.before:.3f} before, {summary.after:.3f} after {summary.steps} steps"
+            )
+        progress.note(f"report: {summary.report}")
