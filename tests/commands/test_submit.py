@@ -14,10 +14,9 @@ import pytest
 from ray._private.ray_constants import DASHBOARD_CLIENT_MAX_SIZE
 from ray._private.runtime_env.packaging import GCS_STORAGE_MAX_SIZE, create_package, get_uri_for_directory
 from ray.job_submission import JobDetails
-from stage_ray.commands.job_package import CAP_MIB
 
 from stage_ray.cli import main
-from stage_ray.commands.job import Job, job_name, plan_job
+from stage_ray.commands.job import CAP_MIB, Job, job_name, plan_job, stage_files
 from stage_ray.commands.submit import _exit_code, _last_attempt
 from stage_ray.config.load import load_config
 from stage_ray.errors import ConfigError, Interrupted, RunError
