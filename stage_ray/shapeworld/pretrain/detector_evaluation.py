@@ -87,8 +87,11 @@ def _spoiled(scene: Scene, rng: np.random.Generator) -> Scene:
     elif change == 2:
         del shapes[index]
     elif len(shapes) == 2:
-        first, second = ({"cx": shape.cx, "cy": shape.cy, "size": shape.size} for shape in shapes)
-        shapes = [replace(shapes[0], **second), replace(shapes[1], **first)]
+        first, second = shapes
+        shapes = [
+            replace(first, cx=second.cx, cy=second.cy, size=second.size),
+            replace(second, cx=first.cx, cy=first.cy, size=first.size),
+        ]
     return replace(scene, shapes=tuple(shapes))
 
 
