@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class RolloutWorker(Ranked):
     """One image engine, or one rank's share of it.
 
-    Updates its weights between waves only, so every image has one policy version (promise 2).
+    Updates its weights between generation batches only, so every image has one policy version (promise 2).
     """
 
     _group: BroadcastGroup | None = None

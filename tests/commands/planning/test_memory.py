@@ -17,14 +17,14 @@ from stage_ray.commands.planning import memory, timing
 from stage_ray.commands.planning.gpus import GPUS
 from stage_ray.commands.planning.models import KNOWN, model_sizes
 from stage_ray.config import PolicyConfig, RolloutConfig
-from stage_ray.engines.static_decoder import StaticDecoder
 from stage_ray.engines.torch import TorchEngine
 from stage_ray.engines.vllm import engine
 from stage_ray.learner import Learner
 from stage_ray.observability.progress import Progress
 from stage_ray.policies.base import hardware_has_bfloat16
-from stage_ray.policies.janus import files as janus_parts
+from stage_ray.policies.janus import codec as janus_parts
 from stage_ray.policies.janus import policy as janus
+from stage_ray.policies.static_decoder import StaticDecoder
 from stage_ray.records import Prompt, RolloutRequest
 from stage_ray.weights.manifest import pack
 from tests.commands.planning.measured import peak_side
