@@ -6,7 +6,7 @@ import torch
 
 from stage_ray.config import PolicyConfig
 from stage_ray.errors import ConfigError
-from stage_ray.policies.base import ImageCodec, Policy
+from stage_ray.policies.base import Policy
 from stage_ray.registry import Registry
 
 POLICIES = Registry("stage_ray.policies", "Policy", "family")
@@ -36,12 +36,3 @@ def load_policy(
         policy = load_policy(run.policy, device=device_for(run.learner.gpus))
     """
     return policy_class(config).load(config, device=device, dtype=dtype, trainable=trainable)
-
-
-def load_codec(config: PolicyConfig, *, device: torch.device | None) -> ImageCodec:
-    """Load the prompts and the image decoder (none where ``device`` is None) of the policy that a config names.
-
-    Raises:
-        ConfigError: as `load_policy`.
-    """
-    return policy_class(config).load_codec(config, device=device)

@@ -1,4 +1,4 @@
-"""What is particular to the vLLM engine: pairs stay together, a whole wave fits, and torch draws the same images."""
+"""What is particular to the vLLM engine: pairs stay together, a whole batch fits, and torch draws the same images."""
 
 from __future__ import annotations
 
