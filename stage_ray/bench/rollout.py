@@ -19,7 +19,7 @@ from stage_ray.bench.timing import Facts, Trial, Variant, compare
 from stage_ray.config import PolicyConfig, RolloutConfig
 from stage_ray.config.hardware import usable_cpus
 from stage_ray.engines import build_engine
-from stage_ray.engines.batching import BatchEngine, ImageSequence
+from stage_ray.engines.base import ImageEngine, ImageSequence
 from stage_ray.observability.progress import Progress
 from stage_ray.policies.base import compute_dtype
 
@@ -147,14 +147,14 @@ def engine_side(model: str, images: int, device: str, engine: str, dtype: str) -
     settings: dict[str, Any] = {"engine": engine, "guidance_scale": GUIDANCE, "images_per_batch": images}
     settings |= {"dtype": dtype, "cpus": usable_cpus(), "gpus": float(place.type == "cuda")}
     built = build_engine(policy, RolloutConfig.model_validate(settings), worker="bench")
-    assert isinstance(built, BatchEngine)
+    assert isinstance(built, ImageEngine)
     pairs = equal_prompts(built.encode_prompt, -(-images // GROUP))
     rows = [ImageSequence(ids, seed) for seed, ids in enumerate(ids for _, ids in pairs for _ in range(GROUP))][:images]
     prompt = len(rows[0].prompt.conditional)
 
     def turn() -> Facts:
         start = time.perf_counter()
-        wave = built.sample(rows, built.rule)
+        wave = built.sample(rows, built.params)
         seconds = time.perf_counter() - start
         tokens = wave.tokens.shape[1]
         return {"seconds": seconds, "tokens": tokens, "prompt": prompt, "dtype": dtype, "work": work}
@@ -166,7 +166,7 @@ def work_of(policy: PolicyConfig) -> Work:
     """What a model's tokens cost, counted on a copy that holds no numbers."""
     from transformers import JanusForConditionalGeneration
 
-    from stage_ray.policies.janus.files import JanusFiles
+    from stage_ray.policies.janus.codec import JanusCodec
 
     with torch.device("meta"):
-        return Work.of(JanusForConditionalGeneration(JanusFiles.load(policy).config))
+        return Work.of(JanusForConditionalGeneration(JanusCodec.load(policy).config))

@@ -23,7 +23,7 @@ from stage_ray.cluster.runtime import start_ray
 from stage_ray.config import PolicyConfig, RolloutConfig, RunConfig
 from stage_ray.config.hardware import usable_cpus
 from stage_ray.config.load import validate_config
-from stage_ray.engines.batching import BatchEngine
+from stage_ray.engines.base import ImageEngine
 from stage_ray.observability.progress import Progress
 
 WORKERS = 2
@@ -188,7 +188,7 @@ def repack_side(model: str, device: str) -> Trial:
     settings = {"engine": "vllm", "images_per_batch": 2, "cpus": usable_cpus(), "gpus": float(device == "cuda")}
     rollout = RolloutConfig.model_validate(settings)
     engine = build_engine(PolicyConfig.model_validate({"path": model}), rollout, worker="bench")
-    assert isinstance(engine, BatchEngine)
+    assert isinstance(engine, ImageEngine)
     tensors = {name: torch.zeros(shape) for name, shape in engine.weight_shapes().items()}
     nbytes = sum(tensor.nbytes for tensor in tensors.values())
 

@@ -15,9 +15,8 @@ from stage_ray.cluster.cluster import Cluster
 from stage_ray.cluster.placement import Actors, actor_of
 from stage_ray.config import RunConfig
 from stage_ray.config.hardware import usable_cpus
-from stage_ray.engines.batching import BatchEngine, ImageSequence, Rollouts
+from stage_ray.engines.base import ImageEngine, ImageSequence, Rollouts
 from stage_ray.engines.sampling import SamplingParams
-from stage_ray.policies.base import PromptIds
 from stage_ray.records import WeightManifest
 from stage_ray.weights.broadcast_group import GroupMember
 from stage_ray.weights.manifest import Chunk
@@ -46,7 +45,7 @@ class Weights:
         return [(name, tensor if in_place else tensor.cpu()) for name, tensor in self._tensors.items()]
 
 
-class WeightsEngine(BatchEngine):
+class WeightsEngine(ImageEngine):
     """An engine that only takes weights: the checks of every engine, then what `TorchEngine` does with them."""
 
     def __init__(self, nbytes: int, device: str) -> None:
@@ -63,20 +62,7 @@ class WeightsEngine(BatchEngine):
         for tensor in self.tensors.values():
             synchronize(tensor.device)
 
-    @property
-    def codebook_size(self) -> int:
-        """Never asked."""
-        raise NotImplementedError
-
-    def encode_prompt(self, text: str) -> PromptIds:
-        """Never asked."""
-        raise NotImplementedError
-
-    def sample(self, rows: Sequence[ImageSequence], rule: SamplingParams) -> Rollouts:
-        """Never asked."""
-        raise NotImplementedError
-
-    def decode(self, tokens: Tensor) -> Tensor:
+    def sample(self, sequences: Sequence[ImageSequence], params: SamplingParams) -> Rollouts:
         """Never asked."""
         raise NotImplementedError
 

@@ -29,7 +29,7 @@ class PromptsConfig(Section):
 class PolicyConfig(Section):
     """The model that is trained."""
 
-    family: Literal["janus"] = Field("janus", description="Model family, a file in stage_ray/policies")
+    family: str = Field("janus", description="Model family, a folder in stage_ray/policies, or package.module.Class")
     path: str = Field(description="A Hugging Face directory, package:MODULE/DIR, or a hub id")
     template: Literal["official", "paper"] = Field(
         "official",

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class RolloutWorker(Ranked):
     """One image engine, or one rank's share of it.
 
-    Updates its weights between waves only, so every image has one policy version (promise 2).
+    Updates its weights between generation batches only, so every image has one policy version (promise 2).
     """
 
     _group: BroadcastGroup | None = None
@@ -46,7 +46,7 @@ class RolloutWorker(Ranked):
         """A receipt, then for each request its group (``images`` empty) and its pictures (uint8 [G, H, W, 3]).
 
         The learner never reads pictures and the driver reads neither: each object goes only where it is used. Of
-        several ranks the first one answers; the others' objects are None, and so are those of a wave with a problem.
+        several ranks the first one answers; the others' objects are None, and so are those of a batch with a problem.
         """
         start = time.perf_counter()
         self._metrics.begin(request.group_id for request in requests)
@@ -65,7 +65,7 @@ class RolloutWorker(Ranked):
         return tuple(objects)
 
     def sleep(self) -> None:
-        """Leave the GPU's memory to the learner until the next wave or version."""
+        """Leave the GPU's memory to the learner until the next batch or version."""
         self._engine.sleep()
 
     def load_weights(self, manifest: WeightManifest, *chunks: Chunk) -> int:
