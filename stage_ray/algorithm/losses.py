@@ -56,11 +56,7 @@ def _normalised(weight: Tensor) -> Tensor:
 
 
 def token_weights(
-    like: Tensor,
-    similarity: Tensor | None,
-    *,
-    reweight_advantage: bool = True,
-    reweight_kl: bool = True,
+    like: Tensor, similarity: Tensor | None, *, reweight_advantage: bool = True, reweight_kl: bool = True
 ) -> TokenWeights:
     """Weights of every token, normalised over whole groups, before anything is cut into micro-batches.
 
