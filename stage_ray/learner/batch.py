@@ -79,6 +79,7 @@ def make_batch(
 
     return Batch(
         groups=tuple(groups),
+        scored=tuple(scored),
         tokens=stacked("tokens", torch.int64),
         logprobs=stacked("logprobs", torch.float32),
         guided_logprobs=stacked("guided_logprobs", torch.float32),

@@ -102,7 +102,7 @@ class Learner:
         self._sampling = SamplingParams.of(run.rollout)
         # Plain sampling draws from the conditional distribution itself: there is no second ratio.
         self._guided_ratio = run.algorithm.ratio_on == "guided" and not self._sampling.plain
-        self._leave_free_memory()
+        self._release_cached_memory()
 
     def update(self, groups: Sequence[RolloutGroup], scored: Sequence[ScoredGroup]) -> dict[str, float]:
         """Train on whole groups once and move to the next version.
@@ -127,7 +127,7 @@ class Learner:
             codebook=self._codebook,
             device=self._device,
         )
-        # This rank's images: whole groups, as many as every other rank's.
+        # This rank runs the images of its own groups, as many as every other rank; the recipe sees all groups.
         own_groups = self._ranks.rows(len(groups))
         micro_batches = batch.micro_batches(self._run.learner.micro_batch_images, own_groups)
         seconds: dict[str, float] = {}
@@ -140,7 +140,7 @@ class Learner:
         metrics = update_metrics(batch, reference, credit, outputs, self._run) | seconds
         metrics["lr"] = learning_rate(self.version, self._run.steps, self._run.learner)
         metrics["grad_norm"] = self._step(metrics)
-        self._leave_free_memory()
+        self._release_cached_memory()
         return metrics
 
     def weights(self, *, in_place: bool = False) -> list[tuple[str, Tensor]]:
@@ -151,9 +151,9 @@ class Learner:
         """
         if self._ranks.count == 1:
             return [(name, p.detach() if in_place else p.detach().cpu()) for name, p in self._parameters.items()]
-        whole_weights = list(full_state_dict(self._parameters, keep=self._ranks.first).items())
-        self._leave_free_memory()
-        return whole_weights
+        weights = list(full_state_dict(self._parameters, keep=self._ranks.first).items())
+        self._release_cached_memory()
+        return weights
 
     def save_state(self, directory: Path) -> None:
         """Write all that a bit-exact resume needs (safetensors and JSON) into ``directory``, together."""
@@ -166,7 +166,7 @@ class Learner:
             LearnerError: a file is missing or damaged, or of another model. Nothing has changed then.
         """
         self.version = load_state(directory, self._parts())
-        self._leave_free_memory()
+        self._release_cached_memory()
 
     def export(self, directory: Path) -> None:
         """Write a Hugging Face checkpoint that plain transformers loads; the first rank does, the others take part."""
@@ -181,8 +181,8 @@ class Learner:
     def _parts(self) -> LearnerParts:
         return LearnerParts(self._parameters, self._optimizer, self._base, self._ranks)
 
-    def _leave_free_memory(self) -> None:
-        """Give what torch keeps for later back to the GPU that an engine shares: it would not find it free."""
+    def _release_cached_memory(self) -> None:
+        """Release torch's cached memory on a GPU that an engine shares: the engine allocates from it next."""
         if self._run.rollout.colocated and self._device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -206,15 +206,15 @@ class Learner:
     def _reference_pass(self, batch: Batch, micro_batches: Sequence[Tensor]) -> ReferenceOutputs:
         """The reference model's log-probabilities and entropies of the whole batch."""
         logprobs = torch.empty(batch.tokens.flatten(0, 1).shape, device=self._device)
-        entropy, guided = torch.empty_like(logprobs), torch.empty_like(logprobs)
-        needs_guided = self._recipe.needs_guided
+        entropy = torch.empty_like(logprobs)
+        guided = torch.empty_like(logprobs) if self._recipe.needs_guided else None
         for indices in micro_batches:
-            found = self._token_logprobs(self._reference, batch, indices, guided=needs_guided)
+            found = self._token_logprobs(self._reference, batch, indices, guided=guided is not None)
             logprobs[indices], entropy[indices] = found.logprobs, found.entropy
-            if found.guided_logprobs is not None:
+            if guided is not None and found.guided_logprobs is not None:
                 guided[indices] = found.guided_logprobs
-        gathered = [self._all_gather(images, batch) for images in (logprobs, entropy, guided)[: 2 + needs_guided]]
-        return ReferenceOutputs(*gathered)
+        logprobs, entropy = self._all_gather(logprobs, batch), self._all_gather(entropy, batch)
+        return ReferenceOutputs(logprobs, entropy, None if guided is None else self._all_gather(guided, batch))
 
     def _policy_pass(
         self, batch: Batch, micro_batches: Sequence[Tensor], reference: ReferenceOutputs, credit: Credit
@@ -222,7 +222,7 @@ class Learner:
         """Forward and backward over micro-batches; their losses and gradients add up to those of the whole batch."""
         logprobs = torch.empty(batch.tokens.flatten(0, 1).shape, device=self._device)
         behavior, sums = torch.empty_like(logprobs), dict[str, Tensor]()
-        # One answer for the whole batch: ranks that ran different forwards would miss each other in their gathers.
+        # One answer for the whole batch: ranks that run different forwards wait for each other's gathers for ever.
         guided = self._recipe.needs_guided or (self._guided_ratio and bool((batch.staleness > 0).any()))
         self._optimizer.zero_grad(set_to_none=True)
         for indices in micro_batches:
@@ -230,6 +230,7 @@ class Learner:
             objective = self._recipe.objective(outputs, reference.take(indices), credit.take(indices))
             objective.loss.backward()
             logprobs[indices], behavior[indices] = outputs.logprobs.detach(), outputs.behavior_logprobs
+            # Sums over tokens add up over micro-batches here, and over ranks below.
             for name, part in {"loss": objective.loss, **objective.parts}.items():
                 sums[name] = sums.get(name, torch.zeros_like(part)) + part.detach()
         return UpdateOutputs(
@@ -241,7 +242,7 @@ class Learner:
     def _policy_outputs(self, batch: Batch, indices: Tensor, *, guided: bool) -> PolicyOutputs:
         """The policy on some images, with gradient, and what its ratios are taken against.
 
-        A fresh group is measured against itself: what lies between engine and learner is no reason to weigh a token.
+        A fresh group's ratio is taken against its own values: a mismatch of engine and learner must not weigh tokens.
         """
         found = self._token_logprobs(
             self.policy, batch, indices, guided=guided, entropy_grad=self._recipe.needs_entropy_grad
@@ -276,6 +277,7 @@ class Learner:
         gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
         norm = full_tensor(torch.nn.utils.get_total_norm(gradients))
         where = f"update {self.version}"
+        # Every check precedes the first change of a weight.
         for name, value in (("loss", metrics["loss"]), ("gradient norm", norm.item())):
             if not math.isfinite(value):
                 self._optimizer.zero_grad(set_to_none=True)

@@ -19,7 +19,7 @@ from torch import Tensor
 from stage_ray.algorithm.losses import TokenWeights
 from stage_ray.algorithm.off_policy import Correction
 from stage_ray.config import AlgorithmConfig, Section
-from stage_ray.records import RolloutGroup
+from stage_ray.records import RolloutGroup, ScoredGroup
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,8 @@ class GroupBatch:
     """N whole groups on the learner's device, the same on every rank; no tensor carries a gradient.
 
     Attributes:
-        groups: the records as they arrived: prompts, seeds, images (empty where the pictures travel apart).
+        groups: the N records as the engine made them: prompts, seeds, images (empty where those go to scorers only).
+        scored: theirs from the scorers, with what each scorer said of each image (``details``), such as features.
         tokens: int64 [N, G, T], codebook ids.
         logprobs: float32 [N, G, T], recorded while sampling: conditional branch, temperature 1.
         guided_logprobs: float32 [N, G, T], recorded likewise, of the distribution that the tokens were drawn from.
@@ -41,6 +42,7 @@ class GroupBatch:
     """
 
     groups: tuple[RolloutGroup, ...]
+    scored: tuple[ScoredGroup, ...]
     tokens: Tensor
     logprobs: Tensor
     guided_logprobs: Tensor

@@ -18,6 +18,7 @@ from stage_ray.learner import Learner
 from stage_ray.recipes import RECIPES, load_recipe, resolve_recipe
 from stage_ray.recipes.grpo import GrpoRecipe
 from stage_ray.recipes.stage import StageRecipe
+from stage_ray.registry import Registry
 from tests.learner_case import PROMPTS, sample_groups, score, tiny_run
 from tests.tiny import tiny_janus
 
@@ -54,6 +55,22 @@ def update(run: RunConfig, groups: list[Any]) -> tuple[dict[str, float], dict[st
 def test_a_recipe_is_a_file_of_its_room_and_stage_is_the_default() -> None:
     assert RECIPES.names() == ["grpo", "stage"]
     assert type(load_recipe(run_with())) is StageRecipe and type(load_recipe(run_with("grpo"))) is GrpoRecipe
+
+
+def test_a_recipe_that_builds_on_another_is_found_under_its_own_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room = tmp_path / "room_of_recipes"
+    room.mkdir()
+    (room / "__init__.py").touch()
+    (room / "plain.py").write_text("class PlainRecipe: ...\n")
+    (room / "better.py").write_text(
+        "from room_of_recipes.plain import PlainRecipe\n\nclass BetterRecipe(PlainRecipe): ...\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    registry = Registry("room_of_recipes", "Recipe", "recipe")
+    assert registry.names() == ["better", "plain"]
+    assert registry.find("better", "recipe").__name__ == "BetterRecipe"
 
 
 def test_the_options_of_a_recipe_have_its_defaults_and_are_numbers_whatever_yaml_made_of_them() -> None:
