@@ -15,9 +15,9 @@ from stage_ray.cluster.cluster import GroupRefs
 from stage_ray.config import RunConfig
 from stage_ray.config.load import validate_config
 from stage_ray.observability.progress import Progress
-from stage_ray.pipeline.ledger import read_ledger
 from stage_ray.records import Prompt, RolloutReceipt, RolloutRequest, ScoreReceipt
 from stage_ray.run.state import RunState
+from tests.audit import read_ledger
 
 PROMPTS = [Prompt(i, f"prompt {i}") for i in range(7)]
 

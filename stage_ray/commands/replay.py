@@ -10,9 +10,9 @@ from stage_ray.config import RunConfig
 from stage_ray.errors import ConfigError, RunError
 from stage_ray.observability.progress import Progress
 from stage_ray.observability.recorder import MetricsLogger
-from stage_ray.run.recording import load_group
 from stage_ray.run.run_dir import open_run_dir
 from stage_ray.run.state import GROUPS, record_update
+from stage_ray.workers.group_files import load_group
 
 if TYPE_CHECKING:
     from stage_ray.learner import Learner

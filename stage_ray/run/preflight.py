@@ -1,9 +1,11 @@
-"""What can be known to be wrong before anything is started or written."""
+"""What can be checked before anything is started or written; ``train --dry-run`` prints it."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+
+import yaml
 
 from stage_ray.config import RunConfig
 from stage_ray.config.paths import model_location
@@ -29,3 +31,31 @@ def preflight(run: RunConfig) -> tuple[list[Prompt], list[Prompt]]:
         check_directory(model, run.policy.family)
     train = load_prompts(run.prompts.train)
     return train, load_prompts(run.prompts.heldout) if run.prompts.heldout else train
+
+
+def describe(run: RunConfig) -> str:
+    """The resolved config as YAML, then, as YAML comments, what a run of it would start.
+
+    Raises:
+        ConfigError: of `preflight`.
+    """
+    train, heldout = preflight(run)
+    rollout, scoring, learner = run.rollout, run.scoring, run.learner
+    images = rollout.groups_per_step * rollout.group_size
+    actors = {
+        "rollout worker": (rollout.workers * rollout.tensor_parallel, rollout, f"engine {rollout.engine}"),
+        "reward worker": (scoring.workers, scoring, f"scorers {', '.join(reward.column for reward in run.rewards)}"),
+        "learner": (learner.ranks, learner, "on the GPUs of the rollout workers" * rollout.colocated),
+    }
+    config = yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False).rstrip()
+    plan = [
+        f"model: {model_location(run.policy.path)}",
+        f"prompts: {len(train)} to train on, {len(heldout) if run.prompts.heldout else 0} held out",
+        f"{run.steps} steps of {rollout.groups_per_step} groups x {rollout.group_size} images = {images} images a step",
+        *(
+            f"{role}: {count} x {reserved.cpus:g} CPU, {reserved.gpus:g} GPU" + f"; {what}" * bool(what)
+            for role, (count, reserved, what) in actors.items()
+        ),
+        f"run directory: {Path(run.run_dir).resolve()}" + " (exists)" * Path(run.run_dir).exists(),
+    ]
+    return "\n".join([config, "", "# Would start:", *(f"#   {line}" for line in plan)])

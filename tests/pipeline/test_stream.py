@@ -10,10 +10,11 @@ import pytest
 from stage_ray.cluster.cluster import GroupRefs
 from stage_ray.config import RunConfig
 from stage_ray.errors import RunError
-from stage_ray.pipeline.ledger import Ledger, audit, read_ledger
+from stage_ray.pipeline.ledger import Ledger
 from stage_ray.pipeline.prompts import PromptCursor
 from stage_ray.pipeline.stream import GroupStream
 from stage_ray.run.checkpoint import CheckpointStore
+from tests.audit import audit, read_ledger
 from tests.flaky import PROMPTS, FlakyCluster, drive, history, timed_run, until
 
 
