@@ -30,7 +30,7 @@ import yaml
 from safetensors.torch import load_file
 
 from stage_ray.bench.timed_cluster import TimedCluster
-from stage_ray.cluster.cluster import Cluster, GroupRefs
+from stage_ray.cluster.cluster import Cluster
 from stage_ray.commands.replay import replay
 from stage_ray.config import RunConfig
 from stage_ray.config.load import load_config
@@ -39,7 +39,7 @@ from stage_ray.observability.progress import Progress
 from stage_ray.pipeline.ledger import Ledger
 from stage_ray.pipeline.prompts import PromptCursor
 from stage_ray.pipeline.stream import GroupStream
-from stage_ray.records import Prompt
+from stage_ray.records import GroupRefs, Prompt
 from stage_ray.run.checkpoint import CheckpointStore
 from stage_ray.run.state import RunState
 from stage_ray.train import train

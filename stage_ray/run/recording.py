@@ -1,0 +1,87 @@
+"""What a run keeps of every step: its metrics, alarms and seconds and, with ``pipeline.record``, its groups."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from stage_ray.config import RunConfig
+from stage_ray.observability.alarms import alarms
+from stage_ray.observability.progress import Progress
+from stage_ray.observability.recorder import MetricsLogger
+
+if TYPE_CHECKING:
+    from stage_ray.cluster.learner import ClusterLearner
+
+GROUPS = "groups"
+
+
+class StepRecorder:
+    """Writes and shows the metrics and alarms of a run's steps, from the step on from which it resumes.
+
+    Example:
+        recorder = StepRecorder(run, run_dir, run.steps, progress)
+        recorder.step(1, {"loss": 0.5})
+        recorder.close()
+    """
+
+    def __init__(self, run: RunConfig, run_dir: Path, steps: int, progress: Progress, *, resume_step: int = 0) -> None:
+        self._run, self._steps, self._progress = run, steps, progress
+        self._groups = run_dir / GROUPS
+        endpoint = (run.cluster.metrics_port, run.cluster.metrics_host)
+        self._logger = MetricsLogger(run_dir, *endpoint, resume_step=resume_step)
+        self._forget_groups(resume_step)
+
+    def step(self, step: int, metrics: dict[str, float]) -> None:
+        """Record update ``step``, counted from 1, and the alarms that its metrics raise."""
+        found = alarms(metrics, self._run)
+        self._logger.step(step, {**metrics, "alarms": [name for name, _ in found]})
+        self._progress.step(step, self._steps, metrics)
+        for name, text in found:
+            self.alarm(step, name, text)
+
+    def alarm(self, step: int, name: str, text: str) -> None:
+        """Record an alarm of a step."""
+        self._logger.alarm(step, name, text)
+        self._progress.alarm(name, text)
+
+    async def groups(self, step: int, learner: ClusterLearner) -> None:
+        """Let the learner write the groups of the last update, where ``pipeline.record`` wants that."""
+        if self._run.pipeline.record:
+            await learner.save_batch(self._groups / f"step-{step:06d}")
+
+    def rewind(self, step: int) -> None:
+        """Forget what came after ``step``: it is trained again, perhaps on other groups."""
+        self._logger.rewind(step)
+        self._forget_groups(step)
+
+    def close(self) -> None:
+        """Close the files and the metrics endpoint."""
+        self._logger.close()
+
+    def _forget_groups(self, step: int) -> None:
+        for directory in self._groups.glob("step-*"):
+            if int(directory.name.removeprefix("step-")) > step:
+                shutil.rmtree(directory)
+
+
+class StepClock:
+    """Seconds of a step by what the driver waited for."""
+
+    def __init__(self) -> None:
+        self._start = self._last = time.perf_counter()
+        self._laps: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        """The time since the last lap belongs to `name`."""
+        now = time.perf_counter()
+        key = f"time/{name}_s"
+        self._laps[key] = self._laps.get(key, 0.0) + now - self._last
+        self._last = now
+
+    def metrics(self, images: int) -> dict[str, float]:
+        """``time/<lap>_s``, ``time/step_s`` and ``images_per_s``."""
+        step_s = self._last - self._start
+        return {**self._laps, "time/step_s": step_s, "images_per_s": images / step_s}
