@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -11,9 +13,6 @@ from safetensors.numpy import save_file
 
 from stage_ray.errors import RunError
 from stage_ray.records import Prompt, RolloutGroup, ScoredGroup
-
-ARRAYS = ("tokens", "logprobs", "guided_logprobs", "entropy")
-METADATA = ("group_id", "policy_version", "worker", "generate_s")
 
 
 def group_file(directory: Path, group_id: int) -> Path:
@@ -33,20 +32,14 @@ def save_group(directory: Path, group: RolloutGroup, scored: ScoredGroup) -> Pat
         >>> load_group(save_group(Path(tempfile.mkdtemp()), group, scored))[0].policy_version
         5
     """
-    arrays = {name: np.ascontiguousarray(getattr(group, name)) for name in ARRAYS}
-    arrays |= {"scores": np.ascontiguousarray(scored.scores), "valid": np.ascontiguousarray(scored.valid)}
-    prompt = group.prompt
-    said = {
-        **{name: getattr(group, name) for name in METADATA},
-        "prompt": {"index": prompt.index, "text": prompt.text, "record": dict(prompt.record)},
-        "seeds": list(group.seeds),
-        "names": list(scored.names),
-        "details": [dict(detail) for detail in scored.details],
-        "score_s": scored.score_s,
-    }
+    values = {field.name: getattr(record, field.name) for record in (group, scored) for field in fields(record)}
+    del values["images"]
+    values["prompt"] = {field.name: getattr(group.prompt, field.name) for field in fields(Prompt)}
+    arrays = {name: np.ascontiguousarray(value) for name, value in values.items() if isinstance(value, np.ndarray)}
+    plain = {name: value for name, value in values.items() if name not in arrays}
     directory.mkdir(parents=True, exist_ok=True)
     path = group_file(directory, group.group_id)
-    save_file(arrays, path, metadata={"group": json.dumps(said)})
+    save_file(arrays, path, metadata={"group": json.dumps(plain)})
     return path
 
 
@@ -58,24 +51,14 @@ def load_group(path: Path) -> tuple[RolloutGroup, ScoredGroup]:
     """
     try:
         with safe_open(path, "numpy") as file:
-            said = json.loads((file.metadata() or {})["group"])
-            arrays = {name: file.get_tensor(name) for name in (*ARRAYS, "scores", "valid")}
+            values: dict[str, Any] = json.loads((file.metadata() or {})["group"])
+            values |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no dict
+        values["prompt"] = Prompt(**values["prompt"])
+        values["images"] = np.empty((len(values["seeds"]), 0, 0, 3), np.uint8)
+        values |= {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+        # Both records have a group_id; apart from that the names of their fields differ.
+        group = RolloutGroup(**{field.name: values[field.name] for field in fields(RolloutGroup)})
+        scored = ScoredGroup(**{field.name: values[field.name] for field in fields(ScoredGroup)})
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise RunError(f"{path} holds no recorded group that can be read: {error}") from error
-    seeds = tuple(said["seeds"])
-    group = RolloutGroup(
-        prompt=Prompt(**said["prompt"]),
-        seeds=seeds,
-        images=np.empty((len(seeds), 0, 0, 3), np.uint8),
-        **{name: said[name] for name in METADATA},
-        **{name: arrays[name] for name in ARRAYS},
-    )
-    scored = ScoredGroup(
-        group_id=group.group_id,
-        names=tuple(said["names"]),
-        scores=arrays["scores"],
-        valid=arrays["valid"],
-        details=tuple(said["details"]),
-        score_s=said["score_s"],
-    )
     return group, scored
