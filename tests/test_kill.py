@@ -44,6 +44,7 @@ from stage_ray.run.checkpoint import CheckpointStore
 from stage_ray.run.state import RunState
 from stage_ray.train import train
 from stage_ray.weights.object_store import ObjectStore
+from stage_ray.workers.learner import LearnerClient
 from tests.audit import Audit
 from tests.chaos import WORKERS, audited, end_session, start_driver
 from tests.scorers import MOODS
@@ -184,12 +185,15 @@ class DiesWhenAsked:
         self._at, self.asked = methods, Counter[str]()
 
     def watch(self, patch: pytest.MonkeyPatch) -> None:
-        call_learner = Cluster.call_learner
+        for name in self._at:
+            patch.setattr(LearnerClient, name, self._watched(name, getattr(LearnerClient, name)))
 
-        async def watched(cluster: Cluster, ask: Callable[[Any], Any], **more: Any) -> Any:
-            return await call_learner(cluster, lambda worker: ask(_Watched(worker, self)), **more)
+    def _watched(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        def watched(*arguments: Any) -> Any:
+            self.ask(name)
+            return method(*arguments)
 
-        patch.setattr(Cluster, "call_learner", watched)
+        return watched
 
     def ask(self, method: str) -> None:
         self.asked[method] += 1
@@ -199,15 +203,6 @@ class DiesWhenAsked:
     @property
     def done(self) -> bool:
         return all(self.asked[method] > n for method, n in self._at.items())
-
-
-class _Watched:
-    def __init__(self, worker: Any, by: DiesWhenAsked) -> None:
-        self._worker, self._by = worker, by
-
-    def __getattr__(self, method: str) -> Any:
-        self._by.ask(method)
-        return getattr(self._worker, method)
 
 
 def test_scorers_and_learners_killed_in_every_phase_do_not_change_a_bit(tmp_path, model, undisturbed, monkeypatch):
@@ -259,7 +254,7 @@ class Rot:
         if damage is not None:
             first, *rest = ray.get(chunks[0])
             chunks[0] = ray.put((damage(first), *rest))
-        return worker.load_weights.remote(published.manifest, *chunks)
+        return worker.load_weights(published.manifest, chunks)
 
 
 def flipped(data: bytes) -> bytes:

@@ -17,7 +17,7 @@ import xxhash
 from stage_ray.bench.limits import synchronize
 from stage_ray.bench.models import FIFTY_MILLION, SMALL, model_of
 from stage_ray.bench.rows import Row, median
-from stage_ray.bench.sync_actors import ROW, TENSORS, SyncCluster
+from stage_ray.bench.sync_actors import ROW, TENSORS, SyncCluster, SyncLearner, SyncRolloutWorker
 from stage_ray.bench.timing import Facts, Trial, Variant, compare
 from stage_ray.cluster.runtime import start_ray
 from stage_ray.config import PolicyConfig, RolloutConfig, RunConfig
@@ -113,19 +113,20 @@ def sync_side(nbytes: int, device: str, transport: str = "object_store") -> Tria
     cluster = SyncCluster(run, None, nbytes, device)
 
     async def ready() -> None:
-        await asyncio.gather(cluster.rollouts.ready(), cluster.learner.ready(None))
+        await asyncio.gather(cluster.rollouts.ready(), cluster.learner.actor.ready(None))
 
     async def loaded() -> tuple[float, list[tuple[float, list[float]]]]:
-        pack_s = await cluster.call_learner(lambda learner: learner.pack_s.remote())
-        return pack_s, [await seat.call(lambda worker: worker.loaded.remote(), None) for seat in cluster.rollouts.seats]
+        pack_s = await cluster.learner.call(lambda learner: learner.ask(SyncLearner.pack_s))
+        actors = cluster.rollouts.actors
+        return pack_s, [await actor.call(lambda worker: worker.ask(SyncRolloutWorker.loaded), None) for actor in actors]
 
     runner.run(ready())
 
     def turn() -> Facts:
-        runner.run(cluster.call_learner(lambda learner: learner.advance.remote()))
+        version = runner.run(cluster.learner.call(lambda learner: learner.ask(SyncLearner.advance)))
         time.sleep(FREE_S)
         copy_s, read_s = timed(lambda: np.copyto(target, source)), timed(lambda: xxhash.xxh3_64_intdigest(source.data))
-        seconds = timed(lambda: runner.run(cluster.publish()))
+        seconds = timed(lambda: runner.run(cluster.publish(version)))
         first.append(seconds)
         pack_s, loads = runner.run(loaded())
         values = [numbers for _, numbers in loads]

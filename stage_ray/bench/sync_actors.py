@@ -21,8 +21,9 @@ from stage_ray.policies.base import PromptIds
 from stage_ray.records import WeightManifest
 from stage_ray.weights.broadcast_group import GroupMember
 from stage_ray.weights.manifest import Chunk
-from stage_ray.workers.learner import LearnerWorker
-from stage_ray.workers.rollout import RolloutWorker
+from stage_ray.workers.learner import LearnerClient, LearnerWorker
+from stage_ray.workers.reward import RewardClient
+from stage_ray.workers.rollout import RolloutClient, RolloutWorker
 
 TENSORS, WIDTH = 32, 1000
 ROW = 4 * TENSORS * WIDTH  # bytes of one float32 row in every tensor
@@ -118,9 +119,10 @@ class SyncLearner(LearnerWorker):
         self._pack_s = time.perf_counter() - start
         return manifest
 
-    def advance(self) -> None:
-        """What an update does to weights."""
+    def advance(self) -> int:
+        """What an update does to weights; the new version."""
         self._learner.advance()
+        return int(self._learner.version)
 
     def pack_s(self) -> float:
         """Seconds of the last `pack` or `offer`."""
@@ -164,17 +166,17 @@ class SyncActors(Actors):
         super().__init__(run, None)
         self._size = (nbytes, device)
 
-    def rollout(self, name: str) -> Any:
+    def rollout(self, name: str) -> RolloutClient:
         """As the run's, around `WeightsEngine`."""
-        return self._start(SyncRolloutWorker, *self._size)
+        return RolloutClient(self._start(SyncRolloutWorker, *self._size))
 
-    def reward(self, name: str) -> Any:
+    def reward(self, name: str) -> RewardClient:
         """Never asked."""
-        return actor_of(SyncRolloutWorker, 1, 0.0, {}).remote(0, "cpu")
+        return RewardClient(actor_of(SyncRolloutWorker, 1, 0.0, {}).remote(0, "cpu"))
 
-    def learner(self, name: str) -> Any:
+    def learner(self, name: str) -> LearnerClient:
         """As the run's, around `Weights`."""
-        return self._start(SyncLearner, *self._size, self._run)
+        return LearnerClient(self._start(SyncLearner, *self._size, self._run))
 
     def _start(self, role: type, nbytes: int, device: str, *more: Any) -> Any:
         whole = self._run.cluster.weight_transport == "nccl"

@@ -12,7 +12,7 @@ from stage_ray.records import GroupRefs, RolloutRequest, Update
 class TimedCluster:
     """What `GroupStream` and the loop ask of a `stage_ray.cluster.cluster.Cluster`, with waiting in place of work.
 
-    As there, a worker does one thing at a time in the order in which it was asked, and loads a version between batches.
+    As there, a worker does one thing at a time in the order in which it was asked, and loads a version between waves.
     """
 
     def __init__(self, run: RunConfig, stages: Sequence[float]) -> None:
@@ -28,15 +28,13 @@ class TimedCluster:
     async def generate(
         self, requests: Sequence[RolloutRequest], *, turn: int | None = None, on_retry: Callable[[], None] | None = None
     ) -> list[GroupRefs]:
-        """Wait as long as a generation batch takes."""
+        """Wait as long as a wave takes."""
         worker = (turn or 0) % len(self._rollouts)
         async with self._rollouts[worker]:
             await asyncio.sleep(self._generate_s)
             version = self._served[worker]
-        return [
-            GroupRefs(request.group_id, version, "tokens", "images", generate_s=self._generate_s)
-            for request in requests
-        ]
+        seconds = self._generate_s
+        return [GroupRefs(request.group_id, version, "tokens", "images", generate_s=seconds) for request in requests]
 
     async def score(self, groups: Sequence[GroupRefs]) -> list[GroupRefs]:
         """Wait as long as scoring a batch takes."""
@@ -46,7 +44,7 @@ class TimedCluster:
 
     @property
     def learner(self) -> TimedCluster:
-        """The learner, which is this object too."""
+        """This object has the learner's methods too."""
         return self
 
     async def update(self, groups: Sequence[GroupRefs]) -> Update:
@@ -56,7 +54,7 @@ class TimedCluster:
         return Update(self._version, {})
 
     async def publish(self, version: int) -> None:
-        """Every worker loads the version after the batches it was asked for; waits for that in a synchronous run."""
+        """Every worker loads the version after the waves it was asked for; waits for that in a synchronous run."""
         await asyncio.gather(*self._loading)
         self._loading = [asyncio.create_task(self._load(worker)) for worker in range(len(self._rollouts))]
         await asyncio.sleep(0)

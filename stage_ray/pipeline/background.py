@@ -32,7 +32,8 @@ class BackgroundTasks:
     async def unless_failed(self, work: Coroutine[Any, Any, Result]) -> Result:
         """The result of ``work``, or the error of the first task that failed, before or meanwhile."""
         task = asyncio.ensure_future(work)
-        await asyncio.wait([task, self._failure], return_when=asyncio.FIRST_COMPLETED)
+        either: list[asyncio.Future[Any]] = [task, self._failure]
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
             task.cancel()
             self._failure.result()  # raises the error

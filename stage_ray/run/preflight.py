@@ -42,20 +42,17 @@ def describe(run: RunConfig) -> str:
     train, heldout = preflight(run)
     rollout, scoring, learner = run.rollout, run.scoring, run.learner
     images = rollout.groups_per_step * rollout.group_size
-    actors = {
-        "rollout worker": (rollout.workers * rollout.tensor_parallel, rollout, f"engine {rollout.engine}"),
-        "reward worker": (scoring.workers, scoring, f"scorers {', '.join(reward.column for reward in run.rewards)}"),
-        "learner": (learner.ranks, learner, "on the GPUs of the rollout workers" * rollout.colocated),
-    }
+    scorers = ", ".join(reward.column for reward in run.rewards)
+    where = "; on the GPUs of the rollout workers" * rollout.colocated
     config = yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False).rstrip()
     plan = [
         f"model: {model_location(run.policy.path)}",
         f"prompts: {len(train)} to train on, {len(heldout) if run.prompts.heldout else 0} held out",
         f"{run.steps} steps of {rollout.groups_per_step} groups x {rollout.group_size} images = {images} images a step",
-        *(
-            f"{role}: {count} x {reserved.cpus:g} CPU, {reserved.gpus:g} GPU" + f"; {what}" * bool(what)
-            for role, (count, reserved, what) in actors.items()
-        ),
+        f"rollout: {rollout.workers * rollout.tensor_parallel} x {rollout.cpus:g} CPU, {rollout.gpus:g} GPU; "
+        f"engine {rollout.engine}",
+        f"reward: {scoring.workers} x {scoring.cpus:g} CPU, {scoring.gpus:g} GPU; scorers {scorers}",
+        f"learner: {learner.ranks} x {learner.cpus:g} CPU, {learner.gpus:g} GPU{where}",
         f"run directory: {Path(run.run_dir).resolve()}" + " (exists)" * Path(run.run_dir).exists(),
     ]
     return "\n".join([config, "", "# Would start:", *(f"#   {line}" for line in plan)])
