@@ -6,6 +6,8 @@ import asyncio
 import json
 import random
 from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,9 @@ from stage_ray.bench.timed_cluster import TimedCluster
 from stage_ray.config import RunConfig
 from stage_ray.config.load import validate_config
 from stage_ray.observability.progress import Progress
-from stage_ray.pipeline.ledger import read_ledger
 from stage_ray.records import GroupRefs, Prompt, RolloutRequest
 from stage_ray.run.state import RunState
+from tests.audit import read_ledger
 
 PROMPTS = [Prompt(i, f"prompt {i}") for i in range(7)]
 
@@ -60,7 +62,7 @@ class FlakyCluster(TimedCluster):
         """Remembers which prompt a group has."""
         self.prompts |= {request.group_id: request.prompt.index for request in requests}
         groups = await super().generate(requests, **more)
-        return [GroupRefs(g.group_id, g.policy_version, [g.group_id, g.policy_version]) for g in groups]
+        return [GroupRefs(group.group_id, group.policy_version, "tokens") for group in groups]
 
     async def score(self, groups: Sequence[GroupRefs]) -> list[GroupRefs]:
         """Waits, then tells which groups are beyond it."""
@@ -70,53 +72,54 @@ class FlakyCluster(TimedCluster):
         if group.group_id in self.gates:
             await self.gates[group.group_id].wait()
         error = "it is beyond me" if self._fails(group.group_id) else ""
-        return [GroupRefs(group.group_id, group.policy_version, group.tokens, scores="scores", error=error)]
+        return [replace(group, scores="scores", error=error)]
 
     def accept(self) -> None:
         """There is only one learner."""
 
     async def save_state(self, directory: Path) -> None:
-        """Keeps its version."""
+        """Keep the version."""
         (directory / "learner.json").write_text(json.dumps({"version": self._version}))
 
     async def load_state(self, directory: Path) -> int:
-        """Goes back to it."""
+        """Take the version."""
         self._version = json.loads((directory / "learner.json").read_text())["version"]
         return self._version
 
     async def save_groups(self, directory: Path, groups: Sequence[GroupRefs]) -> None:
-        """Keeps each group's version."""
+        """Keep the groups' versions."""
         directory.mkdir(exist_ok=True)
         for group in groups:
-            group_id, version = group.tokens
-            (directory / str(group_id)).write_text(str(version))
+            (directory / str(group.group_id)).write_text(str(group.policy_version))
 
     async def load_groups(self, directory: Path, group_ids: Sequence[int]) -> list[GroupRefs]:
-        """Gives them back."""
-        versions = [int((directory / str(i)).read_text()) for i in group_ids]
-        return [GroupRefs(i, v, [i, v], scores="scores") for i, v in zip(group_ids, versions, strict=True)]
+        """Groups of the kept versions."""
+        versions = {group_id: int((directory / str(group_id)).read_text()) for group_id in group_ids}
+        return [GroupRefs(group_id, version, "tokens", scores="scores") for group_id, version in versions.items()]
 
 
 async def drive(run: RunConfig, cluster: Any, *, resume: bool = False, until: int | None = None) -> None:
     """The loop of `stage_ray.train` without pictures and metrics; gives up in the middle of things after a step."""
     Path(run.run_dir).mkdir(parents=True, exist_ok=True)
-    files = RunState(run, Path(run.run_dir), PROMPTS, resume=resume, progress=Progress())
-    try:
-        await files.restore(cluster)
-        async with files.stream(cluster) as stream:
-            for step in range(files.step, run.steps):
+    with closing(run_state(run, resume=resume)) as state:
+        await state.restore(cluster)
+        async with state.stream(cluster) as stream:
+            for step in range(state.step, run.steps):
                 groups = await stream.next_batch()
                 update = await cluster.learner.update(groups)
                 await cluster.publish(update.version)
                 stream.mark_trained(groups, step)
-                await files.checkpoint(step + 1, cluster, stream)
+                await state.checkpoint(step + 1, cluster, stream)
                 if step + 1 == until:
                     return
                 if step + 1 < run.steps:
-                    stream.free_slots(groups)
-            await files.saved()
-    finally:
-        files.close()
+                    stream.release(groups)
+            await state.saved()
+
+
+def run_state(run: RunConfig, *, resume: bool = False) -> RunState:
+    """The state of a run in its directory."""
+    return RunState(run, Path(run.run_dir), PROMPTS, resume=resume, note=Progress().note)
 
 
 def history(run: RunConfig) -> list[tuple[int, int, int]]:

@@ -36,7 +36,7 @@ from stage_ray.config import RunConfig
 from stage_ray.config.load import load_config
 from stage_ray.errors import RunError
 from stage_ray.observability.progress import Progress
-from stage_ray.pipeline.ledger import Audit, Ledger
+from stage_ray.pipeline.ledger import Ledger
 from stage_ray.pipeline.prompts import PromptCursor
 from stage_ray.pipeline.stream import GroupStream
 from stage_ray.records import GroupRefs, Prompt
@@ -45,6 +45,7 @@ from stage_ray.run.state import RunState
 from stage_ray.train import train
 from stage_ray.weights.object_store import ObjectStore
 from stage_ray.workers.learner import LearnerClient
+from tests.audit import Audit
 from tests.chaos import WORKERS, audited, end_session, start_driver
 from tests.scorers import MOODS
 from tests.test_train import lines, tiny_run, without_clocks

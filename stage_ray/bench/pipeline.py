@@ -116,7 +116,7 @@ async def drive(run: RunConfig, stages: Sequence[float], ledger: Ledger) -> list
             stream.metrics()
             ended.append(time.perf_counter())
             if step + 1 < run.steps:
-                stream.free_slots(groups)
+                stream.release(groups)
     return ended
 
 

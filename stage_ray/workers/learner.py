@@ -122,14 +122,14 @@ class LearnerWorker(Worker):
 
     def save_groups(self, directory: str, *objects: Any) -> None:
         """Write rollout groups and scored groups, alternating: those a checkpoint has in flight, or a recording's."""
-        from stage_ray.run.recording import save_group
+        from stage_ray.workers.group_files import save_group
 
         for group, scored in zip(objects[::2], objects[1::2], strict=True):
             save_group(Path(directory), group, scored)
 
     def load_groups(self, directory: str, group_ids: Sequence[int]) -> tuple[Any, ...]:
         """The versions of saved groups, then each group and its scores, alternating."""
-        from stage_ray.run.recording import group_file, load_group
+        from stage_ray.workers.group_files import group_file, load_group
 
         pairs = [load_group(group_file(Path(directory), group_id)) for group_id in group_ids]
         return ([group.policy_version for group, _ in pairs], *(item for pair in pairs for item in pair))

@@ -116,6 +116,6 @@ async def _drive(run: RunConfig, stages: Mapping[str, float], path: Path) -> lis
             stream.mark_trained(groups, step)
             ended.append(asyncio.get_running_loop().time())
             if step + 1 < run.steps:
-                stream.free_slots(groups)
+                stream.release(groups)
     await cluster.settle()
     return ended
