@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import JanusConfig, JanusForConditionalGeneration
 
 from stage_ray.bench.timing import Measurement, Trial, Variant
 from stage_ray.config import RunConfig
+from stage_ray.config.paths import resolve_path
 from stage_ray.learner.precision import uses_bfloat16
 from stage_ray.policies.base import compute_dtype, device_for
 
@@ -52,7 +54,7 @@ def probe(device: str, dtypes: Sequence[str]) -> Trial:
     target = torch.empty_like(source)
 
     def fastest(work: Callable[..., object], *tensors: torch.Tensor) -> float:
-        return min(seconds_of(place, work, *tensors) for _ in range(BEST_OF))
+        return min(timed(place, work, *tensors)[0] for _ in range(BEST_OF))
 
     def trial() -> Measurement:
         flops = {name: 2 * edge**3 / fastest(torch.matmul, left, right) for name, (left, right) in pairs.items()}
@@ -61,13 +63,13 @@ def probe(device: str, dtypes: Sequence[str]) -> Trial:
     return trial
 
 
-def seconds_of(device: torch.device, work: Callable[..., object], *arguments: object) -> float:
-    """Seconds of a call; those of a GPU's work end when the work does."""
+def timed(device: torch.device, work: Callable[..., Any], *arguments: Any) -> tuple[float, Any]:
+    """Seconds of a call, and what it returned; a GPU's work counts until it is done."""
     synchronize(device)
     start = time.perf_counter()
-    work(*arguments)
+    result = work(*arguments)
     synchronize(device)
-    return time.perf_counter() - start
+    return time.perf_counter() - start, result
 
 
 def synchronize(device: torch.device) -> None:
@@ -97,6 +99,12 @@ class Work:
         config = core.language_model.config
         cache = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
         return cls(_numbers(core.language_model.layers), _numbers(core.generation_head), cache)
+
+    @classmethod
+    def of_checkpoint(cls, path: str) -> Work:
+        """Count on a copy that holds no numbers; ``path`` as ``policy.path``, of a model on this machine."""
+        with torch.device("meta"):
+            return cls.of(JanusForConditionalGeneration(JanusConfig.from_pretrained(resolve_path(path))))
 
     def sampling_limit(self, *, rows: int, prompt: int, tokens: int, speed: Speed, dtype: str) -> tuple[float, str]:
         """Least seconds of sampling, and what sets them: arithmetic, or reading weights and cache at every token."""
@@ -139,4 +147,3 @@ def learner_dtype(run: RunConfig) -> str:
 
 def _numbers(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
-

@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping, Sequence
+import asyncio
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from stage_ray.bench.limits import synchronize
+from stage_ray.bench.limits import synchronize, timed
 from stage_ray.cluster.cluster import Cluster
 from stage_ray.cluster.placement import Actors, actor_of
 from stage_ray.config import RunConfig
 from stage_ray.config.hardware import usable_cpus
-from stage_ray.engines.batching import BatchEngine, ImageSequence, Rollouts
+from stage_ray.engines.batching import BatchEngine
 from stage_ray.engines.sampling import SamplingParams
-from stage_ray.policies.base import PromptIds
 from stage_ray.records import WeightManifest
 from stage_ray.weights.broadcast_group import GroupMember
 from stage_ray.weights.manifest import Chunk
 from stage_ray.workers.learner import LearnerWorker
 from stage_ray.workers.rollout import RolloutWorker
 
+CPU = torch.device("cpu")
 TENSORS, WIDTH = 32, 1000
 ROW = 4 * TENSORS * WIDTH  # bytes of one float32 row in every tensor
 
@@ -63,33 +63,14 @@ class WeightsEngine(BatchEngine):
         for tensor in self.tensors.values():
             synchronize(tensor.device)
 
-    @property
-    def codebook_size(self) -> int:
-        """Never asked."""
-        raise NotImplementedError
+    def _unused(self, *arguments: Any) -> Any:
+        raise NotImplementedError("the sync bench moves weights and does nothing else")
 
-    def encode_prompt(self, text: str) -> PromptIds:
-        """Never asked."""
-        raise NotImplementedError
-
-    def sample(self, rows: Sequence[ImageSequence], rule: SamplingParams) -> Rollouts:
-        """Never asked."""
-        raise NotImplementedError
-
-    def decode(self, tokens: Tensor) -> Tensor:
-        """Never asked."""
-        raise NotImplementedError
-
-    def offload(self) -> None:
-        """Never asked."""
-        raise NotImplementedError
-
-    def onload(self) -> None:
-        """Never asked."""
-        raise NotImplementedError
-
-    def close(self) -> None:
-        """Nothing to close."""
+    codebook_size: Any = property(_unused)
+    encode_prompt: Any = _unused
+    sample: Any = _unused
+    decode: Any = _unused
+    offload = onload = close = _unused
 
 
 class SyncLearner(LearnerWorker):
@@ -106,16 +87,12 @@ class SyncLearner(LearnerWorker):
 
     def pack(self) -> WeightManifest:
         """As every learner, timed."""
-        start = time.perf_counter()
-        manifest = super().pack()
-        self._pack_s = time.perf_counter() - start
+        self._pack_s, manifest = timed(CPU, super().pack)
         return manifest
 
     def offer(self) -> WeightManifest:
         """As every learner, timed."""
-        start = time.perf_counter()
-        manifest = super().offer()
-        self._pack_s = time.perf_counter() - start
+        self._pack_s, manifest = timed(CPU, super().offer)
         return manifest
 
     def advance(self) -> None:
@@ -139,16 +116,12 @@ class SyncRolloutWorker(RolloutWorker):
 
     def load_weights(self, manifest: WeightManifest, *chunks: Chunk) -> int:
         """As every rollout worker, timed."""
-        start = time.perf_counter()
-        version = super().load_weights(manifest, *chunks)
-        self._load_s = time.perf_counter() - start
+        self._load_s, version = timed(CPU, super().load_weights, manifest, *chunks)
         return version
 
     def receive(self, manifest: WeightManifest, place: GroupMember) -> str:
         """As every rollout worker, timed."""
-        start = time.perf_counter()
-        problem = super().receive(manifest, place)
-        self._load_s = time.perf_counter() - start
+        self._load_s, problem = timed(CPU, super().receive, manifest, place)
         return problem
 
     def loaded(self) -> tuple[float, list[float]]:
@@ -191,6 +164,19 @@ class SyncCluster(Cluster):
 
     def _actors(self, logs: Path | None) -> Actors:
         return SyncActors(self.run, *self._size)
+
+    async def setup(self) -> None:
+        """Wait until learner and workers have started."""
+        await asyncio.gather(self.rollouts.ready(), self.learner.ready(None))
+
+    async def advance(self) -> None:
+        """Make the next version."""
+        await self.call_learner(lambda learner: learner.advance.remote())
+
+    async def loaded(self) -> tuple[float, list[tuple[float, list[float]]]]:
+        """The learner's `SyncLearner.pack_s`, and `SyncRolloutWorker.loaded` of each worker."""
+        pack_s = await self.call_learner(lambda learner: learner.pack_s.remote())
+        return pack_s, [await seat.call(lambda worker: worker.loaded.remote(), None) for seat in self.rollouts.seats]
 
 
 def tensors_of(nbytes: int, device: str) -> dict[str, Tensor]:
