@@ -121,12 +121,7 @@ class PlainLearner:
     def update(self, groups: Sequence[RolloutGroup], scored: Sequence[ScoredGroup]) -> StageLoss:
         """Train on whole groups once; the loss. Gradients stay until the next call."""
         self._optimizer.zero_grad(set_to_none=True)
-        shape = (self.policy.image_tokens, self.policy.codebook_size)
-        encode, device = self.policy.encode_prompt, self._device
-        batch = make_batch(
-            groups, scored, run=self._run, version=self.version, shape=shape, encode=encode, device=device
-        )
-        loss = self._loss(batch)
+        loss = self._loss(self._batch(groups, scored))
         loss.loss.backward()
         torch.nn.utils.clip_grad_norm_(self.parameters.values(), self._run.learner.max_grad_norm)
         for group in self._optimizer.param_groups:
@@ -134,6 +129,17 @@ class PlainLearner:
         self._optimizer.step()
         self.version += 1
         return loss
+
+    def _batch(self, groups: Sequence[RolloutGroup], scored: Sequence[ScoredGroup]) -> Batch:
+        return make_batch(
+            groups,
+            scored,
+            run=self._run,
+            version=self.version,
+            shape=(self.policy.image_tokens, self.policy.codebook_size),
+            encode=self.policy.encode_prompt,
+            device=self._device,
+        )
 
     def _loss(self, batch: Batch) -> StageLoss:
         algorithm, shape = self._run.algorithm, batch.tokens.shape
