@@ -97,10 +97,6 @@ class PlainLearner:
     """The same update as `stage_ray.learner.Learner` makes, written down directly: one batch, all logits, one backward.
 
     Entropies of the policy come from its own forward, not from the engine.
-
-    Example:
-        learner = PlainLearner(run)
-        loss = learner.update(groups, scored).loss.item()
     """
 
     def __init__(self, run: RunConfig) -> None:
@@ -180,10 +176,6 @@ class SingleProcessTrainer:
     Log-probabilities and entropies come from the update's own teacher-forced forward, as in the published code, so no
     forward is run for them alone. All prompts of a step are sampled in one batch; to need no padding they are equally
     long, which makes this a little faster than any prompts would.
-
-    Example:
-        trainer = SingleProcessTrainer(run)
-        trainer.step()
     """
 
     def __init__(self, run: RunConfig) -> None:

@@ -22,12 +22,7 @@ BEST_OF = 3
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """The fastest that was seen: multiply-add operations a second by dtype (two each), and bytes moved a second.
-
-    Example:
-        >>> Speed({"float32": 1e11}, 1e10).flops["float32"]
-        100000000000.0
-    """
+    """The fastest that was seen: multiply-add operations a second by dtype (two each), and bytes moved a second."""
 
     flops: Mapping[str, float]
     bytes_per_s: float
@@ -82,10 +77,6 @@ def synchronize(device: torch.device) -> None:
 class Work:
     """What a Janus model does for one image token: weights that are multiplied (trained layers, frozen head), and the
     bytes that one token leaves in the key-value cache for each byte of the dtype.
-
-    Example:
-        >>> Work(layers=40, head=8, cache=2).layers
-        40
     """
 
     layers: int
@@ -131,12 +122,7 @@ class Work:
 
 
 def rollout_dtype(choice: str, device: str) -> str:
-    """What an engine multiplies in, given ``rollout.dtype``.
-
-    Example:
-        >>> rollout_dtype("float32", "cpu")
-        'float32'
-    """
+    """What an engine multiplies in, given ``rollout.dtype``."""
     return str(compute_dtype(choice, torch.device(device))).removeprefix("torch.")
 
 

@@ -30,12 +30,7 @@ SECOND_FORWARD = "a trainer that runs the policy on these tokens anyway may leav
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One model and what is asked of the engines; ``dtype`` is that of ``rollout.dtype``.
-
-    Example:
-        >>> Case("shapeworld", None, 64, "float32", {"torch": 3.0}, repeats=7).targets["torch"]
-        3.0
-    """
+    """One model and what is asked of the engines; ``dtype`` is that of ``rollout.dtype``."""
 
     name: str
     sizes: JanusSizes | None

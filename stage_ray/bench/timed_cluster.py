@@ -13,7 +13,7 @@ from stage_ray.records import RolloutReceipt, RolloutRequest, ScoreReceipt
 class TimedCluster:
     """What `GroupStream` and the loop ask of a `stage_ray.cluster.cluster.Cluster`, with waiting in place of work.
 
-    As there, a worker does one thing at a time in the order in which it was asked, and loads a version between waves.
+    As there, a worker does one thing at a time in the order in which it was asked, and loads a version between batches.
     """
 
     def __init__(self, run: RunConfig, stages: Sequence[float]) -> None:
@@ -29,7 +29,7 @@ class TimedCluster:
     async def generate(
         self, requests: Sequence[RolloutRequest], *, turn: int | None = None, on_retry: Callable[[], None] | None = None
     ) -> tuple[RolloutReceipt, list[GroupRefs]]:
-        """Wait as long as a wave takes."""
+        """Wait as long as a generation batch takes."""
         worker = (turn or 0) % len(self._rollouts)
         async with self._rollouts[worker]:
             await asyncio.sleep(self._generate_s)
@@ -56,7 +56,7 @@ class TimedCluster:
         return {}
 
     async def publish(self) -> None:
-        """Every worker loads the version after the waves it was asked for; waits for that in a synchronous run."""
+        """Every worker loads the version after the batches it was asked for; waits for that in a synchronous run."""
         await asyncio.gather(*self._loading)
         self._loading = [asyncio.create_task(self._load(worker)) for worker in range(len(self._rollouts))]
         await asyncio.sleep(0)
@@ -64,7 +64,7 @@ class TimedCluster:
             await asyncio.gather(*self._loading)
 
     def busy(self) -> dict[str, float]:
-        """Nobody looks at it."""
+        """Not measured."""
         return {"rollout": 0.0, "reward": 0.0, "learner": 0.0}
 
     def workers(self) -> dict[str, int]:
@@ -72,7 +72,7 @@ class TimedCluster:
         return {"rollout": len(self._rollouts), "reward": self._scorers, "learner": 1}
 
     def restarts(self) -> int:
-        """Nobody dies."""
+        """No worker dies."""
         return 0
 
     async def _load(self, worker: int) -> None:
