@@ -6,9 +6,9 @@ import asyncio
 from dataclasses import dataclass
 from pathlib import Path
 
-from stage_ray.cluster.cluster import Cluster, LearnerLostError
+from stage_ray.cluster.cluster import Cluster
 from stage_ray.config import RunConfig
-from stage_ray.errors import ConfigError, RunError
+from stage_ray.errors import ConfigError, GroupsLostError, LearnerLostError, RunError
 from stage_ray.files import name_disk_errors
 from stage_ray.observability.progress import Progress
 from stage_ray.pipeline.stream import NoValidRewardError
@@ -67,7 +67,7 @@ async def _train(
     progress.stage("starting Ray, the rollout engine, the scorers and the learner")
     async with StopSignal(progress) as stop, Cluster.start(run, run_dir) as cluster:  # warm, all at one version
         heldout = HeldOutEvaluation(cluster, run, heldout_prompts, run_dir, progress)
-        final = str((run_dir / "final").resolve())
+        final = run_dir / "final"
         while True:
             try:
                 await files.restore(cluster)
@@ -77,7 +77,7 @@ async def _train(
                         await _steps(run, cluster, files, heldout, stop)
                 after = await heldout.evaluate("after", run.steps)
                 progress.stage("writing the trained model and the report")
-                await cluster.call_learner(lambda learner: learner.export.remote(final))
+                await cluster.learner.export(final)
                 return before, after
             except LearnerLostError as lost:  # its work since the last checkpoint is gone; everyone else stays
                 await files.rewind(lost)
@@ -90,15 +90,20 @@ async def _steps(
     async with files.stream(cluster) as stream:  # admits, generates, scores, refills behind our back
         for step in range(files.step, run.steps):
             clock = StepClock()
-            groups = await stream.next_batch()  # references, within the staleness bound, in the learner's hands
-            clock.lap("wait")
-            update = await cluster.update()  # the STAGE update
+            while True:
+                groups = await stream.next_batch()  # references, within the staleness bound
+                clock.lap("wait")
+                try:
+                    update = await cluster.learner.update(groups)  # the STAGE update
+                    break
+                except GroupsLostError as lost:
+                    stream.requeue(lost, groups)
             clock.lap("update")
-            await cluster.publish()  # version step + 1, loaded by every worker between waves
+            await cluster.publish(update.version)  # version step + 1, loaded by every worker between waves
             clock.lap("publish")
             stream.mark_trained(groups, step)
             images = len(groups) * run.rollout.group_size
-            files.record(step + 1, update | stream.metrics() | clock.metrics(images))
+            files.record(step + 1, update.metrics | stream.metrics() | clock.metrics(images))
             await files.keep_groups(step + 1, cluster)
             await heldout.sample(step + 1)
             await files.checkpoint(step + 1, cluster, stream, now=stop.requested is not None)

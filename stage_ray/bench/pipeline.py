@@ -99,8 +99,8 @@ async def drive(run: RunConfig, stages: Sequence[float], ledger: Ledger) -> list
     async with GroupStream(cluster, run, prompts, ledger, 0, step=0) as stream:
         for step in range(run.steps):
             groups = await stream.next_batch()
-            await cluster.update()
-            await cluster.publish()
+            update = await cluster.learner.update(groups)
+            await cluster.publish(update.version)
             stream.mark_trained(groups, step)
             stream.metrics()
             ended.append(time.perf_counter())

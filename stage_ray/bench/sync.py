@@ -108,11 +108,11 @@ def publish(nbytes: int, device: str, transport: str) -> Trial:
     first: list[float] = []
 
     def trial() -> Measurement:
-        runner.run(cluster.advance())
+        version = runner.run(cluster.advance())
         time.sleep(FREE_S)
         copy_s, _ = timed(CPU, np.copyto, target, source)
         read_s, _ = timed(CPU, xxhash.xxh3_64_intdigest, source.data)
-        seconds, _ = timed(CPU, lambda: runner.run(cluster.publish()))
+        seconds, _ = timed(CPU, lambda: runner.run(cluster.publish(version)))
         first.append(seconds)
         pack_s, loads = runner.run(cluster.loaded())
         values = [numbers for _, numbers in loads]

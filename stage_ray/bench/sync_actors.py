@@ -20,8 +20,9 @@ from stage_ray.engines.sampling import SamplingParams
 from stage_ray.records import WeightManifest
 from stage_ray.weights.broadcast_group import GroupMember
 from stage_ray.weights.manifest import Chunk
-from stage_ray.workers.learner import LearnerWorker
-from stage_ray.workers.rollout import RolloutWorker
+from stage_ray.workers.learner import LearnerClient, LearnerWorker
+from stage_ray.workers.reward import RewardClient
+from stage_ray.workers.rollout import RolloutClient, RolloutWorker
 
 CPU = torch.device("cpu")
 TENSORS, WIDTH = 32, 1000
@@ -95,9 +96,10 @@ class SyncLearner(LearnerWorker):
         self._pack_s, manifest = timed(CPU, super().offer)
         return manifest
 
-    def advance(self) -> None:
-        """What an update does to weights."""
+    def advance(self) -> int:
+        """What an update does to weights; the new version."""
         self._learner.advance()
+        return int(self._learner.version)
 
     def pack_s(self) -> float:
         """Seconds of the last `pack` or `offer`."""
@@ -137,17 +139,17 @@ class SyncActors(Actors):
         super().__init__(run, None)
         self._size = (nbytes, device)
 
-    def rollout(self, name: str) -> Any:
+    def rollout(self, name: str) -> RolloutClient:
         """As the run's, around `WeightsEngine`."""
-        return self._start(SyncRolloutWorker, *self._size)
+        return RolloutClient(self._start(SyncRolloutWorker, *self._size))
 
-    def reward(self, name: str) -> Any:
+    def reward(self, name: str) -> RewardClient:
         """Never asked."""
-        return actor_of(SyncRolloutWorker, 1, 0.0, {}).remote(0, "cpu")
+        return RewardClient(actor_of(SyncRolloutWorker, 1, 0.0, {}).remote(0, "cpu"))
 
-    def learner(self, name: str) -> Any:
+    def learner(self, name: str) -> LearnerClient:
         """As the run's, around `Weights`."""
-        return self._start(SyncLearner, *self._size, self._run)
+        return LearnerClient(self._start(SyncLearner, *self._size, self._run))
 
     def _start(self, role: type, nbytes: int, device: str, *more: Any) -> Any:
         whole = self._run.cluster.weight_transport == "nccl"
@@ -167,16 +169,17 @@ class SyncCluster(Cluster):
 
     async def setup(self) -> None:
         """Wait until learner and workers have started."""
-        await asyncio.gather(self.rollouts.ready(), self.learner.ready(None))
+        await asyncio.gather(self.rollouts.ready(), self.learner.actor.ready(None))
 
-    async def advance(self) -> None:
-        """Make the next version."""
-        await self.call_learner(lambda learner: learner.advance.remote())
+    async def advance(self) -> int:
+        """Make the next version; its number."""
+        return int(await self.learner.call(lambda learner: learner.ask(SyncLearner.advance)))
 
     async def loaded(self) -> tuple[float, list[tuple[float, list[float]]]]:
         """The learner's `SyncLearner.pack_s`, and `SyncRolloutWorker.loaded` of each worker."""
-        pack_s = await self.call_learner(lambda learner: learner.pack_s.remote())
-        return pack_s, [await seat.call(lambda worker: worker.loaded.remote(), None) for seat in self.rollouts.seats]
+        pack_s = await self.learner.call(lambda learner: learner.ask(SyncLearner.pack_s))
+        actors = self.rollouts.actors
+        return pack_s, [await actor.call(lambda worker: worker.ask(SyncRolloutWorker.loaded), None) for actor in actors]
 
 
 def tensors_of(nbytes: int, device: str) -> dict[str, Tensor]:

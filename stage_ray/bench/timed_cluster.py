@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 
-from stage_ray.cluster.cluster import GroupRefs
 from stage_ray.config import RunConfig
-from stage_ray.records import RolloutReceipt, RolloutRequest, ScoreReceipt
+from stage_ray.records import GroupRefs, RolloutRequest, Update
 
 
 class TimedCluster:
@@ -28,34 +27,33 @@ class TimedCluster:
 
     async def generate(
         self, requests: Sequence[RolloutRequest], *, turn: int | None = None, on_retry: Callable[[], None] | None = None
-    ) -> tuple[RolloutReceipt, list[GroupRefs]]:
+    ) -> list[GroupRefs]:
         """Wait as long as a generation batch takes."""
         worker = (turn or 0) % len(self._rollouts)
         async with self._rollouts[worker]:
             await asyncio.sleep(self._generate_s)
             version = self._served[worker]
-        receipt = RolloutReceipt(f"rollout-{worker}", version, self._generate_s)
-        return receipt, [GroupRefs(request.group_id, version, "tokens", "images") for request in requests]
+        seconds = self._generate_s
+        return [GroupRefs(request.group_id, version, "tokens", "images", generate_s=seconds) for request in requests]
 
-    async def score(self, groups: Sequence[GroupRefs]) -> list[tuple[ScoreReceipt, GroupRefs]]:
+    async def score(self, groups: Sequence[GroupRefs]) -> list[GroupRefs]:
         """Wait as long as scoring a batch takes."""
         async with self._rewards:
             await asyncio.sleep(self._score_s)
-        return [
-            (ScoreReceipt(group.group_id, ok=True), GroupRefs(group.group_id, group.policy_version, "tokens", "images"))
-            for group in groups
-        ]
+        return list(groups)
 
-    async def set_batch(self, groups: Sequence[GroupRefs]) -> None:
-        """Nothing to wait for."""
+    @property
+    def learner(self) -> TimedCluster:
+        """This object has the learner's methods too."""
+        return self
 
-    async def update(self) -> dict[str, float]:
+    async def update(self, groups: Sequence[GroupRefs]) -> Update:
         """Wait as long as an update takes."""
         await asyncio.sleep(self._update_s)
         self._version += 1
-        return {}
+        return Update(self._version, {})
 
-    async def publish(self) -> None:
+    async def publish(self, version: int) -> None:
         """Every worker loads the version after the batches it was asked for; waits for that in a synchronous run."""
         await asyncio.gather(*self._loading)
         self._loading = [asyncio.create_task(self._load(worker)) for worker in range(len(self._rollouts))]

@@ -6,16 +6,17 @@ import asyncio
 import math
 import time
 from collections.abc import Coroutine, Iterable, Mapping, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
-from stage_ray.cluster.cluster import Cluster, GroupRefs, GroupsLostError, LearnerLostError
+from stage_ray.cluster.cluster import Cluster
 from stage_ray.config import RunConfig
-from stage_ray.errors import RunError
+from stage_ray.errors import GroupsLostError, LearnerLostError, RunError
 from stage_ray.pipeline.buffer import Failed, GroupBuffer, GroupsFailedError
 from stage_ray.pipeline.ledger import Event, Ledger
 from stage_ray.pipeline.prompts import PromptCursor, image_seeds
-from stage_ray.records import RolloutRequest
+from stage_ray.records import GroupRefs, RolloutRequest
 
 Outcome = GroupRefs | Failed
 """What becomes of a group: its scored payload, or why it cannot be scored."""
@@ -91,22 +92,25 @@ class GroupStream:
             self._buffer.ready(group_id, outcome, outcome.policy_version)
 
     async def next_batch(self) -> list[GroupRefs]:
-        """The groups of one update, in the learner's hands, as soon as all are ready.
+        """The groups of one update, as soon as all are ready.
 
         Raises:
-            LearnerLostError: it died, or lost a group that only its checkpoint can give back.
             RunError: a worker or every scorer (`NoValidRewardError`) failed behind our back.
         """
         while True:
             try:
-                groups = [payload for _, payload in await self._unless_failed(self._buffer.take(self.step))]
-                await self._cluster.set_batch(groups)
-                return groups
+                return [payload for _, payload in await self._unless_failed(self._buffer.take(self.step))]
             except GroupsFailedError as failed:
                 self._replace(failed.reasons)
-            except GroupsLostError as lost:
-                self.reissue(lost)
-                self._buffer.requeue(group.group_id for group in groups)
+
+    def requeue(self, lost: GroupsLostError, groups: Sequence[GroupRefs]) -> None:
+        """Take a batch back that the learner could not take: lost groups are drawn again, the others wait as before.
+
+        Raises:
+            LearnerLostError: as `reissue`.
+        """
+        self.reissue(lost)
+        self._buffer.requeue(group.group_id for group in groups)
 
     def reissue(self, lost: GroupsLostError, *, scored: bool = True) -> None:
         """Draw groups whose payload is gone again: the same prompts and seeds, by whatever version is served now.
@@ -209,9 +213,9 @@ class GroupStream:
 
         turn = self._waves if self._run.pipeline.order == "strict" else None
         self._waves += 1
-        receipt, groups = await self._cluster.generate(requests, turn=turn, on_retry=reissued)
-        self._times["time/rollout_s"] += receipt.generate_s
-        self._ledger.note("generated", ids, step=self.step, policy_version=receipt.policy_version)
+        groups = await self._cluster.generate(requests, turn=turn, on_retry=reissued)
+        self._times["time/rollout_s"] += groups[0].generate_s
+        self._ledger.note("generated", ids, step=self.step, policy_version=groups[0].policy_version)
         size = self._run.scoring.groups_per_call
         for start in range(0, len(groups), size):
             self._spawn(self._score(groups[start : start + size]))
@@ -231,14 +235,13 @@ class GroupStream:
                 continue
             attempt += 1
             self._times["time/score_s"] += time.perf_counter() - start
-            for receipt, group in results:
-                if receipt.ok:
+            for group in results:
+                if not group.error:
                     self._failed_in_a_row = 0
                     self._ledger.note("scored", [group.group_id], step=self.step, policy_version=group.policy_version)
-                    bare = GroupRefs(group.group_id, group.policy_version, group.tokens, scores=group.scores)
-                    self._buffer.ready(group.group_id, bare, group.policy_version)
-            errors = {receipt.group_id: receipt.error for receipt, _ in results if not receipt.ok}
-            pending = [group for receipt, group in results if not receipt.ok]
+                    self._buffer.ready(group.group_id, replace(group, images=None), group.policy_version)
+            pending = [group for group in results if group.error]
+            errors = {group.group_id: group.error for group in pending}
         if pending:
             self._fail(errors)
 

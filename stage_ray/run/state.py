@@ -5,15 +5,14 @@ from __future__ import annotations
 import asyncio
 import shutil
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
-from stage_ray.actors.supervised import ArgumentsLost
-from stage_ray.cluster.cluster import Cluster, GroupRefs, GroupsLostError
+from stage_ray.cluster.cluster import Cluster
 from stage_ray.config import RunConfig
-from stage_ray.errors import LearnerLostError, RunError
+from stage_ray.errors import GroupsLostError, LearnerLostError, RunError
 from stage_ray.observability.alarms import alarms
 from stage_ray.observability.progress import Progress
 from stage_ray.observability.recorder import MetricsLogger
@@ -21,7 +20,7 @@ from stage_ray.pipeline.buffer import Failed
 from stage_ray.pipeline.ledger import Ledger
 from stage_ray.pipeline.prompts import PromptCursor
 from stage_ray.pipeline.stream import GroupStream, Outcome
-from stage_ray.records import Prompt
+from stage_ray.records import GroupRefs, Prompt
 from stage_ray.run.checkpoint import Checkpoint, CheckpointStore
 
 GROUPS = "groups"
@@ -67,13 +66,13 @@ class RunState:
         Raises:
             LearnerLostError: it died meanwhile; `rewind` and try again.
         """
-        cluster.accept_learner()
+        cluster.learner.accept()
+        version = 0
         if self._checkpoint is not None:
-            path = str(self._checkpoint.path.resolve())
-            await cluster.call_learner(lambda worker: worker.load_state.remote(path))
+            version = await cluster.learner.load_state(self._checkpoint.path)
             self._progress.note(f"going on after step {self.step} from {self._checkpoint.path}")
         if self._checkpoint is not None or cluster.published:
-            await cluster.publish()
+            await cluster.publish(version)
 
     @asynccontextmanager
     async def stream(self, cluster: Cluster) -> AsyncIterator[GroupStream]:
@@ -104,8 +103,7 @@ class RunState:
     async def keep_groups(self, step: int, cluster: Cluster) -> None:
         """Write the groups of the last update to disk, where the config wants that."""
         if self._run.pipeline.record:
-            directory = str((self._run_dir / GROUPS / f"step-{step:06d}").resolve())
-            await cluster.call_learner(lambda worker: worker.save_batch.remote(directory))
+            await cluster.learner.save_batch(self._run_dir / GROUPS / f"step-{step:06d}")
 
     async def checkpoint(self, step: int, cluster: Cluster, stream: GroupStream, *, now: bool = False) -> None:
         """Save everything, when it is due or wanted ``now``.
@@ -156,9 +154,8 @@ class RunState:
         with _failures_named(step):
             directory = self._store.begin(step)
         try:
-            path = str(directory.resolve())
             with _failures_named(step):
-                await cluster.call_learner(lambda worker: worker.save_state.remote(path))
+                await cluster.learner.save_state(directory)
             settled = await self._save_groups(step, cluster, stream, outcomes, directory / GROUPS)
             metadata["groups"] = list(settled)
             metadata["failed"] = {str(i): outcome.why for i, outcome in settled.items() if isinstance(outcome, Failed)}
@@ -181,9 +178,11 @@ class RunState:
             settled = await stream.wait_outcomes(outcomes)
             groups = [outcome for outcome in settled.values() if isinstance(outcome, GroupRefs)]
             with _failures_named(step):
-                lost = await _write_groups(cluster, directory, groups)
-            if lost is None:
-                return settled
+                try:
+                    await cluster.learner.save_groups(directory, groups)
+                    return settled
+                except GroupsLostError as error:
+                    lost = error
             stream.reissue(lost)
             outcomes |= stream.outcomes(lost.group_ids)
 
@@ -194,14 +193,7 @@ class RunState:
     async def _load_groups(self, cluster: Cluster, directory: Path) -> dict[int, Outcome]:
         """What the checkpoint says of the groups that were on their way, in their order."""
         ids = [group_id for group_id in self._groups if group_id not in self._failed]
-
-        async def load(worker: Any) -> list[GroupRefs]:
-            call = worker.load_groups.options(num_returns=1 + 2 * len(ids))
-            versions, *refs = call.remote(str(directory.resolve()), ids)
-            drawn = zip(ids, await versions, refs[::2], refs[1::2], strict=True)
-            return [GroupRefs(i, version, tokens, scores=scores) for i, version, tokens, scores in drawn]
-
-        groups: list[GroupRefs] = await cluster.call_learner(load) if ids else []
+        groups = await cluster.learner.load_groups(directory, ids)
         ready = {group.group_id: group for group in groups}
         return {i: Failed(self._failed[i]) if i in self._failed else ready[i] for i in self._groups}
 
@@ -219,18 +211,6 @@ class RunState:
             if int(directory.name.removeprefix("step-")) > self.step:
                 shutil.rmtree(directory)
         self._ledger = Ledger(self._run_dir / "ledger.jsonl", keep_bytes=metadata["ledger_bytes"])
-
-
-async def _write_groups(cluster: Cluster, directory: Path, groups: Sequence[GroupRefs]) -> GroupsLostError | None:
-    """Let the learner write groups; None when they are written, or which of them are gone, and then none is."""
-    objects = [ref for group in groups for ref in (group.tokens, group.scores)]
-    if not objects:
-        return None
-    try:
-        await cluster.call_learner(lambda worker: worker.save_groups.remote(str(directory.resolve()), *objects))
-    except ArgumentsLost:
-        return GroupsLostError(await cluster.missing(groups))
-    return None
 
 
 @contextmanager

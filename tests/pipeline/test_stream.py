@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from stage_ray.cluster.cluster import GroupRefs
 from stage_ray.config import RunConfig
 from stage_ray.errors import RunError
 from stage_ray.pipeline.ledger import Ledger, audit, read_ledger
 from stage_ray.pipeline.prompts import PromptCursor
 from stage_ray.pipeline.stream import GroupStream
+from stage_ray.records import GroupRefs
 from stage_ray.run.checkpoint import CheckpointStore
 from tests.flaky import PROMPTS, FlakyCluster, drive, history, timed_run, until
 

@@ -49,9 +49,9 @@ def test_a_run_that_ends_while_a_checkpoint_is_finished_waits_for_it_and_leaves_
     cluster = FlakyCluster(run)
     update = cluster.update
 
-    async def breaks_down() -> dict[str, float]:
+    async def breaks_down(groups: Any) -> Any:
         if cluster.version < 4:
-            return await update()
+            return await update(groups)
         await until(slow.reached.is_set)
         if how == "the run is cancelled":
             running.cancel()
@@ -122,8 +122,8 @@ def test_a_checkpoint_holds_the_very_groups_that_its_ledger_has_open(tmp_path):
         async with files.stream(cluster) as stream:
             cluster.gates[3] = asyncio.Event()
             groups = await stream.next_batch()
-            await cluster.update()
-            await cluster.publish()
+            update = await cluster.learner.update(groups)
+            await cluster.publish(update.version)
             stream.mark_trained(groups, 0)
             await until(lambda: 3 in cluster.asked)
             before = stream.next_group
