@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from stage_ray.bench.timing import Measurement, Variant, interleave
+from stage_ray.config import RunConfig
+from stage_ray.config.load import validate_config
 from stage_ray.observability.progress import Progress
 
 
@@ -95,3 +97,15 @@ def median(trials: Sequence[Measurement], name: str) -> float:
         2.0
     """
     return statistics.median(float(trial[name]) for trial in trials)
+
+
+def bench_run(model: str = "none", **sections: Any) -> RunConfig:
+    """A run's config with the defaults everywhere but in ``sections``; it names no prompts and evaluates nothing."""
+    data = {
+        "steps": 1000,
+        "prompts": {"train": "none"},
+        "policy": {"path": model},
+        "rewards": [{"type": "geneval"}],
+        "evaluation": {"enabled": False},
+    }
+    return validate_config(data | sections)

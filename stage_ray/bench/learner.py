@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from stage_ray.bench.base import Bench, Row, median
+from stage_ray.bench.base import Bench, Row, bench_run, median
 from stage_ray.bench.baselines import PlainLearner
 from stage_ray.bench.limits import Speed, Work, learner_dtype, machine, timed
 from stage_ray.bench.memory import PeakMemory
-from stage_ray.bench.models import FIFTY_MILLION, SMALL, bench_run, model_of
+from stage_ray.bench.models import FIFTY_MILLION, SMALL, model_of
 from stage_ray.bench.prompts import equal_prompts, groups_of
 from stage_ray.bench.timing import Measurement, Trial, Variant
 from stage_ray.config import RunConfig

@@ -6,13 +6,10 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from transformers import AutoProcessor
 from transformers.utils.logging import disable_progress_bar
 
-from stage_ray.config import RunConfig
-from stage_ray.config.load import validate_config
 from stage_ray.config.paths import resolve_path
 from stage_ray.policies.janus.builder import JanusSizes, build_model, write_checkpoint
 
@@ -36,15 +33,3 @@ def model_of(sizes: JanusSizes | None) -> Iterator[str]:
         return
     with tempfile.TemporaryDirectory(prefix="stage-ray-bench-model-") as directory:
         yield str(write_model(Path(directory), sizes))
-
-
-def bench_run(model: str = "none", **sections: Any) -> RunConfig:
-    """A run's config with the defaults everywhere but in ``sections``; it names no prompts and evaluates nothing."""
-    data = {
-        "steps": 1000,
-        "prompts": {"train": "none"},
-        "policy": {"path": model},
-        "rewards": [{"type": "geneval"}],
-        "evaluation": {"enabled": False},
-    }
-    return validate_config(data | sections)

@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from stage_ray.bench.base import Bench, Row, median
-from stage_ray.bench.models import bench_run
+from stage_ray.bench.base import Bench, Row, bench_run, median
 from stage_ray.bench.timed_cluster import TimedCluster
 from stage_ray.bench.timing import Measurement, Trial, Variant
 from stage_ray.config import RunConfig

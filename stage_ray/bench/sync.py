@@ -15,9 +15,9 @@ import numpy as np
 import torch
 import xxhash
 
-from stage_ray.bench.base import Bench, Row, median
+from stage_ray.bench.base import Bench, Row, bench_run, median
 from stage_ray.bench.limits import timed
-from stage_ray.bench.models import FIFTY_MILLION, SMALL, bench_run, model_of
+from stage_ray.bench.models import FIFTY_MILLION, SMALL, model_of
 from stage_ray.bench.sync_actors import ROW, TENSORS, SyncCluster
 from stage_ray.bench.timing import Measurement, Trial, Variant
 from stage_ray.cluster.runtime import start_ray
