@@ -310,7 +310,8 @@ def newest_weights(run: RunConfig) -> tuple[int, Path]:
     """Step and weights of the newest checkpoint."""
     newest = CheckpointStore(Path(run.run_dir) / "checkpoints", keep=2).latest()
     assert newest is not None
-    return newest.step, newest.path / "trained.safetensors"
+    (shard,) = (newest.path / "shards").iterdir()
+    return newest.step, shard
 
 
 def kill_driver(run: RunConfig, phase: str) -> None:

@@ -24,6 +24,7 @@ from stage_ray.pipeline.prompts import load_prompts
 from stage_ray.policies.base import PromptIds, device_for
 from stage_ray.policies.janus import JanusPolicy
 from stage_ray.policies.logprobs import TokenLogprobs
+from stage_ray.recipes import load_recipe
 from stage_ray.records import RolloutGroup, ScoredGroup
 from stage_ray.rewards import build_rewards, score_groups
 
@@ -132,13 +133,13 @@ class PlainLearner:
             scored,
             run=self._run,
             version=self.version,
-            shape=(self.policy.image_tokens, self.policy.codebook_size),
-            encode=self.policy.encode_prompt,
+            policy=self.policy,
+            codebook=self._codebook,
             device=self._device,
         )
 
     def _loss(self, batch: Batch) -> StageLoss:
-        algorithm, shape = self._run.algorithm, batch.tokens.shape
+        algorithm, options, shape = self._run.algorithm, load_recipe(self._run).options, batch.tokens.shape
         prompts = [ids.conditional for ids in batch.prompts_of(torch.arange(shape[0] * shape[1]))]
         tokens = batch.tokens.flatten(0, 1)
         with autocast(self._bfloat16, self._device):
@@ -151,10 +152,10 @@ class PlainLearner:
             reference.entropy.view(shape).mean(dim=-1),
             batch.tokens,
             self._codebook,
-            weights=batch.scores.new_tensor([reward.weight for reward in self._run.rewards]),
+            weights=batch.scorer_weights,
             drop_constant=algorithm.drop_constant,
-            entropy_weight=algorithm.entropy_reward,
-            entropy_best_only=algorithm.entropy_best_only,
+            entropy_weight=options.entropy_reward,
+            entropy_best_only=options.entropy_best_only,
             eps=algorithm.advantage_eps,
         )
         return stage_loss(
@@ -163,9 +164,9 @@ class PlainLearner:
             None,
             signals.advantages,
             signals.similarity,
-            beta=algorithm.beta,
-            reweight_advantage=algorithm.reweight_advantage,
-            reweight_kl=algorithm.reweight_kl,
+            beta=options.beta,
+            reweight_advantage=options.reweight_advantage,
+            reweight_kl=options.reweight_kl,
             clip=algorithm.clip,
         )
 

@@ -17,7 +17,7 @@ from stage_ray.bench.timing import Measurement, Trial, Variant
 from stage_ray.config import PolicyConfig, RolloutConfig
 from stage_ray.config.hardware import usable_cpus
 from stage_ray.engines import build_engine
-from stage_ray.engines.batching import BatchEngine, ImageSequence
+from stage_ray.engines.base import ImageEngine, ImageSequence
 from stage_ray.policies.janus.builder import JanusSizes
 
 GUIDANCE, GROUP = 2.0, 8
@@ -132,12 +132,12 @@ def engine_loop(model: str, images: int, device: str, engine: str, dtype: str) -
     settings |= {"cpus": usable_cpus(), "gpus": float(device == "cuda")}
     policy, rollout = PolicyConfig.model_validate({"path": model}), RolloutConfig.model_validate(settings)
     built = build_engine(policy, rollout, worker="bench")
-    assert isinstance(built, BatchEngine)
+    assert isinstance(built, ImageEngine)
     prompts = prompts_of_images(built.encode_prompt, images, GROUP)
     sequences = [ImageSequence(ids, seed) for seed, ids in enumerate(prompts)]
 
     def trial() -> Measurement:
-        seconds, drawn = timed(torch.device(device), built.sample, sequences, built.rule)
+        seconds, drawn = timed(torch.device(device), built.sample, sequences, built.params)
         return {"seconds": seconds, "tokens": drawn.tokens.shape[1], "prompt": len(prompts[0].conditional)}
 
     return trial

@@ -24,7 +24,7 @@ from stage_ray.cluster.runtime import start_ray
 from stage_ray.config import PolicyConfig, RolloutConfig, RunConfig
 from stage_ray.config.hardware import usable_cpus
 from stage_ray.engines import build_engine
-from stage_ray.engines.batching import BatchEngine
+from stage_ray.engines.base import ImageEngine
 
 WORKERS = 2
 GIGABYTE, QUICK_BYTES = 7813 * ROW, 500 * ROW
@@ -144,7 +144,7 @@ def repack(model: str, device: str) -> Trial:
     settings = {"engine": "vllm", "images_per_batch": 2, "cpus": usable_cpus(), "gpus": float(device == "cuda")}
     rollout = RolloutConfig.model_validate(settings)
     engine = build_engine(PolicyConfig.model_validate({"path": model}), rollout, worker="bench")
-    assert isinstance(engine, BatchEngine)
+    assert isinstance(engine, ImageEngine)
     tensors = {name: torch.zeros(shape) for name, shape in engine.weight_shapes().items()}
     nbytes = sum(tensor.nbytes for tensor in tensors.values())
     return lambda: {"seconds": timed(torch.device(device), engine.install, tensors)[0], "nbytes": nbytes}

@@ -15,7 +15,7 @@ from stage_ray.cluster.cluster import Cluster
 from stage_ray.cluster.placement import Actors, actor_of
 from stage_ray.config import RunConfig
 from stage_ray.config.hardware import usable_cpus
-from stage_ray.engines.batching import BatchEngine
+from stage_ray.engines.base import ImageEngine
 from stage_ray.engines.sampling import SamplingParams
 from stage_ray.records import WeightManifest
 from stage_ray.weights.broadcast_group import GroupMember
@@ -47,7 +47,7 @@ class Weights:
         return [(name, tensor if in_place else tensor.cpu()) for name, tensor in self._tensors.items()]
 
 
-class WeightsEngine(BatchEngine):
+class WeightsEngine(ImageEngine):
     """An engine that only takes weights: the checks of every engine, then what `TorchEngine` does with them."""
 
     def __init__(self, nbytes: int, device: str) -> None:
@@ -67,10 +67,7 @@ class WeightsEngine(BatchEngine):
     def _unused(self, *arguments: Any) -> Any:
         raise NotImplementedError("the sync bench moves weights and does nothing else")
 
-    codebook_size: Any = property(_unused)
-    encode_prompt: Any = _unused
     sample: Any = _unused
-    decode: Any = _unused
     offload = onload = close = _unused
 
 

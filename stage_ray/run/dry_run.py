@@ -8,6 +8,7 @@ import yaml
 
 from stage_ray.config import RunConfig
 from stage_ray.config.paths import model_location
+from stage_ray.recipes import resolve_recipe
 from stage_ray.run.preflight import preflight
 
 
@@ -38,7 +39,7 @@ def describe(run: RunConfig) -> str:
         + (", on the GPUs of the rollout workers" if rollout.colocated else ""),
         f"run directory: {Path(run.run_dir).resolve()}" + (" (exists)" if Path(run.run_dir).exists() else ""),
     ]
-    config = yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False).rstrip()
+    config = yaml.safe_dump(resolve_recipe(run).model_dump(mode="json"), sort_keys=False).rstrip()
     return "\n".join([config, "", "# Would start:", *(f"#   {line}" for line in plan)])
 
 

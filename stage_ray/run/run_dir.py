@@ -13,6 +13,7 @@ import yaml
 from stage_ray.config import RunConfig
 from stage_ray.errors import ConfigError
 from stage_ray.files import atomic_write
+from stage_ray.recipes import resolve_recipe
 from stage_ray.run.lock import LOCK, run_dir_lock
 
 # What may differ when a run goes on: where it runs and how often it looks, not what it computes.
@@ -36,7 +37,7 @@ def open_run_dir(run: RunConfig, resume: Resume) -> Iterator[Path]:
         ConfigError: it holds a run already and ``resume`` is False, or none and it is True; it holds something else;
             the config of its run differs; or another driver writes into it.
     """
-    path = Path(run.run_dir)
+    run, path = resolve_recipe(run), Path(run.run_dir)  # its config.yaml names every option, defaults included
     _check_ours(path, resume)
     deny_others_writing()
     path.mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -34,7 +34,7 @@ from stage_ray.bench.sync_actors import ROW, Weights, WeightsEngine
 from stage_ray.bench.timing import Trial, Variant, interleave
 from stage_ray.cli import main
 from stage_ray.config import PolicyConfig, RolloutConfig
-from stage_ray.engines.batching import ImageSequence
+from stage_ray.engines.base import ImageSequence
 from stage_ray.engines.sampling import gumbel, process_logits
 from stage_ray.engines.torch import TorchEngine
 from stage_ray.errors import RunError
@@ -105,7 +105,7 @@ def test_the_plain_loop_draws_the_engines_tokens_when_given_the_engines_noise(
         noise = gumbel(seeds, torch.full_like(seeds, step), CODES)
         return (probabilities.log() + noise).argmax(dim=-1)
 
-    wave = engine.sample([ImageSequence(ids, seed) for seed, ids in enumerate(prompts)], engine.rule)
+    wave = engine.sample([ImageSequence(ids, seed) for seed, ids in enumerate(prompts)], engine.params)
     assert plain_tokens(policy, prompts, GUIDANCE, draw).tolist() == wave.tokens.tolist()
     assert plain_tokens(policy, prompts, 5.0, draw).tolist() != wave.tokens.tolist(), "guidance does something"
     statistics = plain_statistics(policy, prompts, wave.tokens)
@@ -120,7 +120,7 @@ def test_the_plain_loops_own_draws_follow_the_guided_distribution(policy: JanusP
     blank = torch.zeros(1, IMAGE_TOKENS, dtype=torch.int64)
     with torch.no_grad():
         branches = (policy.image_logits([branch], blank)[:, 0] for branch in (ids.conditional, ids.unconditional))
-        expected = process_logits(*branches, engine.rule).softmax(-1)[0]
+        expected = process_logits(*branches, engine.params).softmax(-1)[0]
     found = torch.bincount(tokens[:, 0], minlength=CODES) / count
     distance = 0.5 * (found - expected).abs().sum().item()
     chance = 0.5 * (2 * expected * (1 - expected) / (math.pi * count)).sqrt().sum().item()  # its mean for true samples
@@ -151,7 +151,8 @@ def test_the_plain_update_has_our_loss_and_our_gradients(model: Path, tmp_path: 
     groups = sample_groups(fresh.policy, PROMPTS, 4)
     fresh.update(groups, score(groups))
     fresh.save_state(tmp_path)
-    moments = load_file(tmp_path / "optimizer.safetensors")
+    (shard,) = (tmp_path / "shards").iterdir()
+    moments = load_file(shard)
     again = PlainLearner(run)
     again.update(groups, score(groups))
     gradients = {name: parameter.grad for name, parameter in again.parameters.items() if parameter.grad is not None}

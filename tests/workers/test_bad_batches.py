@@ -1,4 +1,4 @@
-"""A wave that cannot be used is noticed where it was drawn, and drawn again by a fresh worker."""
+"""A generation batch that cannot be used is noticed where it was drawn, and drawn again by a fresh worker."""
 
 from __future__ import annotations
 
