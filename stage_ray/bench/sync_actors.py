@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping, Sequence
+import asyncio
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from stage_ray.bench.limits import synchronize
+from stage_ray.bench.limits import synchronize, timed
 from stage_ray.cluster.cluster import Cluster
 from stage_ray.cluster.placement import Actors, actor_of
 from stage_ray.config import RunConfig
 from stage_ray.config.hardware import usable_cpus
-from stage_ray.engines.base import ImageEngine, ImageSequence, Rollouts
+from stage_ray.engines.base import ImageEngine
 from stage_ray.engines.sampling import SamplingParams
 from stage_ray.records import WeightManifest
 from stage_ray.weights.broadcast_group import GroupMember
@@ -24,6 +24,7 @@ from stage_ray.workers.learner import LearnerClient, LearnerWorker
 from stage_ray.workers.reward import RewardClient
 from stage_ray.workers.rollout import RolloutClient, RolloutWorker
 
+CPU = torch.device("cpu")
 TENSORS, WIDTH = 32, 1000
 ROW = 4 * TENSORS * WIDTH  # bytes of one float32 row in every tensor
 
@@ -63,20 +64,11 @@ class WeightsEngine(ImageEngine):
         for tensor in self.tensors.values():
             synchronize(tensor.device)
 
-    def sample(self, sequences: Sequence[ImageSequence], params: SamplingParams) -> Rollouts:
-        """Never asked."""
-        raise NotImplementedError
+    def _unused(self, *arguments: Any) -> Any:
+        raise NotImplementedError("the sync bench moves weights and does nothing else")
 
-    def offload(self) -> None:
-        """Never asked."""
-        raise NotImplementedError
-
-    def onload(self) -> None:
-        """Never asked."""
-        raise NotImplementedError
-
-    def close(self) -> None:
-        """Nothing to close."""
+    sample: Any = _unused
+    offload = onload = close = _unused
 
 
 class SyncLearner(LearnerWorker):
@@ -93,16 +85,12 @@ class SyncLearner(LearnerWorker):
 
     def pack(self) -> WeightManifest:
         """As every learner, timed."""
-        start = time.perf_counter()
-        manifest = super().pack()
-        self._pack_s = time.perf_counter() - start
+        self._pack_s, manifest = timed(CPU, super().pack)
         return manifest
 
     def offer(self) -> WeightManifest:
         """As every learner, timed."""
-        start = time.perf_counter()
-        manifest = super().offer()
-        self._pack_s = time.perf_counter() - start
+        self._pack_s, manifest = timed(CPU, super().offer)
         return manifest
 
     def advance(self) -> int:
@@ -127,16 +115,12 @@ class SyncRolloutWorker(RolloutWorker):
 
     def load_weights(self, manifest: WeightManifest, *chunks: Chunk) -> int:
         """As every rollout worker, timed."""
-        start = time.perf_counter()
-        version = super().load_weights(manifest, *chunks)
-        self._load_s = time.perf_counter() - start
+        self._load_s, version = timed(CPU, super().load_weights, manifest, *chunks)
         return version
 
     def receive(self, manifest: WeightManifest, place: GroupMember) -> str:
         """As every rollout worker, timed."""
-        start = time.perf_counter()
-        problem = super().receive(manifest, place)
-        self._load_s = time.perf_counter() - start
+        self._load_s, problem = timed(CPU, super().receive, manifest, place)
         return problem
 
     def loaded(self) -> tuple[float, list[float]]:
@@ -179,6 +163,20 @@ class SyncCluster(Cluster):
 
     def _actors(self, logs: Path | None) -> Actors:
         return SyncActors(self.run, *self._size)
+
+    async def setup(self) -> None:
+        """Wait until learner and workers have started."""
+        await asyncio.gather(self.rollouts.ready(), self.learner.actor.ready(None))
+
+    async def advance(self) -> int:
+        """Make the next version; its number."""
+        return int(await self.learner.call(lambda learner: learner.ask(SyncLearner.advance)))
+
+    async def loaded(self) -> tuple[float, list[tuple[float, list[float]]]]:
+        """The learner's `SyncLearner.pack_s`, and `SyncRolloutWorker.loaded` of each worker."""
+        pack_s = await self.learner.call(lambda learner: learner.ask(SyncLearner.pack_s))
+        actors = self.rollouts.actors
+        return pack_s, [await actor.call(lambda worker: worker.ask(SyncRolloutWorker.loaded), None) for actor in actors]
 
 
 def tensors_of(nbytes: int, device: str) -> dict[str, Tensor]:

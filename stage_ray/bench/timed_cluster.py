@@ -12,7 +12,7 @@ from stage_ray.records import GroupRefs, RolloutRequest, Update
 class TimedCluster:
     """What `GroupStream` and the loop ask of a `stage_ray.cluster.cluster.Cluster`, with waiting in place of work.
 
-    As there, a worker does one thing at a time in the order in which it was asked, and loads a version between waves.
+    As there, a worker does one thing at a time in the order in which it was asked, and loads a version between batches.
     """
 
     def __init__(self, run: RunConfig, stages: Sequence[float]) -> None:
@@ -28,7 +28,7 @@ class TimedCluster:
     async def generate(
         self, requests: Sequence[RolloutRequest], *, turn: int | None = None, on_retry: Callable[[], None] | None = None
     ) -> list[GroupRefs]:
-        """Wait as long as a wave takes."""
+        """Wait as long as a generation batch takes."""
         worker = (turn or 0) % len(self._rollouts)
         async with self._rollouts[worker]:
             await asyncio.sleep(self._generate_s)
@@ -54,7 +54,7 @@ class TimedCluster:
         return Update(self._version, {})
 
     async def publish(self, version: int) -> None:
-        """Every worker loads the version after the waves it was asked for; waits for that in a synchronous run."""
+        """Every worker loads the version after the batches it was asked for; waits for that in a synchronous run."""
         await asyncio.gather(*self._loading)
         self._loading = [asyncio.create_task(self._load(worker)) for worker in range(len(self._rollouts))]
         await asyncio.sleep(0)
@@ -62,7 +62,7 @@ class TimedCluster:
             await asyncio.gather(*self._loading)
 
     def busy(self) -> dict[str, float]:
-        """Nobody looks at it."""
+        """Not measured."""
         return {"rollout": 0.0, "reward": 0.0, "learner": 0.0}
 
     def workers(self) -> dict[str, int]:
@@ -70,7 +70,7 @@ class TimedCluster:
         return {"rollout": len(self._rollouts), "reward": self._scorers, "learner": 1}
 
     def restarts(self) -> int:
-        """Nobody dies."""
+        """No worker dies."""
         return 0
 
     async def _load(self, worker: int) -> None:

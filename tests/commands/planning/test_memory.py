@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaModel
 
 from stage_ray.bench.limits import Speed, Work
 from stage_ray.bench.models import FIFTY_MILLION, write_model
-from stage_ray.bench.timing import Variant, compare
+from stage_ray.bench.timing import Variant, interleave
 from stage_ray.commands.planning import memory, timing
 from stage_ray.commands.planning.gpus import GPUS
 from stage_ray.commands.planning.models import KNOWN, model_sizes
@@ -159,7 +159,7 @@ def test_the_peak_of_a_real_update_of_50_million_parameters_is_foreseen(tmp_path
     path, rows = write_model(tmp_path / "50m", FIFTY_MILLION), 6
     options = {"model": str(path), "rows": rows, "bfloat16": bfloat16, "checkpointing": checkpointing}
     with Progress() as progress:
-        (facts,) = compare(
+        (facts,) = interleave(
             [Variant("peak", peak_side, options)], repeats=1, warmups=0, progress=progress, title="peak"
         )["peak"]
     sizes, dtype = model_sizes(str(path)), "bfloat16" if bfloat16 else "float32"
