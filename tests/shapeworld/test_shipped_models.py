@@ -10,7 +10,8 @@ from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, JanusForC
 
 from stage_ray.config import PolicyConfig
 from stage_ray.config.paths import resolve_path
-from stage_ray.policies.janus.files import JanusFiles, JanusPrompts
+from stage_ray.policies.janus.codec import JanusCodec
+from stage_ray.policies.janus.prompts import JanusPrompts
 from stage_ray.shapeworld.grammar import heldout_prompts, item, make_record, sample_scene, training_prompts
 from stage_ray.shapeworld.pretrain.text import chat
 from stage_ray.shapeworld.render import render, render_with_masks
@@ -31,7 +32,7 @@ def processor() -> JanusProcessor:
 
 @pytest.fixture(scope="module")
 def prompts() -> JanusPrompts:
-    return JanusPrompts(JanusFiles.load(PolicyConfig(path=JANUS)), "official")
+    return JanusPrompts(JanusCodec.load(PolicyConfig(path=JANUS)).processor, "official")
 
 
 def test_the_tokenizer_keeps_objects_recognisable(model: JanusForConditionalGeneration):
