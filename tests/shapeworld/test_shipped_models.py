@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from stage_ray.policies.janus.files import JanusFiles, JanusPrompts
+from stage_ray.policies.janus.files import JanusPrompts
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, JanusForConditionalGeneration, JanusProcessor
 
 from stage_ray.config import PolicyConfig
@@ -31,7 +31,7 @@ def processor() -> JanusProcessor:
 
 @pytest.fixture(scope="module")
 def prompts() -> JanusPrompts:
-    return JanusPrompts(JanusFiles.load(PolicyConfig(path=JANUS)), "official")
+    return JanusPrompts(JanusCodec.load(PolicyConfig(path=JANUS)).processor, "official")
 
 
 def test_the_tokenizer_keeps_objects_recognisable(model: JanusForConditionalGeneration):
