@@ -7,12 +7,11 @@ from typing import Annotated, Literal
 
 import typer
 
+from stage_ray.bench import bench_names
+
 
 def bench(
-    name: Annotated[
-        Literal["rollout", "learner", "sync", "pipeline", "end-to-end", "all"],
-        typer.Argument(metavar="NAME", help="rollout, learner, sync, pipeline, end-to-end, or all"),
-    ],
+    name: Annotated[str, typer.Argument(metavar="NAME", help=f"{', '.join(bench_names())}, or all")],
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the rows here, as a list")] = None,
     device: Annotated[
         Literal["auto", "cpu", "cuda"], typer.Option(help="What computes; auto is a GPU where there is one")
@@ -30,6 +29,6 @@ def bench(
 
     Example: stage-ray bench rollout --json rollout.json
     """
-    from stage_ray.bench import run_benches
+    from stage_ray.bench.command import run_benches
 
     run_benches(name, device=device, quick=quick, json_file=json_file)

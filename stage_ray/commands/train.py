@@ -43,7 +43,7 @@ def train(
 
     run = load_config(config, overrides, run_dir)
     if dry_run:
-        from stage_ray.run.dry_run import describe
+        from stage_ray.run.preflight import describe
 
         typer.echo(describe(run))
         return

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from stage_ray.files import deny_others_writing
 from stage_ray.observability.logs import start_worker_logs
-from stage_ray.run.run_dir import deny_others_writing
 
 
 def redirect_output(log: str | None, role: str = "worker", worker: str = "worker") -> None:

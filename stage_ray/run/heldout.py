@@ -9,13 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
-from stage_ray.cluster.cluster import Cluster, GroupRefs, GroupsLostError
+from stage_ray.cluster.cluster import Cluster
 from stage_ray.config import RunConfig
-from stage_ray.errors import RunError
+from stage_ray.errors import GroupsLostError, RunError
 from stage_ray.evaluation import requests_for, summarise
 from stage_ray.files import atomic_write
 from stage_ray.observability.progress import Progress
-from stage_ray.records import Prompt, RolloutRequest, ScoredGroup, ScoreReceipt
+from stage_ray.records import GroupRefs, Prompt, RolloutRequest, ScoredGroup
 from stage_ray.report.samples import contact_sheet
 
 
@@ -84,23 +84,23 @@ class HeldOutEvaluation:
 
         async def judge(wave: Sequence[RolloutRequest]) -> list[tuple[GroupRefs, ScoredGroup]]:
             results = await self._scored(wave)
-            scored = await self._cluster.fetch([group.scores for _, group in results])
+            scored = await self._cluster.fetch([group.scores for group in results])
             advance(len(wave))
-            return [(group, verdicts) for (_, group), verdicts in zip(results, scored, strict=True)]
+            return list(zip(results, scored, strict=True))
 
         return [pair for judged in await asyncio.gather(*map(judge, waves)) for pair in judged]
 
-    async def _scored(self, wave: Sequence[RolloutRequest]) -> list[tuple[ScoreReceipt, GroupRefs]]:
+    async def _scored(self, wave: Sequence[RolloutRequest]) -> list[GroupRefs]:
         """Generate and score one wave; as often as `cluster.attempts` allows where workers or nodes are lost."""
         error = ""
         for _ in range(self._run.cluster.attempts):
-            _, groups = await self._cluster.generate(wave)
+            groups = await self._cluster.generate(wave)
             try:
                 results = await self._cluster.score(groups)
             except GroupsLostError as lost:
                 error = str(lost)
                 continue
-            error = next((receipt.error for receipt, group in results if group.scores is None), "")
+            error = next((group.error for group in results if group.scores is None), "")
             if not error:
                 return results
         raise RunError(f"evaluation: {error}")
