@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from stage_ray.policies.janus.files import JanusPrompts
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, JanusForConditionalGeneration, JanusProcessor
 
 from stage_ray.config import PolicyConfig
 from stage_ray.config.paths import resolve_path
+from stage_ray.policies.janus.codec import JanusCodec
+from stage_ray.policies.janus.prompts import JanusPrompts
 from stage_ray.shapeworld.grammar import heldout_prompts, item, make_record, sample_scene, training_prompts
 from stage_ray.shapeworld.pretrain.text import chat
 from stage_ray.shapeworld.render import render, render_with_masks
