@@ -9,6 +9,7 @@ import pytest
 import ray
 from ray.exceptions import ObjectLostError
 
+from stage_ray.actors.pool import LOST_PAUSE_S
 from stage_ray.bench.sync import QUICK_BYTES, run_of
 from stage_ray.bench.sync_actors import SyncCluster, SyncLearner, SyncRolloutWorker
 from stage_ray.cluster.runtime import start_ray
@@ -55,7 +56,10 @@ async def publish_lose_publish(cluster: SyncCluster) -> None:
     late = cluster.rollouts.actors[0]
     late.restart()
     cluster.rollouts.refill(late)
-    await asyncio.sleep(8)
+    async with asyncio.timeout(240):  # however long its process takes to start on a busy machine
+        while not late.started:
+            await asyncio.sleep(0.05)
+    await asyncio.sleep(3 * LOST_PAUSE_S)  # it looks for weights again and again
     assert late.started and not late.is_ready, "a new worker must not serve the weights of the config"
     await next_version()
     assert await served() == [[2.0], [2.0]]
