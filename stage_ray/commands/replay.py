@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from stage_ray.config import RunConfig
 from stage_ray.errors import ConfigError, RunError
+from stage_ray.observability.metrics_logger import MetricsLogger
 from stage_ray.observability.progress import Progress
-from stage_ray.observability.recorder import MetricsLogger
 from stage_ray.run.recording import load_group
 from stage_ray.run.run_dir import open_run_dir
 from stage_ray.run.state import GROUPS, record_update

@@ -1,16 +1,18 @@
-"""Benchmarks over an engine and scorers: pure pieces for a driver (`requests_for`, `summarise`), or all at once."""
+"""Benchmarks, and the one loop that evaluates a policy with them. One file for every benchmark."""
 
-from stage_ray.evaluation.geneval import requests_for, summarise
-from stage_ray.evaluation.result import EvaluationResult, TaskScore
-from stage_ray.evaluation.suites import SUITES, Suite, evaluate, find_suite
+from stage_ray.evaluation.base import Benchmark, EvaluationResult, MetricValue, find_benchmark, summarise
+from stage_ray.evaluation.loop import Backend, EngineBackend, JudgedGroup, evaluate, judge_in_batches, requests_for
 
 __all__ = [
-    "SUITES",
+    "Backend",
+    "Benchmark",
+    "EngineBackend",
     "EvaluationResult",
-    "Suite",
-    "TaskScore",
+    "JudgedGroup",
+    "MetricValue",
     "evaluate",
-    "find_suite",
+    "find_benchmark",
+    "judge_in_batches",
     "requests_for",
     "summarise",
 ]

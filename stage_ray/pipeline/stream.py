@@ -14,8 +14,8 @@ from stage_ray.config import RunConfig
 from stage_ray.errors import RunError
 from stage_ray.pipeline.buffer import Failed, GroupBuffer, GroupsFailedError
 from stage_ray.pipeline.ledger import Event, Ledger
-from stage_ray.pipeline.prompts import PromptCursor, image_seeds
-from stage_ray.records import RolloutRequest
+from stage_ray.pipeline.prompts import PromptCursor
+from stage_ray.records import RolloutRequest, image_seeds
 
 Outcome = GroupRefs | Failed
 """What becomes of a group: its scored payload, or why it cannot be scored."""

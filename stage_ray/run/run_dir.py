@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +11,7 @@ import yaml
 
 from stage_ray.config import RunConfig
 from stage_ray.errors import ConfigError
-from stage_ray.files import atomic_write
+from stage_ray.files import atomic_write, deny_others_writing
 from stage_ray.run.lock import LOCK, run_dir_lock
 
 # What may differ when a run goes on: where it runs and how often it looks, not what it computes.
@@ -66,11 +65,6 @@ def _check_ours(path: Path, resume: Resume) -> None:
         )
     if path.exists() and any(item.name != LOCK for item in path.iterdir()):
         raise ConfigError(f"run_dir {path} is not empty and holds no run; name another --run-dir")
-
-
-def deny_others_writing() -> None:
-    """From now on nobody else may write what this process and its children create, whatever the umask was."""
-    os.umask(os.umask(0o077) | 0o022)
 
 
 def _untouched(path: Path) -> bool:

@@ -15,8 +15,8 @@ from stage_ray.cluster.cluster import Cluster, GroupRefs, GroupsLostError
 from stage_ray.config import RunConfig
 from stage_ray.errors import LearnerLostError, RunError
 from stage_ray.observability.alarms import alarms
+from stage_ray.observability.metrics_logger import MetricsLogger
 from stage_ray.observability.progress import Progress
-from stage_ray.observability.recorder import MetricsLogger
 from stage_ray.pipeline.buffer import Failed
 from stage_ray.pipeline.ledger import Ledger
 from stage_ray.pipeline.prompts import PromptCursor
