@@ -121,7 +121,7 @@ def _contestant(side: Variant, logs: Path) -> Iterator[Trial]:
 
 def _serve(side: Variant, pipe: Connection, log: str) -> None:
     """The other process: build, then one turn for each word that arrives."""
-    from stage_ray.observability.worker_logs import redirect_output
+    from stage_ray.observability.logs import redirect_output
 
     redirect_output(log)
     try:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from stage_ray.actors.ranked import Ranked
 from stage_ray.config import RunConfig
-from stage_ray.observability.worker_logs import redirect_output
+from stage_ray.observability.logs import redirect_output
 from stage_ray.observability.worker_metrics import WorkerMetrics
 from stage_ray.records import WeightManifest
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from stage_ray.actors.health import Pinged
 from stage_ray.config import RewardConfig
-from stage_ray.observability.worker_logs import redirect_output
+from stage_ray.observability.logs import redirect_output
 from stage_ray.observability.worker_metrics import WorkerMetrics
 from stage_ray.records import RolloutGroup, ScoredGroup, ScoreReceipt
 

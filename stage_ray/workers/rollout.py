@@ -11,7 +11,7 @@ import numpy as np
 
 from stage_ray.actors.ranked import Ranked
 from stage_ray.config import RunConfig
-from stage_ray.observability.worker_logs import redirect_output
+from stage_ray.observability.logs import redirect_output
 from stage_ray.observability.worker_metrics import WorkerMetrics
 from stage_ray.records import RolloutGroup, RolloutReceipt, RolloutRequest, WeightManifest
 
