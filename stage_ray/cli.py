@@ -80,7 +80,7 @@ def train(
         with progress_for(run) as progress:
             progress.note(f"replayed into {replay_run(run, replay, progress)}")
         return
-    from stage_ray.evaluation import find_benchmark
+    from stage_ray.evaluation.base import find_benchmark
     from stage_ray.train import train as train_run
 
     with progress_for(run) as progress:

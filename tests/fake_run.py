@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from stage_ray.evaluation import EvaluationResult, find_benchmark, summarise
+from stage_ray.evaluation.base import EvaluationResult, find_benchmark, summarise
 from stage_ray.observability.metrics_logger import MetricsLogger
 from stage_ray.records import Prompt, ScoredGroup
 from stage_ray.report.samples import contact_sheet

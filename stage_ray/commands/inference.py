@@ -18,15 +18,8 @@ from stage_ray.config.hardware import usable_cpus
 from stage_ray.engines import build_engine
 from stage_ray.engines.base import ImageEngine
 from stage_ray.errors import ConfigError
-from stage_ray.evaluation import (
-    EngineBackend,
-    EvaluationResult,
-    JudgedGroup,
-    evaluate,
-    find_benchmark,
-    judge_in_batches,
-    requests_for,
-)
+from stage_ray.evaluation.base import EvaluationResult, find_benchmark
+from stage_ray.evaluation.loop import EngineBackend, JudgedGroup, evaluate, judge_in_batches, requests_for
 from stage_ray.files import atomic_write
 from stage_ray.observability.progress import Progress
 from stage_ray.pipeline.prompts import load_prompts

@@ -11,6 +11,7 @@ from pathlib import Path
 
 PREFIX = "stage_ray_"
 RAY_PREFIX = "ray_"
+TABLE = Path(__file__).parent / "metrics.txt"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +68,7 @@ class Metric:
 def _read_table() -> tuple[Metric, ...]:
     """The metrics of ``metrics.txt``, which says how it is to be read."""
     metrics, where, kind = [], "", ""
-    for line in (Path(__file__).parent / "metrics.txt").read_text(encoding="utf-8").splitlines():
+    for line in TABLE.read_text(encoding="utf-8").splitlines():
         if line.startswith("["):
             where, _, kind = line.strip("[]").partition(": ")
         elif not line.startswith("#"):
@@ -77,20 +78,12 @@ def _read_table() -> tuple[Metric, ...]:
 
 
 _METRICS = _read_table()
-RECORDED = tuple(metric for metric in _METRICS if not metric.worker)
+RECORDED = tuple(metric for metric in _METRICS if not metric.worker and metric.where != "alarms")
 """What a run records: ``metrics.jsonl``, TensorBoard and the driver's Prometheus endpoint."""
 WORKER = tuple(metric for metric in _METRICS if metric.worker)
 """What every worker reports on its node's Ray metrics endpoint, with the labels ``role`` and ``worker``."""
 
-ALARMS = {
-    "zero_gradient": "The gradient is exactly 0, so the update changed nothing",
-    "no_variance": "In every group all images had the same reward, so only the KL was trained on",
-    "no_valid_reward": "No scorer told the images of any group apart, or none gave a valid score",
-    "entropy_collapse": "The policy's token entropy fell below half of the reference's",
-    "kl_blowup": "The KL to the reference model is beyond 0.5 nats a token",
-    "mismatch": "Rollout engine and learner differ by more than 0.05 nats a token, drift included in older groups",
-    "learner_lost": "The learner died or hung, and the run went back to its last checkpoint",
-}
+ALARMS = {metric.name: metric.meaning for metric in _METRICS if metric.where == "alarms"}
 """The label ``name`` of ``stage_ray_alarm_total`` and what it means; see `stage_ray.observability.alarms`."""
 
 
@@ -135,17 +128,7 @@ On the Ray metrics endpoint of each node, with the labels `role` (rollout, rewar
 
 def print_table() -> None:
     """The metrics for people, on the terminal."""
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(highlight=False, markup=False)
-    for title, metrics in (("Of a run", RECORDED), ("Of its workers, on Ray's metrics endpoints", WORKER)):
-        table = Table("name", "unit", "meaning", title=title, title_justify="left", box=None, pad_edge=False)
-        table.columns[0].no_wrap = table.columns[1].no_wrap = True
-        for metric in metrics:
-            table.add_row(metric.prometheus if metric.worker else metric.name, metric.unit, metric.meaning)
-        console.print(table, "")
-    console.print("In Prometheus a run's metrics begin with stage_ray_ and have _ for /, as in stage_ray_reward_mean.")
+    print(TABLE.read_text(encoding="utf-8"), end="")
 
 
 def _markdown_table(metrics: tuple[Metric, ...], title: str) -> str:

@@ -12,8 +12,8 @@ import numpy as np
 from stage_ray.cluster.cluster import Cluster, GroupsLostError
 from stage_ray.config import RunConfig
 from stage_ray.errors import RunError
-from stage_ray.evaluation import JudgedGroup, evaluate, find_benchmark, judge_in_batches, requests_for
-from stage_ray.evaluation.base import read_result
+from stage_ray.evaluation.base import find_benchmark, read_result
+from stage_ray.evaluation.loop import JudgedGroup, evaluate, judge_in_batches, requests_for
 from stage_ray.files import atomic_write
 from stage_ray.observability.progress import Progress
 from stage_ray.records import Prompt, RolloutRequest

@@ -8,7 +8,7 @@ from pathlib import Path
 from stage_ray.config import RunConfig
 from stage_ray.config.paths import model_location
 from stage_ray.engines.vllm.environment import require_fitting_build
-from stage_ray.evaluation import find_benchmark
+from stage_ray.evaluation.base import find_benchmark
 from stage_ray.pipeline.prompts import load_prompts
 from stage_ray.policies.checkpoint_files import check_directory
 from stage_ray.records import Prompt

@@ -12,17 +12,9 @@ import numpy as np
 import pytest
 
 from stage_ray.errors import ConfigError
-from stage_ray.evaluation import (
-    EngineBackend,
-    EvaluationResult,
-    JudgedGroup,
-    MetricValue,
-    evaluate,
-    find_benchmark,
-    judge_in_batches,
-    requests_for,
-)
-from stage_ray.evaluation import summarise as summarise_with
+from stage_ray.evaluation.base import EvaluationResult, MetricValue, find_benchmark
+from stage_ray.evaluation.base import summarise as summarise_with
+from stage_ray.evaluation.loop import EngineBackend, JudgedGroup, evaluate, judge_in_batches, requests_for
 from stage_ray.records import Prompt, RolloutGroup, RolloutRequest, ScoredGroup
 from stage_ray.rewards.base import RewardOutput
 
