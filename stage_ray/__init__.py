@@ -4,4 +4,4 @@ Walk the house in the direction the data flows: ``config`` -> ``records`` -> ``p
 -> ``buffer`` -> ``algorithm`` -> ``learner`` -> ``weights`` -> ``train``.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

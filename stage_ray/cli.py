@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 import typer
 from typer.exceptions import TyperException
 
+from stage_ray.bench import bench_names
 from stage_ray.commands.options import (
     EngineOption,
     GuidanceOption,
@@ -68,7 +69,7 @@ def train(
 
     run = load_config(config, overrides, run_dir)
     if dry_run:
-        from stage_ray.run.dry_run import describe
+        from stage_ray.run.preflight import describe
 
         typer.echo(describe(run))
         return
@@ -258,10 +259,7 @@ def pretrain(
 
 @app.command(no_args_is_help=True)
 def bench(
-    name: Annotated[
-        Literal["rollout", "learner", "sync", "pipeline", "end-to-end", "all"],
-        typer.Argument(metavar="NAME", help="rollout, learner, sync, pipeline, end-to-end, or all"),
-    ],
+    name: Annotated[str, typer.Argument(metavar="NAME", help=f"{', '.join(bench_names())}, or all")],
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the rows here, as a list")] = None,
     device: Annotated[
         Literal["auto", "cpu", "cuda"], typer.Option(help="What computes; auto is a GPU where there is one")
@@ -279,7 +277,7 @@ def bench(
 
     Example: stage-ray bench rollout --json rollout.json
     """
-    from stage_ray.bench import run_benches
+    from stage_ray.bench.command import run_benches
 
     run_benches(name, device=device, quick=quick, json_file=json_file)
 

@@ -1,4 +1,4 @@
-"""Text files that are whole or absent, whatever is killed when (promise 7)."""
+"""Files that are written whole or not at all (promise 7), and who may write them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 
 @contextlib.contextmanager
 def name_disk_errors(directory: Path) -> Iterator[None]:
-    """A disk that is full or broken, whatever file it hit, is one sentence for a person.
+    """Turn the error of a full or broken disk, from any file, into one sentence.
 
     Raises:
         RunError: names the directory and what the system said.
@@ -27,9 +27,12 @@ def name_disk_errors(directory: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise
-        raise RunError(
-            f"{directory} cannot be written any more ({error}); mend that and go on with --resume"
-        ) from error
+        raise RunError(f"{directory} cannot be written any more ({error}); fix that and go on with --resume") from error
+
+
+def deny_others_writing() -> None:
+    """Take the right to write from group and others, for all that this process and its children create from now on."""
+    os.umask(os.umask(0o077) | 0o022)
 
 
 def atomic_write(path: Path, text: str) -> None:
@@ -44,11 +47,6 @@ def atomic_write(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     scratch.replace(path)
-
-
-def deny_others_writing() -> None:
-    """Files that this process and its children create from now on are writable by their owner only."""
-    os.umask(os.umask(0o077) | 0o022)
 
 
 def read_json(path: Path) -> Any:

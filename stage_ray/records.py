@@ -1,7 +1,9 @@
 """The records that travel between the rooms: frozen, slotted, without behaviour.
 
 ``G`` images a group, ``T`` tokens an image, ``R`` reward functions, ``H x W`` pixels. Arrays are NumPy, so that Ray
-hands them over without a copy. A *group* (one prompt, G images) is the unit of everything.
+hands them over without a copy. A *group* (one prompt, G images) is the unit of everything; it is asked for as a
+`RolloutRequest`, sampled as a `RolloutGroup`, scored as a `ScoredGroup`, held by the driver as `GroupRefs`, and trained
+in the learner's batch.
 """
 
 from __future__ import annotations
@@ -84,21 +86,6 @@ class RolloutGroup:
 
 
 @dataclass(frozen=True, slots=True)
-class RolloutReceipt:
-    """What the driver reads of a finished wave; ``problem`` says why it cannot be used, where it cannot.
-
-    Example:
-        >>> RolloutReceipt("rollout-0", policy_version=4, generate_s=1.5).policy_version
-        4
-    """
-
-    worker: str
-    policy_version: int
-    generate_s: float
-    problem: str = ""
-
-
-@dataclass(frozen=True, slots=True)
 class ScoredGroup:
     """The scores of one group. A failed score is NaN with ``valid`` False, never a number (promise 4).
 
@@ -123,17 +110,41 @@ class ScoredGroup:
 
 
 @dataclass(frozen=True, slots=True)
-class ScoreReceipt:
-    """What the driver reads of a scored group, so that it never touches a tensor: did it work, and why not.
+class GroupRefs:
+    """One group as the driver holds it: references to its payload in Ray's object store, never the arrays.
+
+    Attributes:
+        tokens: reference to its `RolloutGroup`, whose ``images`` are empty.
+        images: reference to its pictures, uint8 [G, H, W, 3]; None once they are no longer needed.
+        scores: reference to its `ScoredGroup`; None before scoring, and where the scorers gave no answer.
+        error: why not every score may be used; "" where all may.
+        generate_s: seconds that the generation batch took in which the group was sampled.
 
     Example:
-        >>> ScoreReceipt(0, ok=False, error="geneval: 2 of 8 scores are not finite").ok
-        False
+        >>> GroupRefs(3, policy_version=5, tokens=None, error="clip: 1 of 8 scores failed").error
+        'clip: 1 of 8 scores failed'
     """
 
     group_id: int
-    ok: bool
+    policy_version: int
+    tokens: Any
+    images: Any = None
+    scores: Any = None
     error: str = ""
+    generate_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """What one update made: the policy's new version, and the update's metrics.
+
+    Example:
+        >>> Update(version=4, metrics={"loss": 0.5}).version
+        4
+    """
+
+    version: int
+    metrics: dict[str, float]
 
 
 @dataclass(frozen=True, slots=True)

@@ -68,10 +68,11 @@ class Registry:
         found = {}
         for path in [*room.glob("*.py"), *room.glob("*/__init__.py")]:
             name = path.parent.name if path.name == "__init__.py" else path.stem
-            # `base` defines what the others are; a folder's face names its class by importing it.
-            match = pattern.search(path.read_text(encoding="utf-8")) if name != "base" else None
-            if match and (match[0].startswith("class") or path.name == "__init__.py"):
-                found[name] = match[1]
+            matches = pattern.finditer(path.read_text(encoding="utf-8"))
+            # A file's class is the first that it defines; a folder's is named by importing it in its `__init__`.
+            own = [match[1] for match in matches if match[0].startswith("class") or path.name == "__init__.py"]
+            if own and name != "base":  # `base` defines what the others are
+                found[name] = own[0]
         return found
 
 

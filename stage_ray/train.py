@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from stage_ray.cluster.cluster import Cluster, LearnerLostError
+from stage_ray.cluster.cluster import Cluster
 from stage_ray.config import RunConfig
-from stage_ray.errors import ConfigError, RunError
+from stage_ray.errors import ConfigError, GroupsLostError, LearnerLostError, RunError
 from stage_ray.files import name_disk_errors
 from stage_ray.observability.progress import Progress
 from stage_ray.pipeline.stream import NoValidRewardError
@@ -16,8 +17,9 @@ from stage_ray.records import Prompt
 from stage_ray.report.report import write_report
 from stage_ray.run.heldout import HeldOutEvaluation
 from stage_ray.run.preflight import preflight
+from stage_ray.run.recording import StepClock, StepRecorder
 from stage_ray.run.run_dir import Resume, open_run_dir
-from stage_ray.run.state import RunState, StepClock
+from stage_ray.run.state import RunState
 from stage_ray.run.stop import StopSignal
 
 __all__ = ["ConfigError", "RunError", "RunSummary", "train"]
@@ -47,65 +49,85 @@ def train(run: RunConfig, *, resume: Resume = False, progress: Progress | None =
         RunError: a worker, a scorer or a disk failed; what was done so far stays, and ``resume`` goes on.
     """
     prompts, heldout_prompts = preflight(run)
-    with name_disk_errors(Path(run.run_dir)), open_run_dir(run, resume) as run_dir:
-        progress = progress or Progress()
-        files = RunState(run, run_dir, prompts, resume=bool(resume), progress=progress)
+    progress = progress or Progress()
+    with (
+        name_disk_errors(Path(run.run_dir)),
+        open_run_dir(run, resume) as run_dir,
+        closing(RunState(run, run_dir, prompts, resume=bool(resume), note=progress.note)) as state,
+    ):
+        recorder = StepRecorder(run, run_dir, run.steps, progress, resume_step=state.step)
         try:
-            before, after = asyncio.run(_train(run, run_dir, files, heldout_prompts, progress))
+            before, after = asyncio.run(_train(run, run_dir, state, recorder, heldout_prompts, progress))
         except NoValidRewardError as error:
-            files.alarm(error.step, "no_valid_reward", str(error))
+            recorder.alarm(error.step, "no_valid_reward", str(error))
             raise
         finally:
-            files.close()
+            recorder.close()
             report = write_report(run_dir)
     return RunSummary(run_dir, run.steps, before, after, report)
 
 
 async def _train(
-    run: RunConfig, run_dir: Path, files: RunState, heldout_prompts: list[Prompt], progress: Progress
+    run: RunConfig,
+    run_dir: Path,
+    state: RunState,
+    recorder: StepRecorder,
+    heldout_prompts: list[Prompt],
+    progress: Progress,
 ) -> tuple[float | None, float | None]:
     progress.stage("starting Ray, the rollout engine, the scorers and the learner")
     async with StopSignal(progress) as stop, Cluster.start(run, run_dir) as cluster:  # warm, all at one version
         heldout = HeldOutEvaluation(cluster, run, heldout_prompts, run_dir, progress)
-        final = str((run_dir / "final").resolve())
         while True:
             try:
-                await files.restore(cluster)
-                before = await heldout.evaluate("before", files.step)
-                if files.step < run.steps:
+                await state.restore(cluster)
+                before = await heldout.evaluate("before", state.step)
+                if state.step < run.steps:
                     with stop.steps():
-                        await _steps(run, cluster, files, heldout, stop)
+                        await _steps(run, cluster, state, recorder, heldout, stop)
                 after = await heldout.evaluate("after", run.steps)
                 progress.stage("writing the trained model and the report")
-                await cluster.call_learner(lambda learner: learner.export.remote(final))
+                await cluster.learner.export(run_dir / "final")
                 return before, after
-            except LearnerLostError as lost:  # its work since the last checkpoint is gone; everyone else stays
-                await files.rewind(lost)
-                files.alarm(files.step, "learner_lost", str(lost))
+            except LearnerLostError as lost:  # all that it learned since the last checkpoint; the workers stay
+                state.rewind(lost)
+                recorder.rewind(state.step)
+                recorder.alarm(state.step, "learner_lost", str(lost))
 
 
 async def _steps(
-    run: RunConfig, cluster: Cluster, files: RunState, heldout: HeldOutEvaluation, stop: StopSignal
+    run: RunConfig,
+    cluster: Cluster,
+    state: RunState,
+    recorder: StepRecorder,
+    heldout: HeldOutEvaluation,
+    stop: StopSignal,
 ) -> None:
-    async with files.stream(cluster) as stream:  # admits, generates, scores, refills behind our back
-        for step in range(files.step, run.steps):
-            clock = StepClock()
-            groups = await stream.next_batch()  # references, within the staleness bound, in the learner's hands
+    async with state.stream(cluster) as stream:  # meanwhile it admits, generates and scores the groups to come
+        step, clock = state.step, StepClock()
+        while step < run.steps:
+            groups = await stream.next_batch()  # references, in ledger order, within the staleness bound
             clock.lap("wait")
-            update = await cluster.update()  # the STAGE update
+            try:
+                update = await cluster.learner.update(groups)  # the STAGE update
+            except GroupsLostError as lost:  # some went down with a node, so the learner took none of the batch
+                stream.requeue(groups, lost)  # those are generated again, from the same prompts and seeds
+                continue
             clock.lap("update")
-            await cluster.publish()  # version step + 1, loaded by every worker between waves
+            await cluster.publish(update.version)  # loaded by every worker between generation batches
             clock.lap("publish")
             stream.mark_trained(groups, step)
+            step += 1
             images = len(groups) * run.rollout.group_size
-            files.record(step + 1, update | stream.metrics() | clock.metrics(images))
-            await files.keep_groups(step + 1, cluster)
-            await heldout.sample(step + 1)
-            await files.checkpoint(step + 1, cluster, stream, now=stop.requested is not None)
+            recorder.step(step, update.metrics | stream.metrics() | clock.metrics(images))
+            await recorder.groups(step, cluster.learner)
+            await heldout.sample(step)
+            await state.checkpoint(step, cluster, stream, now=stop.requested is not None)
             if stop.requested is not None:
-                raise stop.error(step + 1)
-            if step + 1 < run.steps:
-                stream.free_slots(groups)  # only now do their slots free
-        await files.saved()
+                raise stop.error(step)
+            if step < run.steps:
+                stream.release(groups)  # only now do their slots free
+            clock = StepClock()
+        await state.saved()
         await heldout.drawn()
         await cluster.settle()

@@ -29,8 +29,8 @@ from typing import Any
 import psutil
 import yaml
 
-from stage_ray.pipeline.ledger import Audit, audit, read_ledger
 from stage_ray.run.checkpoint import Checkpoint, CheckpointStore
+from tests.audit import Audit, audit, read_ledger
 
 ROOT = Path(__file__).parents[1]
 WORKERS = {"rollout": "RolloutWorker", "reward": "RewardWorker", "learner": "LearnerWorker"}

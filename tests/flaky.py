@@ -6,18 +6,18 @@ import asyncio
 import json
 import random
 from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from stage_ray.bench.timed_cluster import TimedCluster
-from stage_ray.cluster.cluster import GroupRefs
 from stage_ray.config import RunConfig
 from stage_ray.config.load import validate_config
 from stage_ray.observability.progress import Progress
-from stage_ray.pipeline.ledger import read_ledger
-from stage_ray.records import Prompt, RolloutReceipt, RolloutRequest, ScoreReceipt
+from stage_ray.records import GroupRefs, Prompt, RolloutRequest
 from stage_ray.run.state import RunState
+from tests.audit import read_ledger
 
 PROMPTS = [Prompt(i, f"prompt {i}") for i in range(7)]
 
@@ -58,79 +58,68 @@ class FlakyCluster(TimedCluster):
         """Updates done."""
         return self._version
 
-    async def generate(self, requests: Sequence[RolloutRequest], **more: Any) -> tuple[RolloutReceipt, list[GroupRefs]]:
+    async def generate(self, requests: Sequence[RolloutRequest], **more: Any) -> list[GroupRefs]:
         """Remembers which prompt a group has."""
         self.prompts |= {request.group_id: request.prompt.index for request in requests}
-        receipt, groups = await super().generate(requests, **more)
-        return receipt, [GroupRefs(g.group_id, g.policy_version, [g.group_id, g.policy_version]) for g in groups]
+        groups = await super().generate(requests, **more)
+        return [GroupRefs(group.group_id, group.policy_version, "tokens") for group in groups]
 
-    async def score(self, groups: Sequence[GroupRefs]) -> list[tuple[ScoreReceipt, GroupRefs]]:
+    async def score(self, groups: Sequence[GroupRefs]) -> list[GroupRefs]:
         """Waits, then tells which groups are beyond it."""
         (group,) = groups
         await asyncio.sleep(self._choice.choice((0, 0.001, 0.004)))
         self.asked.add(group.group_id)
         if group.group_id in self.gates:
             await self.gates[group.group_id].wait()
-        ok = not self._fails(group.group_id)
-        scored = GroupRefs(group.group_id, group.policy_version, group.tokens, scores="scores")
-        return [(ScoreReceipt(group.group_id, ok, "" if ok else "it is beyond me"), scored)]
+        error = "it is beyond me" if self._fails(group.group_id) else ""
+        return [replace(group, scores="scores", error=error)]
 
-    async def call_learner(self, ask: Callable[[Any], Any]) -> Any:
-        """Ask for files."""
-        methods = ("save_state", "load_state", "save_groups", "load_groups")
-        return await ask(SimpleNamespace(**{name: _Method(getattr(self, f"_{name}")) for name in methods}))
+    def accept(self) -> None:
+        """There is only one learner."""
 
-    def accept_learner(self) -> None:
-        """There is only one."""
+    async def save_state(self, directory: Path) -> None:
+        """Keep the version."""
+        (directory / "learner.json").write_text(json.dumps({"version": self._version}))
 
-    async def _save_state(self, directory: str) -> None:
-        (Path(directory) / "learner.json").write_text(json.dumps({"version": self._version}))
+    async def load_state(self, directory: Path) -> int:
+        """Take the version."""
+        self._version = json.loads((directory / "learner.json").read_text())["version"]
+        return self._version
 
-    async def _load_state(self, directory: str) -> None:
-        self._version = json.loads((Path(directory) / "learner.json").read_text())["version"]
+    async def save_groups(self, directory: Path, groups: Sequence[GroupRefs]) -> None:
+        """Keep the groups' versions."""
+        directory.mkdir(exist_ok=True)
+        for group in groups:
+            (directory / str(group.group_id)).write_text(str(group.policy_version))
 
-    async def _save_groups(self, directory: str, *objects: Any) -> None:
-        Path(directory).mkdir(exist_ok=True)
-        for group_id, version in objects[::2]:
-            (Path(directory) / str(group_id)).write_text(str(version))
-
-    def _load_groups(self, directory: str, ids: Sequence[int]) -> list[Any]:
-        pairs = [(i, int((Path(directory) / str(i)).read_text())) for i in ids]
-        return [_soon([version for _, version in pairs]), *(item for pair in pairs for item in (list(pair), "scores"))]
-
-
-class _Method:
-    def __init__(self, remote: Callable[..., Any]) -> None:
-        self.remote = remote
-
-    def options(self, **options: Any) -> _Method:
-        return self
-
-
-async def _soon(value: Any) -> Any:
-    return value
+    async def load_groups(self, directory: Path, group_ids: Sequence[int]) -> list[GroupRefs]:
+        """Groups of the kept versions."""
+        versions = {group_id: int((directory / str(group_id)).read_text()) for group_id in group_ids}
+        return [GroupRefs(group_id, version, "tokens", scores="scores") for group_id, version in versions.items()]
 
 
 async def drive(run: RunConfig, cluster: Any, *, resume: bool = False, until: int | None = None) -> None:
     """The loop of `stage_ray.train` without pictures and metrics; gives up in the middle of things after a step."""
     Path(run.run_dir).mkdir(parents=True, exist_ok=True)
-    files = RunState(run, Path(run.run_dir), PROMPTS, resume=resume, progress=Progress())
-    try:
-        await files.restore(cluster)
-        async with files.stream(cluster) as stream:
-            for step in range(files.step, run.steps):
+    with closing(run_state(run, resume=resume)) as state:
+        await state.restore(cluster)
+        async with state.stream(cluster) as stream:
+            for step in range(state.step, run.steps):
                 groups = await stream.next_batch()
-                await cluster.update()
-                await cluster.publish()
+                update = await cluster.learner.update(groups)
+                await cluster.publish(update.version)
                 stream.mark_trained(groups, step)
-                await files.checkpoint(step + 1, cluster, stream)
+                await state.checkpoint(step + 1, cluster, stream)
                 if step + 1 == until:
                     return
                 if step + 1 < run.steps:
-                    stream.free_slots(groups)
-            await files.saved()
-    finally:
-        files.close()
+                    stream.release(groups)
+            await state.saved()
+
+
+def run_state(run: RunConfig, *, resume: bool = False) -> RunState:
+    """The state of a run in its directory."""
+    return RunState(run, Path(run.run_dir), PROMPTS, resume=resume, note=Progress().note)
 
 
 def history(run: RunConfig) -> list[tuple[int, int, int]]:

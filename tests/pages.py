@@ -65,7 +65,6 @@ TABLE: dict[str, dict[str, str]] = {
         "ray start --head": HEAD,
         SUBMIT + "first": SENT,
         f"ray job submit --working-dir . -- {TRAIN}--run-dir /shared/runs/second --auto-resume": RAYS_OWN,
-        TRAIN + "--set rollout.tensor_parallel=2 --set steps=2 --run-dir runs/parallel": DRY_RUN,
         f"helm install first {HELM}first.yaml": RENDERED,
         "stage-ray plan --model janus-pro-7b --gpu h100 --gpus 64": "tests/commands/planning/test_plan.py::"
         "test_the_plans_in_deploy_are_what_the_command_prints",
@@ -83,10 +82,10 @@ TABLE: dict[str, dict[str, str]] = {
         "kubectl config set-context --current --namespace=stage-ray": KUBERNETES,
         r"""printf 'HF_TOKEN=%s\n' "$HF_TOKEN" | kubectl create secret generic stage-ray-env"""
         " --from-env-file=/dev/stdin": KUBERNETES,
-        "docker build --target gpu --tag registry.example.com/stage-ray:0.1.0 --file deploy/docker/Dockerfile .": (
+        "docker build --target gpu --tag registry.example.com/stage-ray:0.2.0 --file deploy/docker/Dockerfile .": (
             CONTAINERS
         ),
-        "docker push registry.example.com/stage-ray:0.1.0": CONTAINERS,
+        "docker push registry.example.com/stage-ray:0.2.0": CONTAINERS,
         f"helm install smoke {HELM}smoke.yaml --set-file configFile=configs/stage_shapeworld.yaml": RENDERED,
         f"helm install first {HELM}first.yaml": RENDERED,
         "kubectl get rayjob,raycluster,pod --watch": KUBERNETES,
@@ -115,8 +114,8 @@ TABLE: dict[str, dict[str, str]] = {
         "ray job stop ID --address http://127.0.0.1:8265": STOPPED,
         "ray job submit --address http://127.0.0.1:8265 --working-dir . --"
         f" {TRAIN}--run-dir /shared/runs/third --auto-resume": RAYS_OWN,
-        f"helm install first {HELM}first.yaml --set image.tag=0.1.1": RENDERED,
-        f"helm upgrade gpus {HELM}first.yaml --set mode=cluster --set image.tag=0.1.1": RENDERED,
+        f"helm install first {HELM}first.yaml --set image.tag=0.2.1": RENDERED,
+        f"helm upgrade gpus {HELM}first.yaml --set mode=cluster --set image.tag=0.2.1": RENDERED,
         "kubectl get persistentvolumeclaim": KUBERNETES,
         "ray get-auth-token --generate && chmod 600 ~/.ray/auth_token": TOKEN,
         "ray start --head --dashboard-host=127.0.0.1 --disable-usage-stats --resources='{\"learner\": 4}'": HEAD,
@@ -125,6 +124,7 @@ TABLE: dict[str, dict[str, str]] = {
         SUBMIT + "placed --set 'learner.resources={learner: 1}' --set 'rollout.resources={rollout: 1}'": "tests/deploy/"
         "test_chart_job.py::test_the_rendered_entrypoint_trains_on_nodes_like_its_pods_and_again_does_nothing",
         f"ray job submit --working-dir . -- {TRAIN}--run-dir /shared/runs/plain --auto-resume": RAYS_OWN,
+        TRAIN + "--set rollout.tensor_parallel=2 --set steps=2 --run-dir runs/parallel": DRY_RUN,
         TRAIN + "--run-dir runs/first": DRY_RUN,
     },
 }

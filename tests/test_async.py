@@ -19,8 +19,8 @@ from stage_ray.commands.replay import replay
 from stage_ray.errors import ConfigError, RunError
 from stage_ray.observability.progress import Progress
 from stage_ray.observability.registry import RECORDED, find
-from stage_ray.pipeline.ledger import Audit
 from stage_ray.train import train
+from tests.audit import Audit
 from tests.chaos import audited, end_session, of_session, start_driver
 from tests.test_train import StopsAfter, lines, tiny_run, without_clocks
 from tests.tiny import tiny_janus

@@ -11,6 +11,7 @@ from PIL import Image
 
 from stage_ray.cli import PretrainStage, main
 from stage_ray.config.load import load_config
+from stage_ray.recipes import resolve_recipe
 from tests.fake_run import write_fake_run
 from tests.tiny import tiny_janus
 
@@ -123,7 +124,7 @@ def test_a_dry_run_prints_the_resolved_config_and_starts_nothing(
     assert main(["train", str(config), "--set", "learner.lr=1e-3", "--dry-run"]) == 0
     printed = capsys.readouterr().out
     (config.parent / "resolved.yaml").write_text(printed)
-    assert load_config(config.parent / "resolved.yaml") == load_config(config, ["learner.lr=1e-3"])
+    assert load_config(config.parent / "resolved.yaml") == resolve_recipe(load_config(config, ["learner.lr=1e-3"]))
     assert "2 to train on, 2 held out" in printed and "8 groups x 8 images = 64 images a step" in printed
     assert not (config.parent / "run").exists()
 

@@ -30,20 +30,22 @@ import yaml
 from safetensors.torch import load_file
 
 from stage_ray.bench.timed_cluster import TimedCluster
-from stage_ray.cluster.cluster import Cluster, GroupRefs
+from stage_ray.cluster.cluster import Cluster
 from stage_ray.commands.replay import replay
 from stage_ray.config import RunConfig
 from stage_ray.config.load import load_config
 from stage_ray.errors import RunError
 from stage_ray.observability.progress import Progress
-from stage_ray.pipeline.ledger import Audit, Ledger
+from stage_ray.pipeline.ledger import Ledger
 from stage_ray.pipeline.prompts import PromptCursor
 from stage_ray.pipeline.stream import GroupStream
-from stage_ray.records import Prompt
+from stage_ray.records import GroupRefs, Prompt
 from stage_ray.run.checkpoint import CheckpointStore
 from stage_ray.run.state import RunState
 from stage_ray.train import train
 from stage_ray.weights.object_store import ObjectStore
+from stage_ray.workers.learner import LearnerClient
+from tests.audit import Audit
 from tests.chaos import WORKERS, audited, end_session, start_driver
 from tests.scorers import MOODS
 from tests.test_train import lines, tiny_run, without_clocks
@@ -183,12 +185,15 @@ class DiesWhenAsked:
         self._at, self.asked = methods, Counter[str]()
 
     def watch(self, patch: pytest.MonkeyPatch) -> None:
-        call_learner = Cluster.call_learner
+        for name in self._at:
+            patch.setattr(LearnerClient, name, self._watched(name, getattr(LearnerClient, name)))
 
-        async def watched(cluster: Cluster, ask: Callable[[Any], Any], **more: Any) -> Any:
-            return await call_learner(cluster, lambda worker: ask(_Watched(worker, self)), **more)
+    def _watched(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        def watched(*arguments: Any) -> Any:
+            self.ask(name)
+            return method(*arguments)
 
-        patch.setattr(Cluster, "call_learner", watched)
+        return watched
 
     def ask(self, method: str) -> None:
         self.asked[method] += 1
@@ -198,15 +203,6 @@ class DiesWhenAsked:
     @property
     def done(self) -> bool:
         return all(self.asked[method] > n for method, n in self._at.items())
-
-
-class _Watched:
-    def __init__(self, worker: Any, by: DiesWhenAsked) -> None:
-        self._worker, self._by = worker, by
-
-    def __getattr__(self, method: str) -> Any:
-        self._by.ask(method)
-        return getattr(self._worker, method)
 
 
 def test_scorers_and_learners_killed_in_every_phase_do_not_change_a_bit(tmp_path, model, undisturbed, monkeypatch):
@@ -258,7 +254,7 @@ class Rot:
         if damage is not None:
             first, *rest = ray.get(chunks[0])
             chunks[0] = ray.put((damage(first), *rest))
-        return worker.load_weights.remote(published.manifest, *chunks)
+        return worker.load_weights(published.manifest, chunks)
 
 
 def flipped(data: bytes) -> bytes:
@@ -315,7 +311,8 @@ def newest_weights(run: RunConfig) -> tuple[int, Path]:
     """Step and weights of the newest checkpoint."""
     newest = CheckpointStore(Path(run.run_dir) / "checkpoints", keep=2).latest()
     assert newest is not None
-    return newest.step, newest.path / "trained.safetensors"
+    (shard,) = (newest.path / "shards").iterdir()
+    return newest.step, shard
 
 
 def kill_driver(run: RunConfig, phase: str) -> None:

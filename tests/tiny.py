@@ -10,17 +10,9 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import (
-    GenerationConfig,
-    JanusConfig,
-    JanusForConditionalGeneration,
-    JanusProcessor,
-    JanusVisionConfig,
-    JanusVQVAEConfig,
-    LlamaConfig,
-    PreTrainedTokenizerFast,
-)
-from transformers.models.janus.image_processing_pil_janus import JanusImageProcessorPil
+from transformers import JanusForConditionalGeneration, PreTrainedTokenizerFast
+
+from stage_ray.policies.janus.builder import JanusSizes, build_model, build_processor, write_checkpoint
 
 BOS, EOS, PAD, UNK = "<|begin_of_sentence|>", "<|end_of_sentence|>", "<|pad|>", "<unk>"
 IMAGE, BOI, EOI = "<image_placeholder>", "<begin_of_image>", "<end_of_image>"
@@ -29,8 +21,27 @@ WORDS = """
     User Assistant : a an photo of and two three four red green blue yellow purple circle circles square squares
     triangle triangles ring rings left right above below the"""
 
-IMAGE_SIZE, PATCH, CODES, HIDDEN = 32, 8, 48, 64
-IMAGE_TOKENS = (IMAGE_SIZE // PATCH) ** 2
+SPECIAL = [PAD, BOS, EOS, UNK, IMAGE, BOI, EOI, *ROLES]
+VOCABULARY = {token: index for index, token in enumerate([*SPECIAL, *WORDS.split()])}
+
+CODES, HIDDEN = 48, 64
+SIZES = JanusSizes(
+    hidden=HIDDEN,
+    layers=2,
+    heads=2,
+    kv_heads=1,
+    head_dim=32,
+    intermediate=128,
+    codes=CODES,
+    side=4,
+    vocabulary=len(VOCABULARY),
+    prompt_tokens=112,
+    tied=False,
+    channel_multiplier=(1, 1, 1, 1),
+    latent_channels=32,
+    aligner_layers=2,
+)
+IMAGE_SIZE, IMAGE_TOKENS = SIZES.image_pixels, SIZES.side**2
 
 # Janus-Pro's own template, for conversations of text.
 CHAT_TEMPLATE = (
@@ -51,31 +62,17 @@ def tiny_janus(directory: Path, seed: int = 0) -> Path:
         JanusForConditionalGeneration.from_pretrained(path)
     """
     tokenizer = _tokenizer()
-    model = _model(tokenizer, seed)
-    image_processor = JanusImageProcessorPil(
-        size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}, image_mean=[0.5] * 3, image_std=[0.5] * 3
-    )
-    processor = JanusProcessor(
-        image_processor,
-        tokenizer,
-        chat_template=CHAT_TEMPLATE,
-        use_default_system_prompt=False,
-        num_image_tokens=IMAGE_TOKENS,
-    )
-    directory.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(directory)
-    processor.save_pretrained(directory)
-    return directory
+    model = build_model(SIZES, tokenizer, guidance_scale=5.0, seed=seed)
+    _spread(model, seed)
+    return write_checkpoint(directory, model, build_processor(SIZES, tokenizer, CHAT_TEMPLATE))
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:
-    special = [PAD, BOS, EOS, UNK, IMAGE, BOI, EOI, *ROLES]
-    vocabulary = {token: index for index, token in enumerate([*special, *WORDS.split()])}
-    core = Tokenizer(models.WordLevel(vocabulary, unk_token=UNK))
-    core.add_special_tokens(special)
+    core = Tokenizer(models.WordLevel(VOCABULARY, unk_token=UNK))
+    core.add_special_tokens(SPECIAL)
     core.pre_tokenizer = pre_tokenizers.Whitespace()
     core.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, vocabulary[BOS])]
+        single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, VOCABULARY[BOS])]
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
@@ -86,52 +83,6 @@ def _tokenizer() -> PreTrainedTokenizerFast:
         padding_side="left",
         extra_special_tokens={"image_token": IMAGE, "boi_token": BOI, "eoi_token": EOI},
     )
-
-
-def _model(tokenizer: PreTrainedTokenizerFast, seed: int) -> JanusForConditionalGeneration:
-    special = {"pad": PAD, "bos": BOS, "eos": EOS}
-    ids = {f"{name}_token_id": tokenizer.convert_tokens_to_ids(token) for name, token in special.items()}
-    config = JanusConfig(
-        text_config=LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=HIDDEN,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            head_dim=32,
-            max_position_embeddings=128,
-            **ids,
-        ),
-        vision_config=JanusVisionConfig(
-            hidden_size=32,
-            num_hidden_layers=1,
-            num_attention_heads=1,
-            image_size=IMAGE_SIZE,
-            patch_size=PATCH,
-            mlp_ratio=1.0,
-            projection_dim=HIDDEN,
-            num_image_tokens=IMAGE_TOKENS,
-        ),
-        vq_config=JanusVQVAEConfig(
-            embed_dim=8,
-            num_embeddings=CODES,
-            latent_channels=32,
-            base_channels=32,
-            channel_multiplier=[1, 1, 1, 1],
-            num_res_blocks=1,
-            projection_dim=HIDDEN,
-            image_token_embed_dim=HIDDEN,
-        ),
-        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE),
-    )
-    model = JanusForConditionalGeneration(config).eval()
-    _spread(model, seed)
-    boi = {"boi_token_id": tokenizer.convert_tokens_to_ids(BOI)}
-    model.generation_config = GenerationConfig(
-        guidance_scale=5.0, do_sample=True, max_length=128, generation_kwargs=boi, **ids
-    )
-    return model
 
 
 @torch.no_grad()

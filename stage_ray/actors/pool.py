@@ -1,38 +1,39 @@
-"""Pools: the seats of one role. A call goes to a seat that is ready; a lost one is refilled behind the run's back."""
+"""Pools: the supervised actors of one role. A call goes to one that is ready; a lost one is refilled meanwhile."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
-from typing import Any, TypeVar
+from typing import Generic, TypeVar
 
-from stage_ray.actors.supervised import ActorNotReady, ArgumentsLost, SupervisedActor, WorkerLost
+from stage_ray.actors.client import ArgumentsLost, WorkerLost
+from stage_ray.actors.supervised import ActorNotReady, Ask, C, SupervisedActor, _nothing
 from stage_ray.errors import ConfigError
 
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
-"""Between starts in one seat that fail: each pause is twice the one before."""
+"""Between starts of one actor that fail: each pause is twice the one before."""
 LOST_PAUSE_S = 1.0
-"""Between two looks whether there is something to be prepared with again."""
+"""Between two looks whether there is something to sync with again."""
 
 
 class NoWorkersLeft(WorkerLost):
-    """A pool has no actor, and gets none."""
+    """A pool has no worker, and gets none."""
 
 
-class Pool:
-    """Between ``least`` and ``most`` actors of one role, as the cluster has room for them.
+class Pool(Generic[C]):
+    """Between ``least`` and ``most`` workers of one role, as the cluster has room for them.
 
     The first ``least`` must start with the run. The others, and the successors of lost ones, join whenever Ray finds
-    room (an autoscaler sees them wait), and stay to the end: a run gives nobody back. It goes on while one actor is
-    left, and waits ``start_timeout_s`` for the first to come back. A start that fails is tried again for ever.
+    room (an autoscaler sees them wait), and stay to the end. The run goes on while one worker is left, and waits
+    ``start_timeout_s`` for the first to come back. A start that fails is tried again for ever.
 
     Example:
         pool = Pool("rollout", 2, 8, start, start_timeout_s=300, attempts=3)
         await pool.ready()
-        answer = await pool.call(lambda worker: worker.generate.remote(request), timeout_s=600, attempts=3)
+        groups = await pool.call(lambda worker: worker.generate(requests), timeout_s=600, attempts=3)
     """
 
     def __init__(
@@ -40,51 +41,51 @@ class Pool:
         role: str,
         least: int,
         most: int | None,
-        start: Callable[[str], Any],
+        start: Callable[[str], C],
         *,
         start_timeout_s: float,
         attempts: int,
-        **more: Any,
+        sync: Callable[[str, C], Awaitable[object]] = _nothing,
     ) -> None:
-        """Start every actor, without waiting for any.
+        """Start every worker, without waiting for any.
 
         Args:
             role: for names: ``rollout-0`` and so on.
-            least, most: actors that the run needs, and may have; None: no more than it needs.
-            attempts: starts in a row that may fail in every seat before a run without any actor ends.
-            start, start_timeout_s, more: as `SupervisedActor`.
+            least, most: workers that the run needs, and may have; None: no more than it needs.
+            attempts: starts in a row that may fail in every actor before a run without any worker ends.
+            start, start_timeout_s, sync: as `SupervisedActor`.
         """
         self.role = role
         self._least, self._attempts, self._start_timeout_s = least, attempts, start_timeout_s
-        self._refills: dict[SupervisedActor, asyncio.Task[None]] = {}
+        self._refills: dict[SupervisedActor[C], asyncio.Task[None]] = {}
         self._changed = asyncio.Event()
-        self._failed_starts: dict[SupervisedActor, int] = {}  # in a row
+        self._failed_starts: dict[SupervisedActor[C], int] = {}  # in a row
         self._failure: WorkerLost | ConfigError | None = None  # of the last start
-        self._fault: BaseException | None = None  # our own, in the refilling
+        self._fault: BaseException | None = None  # a bug in the refilling itself
         self._turn = 0
-        self.seats = [
-            SupervisedActor(f"{role}-{i}", start, start_timeout_s=start_timeout_s, on_loss=self.refill, **more)
+        self.actors = [
+            SupervisedActor(f"{role}-{i}", start, start_timeout_s=start_timeout_s, sync=sync, on_loss=self.refill)
             for i in range(most or least)
         ]
 
     @property
-    def open(self) -> list[SupervisedActor]:
-        """The seats that can be asked now."""
-        return [seat for seat in self.seats if seat.is_ready]
+    def open(self) -> list[SupervisedActor[C]]:
+        """The actors that can be asked now."""
+        return [actor for actor in self.actors if actor.is_ready]
 
     async def ready(self) -> None:
-        """Wait until the actors that the run needs are warm.
+        """Wait until the workers that the run needs are warm.
 
         Raises:
             ConfigError, WorkerLost: one of them found the config wrong, or did not start.
         """
-        for seat in self.seats[self._least :]:
-            self.refill(seat)
-        await asyncio.gather(*(seat.start(self._start_timeout_s) for seat in self.seats[: self._least]))
+        for actor in self.actors[self._least :]:
+            self.refill(actor)
+        await asyncio.gather(*(actor.start(self._start_timeout_s) for actor in self.actors[: self._least]))
 
     async def call(
         self,
-        ask: Callable[[Any], Awaitable[Result]],
+        ask: Ask[C, Result],
         timeout_s: float | None,
         *,
         turn: int | None = None,
@@ -92,12 +93,12 @@ class Pool:
         retry: type[WorkerLost] = WorkerLost,
         on_retry: Callable[[], None] = lambda: None,
     ) -> Result:
-        """Ask one actor, and where it is lost another one, up to ``attempts`` times in all.
+        """Ask one worker, and where it is lost another one, up to ``attempts`` times in all.
 
         Args:
-            ask: from the actor to the answer to come.
+            ask: from the worker's client to the answer to come.
             timeout_s: seconds the answer may take once it is this call's turn.
-            turn: which of the open seats, modulo their number; None takes the one with the shortest queue.
+            turn: which of the open actors, modulo their number; None takes the one with the shortest queue.
             retry: which losses another attempt follows.
             on_retry: called before each further attempt.
 
@@ -106,9 +107,9 @@ class Pool:
             NoWorkersLeft, ConfigError: as `wait_any`.
         """
         while True:
-            seat = await self._choose(turn)
+            actor = await self._choose(turn)
             try:
-                return await seat.call(ask, timeout_s, if_ready=True)
+                return await actor.call(ask, timeout_s, if_ready=True)
             except ActorNotReady:
                 continue
             except WorkerLost as lost:
@@ -117,24 +118,24 @@ class Pool:
                     raise
                 on_retry()
 
-    def refill(self, seat: SupervisedActor) -> None:
-        """Let an actor take an empty seat as soon as there is room for it."""
-        if seat not in self._refills or self._refills[seat].done():
-            self._refills[seat] = asyncio.create_task(self._refill(seat))
-            self._refills[seat].add_done_callback(self._refilled)
+    def refill(self, actor: SupervisedActor[C]) -> None:
+        """Start an actor's worker as soon as there is room for it."""
+        if actor not in self._refills or self._refills[actor].done():
+            self._refills[actor] = asyncio.create_task(self._refill(actor))
+            self._refills[actor].add_done_callback(self._refilled)
 
     async def close(self) -> None:
-        """Wait for nobody any more."""
+        """Refill no actor any more."""
         for task in self._refills.values():
             task.cancel()
         await asyncio.gather(*self._refills.values(), return_exceptions=True)
 
     async def wait_any(self) -> None:
-        """Wait until one seat is open.
+        """Wait until one actor is open.
 
         Raises:
-            NoWorkersLeft: none came in ``start_timeout_s``, or ``attempts`` starts in a row failed in every seat.
-            ConfigError: what the actor that tried last found wrong with the config.
+            NoWorkersLeft: none came in ``start_timeout_s``, or ``attempts`` starts in a row failed in every actor.
+            ConfigError: what the worker that tried last found wrong with the config.
         """
         try:
             async with asyncio.timeout(self._start_timeout_s):
@@ -152,52 +153,52 @@ class Pool:
             raise NoWorkersLeft(f"{where}: {why}") from self._failure
 
     def _raise_if_hopeless(self) -> None:
-        if min(self._failed_starts.get(seat, 0) for seat in self.seats) < self._attempts:
+        if min(self._failed_starts.get(actor, 0) for actor in self.actors) < self._attempts:
             return
         if isinstance(self._failure, ConfigError):
             raise self._failure
         raise NoWorkersLeft(f"no {self.role} worker is left and none starts: {self._failure}") from self._failure
 
-    async def _choose(self, turn: int | None) -> SupervisedActor:
-        """The open seat whose turn it is, or with the fewest calls; among equals they take turns."""
+    async def _choose(self, turn: int | None) -> SupervisedActor[C]:
+        """The open actor whose turn it is, or with the fewest calls; among equals they take turns."""
         await self.wait_any()
-        seats = self.open
+        actors = self.open
         if turn is not None:
-            return seats[turn % len(seats)]
+            return actors[turn % len(actors)]
         self._turn += 1
-        order = [seats[(self._turn + i) % len(seats)] for i in range(len(seats))]
-        return min(order, key=lambda seat: seat.waiting)
+        order = [actors[(self._turn + i) % len(actors)] for i in range(len(actors))]
+        return min(order, key=lambda actor: actor.waiting)
 
-    async def _refill(self, seat: SupervisedActor) -> None:
-        """Until an actor sits there: what keeps one from starting (memory that is not free yet, say) may pass."""
+    async def _refill(self, actor: SupervisedActor[C]) -> None:
+        """Try until a worker is ready: what keeps one from starting (memory that is not free yet, say) may pass."""
         pause_s = FIRST_PAUSE_S
         while True:
             try:
-                await seat.start(None)
-                self._failed_starts.pop(seat, None)
+                await actor.start(None)
+                self._failed_starts.pop(actor, None)
                 return
             except ArgumentsLost:  # the version that was newest went down with a node: the next one is as good
                 await asyncio.sleep(LOST_PAUSE_S)
                 continue
             except ConfigError as error:  # a successor would read the same config
-                log.error("%s: %s; its seat stays empty", seat.name, error)
-                self._failed(seat, error, self._attempts)
+                log.error("%s: %s; its place stays empty", actor.name, error)
+                self._failed(actor, error, self._attempts)
                 return
             except WorkerLost as lost:
-                log.warning("%s; another takes its seat in %g s", lost, pause_s)
-                self._failed(seat, lost, self._failed_starts.get(seat, 0) + 1)
+                log.warning("%s; another takes its place in %g s", lost, pause_s)
+                self._failed(actor, lost, self._failed_starts.get(actor, 0) + 1)
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
-            seat.restart()
+            actor.restart()
 
-    def _failed(self, seat: SupervisedActor, failure: WorkerLost | ConfigError, starts: int) -> None:
-        seat.stop()
-        self._failure, self._failed_starts[seat] = failure, starts
+    def _failed(self, actor: SupervisedActor[C], failure: WorkerLost | ConfigError, starts: int) -> None:
+        actor.stop()
+        self._failure, self._failed_starts[actor] = failure, starts
         self._changed.set()
 
     def _refilled(self, task: asyncio.Task[None]) -> None:
-        """Somebody joined, or the refilling itself failed: whoever asks next is told."""
+        """A worker joined, or the refilling itself failed: then the next caller is told."""
         if not task.cancelled() and (fault := task.exception()) is not None:
-            log.error("a seat of the %s workers is not refilled any more", self.role, exc_info=fault)
+            log.error("the %s workers are not refilled any more", self.role, exc_info=fault)
             self._fault = fault
         self._changed.set()

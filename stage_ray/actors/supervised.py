@@ -1,4 +1,4 @@
-"""Seats: the places of a run's actors. An actor dies, hangs or fails and is replaced; its seat stays."""
+"""Supervised actors: a worker that dies, hangs or fails is replaced behind its caller."""
 
 from __future__ import annotations
 
@@ -8,137 +8,130 @@ import logging
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from typing import Any, Generic, TypeVar
 
 import ray
 from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskError
 
+from stage_ray.actors.client import ArgumentsLost, Client, WorkerDied, WorkerFailed, WorkerLost, in_time
 from stage_ray.errors import ConfigError
 
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
-GRACE_S = 0.5
-"""A driver whose loop was blocked finds limit and answer together: so long after the limit it looks once more."""
+C = TypeVar("C", bound=Client)
+Ask = Callable[[C], Awaitable[Result]]
+"""From a worker's client to the answer to come."""
 
 
 async def _nothing(*about: Any) -> None:
-    """There is nothing to do."""
-
-
-class WorkerLost(Exception):
-    """An actor that cannot be used any more: it died, hung or was too slow. One sentence."""
-
-
-class WorkerFailed(WorkerLost):
-    """An actor that lives but raised, or answered what cannot be used."""
-
-
-class WorkerDied(WorkerLost):
-    """An actor whose process ended: by itself, with its node, or because it answered no ping."""
+    """The default `sync`."""
 
 
 class ActorNotReady(WorkerLost):
-    """The seat's actor was lost before this call's turn came; its successor is not ready yet."""
+    """The worker was lost before this call's turn came; its successor is not ready yet."""
 
 
-class ArgumentsLost(Exception):
-    """What a call was about went down with a node; the actor is as good as before."""
+class SupervisedActor(Generic[C]):
+    """One worker after another; one call at a time, in the order in which the calls came.
 
+    Invariant: calls reach the worker in the order of `call`, across replacements too, because they queue at a fair
+    lock. So a generation batch that was asked for before a weight update is drawn before it, and which version draws
+    which group is fixed when it is asked for. A caller may be cancelled: the worker works on, and stays taken until it
+    is done.
 
-class SupervisedActor:
-    """One actor after another; one call at a time, in the order in which the calls came.
-
-    Invariant: calls reach the actor in the order of `call`, across replacements too, because they queue at a fair lock.
-    So a wave that was asked for before a weight update is drawn before it, and which version draws which group is
-    settled when it is asked for. Whoever asked may go: the actor works on, so the seat stays taken until it is done.
+    Attributes:
+        restarts: workers replaced so far.
+        busy_s: seconds of answered calls, since this was last set to zero.
+        waiting: calls that are queued or under way.
+        started: the worker has loaded its model, and takes the newest of what ``sync`` gives it.
+        is_ready: it may be asked.
     """
 
     def __init__(
         self,
         name: str,
-        start: Callable[[str], Any],
+        start: Callable[[str], C],
         *,
         start_timeout_s: float,
-        setup: Callable[[Any], Awaitable[Any]] = _nothing,
-        sync: Callable[[str, Any], Awaitable[Any]] = _nothing,
+        setup: Callable[[C], Awaitable[object]] = lambda client: client.setup(),
+        sync: Callable[[str, C], Awaitable[object]] = _nothing,
         keep_failed: bool = False,
-        kill: Callable[[Any], None] = ray.kill,
-        on_loss: Callable[[SupervisedActor], object] = lambda seat: None,
+        on_loss: Callable[[SupervisedActor[C]], object] = lambda actor: None,
     ) -> None:
-        """Start the first actor, without waiting for it.
+        """Start the first worker, without waiting for it.
 
         Args:
-            name: for logs and messages; later actors get a number after it.
-            start: makes an actor, given its name, that answers pings as soon as there is room for it.
-            start_timeout_s: seconds that `setup` may take.
-            begin: what an actor does once (load its model).
-            prepare: what it must do then, before its first call (load the newest weights), given the seat's name too;
-                it sets limits of its own.
-            keep_failed: an actor that raised is kept: its state is worth more than a fresh start.
-            kill: ends an actor.
-            on_loss: called when a call lost the actor and its successor is starting, also when nobody waits for the
-                call any more.
+            name: for logs and messages; later workers get a number after it.
+            start: makes a worker, given its name, that answers pings as soon as there is room for it.
+            start_timeout_s: seconds that ``setup`` may take.
+            setup: what a worker does once (load its model).
+            sync: what it must do then, before its first call (load the newest weights), given the actor's name too; it
+                sets limits of its own.
+            keep_failed: a worker that raised is kept: its state is worth more than a fresh start.
+            on_loss: called when a call lost the worker and its successor is starting, also when the caller was
+                cancelled meanwhile.
         """
         self.name = name
-        self.restarts = 0
-        self.busy_s = 0.0
-        self.waiting = 0
+        self.restarts, self.waiting, self.busy_s = 0, 0, 0.0
+        self.started = self.is_ready = False
         self._start, self._start_timeout_s = start, start_timeout_s
         self._setup, self._sync = setup, sync
-        self._keep_failed, self._kill, self._on_loss = keep_failed, kill, on_loss
+        self._keep_failed, self._on_loss = keep_failed, on_loss
         self._lock = asyncio.Lock()
         self._pid: int | None = None
-        self.is_ready = False
-        self.started = False  # it has begun, and takes the newest of what `sync` gives it
-        self._actor = start(name)
+        self._client: C | None = start(name)
+
+    @property
+    def client(self) -> C:
+        """The worker that is asked now."""
+        assert self._client is not None, f"{self.name} was stopped"
+        return self._client
 
     async def start(self, timeout_s: float | None) -> None:
-        """`ready`, before any call that comes once there is room for the actor; ``timeout_s`` None: whenever that is.
+        """`ready`, before any call that comes once there is room for the worker; ``timeout_s`` None: whenever that is.
 
         Raises:
             WorkerLost, ConfigError, ArgumentsLost: as `ready`.
         """
-        await self._answer(self._actor.ping.remote(), timeout_s)  # outside the lock: this may take for ever
+        await self._answer(self.client.ping(), timeout_s)  # outside the lock: this may take for ever
         async with self._lock:
             await self.ready(self._start_timeout_s)
 
     async def ready(self, timeout_s: float | None) -> None:
-        """Wait until the actor has a process, at most ``timeout_s``, has begun and is prepared.
+        """Wait until the worker has a process, at most ``timeout_s``, is set up and in sync.
 
         Raises:
             ConfigError: what it found wrong with the config.
             WorkerLost: it died, failed, or needs too long.
-            ArgumentsLost: what it is to be prepared with is gone.
+            ArgumentsLost: what it is to be synced with is gone.
         """
         if self.is_ready:
             return
-        pid, node = await self._answer(self._actor.ping.remote(), timeout_s)
+        pid, node = await self._answer(self.client.ping(), timeout_s)
         self._pid = pid if node == _this_node() else None
         if not self.started:
             try:
-                await self._answer(self._setup(self._actor), self._start_timeout_s)
+                await self._answer(self._setup(self.client), self._start_timeout_s)
             except WorkerFailed as failed:
                 raise WorkerLost(str(failed)) from failed  # it has no state yet that would be worth to be kept
             self.started = True
-        await self._answer(self._sync(self.name, self._actor), None)
+        await self._answer(self._sync(self.name, self.client), None)
         self.is_ready = True
 
-    async def call(
-        self, ask: Callable[[Any], Awaitable[Result]], timeout_s: float | None, *, if_ready: bool = False
-    ) -> Result:
-        """Ask the actor. When it is lost another one takes its seat, and is not asked.
+    async def call(self, ask: Ask[C, Result], timeout_s: float | None, *, if_ready: bool = False) -> Result:
+        """Ask the worker when it is this call's turn. When it is lost another one is started, and is not asked.
 
         Args:
-            ask: from the actor to the answer to come.
+            ask: from the worker's client to the answer to come.
             timeout_s: seconds the answer may take once it is this call's turn; None waits for ever.
-            if_ready: do not wait for an actor that is not ready when it is this call's turn.
+            if_ready: do not wait for a worker that is not ready when it is this call's turn.
 
         Raises:
-            WorkerLost, WorkerFailed, WorkerDied: another actor is starting in the seat.
+            WorkerLost, WorkerFailed, WorkerDied: another worker is starting.
             ActorNotReady: it was lost before, and ``if_ready``.
             ArgumentsLost: an object of the call is gone; nothing was asked.
-            ConfigError: an actor found the config wrong.
+            ConfigError: a worker found the config wrong.
         """
         self.waiting += 1
         try:
@@ -151,100 +144,101 @@ class SupervisedActor:
         return await asyncio.shield(turn)
 
     @contextlib.asynccontextmanager
-    async def exclusive(self, ask: Callable[[Any], Awaitable[Any]], timeout_s: float) -> AsyncIterator[None]:
-        """Let the actor do one thing, then keep it from everything for as long as the context lasts.
-
-        Where none has begun none begins meanwhile; the successor of one that is lost over ``ask`` waits as well.
-        """
+    async def exclusive(self) -> AsyncIterator[None]:
+        """Wait for a turn and keep it: meanwhile the worker is asked by `ask` only, and no successor is set up."""
         async with self._lock:
-            if self.started:
-                try:
-                    await self._answer(ask(self._actor), timeout_s)
-                except WorkerLost as lost:
-                    self._lose(lost)
             yield
 
-    async def _turn(self, ask: Callable[[Any], Awaitable[Result]], timeout_s: float | None, if_ready: bool) -> Result:
-        if if_ready and not self.is_ready:
-            raise ActorNotReady(f"{self.name} was lost before its turn came")
-        try:
-            await self.ready(self._start_timeout_s)
+    async def ask(self, ask: Ask[C, Result], timeout_s: float | None) -> Result:
+        """Ask the worker within `exclusive`; raises as `call`."""
+        with self._replaced_if_lost():
             began = time.perf_counter()
-            answer = await self._answer(ask(self._actor), timeout_s)
+            answer = await self._answer(ask(self.client), timeout_s)
             self.busy_s += time.perf_counter() - began
             return answer
-        except WorkerLost as lost:
-            if not (self._keep_failed and isinstance(lost, WorkerFailed)):
-                self._lose(lost)
-            raise
+
+    async def _turn(self, ask: Ask[C, Result], timeout_s: float | None, if_ready: bool) -> Result:
+        if if_ready and not self.is_ready:
+            raise ActorNotReady(f"{self.name} was lost before its turn came")
+        with self._replaced_if_lost():
+            await self.ready(self._start_timeout_s)
+        return await self.ask(ask, timeout_s)
 
     def _turn_over(self, turn: asyncio.Future[Any]) -> None:
         self.waiting -= 1
         self._lock.release()
 
-    def _lose(self, lost: WorkerLost) -> None:
-        log.warning("%s; another takes its seat", lost)
-        self.restart()
-        self._on_loss(self)
+    @contextlib.contextmanager
+    def _replaced_if_lost(self) -> Iterator[None]:
+        try:
+            yield
+        except WorkerLost as lost:
+            if not (self._keep_failed and isinstance(lost, WorkerFailed)):
+                log.warning("%s; another takes its place", lost)
+                self.restart()
+                self._on_loss(self)
+            raise
 
     def restart(self) -> None:
-        """Kill the actor, if there is one, and start another."""
+        """Kill the worker, if there is one, and start another."""
         self.stop()
         self.restarts += 1
-        self._actor = self._start(f"{self.name}-restart-{self.restarts}")
+        self._client = self._start(f"{self.name}-restart-{self.restarts}")
 
     def stop(self) -> None:
-        """Kill the actor and leave the seat empty until `restart`."""
+        """Kill the worker and start none until `restart`."""
         self.kill()
         self.is_ready = self.started = False
-        self._actor = None
+        self._client = None
 
     def kill(self) -> None:
-        """End the actor's process, even one that is stopped."""
-        if self._actor is not None:
-            self._kill(self._actor)
+        """End the worker's process, even one that is stopped."""
+        if self._client is not None:
+            self._client.kill()
         if self._pid is not None:  # Ray asks the process itself, and a stopped one does not listen
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(self._pid, signal.SIGKILL)
         self._pid = None
 
     async def check(self, deadline_s: float) -> None:
-        """Kill an actor that does not answer a ping in time; the call that waits for it then fails and replaces it."""
+        """Kill a worker that does not answer a ping in time; the call that waits for it then fails and replaces it."""
         if not self.is_ready:
             return
-        actor = self._actor
+        client = self._client
         try:
-            await in_time(actor.ping.remote(), deadline_s)
+            await in_time(self.client.ping(), deadline_s)
         except TimeoutError:
-            if actor is self._actor and self.is_ready:
+            if client is self._client and self.is_ready:
                 log.warning("%s: no heartbeat for %g s, so it is killed", self.name, deadline_s)
                 self.kill()
-        except (RayError, WorkerLost):  # the second from a `RankGroup`
-            return  # it is dead: whoever calls it finds out
+        except (RayError, WorkerLost):  # the second from several ranks
+            return  # it is dead, and the next call finds out
 
     async def _answer(self, answer: Awaitable[Result], timeout_s: float | None) -> Result:
+        """An answer, with Ray's errors as this module's."""
         try:
             return await in_time(answer, timeout_s)
         except TimeoutError:
             raise WorkerLost(f"{self.name} gave no answer within {timeout_s:g} s") from None
         except (ObjectLostError, RayTaskError) as error:
             cause = error.cause if isinstance(error, RayTaskError) else error
-            if are_arguments_lost(error):
+            if isinstance(cause, ObjectLostError):
                 raise ArgumentsLost(f"{self.name}: {first_line(cause)}") from error
             if isinstance(cause, ConfigError):
                 raise ConfigError(str(cause)) from error
             raise WorkerFailed(f"{self.name} failed: {type(cause).__name__}: {first_line(cause)}") from error
         except RayActorError as error:
             cause = error.__cause__ or getattr(error, "cause", None) or error
-            raise WorkerDied(f"{self.name} died: {_last_line(str(cause))}") from error
+            last_line = (str(cause).strip().splitlines() or [""])[-1]
+            raise WorkerDied(f"{self.name} died: {last_line}") from error
 
 
 @contextlib.asynccontextmanager
-async def heartbeats(seats: Sequence[SupervisedActor], every_s: float, deadline_s: float) -> AsyncIterator[None]:
-    """Ping every seat's actor every so often, for as long as the context lasts.
+async def heartbeats(actors: Sequence[SupervisedActor[Any]], every_s: float, deadline_s: float) -> AsyncIterator[None]:
+    """Ping every actor every so often, for as long as the context lasts.
 
-    Where that cannot go on, whatever runs in the context is cancelled and the context raises the reason: a run whose
-    actors nobody watches might wait for ever.
+    Where that cannot go on, what runs in the context is cancelled and the context raises the reason: without
+    heartbeats a run might wait for ever.
     """
     body = asyncio.current_task()
     assert body is not None
@@ -252,11 +246,11 @@ async def heartbeats(seats: Sequence[SupervisedActor], every_s: float, deadline_
     async def watch() -> None:
         while True:
             await asyncio.sleep(every_s)
-            await asyncio.gather(*(seat.check(deadline_s) for seat in seats))
+            await asyncio.gather(*(actor.check(deadline_s) for actor in actors))
 
     def ended(task: asyncio.Task[None]) -> None:
         if not task.cancelled():
-            log.error("nobody watches the workers any more, so the run ends", exc_info=task.exception())
+            log.error("the workers get no heartbeats any more, so the run ends", exc_info=task.exception())
             body.cancel()
 
     task = asyncio.create_task(watch())
@@ -273,45 +267,10 @@ async def heartbeats(seats: Sequence[SupervisedActor], every_s: float, deadline_
         await asyncio.gather(task, return_exceptions=True)
 
 
-async def in_time(answer: Awaitable[Result], timeout_s: float | None) -> Result:
-    """An answer, if it is there after ``timeout_s`` seconds; None waits for ever.
-
-    `asyncio.wait_for` gives up an answer that came while the driver's own loop was blocked beyond the limit. Here the
-    loop first gets to see it: a worker is not to be killed for what the driver did.
-
-    Raises:
-        TimeoutError: it is not there.
-    """
-    task = asyncio.ensure_future(_value(answer))
-    try:
-        done, _ = await asyncio.wait({task}, timeout=timeout_s)
-        if not done:
-            done, _ = await asyncio.wait({task}, timeout=GRACE_S)
-        if not done:
-            raise TimeoutError
-        return task.result()
-    finally:
-        if task.cancel():
-            await asyncio.gather(task, return_exceptions=True)
-
-
-def are_arguments_lost(error: BaseException) -> bool:
-    """Whether a call failed because an object of it went down with a node."""
-    return isinstance(error.cause if isinstance(error, RayTaskError) else error, ObjectLostError)
-
-
 def _this_node() -> str:
     return str(ray.get_runtime_context().get_node_id())
-
-
-async def _value(answer: Awaitable[Result]) -> Result:
-    return await answer
 
 
 def first_line(error: BaseException | None) -> str:
     """The first line of what an error says."""
     return next(iter(str(error).strip().splitlines()), "")
-
-
-def _last_line(text: str) -> str:
-    return next(iter(reversed(text.strip().splitlines())), "")

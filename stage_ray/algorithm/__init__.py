@@ -1,7 +1,7 @@
 """STAGE (arXiv 2509.25027) as pure functions on tensors: one file per idea, no models, no files, no config.
 
 Read in the order of the update: ``advantages`` -> ``entropy`` -> ``similarity`` -> ``kl`` -> ``off_policy`` ->
-``losses``; ``signals`` puts the first three together. ``N`` groups, ``G`` images a group, ``T`` tokens an image, ``R``
+``losses``; ``credit`` puts the first three together. ``N`` groups, ``G`` images a group, ``T`` tokens an image, ``R``
 scorers, ``V`` codebook entries of dimension ``D``. A group is one prompt; nothing here ever mixes two groups.
 """
 

@@ -1,4 +1,4 @@
-"""What one batch of scored groups says to the loss: rewards, advantages and similarities of whole groups."""
+"""STAGE's credit: scores of whole groups to rewards, advantages and similarities."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from stage_ray.algorithm.similarity import opposite_sign_similarity
 
 
 @dataclass(frozen=True, slots=True)
-class Credit:
+class StageCredit:
     """Everything the loss takes from rewards; no gradient anywhere.
 
     Attributes:
@@ -42,11 +42,11 @@ def stage_credit(
     entropy_weight: float = 0.4,
     entropy_best_only: bool = True,
     eps: float = 1e-4,
-) -> Credit:
+) -> StageCredit:
     """Scores to advantages and similarities, in the order of the published training step.
 
-    A group in which no scorer says anything, with the entropy reward off, has advantages of 0 and, as in the published
-    code, a similarity of 1 everywhere: its policy term vanishes and its KL counts in full.
+    Without the entropy reward, a group in which no scorer tells the images apart has advantages of 0 and, as in the
+    published code, a similarity of 1 everywhere: its policy term vanishes and its KL counts in full.
 
     Args:
         scores: float [N, G, R], finite.
@@ -75,4 +75,4 @@ def stage_credit(
     if entropy_weight == 0:
         silent = ~informative.any(dim=1)
         similarity = similarity.masked_fill(silent[:, None, None], 1.0)
-    return Credit(rewards, advantages, similarity, informative)
+    return StageCredit(rewards, advantages, similarity, informative)

@@ -56,11 +56,7 @@ def _normalised(weight: Tensor) -> Tensor:
 
 
 def token_weights(
-    like: Tensor,
-    similarity: Tensor | None,
-    *,
-    reweight_advantage: bool = True,
-    reweight_kl: bool = True,
+    like: Tensor, similarity: Tensor | None, *, reweight_advantage: bool = True, reweight_kl: bool = True
 ) -> TokenWeights:
     """Weights of every token, normalised over whole groups, before anything is cut into micro-batches.
 
@@ -140,9 +136,7 @@ def weighted_loss(
         logprobs: float [..., T], with gradient, nats; ``reference_logprobs`` and ``behavior_logprobs`` alike.
         advantages: float [...], one an image, or [..., T].
         weights: the `TokenWeights` of the same images, cut from those of the whole batch.
-        beta: weight of the KL.
-        clip: PPO's clip of the ratio; None is off.
-        correction: of the ratios of an older policy's tokens; None is off.
+        beta: weight of the KL; ``clip`` and ``correction`` as in `policy_loss`.
     """
     terms = surrogate(logprobs, behavior_logprobs, _per_token(advantages, logprobs), clip=clip, correction=correction)
     policy = -(weights.policy * terms).sum()
@@ -173,9 +167,7 @@ def stage_loss(
         behavior_logprobs: float [N, G, T]; None: the policy itself (ratio exactly 1).
         advantages: float [N, G].
         similarity: float [N, G, T] of `opposite_sign_similarity`, or None.
-        beta: weight of the KL.
-        clip: PPO's clip of the ratio; None is off, as in the paper.
-        correction: of the ratios of an older policy's tokens; None is off.
+        beta: weight of the KL; ``clip`` and ``correction`` as in `policy_loss`.
 
     Raises:
         ValueError: ``similarity`` has another shape than ``logprobs``.

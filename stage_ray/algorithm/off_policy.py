@@ -1,4 +1,4 @@
-"""Tokens of an older policy: how far the current one has moved from it, and how much they may still count.
+"""Importance ratios of tokens that an older policy sampled, and how far one may weigh.
 
 An asynchronous run trains on groups that an earlier version sampled. The *importance ratio* of a token, its probability
 now over that recorded when it was drawn, weighs it: gradient ``A * ratio * grad log p``. A token of the learner's own
@@ -24,9 +24,8 @@ the tokens before it came from the older policy too is not corrected for, a smal
 * ``mask``: outside ``low..high`` the weight is 0 (IcePop, arXiv 2510.18855).
 * PPO's pessimistic clip (arXiv 1707.06347; with stale groups AReaL, arXiv 2505.24298) goes on top of any of these.
 
-None of them changes STAGE's normalisers, sums over whole groups that are fixed before anything is cut: a masked token
-adds 0 to the policy term and stays in the sum it is divided by. So the other tokens are not blown up to fill its place,
-micro-batches still add up, and the KL knows nothing of it.
+None of them changes the normalisers, sums over whole groups that are fixed before anything is cut: a masked token adds
+0 to the policy term and stays in its divisor. Other tokens' weights do not grow, and the KL is unchanged.
 """
 
 from __future__ import annotations
@@ -184,8 +183,7 @@ def surrogate(
         logprobs: float, any shape, nats, with gradient.
         behavior_logprobs: the same shape; None: the policy itself (ratio exactly 1).
         advantages: float, a shape that broadcasts to it.
-        clip: of `pessimistic_clip`; None is off.
-        correction: None is off.
+        clip: of `pessimistic_clip`; None is off, and so is a ``correction`` of None.
 
     Returns:
         float, the shape of ``logprobs``; exactly 0, value and gradient, for a masked token.

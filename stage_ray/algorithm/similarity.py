@@ -1,8 +1,7 @@
-"""How alike are the tokens of an image and of its oppositely rewarded peers, and what that does to the loss.
+"""How alike the tokens of an image and of its oppositely rewarded peers are, and what weights follow from it.
 
-Two images of one prompt that agree at a place and yet have opposite advantages say nothing about that place; pushing
-one up and the other down only does harm. STAGE weighs such tokens down (arXiv 2509.25027, similarity-aware advantage
-and KL reweighting).
+Two images of one prompt that agree at a place and have opposite advantages carry no evidence about that place, so STAGE
+weighs such tokens down (arXiv 2509.25027, similarity-aware advantage and KL reweighting).
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ def opposite_sign_similarity(tokens: Tensor, codebook: Tensor, advantages: Tenso
     """Mean cosine of each token's codebook vector to the same place in the peers with ``A_i * A_j <= 0``.
 
     ``s_it = sum_j M_ij c_ijt / max(sum_j M_ij, 1)`` with ``M_ij = [A_i A_j <= 0]`` and ``c_iit = 0``. An image with
-    advantage 0 is opposite to everybody, itself included: its own place counts in the denominator with cosine 0, as in
+    advantage 0 is opposite to all images, itself included: its own place counts in the denominator with cosine 0, as in
     the published code. An image without any opposite peer gets 0.
 
     Args:

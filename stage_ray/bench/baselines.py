@@ -6,6 +6,7 @@ Plain, not crippled: key-value cache, whole batches, no padding, the same dtype 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import cycle, islice
 
 import torch
 from torch import Tensor
@@ -14,14 +15,18 @@ from transformers import DynamicCache
 from stage_ray.algorithm import stage_loss
 from stage_ray.algorithm.credit import stage_credit
 from stage_ray.algorithm.losses import StageLoss
+from stage_ray.bench.prompts import equal_prompts, groups_of
 from stage_ray.config import PolicyConfig, RunConfig
 from stage_ray.learner.batch import Batch, make_batch
 from stage_ray.learner.learner import learning_rate
 from stage_ray.learner.precision import autocast, uses_bfloat16
+from stage_ray.pipeline.prompts import load_prompts
 from stage_ray.policies.base import PromptIds, device_for
 from stage_ray.policies.janus import JanusPolicy
 from stage_ray.policies.logprobs import TokenLogprobs
+from stage_ray.recipes import load_recipe
 from stage_ray.records import RolloutGroup, ScoredGroup
+from stage_ray.rewards import build_rewards, score_groups
 
 Pick = Callable[[Tensor, int], Tensor]
 
@@ -93,10 +98,6 @@ class PlainLearner:
     """The same update as `stage_ray.learner.Learner` makes, written down directly: one batch, all logits, one backward.
 
     Entropies of the policy come from its own forward, not from the engine.
-
-    Example:
-        learner = PlainLearner(run)
-        loss = learner.update(groups, scored).loss.item()
     """
 
     def __init__(self, run: RunConfig) -> None:
@@ -132,13 +133,13 @@ class PlainLearner:
             scored,
             run=self._run,
             version=self.version,
-            shape=(self.policy.image_tokens, self.policy.codebook_size),
-            encode=self.policy.encode_prompt,
+            policy=self.policy,
+            codebook=self._codebook,
             device=self._device,
         )
 
     def _loss(self, batch: Batch) -> StageLoss:
-        algorithm, shape = self._run.algorithm, batch.tokens.shape
+        algorithm, options, shape = self._run.algorithm, load_recipe(self._run).options, batch.tokens.shape
         prompts = [ids.conditional for ids in batch.prompts_of(torch.arange(shape[0] * shape[1]))]
         tokens = batch.tokens.flatten(0, 1)
         with autocast(self._bfloat16, self._device):
@@ -151,10 +152,10 @@ class PlainLearner:
             reference.entropy.view(shape).mean(dim=-1),
             batch.tokens,
             self._codebook,
-            weights=batch.scores.new_tensor([reward.weight for reward in self._run.rewards]),
+            weights=batch.scorer_weights,
             drop_constant=algorithm.drop_constant,
-            entropy_weight=algorithm.entropy_reward,
-            entropy_best_only=algorithm.entropy_best_only,
+            entropy_weight=options.entropy_reward,
+            entropy_best_only=options.entropy_best_only,
             eps=algorithm.advantage_eps,
         )
         return stage_loss(
@@ -163,8 +164,40 @@ class PlainLearner:
             None,
             signals.advantages,
             signals.similarity,
-            beta=algorithm.beta,
-            reweight_advantage=algorithm.reweight_advantage,
-            reweight_kl=algorithm.reweight_kl,
+            beta=options.beta,
+            reweight_advantage=options.reweight_advantage,
+            reweight_kl=options.reweight_kl,
             clip=algorithm.clip,
         )
+
+
+class SingleProcessTrainer:
+    """The whole training step in one process: sample from the model that is trained, decode, score, `PlainLearner`.
+
+    Log-probabilities and entropies come from the update's own teacher-forced forward, as in the published code, so no
+    forward is run for them alone. All prompts of a step are sampled in one batch; to need no padding they are equally
+    long, which makes this a little faster than any prompts would.
+    """
+
+    def __init__(self, run: RunConfig) -> None:
+        torch.manual_seed(run.seed)
+        self._run = run
+        self.learner = PlainLearner(run)
+        self._scorers = build_rewards(run.rewards)
+        prompts = load_prompts(run.prompts.train)
+        self.prompts = equal_prompts(self.learner.policy.encode_prompt, len(prompts), prompts)
+        self._next = cycle(self.prompts)
+
+    def step(self) -> None:
+        """One update."""
+        groups = self.generate()
+        self.learner.update(groups, score_groups(self._scorers, groups))
+
+    def generate(self) -> list[RolloutGroup]:
+        """The groups of one step."""
+        rollout, policy = self._run.rollout, self.learner.policy
+        prompts, ids = zip(*islice(self._next, rollout.groups_per_step), strict=True)
+        tokens = plain_tokens(policy, [one for one in ids for _ in range(rollout.group_size)], rollout.guidance_scale)
+        arrays = (tokens.int().cpu().numpy(), policy.decode(tokens).numpy())
+        shaped = (array.reshape(len(prompts), rollout.group_size, *array.shape[1:]) for array in arrays)
+        return groups_of(prompts, *shaped, codes=policy.codebook_size, version=self.learner.version)

@@ -18,11 +18,6 @@ class PeakMemory:
 
     Linux keeps the peak itself (``VmHWM``), so nothing is missed between two looks. ``ru_maxrss`` would not do: a
     process inherits it from the one that started it.
-
-    Example:
-        peak = PeakMemory(torch.device("cpu"))
-        work()
-        print(peak.rise_mib())
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping, Sequence
+import asyncio
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from stage_ray.bench.limits import synchronize
+from stage_ray.bench.limits import synchronize, timed
 from stage_ray.cluster.cluster import Cluster
 from stage_ray.cluster.placement import Actors, actor_of
 from stage_ray.config import RunConfig
 from stage_ray.config.hardware import usable_cpus
-from stage_ray.engines.batching import BatchEngine, ImageSequence, Rollouts
+from stage_ray.engines.base import ImageEngine
 from stage_ray.engines.sampling import SamplingParams
-from stage_ray.policies.base import PromptIds
 from stage_ray.records import WeightManifest
 from stage_ray.weights.broadcast_group import GroupMember
 from stage_ray.weights.manifest import Chunk
-from stage_ray.workers.learner import LearnerWorker
-from stage_ray.workers.rollout import RolloutWorker
+from stage_ray.workers.learner import LearnerClient, LearnerWorker
+from stage_ray.workers.reward import RewardClient
+from stage_ray.workers.rollout import RolloutClient, RolloutWorker
 
+CPU = torch.device("cpu")
 TENSORS, WIDTH = 32, 1000
 ROW = 4 * TENSORS * WIDTH  # bytes of one float32 row in every tensor
 
@@ -46,7 +47,7 @@ class Weights:
         return [(name, tensor if in_place else tensor.cpu()) for name, tensor in self._tensors.items()]
 
 
-class WeightsEngine(BatchEngine):
+class WeightsEngine(ImageEngine):
     """An engine that only takes weights: the checks of every engine, then what `TorchEngine` does with them."""
 
     def __init__(self, nbytes: int, device: str) -> None:
@@ -63,33 +64,11 @@ class WeightsEngine(BatchEngine):
         for tensor in self.tensors.values():
             synchronize(tensor.device)
 
-    @property
-    def codebook_size(self) -> int:
-        """Never asked."""
-        raise NotImplementedError
+    def _unused(self, *arguments: Any) -> Any:
+        raise NotImplementedError("the sync bench moves weights and does nothing else")
 
-    def encode_prompt(self, text: str) -> PromptIds:
-        """Never asked."""
-        raise NotImplementedError
-
-    def sample(self, rows: Sequence[ImageSequence], rule: SamplingParams) -> Rollouts:
-        """Never asked."""
-        raise NotImplementedError
-
-    def decode(self, tokens: Tensor) -> Tensor:
-        """Never asked."""
-        raise NotImplementedError
-
-    def offload(self) -> None:
-        """Never asked."""
-        raise NotImplementedError
-
-    def onload(self) -> None:
-        """Never asked."""
-        raise NotImplementedError
-
-    def close(self) -> None:
-        """Nothing to close."""
+    sample: Any = _unused
+    offload = onload = close = _unused
 
 
 class SyncLearner(LearnerWorker):
@@ -106,21 +85,18 @@ class SyncLearner(LearnerWorker):
 
     def pack(self) -> WeightManifest:
         """As every learner, timed."""
-        start = time.perf_counter()
-        manifest = super().pack()
-        self._pack_s = time.perf_counter() - start
+        self._pack_s, manifest = timed(CPU, super().pack)
         return manifest
 
     def offer(self) -> WeightManifest:
         """As every learner, timed."""
-        start = time.perf_counter()
-        manifest = super().offer()
-        self._pack_s = time.perf_counter() - start
+        self._pack_s, manifest = timed(CPU, super().offer)
         return manifest
 
-    def advance(self) -> None:
-        """What an update does to weights."""
+    def advance(self) -> int:
+        """What an update does to weights; the new version."""
         self._learner.advance()
+        return int(self._learner.version)
 
     def pack_s(self) -> float:
         """Seconds of the last `pack` or `offer`."""
@@ -139,16 +115,12 @@ class SyncRolloutWorker(RolloutWorker):
 
     def load_weights(self, manifest: WeightManifest, *chunks: Chunk) -> int:
         """As every rollout worker, timed."""
-        start = time.perf_counter()
-        version = super().load_weights(manifest, *chunks)
-        self._load_s = time.perf_counter() - start
+        self._load_s, version = timed(CPU, super().load_weights, manifest, *chunks)
         return version
 
     def receive(self, manifest: WeightManifest, place: GroupMember) -> str:
         """As every rollout worker, timed."""
-        start = time.perf_counter()
-        problem = super().receive(manifest, place)
-        self._load_s = time.perf_counter() - start
+        self._load_s, problem = timed(CPU, super().receive, manifest, place)
         return problem
 
     def loaded(self) -> tuple[float, list[float]]:
@@ -164,17 +136,17 @@ class SyncActors(Actors):
         super().__init__(run, None)
         self._size = (nbytes, device)
 
-    def rollout(self, name: str) -> Any:
+    def rollout(self, name: str) -> RolloutClient:
         """As the run's, around `WeightsEngine`."""
-        return self._start(SyncRolloutWorker, *self._size)
+        return RolloutClient(self._start(SyncRolloutWorker, *self._size))
 
-    def reward(self, name: str) -> Any:
+    def reward(self, name: str) -> RewardClient:
         """Never asked."""
-        return actor_of(SyncRolloutWorker, 1, 0.0, {}).remote(0, "cpu")
+        return RewardClient(actor_of(SyncRolloutWorker, 1, 0.0, {}).remote(0, "cpu"))
 
-    def learner(self, name: str) -> Any:
+    def learner(self, name: str) -> LearnerClient:
         """As the run's, around `Weights`."""
-        return self._start(SyncLearner, *self._size, self._run)
+        return LearnerClient(self._start(SyncLearner, *self._size, self._run))
 
     def _start(self, role: type, nbytes: int, device: str, *more: Any) -> Any:
         whole = self._run.cluster.weight_transport == "nccl"
@@ -191,6 +163,20 @@ class SyncCluster(Cluster):
 
     def _actors(self, logs: Path | None) -> Actors:
         return SyncActors(self.run, *self._size)
+
+    async def setup(self) -> None:
+        """Wait until learner and workers have started."""
+        await asyncio.gather(self.rollouts.ready(), self.learner.actor.ready(None))
+
+    async def advance(self) -> int:
+        """Make the next version; its number."""
+        return int(await self.learner.call(lambda learner: learner.ask(SyncLearner.advance)))
+
+    async def loaded(self) -> tuple[float, list[tuple[float, list[float]]]]:
+        """The learner's `SyncLearner.pack_s`, and `SyncRolloutWorker.loaded` of each worker."""
+        pack_s = await self.learner.call(lambda learner: learner.ask(SyncLearner.pack_s))
+        actors = self.rollouts.actors
+        return pack_s, [await actor.call(lambda worker: worker.ask(SyncRolloutWorker.loaded), None) for actor in actors]
 
 
 def tensors_of(nbytes: int, device: str) -> dict[str, Tensor]:

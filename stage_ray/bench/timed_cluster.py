@@ -5,15 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 
-from stage_ray.cluster.cluster import GroupRefs
 from stage_ray.config import RunConfig
-from stage_ray.records import RolloutReceipt, RolloutRequest, ScoreReceipt
+from stage_ray.records import GroupRefs, RolloutRequest, Update
 
 
 class TimedCluster:
     """What `GroupStream` and the loop ask of a `stage_ray.cluster.cluster.Cluster`, with waiting in place of work.
 
-    As there, a worker does one thing at a time in the order in which it was asked, and loads a version between waves.
+    As there, a worker does one thing at a time in the order in which it was asked, and loads a version between batches.
     """
 
     def __init__(self, run: RunConfig, stages: Sequence[float]) -> None:
@@ -28,35 +27,34 @@ class TimedCluster:
 
     async def generate(
         self, requests: Sequence[RolloutRequest], *, turn: int | None = None, on_retry: Callable[[], None] | None = None
-    ) -> tuple[RolloutReceipt, list[GroupRefs]]:
-        """Wait as long as a wave takes."""
+    ) -> list[GroupRefs]:
+        """Wait as long as a generation batch takes."""
         worker = (turn or 0) % len(self._rollouts)
         async with self._rollouts[worker]:
             await asyncio.sleep(self._generate_s)
             version = self._served[worker]
-        receipt = RolloutReceipt(f"rollout-{worker}", version, self._generate_s)
-        return receipt, [GroupRefs(request.group_id, version, "tokens", "images") for request in requests]
+        seconds = self._generate_s
+        return [GroupRefs(request.group_id, version, "tokens", "images", generate_s=seconds) for request in requests]
 
-    async def score(self, groups: Sequence[GroupRefs]) -> list[tuple[ScoreReceipt, GroupRefs]]:
+    async def score(self, groups: Sequence[GroupRefs]) -> list[GroupRefs]:
         """Wait as long as scoring a batch takes."""
         async with self._rewards:
             await asyncio.sleep(self._score_s)
-        return [
-            (ScoreReceipt(group.group_id, ok=True), GroupRefs(group.group_id, group.policy_version, "tokens", "images"))
-            for group in groups
-        ]
+        return list(groups)
 
-    async def set_batch(self, groups: Sequence[GroupRefs]) -> None:
-        """Nothing to wait for."""
+    @property
+    def learner(self) -> TimedCluster:
+        """This object has the learner's methods too."""
+        return self
 
-    async def update(self) -> dict[str, float]:
+    async def update(self, groups: Sequence[GroupRefs]) -> Update:
         """Wait as long as an update takes."""
         await asyncio.sleep(self._update_s)
         self._version += 1
-        return {}
+        return Update(self._version, {})
 
-    async def publish(self) -> None:
-        """Every worker loads the version after the waves it was asked for; waits for that in a synchronous run."""
+    async def publish(self, version: int) -> None:
+        """Every worker loads the version after the batches it was asked for; waits for that in a synchronous run."""
         await asyncio.gather(*self._loading)
         self._loading = [asyncio.create_task(self._load(worker)) for worker in range(len(self._rollouts))]
         await asyncio.sleep(0)
@@ -64,7 +62,7 @@ class TimedCluster:
             await asyncio.gather(*self._loading)
 
     def busy(self) -> dict[str, float]:
-        """Nobody looks at it."""
+        """Not measured."""
         return {"rollout": 0.0, "reward": 0.0, "learner": 0.0}
 
     def workers(self) -> dict[str, int]:
@@ -72,7 +70,7 @@ class TimedCluster:
         return {"rollout": len(self._rollouts), "reward": self._scorers, "learner": 1}
 
     def restarts(self) -> int:
-        """Nobody dies."""
+        """No worker dies."""
         return 0
 
     async def _load(self, worker: int) -> None:

@@ -1,7 +1,7 @@
-"""Fair timing: every side of a comparison in a fresh process of its own, and the sides take turns.
+"""Interleaved timing: every variant in a fresh process of its own, one trial of each in turn.
 
 State that leaks (vLLM's environment, Ray, the peak of the resident memory) stays in its process, and what slows the
-machine for a minute slows all sides alike.
+machine for a minute slows all variants alike.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +24,21 @@ from stage_ray.config.hardware import usable_cpus
 from stage_ray.errors import RunError
 from stage_ray.observability.progress import Progress
 
-Facts = Mapping[str, Any]
-Trial = Callable[[], Facts]
-REST_S = 0.3  # OpenMP's threads spin for a while after their last work; the next side must not pay for that
+Measurement = Mapping[str, Any]
+Trial = Callable[[], Measurement]
+REST_S = 0.3  # OpenMP's threads spin for a while after their last work; the next variant must not pay for that
+_trials: list[Trial] = []  # in a variant's process: its only trial
 
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """One side of a comparison: ``build(**options)`` loads everything and returns the turn that is timed.
+    """One of what is compared: ``build(**options)`` loads everything and returns the trial that is timed.
 
-    ``build`` is a function of a module, and its options are plain values: they travel to another process. A turn times
-    itself and returns what it found by name; ``seconds`` above all.
+    ``build`` is a function of a module, and its options are plain values: they travel to another process. A trial
+    times itself and returns what it measured by name; ``seconds`` above all.
 
     Example:
-        >>> def build(size: int) -> Turn:
+        >>> def build(size: int) -> Trial:
         ...     return lambda: {"seconds": 0.0, "size": size}
         >>> Variant("empty", build, {"size": 3}).options["size"]
         3
@@ -47,111 +49,86 @@ class Variant:
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
-def compare(
-    sides: Sequence[Variant], *, repeats: int, progress: Progress, title: str, warmups: int = 1
-) -> dict[str, list[Facts]]:
-    """Let the sides take turns, A B A B, each with every core while the others wait.
+def interleave(
+    variants: Sequence[Variant], *, repeats: int, progress: Progress, title: str, warmups: int = 1
+) -> dict[str, list[Measurement]]:
+    """Run the trials of the variants in turn, A B A B, each with every core while the others wait.
 
     Args:
-        sides: built one after the other, each in a fresh process.
-        repeats: turns of each side that count.
-        warmups: turns of each side before them that do not.
+        variants: built one after the other, each in a fresh process that keeps what it built.
+        repeats: trials of each variant that count.
+        warmups: trials of each variant before them that do not.
         title: what the progress bar calls it.
 
     Returns:
-        The facts of the turns that count, by the name of the side.
+        The measurements of the trials that count, by the name of the variant.
 
     Raises:
-        RunError: a side failed; says why and where its log is.
+        RunError: a variant failed; says why and where its log is.
     """
     logs = Path(tempfile.mkdtemp(prefix="stage-ray-bench-"))
-    facts: dict[str, list[Facts]] = {side.name: [] for side in sides}
+    measured: dict[str, list[Measurement]] = {variant.name: [] for variant in variants}
     rounds = warmups + repeats
-    with ExitStack() as stack, progress.bar(title, total=(1 + rounds) * len(sides)) as advance:
-        opened = []
-        for side in sides:
-            opened.append(stack.enter_context(_contestant(side, logs)))
+    with ExitStack() as stack, progress.bar(title, total=(1 + rounds) * len(variants)) as advance:
+        trials = {}
+        for variant in variants:
+            trials[variant.name] = stack.enter_context(_process(variant, logs))
             advance()
         for number in range(rounds):
-            for side, turn in zip(sides, opened, strict=True):
+            for name, trial in trials.items():
                 time.sleep(REST_S)
-                found = turn()
+                found = trial()
                 if number >= warmups:
-                    facts[side.name].append(found)
+                    measured[name].append(found)
                 advance()
     shutil.rmtree(logs)
-    return facts
+    return measured
 
 
 @contextmanager
-def _contestant(side: Variant, logs: Path) -> Iterator[Trial]:
-    """A side in its process, loaded; yields the call that makes it take a turn."""
-    log = logs / f"{side.name.replace('/', '-')}.log"
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(side, theirs, str(log)))
-    with _environment({"OMP_NUM_THREADS": str(usable_cpus()), "TOKENIZERS_PARALLELISM": "false"}):
-        process.start()
-    theirs.close()
+def _process(variant: Variant, logs: Path) -> Iterator[Trial]:
+    """A variant built in its own process; yields the call that runs one trial there."""
+    log = logs / f"{variant.name.replace('/', '-')}.log"
+    spawn = multiprocessing.get_context("spawn")
+    others = multiprocessing.active_children()
+    with ProcessPoolExecutor(1, spawn, _prepare, (str(log), usable_cpus())) as pool:
 
-    def answer() -> Facts:
-        try:
-            found, error = ours.recv()
-        except EOFError:
-            process.join()
-            found, error = {}, f"its process ended with exit code {process.exitcode}"
-        if error:
-            raise RunError(f"bench: {side.name} failed: {error}; its log is {log}")
-        return dict(found)
+        def call(function: Callable[..., Any], *arguments: Any) -> Any:
+            try:
+                return pool.submit(_logged, function, *arguments).result()
+            except BrokenProcessPool:
+                process.join()
+                reason = f"its process ended with exit code {process.exitcode}"
+            except RunError as error:
+                reason = str(error)
+            raise RunError(f"bench: {variant.name} failed: {reason}; its log is {log}")
 
-    def turn() -> Facts:
-        ours.send("turn")
-        return answer()
-
-    try:
-        answer()
-        yield turn
-    finally:
-        ours.close()  # the other end reads end of file and leaves
-        process.join(timeout=30)
-        if process.is_alive():
-            process.kill()
-            process.join()
+        pool.submit(int)  # the first task starts the process; an executor tells no exit codes, the process does
+        (process,) = (child for child in multiprocessing.active_children() if child not in others)
+        call(_build, variant)
+        yield lambda: call(_run_trial)
 
 
-def _serve(side: Variant, pipe: Connection, log: str) -> None:
-    """The other process: build, then one turn for each word that arrives."""
+def _prepare(log: str, cpus: int) -> None:
+    """First of all in the new process, before torch is imported: OpenMP reads its variable when it is loaded."""
+    os.environ.update(OMP_NUM_THREADS=str(cpus), TOKENIZERS_PARALLELISM="false")
     from stage_ray.observability.logs import redirect_output
 
     redirect_output(log)
+
+
+def _build(variant: Variant) -> None:
+    _trials.append(variant.build(**variant.options))
+
+
+def _run_trial() -> Measurement:
+    return _trials[0]()
+
+
+def _logged(function: Callable[..., Any], *arguments: Any) -> Any:
+    """The function's result; its error goes to the log, and as text to the other process, which may not unpickle it."""
     try:
-        turn = side.build(**side.options)
-        pipe.send(({}, ""))
-        while _asked(pipe):
-            pipe.send((turn(), ""))
+        return function(*arguments)
     except Exception as error:
         traceback.print_exc()
-        pipe.send(({}, f"{type(error).__name__}: {' '.join(str(error).split())}"))
-        raise
-
-
-def _asked(pipe: Connection) -> bool:
-    try:
-        return bool(pipe.recv())
-    except EOFError:
-        return False
-
-
-@contextmanager
-def _environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """Set variables for the processes that are started meanwhile: OpenMP reads its own when it is loaded."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+        raise RunError(f"{type(error).__name__}: {' '.join(str(error).split())}") from None

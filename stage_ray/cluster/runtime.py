@@ -26,7 +26,7 @@ from stage_ray.errors import RunError
 
 
 def start_ray(run: RunConfig, run_dir: Path) -> bool:
-    """Join a cluster or start one on this machine; True if started. Credit stay with whoever handles them now.
+    """Join a cluster or start one on this machine; True if started. Signal handlers stay as they are.
 
     Raises:
         RunError: no cluster at that address, or too little memory for the object store.

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stage_ray.config import RunConfig
 from stage_ray.errors import ConfigError, RunError
-from stage_ray.observability.metrics_logger import MetricsLogger
 from stage_ray.observability.progress import Progress
-from stage_ray.run.recording import load_group
+from stage_ray.run.recording import GROUPS, StepRecorder
 from stage_ray.run.run_dir import open_run_dir
-from stage_ray.run.state import GROUPS, record_update
+from stage_ray.workers.group_files import load_group
 
 if TYPE_CHECKING:
     from stage_ray.learner import Learner
@@ -42,12 +42,9 @@ def replay(run: RunConfig, source: Path, progress: Progress) -> Path:
     with open_run_dir(run, resume=False) as run_dir:
         progress.stage("loading the learner")
         learner = Learner(run, threads=run.learner.threads)
-        recorder = MetricsLogger(run_dir, run.cluster.metrics_port, run.cluster.metrics_host)
-        try:
+        with closing(StepRecorder(run, run_dir, len(steps), progress)) as recorder:
             for step, directory in enumerate(steps, start=1):
-                record_update(run, recorder, progress, step, len(steps), _update(learner, directory))
-        finally:
-            recorder.close()
+                recorder.step(step, _update(learner, directory))
         learner.export(run_dir / "final")
     return run_dir
 

@@ -29,7 +29,7 @@ class PromptsConfig(Section):
 class PolicyConfig(Section):
     """The model that is trained."""
 
-    family: Literal["janus"] = Field("janus", description="Model family, a file in stage_ray/policies")
+    family: str = Field("janus", description="Model family, a folder in stage_ray/policies, or package.module.Class")
     path: str = Field(description="A Hugging Face directory, package:MODULE/DIR, or a hub id")
     template: Literal["official", "paper"] = Field(
         "official",
@@ -118,13 +118,10 @@ class ScoringConfig(Section):
 
 
 class AlgorithmConfig(Section):
-    """STAGE (arXiv 2509.25027); every switch off is plain GRPO."""
+    """What every recipe shares. The recipe's own options stand beside it, and are checked by ``stage_ray.recipes``."""
 
-    beta: float = Field(0.03, ge=0, description="Weight of the KL to the reference model")
-    reweight_advantage: bool = Field(True, description="Similarity-aware weight of the policy term")
-    reweight_kl: bool = Field(True, description="Similarity-aware weight of the KL")
-    entropy_reward: float = Field(0.4, ge=0, description="Weight of the entropy reward; 0 is off")
-    entropy_best_only: bool = Field(True, description="Entropy reward for the best images of a group only")
+    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
+
     drop_constant: bool = Field(True, description="Ignore, per group, scorers that gave every image the same score")
     advantage_eps: float = Field(1e-4, gt=0, description="Added to the standard deviation of a group's rewards")
     clip: float | None = Field(None, gt=0, description="PPO clip of the importance ratio; null is off")
@@ -261,6 +258,9 @@ class RunConfig(Section):
     rollout: RolloutConfig = RolloutConfig()
     rewards: list[RewardConfig] = Field(min_length=1)
     scoring: ScoringConfig = ScoringConfig()
+    recipe: str = Field(
+        "stage", description="The algorithm: stage, grpo, or package.module.Class; its options stand under algorithm"
+    )
     algorithm: AlgorithmConfig = AlgorithmConfig()
     learner: LearnerConfig = LearnerConfig()
     pipeline: PipelineConfig = PipelineConfig()

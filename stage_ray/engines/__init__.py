@@ -1,12 +1,15 @@
-"""Image engines: one protocol, two implementations; `build_engine` picks by ``rollout.engine``."""
+"""Image engines: one base, two ways to sample; `build_engine` picks by ``rollout.engine``. Imports no torch."""
 
 from __future__ import annotations
 
 import importlib.util
+from typing import TYPE_CHECKING
 
 from stage_ray.config import PolicyConfig, RolloutConfig
-from stage_ray.engines.base import ImageEngine
 from stage_ray.errors import ConfigError
+
+if TYPE_CHECKING:
+    from stage_ray.engines.base import ImageEngine
 
 
 def build_engine(
@@ -19,7 +22,8 @@ def build_engine(
         rank, address: with ``rollout.tensor_parallel`` over 1, which of its ranks this is and where they meet.
 
     Raises:
-        ConfigError: the checkpoint does not load, vLLM is not installed, or a wave does not fit the settings.
+        ConfigError: the checkpoint does not load, vLLM is not installed, or a generation batch does not fit the
+            settings.
 
     Example:
         engine = build_engine(run.policy, run.rollout, worker="rollout-0")

@@ -1,48 +1,203 @@
-"""What an image engine is: it turns requests into groups, all at one policy version."""
+"""What an image engine is: requests in, groups out, all at one policy version. Its sampling loop is a subclass's."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Protocol
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import torch
+from torch import Tensor
 
+from stage_ray.engines.sampling import SamplingParams
+from stage_ray.policies.base import ImageCodec, PromptIds
 from stage_ray.records import RolloutGroup, RolloutRequest
+from stage_ray.weights.manifest import finite
 
 
-class ImageEngine(Protocol):
-    """Guided sampling of autoregressive image tokens.
+@dataclass(frozen=True, slots=True)
+class ImageSequence:
+    """One image to sample.
 
-    Sampling is replayable (promise 5): token t of an image with seed s depends on (s, t) and the logits only.
+    Example:
+        >>> ImageSequence(PromptIds((1, 5, 9), (1, 0, 9)), seed=7).seed
+        7
     """
 
-    policy_version: int
+    prompt: PromptIds
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Rollouts:
+    """What a generation batch of B images gave, on the CPU: tokens int64 [B, T], the rest float32 [B, T].
+
+    `RolloutGroup` says what each is.
+    """
+
+    tokens: Tensor
+    logprobs: Tensor
+    guided_logprobs: Tensor
+    entropy: Tensor
+
+
+class ImageEngine(ABC):
+    """Guided sampling of autoregressive image tokens.
+
+    Sampling is replayable: token t of an image with seed s depends on (s, t) and the logits only. Weights change only
+    between calls of `generate`, so every token of an image comes from the version in ``policy_version``. An update that
+    is refused changes nothing; one that fails half-way leaves an engine that refuses to generate until an update
+    succeeds.
+
+    Attributes:
+        codec: prompts and pictures of the policy that it serves; a subclass sets it.
+    """
+
+    codec: ImageCodec
+
+    def __init__(self, worker: str, images_per_batch: int, params: SamplingParams) -> None:
+        self.policy_version = 0
+        self.worker = worker
+        self.images_per_batch = images_per_batch
+        self.params = params
+        self._complete = True  # False while a weight update is under way, and after one that failed
+        self._asleep = False
+
+    @abstractmethod
+    def sample(self, sequences: Sequence[ImageSequence], params: SamplingParams) -> Rollouts:
+        """Sample one generation batch."""
+
+    @abstractmethod
+    def weight_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Names and shapes that an update must bring, all of them."""
+
+    @abstractmethod
+    def install(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put checked tensors in place. They may be read-only."""
+
+    @abstractmethod
+    def offload(self) -> None:
+        """Free a GPU's memory for others; keep what cannot be made again in the machine's memory."""
+
+    @abstractmethod
+    def onload(self) -> None:
+        """Undo `offload`."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Free what the engine holds."""
 
     @property
     def codebook_size(self) -> int:
         """V: every token it draws is one of 0..V-1."""
-        ...
+        return self.codec.codebook_size
 
-    def generate(self, requests: Sequence[RolloutRequest]) -> list[RolloutGroup]:
-        """Sample every image of every request, in waves of any size; groups come back in the order of the requests."""
-        ...
+    def encode_prompt(self, text: str) -> PromptIds:
+        """Both branches of a prompt."""
+        return self.codec.encode_prompt(text)
 
-    def load_weights(
-        self, version: int, tensors: Iterable[tuple[str, torch.Tensor]], *, known_finite: bool = False
-    ) -> None:
-        """Take new values of the trained tensors (names as in the policy's ``state_dict``) between waves.
-
-        The engine may keep them, and does not write to them. Where ``known_finite``, it need not look.
-
-        Raises:
-            ValueError: a tensor is unknown, missing, of another shape or not finite; the old version stays.
-        """
-        ...
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Tokens int64 [B, T] -> images uint8 [B, H, W, 3]."""
+        return self.codec.decode(tokens)
 
     def sleep(self) -> None:
-        """Leave a GPU's memory to others until the next wave or version; nothing is lost."""
-        ...
+        """Leave a GPU's memory to others until the next batch or version; nothing is lost."""
+        if not self._asleep:
+            self.offload()
+            self._asleep = True
 
-    def close(self) -> None:
-        """Free what the engine holds."""
-        ...
+    def _wake(self) -> None:
+        if self._asleep:
+            self.onload()
+            self._asleep = False
+
+    def generate(self, requests: Sequence[RolloutRequest], params: SamplingParams | None = None) -> list[RolloutGroup]:
+        """Sample every image of every request, ``images_per_batch`` at a time; groups in the order of the requests.
+
+        ``params`` replace the config's for this call (evaluation has a guidance scale of its own).
+
+        Raises:
+            RuntimeError: the last weight update failed half-way.
+        """
+        if not self._complete:
+            raise RuntimeError(f"{self.worker} holds half of a weight update; load a whole version before generating")
+        self._wake()
+        prompts = [self.encode_prompt(request.prompt.text) for request in requests]
+        # One sequence an image, request after request.
+        pairs = zip(prompts, requests, strict=True)
+        sequences = [ImageSequence(prompt, seed) for prompt, request in pairs for seed in request.seeds]
+        if not sequences:
+            return []
+        batches: list[tuple[np.ndarray, ...]] = []
+        seconds: list[float] = []  # of each image: its share of its batch
+        for start in range(0, len(sequences), self.images_per_batch):
+            began = time.perf_counter()
+            drawn = self.sample(sequences[start : start + self.images_per_batch], params or self.params)
+            records = (drawn.logprobs.float(), drawn.guided_logprobs.float(), drawn.entropy.float())
+            arrays = (drawn.tokens.to(torch.int32), *records, self.decode(drawn.tokens))
+            batches.append(tuple(array.numpy() for array in arrays))
+            count = len(drawn.tokens)
+            seconds += [(time.perf_counter() - began) / count] * count
+        columns = tuple(np.concatenate(parts) for parts in zip(*batches, strict=True))
+        return self._groups(requests, columns, seconds)
+
+    def load_weights(self, version: int, tensors: Iterable[tuple[str, Tensor]], *, known_finite: bool = False) -> None:
+        """Take new values of the trained tensors between batches, named as in the policy's ``state_dict``.
+
+        The engine may keep them, and does not write to them; neither may the caller. With ``known_finite``, it does not
+        look whether they are finite.
+
+        Raises:
+            ValueError: a tensor is unknown, missing, given twice, of another shape, or not finite; nothing changes.
+        """
+        checked = self._checked(tensors, known_finite)
+        self._wake()
+        self._complete = False
+        self.install(checked)
+        self._complete = True
+        self.policy_version = version
+
+    def _checked(self, tensors: Iterable[tuple[str, Tensor]], known_finite: bool) -> dict[str, Tensor]:
+        shapes = self.weight_shapes()
+        found: dict[str, Tensor] = {}
+        for name, tensor in tensors:
+            if name not in shapes:
+                raise ValueError(f"weight update: {name!r} is not a trained tensor of this model")
+            if name in found:
+                raise ValueError(f"weight update: {name!r} comes twice")
+            if tuple(tensor.shape) != shapes[name]:
+                raise ValueError(f"weight update: {name!r} is {tuple(tensor.shape)}, this model has {shapes[name]}")
+            if not known_finite and not finite(tensor):
+                raise ValueError(f"weight update: {name!r} holds values that are not finite")
+            found[name] = tensor
+        missing = sorted(shapes.keys() - found.keys())
+        if missing:
+            raise ValueError(f"weight update: {len(missing)} tensors are missing, the first is {missing[0]!r}")
+        return found
+
+    def _groups(
+        self, requests: Sequence[RolloutRequest], columns: tuple[np.ndarray, ...], seconds: Sequence[float]
+    ) -> list[RolloutGroup]:
+        groups, start = [], 0
+        for request in requests:
+            own = slice(start, start + len(request.seeds))
+            tokens, logprobs, guided, entropy, images = (column[own] for column in columns)
+            groups.append(
+                RolloutGroup(
+                    group_id=request.group_id,
+                    prompt=request.prompt,
+                    seeds=request.seeds,
+                    tokens=tokens,
+                    logprobs=logprobs,
+                    guided_logprobs=guided,
+                    entropy=entropy,
+                    images=images,
+                    policy_version=self.policy_version,
+                    worker=self.worker,
+                    generate_s=sum(seconds[own]),
+                )
+            )
+            start = own.stop
+        return groups

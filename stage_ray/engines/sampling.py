@@ -40,24 +40,24 @@ class Sample:
 
 
 def sample(
-    conditional: Tensor, unconditional: Tensor | None, seeds: Tensor, positions: Tensor, rule: SamplingParams
+    conditional: Tensor, unconditional: Tensor | None, seeds: Tensor, positions: Tensor, params: SamplingParams
 ) -> Sample:
     """Draw the token at ``positions`` of the images with these ``seeds``.
 
     Args:
         conditional: logits [B, V], any float dtype.
-        unconditional: logits [B, V]; None where ``rule.guided`` is False.
+        unconditional: logits [B, V]; None where ``params.guided`` is False.
         seeds, positions: int64 [B].
 
     Raises:
         ValueError: guidance without unconditional logits.
     """
     conditional = conditional.float()
-    logits = process_logits(conditional, unconditional, rule)
+    logits = process_logits(conditional, unconditional, params)
     tokens = (logits + gumbel(seeds, positions, logits.shape[-1])).argmax(dim=-1)
     statistics = token_logprobs(conditional, tokens)
     guided = statistics.logprobs
-    if not rule.plain:
+    if not params.plain:
         guided = logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(dim=-1)
     return Sample(tokens, statistics.logprobs, guided, statistics.entropy)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from stage_ray.config import RunConfig
-from stage_ray.policies.base import PromptIds
+from stage_ray.policies.base import Policy, PromptIds
+from stage_ray.recipes.base import GroupBatch
 from stage_ray.records import RolloutGroup, ScoredGroup
 
 
@@ -19,29 +20,13 @@ class LearnerError(RuntimeError):
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
-    """N groups of G images of T tokens, on the learner's device.
-
-    Attributes:
-        prompts: N prompts, both branches.
-        tokens: int64 [N, G, T], codebook ids.
-        logprobs: float32 [N, G, T], recorded while sampling (conditional branch, temperature 1).
-        guided_logprobs: float32 [N, G, T], recorded likewise, of the distribution the tokens were drawn from.
-        entropy: float32 [N, G, T], recorded likewise, nats.
-        scores: float32 [N, G, R], all valid.
-        staleness: int64 [N], updates between the sampling version and the learner's.
-    """
+class Batch(GroupBatch):
+    """What a recipe sees of a batch, and ``prompts``: token ids of both branches, one a group."""
 
     prompts: tuple[PromptIds, ...]
-    tokens: Tensor
-    logprobs: Tensor
-    guided_logprobs: Tensor
-    entropy: Tensor
-    scores: Tensor
-    staleness: Tensor
 
     def micro_batches(self, images: int, groups: slice = slice(None)) -> list[Tensor]:
-        """Rows (n * G + g) of each micro-batch: int64 [<= images]; prompts of like length together, to pad little.
+        """Indices n * G + g of each micro-batch: int64 [<= images]; prompts of like length together, to pad little.
 
         ``groups``: only of these.
         """
@@ -50,10 +35,10 @@ class Batch:
         order = lengths.repeat_interleave(group_size).argsort(stable=True) + (groups.start or 0) * group_size
         return list(order.to(self.tokens.device).split(images))
 
-    def prompts_of(self, rows: Tensor) -> list[PromptIds]:
-        """The prompt of each of some rows."""
+    def prompts_of(self, indices: Tensor) -> list[PromptIds]:
+        """The prompt of each image of a micro-batch."""
         group_size = self.tokens.shape[1]
-        return [self.prompts[row // group_size] for row in rows.tolist()]
+        return [self.prompts[index // group_size] for index in indices.tolist()]
 
 
 def make_batch(
@@ -62,8 +47,8 @@ def make_batch(
     *,
     run: RunConfig,
     version: int,
-    shape: tuple[int, int],
-    encode: Callable[[str], PromptIds],
+    policy: Policy,
+    codebook: Tensor,
     device: torch.device,
 ) -> Batch:
     """Check and stack groups.
@@ -71,10 +56,10 @@ def make_batch(
     Args:
         groups: any number >= 1, of one size.
         scored: the scores of the same groups in the same order, every score valid.
-        run: names of scorers and the staleness bound.
+        run: names and weights of scorers, and the staleness bound.
         version: updates the learner has done.
-        shape: (T, V) of the policy.
-        encode: prompt to the token ids of both branches.
+        policy: encodes prompts, and says how many tokens of which codebook an image has.
+        codebook: float32 [V, D], the policy's.
         device: where the tensors go.
 
     Raises:
@@ -83,7 +68,7 @@ def make_batch(
     """
     if not groups or len(groups) != len(scored):
         raise LearnerError(f"an update needs groups and as many scores, but got {len(groups)} and {len(scored)}")
-    columns = tuple(reward.column for reward in run.rewards)
+    columns, shape = tuple(reward.column for reward in run.rewards), (policy.image_tokens, policy.codebook_size)
     for group, scores in zip(groups, scored, strict=True):
         _check_scores(group, scores, columns)
         _check_tokens(group, size=groups[0].tokens.shape[0], shape=shape)
@@ -93,13 +78,19 @@ def make_batch(
         return torch.as_tensor(np.stack([getattr(group, name) for group in groups]), dtype=dtype, device=device)
 
     return Batch(
-        prompts=tuple(encode(group.prompt.text) for group in groups),
+        groups=tuple(groups),
+        scored=tuple(scored),
         tokens=stacked("tokens", torch.int64),
         logprobs=stacked("logprobs", torch.float32),
         guided_logprobs=stacked("guided_logprobs", torch.float32),
         entropy=stacked("entropy", torch.float32),
         scores=torch.as_tensor(np.stack([item.scores for item in scored]), dtype=torch.float32, device=device),
+        scorers=columns,
+        scorer_weights=torch.tensor([reward.weight for reward in run.rewards], device=device),
         staleness=torch.tensor([version - group.policy_version for group in groups], device=device),
+        codebook=codebook,
+        grid=getattr(policy, "grid", None),
+        prompts=tuple(policy.encode_prompt(group.prompt.text) for group in groups),
     )
 
 

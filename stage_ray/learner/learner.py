@@ -1,9 +1,9 @@
-"""One STAGE update (arXiv 2509.25027), from scored groups to new weights.
+"""One update, from scored groups to new weights, whatever the recipe (`stage_ray.recipes.base`).
 
-The order of `Learner.update` is that of the published training step, with two differences that save a forward pass:
+The reference runs once (forward), then the recipe gives credit, then the policy runs once (forward and backward):
 
-* the policy's entropies, which the entropy reward needs before the loss is known, are those that the engine recorded
-  while it sampled the same tokens at that version, so the policy runs once (forward and backward), the reference once;
+* the policy's entropies, which credit may need before the loss is known, are those that the engine recorded while it
+  sampled the same tokens at that version;
 * in a group sampled at the learner's own version the importance ratio is taken against the learner's own detached
   log-probabilities, so it is exactly 1 as in the paper's code, and what lies between engine and learner shows as a
   metric (``mismatch/...``) and not as a gradient. Older groups use the log-probabilities recorded at sampling, with
@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -23,19 +23,19 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from stage_ray.algorithm.credit import Credit, stage_credit
-from stage_ray.algorithm.losses import TokenWeights, token_weights, weighted_loss
 from stage_ray.algorithm.off_policy import guided_behavior
 from stage_ray.config import LearnerConfig, RunConfig
 from stage_ray.errors import ConfigError
 from stage_ray.learner.batch import Batch, LearnerError, make_batch
-from stage_ray.learner.metrics import PolicyOutputs, ReferenceOutputs, correction_of, update_metrics
+from stage_ray.learner.metrics import UpdateOutputs, update_metrics
 from stage_ray.learner.precision import attention, autocast, uses_bfloat16
 from stage_ray.learner.ranks import Ranks, full_state_dict, full_tensor
 from stage_ray.learner.state import LearnerParts, fingerprint, load_state, save_state
 from stage_ray.policies import load_policy
-from stage_ray.policies.base import device_for
+from stage_ray.policies.base import Policy, device_for
 from stage_ray.policies.logprobs import SamplingParams, TokenLogprobs
+from stage_ray.recipes import load_recipe
+from stage_ray.recipes.base import Credit, PolicyOutputs, ReferenceOutputs
 from stage_ray.records import RolloutGroup, ScoredGroup
 
 
@@ -71,13 +71,14 @@ class Learner:
         With ``threads``, sets torch's threads, process-wide.
 
         Raises:
-            ConfigError: ``policy.*`` leads to no usable model.
+            ConfigError: ``policy.*`` leads to no usable model, or ``recipe`` and ``algorithm`` to no recipe.
         """
         if threads is not None:
             torch.set_num_threads(threads)
         torch.manual_seed(run.seed)
         self.version = 0
         self._run = run
+        self._recipe = load_recipe(run)
         self._ranks = ranks or Ranks()
         self._device = device_for(run.learner.gpus, "learner.gpus")
         self._bfloat16 = uses_bfloat16(run.learner.autocast, self._device)
@@ -98,10 +99,10 @@ class Learner:
             fused=True,
         )
         self._codebook = self.policy.codebook()
-        self._rule = SamplingParams.of(run.rollout)
-        # A plain rule draws from the conditional distribution itself: there is no second ratio.
-        self._guided_ratio = run.algorithm.ratio_on == "guided" and not self._rule.plain
-        self._leave_free_memory()
+        self._sampling = SamplingParams.of(run.rollout)
+        # Plain sampling draws from the conditional distribution itself: there is no second ratio.
+        self._guided_ratio = run.algorithm.ratio_on == "guided" and not self._sampling.plain
+        self._release_cached_memory()
 
     def update(self, groups: Sequence[RolloutGroup], scored: Sequence[ScoredGroup]) -> dict[str, float]:
         """Train on whole groups once and move to the next version.
@@ -111,7 +112,7 @@ class Learner:
             scored: their scores, in the same order, all valid.
 
         Returns:
-            The metrics of `update_metrics`.
+            The metrics of `update_metrics`, gradient norm, learning rate and seconds.
 
         Raises:
             LearnerError: groups that must not be trained on, a loss or gradient that is not finite, or a mismatch
@@ -122,20 +123,24 @@ class Learner:
             scored,
             run=self._run,
             version=self.version,
-            shape=(self.policy.image_tokens, self.policy.codebook_size),
-            encode=self.policy.encode_prompt,
+            policy=self.policy,
+            codebook=self._codebook,
             device=self._device,
         )
-        micro_batches = self._micro_batches(batch)
+        # This rank runs the images of its own groups, as many as every other rank; the recipe sees all groups.
+        own_groups = self._ranks.rows(len(groups))
+        micro_batches = batch.micro_batches(self._run.learner.micro_batch_images, own_groups)
+        seconds: dict[str, float] = {}
         with attention(self._bfloat16, self._device):
-            reference = self._reference_pass(batch, micro_batches)
-            signals = self._signals(batch, reference)
-            outputs = self._policy_pass(batch, micro_batches, reference, signals)
-        lr = learning_rate(self.version, self._run.steps, self._run.learner)
-        metrics = update_metrics(batch, reference, signals, outputs, self._run)
-        metrics["grad_norm"] = self._step(metrics, lr)
-        metrics["lr"] = lr
-        self._leave_free_memory()
+            with self._clock(seconds, "time/reference_s"):
+                reference = self._reference_pass(batch, micro_batches)
+            credit = self._recipe.credit(batch, reference, self.version)
+            with self._clock(seconds, "time/policy_s"):
+                outputs = self._policy_pass(batch, micro_batches, reference, credit)
+        metrics = update_metrics(batch, reference, credit, outputs, self._run) | seconds
+        metrics["lr"] = learning_rate(self.version, self._run.steps, self._run.learner)
+        metrics["grad_norm"] = self._step(metrics)
+        self._release_cached_memory()
         return metrics
 
     def weights(self, *, in_place: bool = False) -> list[tuple[str, Tensor]]:
@@ -146,9 +151,9 @@ class Learner:
         """
         if self._ranks.count == 1:
             return [(name, p.detach() if in_place else p.detach().cpu()) for name, p in self._parameters.items()]
-        whole_weights = list(full_state_dict(self._parameters, keep=self._ranks.first).items())
-        self._leave_free_memory()
-        return whole_weights
+        weights = list(full_state_dict(self._parameters, keep=self._ranks.first).items())
+        self._release_cached_memory()
+        return weights
 
     def save_state(self, directory: Path) -> None:
         """Write all that a bit-exact resume needs (safetensors and JSON) into ``directory``, together."""
@@ -161,7 +166,7 @@ class Learner:
             LearnerError: a file is missing or damaged, or of another model. Nothing has changed then.
         """
         self.version = load_state(directory, self._parts())
-        self._leave_free_memory()
+        self._release_cached_memory()
 
     def export(self, directory: Path) -> None:
         """Write a Hugging Face checkpoint that plain transformers loads; the first rank does, the others take part."""
@@ -176,129 +181,103 @@ class Learner:
     def _parts(self) -> LearnerParts:
         return LearnerParts(self._parameters, self._optimizer, self._base, self._ranks)
 
-    def _leave_free_memory(self) -> None:
-        """Give what torch keeps for later back to the GPU that an engine shares: it would not find it free."""
+    def _release_cached_memory(self) -> None:
+        """Release torch's cached memory on a GPU that an engine shares: the engine allocates from it next."""
         if self._run.rollout.colocated and self._device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _micro_batches(self, batch: Batch) -> list[Tensor]:
-        """The rows of each micro-batch of this rank: whole groups, as many as every other rank's."""
-        return batch.micro_batches(self._run.learner.micro_batch_images, self._ranks.rows(len(batch.prompts)))
+    @contextmanager
+    def _clock(self, seconds: dict[str, float], name: str) -> Iterator[None]:
+        """Measure what runs inside, the GPU's work included."""
+        start = self._now()
+        yield
+        seconds[name] = self._now() - start
 
-    def _all_gather(self, rows: Tensor) -> Tensor:
-        """[N * G, T] of which this rank filled its own groups' rows, filled by all."""
-        return self._ranks.all_gather(rows[self._ranks.rows(rows.shape[0])])
-
-    def _autocast(self) -> AbstractContextManager[object]:
-        return autocast(self._bfloat16, self._device)
-
-    def _clock(self) -> float:
+    def _now(self) -> float:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         return time.perf_counter()
 
+    def _all_gather(self, images: Tensor, batch: Batch) -> Tensor:
+        """[N * G, T], of which this rank filled its own groups' images, filled by all: [N, G, T]."""
+        return self._ranks.all_gather(images[self._ranks.rows(images.shape[0])]).view(batch.tokens.shape)
+
     @torch.no_grad()
     def _reference_pass(self, batch: Batch, micro_batches: Sequence[Tensor]) -> ReferenceOutputs:
-        start = self._clock()
-        tokens = batch.tokens.flatten(0, 1)
-        logprobs = torch.empty(tokens.shape, device=self._device)
+        """The reference model's log-probabilities and entropies of the whole batch."""
+        logprobs = torch.empty(batch.tokens.flatten(0, 1).shape, device=self._device)
         entropy = torch.empty_like(logprobs)
-        for rows in micro_batches:
-            with self._autocast():
-                prompts = [prompt.conditional for prompt in batch.prompts_of(rows)]
-                statistics = self._reference.token_logprobs(prompts, tokens[rows], entropy_grad=False)
-            logprobs[rows], entropy[rows] = statistics.logprobs, statistics.entropy
-        shape = batch.tokens.shape
-        logprobs, entropy = self._all_gather(logprobs), self._all_gather(entropy)
-        return ReferenceOutputs(logprobs.view(shape), entropy.view(shape), self._clock() - start)
-
-    def _signals(self, batch: Batch, reference: ReferenceOutputs) -> Credit:
-        algorithm = self._run.algorithm
-        return stage_credit(
-            batch.scores,
-            batch.entropy.mean(dim=-1),
-            reference.entropy.mean(dim=-1),
-            batch.tokens,
-            self._codebook,
-            weights=torch.tensor([reward.weight for reward in self._run.rewards], device=self._device),
-            drop_constant=algorithm.drop_constant,
-            entropy_weight=algorithm.entropy_reward,
-            entropy_best_only=algorithm.entropy_best_only,
-            eps=algorithm.advantage_eps,
-        )
+        guided = torch.empty_like(logprobs) if self._recipe.needs_guided else None
+        for indices in micro_batches:
+            found = self._token_logprobs(self._reference, batch, indices, guided=guided is not None)
+            logprobs[indices], entropy[indices] = found.logprobs, found.entropy
+            if guided is not None and found.guided_logprobs is not None:
+                guided[indices] = found.guided_logprobs
+        logprobs, entropy = self._all_gather(logprobs, batch), self._all_gather(entropy, batch)
+        return ReferenceOutputs(logprobs, entropy, None if guided is None else self._all_gather(guided, batch))
 
     def _policy_pass(
-        self, batch: Batch, micro_batches: Sequence[Tensor], reference: ReferenceOutputs, signals: Credit
-    ) -> PolicyOutputs:
+        self, batch: Batch, micro_batches: Sequence[Tensor], reference: ReferenceOutputs, credit: Credit
+    ) -> UpdateOutputs:
         """Forward and backward over micro-batches; their losses and gradients add up to those of the whole batch."""
-        start = self._clock()
-        algorithm = self._run.algorithm
-        weights = token_weights(
-            reference.logprobs,
-            signals.similarity,
-            reweight_advantage=algorithm.reweight_advantage,
-            reweight_kl=algorithm.reweight_kl,
-        )
-        flat = (reference.logprobs, weights.policy, weights.kl, signals.advantages)
-        fixed, policy_weight, kl_weight, advantages = (tensor.flatten(0, 1) for tensor in flat)
-        logprobs, behavior = torch.empty_like(fixed), torch.empty_like(fixed)
-        loss, policy = torch.zeros((), device=self._device), torch.zeros((), device=self._device)
-        # One answer for the whole batch: ranks that ran different forwards would miss each other in their gathers.
-        guided = self._guided_ratio and bool((batch.staleness > 0).any())
+        logprobs = torch.empty(batch.tokens.flatten(0, 1).shape, device=self._device)
+        behavior, sums = torch.empty_like(logprobs), dict[str, Tensor]()
+        # One answer for the whole batch: ranks that run different forwards wait for each other's gathers for ever.
+        guided = self._recipe.needs_guided or (self._guided_ratio and bool((batch.staleness > 0).any()))
         self._optimizer.zero_grad(set_to_none=True)
-        for rows in micro_batches:
-            current, behavior[rows] = self._logprobs(batch, rows, guided=guided)
-            part = weighted_loss(
-                current,
-                fixed[rows],
-                behavior[rows],
-                advantages[rows],
-                TokenWeights(policy=policy_weight[rows], kl=kl_weight[rows]),
-                beta=algorithm.beta,
-                clip=algorithm.clip,
-                correction=correction_of(algorithm),
-            )
-            part.loss.backward()
-            logprobs[rows] = current.detach()
-            loss += part.loss.detach()
-            policy += part.policy
-        shape = batch.tokens.shape
-        return PolicyOutputs(
-            self._all_gather(logprobs).view(shape),
-            self._all_gather(behavior).view(shape),
-            self._ranks.all_reduce(loss).item(),
-            self._ranks.all_reduce(policy).item(),
-            weights,
-            self._clock() - start,
+        for indices in micro_batches:
+            outputs = self._policy_outputs(batch, indices, guided=guided)
+            objective = self._recipe.objective(outputs, reference.take(indices), credit.take(indices))
+            objective.loss.backward()
+            logprobs[indices], behavior[indices] = outputs.logprobs.detach(), outputs.behavior_logprobs
+            # Sums over tokens add up over micro-batches here, and over ranks below.
+            for name, part in {"loss": objective.loss, **objective.parts}.items():
+                sums[name] = sums.get(name, torch.zeros_like(part)) + part.detach()
+        return UpdateOutputs(
+            self._all_gather(logprobs, batch),
+            self._all_gather(behavior, batch),
+            {name: self._ranks.all_reduce(total).item() for name, total in sums.items()},
         )
 
-    def _logprobs(self, batch: Batch, rows: Tensor, *, guided: bool) -> tuple[Tensor, Tensor]:
-        """The policy's log-probabilities of some images, with gradient, and those that its ratios are taken against.
+    def _policy_outputs(self, batch: Batch, indices: Tensor, *, guided: bool) -> PolicyOutputs:
+        """The policy on some images, with gradient, and what its ratios are taken against.
 
-        With ``guided``, an old group's ratio is that of what its tokens were drawn from: one more forward pass. A fresh
-        group is measured against itself: what lies between engine and learner is no reason to weigh a token.
+        A fresh group's ratio is taken against its own values: a mismatch of engine and learner must not weigh tokens.
         """
-        stale = (batch.staleness > 0).repeat_interleave(batch.tokens.shape[1])[rows].unsqueeze(-1)
-        statistics = self._token_logprobs(batch, rows, guided=guided)
-        current, recorded = statistics.logprobs, batch.logprobs.flatten(0, 1)[rows]
-        if statistics.guided_logprobs is not None:
-            drawn = batch.guided_logprobs.flatten(0, 1)[rows]
-            recorded = guided_behavior(current, statistics.guided_logprobs, drawn)
-        return current, torch.where(stale, recorded, current.detach())
+        found = self._token_logprobs(
+            self.policy, batch, indices, guided=guided, entropy_grad=self._recipe.needs_entropy_grad
+        )
+        stale = (batch.staleness > 0).repeat_interleave(batch.tokens.shape[1])[indices].unsqueeze(-1)
+        recorded, current = batch.logprobs.flatten(0, 1)[indices], found.logprobs.detach()
+        if found.guided_logprobs is None:
+            return PolicyOutputs(found.logprobs, torch.where(stale, recorded, current), found.entropy)
+        recorded_guided, current_guided = batch.guided_logprobs.flatten(0, 1)[indices], found.guided_logprobs.detach()
+        if self._guided_ratio:
+            recorded = guided_behavior(current, current_guided, recorded_guided)
+        return PolicyOutputs(
+            found.logprobs,
+            torch.where(stale, recorded, current),
+            found.entropy,
+            found.guided_logprobs,
+            torch.where(stale, recorded_guided, current_guided),
+        )
 
-    def _token_logprobs(self, batch: Batch, rows: Tensor, *, guided: bool) -> TokenLogprobs:
-        prompts, tokens = batch.prompts_of(rows), batch.tokens.flatten(0, 1)[rows]
-        with self._autocast():
+    def _token_logprobs(
+        self, policy: Policy, batch: Batch, indices: Tensor, *, guided: bool, entropy_grad: bool = False
+    ) -> TokenLogprobs:
+        prompts, tokens = batch.prompts_of(indices), batch.tokens.flatten(0, 1)[indices]
+        with autocast(self._bfloat16, self._device):
             if guided:
-                return self.policy.guided_token_logprobs(prompts, tokens, self._rule, entropy_grad=False)
+                return policy.guided_token_logprobs(prompts, tokens, self._sampling, entropy_grad=entropy_grad)
             conditional = [prompt.conditional for prompt in prompts]
-            return self.policy.token_logprobs(conditional, tokens, entropy_grad=False)
+            return policy.token_logprobs(conditional, tokens, entropy_grad=entropy_grad)
 
-    def _step(self, metrics: dict[str, float], lr: float) -> float:
-        """Check, clip and step; returns the gradient norm before clipping."""
+    def _step(self, metrics: Mapping[str, float]) -> float:
+        """Check, clip and step with ``metrics["lr"]``; returns the gradient norm before clipping."""
         gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
         norm = full_tensor(torch.nn.utils.get_total_norm(gradients))
         where = f"update {self.version}"
+        # Every check precedes the first change of a weight.
         for name, value in (("loss", metrics["loss"]), ("gradient norm", norm.item())):
             if not math.isfinite(value):
                 self._optimizer.zero_grad(set_to_none=True)
@@ -312,7 +291,7 @@ class Learner:
             )
         torch.nn.utils.clip_grads_with_norm_(self._parameters.values(), self._run.learner.max_grad_norm, norm)
         for group in self._optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = metrics["lr"]
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         self.version += 1

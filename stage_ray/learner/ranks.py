@@ -17,9 +17,9 @@ from stage_ray.weights.rendezvous import init_process_group
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """Which of how many this process is.
+    """Which rank this process is, and of how many.
 
-    Every rank gets the same calls in the same order; those of `Learner` that meet the others say so.
+    Invariant: every rank makes the same calls in the same order; all but `shard` and `rows` wait for the other ranks.
 
     Example:
         >>> Ranks().rows(8), Ranks(rank=1, count=2).rows(8)
@@ -32,7 +32,7 @@ class Ranks:
 
     @classmethod
     def init_process_group(cls, rank: int, count: int, address: str, device: torch.device, timeout_s: float) -> Ranks:
-        """Meet the other ranks (`init_process_group`); blocks until all are there."""
+        """Join the process group of all ranks; blocks until every rank has."""
         if count == 1:
             return cls()
         init_process_group(rank, count, address, device, timeout_s)
@@ -40,22 +40,21 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this is the rank that speaks for all."""
+        """Whether this is rank 0, which writes what all ranks share."""
         return self.rank == 0
 
     def rows(self, count: int) -> slice:
-        """This rank's part of rows that belong to whole groups, as many as every other's."""
+        """This rank's equal part of ``count`` groups, or of the images of whole groups."""
         share = count // self.count
         return slice(self.rank * share, (self.rank + 1) * share)
 
     def shard(self, modules: Sequence[nn.Module], bfloat16: bool) -> None:
-        """Keep a part of each module's parameters here; they are gathered for as long as the module runs.
+        """Keep a shard of each module's parameters here; a module's are gathered while it runs.
 
-        Gradients are summed over ranks, for every rank's loss is a part of the whole batch's.
+        Gradients are summed over ranks, not averaged: every rank's loss is a part of the whole batch's.
 
-        In bfloat16 a layer's weights travel and compute in it, which is half the bytes of a gather, and so do the sums
-        between layers. A learner without other ranks keeps those in float32 under autocast: log-probabilities of the
-        two differ by the rounding, on average some hundredths of a nat a token.
+        With ``bfloat16`` the gathers, the layers and the sums between layers are in bfloat16. A single rank keeps those
+        sums in float32 under autocast, so log-probabilities differ by rounding, on average some hundredths of a nat.
         """
         if self.mesh is None:
             return
@@ -64,15 +63,15 @@ class Ranks:
             fully_shard(module, mesh=self.mesh, mp_policy=precision if bfloat16 else MixedPrecisionPolicy())
         for module in modules:
             module.set_gradient_divide_factor(1.0)  # type: ignore[operator]
-            module.set_force_sum_reduction_for_comms(True)  # type: ignore[operator]  # gloo knows nothing else
+            module.set_force_sum_reduction_for_comms(True)  # type: ignore[operator]  # gloo has no other reduction
 
     def all_gather(self, part: Tensor) -> Tensor:
-        """Every rank's rows, in the order of ranks: [rows / count, ...] -> [rows, ...]."""
+        """The parts of all ranks, in the order of ranks: [rows / count, ...] -> [rows, ...]."""
         if self.mesh is None:
             return part
-        full_tensor = part.new_empty((part.shape[0] * self.count, *part.shape[1:]))
-        dist.all_gather_into_tensor(full_tensor, part.contiguous())
-        return full_tensor
+        gathered = part.new_empty((part.shape[0] * self.count, *part.shape[1:]))
+        dist.all_gather_into_tensor(gathered, part.contiguous())
+        return gathered
 
     def all_reduce(self, value: Tensor) -> Tensor:
         """The sum over ranks."""
@@ -81,13 +80,13 @@ class Ranks:
         return value
 
     def wait(self) -> None:
-        """Until every rank is here."""
+        """Block until every rank has called it."""
         if self.mesh is not None:
             dist.barrier()
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """A tensor with all its shards; every rank must ask.
+    """A tensor with all its shards; every rank must call it.
 
     Example:
         >>> full_tensor(torch.ones(2)).shape
@@ -97,7 +96,7 @@ def full_tensor(tensor: Tensor) -> Tensor:
 
 
 def full_state_dict(state: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
-    """A state with all shards on the CPU, one tensor gathered after another; empty where it is not to be kept."""
+    """A state with all shards on the CPU, one tensor gathered after another; empty on ranks that do not ``keep`` it."""
     found = {}
     for name, tensor in state.items():
         full = full_tensor(tensor.detach())

@@ -35,7 +35,8 @@ def alarms(metrics: Mapping[str, float], run: RunConfig) -> list[tuple[str, str]
     if metrics.get("advantage/zero_groups") == 1.0:
         found.append(("no_variance", "in every group all images had the same reward; only the KL was trained on"))
     if metrics.get("reward/informative") == 0.0:
-        rest = "the entropy reward alone steers" if run.algorithm.entropy_reward > 0 else "nothing steers the policy"
+        steered = metrics.get("advantage/mean_abs", 0.0) > 0  # by what the recipe adds to the scores
+        rest = "the entropy reward alone steers" if steered else "nothing steers the policy"
         found.append(("no_valid_reward", f"no scorer told the images of any group apart; {rest}"))
     if policy is not None and reference is not None and policy < ENTROPY_COLLAPSE_RATIO * reference:
         text = f"token entropy is {policy:.3g} nats, the reference's {reference:.3g}; raise algorithm.beta"

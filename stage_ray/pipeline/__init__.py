@@ -1,1 +1,1 @@
-"""What flows: prompts are drawn, groups are admitted into slots that bound their age, generated, scored, trained."""
+"""The pipeline of the driver: prompts are drawn, groups are admitted into slots, generated, scored, trained."""

@@ -15,7 +15,7 @@ Payload = TypeVar("Payload")
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """A group that cannot be scored and will never be ready; ``why`` in one sentence.
+    """The outcome of a group that cannot be scored; ``why`` in one sentence.
 
     Example:
         >>> Failed("geneval: 2 of 8 scores are not finite").why
@@ -41,7 +41,7 @@ class GroupsFailedError(Exception):
 class _Slot(Generic[Payload]):
     group_id: int
     step: int  # updates done when it was admitted; its policy version is at least that
-    outcome: Payload | Failed | None = None  # None while it is drawn and scored
+    outcome: Payload | Failed | None = None  # None while it is generated and scored
     arrival: int = 0
     taken: bool = False
 
@@ -55,7 +55,7 @@ class GroupBuffer(Generic[Payload]):
     """Holds ``groups_per_step * (max_staleness + 1)`` slots, in the order of admission.
 
     Invariant: a slot is freed when its group is *trained* (`free_slots`), not when it is taken. A group gets only
-    a free slot, so when it is admitted at version v fewer than ``(k + 1) N`` groups stand before and with it.
+    a free slot, so when it is admitted at version v at most ``(k + 1) N`` groups, itself among them, are to train.
     In ``strict`` order groups train as admitted, N a step, so it trains at version v + k at the latest: no group can be
     born stale. In ``arrival`` order a ready group may overtake one that is not, as long as every group can still train
     by its last step.
@@ -82,7 +82,7 @@ class GroupBuffer(Generic[Payload]):
         self.capacity = groups_per_step * (max_staleness + 1)
         self._order = order
         self._slots: list[_Slot[Payload]] = []  # in the order of admission
-        self._of: dict[int, _Slot[Payload]] = {}  # group -> its slot: a thousand GPUs have thousands
+        self._by_group: dict[int, _Slot[Payload]] = {}  # of thousands of slots, with a thousand GPUs
         self._arrivals = 0
         self._changed = asyncio.Event()
         self._watched: dict[int, list[asyncio.Future[Payload | Failed]]] = {}
@@ -99,7 +99,7 @@ class GroupBuffer(Generic[Payload]):
 
     @property
     def pending(self) -> int:
-        """Groups that are being drawn or scored."""
+        """Groups that are being generated or scored."""
         return sum(slot.outcome is None for slot in self._slots)
 
     @property
@@ -115,10 +115,10 @@ class GroupBuffer(Generic[Payload]):
         """
         if self.free <= 0:
             raise ValueError(f"group {group_id} cannot be admitted: all {self.capacity} slots are held")
-        if group_id in self._of:
+        if group_id in self._by_group:
             raise ValueError(f"group {group_id} is in the buffer already")
-        self._of[group_id] = _Slot(group_id, step)
-        self._slots.append(self._of[group_id])
+        self._by_group[group_id] = _Slot(group_id, step)
+        self._slots.append(self._by_group[group_id])
 
     def ready(self, group_id: int, payload: Payload, policy_version: int) -> None:
         """A group is generated and scored: it may be trained. Its version may be newer than when it was admitted."""
@@ -132,21 +132,21 @@ class GroupBuffer(Generic[Payload]):
         self._settle(self._slot(group_id), Failed(why))
 
     def replace(self, group_id: int, successor: int) -> None:
-        """A group that failed gives its slot, and so its place in the order, to a fresh one."""
+        """Give the slot of a failed group, and so its place in the order, to a fresh one."""
         slot = self._slot(group_id)
         slot.group_id, slot.outcome = successor, None
-        self._of[successor] = self._of.pop(group_id)
+        self._by_group[successor] = self._by_group.pop(group_id)
 
     def invalidate(self, group_id: int) -> bool:
-        """A group's payload is gone: it is drawn again, in its old place. Whether it had one to lose."""
+        """Forget the lost payload of a group, which keeps its slot to be generated again; whether it had one."""
         slot = self._slot(group_id)
-        lost = slot.payload is not None
-        if lost:
+        had_payload = slot.payload is not None
+        if had_payload:
             slot.outcome, slot.taken = None, False
-        return lost
+        return had_payload
 
     def requeue(self, group_ids: Iterable[int]) -> None:
-        """Taken groups were not trained after all: they stand where they stood."""
+        """Undo `take`: the groups were not trained, and keep their places in the order."""
         for group_id in group_ids:
             self._slot(group_id).taken = False
         self._changed.set()
@@ -169,19 +169,17 @@ class GroupBuffer(Generic[Payload]):
             await self._changed.wait()
 
     def outcomes(self, group_ids: Iterable[int] | None = None) -> dict[int, asyncio.Future[Payload | Failed]]:
-        """What becomes of groups: their payload, or why they failed, as soon as that is settled.
-
-        It stays known when the slot has long been given to another group.
+        """The outcomes of groups, payload or failure, as futures that outlive the groups' slots.
 
         Args:
-            group_ids: of which; None: of all that are not taken, in the order of slots.
+            group_ids: which groups; None for all that are not taken, in the order of slots.
         """
         if group_ids is None:
             group_ids = [slot.group_id for slot in self._slots if not slot.taken]
         return {group_id: self._outcome(self._slot(group_id)) for group_id in group_ids}
 
     def free_slots(self, group_ids: Iterable[int]) -> None:
-        """Groups are trained: only now do their slots become free.
+        """Free the slots of groups, which are trained now.
 
         Raises:
             ValueError: a group was not taken.
@@ -189,8 +187,8 @@ class GroupBuffer(Generic[Payload]):
         for group_id in group_ids:
             if not self._slot(group_id).taken:
                 raise ValueError(f"group {group_id} was never taken, so it cannot have been trained")
-            del self._of[group_id]
-        self._slots = [slot for slot in self._slots if slot.group_id in self._of]
+            del self._by_group[group_id]
+        self._slots = [slot for slot in self._slots if slot.group_id in self._by_group]
 
     def _settle(self, slot: _Slot[Payload], outcome: Payload | Failed) -> None:
         slot.outcome = outcome
@@ -221,12 +219,12 @@ class GroupBuffer(Generic[Payload]):
     def _by_arrival(
         self, held: Sequence[_Slot[Payload]], ready: Sequence[_Slot[Payload]], step: int
     ) -> list[_Slot[Payload]]:
-        """First those that must train now lest a later step have more than N on its hands, then whatever came first."""
+        """First the groups that must train now, else a later step would have more than N to train; then by arrival."""
         size, batch = self.groups_per_step, []
         oldest_first = sorted(ready, key=lambda slot: (slot.step, slot.arrival))
         for ahead in range(self.max_staleness + 1):
-            last_step = step + ahead  # of the groups that were drawn at version step + ahead - k or before
-            due = [slot for slot in held if slot.step + self.max_staleness <= last_step]
+            # Groups that may train in step + ahead at the latest, and how many of them exceed the steps until then.
+            due = [slot for slot in held if slot.step + self.max_staleness <= step + ahead]
             must = len(due) - size * ahead - sum(slot in batch for slot in due)
             choice = [slot for slot in oldest_first if slot in due and slot not in batch][: max(0, must)]
             if len(choice) < must:
@@ -236,9 +234,9 @@ class GroupBuffer(Generic[Payload]):
         return (batch + rest)[:size]
 
     def _slot(self, group_id: int) -> _Slot[Payload]:
-        if group_id not in self._of:
+        if group_id not in self._by_group:
             raise ValueError(f"group {group_id} is not in the buffer")
-        return self._of[group_id]
+        return self._by_group[group_id]
 
 
 def _reasons(slots: Iterable[_Slot[Payload]]) -> dict[int, str]:

@@ -1,24 +1,31 @@
-"""The stream of groups: admits, generates, scores and refills behind the learner's back."""
+"""The stream of groups: every free slot of the buffer is kept busy while the learner trains."""
 
 from __future__ import annotations
 
 import asyncio
 import math
 import time
-from collections.abc import Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING
 
-from stage_ray.cluster.cluster import Cluster, GroupRefs, GroupsLostError, LearnerLostError
 from stage_ray.config import RunConfig
-from stage_ray.errors import RunError
+from stage_ray.errors import GroupsLostError, LearnerLostError, RunError
+from stage_ray.pipeline.background import BackgroundTasks
 from stage_ray.pipeline.buffer import Failed, GroupBuffer, GroupsFailedError
 from stage_ray.pipeline.ledger import Event, Ledger
 from stage_ray.pipeline.prompts import PromptCursor
-from stage_ray.records import RolloutRequest, image_seeds
+from stage_ray.records import GroupRefs, RolloutRequest, image_seeds
+
+if TYPE_CHECKING:
+    from stage_ray.cluster.cluster import Cluster
 
 Outcome = GroupRefs | Failed
 """What becomes of a group: its scored payload, or why it cannot be scored."""
+
+Outcomes = dict[int, asyncio.Future[Outcome]]
+"""Group -> its outcome, once that is known."""
 
 
 class NoValidRewardError(RunError):
@@ -30,15 +37,21 @@ class NoValidRewardError(RunError):
 
 
 class GroupStream:
-    """Keeps every free slot of the buffer busy; `next_batch` gives the groups of one update.
+    """A group's trip: admitted into a slot, generated, scored, taken for an update, marked as trained, released.
 
-    In strict order waves go to the workers in turn and every group's version is settled when it is admitted; in arrival
-    order they go where the queue is shortest. A group whose payload went down with a node is drawn again, as it was.
+    In strict order generation batches go to the workers in turn, and a group's version is fixed when it is admitted;
+    in arrival order they go where the queue is shortest. A group whose payload is lost with a node is generated again
+    from the same prompt and seeds.
 
-    A group that cannot be scored in ``scoring.attempts`` tries is dropped and a fresh one takes its place (promise 4);
+    A group that cannot be scored in ``scoring.attempts`` tries is dropped and a fresh one takes its slot (promise 4);
     when more groups than two steps need failed in a row, the scorers are broken and the run stops. In arrival order the
-    fresh one is drawn at once. In strict order it must not depend on when the scorers gave up: it is drawn when its
-    batch is the next to train and all others of it are settled, with the version that was published last.
+    fresh group is admitted at once. In strict order it must not depend on when the scorers gave up: it is admitted when
+    its batch is the next to train and all others of it are settled, with the version that was published last.
+
+    Attributes:
+        cursor: draws the prompts.
+        next_group: id of the next group to admit.
+        step: updates whose groups were released.
     """
 
     def __init__(
@@ -47,248 +60,229 @@ class GroupStream:
         self.cursor = cursor
         self.next_group = next_group
         self.step = step
-        self._cluster, self._run, self._ledger = cluster, run, ledger
-        pipeline = run.pipeline
+        self._cluster, self._ledger = cluster, ledger
+        self._seed, self._rollout, self._scoring = run.seed, run.rollout, run.scoring
+        self._max_staleness, self._strict = run.pipeline.max_staleness, run.pipeline.order == "strict"
         self._buffer: GroupBuffer[GroupRefs] = GroupBuffer(
-            run.rollout.groups_per_step, pipeline.max_staleness, pipeline.order
+            run.rollout.groups_per_step, run.pipeline.max_staleness, run.pipeline.order
         )
-        self._requests: dict[int, RolloutRequest] = {}  # of the groups in the buffer, to draw one again
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._requests: dict[int, RolloutRequest] = {}  # of the groups in the buffer, to generate one again
         self._failed_in_a_row = 0
-        self._waves = 0
-        self._counts = {"scoring/rescored": 0.0, "scoring/replaced": 0.0, "rollout/reissued": 0.0}
-        self._times = {"time/rollout_s": 0.0, "time/score_s": 0.0}
-        self._looked = time.perf_counter()
+        self._batches = 0  # sent to the rollout workers so far
+        self._background = BackgroundTasks()
+        self._numbers = _fresh_numbers()
+        self._measured = time.perf_counter()
 
     async def __aenter__(self) -> GroupStream:
-        self._cluster.busy()  # what they did before, an evaluation for instance, is not the first step's
+        self._cluster.busy()  # reset: earlier work, such as an evaluation, does not count for the first step
         self._admit()
-        if self._run.pipeline.order == "arrival":
+        if not self._strict:
             self._replace(self._buffer.failed)
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._failure.cancel()
+        await self._background.cancel()
 
     def restore(self, outcomes: Mapping[int, Outcome]) -> None:
         """Put a checkpoint's groups back into their slots, in their order; before `__aenter__`."""
-        done = self._ledger.open_groups()
+        last_events = self._ledger.open_groups()
         for group_id, outcome in outcomes.items():
             if isinstance(outcome, Failed):
                 self._buffer.admit(group_id, self.step)
                 self._buffer.fail(group_id, outcome.why)
                 continue
-            self._buffer.admit(group_id, outcome.policy_version)  # its age counts from there, not from the resume
-            missing: list[Event] = ["generated", "scored"]
-            for event in missing[{"generated": 1, "scored": 2}.get(done[group_id], 0) :]:
-                self._ledger.note(event, [group_id], step=self.step, policy_version=outcome.policy_version)
-            self._buffer.ready(group_id, outcome, outcome.policy_version)
+            version = outcome.policy_version
+            self._buffer.admit(group_id, version)  # its age counts from there, not from the resume
+            if last_events[group_id] not in ("generated", "scored"):
+                self._note("generated", [group_id], version)
+            if last_events[group_id] != "scored":
+                self._note("scored", [group_id], version)
+            self._buffer.ready(group_id, outcome, version)
 
     async def next_batch(self) -> list[GroupRefs]:
-        """The groups of one update, in the learner's hands, as soon as all are ready.
+        """The groups of the next update, as soon as all of them are ready.
 
         Raises:
-            LearnerLostError: it died, or lost a group that only its checkpoint can give back.
-            RunError: a worker or every scorer (`NoValidRewardError`) failed behind our back.
+            RunError: a worker or every scorer (`NoValidRewardError`) failed since the last call.
         """
         while True:
             try:
-                groups = [payload for _, payload in await self._unless_failed(self._buffer.take(self.step))]
-                await self._cluster.set_batch(groups)
-                return groups
+                return [group for _, group in await self._background.unless_failed(self._buffer.take(self.step))]
             except GroupsFailedError as failed:
                 self._replace(failed.reasons)
-            except GroupsLostError as lost:
-                self.reissue(lost)
-                self._buffer.requeue(group.group_id for group in groups)
+
+    def requeue(self, groups: Iterable[GroupRefs], lost: GroupsLostError) -> None:
+        """Take back the groups of `next_batch` that no update took, because some of them were ``lost`` with a node.
+
+        Raises:
+            LearnerLostError: of `reissue`.
+        """
+        self.reissue(lost)
+        self._buffer.requeue(group.group_id for group in groups)
+
+    def mark_trained(self, groups: Sequence[GroupRefs], step: int) -> None:
+        """Write into the ledger that update ``step`` (0-based) took these groups; slots stay held until `release`.
+
+        Raises:
+            RunError: one is older than ``pipeline.max_staleness`` allows, or newer than the learner.
+        """
+        for group in groups:
+            age = step - group.policy_version
+            if not 0 <= age <= self._max_staleness:
+                raise RunError(
+                    f"group {group.group_id} is {age} versions old, pipeline.max_staleness is {self._max_staleness}"
+                )
+        for group in groups:
+            self._ledger.note("trained", [group.group_id], step=step, policy_version=group.policy_version)
+
+    def metrics(self) -> dict[str, float]:
+        """Counters, depths of the queues, and busy seconds and shares of the roles since the last call."""
+        now = time.perf_counter()
+        elapsed, self._measured = now - self._measured, now
+        workers = self._cluster.workers()
+        numbers, self._numbers = self._numbers, _fresh_numbers()
+        numbers |= {f"busy/{role}": s / elapsed / max(1, workers[role]) for role, s in self._cluster.busy().items()}
+        numbers |= {"queue/pending": float(self._buffer.pending), "queue/ready": float(self._buffer.waiting)}
+        numbers |= {f"workers/{role}": float(workers[role]) for role in ("rollout", "reward")}
+        return numbers | {"workers/restarts": float(self._cluster.restarts())}
+
+    def release(self, groups: Iterable[GroupRefs]) -> None:
+        """Give the slots of trained groups to new ones, which are generated by the version that was published last."""
+        self.step += 1
+        group_ids = [group.group_id for group in groups]
+        for group_id in group_ids:
+            self._requests.pop(group_id, None)
+        self._buffer.free_slots(group_ids)
+        self._admit()
+
+    def outcomes(self, group_ids: Iterable[int] | None = None) -> Outcomes:
+        """The future outcome of groups, or of all that are admitted and not taken; `wait_outcomes` waits for it.
+
+        This call fixes which groups: what later happens to their slots does not matter.
+        """
+        return self._buffer.outcomes(group_ids)
+
+    async def wait_outcomes(self, outcomes: Outcomes) -> dict[int, Outcome]:
+        """The outcomes, once every group is scored or cannot be; raises as `next_batch` does."""
+
+        async def wait() -> dict[int, Outcome]:
+            return {group_id: await outcome for group_id, outcome in outcomes.items()}
+
+        return await self._background.unless_failed(wait())
 
     def reissue(self, lost: GroupsLostError, *, scored: bool = True) -> None:
-        """Draw groups whose payload is gone again: the same prompts and seeds, by whatever version is served now.
+        """Generate groups whose payload is lost again: the same prompts and seeds, by the version that is served now.
 
         Args:
             lost: which.
-            scored: they were in the buffer; one that is there no more is being drawn again already.
+            scored: they were ready; one that no longer is has been reissued already.
 
         Raises:
-            LearnerLostError: a group that came from a checkpoint, so that nobody knows how it was drawn.
+            LearnerLostError: a group came from a checkpoint, so only that can give it back.
         """
         unknown = [group_id for group_id in lost.group_ids if group_id not in self._requests]
         if unknown:
             raise LearnerLostError(f"group {unknown[0]} of the checkpoint went down with a node")
         ids = [group_id for group_id in lost.group_ids if self._buffer.invalidate(group_id) or not scored]
-        requests = [self._requests[group_id] for group_id in ids]
-        self._counts["rollout/reissued"] += len(requests)
-        self._ledger.note("reissued", ids, step=self.step)
-        if requests:
-            self._spawn(self._generate(requests))
+        self._count_reissued(ids)
+        if ids:
+            self._background.spawn(self._generate([self._requests[group_id] for group_id in ids]))
 
-    def outcomes(self, group_ids: Iterable[int] | None = None) -> dict[int, asyncio.Future[Outcome]]:
-        """What becomes of groups, or of all admitted and not trained; `wait_outcomes` waits for it.
-
-        Which groups is settled by this call, and all later fortunes of their slots do not matter.
-        """
-        return self._buffer.outcomes(group_ids)
-
-    async def wait_outcomes(self, outcomes: Mapping[int, asyncio.Future[Outcome]]) -> dict[int, Outcome]:
-        """What became of groups, once all of them are scored or cannot be."""
-
-        async def wait() -> dict[int, Outcome]:
-            return {group_id: await outcome for group_id, outcome in outcomes.items()}
-
-        found: dict[int, Outcome] = await self._unless_failed(wait())
-        return found
-
-    def mark_trained(self, groups: Sequence[GroupRefs], step: int) -> None:
-        """Write into the ledger that an update took these groups; their slots stay held until `free_slots`.
-
-        Raises:
-            RunError: one is older than ``pipeline.max_staleness`` allows, or newer than the learner.
-        """
-        bound = self._run.pipeline.max_staleness
-        for group in groups:
-            age = step - group.policy_version
-            if not 0 <= age <= bound:
-                raise RunError(f"group {group.group_id} is {age} versions old, pipeline.max_staleness is {bound}")
-        for group in groups:
-            self._ledger.note("trained", [group.group_id], step=step, policy_version=group.policy_version)
-
-    def free_slots(self, groups: Sequence[GroupRefs]) -> None:
-        """Give the slots of trained groups to new ones, which are drawn with the version that was published last."""
-        self.step += 1
-        for group in groups:
-            self._requests.pop(group.group_id, None)
-        self._buffer.free_slots(group.group_id for group in groups)
-        self._admit()
-
-    def metrics(self) -> dict[str, float]:
-        """Counters, depths of the queues, and busy seconds and shares of the roles since the last call."""
-        now = time.perf_counter()
-        elapsed, self._looked = now - self._looked, now
-        members = self._cluster.workers()
-        busy = {f"busy/{role}": s / elapsed / max(1, members[role]) for role, s in self._cluster.busy().items()}
-        pools = {f"workers/{role}": float(members[role]) for role in ("rollout", "reward")}
-        depths = {"queue/pending": float(self._buffer.pending), "queue/ready": float(self._buffer.waiting)}
-        metrics = (
-            self._counts | self._times | busy | depths | pools | {"workers/restarts": float(self._cluster.restarts())}
-        )
-        self._counts = dict.fromkeys(self._counts, 0.0)
-        self._times = dict.fromkeys(self._times, 0.0)
-        return metrics
+    # A group's trip from its slot to the buffer, in order.
 
     def _admit(self) -> None:
-        """Fill the free slots."""
-        while (count := min(self._buffer.free, self._run.rollout.groups_per_step)) > 0:  # a wave spans no two batches
-            requests = [self._request() for _ in range(count)]
+        """Fill the free slots. No generation batch spans the groups of two updates."""
+        while (count := min(self._buffer.free, self._rollout.groups_per_step)) > 0:
+            requests = [self._next_request() for _ in range(count)]
             for request in requests:
                 self._buffer.admit(request.group_id, self.step)
-            self._draw(requests)
+            self._send(requests)
 
-    def _draw(self, requests: Sequence[RolloutRequest]) -> None:
-        """Send out new groups in waves, shared evenly among the rollout workers."""
-        self._ledger.note("admitted", [request.group_id for request in requests], step=self.step)
-        rollout = self._run.rollout
-        # In strict order the cut into waves, which bits depend on, must not depend on who happens to be there.
-        workers = rollout.workers if self._run.pipeline.order == "strict" else self._cluster.workers()["rollout"]
-        largest = max(1, rollout.images_per_batch // rollout.group_size)
+    def _next_request(self) -> RolloutRequest:
+        group_id, self.next_group = self.next_group, self.next_group + 1
+        seeds = image_seeds(self._seed, group_id, self._rollout.group_size)
+        self._requests[group_id] = RolloutRequest(group_id, self.cursor.draw(), seeds)
+        return self._requests[group_id]
+
+    def _send(self, requests: Sequence[RolloutRequest]) -> None:
+        """Cut new requests into generation batches, shared evenly among the rollout workers, and send them."""
+        self._note("admitted", [request.group_id for request in requests])
+        # Bits depend on the cut; so in strict order it must not depend on which workers are alive.
+        workers = self._rollout.workers if self._strict else self._cluster.workers()["rollout"]
+        largest = max(1, self._rollout.images_per_batch // self._rollout.group_size)
         size = min(largest, math.ceil(len(requests) / max(1, workers)))
         for start in range(0, len(requests), size):
-            self._spawn(self._generate(requests[start : start + size]))
+            self._background.spawn(self._generate(requests[start : start + size]))
 
     async def _generate(self, requests: Sequence[RolloutRequest]) -> None:
         ids = [request.group_id for request in requests]
-
-        def reissued() -> None:
-            self._counts["rollout/reissued"] += len(ids)
-            self._ledger.note("reissued", ids, step=self.step)
-
-        turn = self._waves if self._run.pipeline.order == "strict" else None
-        self._waves += 1
-        receipt, groups = await self._cluster.generate(requests, turn=turn, on_retry=reissued)
-        self._times["time/rollout_s"] += receipt.generate_s
-        self._ledger.note("generated", ids, step=self.step, policy_version=receipt.policy_version)
-        size = self._run.scoring.groups_per_call
+        turn = self._batches if self._strict else None
+        self._batches += 1
+        groups = await self._cluster.generate(requests, turn=turn, on_retry=lambda: self._count_reissued(ids))
+        self._numbers["time/rollout_s"] += groups[0].generate_s  # of the whole batch, which one version generated
+        self._note("generated", ids, groups[0].policy_version)
+        size = self._scoring.groups_per_call
         for start in range(0, len(groups), size):
-            self._spawn(self._score(groups[start : start + size]))
+            self._background.spawn(self._score(groups[start : start + size]))
 
     async def _score(self, groups: Sequence[GroupRefs]) -> None:
-        pending = list(groups)
-        errors: dict[int, str] = {}
-        attempt = 0
-        while pending and attempt < self._run.scoring.attempts:
-            self._counts["scoring/rescored"] += len(pending) if attempt else 0
+        pending, attempt = list(groups), 0
+        while pending and attempt < self._scoring.attempts:
+            self._numbers["scoring/rescored"] += len(pending) if attempt else 0
             start = time.perf_counter()
             try:
-                results = await self._cluster.score(pending)
-            except GroupsLostError as lost:
+                scored = await self._cluster.score(pending)
+            except GroupsLostError as lost:  # no group was scored: the others are asked for again
                 self.reissue(lost, scored=False)
                 pending = [group for group in pending if group.group_id not in lost.group_ids]
                 continue
             attempt += 1
-            self._times["time/score_s"] += time.perf_counter() - start
-            for receipt, group in results:
-                if receipt.ok:
+            self._numbers["time/score_s"] += time.perf_counter() - start
+            for group in scored:
+                if not group.error:
                     self._failed_in_a_row = 0
-                    self._ledger.note("scored", [group.group_id], step=self.step, policy_version=group.policy_version)
-                    bare = GroupRefs(group.group_id, group.policy_version, group.tokens, scores=group.scores)
-                    self._buffer.ready(group.group_id, bare, group.policy_version)
-            errors = {receipt.group_id: receipt.error for receipt, _ in results if not receipt.ok}
-            pending = [group for receipt, group in results if not receipt.ok]
+                    self._note("scored", [group.group_id], group.policy_version)
+                    # Without the pictures, so that Ray can free them.
+                    self._buffer.ready(group.group_id, replace(group, images=None), group.policy_version)
+            pending = [group for group in scored if group.error]
         if pending:
-            self._fail(errors)
+            self._fail({group.group_id: group.error for group in pending})
 
     def _fail(self, reasons: Mapping[int, str]) -> None:
-        """No scorer could score these groups: their slots wait for fresh ones."""
+        """Mark groups that cannot be scored; in arrival order fresh ones take their slots at once."""
         self._failed_in_a_row += len(reasons)
-        if self._failed_in_a_row > 2 * self._run.rollout.groups_per_step:
-            why = next(iter(reasons.values()))
+        if self._failed_in_a_row > 2 * self._rollout.groups_per_step:
+            why = next(iter(reasons.values()))  # any of them
             text = f"{self._failed_in_a_row} groups in a row could not be scored; the last one: {why}"
             raise NoValidRewardError(text, self.step + 1)
         for group_id, why in reasons.items():
             self._buffer.fail(group_id, why)
-        if self._run.pipeline.order == "arrival":
+        if not self._strict:
             self._replace(reasons)
 
     def _replace(self, reasons: Mapping[int, str]) -> None:
         """Drop groups that failed; fresh ones take their slots, in their order."""
-        self._counts["scoring/replaced"] += len(reasons)
+        self._numbers["scoring/replaced"] += len(reasons)
         for group_id, why in reasons.items():
             self._ledger.note("dropped", [group_id], step=self.step, why=why)
             self._requests.pop(group_id, None)
-        requests = [self._request() for _ in reasons]
+        requests = [self._next_request() for _ in reasons]
         for group_id, request in zip(reasons, requests, strict=True):
             self._buffer.replace(group_id, request.group_id)
         if requests:
-            self._draw(requests)
+            self._send(requests)
 
-    def _request(self) -> RolloutRequest:
-        group_id, self.next_group = self.next_group, self.next_group + 1
-        seeds = image_seeds(self._run.seed, group_id, self._run.rollout.group_size)
-        self._requests[group_id] = RolloutRequest(group_id, self.cursor.draw(), seeds)
-        return self._requests[group_id]
+    def _count_reissued(self, group_ids: Sequence[int]) -> None:
+        self._numbers["rollout/reissued"] += len(group_ids)
+        self._note("reissued", group_ids)
 
-    async def _unless_failed(self, work: Coroutine[Any, Any, Any]) -> Any:
-        """Its result, or the error of whatever failed behind our back meanwhile."""
-        task = asyncio.ensure_future(work)
-        either: list[asyncio.Future[Any]] = [task, self._failure]
-        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            task.cancel()
-            self._failure.result()
-        return task.result()
+    def _note(self, event: Event, group_ids: Iterable[int], policy_version: int | None = None) -> None:
+        self._ledger.note(event, group_ids, step=self.step, policy_version=policy_version)
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._finished)
 
-    def _finished(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        error = None if task.cancelled() else task.exception()
-        if error is not None and not self._failure.done():
-            self._failure.set_exception(error)
+def _fresh_numbers() -> dict[str, float]:
+    """What is counted from one call of `GroupStream.metrics` to the next."""
+    counted = ("scoring/rescored", "scoring/replaced", "rollout/reissued", "time/rollout_s", "time/score_s")
+    return dict.fromkeys(counted, 0.0)

@@ -1,15 +1,33 @@
-"""Model families, one file each; `load_policy` picks by ``policy.family``."""
+"""Model families, a folder each: ``policy.family`` names the folder, or the dotted path of a `Policy` of your own."""
 
 from __future__ import annotations
 
 import torch
 
 from stage_ray.config import PolicyConfig
+from stage_ray.errors import ConfigError
 from stage_ray.policies.base import Policy
+from stage_ray.registry import Registry
+
+POLICIES = Registry("stage_ray.policies", "Policy", "family")
 
 
-def load_policy(config: PolicyConfig, *, device: torch.device, dtype: torch.dtype = torch.float32) -> Policy:
-    """Load the policy that a config names, every parameter outside the trained ones frozen.
+def policy_class(config: PolicyConfig) -> type[Policy]:
+    """The family that a config names. Nothing is loaded, and transformers' models are not imported.
+
+    Raises:
+        ConfigError: there is no such family, or it is no `Policy`.
+    """
+    found = POLICIES.find(config.family, "policy.family")
+    if not (isinstance(found, type) and issubclass(found, Policy)):
+        raise ConfigError(f"policy.family = {config.family!r} is no subclass of {Policy.__module__}.Policy")
+    return found
+
+
+def load_policy(
+    config: PolicyConfig, *, device: torch.device, dtype: torch.dtype = torch.float32, trainable: bool = True
+) -> Policy:
+    """Load the policy that a config names, every parameter outside the trained ones frozen; all where not trainable.
 
     Raises:
         ConfigError: the checkpoint is missing, incomplete, or of another architecture.
@@ -17,7 +35,4 @@ def load_policy(config: PolicyConfig, *, device: torch.device, dtype: torch.dtyp
     Example:
         policy = load_policy(run.policy, device=device_for(run.learner.gpus))
     """
-    from stage_ray.policies.janus import JanusPolicy  # late: transformers takes seconds to import
-
-    families = {"janus": JanusPolicy}
-    return families[config.family].load(config, device=device, dtype=dtype)
+    return policy_class(config).load(config, device=device, dtype=dtype, trainable=trainable)

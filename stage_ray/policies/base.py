@@ -1,85 +1,262 @@
-"""What a policy is: a model family's prompts, log-probabilities and pictures. No sampling loop lives here."""
+"""All that engines and learner know of a model family: `Policy`, its light part `ImageCodec`, and how vLLM serves it.
+
+A family subclasses both in a folder of its own (README.md beside this file). No sampling loop lives here.
+"""
 
 from __future__ import annotations
 
 import socket
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from stage_ray.config import PolicyConfig
 from stage_ray.errors import ConfigError
-from stage_ray.policies.logprobs import SamplingParams, TokenLogprobs
+from stage_ray.policies.backbone import Backbone
+from stage_ray.policies.logprobs import SamplingParams, TokenLogprobs, chunked_logprobs, process_logits
+
+LOGITS_AT_ONCE = 2**22  # float32 logits made at once by `token_logprobs`: 16 MiB, and a few temporaries of that size
+
+Branch = tuple[int, ...]
+"""What an image is conditioned on: hashable, with a length in positions. Token ids; only its own family looks inside,
+so that a family may widen it to a class id or to feature vectors."""
 
 
 @dataclass(frozen=True, slots=True)
 class PromptIds:
-    """Token ids of one prompt, both branches of equal length, ending in the token that begins an image.
+    """One prompt, both branches of guidance; each ends in the token that begins an image. Lengths may differ.
 
     Example:
         >>> PromptIds((1, 5, 9), (1, 0, 9)).conditional
         (1, 5, 9)
     """
 
-    conditional: tuple[int, ...]
-    unconditional: tuple[int, ...]
+    conditional: Branch
+    unconditional: Branch
 
 
-class Policy(Protocol):
-    """One autoregressive image model, loaded by plain transformers."""
+@dataclass(frozen=True, slots=True)
+class VllmSpec:
+    """How vLLM serves a checkpoint: a model class of its own, over the checkpoint's safetensors.
 
-    model: nn.Module
-    image_tokens: int  # T
-    codebook_size: int  # V
+    Attributes:
+        config: the ``config.json`` that vLLM reads: flat, Llama-like, with what the model class needs.
+        prompt_shift: added to prompt ids, for a vocabulary that holds the image tokens first.
+        max_positions: longest sequence, prompt and image.
+        heads, kv_heads: attention heads, which tensor parallelism divides.
+        frozen: prefixes of the tensors that the model class loads beside the trained ones.
+    """
+
+    config: dict[str, Any]
+    prompt_shift: int
+    max_positions: int
+    heads: int
+    kv_heads: int
+    frozen: tuple[str, ...]
+
+
+class ImageCodec(ABC):
+    """A family without its backbone: text to prompts, image tokens to pictures, and the shapes of both.
+
+    An engine that serves the backbone elsewhere loads only this.
+
+    Attributes:
+        location: the checkpoint's directory.
+        grid: image tokens along height and width.
+        codebook_size: V, entries of the image codebook.
+    """
+
+    location: Path
+    grid: tuple[int, int]
+    codebook_size: int
+
+    @property
+    def image_tokens(self) -> int:
+        """T, tokens of one image, in the order they are sampled."""
+        return self.grid[0] * self.grid[1]
+
+    def allowed_tokens(self, position: int) -> Tensor | None:
+        """Ids int64 that may stand at a position 0..T-1; None is all of them, and a single one is not sampled.
+
+        Engines and log-probabilities take None for granted so far: no family here restricts its tokens.
+        """
+        return None
+
+    @abstractmethod
+    def encode_prompt(self, text: str) -> PromptIds:
+        """Both branches of a prompt, chat template applied."""
+
+    @abstractmethod
+    def codebook(self) -> Tensor:
+        """Codebook vectors as the image decoder gets them, float32 [V, D]."""
+
+    @abstractmethod
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Tokens int64 [B, T] -> images uint8 [B, H, W, 3] on the CPU."""
+
+    @abstractmethod
+    def vllm_spec(self) -> VllmSpec:
+        """How vLLM serves this checkpoint.
+
+        Raises:
+            ConfigError: it cannot.
+        """
+
+
+class Decoder(Protocol):
+    """A forward of the backbone with a key-value cache, for one batch of B sequences."""
+
+    def prefill(self, prompts: Sequence[Branch]) -> Tensor:
+        """Read B prompts; the state that predicts each first image token, [B, hidden]."""
+        ...
+
+    def step(self, embeds: Tensor) -> Tensor:
+        """Read the embedding of each sequence's newest token, [B, hidden]; the state that predicts the next one."""
+        ...
+
+
+class Policy(ABC):
+    """One autoregressive image model. A family gives what is abstract; log-probabilities are the same for all.
+
+    Attributes:
+        model_type: what ``config.json`` of the family's checkpoints says.
+        trained_prefix: of the ``state_dict`` names that are trained.
+        vllm_model: ``module:Class`` of the model that vLLM runs, "" where there is none.
+        model: all modules, frozen but for `trained_parameters`.
+        backbone: the part that is trained and sharded.
+        codec: the part without the backbone.
+    """
+
+    model_type: ClassVar[str]
+    trained_prefix: ClassVar[str]
+    vllm_model: ClassVar[str] = ""
+
+    def __init__(self, model: nn.Module, backbone: Backbone, codec: ImageCodec, *, trainable: bool = True) -> None:
+        self.model = model
+        self.backbone = backbone
+        self.codec = codec
+        self.image_tokens, self.codebook_size = codec.image_tokens, codec.codebook_size
+        model.requires_grad_(False)
+        for parameter in self.trained_parameters().values():
+            parameter.requires_grad_(trainable)
+
+    @classmethod
+    @abstractmethod
+    def load(
+        cls, config: PolicyConfig, *, device: torch.device, dtype: torch.dtype = torch.float32, trainable: bool = True
+    ) -> Policy:
+        """Load a checkpoint, dropout off. Where it is not ``trainable`` it is for sampling: pictures in float32.
+
+        Raises:
+            ConfigError: missing or damaged files, another architecture, or tensors that the checkpoint lacks.
+        """
+
+    @classmethod
+    @abstractmethod
+    def load_codec(cls, config: PolicyConfig, *, device: torch.device | None) -> ImageCodec:
+        """Load the codec alone, its image decoder on ``device``; None leaves the decoder out.
+
+        Raises:
+            ConfigError: as `load`.
+        """
+
+    @abstractmethod
+    def embed_image_tokens(self, tokens: Tensor) -> Tensor:
+        """Image tokens int64 [...] to the backbone's inputs, float [..., hidden]."""
+
+    @abstractmethod
+    def head(self, states: Tensor) -> Tensor:
+        """States [..., hidden] -> logits float32 [..., V]."""
+
+    @abstractmethod
+    def decoder(self, sequences: int, length: int) -> Decoder:
+        """A cached forward for so many sequences, each of at most ``length`` positions."""
+
+    @abstractmethod
+    def save(self, directory: Path, state: Mapping[str, Tensor] | None = None) -> None:
+        """Write a Hugging Face checkpoint that plain transformers loads; ``state`` replaces the model's weights."""
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Image tokens along height and width."""
+        return self.codec.grid
 
     def encode_prompt(self, text: str) -> PromptIds:
-        """Prompt to token ids, chat template applied."""
-        ...
-
-    def image_logits(self, prompts: Sequence[Sequence[int]], tokens: Tensor) -> Tensor:
-        """Teacher-forced logits of the image tokens: prompts of B lengths, tokens int64 [B, T] -> float [B, T, V]."""
-        ...
-
-    def token_logprobs(
-        self, prompts: Sequence[Sequence[int]], tokens: Tensor, *, entropy_grad: bool = True
-    ) -> TokenLogprobs:
-        """Log-probability and entropy of each token at temperature 1; differentiable where the model is.
-
-        Cheaper with ``entropy_grad`` off: the entropy then carries no gradient.
-        """
-        ...
-
-    def guided_token_logprobs(
-        self, prompts: Sequence[PromptIds], tokens: Tensor, rule: SamplingParams, *, entropy_grad: bool = True
-    ) -> TokenLogprobs:
-        """`token_logprobs` of the conditional branch, the same bits, and log p under what ``rule`` draws from.
-
-        The latter carries no gradient. Guidance costs a second forward pass, of the unconditional branch.
-        """
-        ...
+        """Both branches of a prompt, chat template applied."""
+        return self.codec.encode_prompt(text)
 
     def codebook(self) -> Tensor:
         """Codebook vectors as the image decoder gets them, float32 [V, D]."""
-        ...
+        return self.codec.codebook()
 
     def decode(self, tokens: Tensor) -> Tensor:
-        """Tokens int64 [B, T] -> images uint8 [B, H, W, 3]."""
-        ...
+        """Tokens int64 [B, T] -> images uint8 [B, H, W, 3] on the CPU."""
+        return self.codec.decode(tokens)
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters that STAGE trains, by their ``state_dict`` name; the rest is frozen."""
-        ...
+        """The parameters that are trained by ``state_dict`` name, each once."""
+        parameters = self.model.named_parameters()
+        return {name: parameter for name, parameter in parameters if name.startswith(self.trained_prefix)}
 
     def fsdp_modules(self) -> list[nn.Module]:
-        """Modules whose parameters are gathered together in a sharded model, inner ones first; the last is all."""
-        ...
+        """Modules whose parameters are gathered together in a sharded model: each layer, then the whole backbone."""
+        return [*self.backbone.layers, self.backbone]
 
-    def save(self, directory: Path, state: Mapping[str, Tensor] | None = None) -> None:
-        """Write a Hugging Face checkpoint that plain transformers loads; ``state`` replaces the model's weights."""
-        ...
+    def hidden_states(self, prompts: Sequence[Branch], tokens: Tensor) -> Tensor:
+        """States that predict the image tokens: B prompts, tokens int64 [B, T] -> float [B, T, hidden].
+
+        Raises:
+            ValueError: as many prompts as images are needed, none empty.
+        """
+        if len(prompts) != tokens.shape[0] or min(map(len, prompts), default=0) < 1:
+            raise ValueError(f"{len(prompts)} prompts for {tokens.shape[0]} images; one each is needed, none empty")
+        return self.backbone.predict(prompts, self.embed_image_tokens(tokens[:, :-1]))
+
+    def image_logits(self, prompts: Sequence[Branch], tokens: Tensor) -> Tensor:
+        """Teacher-forced logits of the image tokens: B prompts, tokens int64 [B, T] -> float32 [B, T, V]."""
+        return self.head(self.hidden_states(prompts, tokens))
+
+    def token_logprobs(self, prompts: Sequence[Branch], tokens: Tensor, *, entropy_grad: bool = True) -> TokenLogprobs:
+        """Log-probability and entropy of each token at temperature 1, float32 [B, T].
+
+        Differentiable, the entropy only with ``entropy_grad``, which costs a second run of the head. However large the
+        batch, no more than `LOGITS_AT_ONCE` logits are held.
+        """
+        return self._token_logprobs(self.hidden_states(prompts, tokens), tokens, entropy_grad)
+
+    def guided_token_logprobs(
+        self, prompts: Sequence[PromptIds], tokens: Tensor, params: SamplingParams, *, entropy_grad: bool = True
+    ) -> TokenLogprobs:
+        """Conditional log-probs and entropy, bitwise those of `token_logprobs`, and each token's guided log-prob.
+
+        The latter, float32 [B, T], is that of the distribution which ``params`` sample from. It carries no gradient and
+        is minus infinity for a token that top-k or top-p now leaves out. One forward of the backbone a branch.
+        """
+        states = self.hidden_states([prompt.conditional for prompt in prompts], tokens)
+        plain = self._token_logprobs(states, tokens, entropy_grad)
+        with torch.no_grad():
+            branches = [states]
+            if params.guided:
+                branches.append(self.hidden_states([prompt.unconditional for prompt in prompts], tokens))
+
+            def guided(chunk: Tensor) -> Tensor:
+                logits = self.head(chunk)  # [rows, branches, V]
+                return process_logits(logits[:, 0], logits[:, 1] if params.guided else None, params)
+
+            rows = self._rows_at_once(len(branches))
+            found = chunked_logprobs(torch.stack(branches, dim=2), tokens, guided, rows=rows)
+        return TokenLogprobs(plain.logprobs, plain.entropy, found.logprobs)
+
+    def _token_logprobs(self, states: Tensor, tokens: Tensor, entropy_grad: bool) -> TokenLogprobs:
+        return chunked_logprobs(states, tokens, self.head, rows=self._rows_at_once(), entropy_grad=entropy_grad)
+
+    def _rows_at_once(self, branches: int = 1) -> int:
+        return max(1, LOGITS_AT_ONCE // (branches * self.codebook_size))
 
 
 def device_for(gpus: float, key: str = "gpus") -> torch.device:
@@ -96,7 +273,7 @@ def device_for(gpus: float, key: str = "gpus") -> torch.device:
         built = f"is built for CUDA {torch.version.cuda}" if torch.version.cuda else "is a build without CUDA"
         raise ConfigError(
             f"{key} = {gpus:g} reserves a GPU, but torch {torch.__version__} on {socket.gethostname()} sees none: it "
-            f"{built}; set {key}=0, or mend the driver or the installation there (stage-ray doctor looks at both)"
+            f"{built}; set {key}=0, or fix the driver or the installation there (stage-ray doctor looks at both)"
         )
     return torch.device("cuda" if gpus > 0 else "cpu")
 

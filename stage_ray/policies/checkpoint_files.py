@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,24 +67,30 @@ def weight_files(directory: Path) -> list[Path]:
     return [directory / WEIGHTS]
 
 
-def read_tensors(directory: Path, prefix: str) -> dict[str, Tensor]:
-    """The tensors of a checkpoint whose names begin with ``prefix``, which is cut off; nothing else is read."""
-    tensors: dict[str, Tensor] = {}
-    for file in weight_files(directory):
-        with safe_open(file, framework="pt") as opened:
-            names = [name for name in opened.keys() if name.startswith(prefix)]  # noqa: SIM118
-            tensors.update({name[len(prefix) :]: opened.get_tensor(name) for name in names})
-    return tensors
+def read_tensors(directory: Path, prefixes: tuple[str, ...]) -> dict[str, Tensor]:
+    """The tensors of a checkpoint whose names begin with one of ``prefixes``; nothing else is read."""
+    return {name: file.get_tensor(name) for name, file in _entries(directory, prefixes)}
 
 
-def tensor_shapes(directory: Path, prefix: str) -> dict[str, tuple[int, ...]]:
+def tensor_shapes(directory: Path, prefixes: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
     """Shapes of the same tensors, from the headers alone."""
-    shapes: dict[str, tuple[int, ...]] = {}
+    return {name: tuple(file.get_slice(name).get_shape()) for name, file in _entries(directory, prefixes)}
+
+
+def link_weights(checkpoint: Path, directory: Path) -> None:
+    """Links to a checkpoint's weight files, and their index if there are several, in another directory."""
+    index = [checkpoint / WEIGHTS_INDEX] if (checkpoint / WEIGHTS_INDEX).is_file() else []
+    for file in weight_files(checkpoint) + index:
+        (directory / file.name).symlink_to(file.resolve())
+
+
+def _entries(directory: Path, prefixes: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
+    """Name and opened file of each tensor that is asked for."""
     for file in weight_files(directory):
         with safe_open(file, framework="pt") as opened:
-            names = [name for name in opened.keys() if name.startswith(prefix)]  # noqa: SIM118
-            shapes.update({name[len(prefix) :]: tuple(opened.get_slice(name).get_shape()) for name in names})
-    return shapes
+            for name in opened.keys():  # noqa: SIM118
+                if name.startswith(prefixes):
+                    yield name, opened
 
 
 def _check_weight_file(file: Path) -> None:

@@ -26,7 +26,7 @@ class TokenLogprobs:
 
     Attributes:
         logprobs, entropy: under the conditional branch at temperature 1.
-        guided_logprobs: under the distribution that a sampling rule draws from; only where it was asked for.
+        guided_logprobs: under the distribution that tokens are sampled from; only where it was asked for.
     """
 
     logprobs: Tensor
@@ -147,7 +147,7 @@ class SamplingParams:
 
     @classmethod
     def of(cls, rollout: RolloutConfig) -> SamplingParams:
-        """The rule of a config's ``rollout`` section."""
+        """The parameters of a config's ``rollout`` section."""
         return cls(rollout.guidance_scale, rollout.temperature, rollout.top_k, rollout.top_p)
 
     @property
@@ -161,20 +161,20 @@ class SamplingParams:
         return self == SamplingParams()
 
 
-def process_logits(conditional: Tensor, unconditional: Tensor | None, rule: SamplingParams) -> Tensor:
+def process_logits(conditional: Tensor, unconditional: Tensor | None, params: SamplingParams) -> Tensor:
     """Logits of the distribution that is sampled, float32 [B, V]; minus infinity for what top-k and top-p leave out."""
     logits = conditional.float()
-    if rule.guided:
+    if params.guided:
         if unconditional is None:
-            raise ValueError(f"guidance {rule.guidance_scale} needs unconditional logits")
+            raise ValueError(f"guidance {params.guidance_scale} needs unconditional logits")
         unguided = unconditional.float()
-        logits = unguided + rule.guidance_scale * (logits - unguided)
-    if rule.temperature != 1.0:
-        logits = logits / rule.temperature
-    if 0 < rule.top_k < logits.shape[-1]:
-        logits = keep_top_k(logits, rule.top_k)
-    if rule.top_p < 1.0:
-        logits = keep_top_p(logits, rule.top_p)
+        logits = unguided + params.guidance_scale * (logits - unguided)
+    if params.temperature != 1.0:
+        logits = logits / params.temperature
+    if 0 < params.top_k < logits.shape[-1]:
+        logits = keep_top_k(logits, params.top_k)
+    if params.top_p < 1.0:
+        logits = keep_top_p(logits, params.top_p)
     return logits
 
 

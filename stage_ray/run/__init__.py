@@ -1,1 +1,1 @@
-"""What a run writes, and what a person sees meanwhile: checkpoints, numbers, alarms, sample pictures."""
+"""What surrounds the training loop: preflight, run directory, state, checkpoints, recording, evaluation, signals."""

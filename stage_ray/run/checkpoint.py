@@ -1,8 +1,8 @@
 """Checkpoints that are whole or absent (promise 7).
 
-``step-000050/`` appears by one rename, after every file in it and a manifest with their SHA-256 are on disk. Whatever
-a crash leaves behind has another name and is swept by the next save. Loading verifies; older checkpoints go only once
-a newer one is complete.
+``step-000050/`` appears by one rename, after every file in it and a manifest with their SHA-256 are on disk. What a
+crash leaves behind has another name, and the next save removes it. Loading verifies every byte. Older checkpoints are
+removed only once a newer one is complete.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ STEP_NAME = re.compile(r"step-(\d{6,})")
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be trusted: one sentence naming the file and what is wrong with it."""
+    """A damaged checkpoint: one sentence names the file and the damage."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ class Checkpoint:
     Attributes:
         step: updates done when it was written.
         path: its directory.
-        facts: what the writer noted beside the files; JSON data.
+        metadata: JSON data that was stored with the files.
 
     Example:
         >>> Checkpoint(step=50, path=Path("checkpoints/step-000050")).step
@@ -72,26 +72,20 @@ class CheckpointStore:
         self.keep = keep
 
     def begin(self, step: int) -> Path:
-        """An empty directory to fill, then `finish` or `abandon`; what earlier crashes left behind is swept.
+        """An empty directory to fill, then `finish` or `abandon`; removes what earlier crashes left behind.
 
-        No other one ever had its name: the learner of a driver that was killed may still be writing into that.
+        Its name is unique: the learner of a killed driver may still be writing into an older one.
         """
-        self.root.mkdir(parents=True, exist_ok=True)
-        self._sweep()
+        self._remove_unfinished()
         unfinished = self.root / f"{UNFINISHED}{_name(step)}-{uuid.uuid4().hex}"
-        unfinished.mkdir()
+        unfinished.mkdir(parents=True)
         return unfinished
 
     def finish(self, step: int, directory: Path, metadata: Mapping[str, Any]) -> Path:
-        """Give a filled directory its name and, now that it is complete, drop the oldest.
+        """Give a filled directory of `begin` its final name, which replaces an older checkpoint of this step, and keep
+        the newest ``keep``; returns the final directory.
 
-        Args:
-            step: updates done; an older checkpoint of the same step is replaced.
-            directory: of `begin`.
-            facts: JSON data, read back by `latest`.
-
-        Returns:
-            The directory of the finished checkpoint.
+        Later checkpoints (damaged ones that a resumed run skipped) do not count.
 
         Raises:
             OSError: the disk; older checkpoints are untouched.
@@ -100,12 +94,13 @@ class CheckpointStore:
         final = self.root / _name(step)
         _write_manifest(directory, step, metadata)
         _sync_tree(directory)
-        if final.exists():  # a directory cannot be renamed onto another; the old one steps aside for a moment
+        if final.exists():  # a directory cannot be renamed onto another
             os.rename(final, self.root / f"{UNFINISHED}replaced-{final.name}-{uuid.uuid4().hex}")
         os.rename(directory, final)
         _sync(self.root)
-        self._sweep()
-        self._prune(step)
+        self._remove_unfinished()
+        for _, path in sorted(item for item in self._steps() if item[0] <= step)[: -self.keep]:
+            shutil.rmtree(path)
         return final
 
     def abandon(self, directory: Path) -> None:
@@ -113,7 +108,7 @@ class CheckpointStore:
         shutil.rmtree(directory, ignore_errors=True)
 
     def latest(self, on_problem: Callable[[str], None] = log.warning) -> Checkpoint | None:
-        """The newest checkpoint that verifies, or None; ``on_problem`` is told of every broken one that was skipped."""
+        """The newest checkpoint that verifies, or None; ``on_problem`` is told of each damaged one."""
         for step, path in sorted(self._steps(), reverse=True):
             try:
                 return Checkpoint(step, path, verify(path, step))
@@ -125,16 +120,9 @@ class CheckpointStore:
         found = [(STEP_NAME.fullmatch(path.name), path) for path in self.root.glob("step-*") if path.is_dir()]
         return [(int(match[1]), path) for match, path in found if match]
 
-    def _sweep(self) -> None:
-        """Remove what nobody will finish; whatever an orphan still writes into goes the next time."""
+    def _remove_unfinished(self) -> None:
         for leftover in self.root.glob(f"{UNFINISHED}*"):
-            shutil.rmtree(leftover, ignore_errors=True)
-
-    def _prune(self, step: int) -> None:
-        """Keep the newest up to ``step``; later ones (broken ones that a resumed run passed over) do not count."""
-        older = sorted(item for item in self._steps() if item[0] <= step)
-        for _, path in older[: -self.keep]:
-            shutil.rmtree(path)
+            shutil.rmtree(leftover, ignore_errors=True)  # one that is still written into goes the next time
 
 
 def _name(step: int) -> str:
@@ -142,7 +130,7 @@ def _name(step: int) -> str:
 
 
 def verify(path: Path, step: int | None = None) -> dict[str, Any]:
-    """Check every byte of a checkpoint and return its facts.
+    """Check every byte of a checkpoint and return its metadata.
 
     Raises:
         CheckpointError: no manifest, a manifest that was changed, or a file that is missing, short or changed.
@@ -176,10 +164,10 @@ def _write_manifest(directory: Path, step: int, metadata: Mapping[str, Any]) -> 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
     file = path / MANIFEST
-    if not file.is_file():
-        raise CheckpointError(f"{path} has no {MANIFEST}")
     try:
         body = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} has no {MANIFEST}") from None
     except (ValueError, OSError) as error:
         raise CheckpointError(f"{file} cannot be read: {error}") from error
     if not isinstance(body, dict) or body.pop("checksum", None) != _checksum(body):
@@ -199,9 +187,8 @@ def _sha256(path: Path) -> str:
 
 
 def _sync_tree(directory: Path) -> None:
-    for path in directory.rglob("*"):
+    for path in (*directory.rglob("*"), directory):
         _sync(path)
-    _sync(directory)
 
 
 def _sync(path: Path) -> None:

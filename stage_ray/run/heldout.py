@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from stage_ray.cluster.cluster import Cluster, GroupsLostError
+from stage_ray.cluster.cluster import Cluster
 from stage_ray.config import RunConfig
-from stage_ray.errors import RunError
+from stage_ray.errors import GroupsLostError, RunError
 from stage_ray.evaluation.base import find_benchmark, read_result
 from stage_ray.evaluation.loop import JudgedGroup, evaluate, judge_in_batches, requests_for
 from stage_ray.files import atomic_write
@@ -98,18 +98,16 @@ class ClusterBackend:
         """
         error = ""
         for _ in range(self._attempts):
-            _, drawn = await self._cluster.generate(requests)
+            groups = await self._cluster.generate(requests)
             try:
-                results = await self._cluster.score(drawn)
+                groups = await self._cluster.score(groups)
             except GroupsLostError as lost:
                 error = str(lost)
                 continue
-            error = next((receipt.error for receipt, group in results if group.scores is None), "")
+            error = next((group.error for group in groups if group.scores is None), "")
             if not error:
-                groups = [group for _, group in results]
                 scored = await self._cluster.fetch([group.scores for group in groups])
-                pictures = (
-                    await self._cluster.fetch([group.images for group in groups]) if images else [None] * len(scored)
-                )
+                wanted = [group.images for group in groups] if images else []
+                pictures = await self._cluster.fetch(wanted) or [None] * len(groups)
                 return [JudgedGroup(*judged) for judged in zip(requests, scored, pictures, strict=True)]
         raise RunError(f"evaluation: {error}")

@@ -1,33 +1,68 @@
-"""What can be known to be wrong before anything is started or written."""
+"""What can be checked before anything is started or written; ``train --dry-run`` prints it."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
+import yaml
+
 from stage_ray.config import RunConfig
 from stage_ray.config.paths import model_location
 from stage_ray.engines.vllm.environment import require_fitting_build
 from stage_ray.evaluation.base import find_benchmark
 from stage_ray.pipeline.prompts import load_prompts
+from stage_ray.policies import policy_class
 from stage_ray.policies.checkpoint_files import check_directory
+from stage_ray.recipes import load_recipe, resolve_recipe
 from stage_ray.records import Prompt
 
 
 def preflight(run: RunConfig) -> tuple[list[Prompt], list[Prompt]]:
-    """Check the model directory (a hub id is left to the workers) and read the prompts: to train on, and held out.
+    """Check the recipe's options and the model directory (a hub id is left to the workers), and read the prompts.
 
     Where the workers will run on this machine, also that its vLLM is one for the hardware they reserve.
 
+    Returns:
+        The prompts to train on, and those held out.
+
     Raises:
-        ConfigError: vLLM is a build for GPUs and none is reserved, the model directory or a prompt file is missing,
-            incomplete or malformed, or there is no such benchmark.
+        ConfigError: the recipe, the model family or the benchmark is unknown, the recipe has no such option or value,
+            vLLM is a build for GPUs and none is reserved, or the model directory or a prompt file is missing,
+            incomplete or malformed.
     """
+    load_recipe(run)
     if run.cluster.address is None and "RAY_ADDRESS" not in os.environ:
         require_fitting_build(run.rollout)
+    family = policy_class(run.policy)
     model = Path(model_location(run.policy.path))
     if model.exists():
-        check_directory(model, run.policy.family)
+        check_directory(model, family.model_type)
     find_benchmark(run.evaluation.benchmark)
     train = load_prompts(run.prompts.train)
     return train, load_prompts(run.prompts.heldout) if run.prompts.heldout else train
+
+
+def describe(run: RunConfig) -> str:
+    """The resolved config as YAML, then, as YAML comments, what a run of it would start.
+
+    Raises:
+        ConfigError: of `preflight`.
+    """
+    train, heldout = preflight(run)
+    rollout, scoring, learner = run.rollout, run.scoring, run.learner
+    images = rollout.groups_per_step * rollout.group_size
+    scorers = ", ".join(reward.column for reward in run.rewards)
+    where = "; on the GPUs of the rollout workers" * rollout.colocated
+    config = yaml.safe_dump(resolve_recipe(run).model_dump(mode="json"), sort_keys=False).rstrip()
+    plan = [
+        f"model: {model_location(run.policy.path)}",
+        f"prompts: {len(train)} to train on, {len(heldout) if run.prompts.heldout else 0} held out",
+        f"{run.steps} steps of {rollout.groups_per_step} groups x {rollout.group_size} images = {images} images a step",
+        f"rollout: {rollout.workers * rollout.tensor_parallel} x {rollout.cpus:g} CPU, {rollout.gpus:g} GPU; "
+        f"engine {rollout.engine}",
+        f"reward: {scoring.workers} x {scoring.cpus:g} CPU, {scoring.gpus:g} GPU; scorers {scorers}",
+        f"learner: {learner.ranks} x {learner.cpus:g} CPU, {learner.gpus:g} GPU{where}",
+        f"run directory: {Path(run.run_dir).resolve()}" + " (exists)" * Path(run.run_dir).exists(),
+    ]
+    return "\n".join([config, "", "# Would start:", *(f"#   {line}" for line in plan)])

@@ -1,81 +1,87 @@
-"""Groups on disk: one safetensors file each, tokens and scores without pictures. For checkpoints and for replay."""
+"""What a run keeps of every step: its metrics, alarms and seconds and, with ``pipeline.record``, its groups."""
 
 from __future__ import annotations
 
-import json
+import shutil
+import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from stage_ray.config import RunConfig
+from stage_ray.observability.alarms import alarms
+from stage_ray.observability.metrics_logger import MetricsLogger
+from stage_ray.observability.progress import Progress
 
-from stage_ray.errors import RunError
-from stage_ray.records import Prompt, RolloutGroup, ScoredGroup
+if TYPE_CHECKING:
+    from stage_ray.cluster.learner import ClusterLearner
 
-ARRAYS = ("tokens", "logprobs", "guided_logprobs", "entropy")
-METADATA = ("group_id", "policy_version", "worker", "generate_s")
-
-
-def group_file(directory: Path, group_id: int) -> Path:
-    """Where a group lies in a directory of groups."""
-    return directory / f"group-{group_id:08d}.safetensors"
+GROUPS = "groups"
 
 
-def save_group(directory: Path, group: RolloutGroup, scored: ScoredGroup) -> Path:
-    """Write a scored group, without its pictures; the file.
+class StepRecorder:
+    """Writes and shows the metrics and alarms of a run's steps, from the step on from which it resumes.
 
     Example:
-        >>> import tempfile
-        >>> row = np.zeros((1, 2), np.float32)
-        >>> pictures = np.zeros((1, 0, 0, 3), np.uint8)
-        >>> group = RolloutGroup(3, Prompt(0, "x"), (7,), row.astype(np.int32), row, row, row, pictures, 5, "w", 0.1)
-        >>> scored = ScoredGroup(3, ("s",), np.ones((1, 1), np.float32), np.ones((1, 1), bool), ({},), 0.0)
-        >>> load_group(save_group(Path(tempfile.mkdtemp()), group, scored))[0].policy_version
-        5
+        recorder = StepRecorder(run, run_dir, run.steps, progress)
+        recorder.step(1, {"loss": 0.5})
+        recorder.close()
     """
-    arrays = {name: np.ascontiguousarray(getattr(group, name)) for name in ARRAYS}
-    arrays |= {"scores": np.ascontiguousarray(scored.scores), "valid": np.ascontiguousarray(scored.valid)}
-    prompt = group.prompt
-    said = {
-        **{name: getattr(group, name) for name in METADATA},
-        "prompt": {"index": prompt.index, "text": prompt.text, "record": dict(prompt.record)},
-        "seeds": list(group.seeds),
-        "names": list(scored.names),
-        "details": [dict(detail) for detail in scored.details],
-        "score_s": scored.score_s,
-    }
-    directory.mkdir(parents=True, exist_ok=True)
-    path = group_file(directory, group.group_id)
-    save_file(arrays, path, metadata={"group": json.dumps(said)})
-    return path
+
+    def __init__(self, run: RunConfig, run_dir: Path, steps: int, progress: Progress, *, resume_step: int = 0) -> None:
+        self._run, self._steps, self._progress = run, steps, progress
+        self._groups = run_dir / GROUPS
+        endpoint = (run.cluster.metrics_port, run.cluster.metrics_host)
+        self._logger = MetricsLogger(run_dir, *endpoint, resume_step=resume_step)
+        self._forget_groups(resume_step)
+
+    def step(self, step: int, metrics: dict[str, float]) -> None:
+        """Record update ``step``, counted from 1, and the alarms that its metrics raise."""
+        found = alarms(metrics, self._run)
+        self._logger.step(step, {**metrics, "alarms": [name for name, _ in found]})
+        self._progress.step(step, self._steps, metrics)
+        for name, text in found:
+            self.alarm(step, name, text)
+
+    def alarm(self, step: int, name: str, text: str) -> None:
+        """Record an alarm of a step."""
+        self._logger.alarm(step, name, text)
+        self._progress.alarm(name, text)
+
+    async def groups(self, step: int, learner: ClusterLearner) -> None:
+        """Let the learner write the groups of the last update, where ``pipeline.record`` wants that."""
+        if self._run.pipeline.record:
+            await learner.save_batch(self._groups / f"step-{step:06d}")
+
+    def rewind(self, step: int) -> None:
+        """Forget what came after ``step``: it is trained again, perhaps on other groups."""
+        self._logger.rewind(step)
+        self._forget_groups(step)
+
+    def close(self) -> None:
+        """Close the files and the metrics endpoint."""
+        self._logger.close()
+
+    def _forget_groups(self, step: int) -> None:
+        for directory in self._groups.glob("step-*"):
+            if int(directory.name.removeprefix("step-")) > step:
+                shutil.rmtree(directory)
 
 
-def load_group(path: Path) -> tuple[RolloutGroup, ScoredGroup]:
-    """Read what `save_group` wrote; the pictures are empty.
+class StepClock:
+    """Seconds of a step by what the driver waited for."""
 
-    Raises:
-        RunError: the file is missing, damaged, or holds no group.
-    """
-    try:
-        with safe_open(path, "numpy") as file:
-            said = json.loads((file.metadata() or {})["group"])
-            arrays = {name: file.get_tensor(name) for name in (*ARRAYS, "scores", "valid")}
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise RunError(f"{path} holds no recorded group that can be read: {error}") from error
-    seeds = tuple(said["seeds"])
-    group = RolloutGroup(
-        prompt=Prompt(**said["prompt"]),
-        seeds=seeds,
-        images=np.empty((len(seeds), 0, 0, 3), np.uint8),
-        **{name: said[name] for name in METADATA},
-        **{name: arrays[name] for name in ARRAYS},
-    )
-    scored = ScoredGroup(
-        group_id=group.group_id,
-        names=tuple(said["names"]),
-        scores=arrays["scores"],
-        valid=arrays["valid"],
-        details=tuple(said["details"]),
-        score_s=said["score_s"],
-    )
-    return group, scored
+    def __init__(self) -> None:
+        self._start = self._last = time.perf_counter()
+        self._laps: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        """The time since the last lap belongs to `name`."""
+        now = time.perf_counter()
+        key = f"time/{name}_s"
+        self._laps[key] = self._laps.get(key, 0.0) + now - self._last
+        self._last = now
+
+    def metrics(self, images: int) -> dict[str, float]:
+        """``time/<lap>_s``, ``time/step_s`` and ``images_per_s``."""
+        step_s = self._last - self._start
+        return {**self._laps, "time/step_s": step_s, "images_per_s": images / step_s}

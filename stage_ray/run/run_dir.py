@@ -1,45 +1,53 @@
-"""The run directory: who may write into it, and what a resumed run must share with the one before."""
+"""The run directory: which driver may write into it, and what a resumed run must share with the one before."""
 
 from __future__ import annotations
 
 import contextlib
+import logging
+import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+from filelock import FileLock, Timeout
 
 from stage_ray.config import RunConfig
 from stage_ray.errors import ConfigError
 from stage_ray.files import atomic_write, deny_others_writing
-from stage_ray.run.lock import LOCK, run_dir_lock
+from stage_ray.recipes import resolve_recipe
 
-# What may differ when a run goes on: where it runs and how often it looks, not what it computes.
+log = logging.getLogger(__name__)
+
+LOCK = ".lock"
+
+# Keys that a resumed run may change: placement, speed and logging, never what is computed.
 FREE_KEYS = {"run_dir", "cluster", "checkpoint", "evaluation", "scoring", "logs"}
 FREE_NAMES = {"workers", "max_workers", "ranks", "tensor_parallel", "cpus", "gpus", "resources", "timeout_s"}
 FREE_NAMES |= {"gpu_memory_utilization"}
 
 
 Resume = bool | Literal["auto"]
-"""Go on with the run that a directory holds: it must (True), must not (False), or as it is (auto)."""
+"""Go on with the run that a directory holds: it must hold one (True), must not (False), or either (auto)."""
 
 RETRY_WAIT_S = 150.0
-"""A job that is started again waits so long for the driver before it, which may be saving on another machine."""
+"""How long a retried job waits for the driver before it, which may still be saving on another machine."""
 
 
 @contextlib.contextmanager
 def open_run_dir(run: RunConfig, resume: Resume) -> Iterator[Path]:
-    """The run directory, with a new ``config.yaml`` in it or that of a run which may go on; nobody else's meanwhile.
+    """Lock the run directory and write ``config.yaml`` into it, new or that of the run which goes on.
 
     Raises:
         ConfigError: it holds a run already and ``resume`` is False, or none and it is True; it holds something else;
             the config of its run differs; or another driver writes into it.
     """
-    path = Path(run.run_dir)
+    run, path = resolve_recipe(run), Path(run.run_dir)  # its config.yaml names every option, defaults included
     _check_ours(path, resume)
     deny_others_writing()
     path.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with contextlib.suppress(PermissionError):  # a mounted volume may belong to somebody else
+    with contextlib.suppress(PermissionError):  # a mounted volume may belong to another user
         path.chmod(path.stat().st_mode & 0o7755)
     with run_dir_lock(path, wait_s=RETRY_WAIT_S if resume == "auto" else 0.0):
         config_file = path / "config.yaml"
@@ -47,6 +55,36 @@ def open_run_dir(run: RunConfig, resume: Resume) -> Iterator[Path]:
             _check_same(run, config_file)
         atomic_write(config_file, yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False))
         yield path
+
+
+@contextlib.contextmanager
+def run_dir_lock(run_dir: Path, wait_s: float) -> Iterator[None]:
+    """Exclude other drivers, which would cut the ledger back and overwrite checkpoints, here or over shared storage.
+
+    The system frees the lock when this process ends, also by a kill. Storage without locks is used with a warning.
+
+    Args:
+        wait_s: seconds to wait for the driver that holds it.
+
+    Raises:
+        ConfigError: another driver holds it; says which process of which machine.
+    """
+    path = run_dir / LOCK
+    lock = FileLock(path, timeout=wait_s, poll_interval=0.5, fallback_to_soft=False)  # a soft lock outlives a kill
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ConfigError(
+            f"run_dir {run_dir} is in use by {path.read_text(encoding='utf-8') or 'another run'}; let that end first, "
+            "or name another --run-dir"
+        ) from None
+    except OSError as error:
+        log.warning("%s cannot be locked (%s): let no second run write into it", run_dir, error)
+    try:
+        path.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
+        yield
+    finally:
+        lock.release()
 
 
 def _check_ours(path: Path, resume: Resume) -> None:
@@ -86,7 +124,7 @@ def _check_same(run: RunConfig, config_file: Path) -> None:
 
 
 def _fixed(section: Any) -> Any:
-    """A section of a config without what may differ."""
+    """A section of a config without the keys that may differ."""
     if not isinstance(section, dict):
         return section
     return {name: value for name, value in section.items() if name not in FREE_NAMES}

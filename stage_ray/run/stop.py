@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM to the driver: nothing that was trained is lost, and nobody waits for what can be repeated."""
+"""SIGINT and SIGTERM to the driver: what was trained is saved first; what can be repeated is stopped at once."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopSignal:
-    """While it lasts, the first signal stops the run: in `steps` after the step that is under way and its checkpoint,
+    """Within this context the first signal stops the run: in `steps` after the current step and its checkpoint,
     elsewhere (start, evaluation, export) at once.
 
-    Another SIGINT leaves at once, whatever is going on. Another SIGTERM says nothing new: schedulers repeat it while
-    they wait (Kubernetes sends one to a job that is deleted and one to its pod), and a save must survive that.
+    A second SIGINT ends the process at once. A second SIGTERM changes nothing: schedulers repeat it while they wait
+    (Kubernetes sends one to a job that is deleted and one to its pod), and a save must survive that.
 
     Example:
         async with StopSignal(progress) as stop:
@@ -38,7 +38,7 @@ class StopSignal:
         self._task: asyncio.Task[object] | None = None
 
     def error(self, step: int | None = None) -> Interrupted:
-        """What ends the run, after it has saved ``step`` or at once."""
+        """The error that ends the run, after it has saved ``step`` or at once."""
         assert self.requested is not None
         after = "" if step is None else f" after step {step}"
         name = signal.Signals(self.requested).name
@@ -46,7 +46,7 @@ class StopSignal:
 
     @contextlib.contextmanager
     def steps(self) -> Iterator[None]:
-        """Within, a signal only sets ``requested``: whoever trains looks at it after each step."""
+        """Within, a signal only sets ``requested``: the training loop reads it after each step."""
         self._saves = True
         try:
             yield
@@ -59,7 +59,7 @@ class StopSignal:
         self._task = asyncio.current_task()
         loop = asyncio.get_running_loop()
         for number in SIGNALS:
-            loop.add_signal_handler(number, self._heard, number)
+            loop.add_signal_handler(number, self._on_signal, number)
         return self
 
     async def __aexit__(
@@ -71,7 +71,7 @@ class StopSignal:
         if isinstance(error, asyncio.CancelledError) and self.requested is not None:
             raise self.error() from None
 
-    def _heard(self, number: int) -> None:
+    def _on_signal(self, number: int) -> None:
         if self.requested is None:
             self.requested = number
             what = "after this step and its checkpoint" if self._saves else "now"

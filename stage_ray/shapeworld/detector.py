@@ -1,30 +1,41 @@
-"""The eyes of ShapeWorld: objects with class, colour, box, mask and a confidence that is low for mush."""
+"""Finds ShapeWorld's objects: class, colour, box, mask, and a confidence that is low for non-objects.
+
+Colour and outline come from image processing (`segmentation`), the shape from a small network that sees 24 x 24 pixels
+of opacity and no colour.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from stage_ray.config.paths import resolve_path
 from stage_ray.rewards.detection import Detection
-from stage_ray.shapeworld.detector_classifier import NONE, crop_segments, load_classifier
-from stage_ray.shapeworld.detector_segmentation import Segment, segment
 from stage_ray.shapeworld.scene import SHAPES
+from stage_ray.shapeworld.segmentation import Segment, segment
 
 ASSETS = "package:stage_ray/shapeworld/assets/detector"
+WEIGHTS_FILE = "model.safetensors"
 MIN_CONFIDENCE = 0.05  # less sure detections are not reported at all
 WHOLE_PROBABILITY = 0.5  # of a shape, above which a region of several colours is read as one object
 BATCH_IMAGES = 64  # bounds the memory of segmentation
+CROP_SIZE = 24  # pixels, both sides
+CROP_MARGIN = 1.25  # side of the cropped square over the longer side of the segment's box
+CLASSES: tuple[str, ...] = (*SHAPES, "none")  # "none": a coloured region that is no shape of this world
+NONE = len(SHAPES)
 
 
 class ShapeDetector:
     """Finds ShapeWorld's objects in pictures, drawn or generated. Deterministic; runs on the CPU.
 
-    Colour and outline come from image processing (`detector_segmentation`), the shape from a small network
-    (`detector_classifier`). The confidence of an object is the network's probability of its shape, lowered where the
-    segment is tiny, of mixed colour, or pale.
+    The confidence of an object is the classifier's probability of its shape, lowered where the segment is tiny, of
+    mixed colour, or pale.
 
     Example:
         >>> from stage_ray.shapeworld.render import render
@@ -36,7 +47,7 @@ class ShapeDetector:
 
     def __init__(self, assets: str | Path = ASSETS) -> None:
         """Load the classifier from a directory or a ``package:`` location."""
-        self._classifier = load_classifier(assets if isinstance(assets, Path) else resolve_path(assets))
+        self._classifier = ShapeClassifier.load(assets if isinstance(assets, Path) else resolve_path(assets))
 
     def detect(self, images: np.ndarray) -> list[list[Detection]]:
         """Images uint8 [B, H, W, 3] -> per image its detections, most confident first.
@@ -46,40 +57,26 @@ class ShapeDetector:
         """
         found: list[list[Detection]] = []
         for start in range(0, len(images), BATCH_IMAGES):
-            batch = images[start : start + BATCH_IMAGES]
-            segments = segment(batch)
-            probabilities = self._classifier.probabilities(crop_segments(segments))
-            per_image: list[list[Detection]] = [[] for _ in batch]
-            for piece, chances in _readings(segments, probabilities):
-                detection = _detection(piece, chances)
-                if detection.confidence >= MIN_CONFIDENCE:
-                    per_image[piece.image].append(detection)
-            found += [sorted(detections, key=lambda one: -one.confidence) for detections in per_image]
+            found += self._detect_batch(images[start : start + BATCH_IMAGES])
         return found
 
-
-def _readings(segments: Sequence[Segment], probabilities: np.ndarray) -> Iterator[tuple[Segment, np.ndarray]]:
-    """Of each region one reading: as a whole where that makes a likely shape, else its parts."""
-    as_whole = {
-        piece.region
-        for piece, chances in zip(segments, probabilities, strict=True)
-        if piece.whole and chances[:NONE].max() >= WHOLE_PROBABILITY
-    }
-    for piece, chances in zip(segments, probabilities, strict=True):
-        if piece.whole == (piece.region in as_whole):
-            yield piece, chances
-
-
-def _detection(piece: Segment, chances: np.ndarray) -> Detection:
-    best = int(chances[:NONE].argmax())
-    return Detection(
-        label=SHAPES[best],
-        confidence=float(chances[best]) * soundness(piece),
-        box=piece.box,
-        color=piece.color,
-        color_confidence=piece.purity,
-        mask=piece.mask,
-    )
+    def _detect_batch(self, images: np.ndarray) -> list[list[Detection]]:
+        segments = segment(images)
+        probabilities = self._classifier.probabilities(crop_segments(segments))[:, :NONE]
+        # Each region is read once: as a whole where that makes a likely shape, else as its parts.
+        as_whole = {
+            piece.region
+            for piece, shape in zip(segments, probabilities.max(1), strict=True)
+            if piece.whole and shape >= WHOLE_PROBABILITY
+        }
+        found: list[list[Detection]] = [[] for _ in images]
+        for piece, shapes in zip(segments, probabilities, strict=True):
+            best = int(shapes.argmax())
+            confidence = float(shapes[best]) * soundness(piece)
+            if piece.whole == (piece.region in as_whole) and confidence >= MIN_CONFIDENCE:
+                one = Detection(SHAPES[best], confidence, piece.box, piece.color, piece.purity, piece.mask)
+                found[piece.image].append(one)
+        return [sorted(detections, key=lambda one: -one.confidence) for detections in found]
 
 
 def soundness(piece: Segment) -> float:
@@ -98,3 +95,66 @@ def soundness(piece: Segment) -> float:
         (opacity - 0.55) / 0.25,
     )
     return float(np.prod(np.clip(factors, 0.0, 1.0)))
+
+
+class ShapeClassifier(nn.Module):
+    """Names the shape of one segment: three strided convolutions and one hidden layer, 24 thousand parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(1, 16, 3, stride=2, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(16, 32, 3, stride=2, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(32, 32, 3, stride=2, padding=1),
+            nn.ReLU(),
+        )
+        self.head = nn.Sequential(nn.Flatten(), nn.Linear(32 * 9, 32), nn.ReLU(), nn.Linear(32, len(CLASSES)))
+
+    def forward(self, crops: Tensor) -> Tensor:
+        """Crops float32 [K, 24, 24] in 0..1 -> logits [K, 6] over CLASSES."""
+        return self.head(self.features(crops[:, None] - 0.5))
+
+    @torch.inference_mode()
+    def probabilities(self, crops: np.ndarray) -> np.ndarray:
+        """Crops float32 [K, 24, 24] -> class probabilities float32 [K, 6]; K may be 0."""
+        if len(crops) == 0:
+            return np.zeros((0, len(CLASSES)), np.float32)
+        return np.asarray(self(torch.from_numpy(crops)).softmax(-1).numpy(), np.float32)
+
+    def save(self, directory: Path) -> None:
+        """Write the weights as safetensors."""
+        directory.mkdir(parents=True, exist_ok=True)
+        tensors = {name: tensor.detach().contiguous() for name, tensor in self.state_dict().items()}
+        save_file(tensors, directory / WEIGHTS_FILE, metadata={"classes": ",".join(CLASSES)})
+
+    @classmethod
+    def load(cls, directory: Path) -> ShapeClassifier:
+        """Read what `save` wrote, in evaluation mode.
+
+        Raises:
+            FileNotFoundError: there are no weights; says how to make them.
+            RuntimeError: the weights are of another network.
+        """
+        path = directory / WEIGHTS_FILE
+        if not path.is_file():
+            raise FileNotFoundError(f"the detector has no weights at {path}; `stage-ray pretrain` makes them")
+        model = cls()
+        model.load_state_dict(load_file(path))
+        return model.eval()
+
+
+def crop_segments(segments: Sequence[Segment]) -> np.ndarray:
+    """Cut a square around each segment's box out of its alpha, at one scale: float32 [K, 24, 24] in 0..1."""
+    if not segments:
+        return np.zeros((0, CROP_SIZE, CROP_SIZE), np.float32)
+    alpha = torch.from_numpy(np.stack([segment.alpha for segment in segments]))[:, None]
+    boxes = torch.tensor([segment.box for segment in segments])
+    extent = torch.tensor([alpha.shape[-1], alpha.shape[-2]], dtype=torch.float32)  # width, height
+    centre = (boxes[:, :2] + boxes[:, 2:]) / 2
+    side = CROP_MARGIN * (boxes[:, 2:] - boxes[:, :2]).amax(-1, keepdim=True)
+    # affine_grid's coordinates run from -1 to 1 over the whole picture.
+    theta = torch.cat([torch.diag_embed(side / extent), (2 * centre / extent - 1)[..., None]], dim=-1)
+    grid = F.affine_grid(theta, [len(segments), 1, CROP_SIZE, CROP_SIZE], align_corners=False)
+    return np.asarray(F.grid_sample(alpha, grid, align_corners=False)[:, 0].numpy(), np.float32)

@@ -12,7 +12,7 @@ count is frequent in training. A triple is held out together with its mirror ima
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
@@ -37,6 +37,8 @@ TASKS: tuple[str, ...] = ("single_object", "two_object", "counting", "colors", "
 RELATIONS: tuple[str, ...] = ("left of", "right of", "above", "below")
 MIRROR: dict[str, str] = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 NUMBERS: dict[int, str] = {2: "two", 3: "three", 4: "four"}
+# Every (A, relation, B) over two different shapes.
+_TRIPLES = [(a, relation, b) for a, b in itertools.permutations(SHAPES, 2) for relation in RELATIONS]
 
 SPLIT_SEED = 20260
 TRAIN_COLOR_ATTR = 32  # prompts of the hundreds there are: otherwise they would drown the other tasks
@@ -66,67 +68,51 @@ def held_out() -> HeldOut:
     shape_pairs = {frozenset(map(str, shapes[:2])), frozenset(map(str, shapes[2:4]))}
     counted = rng.permutation(SHAPES)
     shape_counts = {(str(counted[i]), count) for i, count in enumerate(NUMBERS)}
-    triples = {t for t in _all_triples() if frozenset((t[0], t[2])) in shape_pairs}
-    candidates = [t for t in _all_triples() if t not in triples and t[1] in ("left of", "above")]
+    triples = {t for t in _TRIPLES if frozenset((t[0], t[2])) in shape_pairs}
+    candidates = [t for t in _TRIPLES if t not in triples and t[1] in ("left of", "above")]
     for index in rng.permutation(len(candidates))[:8]:
         first, relation, second = candidates[index]
         triples |= {(first, relation, second), (second, MIRROR[relation], first)}
     return HeldOut(frozenset(shape_colors), frozenset(shape_pairs), frozenset(triples), frozenset(shape_counts))
 
 
-def _all_triples() -> Iterator[tuple[str, str, str]]:
-    for first, second in itertools.permutations(SHAPES, 2):
-        for relation in RELATIONS:
-            yield first, relation, second
+def item(kind: str, count: int = 1, color: str | None = None) -> Record:
+    """One clause of a record: so many of a shape, of a colour where one is asked for."""
+    return {"class": kind, "count": count} | ({"color": color} if color else {})
 
 
-def _article(words: str) -> str:
-    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+def make_record(tag: str, items: Sequence[Record], relation: str | None = None) -> Record:
+    """The record of a caption over its items, in the caption's order.
+
+    With a relation the second item comes first, since a position points back: "a ring left of a square" includes
+    [square, ring], the ring with ``"position": ["left of", 0]``. Counting forbids one object more, as GenEval does.
+
+    Example:
+        >>> make_record("two_object", [item("ring"), item("square", color="orange")])["prompt"]
+        'a photo of a ring and an orange square'
+    """
+    record: Record = {"tag": tag, "include": list(items)}
+    if relation is not None:
+        first, second = items
+        record["include"] = [second, first | {"position": [relation, 0]}]
+    if tag == "counting":
+        record["exclude"] = [item(items[0]["class"], items[0]["count"] + 1)]
+    joint = f" {relation} " if relation else " and "
+    return record | {"prompt": f"a photo of {joint.join(map(_phrase, items))}"}
 
 
-def _plural(kind: str) -> str:
+def _phrase(wanted: Record) -> str:
+    """`a ring`, `an orange ring`, `two red rings`."""
+    kind, count = wanted["class"], wanted["count"]
+    words = " ".join(filter(None, (wanted.get("color"), kind if count == 1 else plural(kind))))
+    if count == 1:
+        return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+    return f"{NUMBERS[count]} {words}"
+
+
+def plural(kind: str) -> str:
+    """`rings`, `crosses`."""
     return kind + ("es" if kind.endswith("s") else "s")
-
-
-def _record(tag: str, include: list[Record], words: str, exclude: list[Record] | None = None) -> Record:
-    record: Record = {"tag": tag, "include": include}
-    if exclude:
-        record["exclude"] = exclude
-    return {**record, "prompt": f"a photo of {words}"}
-
-
-def single_object(kind: str) -> Record:
-    """`a photo of a ring`."""
-    return _record("single_object", [{"class": kind, "count": 1}], _article(kind))
-
-
-def colors(kind: str, color: str) -> Record:
-    """`a photo of a red ring`."""
-    return _record("colors", [{"class": kind, "count": 1, "color": color}], _article(f"{color} {kind}"))
-
-
-def two_object(first: str, second: str) -> Record:
-    """`a photo of a ring and a square`."""
-    include = [{"class": first, "count": 1}, {"class": second, "count": 1}]
-    return _record("two_object", include, f"{_article(first)} and {_article(second)}")
-
-
-def counting(kind: str, count: int, color: str | None = None) -> Record:
-    """`a photo of three rings` or `a photo of three red rings`; `exclude` forbids one more, as GenEval does."""
-    wanted: Record = {"class": kind, "count": count} | ({"color": color} if color else {})
-    return _record("counting", [wanted], _phrase(wanted), exclude=[{"class": kind, "count": count + 1}])
-
-
-def position(first: str, relation: str, second: str) -> Record:
-    """`a photo of a ring left of a square`: `include` is [second, first], the first pointing at index 0."""
-    include = [{"class": second, "count": 1}, {"class": first, "count": 1, "position": [relation, 0]}]
-    return _record("position", include, f"{_article(first)} {relation} {_article(second)}")
-
-
-def color_attr(first: tuple[str, str], second: tuple[str, str]) -> Record:
-    """`a photo of a red ring and a blue square`, from two pairs (shape, colour)."""
-    include = [{"class": kind, "count": 1, "color": color} for kind, color in (first, second)]
-    return _record("color_attr", include, " and ".join(map(_phrase, include)))
 
 
 def mentions_held_out(record: Record) -> bool:
@@ -148,26 +134,27 @@ def mentions_held_out(record: Record) -> bool:
 @cache
 def _compositions(split: Split) -> dict[str, tuple[Record, ...]]:
     """Every record of each task that belongs to a split. `single_object` belongs to both."""
-    pairs = list(itertools.product(SHAPES, COLORS))
+    colored = [item(kind, color=color) for kind, color in itertools.product(SHAPES, COLORS)]
+    counted = itertools.product(SHAPES, NUMBERS, (None, *COLORS))
     everything: dict[str, list[Record]] = {
-        "two_object": [two_object(*kinds) for kinds in itertools.permutations(SHAPES, 2)],
+        "two_object": [make_record("two_object", [item(a), item(b)]) for a, b in itertools.permutations(SHAPES, 2)],
         "counting": [
-            counting(kind, count, color)
-            for kind, count, color in itertools.product(SHAPES, NUMBERS, (None, *COLORS))
+            make_record("counting", [item(kind, count, color)])
+            for kind, count, color in counted
             # Only what is held out as a count: a held-out colour here would test two things at once.
             if (kind, color) not in held_out().shape_colors
         ],
-        "colors": [colors(*pair) for pair in pairs],
-        "position": [position(*triple) for triple in _all_triples()],
+        "colors": [make_record("colors", [one]) for one in colored],
+        "position": [make_record("position", [item(a), item(b)], relation) for a, relation, b in _TRIPLES],
         "color_attr": [
-            color_attr(first, second)
-            for first, second in itertools.permutations(pairs, 2)
-            if first[0] != second[0] and first[1] != second[1]
+            make_record("color_attr", [first, second])
+            for first, second in itertools.permutations(colored, 2)
+            if first["class"] != second["class"] and first["color"] != second["color"]
         ],
     }
     wanted = split == "heldout"
     chosen = {tag: tuple(r for r in records if mentions_held_out(r) == wanted) for tag, records in everything.items()}
-    return {"single_object": tuple(map(single_object, SHAPES)), **chosen}
+    return {"single_object": tuple(make_record("single_object", [item(kind)]) for kind in SHAPES), **chosen}
 
 
 def _prompts(split: Split, limits: dict[str, int]) -> list[Record]:
@@ -210,26 +197,10 @@ def sample_mixture(rng: np.random.Generator) -> Record:
         colors = [str(rng.choice(list(COLORS))) if rng.random() < 0.6 else None for _ in kinds]
         if sum(counts) > max(NUMBERS):
             continue
-        include = [
-            {"class": kind, "count": count} | ({"color": color} if color else {})
-            for kind, count, color in zip(kinds, counts, colors, strict=True)
-        ]
-        phrases = [_phrase(item) for item in include]
-        joint = " and "
-        if related:
-            relation = str(rng.choice(RELATIONS))
-            joint, include = f" {relation} ", [include[1], include[0] | {"position": [relation, 0]}]
-        record = _record("mixture", include, joint.join(phrases))
+        items = [item(*wanted) for wanted in zip(kinds, counts, colors, strict=True)]
+        record = make_record("mixture", items, str(rng.choice(RELATIONS)) if related else None)
         if not mentions_held_out(record):
             return record
-
-
-def _phrase(item: Record) -> str:
-    """`a ring`, `a red ring`, `two red rings`."""
-    kind, count, color = item["class"], item["count"], item.get("color")
-    if count == 1:
-        return _article(" ".join(filter(None, (color, kind))))
-    return " ".join(filter(None, (NUMBERS[count], color, _plural(kind))))
 
 
 def relation_margin(a: tuple[float, float, float, float], b: tuple[float, float, float, float], relation: str) -> float:
@@ -243,11 +214,6 @@ def relation_margin(a: tuple[float, float, float, float], b: tuple[float, float,
     return float({"left of": -dx, "right of": dx, "above": -dy, "below": dy}[relation])
 
 
-def _pick_color(kind: str, rng: np.random.Generator, avoid_held_out: bool) -> str:
-    allowed = [c for c in COLORS if not (avoid_held_out and (kind, c) in held_out().shape_colors)]
-    return str(rng.choice(allowed))
-
-
 def sample_scene(
     record: Record, rng: np.random.Generator, *, avoid_held_out: bool = True, lattice: bool = False
 ) -> Scene:
@@ -259,14 +225,15 @@ def sample_scene(
     """
     wanted: list[tuple[str, str]] = []  # (kind, colour) of each object
     relation: tuple[int, str, int] | None = None  # index of A, relation, index of B
-    for index, item in enumerate(record["include"]):
-        color = item.get("color") or _pick_color(item["class"], rng, avoid_held_out)
-        wanted += [(item["class"], color)] * item["count"]
-        if "position" in item:
-            relation = (index, item["position"][0], item["position"][1])
-    low, high = SIZES_BY_COUNT[len(wanted)]
+    hidden = held_out().shape_colors if avoid_held_out else frozenset()
+    for index, clause in enumerate(record["include"]):
+        kind = clause["class"]
+        color = clause.get("color") or str(rng.choice([c for c in COLORS if (kind, c) not in hidden]))
+        wanted += [(kind, color)] * clause["count"]
+        if "position" in clause:
+            relation = (index, *clause["position"])
     while True:
-        sizes = rng.uniform(low, high, size=len(wanted))
+        sizes = rng.uniform(*SIZES_BY_COUNT[len(wanted)], size=len(wanted))
         if lattice:
             sizes = rng.choice(LATTICE_SIZES[len(wanted)], size=len(wanted))
         places = place_squares(sizes.tolist(), rng, lattice=lattice)

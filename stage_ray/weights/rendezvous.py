@@ -11,18 +11,6 @@ import torch
 import torch.distributed as dist
 
 
-def free_address(host: str) -> str:
-    """HOST:PORT of a port that is free there now.
-
-    Example:
-        >>> free_address("127.0.0.1").startswith("127.0.0.1:")
-        True
-    """
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return f"{host}:{probe.getsockname()[1]}"
-
-
 def init_process_group(rank: int, count: int, address: str, device: torch.device, timeout_s: float) -> None:
     """Make torch's default process group; blocks until all are there. gloo on a CPU, NCCL on GPUs.
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stage_ray.actors.ranked import Ranked
+from stage_ray.actors.client import Client
+from stage_ray.actors.worker import Worker
 from stage_ray.config import RunConfig
 from stage_ray.observability.logs import redirect_output
 from stage_ray.observability.worker_metrics import WorkerMetrics
-from stage_ray.records import WeightManifest
+from stage_ray.records import GroupRefs, Update, WeightManifest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from stage_ray.weights.manifest import Chunk
 
 
-class LearnerWorker(Ranked):
+class LearnerWorker(Worker):
     """The STAGE update and the weights it makes, or one rank's share of that."""
 
     _group: BroadcastGroup | None = None
@@ -50,14 +51,14 @@ class LearnerWorker(Ranked):
         """
         self._batch = objects
 
-    def update(self) -> dict[str, float]:
-        """Train on the groups of `set_batch`; metrics of one update."""
+    def update(self) -> Update:
+        """Train on the groups of `set_batch`."""
         groups = self._batch[::2]
         self._metrics.begin((group.group_id for group in groups), step=self._learner.version + 1)
         metrics = self._learner.update(groups, self._batch[1::2])
         # Each rank counts the groups that it ran, so that the counts of all add up to the work done.
         self._metrics.done(groups[self._ranks.rows(len(groups))], version=self._learner.version)
-        return metrics
+        return Update(self._learner.version, metrics)
 
     def save_batch(self, directory: str) -> None:
         """Write the groups of the last `set_batch`."""
@@ -98,7 +99,7 @@ class LearnerWorker(Ranked):
         """Pass what was offered to the rollout workers; why some may not have it, "" where all have."""
         from stage_ray.weights.broadcast_group import BroadcastFailed
 
-        assert self._group is not None, "the line was not opened"
+        assert self._group is not None, "the broadcast group was not opened"
         offered, self._offered = self._offered, ()
         try:
             self._group.send(member, offered)
@@ -121,14 +122,14 @@ class LearnerWorker(Ranked):
 
     def save_groups(self, directory: str, *objects: Any) -> None:
         """Write rollout groups and scored groups, alternating: those a checkpoint has in flight, or a recording's."""
-        from stage_ray.run.recording import save_group
+        from stage_ray.workers.group_files import save_group
 
         for group, scored in zip(objects[::2], objects[1::2], strict=True):
             save_group(Path(directory), group, scored)
 
     def load_groups(self, directory: str, group_ids: Sequence[int]) -> tuple[Any, ...]:
         """The versions of saved groups, then each group and its scores, alternating."""
-        from stage_ray.run.recording import group_file, load_group
+        from stage_ray.workers.group_files import group_file, load_group
 
         pairs = [load_group(group_file(Path(directory), group_id)) for group_id in group_ids]
         return ([group.policy_version for group, _ in pairs], *(item for pair in pairs for item in pair))
@@ -136,3 +137,72 @@ class LearnerWorker(Ranked):
     def export(self, directory: str) -> None:
         """A Hugging Face checkpoint that plain transformers loads."""
         self._learner.export(Path(directory))
+
+
+class LearnerClient(Client):
+    """The learner as the driver asks it; each method is the worker's. Directories are absolute."""
+
+    def set_batch(self, groups: Sequence[GroupRefs]) -> Awaitable[None]:
+        """Hand over the groups of the next update."""
+        return self.ask(LearnerWorker.set_batch, *_objects(groups))
+
+    def update(self) -> Awaitable[Update]:
+        """Train on them."""
+        return self.ask(LearnerWorker.update)
+
+    def version(self) -> Awaitable[int]:
+        """The current version."""
+        return self.ask_first(LearnerWorker.version)
+
+    def pack(self) -> Awaitable[WeightManifest]:
+        """Pack the current version for `chunks`."""
+        return self.ask(LearnerWorker.pack)
+
+    def chunks(self, count: int) -> tuple[Awaitable[int], list[Any]]:
+        """The packed version's number, once all is stored, and references to its ``count`` chunks."""
+        return self.ask_objects(LearnerWorker.chunks, count, ranks=1)
+
+    def offer(self) -> Awaitable[WeightManifest]:
+        """Describe the current version for `send`."""
+        return self.ask(LearnerWorker.offer)
+
+    def open_group(self) -> Awaitable[str]:
+        """Listen for rollout workers; HOST:PORT."""
+        return self.ask_first(LearnerWorker.open_group)
+
+    def send(self, member: GroupMember) -> Awaitable[str]:
+        """Send what was offered; why some may not have it."""
+        return self.ask_first(LearnerWorker.send, member)
+
+    def save_state(self, directory: str) -> Awaitable[None]:
+        """Write the state of every rank."""
+        return self.ask(LearnerWorker.save_state, directory)
+
+    def load_state(self, directory: str) -> Awaitable[int]:
+        """Take a saved state; its version."""
+        return self.ask(LearnerWorker.load_state, directory)
+
+    def save_batch(self, directory: str) -> Awaitable[None]:
+        """Write the groups of the last `set_batch`."""
+        return self.ask_first(LearnerWorker.save_batch, directory)
+
+    def save_groups(self, directory: str, groups: Sequence[GroupRefs]) -> Awaitable[None]:
+        """Write groups."""
+        return self.ask_first(LearnerWorker.save_groups, directory, *_objects(groups))
+
+    async def load_groups(self, directory: str, group_ids: Sequence[int]) -> list[GroupRefs]:
+        """Read saved groups back into the object store, in the order of ``group_ids``."""
+        if not group_ids:
+            return []
+        asked, refs = self.ask_objects(LearnerWorker.load_groups, 2 * len(group_ids), directory, group_ids, ranks=1)
+        loaded = zip(group_ids, await asked, refs[::2], refs[1::2], strict=True)  # groups and scores alternate
+        return [GroupRefs(i, version, tokens, scores=scores) for i, version, tokens, scores in loaded]
+
+    def export(self, directory: str) -> Awaitable[None]:
+        """Write a Hugging Face checkpoint."""
+        return self.ask(LearnerWorker.export, directory)
+
+
+def _objects(groups: Sequence[GroupRefs]) -> list[Any]:
+    """Rollout groups and scored groups, alternating: Ray resolves references only where they are arguments."""
+    return [ref for group in groups for ref in (group.tokens, group.scores)]

@@ -1,4 +1,4 @@
-"""The reward actor: groups and their pictures in, receipts for the driver and scored groups for the learner out."""
+"""The reward actor: groups and their pictures in, errors for the driver and scored groups for the learner out."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from stage_ray.actors.health import Pinged
+from stage_ray.actors.client import Client
+from stage_ray.actors.worker import Worker
 from stage_ray.config import RewardConfig
 from stage_ray.observability.logs import redirect_output
 from stage_ray.observability.worker_metrics import WorkerMetrics
-from stage_ray.records import RolloutGroup, ScoredGroup, ScoreReceipt
+from stage_ray.records import GroupRefs, RolloutGroup, ScoredGroup
 
 
-class RewardWorker(Pinged):
+class RewardWorker(Worker):
     """Every scorer of the run, called on whole batches of groups."""
 
     def __init__(self, name: str, rewards: Sequence[RewardConfig], log: str | None) -> None:
@@ -22,14 +23,14 @@ class RewardWorker(Pinged):
         self._metrics = WorkerMetrics("reward", name)
         self._rewards = rewards
 
-    def setup(self) -> None:
+    def setup(self, address: str = "") -> None:
         """Make every scorer."""
         from stage_ray.rewards import build_rewards
 
         self._scorers = build_rewards(self._rewards)
 
     def score(self, *objects: Any) -> tuple[Any, ...]:
-        """Groups and pictures alternating, as a rollout worker returned them -> receipts, then the scored groups."""
+        """Groups and pictures, alternating, as a rollout worker returned them -> `score_error`s, then scored groups."""
         from stage_ray.rewards import score_groups
 
         groups: list[RolloutGroup] = [
@@ -38,22 +39,33 @@ class RewardWorker(Pinged):
         self._metrics.begin(group.group_id for group in groups)
         scored = score_groups(self._scorers, groups)
         self._metrics.done(groups)
-        return (tuple(receipt(group) for group in scored), *scored)
+        return (tuple(map(score_error, scored)), *scored)
 
 
-def receipt(group: ScoredGroup) -> ScoreReceipt:
-    """Whether every score of a group may be used, and the first reason where not.
+def score_error(group: ScoredGroup) -> str:
+    """Why not every score of a group may be used, the first reason; "" where all may.
 
     Example:
         >>> import numpy as np
         >>> bad = ScoredGroup(4, ("clip",), np.array([[np.nan]], np.float32), np.array([[False]]), ({},), 0.1)
-        >>> receipt(bad).error
+        >>> score_error(bad)
         'clip: 1 of 1 scores failed'
     """
     for column, name in enumerate(group.names):
         failed = int((~group.valid[:, column]).sum())
         if failed:
+            # The first image's error that this scorer gave, where it gave any.
             why = next((str(d[name]["error"]) for d in group.details if "error" in d.get(name, {})), "")
-            text = f"{name}: {failed} of {len(group.valid)} scores failed" + (f" ({why})" if why else "")
-            return ScoreReceipt(group.group_id, ok=False, error=text)
-    return ScoreReceipt(group.group_id, ok=True)
+            return f"{name}: {failed} of {len(group.valid)} scores failed" + (f" ({why})" if why else "")
+    return ""
+
+
+class RewardClient(Client):
+    """A reward worker as the driver asks it."""
+
+    async def score(self, groups: Sequence[GroupRefs]) -> list[GroupRefs]:
+        """The groups with their ``scores`` and ``error``."""
+        objects = [ref for group in groups for ref in (group.tokens, group.images)]
+        errors, scored = self.ask_objects(RewardWorker.score, len(groups), *objects)
+        answers = zip(groups, scored, await errors, strict=True)
+        return [replace(group, scores=scores, error=error) for group, scores, error in answers]

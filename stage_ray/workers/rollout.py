@@ -3,27 +3,38 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Awaitable, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from stage_ray.actors.ranked import Ranked
+from stage_ray.actors.client import Client, WorkerFailed
+from stage_ray.actors.worker import Worker
 from stage_ray.config import RunConfig
 from stage_ray.observability.logs import redirect_output
 from stage_ray.observability.worker_metrics import WorkerMetrics
-from stage_ray.records import RolloutGroup, RolloutReceipt, RolloutRequest, WeightManifest
+from stage_ray.records import GroupRefs, RolloutGroup, RolloutRequest, WeightManifest
 
 if TYPE_CHECKING:
     from stage_ray.weights.broadcast_group import BroadcastGroup, GroupMember
     from stage_ray.weights.manifest import Chunk
 
 
-class RolloutWorker(Ranked):
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """What the driver reads of a generation batch; ``problem`` says why it cannot be used, where it cannot."""
+
+    worker: str
+    policy_version: int
+    generate_s: float
+    problem: str = ""
+
+
+class RolloutWorker(Worker):
     """One image engine, or one rank's share of it.
 
-    Updates its weights between waves only, so every image has one policy version (promise 2).
+    Updates its weights between generation batches only, so every image has one policy version (promise 2).
     """
 
     _group: BroadcastGroup | None = None
@@ -43,10 +54,10 @@ class RolloutWorker(Ranked):
         )
 
     def generate(self, *requests: RolloutRequest) -> tuple[Any, ...]:
-        """A receipt, then for each request its group (``images`` empty) and its pictures (uint8 [G, H, W, 3]).
+        """An `_Answer`, then for each request its group (``images`` empty) and its pictures (uint8 [G, H, W, 3]).
 
         The learner never reads pictures and the driver reads neither: each object goes only where it is used. Of
-        several ranks the first one answers; the others' objects are None, and so are those of a wave with a problem.
+        several ranks the first one answers; the others' objects are None, and so are those of a batch with a problem.
         """
         start = time.perf_counter()
         self._metrics.begin(request.group_id for request in requests)
@@ -55,17 +66,17 @@ class RolloutWorker(Ranked):
         problem = _problem(requests, groups, self._engine.codebook_size)
         answers = self._rank == 0 and not problem
         self._metrics.done(groups if answers else (), version=self._engine.policy_version)
-        receipt = RolloutReceipt(self._name, self._engine.policy_version, seconds, problem)
+        answer = _Answer(self._name, self._engine.policy_version, seconds, problem)
         if not answers:
-            return (receipt, *[None] * (2 * len(requests)))
-        objects: list[Any] = [receipt]
+            return (answer, *[None] * (2 * len(requests)))
+        objects: list[Any] = [answer]
         for group in groups:
             bare = np.empty((len(group.seeds), 0, 0, 3), np.uint8)
             objects += [replace(group, images=bare), group.images]
         return tuple(objects)
 
     def sleep(self) -> None:
-        """Leave the GPU's memory to the learner until the next wave or version."""
+        """Leave the GPU's memory to the learner until the next generation batch or version."""
         self._engine.sleep()
 
     def load_weights(self, manifest: WeightManifest, *chunks: Chunk) -> int:
@@ -91,6 +102,37 @@ class RolloutWorker(Ranked):
             return str(error)
         self._engine.load_weights(manifest.version, tensors, known_finite=True)
         return ""
+
+
+class RolloutClient(Client):
+    """A rollout worker as the driver asks it."""
+
+    async def generate(self, requests: Sequence[RolloutRequest]) -> list[GroupRefs]:
+        """Sample one generation batch.
+
+        Raises:
+            WorkerFailed: what the engine answered cannot be used.
+        """
+        asked, refs = self.ask_objects(RolloutWorker.generate, 2 * len(requests), *requests)
+        answer: _Answer = await asked
+        if answer.problem:
+            raise WorkerFailed(f"{answer.worker} drew what cannot be used: {answer.problem}")
+        return [
+            GroupRefs(r.group_id, answer.policy_version, tokens, images, generate_s=answer.generate_s)
+            for r, tokens, images in zip(requests, refs[::2], refs[1::2], strict=True)  # objects alternate
+        ]
+
+    def sleep(self) -> Awaitable[None]:
+        """As the worker's; it answers once the GPU's memory is free."""
+        return self.ask(RolloutWorker.sleep)
+
+    def load_weights(self, manifest: Any, chunks: Sequence[Any]) -> Awaitable[int]:
+        """As the worker's, of references to the manifest and the chunks."""
+        return self.ask(RolloutWorker.load_weights, manifest, *chunks)
+
+    def receive(self, manifest: WeightManifest, member: GroupMember) -> Awaitable[str]:
+        """As the worker's."""
+        return self.ask(RolloutWorker.receive, manifest, member)
 
 
 def _problem(requests: Sequence[RolloutRequest], groups: Sequence[RolloutGroup], codebook_size: int) -> str:

@@ -13,7 +13,9 @@ from ray.exceptions import RayActorError, RayTaskError
 from stage_ray.cluster.cluster import Cluster
 from stage_ray.config import RunConfig
 from stage_ray.config.load import validate_config
-from stage_ray.records import ScoreReceipt
+from stage_ray.workers.learner import LearnerClient
+from stage_ray.workers.reward import RewardClient
+from stage_ray.workers.rollout import RolloutClient
 
 
 class LocalActor:
@@ -92,7 +94,14 @@ class Roles:
         self.actors[name] = LocalActor(self.inside(name))
         return self.actors[name]
 
-    rollout = reward = learner = make
+    def rollout(self, name: str) -> RolloutClient:
+        return RolloutClient(self.make(name))
+
+    def reward(self, name: str) -> RewardClient:
+        return RewardClient(self.make(name))
+
+    def learner(self, name: str) -> LearnerClient:
+        return LearnerClient(self.make(name))
 
 
 class Role:
@@ -103,7 +112,7 @@ class Role:
 
     async def score(self, *objects: Any) -> tuple[Any, ...]:
         await self._note("score")
-        return ((ScoreReceipt(0, ok=True),), "scores")
+        return (("",), "scores")
 
     async def ping(self) -> tuple[int, str]:
         await asyncio.sleep(self._roles.takes.get(f"{self._name} ping", 0.0))

@@ -9,13 +9,13 @@ import signal
 import pytest
 import ray
 
-from stage_ray.actors.health import Pinged
+from stage_ray.actors.client import Client, WorkerLost
 from stage_ray.actors.pool import Pool
-from stage_ray.actors.supervised import WorkerLost
+from stage_ray.actors.worker import Worker
 from stage_ray.cluster.placement import actor_of
 
 
-class Counter(Pinged):
+class Counter(Worker):
     """Answers with its name, or dies."""
 
     def __init__(self, name: str) -> None:
@@ -40,11 +40,11 @@ def one_ray():
 
 def pool(least: int, most: int | None, cpus: float = 0.5, **more) -> Pool:
     options = {"start_timeout_s": 60.0, "attempts": 2} | more
-    return Pool("test", least, most, lambda name: actor_of(Counter, cpus, 0, {}).remote(name), **options)
+    return Pool("test", least, most, lambda name: Client(actor_of(Counter, cpus, 0, {}).remote(name)), **options)
 
 
 def who(worker):
-    return worker.who.remote()
+    return worker.ask(Counter.who)
 
 
 def test_a_call_whose_actor_dies_goes_to_another_and_the_seat_is_refilled():
@@ -55,7 +55,7 @@ def test_a_call_whose_actor_dies_goes_to_another_and_the_seat_is_refilled():
 
         def first_dies(worker):
             dead.append(1)
-            return worker.die.remote() if len(dead) == 1 else worker.who.remote()
+            return worker.ask(Counter.die) if len(dead) == 1 else worker.ask(Counter.who)
 
         assert await members.call(first_dies, 30, turn=0, attempts=2) == "test-1"
         async with asyncio.timeout(60):
@@ -64,8 +64,8 @@ def test_a_call_whose_actor_dies_goes_to_another_and_the_seat_is_refilled():
         answers = {await members.call(who, 30, turn=turn) for turn in range(2)}
         assert answers == {"test-0-restart-1", "test-1"}
         await members.close()
-        for seat in members.seats:
-            seat.kill()
+        for actor in members.actors:
+            actor.kill()
 
     asyncio.run(scenario())
 
@@ -83,8 +83,8 @@ def test_more_actors_than_there_is_room_for_wait_without_being_in_the_way_and_jo
                 await asyncio.sleep(0.05)
         assert {await members.call(who, 30, turn=turn) for turn in range(2)} == {"test-0", "test-1"}
         await members.close()
-        for seat in members.seats:
-            seat.kill()
+        for actor in members.actors:
+            actor.kill()
 
     asyncio.run(scenario())
 
@@ -94,7 +94,7 @@ def test_a_pool_that_nobody_can_join_says_so_in_time():
         members = pool(1, None, cpus=64, start_timeout_s=1.0)
         with pytest.raises(WorkerLost, match="no test worker is left and none started within 1 s"):
             await members.call(who, 30)
-        members.seats[0].kill()
+        members.actors[0].kill()
 
     asyncio.run(scenario())
 
@@ -104,8 +104,8 @@ def test_actors_that_die_on_every_call_end_in_a_clear_error():
         members = pool(1, None)
         await members.ready()
         with pytest.raises(WorkerLost, match="test-0 died"):
-            await members.call(lambda worker: worker.die.remote(), 30, attempts=2)
+            await members.call(lambda worker: worker.ask(Counter.die), 30, attempts=2)
         await members.close()
-        members.seats[0].kill()
+        members.actors[0].kill()
 
     asyncio.run(scenario())

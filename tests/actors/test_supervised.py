@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 
+from stage_ray.actors.client import WorkerDied, WorkerLost
 from stage_ray.actors.pool import NoWorkersLeft, Pool
-from stage_ray.actors.supervised import SupervisedActor, WorkerDied, WorkerLost, heartbeats
+from stage_ray.actors.supervised import SupervisedActor, heartbeats
 from stage_ray.errors import ConfigError
 from stage_ray.weights.object_store import ObjectStore, Publication
+from stage_ray.workers.rollout import RolloutClient
 from tests.actors.local_actor import LocalActor, local_actors  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("local_actors")
@@ -29,6 +31,9 @@ class Worker:
     async def setup(self) -> None:
         self.done.append("setup")
 
+    async def wave(self) -> None:
+        """As a test wants it."""
+
     async def work(self, what: str, seconds: float = 0.0) -> str:
         await asyncio.sleep(seconds)
         self.done.append(what)
@@ -42,12 +47,12 @@ class Starts:
         self.beginnings = list(beginnings)
         self.actors: list[LocalActor] = []
 
-    def __call__(self, name: str) -> LocalActor:
+    def __call__(self, name: str) -> RolloutClient:
         worker = Worker(name)
         if self.beginnings:
             worker.setup = self.beginnings.pop(0)  # type: ignore[method-assign]
         self.actors.append(LocalActor(worker))
-        return self.actors[-1]
+        return RolloutClient(self.actors[-1])
 
 
 async def fails() -> None:
@@ -63,20 +68,16 @@ async def misconfigured() -> None:
 
 
 def seat(start: Callable[[str], Any], **more: Any) -> SupervisedActor:
-    return SupervisedActor("seat", start, **{"start_timeout_s": 5.0, "setup": setup, "kill": LocalActor.kill} | more)
+    return SupervisedActor("seat", start, **{"start_timeout_s": 5.0} | more)
 
 
 def pool(start: Callable[[str], Any], least: int = 1, most: int | None = None, **more: Any) -> Pool:
-    settings = {"start_timeout_s": 5.0, "attempts": 2, "setup": setup, "kill": LocalActor.kill} | more
+    settings = {"start_timeout_s": 5.0, "attempts": 2} | more
     return Pool("test", least, most, start, **settings)
 
 
-def setup(worker: Any) -> Any:
-    return worker.setup.remote()
-
-
 def work(what: str, seconds: float = 0.0) -> Callable[[Any], Any]:
-    return lambda worker: worker.work.remote(what, seconds)
+    return lambda worker: worker.ask(Worker.work, what, seconds)
 
 
 async def until(what: Callable[[], bool], seconds: float = 5.0) -> None:
@@ -152,7 +153,7 @@ def test_a_driver_that_was_busy_itself_beyond_the_deadline_kills_no_worker(call)
         inside = starts.actors[0].inside
         inside.ping = lambda: answer_late(0.05, (0, "another node"))
         inside.wave = lambda: answer_late(0.05, "drawn")
-        asked = it.check(0.1) if call == "heartbeat" else it.call(lambda worker: worker.wave.remote(), 0.1)
+        asked = it.check(0.1) if call == "heartbeat" else it.call(lambda worker: worker.ask(Worker.wave), 0.1)
         waiting = asyncio.create_task(asked)
         await asyncio.sleep(0.01)
         time.sleep(0.3)
@@ -190,7 +191,7 @@ def test_heartbeats_that_cannot_go_on_end_what_they_watch_and_say_why(caplog):
     with pytest.raises(KeyError, match="a mistake of ours"):
         asyncio.run(scenario())
     assert time.monotonic() - began < 1
-    assert "nobody watches the workers any more" in caplog.text
+    assert "the workers get no heartbeats any more" in caplog.text
 
 
 def test_room_may_take_for_ever_but_a_start_that_hangs_once_there_is_room_is_given_up():
@@ -204,7 +205,7 @@ def test_room_may_take_for_ever_but_a_start_that_hangs_once_there_is_room_is_giv
             return 0, "another node"
 
         starts.actors[0].inside.ping = ping
-        members.refill(members.seats[0])
+        members.refill(members.actors[0])
         await asyncio.sleep(1.5)
         assert len(starts.actors) == 1
         room.set()
@@ -222,7 +223,7 @@ def test_a_seat_whose_starts_fail_is_tried_again_until_one_succeeds(caplog):
         await members.ready()
         assert await members.call(work("wave"), 1.0) == "test-0"
         await until(lambda: len(members.open) == 2)
-        assert [seat.restarts for seat in members.seats] == [0, 5]
+        assert [actor.restarts for actor in members.actors] == [0, 5]
         await members.close()
 
     asyncio.run(scenario())
@@ -248,7 +249,7 @@ def test_a_config_that_a_successor_finds_wrong_is_told_when_nobody_is_left_and_l
         starts = Starts(Worker().setup, misconfigured)
         members = pool(starts, least=1, most=2)
         await members.ready()
-        await until(lambda: "policy.path = nowhere; its seat stays empty" in caplog.text)
+        await until(lambda: "policy.path = nowhere; its place stays empty" in caplog.text)
         assert await members.call(work("wave"), 1.0) == "test-0"
         starts.beginnings = [misconfigured]
         starts.actors[0].kill()
@@ -268,9 +269,9 @@ def test_a_mistake_in_the_refilling_itself_reaches_the_log_and_whoever_asks_next
         async def start(timeout_s: float | None) -> None:
             raise KeyError("a mistake of ours")
 
-        members.seats[1].start = start  # type: ignore[method-assign]
+        members.actors[1].start = start  # type: ignore[method-assign]
         await members.ready()
-        await until(lambda: "is not refilled any more" in caplog.text)
+        await until(lambda: "are not refilled any more" in caplog.text)
         with pytest.raises(KeyError, match="a mistake of ours"):
             await members.call(work("wave"), 1.0)
         await members.close()
@@ -289,12 +290,12 @@ def test_a_worker_that_is_late_with_a_version_is_named_with_the_version_and_its_
         starts.actors[0].inside.load_weights = lambda manifest: hangs()
         starts.beginnings = [lambda: setattr_then(starts.actors[1].inside, lambda manifest: hangs())]
         with pytest.raises(WorkerLost, match=late):
-            await store.load(members.seats[0])
+            await store.load(members.actors[0])
         await until(lambda: len(starts.actors) == 3)
         await members.close()
         assert [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING][:2] == [
-            f"{late}; another takes its seat",
-            f"{late}; another takes its seat in 0.01 s",
+            f"{late}; another takes its place",
+            f"{late}; another takes its place in 0.01 s",
         ]
 
     asyncio.run(scenario())

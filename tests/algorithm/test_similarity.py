@@ -26,7 +26,7 @@ def test_the_length_of_a_codebook_vector_does_not_matter() -> None:
     assert similarity([0, 3], [1.0, -1.0]) == [-1.0, -1.0]
 
 
-def test_an_image_with_advantage_zero_meets_everybody_and_its_own_place_counts_as_zero() -> None:
+def test_an_image_with_advantage_zero_is_compared_with_all_and_its_own_place_counts_as_zero() -> None:
     # the third meets 0, 1 and itself: (0 + 0.8 + 0) / 3; the others meet each other and the third
     assert similarity([0, 1, 2], [1.0, -1.0, 0.0]) == [0.3, 0.7, 0.26667]
 

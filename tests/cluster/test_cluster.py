@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from stage_ray.cluster.cluster import GroupRefs
 from stage_ray.errors import LearnerLostError, RunError
+from stage_ray.records import GroupRefs
+from stage_ray.workers.rollout import RolloutWorker
 from tests.actors.local_actor import LocalCluster, Roles, local_actors, run_of  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("local_actors")
@@ -46,9 +48,9 @@ def test_reward_workers_that_die_over_a_group_cost_it_no_attempt_of_its_scorers(
             name = "reward-0" + (f"-restart-{death}" if death else "")
             await asked(roles, f"{name} score")
             roles.actors[name].kill()
-        [(receipt, group)] = await soon(scoring)
-        assert receipt.ok is ok and (await group.scores == "scores" if ok else group.scores is None)
-        assert ok or "died: it was killed" in receipt.error
+        [group] = await soon(scoring)
+        assert (not group.error) is ok and (await group.scores == "scores" if ok else group.scores is None)
+        assert ok or "died: it was killed" in group.error
         await cluster.rewards.close()
 
     asyncio.run(scenario())
@@ -60,8 +62,8 @@ def test_a_scorer_that_is_too_slow_costs_its_groups_an_attempt():
         roles.takes["score"] = 60.0
         cluster = LocalCluster(run_of(), roles)
         await cluster.rewards.ready()
-        [(receipt, _)] = await soon(cluster.score(GROUP))
-        assert not receipt.ok and receipt.error == "reward-0 gave no answer within 0.2 s"
+        [group] = await soon(cluster.score(GROUP))
+        assert group.error == "reward-0 gave no answer within 0.2 s"
         assert roles.calls.count("reward-0-restart-1 score") == 0
         await cluster.rewards.close()
 
@@ -71,7 +73,7 @@ def test_a_scorer_that_is_too_slow_costs_its_groups_an_attempt():
 def test_where_no_reward_worker_is_left_the_run_ends_and_no_group_is_blamed():
     async def scenario() -> None:
         cluster = LocalCluster(run_of(cluster={"start_timeout_s": 0.2}), Roles())
-        cluster.rewards.seats[0].stop()
+        cluster.rewards.actors[0].stop()
         with pytest.raises(RunError, match=r"no reward worker is left and none started within 0.2 s"):
             await soon(cluster.score(GROUP))
 
@@ -101,7 +103,7 @@ def test_colocated_workers_load_while_their_gpus_are_empty_and_sleep_while_the_l
             assert at(roles, f"{worker} setup done") < at(roles, f"{worker} sleep")
             assert at(roles, f"{worker} sleep done") < at(roles, "learner setup")
         roles.calls.clear()
-        await soon(cluster.update())
+        await soon(cluster.learner.update(GROUP))
         for worker in ("rollout-0", "rollout-1"):
             assert at(roles, f"{worker} sleep done") < at(roles, "learner update")
         assert while_learner(roles, "update") == []
@@ -116,17 +118,19 @@ def test_a_colocated_successor_loads_before_or_after_an_update_and_never_meanwhi
         cluster = LocalCluster(run_of(**COLOCATED), roles)
         await soon(cluster._setup())
         roles.takes |= {"setup": 0.2, "update": 0.3}
-        first = cluster.rollouts.seats[0]
+        first = cluster.rollouts.actors[0]
         first.restart()
         cluster.rollouts.refill(first)
         await asked(roles, "rollout-0-restart-1 setup")
-        update = asyncio.create_task(cluster.update())
+        update = asyncio.create_task(cluster.learner.update(GROUP))
         await asked(roles, "learner update")
         assert at(roles, "rollout-0-restart-1 setup done") < at(roles, "rollout-0-restart-1 sleep")
         assert at(roles, "rollout-0-restart-1 sleep") < at(roles, "learner update")
         first.restart()
         cluster.rollouts.refill(first)
-        wave = asyncio.create_task(cluster.rollouts.call(lambda worker: worker.generate.remote(), 5.0, turn=1))
+        wave = asyncio.create_task(
+            cluster.rollouts.call(lambda worker: worker.ask(RolloutWorker.generate), 5.0, turn=1)
+        )
         await soon(update)
         assert while_learner(roles, "update") == [], "neither a start nor a wave, which would wake a worker"
         await soon(asyncio.gather(wave, asked(roles, "rollout-0-restart-2 setup done")))
@@ -141,15 +145,15 @@ def test_a_colocated_learner_that_is_lost_comes_back_while_workers_sleep_or_wait
         cluster = LocalCluster(run_of(**COLOCATED), roles)
         await soon(cluster._setup())
         roles.takes |= {"setup": 0.2, "update": 60.0}
-        update = asyncio.create_task(cluster.update())
+        update = asyncio.create_task(cluster.learner.update(GROUP))
         await asked(roles, "learner update")
         for name in ("learner", "rollout-0"):  # those of one GPU go together
             roles.actors[name].kill()
         with pytest.raises(LearnerLostError):
             await soon(update)
-        cluster.accept_learner()
+        cluster.learner.accept()
         roles.calls.clear()
-        await soon(cluster.call_learner(lambda learner: learner.load_state.remote()))
+        await soon(cluster.learner.load_state(Path("nowhere")))
         started = [call.split()[0] for call in roles.calls if call.endswith(" setup")]
         assert started[0] == "learner-restart-1"
         assert at(roles, "rollout-1 sleep done") < at(roles, "learner-restart-1 setup")

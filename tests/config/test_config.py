@@ -27,7 +27,7 @@ def config(tmp_path: Path) -> Path:
 
 def test_the_smallest_config_is_whole(config: Path) -> None:
     run = load_config(config)
-    assert (run.steps, run.rollout.group_size, run.algorithm.beta, run.rewards[0].column) == (3, 8, 0.03, "geneval")
+    assert (run.steps, run.rollout.group_size, run.recipe, run.rewards[0].column) == (3, 8, "stage", "geneval")
 
 
 def test_overrides_reach_sections_and_lists_and_are_yaml(config: Path) -> None:
@@ -57,8 +57,8 @@ def test_a_resolved_config_reads_back_the_same(config: Path, tmp_path: Path) -> 
 def test_the_shipped_configs_are_valid_and_differ_only_in_the_algorithm() -> None:
     stage, grpo = (load_config(Path(f"configs/{name}_shapeworld.yaml")) for name in ("stage", "grpo"))
     differ = {key for key in RunConfig.model_fields if getattr(stage, key) != getattr(grpo, key)}
-    assert differ == {"algorithm", "run_dir"}
-    assert not (grpo.algorithm.reweight_advantage or grpo.algorithm.reweight_kl or grpo.algorithm.entropy_reward)
+    assert differ == {"recipe", "algorithm", "run_dir"}
+    assert (stage.recipe, grpo.recipe) == ("stage", "grpo")
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ helm = pytest.importorskip("helm_python", reason="helm-python-sdk is not install
 ROOT = Path(__file__).parents[2]
 CHART = ROOT / "deploy" / "helm" / "stage-ray"
 GRAFANA = ROOT / "deploy" / "grafana"
-IMAGE = {"repository": "registry.example.com/stage-ray", "tag": "0.1.0"}
+IMAGE = {"repository": "registry.example.com/stage-ray", "tag": "0.2.0"}
 
 
 def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from transformers import AutoProcessor, JanusForConditionalGeneration
 
 from stage_ray.config import PolicyConfig, RolloutConfig
 from stage_ray.engines import build_engine
-from stage_ray.engines.batching import BatchEngine
+from stage_ray.engines.base import ImageEngine
 from stage_ray.engines.sampling import SamplingParams, process_logits
 from stage_ray.errors import ConfigError
 from stage_ray.policies import load_policy
@@ -25,13 +25,13 @@ from stage_ray.policies.janus import JanusPolicy
 from stage_ray.records import Prompt, RolloutGroup, RolloutRequest
 from tests.tiny import CODES, IMAGE_SIZE, IMAGE_TOKENS, tiny_janus
 
-WAVE, GUIDANCE = 6, 2.0
+BATCH, GUIDANCE = 6, 2.0
 TEXTS = ("a photo of a red circle", "a photo of a square left of a triangle", "circle")
 TOLERANCE = {"atol": 2e-3, "rtol": 2e-3}
 
 
 def rollout(engine: str, **settings: float) -> RolloutConfig:
-    chosen = {"engine": engine, "dtype": "float32", "images_per_batch": WAVE, "guidance_scale": GUIDANCE}
+    chosen = {"engine": engine, "dtype": "float32", "images_per_batch": BATCH, "guidance_scale": GUIDANCE}
     return RolloutConfig.model_validate({**chosen, "kv_cache_gib": 0.25, **settings})
 
 
@@ -67,19 +67,19 @@ def updated(directory: Path) -> JanusPolicy:
 
 
 @pytest.fixture(scope="module", params=["torch", "vllm"])
-def engine(request: pytest.FixtureRequest, directory: Path) -> Iterator[BatchEngine]:
+def engine(request: pytest.FixtureRequest, directory: Path) -> Iterator[ImageEngine]:
     if request.param == "vllm":
         pytest.importorskip("vllm")
     engine = build_engine(
         PolicyConfig.model_validate({"path": str(directory)}), rollout(request.param), worker=f"test-{request.param}"
     )
-    assert isinstance(engine, BatchEngine)
+    assert isinstance(engine, ImageEngine)
     yield engine
     engine.close()
 
 
 @pytest.fixture
-def at_version_0(engine: BatchEngine, policy: JanusPolicy) -> BatchEngine:
+def at_version_0(engine: ImageEngine, policy: JanusPolicy) -> ImageEngine:
     if engine.policy_version != 0:
         engine.load_weights(0, weights_of(policy))
     return engine
@@ -89,7 +89,7 @@ def weights_of(policy: JanusPolicy) -> list[tuple[str, torch.Tensor]]:
     return [(name, parameter.detach().clone()) for name, parameter in policy.trained_parameters().items()]
 
 
-def assert_statistics_match(group: RolloutGroup, policy: JanusPolicy, rule: SamplingParams) -> None:
+def assert_statistics_match(group: RolloutGroup, policy: JanusPolicy, params: SamplingParams) -> None:
     """What an engine recorded is what a teacher-forced forward of transformers says of the same tokens."""
     ids = policy.encode_prompt(group.prompt.text)
     tokens = torch.from_numpy(group.tokens).long()
@@ -98,45 +98,45 @@ def assert_statistics_match(group: RolloutGroup, policy: JanusPolicy, rule: Samp
         unconditional = policy.image_logits([ids.unconditional] * len(tokens), tokens)
     chosen = tokens.unsqueeze(-1)
     logprobs = conditional.log_softmax(-1).gather(-1, chosen).squeeze(-1)
-    guided = process_logits(conditional, unconditional, rule).log_softmax(-1).gather(-1, chosen).squeeze(-1)
+    guided = process_logits(conditional, unconditional, params).log_softmax(-1).gather(-1, chosen).squeeze(-1)
     entropy = torch.distributions.Categorical(logits=conditional).entropy()
     for found, expected in ((group.logprobs, logprobs), (group.guided_logprobs, guided), (group.entropy, entropy)):
         assert found.dtype == np.float32
         torch.testing.assert_close(torch.from_numpy(found), expected, **TOLERANCE)
 
 
-def test_records_match_a_teacher_forced_forward_of_transformers(at_version_0: BatchEngine, policy: JanusPolicy) -> None:
+def test_records_match_a_teacher_forced_forward_of_transformers(at_version_0: ImageEngine, policy: JanusPolicy) -> None:
     groups = at_version_0.generate([request(text, (index, 50 + index)) for index, text in enumerate(TEXTS)])
     for group in groups:
         assert group.policy_version == 0
-        assert_statistics_match(group, policy, at_version_0.rule)
+        assert_statistics_match(group, policy, at_version_0.params)
 
 
-def test_records_match_with_temperature_top_k_and_top_p(at_version_0: BatchEngine, policy: JanusPolicy) -> None:
-    rule = SamplingParams(guidance_scale=3.0, temperature=0.8, top_k=20, top_p=0.95)
-    assert_statistics_match(at_version_0.generate([request(TEXTS[0], (1, 2, 3))], rule)[0], policy, rule)
+def test_records_match_with_temperature_top_k_and_top_p(at_version_0: ImageEngine, policy: JanusPolicy) -> None:
+    params = SamplingParams(guidance_scale=3.0, temperature=0.8, top_k=20, top_p=0.95)
+    assert_statistics_match(at_version_0.generate([request(TEXTS[0], (1, 2, 3))], params)[0], policy, params)
 
 
 def test_after_a_weight_update_records_match_the_new_model_and_carry_its_version(
-    at_version_0: BatchEngine, updated: JanusPolicy
+    at_version_0: ImageEngine, updated: JanusPolicy
 ) -> None:
     before = at_version_0.generate([request(TEXTS[1], (1, 2))])[0]
     at_version_0.load_weights(7, weights_of(updated))
     after = at_version_0.generate([request(TEXTS[1], (1, 2))])[0]
     assert (before.policy_version, after.policy_version) == (0, 7)
     assert not np.array_equal(before.tokens, after.tokens)
-    assert_statistics_match(after, updated, at_version_0.rule)
+    assert_statistics_match(after, updated, at_version_0.params)
 
 
 def test_without_guidance_images_come_from_the_conditional_branch(
-    at_version_0: BatchEngine, policy: JanusPolicy
+    at_version_0: ImageEngine, policy: JanusPolicy
 ) -> None:
     group = at_version_0.generate([request(TEXTS[0], (3, 4))], SamplingParams())[0]
     np.testing.assert_array_equal(group.guided_logprobs, group.logprobs)
     assert_statistics_match(group, policy, SamplingParams())
 
 
-def test_greedy_images_are_those_of_transformers_generate(at_version_0: BatchEngine, directory: Path) -> None:
+def test_greedy_images_are_those_of_transformers_generate(at_version_0: ImageEngine, directory: Path) -> None:
     model = JanusForConditionalGeneration.from_pretrained(directory)
     processor = AutoProcessor.from_pretrained(directory)
     messages = [{"role": "user", "content": [{"type": "text", "text": TEXTS[1]}]}]
@@ -147,14 +147,14 @@ def test_greedy_images_are_those_of_transformers_generate(at_version_0: BatchEng
     assert found.tokens.tolist() == expected.tolist()
 
 
-def test_a_seed_gives_the_same_image_alone_in_a_full_wave_and_in_other_company(at_version_0: BatchEngine) -> None:
+def test_a_seed_gives_the_same_image_alone_in_a_full_batch_and_in_other_company(at_version_0: ImageEngine) -> None:
     alone = at_version_0.generate([request(TEXTS[0], (42,))])[0].tokens[0]
     full = at_version_0.generate([request(TEXTS[0], (1, 42, 2, 3, 4, 5))])[0].tokens[1]
     mixed = at_version_0.generate([request(TEXTS[2], (9, 8, 42)), request(TEXTS[0], (7, 42), group_id=1)])[1].tokens[1]
     assert alone.tolist() == full.tolist() == mixed.tolist()
 
 
-def test_waves_larger_than_the_engine_holds_are_cut_and_groups_keep_their_order(at_version_0: BatchEngine) -> None:
+def test_more_images_than_a_batch_holds_are_cut_and_groups_keep_their_order(at_version_0: ImageEngine) -> None:
     requests = [request(TEXTS[i % 3], tuple(range(10 * i, 10 * i + 5)), group_id=30 - i) for i in range(3)]
     groups = at_version_0.generate(requests)
     assert [group.group_id for group in groups] == [30, 29, 28]
@@ -167,7 +167,7 @@ def test_waves_larger_than_the_engine_holds_are_cut_and_groups_keep_their_order(
     assert at_version_0.generate([]) == []
 
 
-def test_pictures_are_the_policys_decoding_of_the_tokens(at_version_0: BatchEngine, policy: JanusPolicy) -> None:
+def test_pictures_are_the_policys_decoding_of_the_tokens(at_version_0: ImageEngine, policy: JanusPolicy) -> None:
     group = at_version_0.generate([request(TEXTS[0], (1, 2))])[0]
     assert group.images.shape == (2, IMAGE_SIZE, IMAGE_SIZE, 3) and group.images.dtype == np.uint8
     expected = policy.decode(torch.from_numpy(group.tokens).long()).numpy()
@@ -175,7 +175,7 @@ def test_pictures_are_the_policys_decoding_of_the_tokens(at_version_0: BatchEngi
 
 
 def test_a_bad_weight_update_is_refused_and_the_old_version_stays(
-    at_version_0: BatchEngine, updated: JanusPolicy
+    at_version_0: ImageEngine, updated: JanusPolicy
 ) -> None:
     good = weights_of(updated)
     name, tensor = good[0]
@@ -197,7 +197,7 @@ def test_a_bad_weight_update_is_refused_and_the_old_version_stays(
 
 
 def test_an_update_that_breaks_half_way_stops_generation_until_one_succeeds(
-    at_version_0: BatchEngine, policy: JanusPolicy, monkeypatch: pytest.MonkeyPatch
+    at_version_0: ImageEngine, policy: JanusPolicy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def break_down(tensors: object) -> None:
         raise OSError("out of memory")

@@ -92,9 +92,9 @@ def test_top_p_keeps_the_smallest_set_with_that_mass_and_never_nothing() -> None
 
 
 def test_the_guided_log_probability_is_that_of_the_distribution_drawn_from() -> None:
-    rule = SamplingParams(guidance_scale=2.0, temperature=0.7, top_k=3, top_p=0.9)
-    drawn = sample(LOGITS, OTHER, seeds(2), seeds(2), rule)
-    expected = process_logits(LOGITS, OTHER, rule).log_softmax(-1).gather(-1, drawn.tokens[:, None])[:, 0]
+    params = SamplingParams(guidance_scale=2.0, temperature=0.7, top_k=3, top_p=0.9)
+    drawn = sample(LOGITS, OTHER, seeds(2), seeds(2), params)
+    expected = process_logits(LOGITS, OTHER, params).log_softmax(-1).gather(-1, drawn.tokens[:, None])[:, 0]
     torch.testing.assert_close(drawn.guided_logprobs, expected)
     torch.testing.assert_close(drawn.logprobs, LOGITS.log_softmax(-1).gather(-1, drawn.tokens[:, None])[:, 0])
     torch.testing.assert_close(drawn.entropy, torch.distributions.Categorical(logits=LOGITS).entropy())
@@ -102,6 +102,6 @@ def test_the_guided_log_probability_is_that_of_the_distribution_drawn_from() -> 
 
 def test_the_one_token_that_top_k_leaves_is_drawn_whatever_the_noise() -> None:
     count = 5000
-    rule = SamplingParams(top_k=1)
-    drawn = sample(LOGITS[:1].expand(count, -1), None, seeds(count), seeds(count), rule)
+    params = SamplingParams(top_k=1)
+    drawn = sample(LOGITS[:1].expand(count, -1), None, seeds(count), seeds(count), params)
     assert drawn.tokens.eq(0).all() and drawn.guided_logprobs.eq(0).all()

@@ -1,4 +1,4 @@
-"""What is particular to the vLLM engine: pairs stay together, a whole wave fits, and torch draws the same images."""
+"""What is particular to the vLLM engine: pairs stay together, a whole batch fits, and torch draws the same images."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from stage_ray.engines.sampling import SamplingParams
 from stage_ray.engines.torch import TorchEngine
 from stage_ray.engines.vllm.environment import vllm_environment
 from stage_ray.errors import ConfigError
-from stage_ray.policies.janus.files import JanusFiles
-from stage_ray.policies.janus.vllm_export import flat_config
+from stage_ray.policies.janus.codec import JanusCodec
 from stage_ray.records import Prompt, RolloutRequest
 from tests.tiny import CODES, tiny_janus
 
@@ -32,14 +31,14 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_janus(tmp_path_factory.mktemp("tiny") / "janus")
 
 
-def test_a_row_without_its_partner_stops_the_wave() -> None:
+def test_a_row_without_its_partner_stops_the_batch() -> None:
     from stage_ray.engines.vllm.guidance import CONDITIONAL, UNCONDITIONAL, _lay_out, _Row
 
     guided, cpu = SamplingParams(guidance_scale=2.0), torch.device("cpu")
     rows = {
-        0: _Row(image=4, branch=UNCONDITIONAL, seed=1, rule=guided, output=[]),
-        1: _Row(image=3, branch=CONDITIONAL, seed=2, rule=guided, output=[]),
-        2: _Row(image=4, branch=CONDITIONAL, seed=1, rule=guided, output=[]),
+        0: _Row(image=4, branch=UNCONDITIONAL, seed=1, params=guided, output=[]),
+        1: _Row(image=3, branch=CONDITIONAL, seed=2, params=guided, output=[]),
+        2: _Row(image=4, branch=CONDITIONAL, seed=1, params=guided, output=[]),
     }
     with pytest.raises(RuntimeError, match="image 3: .* rollout.images_per_batch"):
         _lay_out(rows, cpu)
@@ -50,8 +49,8 @@ def test_a_row_without_its_partner_stops_the_wave() -> None:
 
 
 def test_the_exported_vocabulary_holds_image_ids_first(directory: Path) -> None:
-    config = JanusFiles.load(PolicyConfig.model_validate({"path": str(directory)})).config
-    flat = flat_config(config)
+    codec = JanusCodec.load(PolicyConfig.model_validate({"path": str(directory)}))
+    config, flat = codec.config, codec.vllm_spec().config
     assert flat["vocab_size"] == CODES + config.text_config.vocab_size
     assert flat["hidden_size"] == config.text_config.hidden_size and flat["model_type"] == "llama"
 
@@ -76,7 +75,7 @@ def watch_addresses(worker: Any) -> list[tuple[int | None, ...]]:
 
 
 @pytest.mark.slow
-def test_engines_draw_the_same_images_a_wave_that_does_not_fit_and_a_long_prompt_are_named(directory: Path) -> None:
+def test_engines_draw_the_same_images_a_batch_that_does_not_fit_and_a_long_prompt_are_named(directory: Path) -> None:
     """One start of vLLM for four statements, the fourth: a captured CUDA graph would find every input in its place."""
     from stage_ray.engines.vllm.engine import VllmEngine
 

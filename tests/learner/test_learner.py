@@ -59,6 +59,12 @@ def timeless(metrics: dict[str, float]) -> dict[str, float]:
     return {name: value for name, value in metrics.items() if not name.startswith("time/")}
 
 
+def shard(directory: Path) -> Path:
+    """The file of a learner of one rank that holds weights and optimizer moments."""
+    (path,) = (directory / "shards").iterdir()
+    return path
+
+
 def with_group(scored: Scored, **changes: Any) -> Scored:
     """The same groups, one field of the second changed."""
     groups, scores = scored
@@ -181,8 +187,10 @@ def test_a_fresh_learner_can_be_saved_and_loaded(model: Path, scored: Scored, tm
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda d: (d / "optimizer.safetensors").unlink(), "optimizer.safetensors cannot be read"),
-        (lambda d: (d / "trained.safetensors").write_bytes(b"short"), "trained.safetensors cannot be read"),
+        (lambda d: shard(d).unlink(), r"shards/shard-.*\.safetensors cannot be read: it is missing"),
+        (lambda d: shard(d).write_bytes(b"short"), r"\.safetensors cannot be read: it has 5 bytes, not \d+"),
+        (lambda d: shard(d).write_bytes(bytes(shard(d).stat().st_size)), "shards cannot be read"),
+        (lambda d: (d / "random.safetensors").unlink(), "random.safetensors cannot be read"),
         (lambda d: (d / "learner.json").write_text("{"), "learner.json cannot be read"),
         (lambda d: (d / "learner.json").write_text('{"format": 99}'), "has format 99"),
     ],

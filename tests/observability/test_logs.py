@@ -42,13 +42,13 @@ def objects(text: str) -> list[dict]:
 
 def test_every_line_says_when_how_grave_of_which_run_and_by_whom(out):
     pytest.importorskip("vllm.logger")  # it puts a field of its own into every record of the process
-    logging.getLogger("stage_ray.actors.supervised").warning("%s; another takes its seat", "rollout-0 died")
+    logging.getLogger("stage_ray.actors.supervised").warning("%s; another takes its place", "rollout-0 died")
     (line,) = objects(out.getvalue())
     assert datetime.fromisoformat(line.pop("time")).utcoffset().total_seconds() == 0
     assert line == {
         "level": "WARNING",
         "logger": "stage_ray.actors.supervised",
-        "message": "rollout-0 died; another takes its seat",
+        "message": "rollout-0 died; another takes its place",
         "run": "my-run",
         "role": "driver",
     }

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from stage_ray.cluster.cluster import GroupRefs
 from stage_ray.config import RunConfig
-from stage_ray.errors import RunError
-from stage_ray.pipeline.ledger import Ledger, audit, read_ledger
+from stage_ray.errors import GroupsLostError, RunError
+from stage_ray.pipeline.ledger import Ledger
 from stage_ray.pipeline.prompts import PromptCursor
 from stage_ray.pipeline.stream import GroupStream
+from stage_ray.records import GroupRefs
 from stage_ray.run.checkpoint import CheckpointStore
+from tests.audit import audit, read_ledger
 from tests.flaky import PROMPTS, FlakyCluster, drive, history, timed_run, until
 
 
@@ -92,3 +93,26 @@ def test_a_group_older_than_the_bound_is_never_written_down_as_trained(tmp_path)
 
     with pytest.raises(RunError, match=r"group 8 is 2 versions old, pipeline.max_staleness is 1"):
         asyncio.run(train_late())
+
+
+@pytest.mark.parametrize("order", ["strict", "arrival"])
+def test_a_batch_that_lost_groups_with_a_node_is_requeued_and_they_are_generated_again(tmp_path, order):
+    run = timed_run(tmp_path, steps=1, order=order)
+    cluster = FlakyCluster(run)
+
+    async def scenario() -> tuple[list[int], list[int]]:
+        async with GroupStream(cluster, run, PromptCursor(PROMPTS, 0), ledger, 0, step=0) as stream:  # type: ignore
+            taken = await stream.next_batch()
+            cluster.prompts.clear()
+            stream.requeue(taken, GroupsLostError([taken[0].group_id]))
+            again = await stream.next_batch()
+            await until(lambda: taken[0].group_id in cluster.prompts)
+            stream.mark_trained(again, 0)
+            stream.release(again)
+            return [group.group_id for group in taken], [group.group_id for group in again]
+
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    taken, again = asyncio.run(scenario())
+    reissued = [event["group_id"] for event in read_ledger(tmp_path / "ledger.jsonl") if event["event"] == "reissued"]
+    assert reissued == taken[:1]
+    assert again == taken if order == "strict" else len(again) == len(taken)

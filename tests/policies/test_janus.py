@@ -13,9 +13,8 @@ from transformers import AutoProcessor, JanusForConditionalGeneration
 
 from stage_ray.config import PolicyConfig
 from stage_ray.errors import ConfigError
-from stage_ray.policies import load_policy
+from stage_ray.policies import base, load_policy
 from stage_ray.policies.janus import JanusPolicy
-from stage_ray.policies.janus import policy as janus_module
 from stage_ray.policies.logprobs import token_logprobs
 from tests.tiny import CODES, IMAGE_SIZE, IMAGE_TOKENS, tiny_janus
 
@@ -53,7 +52,7 @@ def test_prompt_ids_are_what_the_processor_of_transformers_makes(directory: Path
 
 
 def test_the_unconditional_branch_keeps_bos_and_boi_and_blanks_the_rest(policy: JanusPolicy) -> None:
-    tokenizer = policy._files.processor.tokenizer
+    tokenizer = policy.codec.processor.tokenizer
     ids = policy.encode_prompt(TEXTS[0])
     boi = tokenizer.convert_tokens_to_ids(tokenizer.boi_token)
     inner = [tokenizer.pad_token_id] * (len(ids.conditional) - 2)
@@ -101,7 +100,7 @@ def test_statistics_in_pieces_are_the_statistics_at_once_gradients_too(
         return statistics.logprobs.detach(), torch.autograd.grad(loss, parameter)[0]
 
     at_once = measure()
-    monkeypatch.setattr(janus_module, "LOGITS_AT_ONCE", 1)
+    monkeypatch.setattr(base, "LOGITS_AT_ONCE", 1)
     for whole, pieces in zip(at_once, measure(), strict=True):
         torch.testing.assert_close(whole, pieces, atol=1e-4, rtol=1e-4)
 

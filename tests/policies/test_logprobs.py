@@ -144,7 +144,7 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> JanusPolicy:
 
 
 @pytest.mark.parametrize(
-    "rule",
+    "params",
     [
         SamplingParams(),
         SamplingParams(temperature=0.7),
@@ -153,20 +153,20 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> JanusPolicy:
     ],
 )
 def test_guided_log_probabilities_are_those_that_the_engines_draw_from(
-    policy: JanusPolicy, rule: SamplingParams, monkeypatch: pytest.MonkeyPatch
+    policy: JanusPolicy, params: SamplingParams, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("stage_ray.policies.janus.policy.LOGITS_AT_ONCE", 10 * CODES)
+    monkeypatch.setattr("stage_ray.policies.base.LOGITS_AT_ONCE", 10 * CODES)
     texts = ("a photo of a red circle", "a photo of a square left of a triangle")
     prompts = [policy.encode_prompt(text) for text in texts]
     tokens = torch.randint(0, CODES, (2, IMAGE_TOKENS), generator=torch.Generator().manual_seed(1))
-    found = policy.guided_token_logprobs(prompts, tokens, rule)
+    found = policy.guided_token_logprobs(prompts, tokens, params)
     assert found.guided_logprobs is not None and not found.guided_logprobs.requires_grad
     with torch.no_grad():
         conditional = policy.image_logits([prompt.conditional for prompt in prompts], tokens)
         unconditional = policy.image_logits([prompt.unconditional for prompt in prompts], tokens)
-        expected = process_logits(conditional.flatten(0, 1), unconditional.flatten(0, 1), rule).log_softmax(-1)
+        expected = process_logits(conditional.flatten(0, 1), unconditional.flatten(0, 1), params).log_softmax(-1)
     chosen = expected.gather(-1, tokens.flatten().unsqueeze(-1)).view(tokens.shape)
-    assert (chosen == -torch.inf).any() == (rule.top_k > 0)
+    assert (chosen == -torch.inf).any() == (params.top_k > 0)
     torch.testing.assert_close(found.guided_logprobs, chosen, atol=1e-4, rtol=1e-4)
     plain = policy.token_logprobs([prompt.conditional for prompt in prompts], tokens)
     assert torch.equal(found.logprobs, plain.logprobs) and torch.equal(found.entropy, plain.entropy)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import signal
 import subprocess
@@ -19,7 +21,7 @@ from tests.test_train import tiny_run
 HOLDER = """
 import sys, time
 from pathlib import Path
-from stage_ray.run.lock import run_dir_lock
+from stage_ray.run.run_dir import run_dir_lock
 with run_dir_lock(Path(sys.argv[1]), 0):
     print("held", flush=True)
     time.sleep(60)
@@ -92,6 +94,15 @@ def test_a_driver_that_was_killed_holds_nothing(run, trained, other):
     other.wait()
     assert opened(run, resume=True) == trained
     assert (trained / ".lock").read_text().startswith(f"process {os.getpid()} on ")
+
+
+def test_storage_that_knows_no_locks_is_used_with_a_warning(run, trained, monkeypatch, caplog):
+    def no_locks(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    assert opened(run, resume=True) == trained
+    assert f"{trained} cannot be locked" in caplog.text and "let no second run write into it" in caplog.text
 
 
 def test_a_job_that_is_started_again_waits_for_the_one_before_it_to_leave(run, trained, other, monkeypatch):

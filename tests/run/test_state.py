@@ -1,21 +1,21 @@
-"""A run's files over stand-ins for its actors: what a checkpoint says agrees with itself, and none is ever damaged."""
+"""A run's state over stand-ins for its actors: what a checkpoint says agrees with itself, and none is ever damaged."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from stage_ray.errors import RunError
-from stage_ray.observability.progress import Progress
 from stage_ray.pipeline.ledger import Ledger
+from stage_ray.records import GroupRefs, Update
 from stage_ray.run import checkpoint
 from stage_ray.run.checkpoint import Checkpoint, CheckpointStore
-from stage_ray.run.state import RunState
-from tests.flaky import PROMPTS, FlakyCluster, drive, timed_run, until
+from tests.flaky import FlakyCluster, drive, run_state, timed_run, until
 
 
 def saved(directory: Path) -> Checkpoint:
@@ -49,9 +49,9 @@ def test_a_run_that_ends_while_a_checkpoint_is_finished_waits_for_it_and_leaves_
     cluster = FlakyCluster(run)
     update = cluster.update
 
-    async def breaks_down() -> dict[str, float]:
+    async def breaks_down(groups: Sequence[GroupRefs]) -> Update:
         if cluster.version < 4:
-            return await update()
+            return await update(groups)
         await until(slow.reached.is_set)
         if how == "the run is cancelled":
             running.cancel()
@@ -99,14 +99,14 @@ def test_what_fails_while_a_checkpoint_waits_for_its_groups_is_not_said_of_the_d
         raise RunError("rollout-0 died")
 
     async def scenario() -> None:
-        files = RunState(run, tmp_path, PROMPTS, resume=False, progress=Progress())
-        async with files.stream(cluster) as stream:
+        state = run_state(run)
+        async with state.stream(cluster) as stream:
             cluster.gates[2] = asyncio.Event()
             groups = await stream.next_batch()
             stream.mark_trained(groups, 0)
-            stream.free_slots(groups)
+            stream.release(groups)
             cluster.generate = breaks_down  # type: ignore[method-assign]
-            await files.checkpoint(1, cluster, stream, now=True)
+            await state.checkpoint(1, cluster, stream, now=True)
 
     with pytest.raises(RunError, match="^rollout-0 died$"):
         asyncio.run(scenario())
@@ -118,18 +118,18 @@ def test_a_checkpoint_holds_the_very_groups_that_its_ledger_has_open(tmp_path):
     cluster = FlakyCluster(run, 0, lambda group_id: group_id == 3)
 
     async def scenario() -> int:
-        files = RunState(run, tmp_path, PROMPTS, resume=False, progress=Progress())
-        async with files.stream(cluster) as stream:
+        state = run_state(run)
+        async with state.stream(cluster) as stream:
             cluster.gates[3] = asyncio.Event()
             groups = await stream.next_batch()
-            await cluster.update()
-            await cluster.publish()
+            update = await cluster.learner.update(groups)
+            await cluster.publish(update.version)
             stream.mark_trained(groups, 0)
             await until(lambda: 3 in cluster.asked)
             before = stream.next_group
             cluster.gates[3].set()
-            await files.checkpoint(1, cluster, stream, now=True)
-            files.close()
+            await state.checkpoint(1, cluster, stream, now=True)
+            state.close()
             return stream.next_group - before
 
     assert asyncio.run(scenario()) == 1, "nothing was replaced meanwhile: this shows nothing"
@@ -148,19 +148,19 @@ def test_a_group_that_is_trained_while_its_checkpoint_waits_for_another_is_in_it
 
     async def scenario() -> list[int]:
         trained = []
-        files = RunState(run, tmp_path, PROMPTS, resume=False, progress=Progress())
-        async with files.stream(cluster) as stream:
+        state = run_state(run)
+        async with state.stream(cluster) as stream:
             cluster.gates[0] = asyncio.Event()
             for step in range(2):
                 (group,) = await stream.next_batch()
                 trained.append(group.group_id)
                 stream.mark_trained([group], step)
                 if step == 0:
-                    await files.checkpoint(1, cluster, stream)
-                stream.free_slots([group])
+                    await state.checkpoint(1, cluster, stream)
+                stream.release([group])
             cluster.gates[0].set()
-            await files.saved()
-        files.close()
+            await state.saved()
+        state.close()
         return trained
 
     _, overtook = asyncio.run(scenario())

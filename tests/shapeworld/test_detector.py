@@ -1,4 +1,4 @@
-"""The detector on pictures whose truth is known: rendered, reconstructed, touching, spoiled, and plain mush."""
+"""The detector on pictures whose truth is known: rendered, reconstructed, touching, spoiled, and non-objects."""
 
 from __future__ import annotations
 
@@ -9,11 +9,16 @@ import pytest
 
 from stage_ray.config.paths import resolve_path
 from stage_ray.shapeworld.detector import ASSETS, ShapeDetector
-from stage_ray.shapeworld.detector_exam import draw_cases, draw_mush, grade, share_with_objects
-from stage_ray.shapeworld.detector_segmentation import segment
-from stage_ray.shapeworld.detector_tokenizer import TokenizerView
+from stage_ray.shapeworld.pretrain.detector_evaluation import (
+    draw_cases,
+    draw_non_objects,
+    judge_cases,
+    share_with_objects,
+)
+from stage_ray.shapeworld.pretrain.tokenizer_view import TokenizerView
 from stage_ray.shapeworld.render import render, render_masks
 from stage_ray.shapeworld.scene import BACKGROUNDS, COLORS, SHAPES, Scene, Shape
+from stage_ray.shapeworld.segmentation import segment
 
 THRESHOLD = 0.5  # of configs/stage_shapeworld.yaml
 JANUS = "package:stage_ray/shapeworld/assets/janus"
@@ -90,17 +95,17 @@ def test_what_is_no_batch_of_pictures_is_refused(shape: tuple[int, ...]):
 
 
 def test_verdicts_on_rendered_scenes_are_right():
-    grades = grade(detector(), draw_cases(480, seed=11), threshold=THRESHOLD)
-    assert grades.right >= 0.99, grades
+    verdicts = judge_cases(detector(), draw_cases(480, seed=11), threshold=THRESHOLD)
+    assert verdicts.right >= 0.99, verdicts
 
 
 def test_verdicts_on_the_tokenizers_reconstructions_are_right():
-    grades = grade(detector(), draw_cases(480, seed=11), threshold=THRESHOLD, view=tokenizer().reconstruct)
-    assert grades.right >= 0.97, grades
+    verdicts = judge_cases(detector(), draw_cases(480, seed=11), threshold=THRESHOLD, view=tokenizer().reconstruct)
+    assert verdicts.right >= 0.97, verdicts
 
 
-def test_mush_is_rarely_taken_for_an_object():
-    non_objects = draw_mush(100, seed=5, tokenizer=tokenizer())
+def test_non_objects_are_rarely_taken_for_an_object():
+    non_objects = draw_non_objects(100, seed=5, tokenizer=tokenizer())
     shares = {kind: share_with_objects(detector(), images, threshold=THRESHOLD) for kind, images in non_objects.items()}
     assert shares["noise"] <= 0.05, shares
     # Random tokens decode to blobs among which there are true crosses, rings and triangles: looked at, nearly all found

@@ -14,12 +14,11 @@ from stage_ray.shapeworld.grammar import (
     TASKS,
     TRAIN_REPEATS,
     Record,
-    colors,
-    counting,
     held_out,
     heldout_prompts,
+    item,
+    make_record,
     mentions_held_out,
-    position,
     relation_margin,
     sample_mixture,
     sample_record,
@@ -110,18 +109,18 @@ def test_captions_beyond_the_six_tasks_mention_nothing_held_out_and_can_be_drawn
 
 
 def test_records_have_the_format_of_geneval():
-    assert colors("circle", "orange") == {
+    assert make_record("colors", [item("circle", color="orange")]) == {
         "tag": "colors",
         "include": [{"class": "circle", "count": 1, "color": "orange"}],
         "prompt": "a photo of an orange circle",
     }
-    assert counting("cross", 3) == {
+    assert make_record("counting", [item("cross", 3)]) == {
         "tag": "counting",
         "include": [{"class": "cross", "count": 3}],
         "exclude": [{"class": "cross", "count": 4}],
         "prompt": "a photo of three crosses",
     }
-    assert position("ring", "left of", "square") == {
+    assert make_record("position", [item("ring"), item("square")], "left of") == {
         "tag": "position",
         "include": [{"class": "square", "count": 1}, {"class": "ring", "count": 1, "position": ["left of", 0]}],
         "prompt": "a photo of a ring left of a square",
@@ -136,11 +135,11 @@ def satisfies(scene: Scene, record: Record) -> bool:
             return False
     if len(scene.shapes) != sum(wanted.values()):
         return False
-    for item in record["include"]:
-        if "position" in item:
-            relation, target = item["position"]
+    for clause in record["include"]:
+        if "position" in clause:
+            relation, target = clause["position"]
             box = {shape.kind: shape.box for shape in scene.shapes}
-            if relation_margin(box[item["class"]], box[record["include"][target]["class"]], relation) <= 0.5:
+            if relation_margin(box[clause["class"]], box[record["include"][target]["class"]], relation) <= 0.5:
                 return False
     return True
 

@@ -8,9 +8,12 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, JanusForConditionalGeneration, JanusProcessor
 
+from stage_ray.config import PolicyConfig
 from stage_ray.config.paths import resolve_path
-from stage_ray.shapeworld.grammar import colors, counting, heldout_prompts, sample_scene, training_prompts
-from stage_ray.shapeworld.pretrain.policy_files import chat, prompt_ids, unconditional_ids
+from stage_ray.policies.janus.codec import JanusCodec
+from stage_ray.policies.janus.prompts import JanusPrompts
+from stage_ray.shapeworld.grammar import heldout_prompts, item, make_record, sample_scene, training_prompts
+from stage_ray.shapeworld.pretrain.text import chat
 from stage_ray.shapeworld.render import render, render_with_masks
 from stage_ray.shapeworld.scene import random_scene
 
@@ -25,6 +28,11 @@ def model() -> JanusForConditionalGeneration:
 @pytest.fixture(scope="module")
 def processor() -> JanusProcessor:
     return JanusProcessor.from_pretrained(resolve_path(JANUS))
+
+
+@pytest.fixture(scope="module")
+def prompts() -> JanusPrompts:
+    return JanusPrompts(JanusCodec.load(PolicyConfig(path=JANUS)).processor, "official")
 
 
 def test_the_tokenizer_keeps_objects_recognisable(model: JanusForConditionalGeneration):
@@ -62,26 +70,30 @@ def test_plain_transformers_draws_pictures_in_colors_that_were_asked(
     assert redness[:4].mean() > redness[4:].mean() + 10
 
 
-def test_the_unconditional_branch_is_the_prompt_with_pads_between_its_first_and_last_token(processor: JanusProcessor):
-    ids = prompt_ids(processor, "a photo of a red ring")
+def test_the_unconditional_branch_is_the_prompt_with_pads_between_its_first_and_last_token(
+    processor: JanusProcessor, prompts: JanusPrompts
+):
+    encoded = prompts.encode("a photo of a red ring")
+    ids = encoded.conditional
     pad = processor.tokenizer.pad_token_id
-    assert unconditional_ids(processor, ids) == [ids[0], *[pad] * (len(ids) - 2), ids[-1]]
+    assert encoded.unconditional == (ids[0], *[pad] * (len(ids) - 2), ids[-1])
     assert processor.tokenizer.convert_ids_to_tokens([ids[0], ids[-1]]) == [
         "<｜begin▁of▁sentence｜>",
         "<begin_of_image>",
     ]
 
 
-def test_every_word_of_every_prompt_is_known(processor: JanusProcessor):
+def test_every_word_of_every_prompt_is_known(processor: JanusProcessor, prompts: JanusPrompts):
     unknown = processor.tokenizer.unk_token_id
     for record in training_prompts() + heldout_prompts():
-        assert unknown not in prompt_ids(processor, record["prompt"])
+        assert unknown not in prompts.encode(record["prompt"]).conditional
 
 
 def test_plain_clip_prefers_the_caption_that_is_true():
     location = resolve_path(CLIP)
     model = CLIPModel.from_pretrained(location, dtype=torch.float32).eval()
-    records = [colors("cross", "red"), colors("ring", "blue"), counting("square", 3, "green"), colors("circle", "pink")]
+    items = [item("cross", 1, "red"), item("ring", 1, "blue"), item("square", 3, "green"), item("circle", 1, "pink")]
+    records = [make_record("colors" if one["count"] == 1 else "counting", [one]) for one in items]
     texts = [record["prompt"] for record in records]
     rng = np.random.default_rng(0)
     pictures = [Image.fromarray(render(sample_scene(record, rng))) for record in records]

@@ -13,17 +13,19 @@ import pytest
 import ray
 import torch
 
+from stage_ray.actors.client import Client
 from stage_ray.actors.supervised import SupervisedActor
 from stage_ray.bench.sync import run_of
 from stage_ray.bench.sync_actors import ROW, SyncActors, SyncCluster, SyncLearner, SyncRolloutWorker
-from stage_ray.cluster.cluster import LearnerLostError
 from stage_ray.cluster.placement import actor_of
 from stage_ray.config import RunConfig
 from stage_ray.config.load import validate_config
-from stage_ray.errors import ConfigError
+from stage_ray.errors import ConfigError, LearnerLostError
 from stage_ray.records import TensorSpec, WeightManifest
-from stage_ray.weights.broadcast import _Meeting
+from stage_ray.weights.broadcast import Broadcast
 from stage_ray.weights.broadcast_group import BroadcastFailed, BroadcastGroup, GroupMember
+from stage_ray.workers.learner import LearnerClient
+from stage_ray.workers.rollout import RolloutClient
 
 SIZE = 200 * ROW
 SOON = 4.0  # cluster.sync_timeout_s
@@ -80,17 +82,17 @@ class Learner(SyncLearner):
     def packed(self) -> int:
         return self._packed
 
-    def advance_slowly(self, seconds: float) -> None:
+    def advance_slowly(self, seconds: float) -> int:
         time.sleep(seconds)
-        self.advance()
+        return self.advance()
 
 
 class TrappedActors(SyncActors):
     def rollout(self, name):
-        return actor_of(Worker, 0.5, 0, {}).remote(*self._size)
+        return RolloutClient(actor_of(Worker, 0.5, 0, {}).remote(*self._size))
 
     def learner(self, name):
-        return actor_of(Learner, 0.5, 0, {}).remote(*self._size, self._run)
+        return LearnerClient(actor_of(Learner, 0.5, 0, {}).remote(*self._size, self._run))
 
 
 class TrappedCluster(SyncCluster):
@@ -100,29 +102,28 @@ class TrappedCluster(SyncCluster):
     async def versions(self) -> list[float]:
         """What each worker that can be asked holds."""
         found = []
-        for seat in self.rollouts.open:
-            _, values = await seat.call(lambda worker: worker.loaded.remote(), 60)
-            assert len(values) == 1, f"{seat.name} holds {values}"
+        for actor in self.rollouts.open:
+            _, values = await actor.call(lambda worker: worker.ask(Worker.loaded), 60)
+            assert len(values) == 1, f"{actor.name} holds {values}"
             found += values
         return found
 
     async def whole(self) -> None:
         """Wait until no seat is empty."""
-        await asyncio.wait_for(until(lambda: len(self.rollouts.open) == len(self.rollouts.seats)), 180)
+        await asyncio.wait_for(until(lambda: len(self.rollouts.open) == len(self.rollouts.actors)), 180)
 
     async def begin_next(self) -> None:
-        await self.call_learner(lambda learner: learner.advance.remote())
-        await self.publish()
+        await self.publish(await self.learner.call(lambda learner: learner.ask(Learner.advance)))
 
     async def next(self) -> None:
         await self.begin_next()
         await self.settle()
 
     async def on(self, index: int, method: str, *arguments):
-        return await self.rollouts.seats[index].call(lambda worker: getattr(worker, method).remote(*arguments), 60)
+        return await self.rollouts.actors[index].call(lambda w: w.ask(getattr(Worker, method), *arguments), 60)
 
     async def packed(self) -> int:
-        return await self.call_learner(lambda learner: learner.packed.remote())
+        return await self.learner.call(lambda learner: learner.ask(Learner.packed))
 
 
 def run_with(workers: int) -> RunConfig:
@@ -154,15 +155,15 @@ def one_ray():
 def cluster_of(workers: int) -> Iterator[tuple[asyncio.Runner, TrappedCluster]]:
     async def start() -> TrappedCluster:
         cluster = TrappedCluster(run_with(workers), None, SIZE)
-        await asyncio.gather(cluster.rollouts.ready(), cluster.learner.ready(180))
+        await asyncio.gather(cluster.rollouts.ready(), cluster.learner.actor.ready(180))
         return cluster
 
     with asyncio.Runner() as runner:
         cluster = runner.run(start())
         yield runner, cluster
         runner.run(cluster.rollouts.close())
-        for seat in [*cluster.rollouts.seats, cluster.learner]:
-            seat.kill()
+        for actor in cluster.actors():
+            actor.kill()
 
 
 @pytest.fixture(scope="module")
@@ -226,19 +227,19 @@ def test_a_worker_that_fails_in_the_middle_of_a_version_costs_nobody_the_version
         assert lines == 1 if harm == "flip" else lines >= 1
 
     version = play(scenario)
-    late = f"did not take version {version + 1:.0f} within cluster.sync_timeout_s = 4 s; another takes its seat"
+    late = f"did not take version {version + 1:.0f} within cluster.sync_timeout_s = 4 s; another takes its place"
     assert (f"rollout-1 {late}" in caplog.messages) == (harm == "stop")
 
 
 def test_a_learner_that_dies_in_the_middle_of_a_version_is_named_and_its_successor_publishes(play):
     async def scenario(cluster, version):
         cluster.busy()
-        await cluster.call_learner(lambda learner: learner.trap.remote("kill"))
+        await cluster.learner.call(lambda learner: learner.ask(Learner.trap, "kill"))
         with pytest.raises(LearnerLostError):
             await cluster.next()
         assert await cluster.versions() == [version] * 3, "half a version touches nothing"
         assert 0 <= cluster.busy()["rollout"] < 3 * SOON, "seconds, and not the hour of the clock"
-        cluster.accept_learner()
+        cluster.learner.accept()
         await cluster.next()  # the successor begins at version 0
         assert await cluster.versions() == [1.0] * 3
         await cluster.next()
@@ -250,7 +251,7 @@ def test_a_learner_that_dies_in_the_middle_of_a_version_is_named_and_its_success
 def test_a_worker_that_joins_between_versions_gets_the_newest_and_takes_part_in_the_next(play):
     async def scenario(cluster, version):
         packed = await cluster.packed()
-        newcomer = cluster.rollouts.seats[1]
+        newcomer = cluster.rollouts.actors[1]
         newcomer.restart()
         assert not newcomer.is_ready
         await cluster.next()
@@ -286,7 +287,7 @@ def test_a_worker_that_dies_in_the_wave_before_a_version_is_not_waited_for(play)
         await asyncio.sleep(0.1)
         await cluster.begin_next()
         began = time.monotonic()
-        cluster.rollouts.seats[0].kill()
+        cluster.rollouts.actors[0].kill()
         await cluster.settle()
         assert time.monotonic() - began < SOON
         assert await cluster.versions() == [version + 1] * 2
@@ -301,13 +302,13 @@ def test_a_newcomer_that_comes_too_late_for_a_version_waits_for_the_next_even_if
 
     async def scenario(cluster):
         await cluster.next()
-        updating = asyncio.create_task(cluster.call_learner(lambda learner: learner.advance_slowly.remote(8.0)))
+        updating = asyncio.create_task(cluster.learner.call(lambda learner: learner.ask(Learner.advance_slowly, 8.0)))
         await asyncio.sleep(0.1)
-        cluster.rollouts.seats[0].restart()
-        cluster.rollouts.refill(cluster.rollouts.seats[0])
-        await updating
+        cluster.rollouts.actors[0].restart()
+        cluster.rollouts.refill(cluster.rollouts.actors[0])
+        version = await updating
         assert not cluster.rollouts.open
-        await cluster.publish()
+        await cluster.publish(version)
         await asyncio.wait_for(cluster.settle(), 180)
         await asyncio.wait_for(cluster.rollouts.wait_any(), 180)
         assert await cluster.versions() == [2.0]
@@ -318,13 +319,22 @@ def test_a_newcomer_that_comes_too_late_for_a_version_waits_for_the_next_even_if
 
 def test_workers_that_a_learner_never_sent_to_were_not_busy():
     async def scenario():
-        seat = SupervisedActor("rollout-0", lambda name: None, start_timeout_s=1.0)
-        meeting = _Meeting([seat])
-        waiting = asyncio.create_task(meeting.arrive(seat, None))
-        await asyncio.sleep(0.1)
-        meeting.end()
-        assert await waiting is None
-        assert 0.1 <= meeting.waited(seat) < 1.0
+        async def learner_is_lost(ask, *, patient=False):
+            if not patient:
+                return WeightManifest(1, (), 0)
+            await asyncio.sleep(0.1)
+            raise LearnerLostError("it died")
+
+        actor = SupervisedActor("rollout-0", lambda name: Client(), start_timeout_s=1.0)
+        actor.started = actor.is_ready = True
+        broadcast = Broadcast("gloo", 1.0, actor, learner_is_lost)
+        await broadcast.publish([actor])
+        await asyncio.sleep(0)
+        waiting = asyncio.create_task(actor.call(lambda worker: asyncio.sleep(0, "asked"), None))
+        await asyncio.sleep(0.05)
+        assert not waiting.done(), "it is held for the learner"
+        assert await broadcast.settled()
+        assert await waiting == "asked" and 0 <= actor.busy_s < 0.1
 
     asyncio.run(scenario())
 

@@ -10,8 +10,9 @@ import ray
 from ray.exceptions import ObjectLostError
 
 from stage_ray.bench.sync import QUICK_BYTES, run_of
-from stage_ray.bench.sync_actors import SyncCluster
+from stage_ray.bench.sync_actors import SyncCluster, SyncLearner, SyncRolloutWorker
 from stage_ray.cluster.runtime import start_ray
+from stage_ray.weights.object_store import unless_lost
 
 
 @ray.remote(num_cpus=0)
@@ -37,22 +38,21 @@ async def lost_objects(count: int) -> tuple:
 
 async def publish_lose_publish(cluster: SyncCluster) -> None:
     async def served() -> list[list[float]]:
-        return [(await seat.call(lambda w: w.loaded.remote(), 60))[1] for seat in cluster.rollouts.seats]
+        return [(await a.call(lambda w: w.ask(SyncRolloutWorker.loaded), 60))[1] for a in cluster.rollouts.actors]
 
     async def next_version() -> None:
-        await cluster.call_learner(lambda learner: learner.advance.remote())
-        await cluster.publish()
+        await cluster.publish(await cluster.learner.call(lambda learner: learner.ask(SyncLearner.advance)))
 
-    await asyncio.gather(cluster.rollouts.ready(), cluster.learner.ready(None))
+    await asyncio.gather(cluster.rollouts.ready(), cluster.learner.actor.ready(None))
     await next_version()
     assert await served() == [[1.0], [1.0]]
 
     published = cluster.transport.published
     cluster.transport.published = replace(published, chunks=await lost_objects(len(published.chunks)))
-    await asyncio.gather(*(cluster._load(seat) for seat in cluster.rollouts.seats))
+    await asyncio.gather(*(unless_lost(cluster.transport.load(actor)) for actor in cluster.rollouts.actors))
     assert await served() == [[1.0], [1.0]] and cluster.restarts() == 0
 
-    late = cluster.rollouts.seats[0]
+    late = cluster.rollouts.actors[0]
     late.restart()
     cluster.rollouts.refill(late)
     await asyncio.sleep(8)

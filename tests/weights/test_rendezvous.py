@@ -15,7 +15,8 @@ from stage_ray.weights.rendezvous import interface_to, keep_to_network_of
 SETTINGS = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 LISTENS = """
 import sys, psutil, torch
-from stage_ray.weights.rendezvous import free_address, init_process_group
+from stage_ray.actors.worker import free_address
+from stage_ray.weights.rendezvous import init_process_group
 init_process_group(0, 1, free_address(sys.argv[1]), torch.device("cpu"), timeout_s=60)
 print({c.laddr.ip for c in psutil.Process().net_connections() if c.status == psutil.CONN_LISTEN})
 """

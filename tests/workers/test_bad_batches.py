@@ -1,4 +1,4 @@
-"""A wave that cannot be used is noticed where it was drawn, and drawn again by a fresh worker."""
+"""A generation batch that cannot be used is noticed where it was drawn, and drawn again by a fresh worker."""
 
 from __future__ import annotations
 
@@ -95,8 +95,8 @@ BAD = {
 
 @pytest.mark.parametrize(("bad", "problem"), BAD.values(), ids=BAD)
 def test_a_worker_says_what_is_wrong_with_what_its_engine_drew(worker_process, bad, problem):
-    receipt, *objects = InProcess("rollout-0", Engine(**bad)).worker.generate(*REQUESTS)
-    assert re.search(f"^group 7 .*{problem}", receipt.problem)
+    answer, *objects = InProcess("rollout-0", Engine(**bad)).worker.generate(*REQUESTS)
+    assert re.search(f"^group 7 .*{problem}", answer.problem)
     assert objects == [None] * 4
 
 
@@ -104,8 +104,8 @@ def test_a_worker_says_that_its_engine_drew_too_few_groups(worker_process):
     worker = InProcess("rollout-0", Engine()).worker
     sample = worker._engine.generate
     worker._engine.generate = lambda requests: sample(requests[1:])
-    receipt, *objects = worker.generate(*REQUESTS)
-    assert receipt.problem == "1 groups where 2 were asked for" and objects == [None] * 4
+    answer, *objects = worker.generate(*REQUESTS)
+    assert answer.problem == "1 groups where 2 were asked for" and objects == [None] * 4
 
 
 def test_groups_that_were_drawn_badly_are_drawn_again_by_the_workers_successor(worker_process, local_actors):  # noqa: F811
@@ -113,11 +113,12 @@ def test_groups_that_were_drawn_badly_are_drawn_again_by_the_workers_successor(w
         return InProcess(name, Engine(**({} if "restart" in name else {"tokens": np.full((3, 5), 99, np.int32)})))
 
     async def scenario() -> None:
-        cluster = LocalCluster(run_of(), Roles(inside))
+        roles = Roles(inside)
+        cluster = LocalCluster(run_of(), roles)
         await cluster.rollouts.ready()
         again: list[int] = []
-        receipt, groups = await cluster.generate(REQUESTS, on_retry=lambda: again.append(1))
-        assert (receipt.worker, receipt.problem, again) == ("rollout-0-restart-1", "", [1])
+        groups = await cluster.generate(REQUESTS, on_retry=lambda: again.append(1))
+        assert again == [1] and list(roles.actors)[-1] == "rollout-0-restart-1"
         drawn = [await group.tokens for group in groups]
         assert [(group.group_id, group.seeds) for group in drawn] == [(7, (1, 2, 3)), (8, (1, 2, 3))]
         assert cluster.restarts() == 1

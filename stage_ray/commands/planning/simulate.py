@@ -65,10 +65,10 @@ class PlannedCluster(TimedCluster):
         super().__init__(run, (stages["wave"], stages["score"], stages["update"]))
         self._pack_s, self._transfer_s, self._load_s = (stages[name] for name in ("pack", "transfer", "load"))
 
-    async def publish(self) -> None:
+    async def publish(self, version: int) -> None:
         """Pack, then send behind the driver's back."""
         await asyncio.sleep(self._pack_s)
-        await super().publish()
+        await super().publish(version)
 
     async def settle(self) -> None:
         """Until every worker serves the newest version."""
@@ -111,11 +111,11 @@ async def _drive(run: RunConfig, stages: Mapping[str, float], path: Path) -> lis
     async with GroupStream(cluster, run, prompts, Ledger(path), 0, step=0) as stream:
         for step in range(run.steps):
             groups = await stream.next_batch()
-            await cluster.update()
-            await cluster.publish()
+            update = await cluster.learner.update(groups)
+            await cluster.publish(update.version)
             stream.mark_trained(groups, step)
             ended.append(asyncio.get_running_loop().time())
             if step + 1 < run.steps:
-                stream.free_slots(groups)
+                stream.release(groups)
     await cluster.settle()
     return ended

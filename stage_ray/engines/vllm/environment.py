@@ -1,6 +1,6 @@
-"""What vLLM needs around it: environment variables, set before it is imported, and a build for the hardware.
+"""What vLLM needs around it: a build for the hardware, and environment variables, set before it is imported.
 
-Imports neither torch nor vLLM.
+Imports neither torch nor vLLM: the driver asks before anything is started.
 """
 
 from __future__ import annotations
@@ -13,6 +13,26 @@ from stage_ray.errors import ConfigError
 
 ON_A_GPU = "--set rollout.gpus=0.5 --set learner.gpus=0.5"
 """What lets a run that was written for CPUs share one GPU."""
+
+
+def needs_gpu() -> bool:
+    """Whether the vLLM that is installed here is a build for GPUs, as vLLM itself tells: such a build has no CPU code.
+
+    Example:
+        >>> needs_gpu() and package_version("vllm") is None
+        False
+    """
+    version = package_version("vllm")
+    return version is not None and "cpu" not in version
+
+
+def require_fitting_build(rollout: RolloutConfig) -> None:
+    """Raise a `ConfigError` where vLLM is to run without a GPU and cannot. It would take one that is not reserved."""
+    if rollout.engine == "vllm" and rollout.gpus == 0 and needs_gpu():
+        raise ConfigError(
+            f"rollout.gpus is 0, but the vLLM that is installed (vllm {package_version('vllm')}) is a build for GPUs; "
+            f"{ON_A_GPU} shares one GPU (1 each where there are two), --set rollout.engine=torch needs none"
+        )
 
 
 def vllm_environment(rollout: RolloutConfig) -> dict[str, str]:
@@ -36,23 +56,3 @@ def set_environment(rollout: RolloutConfig) -> None:
     """Set in this process what is not set yet, for an engine that is built without an actor around it."""
     for name, value in vllm_environment(rollout).items():
         os.environ.setdefault(name, value)
-
-
-def needs_gpu() -> bool:
-    """Whether the vLLM that is installed here is a build for GPUs, as vLLM itself tells: such a build has no CPU code.
-
-    Example:
-        >>> needs_gpu() and package_version("vllm") is None
-        False
-    """
-    version = package_version("vllm")
-    return version is not None and "cpu" not in version
-
-
-def require_fitting_build(rollout: RolloutConfig) -> None:
-    """Raise a `ConfigError` where vLLM is to run without a GPU and cannot. It would take one that is not reserved."""
-    if rollout.engine == "vllm" and rollout.gpus == 0 and needs_gpu():
-        raise ConfigError(
-            f"rollout.gpus is 0, but the vLLM that is installed (vllm {package_version('vllm')}) is a build for GPUs; "
-            f"{ON_A_GPU} shares one GPU (1 each where there are two), --set rollout.engine=torch needs none"
-        )

@@ -1,8 +1,8 @@
 """Classifier-free guidance over paired requests, as a batch-level logits processor of vLLM.
 
 Every image is two requests, conditional and unconditional. The processor finds the two rows, draws one token for both
-(`stage_ray.engines.sampling.draw`), records what was drawn, and leaves only that token possible in both rows, so vLLM's
-own sampler has nothing left to decide. Without guidance an image is one request, and the rest is the same.
+(`stage_ray.engines.sampling.sample`), records what was drawn, and leaves only that token possible in both rows, so
+vLLM's own sampler has nothing left to decide. Without guidance an image is one request, and the rest is the same.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
-from stage_ray.engines.batching import Rollouts
+from stage_ray.engines.base import Rollouts
 from stage_ray.engines.sampling import SamplingParams, sample
 
 CONDITIONAL, UNCONDITIONAL = 0, 1
 
 
-def image_params(tokens: int, image: int, branch: int, seed: int, rule: SamplingParams) -> VllmSamplingParams:
+def image_params(tokens: int, image: int, branch: int, seed: int, params: SamplingParams) -> VllmSamplingParams:
     """Sampling parameters of one request: T tokens, greedy over the one token that the processor leaves."""
     # Plain values: vLLM copies them for every request, and may send them to another process.
-    arguments = {"image": image, "branch": branch, "seed": seed, "rule": astuple(rule)}
+    arguments = {"image": image, "branch": branch, "seed": seed, "params": astuple(params)}
     return VllmSamplingParams(
         temperature=0.0,
         max_tokens=tokens,
@@ -45,7 +45,7 @@ class _Row:
     image: int
     branch: int
     seed: int
-    rule: SamplingParams
+    params: SamplingParams
     output: list[int]
 
 
@@ -57,7 +57,7 @@ class _Layout:
     unconditional: Tensor | None
     images: Tensor
     seeds: Tensor
-    rule: SamplingParams
+    params: SamplingParams
     outputs: list[list[int]]
 
 
@@ -68,7 +68,7 @@ class PairedGuidance(LogitsProcessor):
     """
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
-        tokens = vllm_config.model_config.hf_config.janus["image_tokens"]
+        tokens = vllm_config.model_config.hf_config.image_tokens
         images = vllm_config.scheduler_config.max_num_seqs
         self._device = device
         self._rows: dict[int, _Row] = {}
@@ -98,7 +98,7 @@ class PairedGuidance(LogitsProcessor):
         else:
             positions = torch.tensor(done, device=self._device)
         unconditional = None if layout.unconditional is None else logits[layout.unconditional]
-        drawn = sample(logits[layout.conditional], unconditional, layout.seeds, positions, layout.rule)
+        drawn = sample(logits[layout.conditional], unconditional, layout.seeds, positions, layout.params)
         self._tokens[layout.images, positions] = drawn.tokens
         self._records[:, layout.images, positions] = torch.stack((drawn.logprobs, drawn.guided_logprobs, drawn.entropy))
         logits.fill_(-torch.inf)
@@ -108,7 +108,7 @@ class PairedGuidance(LogitsProcessor):
         return logits
 
     def recorded(self, images: int) -> Rollouts:
-        """What the finished wave's first ``images`` images recorded, on the CPU."""
+        """What the finished batch's first ``images`` images recorded, on the CPU."""
         logprobs, guided, entropy = self._records[:, :images].cpu().clone()
         return Rollouts(self._tokens[:images].cpu().clone(), logprobs, guided, entropy)
 
@@ -128,8 +128,8 @@ def _row(params: VllmSamplingParams, prompt_ids: list[int] | None, output: list[
     arguments = params.extra_args or {}
     if "image" not in arguments:
         return None
-    rule = SamplingParams(*arguments["rule"])
-    return _Row(arguments["image"], arguments["branch"], arguments["seed"], rule, output)
+    drawn_from = SamplingParams(*arguments["params"])
+    return _Row(arguments["image"], arguments["branch"], arguments["seed"], drawn_from, output)
 
 
 def _lay_out(rows: dict[int, _Row], device: torch.device) -> _Layout:
@@ -142,13 +142,13 @@ def _lay_out(rows: dict[int, _Row], device: torch.device) -> _Layout:
     for index, row in rows.items():
         branches[row.branch][row.image] = index
     conditional, unconditional = branches
-    members = [rows[index] for index in conditional.values()]
-    rule = next(iter(rows.values())).rule
-    alone = conditional.keys() ^ unconditional.keys() if rule.guided else unconditional.keys()
+    paired = [rows[index] for index in conditional.values()]
+    params = next(iter(rows.values())).params  # one batch, one way to sample: any request's
+    alone = conditional.keys() ^ unconditional.keys() if params.guided else unconditional.keys()
     if alone:
         raise RuntimeError(
             f"{len(alone)} images run without the other half of their guidance pair, the first is image {min(alone)}: "
-            "vLLM could not hold a whole wave; lower rollout.images_per_batch or raise rollout.kv_cache_gib"
+            "vLLM could not hold a whole batch; lower rollout.images_per_batch or raise rollout.kv_cache_gib"
         )
 
     def column(values: list[int]) -> Tensor:
@@ -156,9 +156,9 @@ def _lay_out(rows: dict[int, _Row], device: torch.device) -> _Layout:
 
     return _Layout(
         conditional=column(list(conditional.values())),
-        unconditional=column([unconditional[image] for image in conditional]) if rule.guided else None,
+        unconditional=column([unconditional[image] for image in conditional]) if params.guided else None,
         images=column(list(conditional)),
-        seeds=column([row.seed for row in members]),
-        rule=rule,
-        outputs=[row.output for row in members],
+        seeds=column([row.seed for row in paired]),
+        params=params,
+        outputs=[row.output for row in paired],
     )

@@ -1,13 +1,30 @@
-"""vLLM's entry point (``vllm.general_plugins``): makes the model known in every vLLM process."""
+"""vLLM's entry point (``vllm.general_plugins``): makes every family's model known in every vLLM process."""
 
 from __future__ import annotations
 
-ARCHITECTURE = "StageRayJanusForImageGeneration"
+from stage_ray.policies import POLICIES
+from stage_ray.policies.base import Policy
+
+
+def architecture(family: type[Policy]) -> str:
+    """The name by which vLLM finds a family's model class.
+
+    Example:
+        >>> architecture(POLICIES.find("janus", "policy.family"))
+        'StageRayJanusForImageGeneration'
+    """
+    return "StageRay" + family.vllm_model.rpartition(":")[2]
 
 
 def register() -> None:
-    """Register the image-generation model by name; safe to call more than once."""
+    """Register the model of every family of this package; safe to call more than once."""
+    for name in POLICIES.names():
+        register_family(POLICIES.find(name, "policy.family"))
+
+
+def register_family(family: type[Policy]) -> None:
+    """Register one family's model by name, if it has one; vLLM imports it where it is needed."""
     from vllm import ModelRegistry
 
-    if ARCHITECTURE not in ModelRegistry.get_supported_archs():
-        ModelRegistry.register_model(ARCHITECTURE, "stage_ray.policies.janus.vllm_model:JanusForImageGeneration")
+    if family.vllm_model and architecture(family) not in ModelRegistry.get_supported_archs():
+        ModelRegistry.register_model(architecture(family), family.vllm_model)

@@ -98,5 +98,5 @@ class TensorRanks:
         dist.broadcast(first, src=0, group=get_tp_group().cpu_group)
         if not torch.equal(first, tokens):
             raise RuntimeError(
-                f"rank {self.rank} of {self.count} drew other tokens than rank 0; do not trust this wave"
+                f"rank {self.rank} of {self.count} drew other tokens than rank 0; do not trust this batch"
             )

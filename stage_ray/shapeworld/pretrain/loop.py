@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -20,6 +20,7 @@ from torch import nn
 from stage_ray.policies.base import hardware_has_bfloat16
 
 console = Console(width=120)
+WEIGHTS = "module."  # what the names of a checkpoint's weights begin with
 
 
 def device() -> torch.device:
@@ -32,12 +33,17 @@ def autocast() -> torch.autocast:
     return torch.autocast(device().type, torch.bfloat16, enabled=hardware_has_bfloat16(device()))
 
 
-def save_atomically(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Writes a safetensors file under a temporary name, then renames it: readers see the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary, metadata=metadata)
-    os.replace(temporary, path)
+def load_weights(path: Path, module: nn.Module) -> None:
+    """Fill a module with the weights in a `TrainingRun`'s checkpoint."""
+    with safe_open(path, "pt") as file:
+        names = [name for name in file.keys() if name.startswith(WEIGHTS)]  # noqa: SIM118
+        module.load_state_dict({name.removeprefix(WEIGHTS): file.get_tensor(name) for name in names})
+
+
+def read_progress(path: Path) -> dict[str, Any]:
+    """``step``, ``elapsed_s`` and ``history`` (a row of figures every few steps) of a `TrainingRun`'s checkpoint."""
+    with safe_open(path, "pt") as file:
+        return dict(json.loads(file.metadata()["progress"]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,19 +71,19 @@ class TrainingRun:
     def __init__(
         self,
         path: Path,
-        modules: nn.Module,
+        module: nn.Module,
         peak_lr: float,
         budget: Budget,
         weight_decay: float = 0.01,
         warmup: float = 0.03,
         hidden: nn.Module | None = None,
     ) -> None:
-        """``hidden``: the part of the modules whose matrices Muon trains (Jordan et al., 2024): in small transformers a
+        """``hidden``: the part of the module whose matrices Muon trains (Jordan et al., 2024): in small transformers a
         step of it is worth about two of AdamW. AdamW trains the rest."""
-        self.path, self.module, self.budget, self.peak_lr, self.warmup = path, modules, budget, peak_lr, warmup
+        self.path, self.module, self.budget, self.peak_lr, self.warmup = path, module, budget, peak_lr, warmup
         matrices = [p for p in hidden.parameters() if p.requires_grad and p.dim() == 2] if hidden else []
         taken = {id(p) for p in matrices}
-        rest = [p for p in modules.parameters() if p.requires_grad and id(p) not in taken]
+        rest = [p for p in module.parameters() if p.requires_grad and id(p) not in taken]
         groups = [
             {"params": [p for p in rest if p.dim() >= 2], "weight_decay": weight_decay},
             {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
@@ -88,7 +94,6 @@ class TrainingRun:
             self.optimizers.append(muon)
         self.step, self.elapsed_s = 0, 0.0
         self.history: list[dict[str, float]] = []
-        self.on_checkpoint: Callable[[], None] | None = None
         if path.exists():
             self._resume()
 
@@ -136,29 +141,29 @@ class TrainingRun:
             console.print(f"{self.path.stem} {self.step:5d}  {shown}  {pace:.3f} s/step  {self.elapsed_s:.0f} s")
 
     def save(self) -> None:
-        """Writes the checkpoint, then lets the stage export what it likes."""
-        tensors = {f"module.{name}": t for name, t in self.module.state_dict().items()}
+        """Write the checkpoint under a temporary name, then rename it: there is always the old file or the new one."""
+        tensors = {WEIGHTS + name: tensor for name, tensor in self.module.state_dict().items()}
         for number, optimizer in enumerate(self.optimizers):
             for index, state in optimizer.state_dict()["state"].items():
                 tensors |= {f"optimizer.{number}.{index}.{key}": value for key, value in state.items()}
         progress = {"step": self.step, "elapsed_s": self.elapsed_s, "history": self.history}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = self.path.with_name(self.path.name + ".tmp")
         # Tied weights share memory, which safetensors refuses: clones cost little here.
-        save_atomically({k: v.clone() for k, v in tensors.items()}, self.path, {"progress": json.dumps(progress)})
-        if self.on_checkpoint:
-            self.on_checkpoint()
+        copies = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+        save_file(copies, scratch, metadata={"progress": json.dumps(progress)})
+        scratch.replace(self.path)
 
     def _resume(self) -> None:
-        with safe_open(self.path, "pt") as file:
-            progress = json.loads(file.metadata()["progress"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        load_weights(self.path, self.module)
+        progress = read_progress(self.path)
         self.step, self.elapsed_s, self.history = progress["step"], progress["elapsed_s"], progress["history"]
-        self.module.load_state_dict({k.removeprefix("module."): v for k, v in tensors.items() if k[0] == "m"})
-        states: list[dict[int, dict[str, torch.Tensor]]] = [{} for _ in self.optimizers]
-        for name, value in tensors.items():
-            if name.startswith("optimizer."):
-                _, number, index, key = name.split(".")
-                states[int(number)].setdefault(int(index), {})[key] = value
-        for optimizer, state in zip(self.optimizers, states, strict=True):
-            if state:
-                optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+        with safe_open(self.path, "pt") as file:
+            for number, optimizer in enumerate(self.optimizers):
+                prefix, state = f"optimizer.{number}.", dict[int, dict[str, torch.Tensor]]()
+                for name in (name for name in file.keys() if name.startswith(prefix)):  # noqa: SIM118
+                    index, key = name.removeprefix(prefix).split(".")
+                    state.setdefault(int(index), {})[key] = file.get_tensor(name)
+                if state:
+                    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
         console.print(f"{self.path.stem}: resumed at step {self.step}")

@@ -6,10 +6,10 @@ and unused codes are restarted from the encoder outputs that the codebook serves
 gives them something to start from. The loss counts objects, and most of all their edges, several times
 as much as background: shape, colour and number must survive, the tint of the paper need not.
 
-Two things are asked of it for the sake of whoever has to write its tokens. It reads pictures with grain and draws them
-without, so that no code is spent on noise. And codes are *local*: pictures come in twins that differ in some objects,
-and where twins look alike their latents must agree. Without this, normalisation over the whole picture writes every
-object into every patch of empty paper, and a language model learns next to nothing of what it is told.
+Two requirements make its tokens easy to predict. It reads pictures with grain and draws them without, so that no code
+is spent on noise. And codes are *local*: pictures come in twins that differ in some objects, and where twins look alike
+their latents must agree. Without this, normalisation over the whole picture writes every object into every patch of
+empty paper, and a language model learns next to nothing of its captions.
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
-from torch import nn
-from transformers import JanusVQVAE, JanusVQVAEConfig
+from transformers import JanusVQVAE
 
-from stage_ray.shapeworld.pretrain.loop import Budget, TrainingRun, autocast, device, save_atomically
+from stage_ray.policies.janus.builder import build_vq_config
+from stage_ray.shapeworld.pretrain.loop import Budget, TrainingRun, autocast, device, load_weights
+from stage_ray.shapeworld.pretrain.text import SIZES
 from stage_ray.shapeworld.render import render, render_with_masks
 from stage_ray.shapeworld.scene import IMAGE_SIZE, Scene, random_scene
 
+CHECKPOINT = "training/tokenizer.safetensors"
 BATCH = 16  # pictures, so half as many twins
 LOCALITY = 0.25  # weight of the twins' disagreement
 MARGIN = 4  # pixels around a patch that must look alike too
@@ -39,21 +40,6 @@ PATCH = 8  # pixels, a token's side
 WARMUP = 0.04  # fraction of the training before codes come in: quantising untrained outputs collapses them onto one
 RESTART_EVERY, RESTART_UNTIL = 50, 0.6  # steps; fraction of the training
 OBJECT_WEIGHT, EDGE_WEIGHT = 2.0, 2.0  # on top of 1 for every pixel
-
-
-def vq_config(width: int) -> JanusVQVAEConfig:
-    """The tokenizer's shape; `width` is the language model's hidden size (for the generation aligner and head)."""
-    return JanusVQVAEConfig(
-        embed_dim=8,
-        num_embeddings=512,
-        latent_channels=64,
-        base_channels=32,
-        channel_multiplier=[1, 1, 2, 2],
-        num_res_blocks=1,
-        num_patches=8,
-        projection_dim=width,
-        image_token_embed_dim=width,
-    )
 
 
 def to_pixels(images: np.ndarray) -> torch.Tensor:
@@ -105,91 +91,76 @@ def disagreement(outputs: torch.Tensor, alike: torch.Tensor) -> torch.Tensor:
     return 1 - (first * second).sum(dim=-1)[alike.flatten()].mean()
 
 
-class Quantized(nn.Module):
-    """`JanusVQVAE` with the unit-length quantiser it was designed for."""
+def quantised_pass(
+    model: JanusVQVAE, pixels: torch.Tensor, quantise: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A forward pass with the unit-length quantiser that `JanusVQVAE` was designed for.
 
-    def __init__(self, model: JanusVQVAE) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(
-        self, pixels: torch.Tensor, quantise: bool = True
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Pictures [B, 3, 64, 64] to reconstructions, the quantiser's loss, code ids [B * 64] and unit-length encoder
-        outputs [B * 64, 8]. Without `quantise` the decoder sees the encoder's outputs themselves."""
-        with autocast():
-            latent = self.model.quant_conv(self.model.encoder(pixels))
-        with torch.autocast(pixels.device.type, enabled=False):
-            grid = F.normalize(latent.float(), dim=1)  # [B, 8, 8, 8]
-            outputs = grid.permute(0, 2, 3, 1).reshape(-1, grid.shape[1])
-            codes = F.normalize(self.model.quantize.embedding.weight, dim=1)
-            ids = (outputs.detach() @ codes.detach().T).argmax(dim=1)
-            chosen = codes[ids].view(grid.shape[0], *grid.shape[2:], -1).permute(0, 3, 1, 2)
-            code_loss = (chosen - grid.detach()).square().mean()
-            commitment = (chosen.detach() - grid).square().mean()
-            straight_through = grid + (chosen - grid).detach() if quantise else grid
-        with autocast():
-            decoded = self.model.decoder(self.model.post_quant_conv(straight_through))
-        quantiser_loss = code_loss + COMMITMENT * commitment if quantise else code_loss
-        return decoded.float(), quantiser_loss, ids, outputs
+    Pictures [B, 3, 64, 64] to reconstructions, the quantiser's loss, code ids [B * 64] and unit-length encoder outputs
+    [B * 64, 8]. Without `quantise` the decoder sees the encoder's outputs themselves.
+    """
+    with autocast():
+        latent = model.quant_conv(model.encoder(pixels))
+    grid = F.normalize(latent.float(), dim=1)  # [B, 8, 8, 8]
+    outputs = grid.permute(0, 2, 3, 1).reshape(-1, grid.shape[1])
+    codes = F.normalize(model.quantize.embedding.weight, dim=1)
+    ids = (outputs.detach() @ codes.detach().T).argmax(dim=1)
+    chosen = codes[ids].view(grid.shape[0], *grid.shape[2:], -1).permute(0, 3, 1, 2)
+    quantiser_loss = (chosen - grid.detach()).square().mean()
+    if quantise:
+        quantiser_loss = quantiser_loss + COMMITMENT * (chosen.detach() - grid).square().mean()
+    # Forwards the codes, backwards the identity: gradients pass straight through to the encoder.
+    straight_through = grid + (chosen - grid).detach() if quantise else grid
+    with autocast():
+        decoded = model.decoder(model.post_quant_conv(straight_through))
+    return decoded.float(), quantiser_loss, ids, outputs
 
 
-class CodeUsage:
-    """Counts which codes are used and moves the unused ones onto fresh encoder outputs."""
+@torch.no_grad()
+def restart_codes(
+    codebook: torch.Tensor, unused: torch.Tensor, outputs: torch.Tensor, generator: torch.Generator
+) -> int:
+    """Move the unused codes (bool [512]) of a codebook [512, 8] onto encoder outputs [B * 64, 8]; how many moved.
 
-    def __init__(self, codebook: torch.Tensor) -> None:
-        self.codebook = codebook  # [512, 8], the parameter itself
-        self.counts = torch.zeros(len(codebook), device=codebook.device)
-
-    def observe(self, ids: torch.Tensor) -> None:
-        self.counts += torch.bincount(ids, minlength=len(self.counts))
-
-    @torch.no_grad()
-    def restart_all(self, outputs: torch.Tensor, generator: torch.Generator) -> None:
-        """Puts every code on a random encoder output of `outputs` [B * 64, 8]."""
-        picks = torch.randint(len(outputs), (len(self.codebook),), generator=generator)
-        self.codebook.copy_(outputs[picks.to(outputs.device)])
-        self.counts.zero_()
-
-    @torch.no_grad()
-    def restart_unused(self, outputs: torch.Tensor, generator: torch.Generator) -> int:
-        """Outputs [B * 64, 8] are drawn in proportion to their squared distance from their nearest code: rare shapes
-        and colours get codes, empty paper does not get them all. Returns how many codes moved."""
-        unused = (self.counts == 0).nonzero().flatten()
-        cosine = (outputs @ F.normalize(self.codebook, dim=1).T).amax(dim=1)
-        misfit = (1 - cosine).clamp_min(1e-6).cpu()
-        picks = torch.multinomial(misfit, max(1, len(unused)), replacement=True, generator=generator)[: len(unused)]
-        self.codebook[unused] = outputs[picks.to(outputs.device)]
-        self.counts.zero_()
-        return len(unused)
+    Outputs are drawn in proportion to their squared distance from their nearest code: rare shapes and colours get
+    codes, empty paper does not get them all.
+    """
+    cosine = (outputs @ F.normalize(codebook, dim=1).T).amax(dim=1)
+    misfit = (1 - cosine).clamp_min(1e-6).cpu()
+    count = int(unused.sum())
+    picks = torch.multinomial(misfit, max(1, count), replacement=True, generator=generator)[:count]
+    codebook[unused] = outputs[picks.to(outputs.device)]
+    return count
 
 
-def train_tokenizer(work: Path, budget: Budget, seed: int = 0) -> JanusVQVAE:
-    """Trains (or resumes) the tokenizer and returns it; writes `work/tokenizer.safetensors` (float32, unit codes)."""
+def train_tokenizer(work: Path, budget: Budget, seed: int = 0) -> None:
+    """Trains (or resumes) the tokenizer; writes `work/training/tokenizer.safetensors`."""
     torch.manual_seed(seed)
-    model = JanusVQVAE(vq_config(width=192)).to(device()).train()
+    model = JanusVQVAE(build_vq_config(SIZES)).to(device()).train()
+    codebook = model.quantize.embedding.weight
     with torch.no_grad():
-        model.quantize.embedding.weight.copy_(F.normalize(torch.randn_like(model.quantize.embedding.weight), dim=1))
+        codebook.copy_(F.normalize(torch.randn_like(codebook), dim=1))
     _spread_latents(model, _batch(np.random.default_rng([seed, 2**31])).pixels)
-    quantized = Quantized(model)
-    run = TrainingRun(work / "tokenizer-training.safetensors", quantized, PEAK_LR, budget)
-    run.on_checkpoint = lambda: save_atomically(exported_weights(model), work / "tokenizer.safetensors")
-    usage, generator = CodeUsage(model.quantize.embedding.weight), torch.Generator().manual_seed(seed)
+    run = TrainingRun(work / CHECKPOINT, model, PEAK_LR, budget)
+    generator = torch.Generator().manual_seed(seed)
+    used = torch.zeros(len(codebook), dtype=torch.bool, device=codebook.device)
     restarted = 0
     for step, progress in run:
         twins = _batch(np.random.default_rng([seed, step]))
         quantise = progress >= WARMUP
-        decoded, quantiser_loss, ids, outputs = quantized(twins.pixels, quantise)
+        decoded, quantiser_loss, ids, outputs = quantised_pass(model, twins.pixels, quantise)
         error = decoded - twins.clean
         reconstruction = (twins.weights * (error.abs() + error.square())).mean()
-        locality = disagreement(outputs, twins.alike)
-        run.descend(reconstruction + quantiser_loss + LOCALITY * locality)
+        run.descend(reconstruction + quantiser_loss + LOCALITY * disagreement(outputs, twins.alike))
         outputs = outputs.detach()
-        usage.observe(ids)
-        if not quantise:
-            usage.restart_all(outputs, generator)
+        used[ids] = True
+        if not quantise:  # every code onto a random encoder output
+            picks = torch.randint(len(outputs), (len(codebook),), generator=generator)
+            codebook.data.copy_(outputs[picks.to(outputs.device)])
+            used.fill_(False)
         elif step % RESTART_EVERY == RESTART_EVERY - 1:
-            restarted = usage.restart_unused(outputs, generator) if progress < RESTART_UNTIL else 0
+            restarted = restart_codes(codebook, ~used, outputs, generator) if progress < RESTART_UNTIL else 0
+            used.fill_(False)
         first, second = ids.view(2, -1)
         run.report(
             loss=reconstruction.item(),
@@ -198,7 +169,6 @@ def train_tokenizer(work: Path, budget: Budget, seed: int = 0) -> JanusVQVAE:
             same_codes=(first == second)[twins.alike.flatten()].float().mean().item(),
             dead=restarted,
         )
-    return model.eval()
 
 
 @torch.no_grad()
@@ -213,18 +183,16 @@ def _spread_latents(model: JanusVQVAE, pixels: torch.Tensor) -> None:
     model.quant_conv.bias.sub_(mean).div_(std)
 
 
-def exported_weights(model: JanusVQVAE) -> dict[str, torch.Tensor]:
-    """The model's weights with unit-length codes, so that plain `JanusVQVAE.encode` picks the codes training picked
-    (its nearest code is then the one of largest cosine, whatever the length of the encoder's output)."""
-    weights = dict(model.state_dict())
-    weights["quantize.embedding.weight"] = F.normalize(weights["quantize.embedding.weight"], dim=1)
-    return weights
-
-
 def load_tokenizer(work: Path) -> JanusVQVAE:
-    """The tokenizer that `train_tokenizer` wrote, float32, in evaluation mode, on `device()`."""
-    model = JanusVQVAE(vq_config(width=192))
-    model.load_state_dict(load_file(work / "tokenizer.safetensors"))
+    """What `train_tokenizer` wrote, float32, in evaluation mode, on `device()`.
+
+    Codes are scaled to unit length, so that plain `JanusVQVAE.encode` picks the codes that training picked: its nearest
+    code is then the one of largest cosine, whatever the length of the encoder's output.
+    """
+    model = JanusVQVAE(build_vq_config(SIZES))
+    load_weights(work / CHECKPOINT, model)
+    codes = model.quantize.embedding.weight.data
+    codes.copy_(F.normalize(codes, dim=1))
     return model.to(device()).eval()
 
 
@@ -241,11 +209,6 @@ def cosines(model: JanusVQVAE, images: np.ndarray, batch: int = 64) -> torch.Ten
     return torch.cat(fits)
 
 
-def encode_images(model: JanusVQVAE, images: np.ndarray) -> torch.Tensor:
-    """uint8 [B, 64, 64, 3] to image ids int16 [B, 64] (0..511, row by row), on the CPU: the best fit everywhere."""
-    return cosines(model, images).argmax(-1).to("cpu", torch.int16)
-
-
 class ThriftyCodes:
     """Image ids that cost a language model little: of codes that fit nearly alike, the frequent one.
 
@@ -255,7 +218,7 @@ class ThriftyCodes:
     """
 
     def __init__(self, model: JanusVQVAE, sample: np.ndarray) -> None:
-        """Settles the shares on a sample, uint8 [B, 64, 64, 3], a few hundred pictures or more."""
+        """Find the shares on a sample, uint8 [B, 64, 64, 3], a few hundred pictures or more."""
         self._model = model
         fits = cosines(model, sample)
         self._bonus = torch.zeros(fits.shape[-1], device=fits.device)
@@ -267,13 +230,3 @@ class ThriftyCodes:
     def encode(self, images: np.ndarray) -> torch.Tensor:
         """uint8 [B, 64, 64, 3] to image ids int16 [B, 64], on the CPU."""
         return (cosines(self._model, images) + self._bonus).argmax(-1).to("cpu", torch.int16)
-
-
-@torch.no_grad()
-def decode_images(model: JanusVQVAE, ids: torch.Tensor, batch: int = 64) -> np.ndarray:
-    """Image ids [B, 64] to uint8 [B, 64, 64, 3]."""
-    images = []
-    for start in range(0, len(ids), batch):
-        pixels = model.decode(ids[start : start + batch].to(device()).long())
-        images.append(((pixels.clamp(-1, 1) + 1) * 127.5 + 0.5).clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy())
-    return np.concatenate(images)

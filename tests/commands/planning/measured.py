@@ -7,7 +7,7 @@ import ctypes
 import torch
 
 from stage_ray.bench.memory import PeakMemory
-from stage_ray.bench.timing import Facts, Trial
+from stage_ray.bench.timing import Measurement, Trial
 from stage_ray.config import PolicyConfig
 from stage_ray.learner.learner import _enable_checkpointing
 from stage_ray.learner.precision import autocast
@@ -32,7 +32,7 @@ def peak_side(model: str, rows: int, bfloat16: bool, checkpointing: bool) -> Tri
             statistics = policy.token_logprobs([prompt] * count, tokens, entropy_grad=False)
         statistics.logprobs.sum().backward()
 
-    def turn() -> Facts:
+    def turn() -> Measurement:
         passes(1)  # makes the gradients, and what the libraries keep
         peak = PeakMemory(cpu)
         passes(rows)

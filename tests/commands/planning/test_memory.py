@@ -12,19 +12,19 @@ from transformers import LlamaConfig, LlamaModel
 
 from stage_ray.bench.limits import Speed, Work
 from stage_ray.bench.models import FIFTY_MILLION, write_model
-from stage_ray.bench.timing import Variant, compare
+from stage_ray.bench.timing import Variant, interleave
 from stage_ray.commands.planning import memory, timing
 from stage_ray.commands.planning.gpus import GPUS
 from stage_ray.commands.planning.models import KNOWN, model_sizes
 from stage_ray.config import PolicyConfig, RolloutConfig
-from stage_ray.engines.static_decoder import StaticDecoder
 from stage_ray.engines.torch import TorchEngine
 from stage_ray.engines.vllm import engine
 from stage_ray.learner import Learner
 from stage_ray.observability.progress import Progress
+from stage_ray.policies import base
 from stage_ray.policies.base import hardware_has_bfloat16
-from stage_ray.policies.janus import files as janus_parts
-from stage_ray.policies.janus import policy as janus
+from stage_ray.policies.janus import codec as janus_parts
+from stage_ray.policies.static_decoder import StaticDecoder
 from stage_ray.records import Prompt, RolloutRequest
 from stage_ray.weights.manifest import pack
 from tests.commands.planning.measured import peak_side
@@ -159,7 +159,7 @@ def test_the_peak_of_a_real_update_of_50_million_parameters_is_foreseen(tmp_path
     path, rows = write_model(tmp_path / "50m", FIFTY_MILLION), 6
     options = {"model": str(path), "rows": rows, "bfloat16": bfloat16, "checkpointing": checkpointing}
     with Progress() as progress:
-        (facts,) = compare(
+        (facts,) = interleave(
             [Variant("peak", peak_side, options)], repeats=1, warmups=0, progress=progress, title="peak"
         )["peak"]
     sizes, dtype = model_sizes(str(path)), "bfloat16" if bfloat16 else "float32"
@@ -174,7 +174,7 @@ def test_the_peak_of_a_real_update_of_50_million_parameters_is_foreseen(tmp_path
 
 def test_the_constants_are_those_of_the_program():
     assert memory.LONGEST_PROMPT == engine.LONGEST_PROMPT
-    assert memory.LOGITS_AT_ONCE == janus.LOGITS_AT_ONCE
+    assert memory.LOGITS_AT_ONCE == base.LOGITS_AT_ONCE
     assert memory.DECODE_CHUNK == janus_parts.DECODE_CHUNK
 
 

@@ -6,18 +6,17 @@ also learns from wrong objects: turned, squeezed, cut, merged, broken, half-way 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy import ndimage
 
-from stage_ray.shapeworld.detector_classifier import CLASSES, NONE
-from stage_ray.shapeworld.detector_segmentation import Segment
+from stage_ray.shapeworld.detector import CLASSES, NONE
 from stage_ray.shapeworld.render import render, render_masks
 from stage_ray.shapeworld.scene import COLORS, IMAGE_SIZE, SHAPES, Scene, Shape, place_squares, random_background
+from stage_ray.shapeworld.segmentation import Segment
 
-Warp = Callable[[np.ndarray, Shape, np.random.Generator], np.ndarray]
+_Y, _X = np.indices((IMAGE_SIZE, IMAGE_SIZE)) + 0.5  # centres of pixels
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +44,8 @@ def draw_example(rng: np.random.Generator, wrong_share: float = 0.5) -> Example:
     for place in place_squares([float(size) for size in rng.uniform(low, high, size=count)], rng):
         shape = Shape(str(rng.choice(SHAPES)), str(rng.choice(list(COLORS))), *place)
         wrong = rng.random() < wrong_share
-        coverage = _wrong(shape, rng) if wrong else _mild(_coverage(shape), shape, rng)
+        change = WRONG[int(rng.integers(len(WRONG)))] if wrong else _mild
+        coverage = change(_coverage(shape), shape, rng)
         paint = np.asarray(COLORS[shape.color], np.float32) + rng.normal(0, 4, 3)
         canvas += coverage[..., None] * (paint + rng.normal(0, 3, canvas.shape) - canvas)
         masks.append(coverage >= 0.5)
@@ -90,7 +90,7 @@ def _transform(coverage: np.ndarray, shape: Shape, angle: float, stretch: tuple[
     return np.clip(moved, 0.0, 1.0)
 
 
-def _elastic(coverage: np.ndarray, shape: Shape, rng: np.random.Generator, pixels: float) -> np.ndarray:
+def _elastic(coverage: np.ndarray, rng: np.random.Generator, pixels: float) -> np.ndarray:
     """Push pixels about by a smooth random field of at most `pixels`."""
     field = ndimage.gaussian_filter(rng.normal(0, 1, (2, IMAGE_SIZE, IMAGE_SIZE)), sigma=(0, 4, 4))
     field *= pixels / max(float(np.abs(field).max()), 1e-6)
@@ -103,7 +103,10 @@ def _mild(coverage: np.ndarray, shape: Shape, rng: np.random.Generator) -> np.nd
         return coverage
     stretch = (float(rng.uniform(0.9, 1.1)), float(rng.uniform(0.9, 1.1)))
     coverage = _transform(coverage, shape, float(rng.uniform(-0.12, 0.12)), stretch)
-    return _elastic(coverage, shape, rng, float(rng.uniform(0, 1.0)))
+    return _elastic(coverage, rng, float(rng.uniform(0, 1.0)))
+
+
+# What must count as "none". Each takes an object's coverage [64, 64] in 0..1 and gives that of the wrong object.
 
 
 def _turned(coverage: np.ndarray, shape: Shape, rng: np.random.Generator) -> np.ndarray:
@@ -118,23 +121,16 @@ def _squeezed(coverage: np.ndarray, shape: Shape, rng: np.random.Generator) -> n
     return _transform(coverage, shape, 0.0, (factor, 1.0) if rng.random() < 0.5 else (1.0, factor))
 
 
-def _side(shape: Shape, rng: np.random.Generator, low: float, high: float) -> np.ndarray:
-    """A random half plane [64, 64], its edge `low`..`high` half sizes away from the shape's centre."""
-    angle, reach = rng.uniform(0, 2 * np.pi), rng.uniform(low, high) * shape.size / 2
-    y, x = np.indices((IMAGE_SIZE, IMAGE_SIZE)) + 0.5
-    return (x - shape.cx) * np.cos(angle) + (y - shape.cy) * np.sin(angle) < reach
-
-
 def _cut(coverage: np.ndarray, shape: Shape, rng: np.random.Generator) -> np.ndarray:
-    return coverage * _side(shape, rng, -0.3, 0.35)
+    angle, reach = rng.uniform(0, 2 * np.pi), rng.uniform(-0.3, 0.35) * shape.size / 2
+    return coverage * ((_X - shape.cx) * np.cos(angle) + (_Y - shape.cy) * np.sin(angle) < reach)
 
 
 def _bitten(coverage: np.ndarray, shape: Shape, rng: np.random.Generator) -> np.ndarray:
     angle, radius = rng.uniform(0, 2 * np.pi), rng.uniform(0.35, 0.6) * shape.size / 2
-    y, x = np.indices((IMAGE_SIZE, IMAGE_SIZE)) + 0.5
     away = rng.uniform(0.5, 0.85) * shape.size / 2
-    gone = np.hypot(x - shape.cx - away * np.cos(angle), y - shape.cy - away * np.sin(angle)) < radius
-    left = coverage * ~gone
+    kept = np.hypot(_X - shape.cx - away * np.cos(angle), _Y - shape.cy - away * np.sin(angle)) >= radius
+    left = coverage * kept
     # A bite beside the shape leaves it whole; then cut it instead.
     return left if left.sum() < 0.85 * coverage.sum() else _cut(coverage, shape, rng)
 
@@ -142,33 +138,28 @@ def _bitten(coverage: np.ndarray, shape: Shape, rng: np.random.Generator) -> np.
 def _merged(coverage: np.ndarray, shape: Shape, rng: np.random.Generator) -> np.ndarray:
     """Two shapes of one colour that touch or overlap."""
     angle, away = rng.uniform(0, 2 * np.pi), rng.uniform(0.35, 0.8) * shape.size
-    other = Shape(
-        str(rng.choice(SHAPES)),
-        shape.color,
-        cx=shape.cx + float(away * np.cos(angle)),
-        cy=shape.cy + float(away * np.sin(angle)),
-        size=shape.size * float(rng.uniform(0.7, 1.0)),
-    )
+    kind = str(rng.choice(SHAPES))
+    cx, cy = shape.cx + float(away * np.cos(angle)), shape.cy + float(away * np.sin(angle))
+    other = Shape(kind, shape.color, cx, cy, shape.size * float(rng.uniform(0.7, 1.0)))
     return np.maximum(coverage, _coverage(other))
 
 
 def _between(coverage: np.ndarray, shape: Shape, rng: np.random.Generator) -> np.ndarray:
     """Half-way between two shapes: blend the blurred outlines and cut at one half."""
     kind = str(rng.choice([kind for kind in SHAPES if kind != shape.kind]))
-    other = _coverage(Shape(kind, shape.color, shape.cx, shape.cy, shape.size))
+    other = _coverage(replace(shape, kind=kind))
     share = rng.uniform(0.4, 0.6)
     mixed = ndimage.gaussian_filter((1 - share) * coverage + share * other, sigma=float(rng.uniform(1.0, 2.0)))
     return np.clip((mixed - 0.45) * 6 + 0.5, 0.0, 1.0)
 
 
 def _wobbly(coverage: np.ndarray, shape: Shape, rng: np.random.Generator) -> np.ndarray:
-    return _elastic(coverage, shape, rng, float(rng.uniform(0.25, 0.4) * shape.size))
+    return _elastic(coverage, rng, float(rng.uniform(0.25, 0.4) * shape.size))
 
 
 def _blob(coverage: np.ndarray, shape: Shape, rng: np.random.Generator) -> np.ndarray:
     noise = ndimage.gaussian_filter(rng.normal(0, 1, coverage.shape), sigma=float(rng.uniform(2.0, 5.0)))
-    y, x = np.indices(coverage.shape) + 0.5
-    falloff = np.hypot(x - shape.cx, y - shape.cy) / (0.6 * shape.size)
+    falloff = np.hypot(_X - shape.cx, _Y - shape.cy) / (0.6 * shape.size)
     return np.clip((noise / noise.std() - 1.6 * (falloff - 0.6)) * 2, 0, 1) * (falloff < 1.6)
 
 
@@ -178,8 +169,4 @@ def _washed(coverage: np.ndarray, shape: Shape, rng: np.random.Generator) -> np.
     return np.clip(blurred / max(float(blurred.max()), 1e-6) * rng.uniform(0.8, 1.1), 0, 1)
 
 
-_WRONG: tuple[Warp, ...] = (_turned, _squeezed, _cut, _bitten, _merged, _between, _wobbly, _blob, _washed)
-
-
-def _wrong(shape: Shape, rng: np.random.Generator) -> np.ndarray:
-    return _WRONG[int(rng.integers(len(_WRONG)))](_coverage(shape), shape, rng)
+WRONG = (_turned, _squeezed, _cut, _bitten, _merged, _between, _wobbly, _blob, _washed)

@@ -6,19 +6,26 @@ which is what time goes to in a tiny model, and reads every prompt once, however
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import LlamaModel
+
+if TYPE_CHECKING:
+    from transformers import LlamaModel
 
 
 class StaticDecoder:
-    """Prefill once, then step token by token, for one wave of B rows.
+    """Prefill once, then step token by token, for one batch of B sequences.
 
-    Rows of different prompt lengths are padded on the left; padding is masked and positions count from each row's
-    first real token, so a row's result does not depend on its padding.
+    Prompts of different lengths are padded on the left; padding is masked and positions count from each prompt's first
+    real token, so a sequence's result does not depend on its padding.
+
+    Args:
+        rows: B.
+        length: positions of the cache, prompt and image.
     """
 
     def __init__(self, llama: LlamaModel, rows: int, length: int) -> None:
@@ -29,21 +36,24 @@ class StaticDecoder:
         self._rows, self._length = rows, length
         self._used = 0
 
-    def prefill(self, embeds: Tensor, padding: Tensor, prompts: Tensor) -> Tensor:
-        """Read the prompts, each once.
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """Read B prompts, each different one once; the state of each sequence's last token, [B, hidden]."""
+        # Index of each different prompt, in order of first appearance.
+        different = {prompt: index for index, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
+        device = self._llama.embed_tokens.weight.device
+        owners = torch.tensor([different[tuple(prompt)] for prompt in prompts], device=device)
+        longest = max(map(len, different))
+        padding = torch.tensor([longest - len(prompt) for prompt in different], device=device)
+        ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in different], device=device)
+        return self._prefill(self._llama.embed_tokens(ids), padding, owners)
 
-        Args:
-            embeds: float [N, P, hidden], the N different prompts.
-            padding: int64 [N], masked tokens on the left of each.
-            prompts: int64 [B], which prompt each row has, 0..N-1.
-
-        Returns:
-            The state of each row's last token, [B, hidden].
-        """
+    def _prefill(self, embeds: Tensor, padding: Tensor, owners: Tensor) -> Tensor:
+        """Embeddings [N, P, hidden] of N prompts, masked tokens on the left of each int64 [N], each sequence's prompt
+        int64 [B] -> states [B, hidden]."""
         different, count = embeds.shape[:2]
         slots = torch.arange(self._length, device=embeds.device)
         real = slots >= padding[:, None]  # [N, length]
-        # Padding attends to itself, lest its softmax be over nothing.
+        # Padding attends to itself: a softmax over nothing is NaN.
         causal = slots[:count, None] >= slots[:count]
         own = torch.eye(count, dtype=torch.bool, device=embeds.device)
         mask = (causal & real[:, None, :count]) | own
@@ -54,10 +64,10 @@ class StaticDecoder:
         states = self._forward(embeds, mask[:, None])[:, -1]
         read, self._cache = self._cache, self._new_cache(self._rows, self._length)
         for of_rows, of_prompts in zip(self._cache, read, strict=True):
-            of_rows[:, :, :, :count] = of_prompts[:, prompts]
-        self._angles = self._angles[0][prompts], self._angles[1][prompts]
-        self._mask = real[prompts][:, None, None] if bool(padding.any()) else None
-        return states[prompts]
+            of_rows[:, :, :, :count] = of_prompts[:, owners]
+        self._angles = self._angles[0][owners], self._angles[1][owners]
+        self._mask = real[owners][:, None, None] if bool(padding.any()) else None
+        return states[owners]
 
     def _new_cache(self, rows: int, length: int) -> Tensor:
         """Keys and values of every layer, [layers, 2, rows, kv heads, length, D]; nothing is read before it is set."""

@@ -4,12 +4,13 @@ The palette is known, so a pixel is explained as ``background + alpha * (colour 
 the *core* of the foreground (one pixel away from every edge), because a blurred edge of red on white looks pink. Every
 other pixel goes to its nearest core. Where cores of different colours touch, they may be two objects or one that
 changed colour on the way (a tokenizer turns a corner of a red square orange): both readings are returned, and
-`detector` lets the shape decide.
+`ShapeDetector` lets the shape decide.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from scipy import ndimage
@@ -33,7 +34,7 @@ _PLANES = np.zeros((3, 3, 3, 3), bool)
 _PLANES[1] = _PLANE
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Segment:
     """One single-coloured region of one picture.
 
@@ -43,10 +44,9 @@ class Segment:
         purity: 0..1, share of its inner pixels that look like this colour rather than another.
         off_color: median distance of its inner pixels from the palette, in grey levels (0..441).
         region: number of the connected foreground that it lies in, unique in the batch.
-        whole: True for the reading that takes all cores of a region for one object.
+        core: number of its inner pixels.
         alpha: float32 [H, W], share of the object's colour in each pixel, 0 away from the object.
-        mask: bool [H, W], where ``alpha`` is at least one half.
-        box: (x0, y0, x1, y1) of the mask in pixels.
+        whole: True for the reading that takes all cores of a region for one object.
     """
 
     image: int
@@ -54,10 +54,20 @@ class Segment:
     purity: float
     off_color: float
     region: int
-    whole: bool
+    core: int
     alpha: np.ndarray
-    mask: np.ndarray
-    box: tuple[float, float, float, float]
+    whole: bool = False
+
+    @cached_property
+    def mask(self) -> np.ndarray:
+        """Where ``alpha`` is at least one half, bool [H, W]."""
+        return self.alpha >= MASK_ALPHA
+
+    @cached_property
+    def box(self) -> tuple[float, float, float, float]:
+        """(x0, y0, x1, y1) of the mask in pixels."""
+        rows, columns = ndimage.find_objects(self.mask.astype(np.int8))[0]
+        return (float(columns.start), float(rows.start), float(columns.stop), float(rows.stop))
 
 
 def segment(images: np.ndarray) -> list[Segment]:
@@ -79,13 +89,17 @@ def segment(images: np.ndarray) -> list[Segment]:
         parts = []
         for label, color in found:
             core = labels == label
-            facts = (float((nearest[index][core] == color).mean()), float(np.median(off_color[index][core])))
-            alpha = _alpha(offset[index], direction[index, color], owner == label)
-            part = _segment(index, color, *facts, int(regions[index][core][0]), False, alpha)
-            if part is not None:
-                parts.append((part, int(core.sum())))
-        segments += [part for part, _ in parts]
-        segments += _wholes(parts)
+            part = Segment(
+                image=index,
+                color=COLOR_NAMES[color],
+                purity=float((nearest[index][core] == color).mean()),
+                off_color=float(np.median(off_color[index][core])),
+                region=int(regions[index][core][0]),
+                core=int(core.sum()),
+                alpha=_alpha(offset[index], direction[index, color], owner == label),
+            )
+            parts += [part] if part.mask.any() else []
+        segments += parts + _wholes(parts)
     return segments
 
 
@@ -141,37 +155,20 @@ def _alpha(offset: np.ndarray, step: np.ndarray, mine: np.ndarray) -> np.ndarray
     return np.clip(np.where(alpha < SPECKLE_ALPHA, 0.0, alpha), 0.0, 1.0).astype(np.float32)
 
 
-def _segment(
-    image: int, color: int, purity: float, off_color: float, region: int, whole: bool, alpha: np.ndarray
-) -> Segment | None:
-    mask = alpha >= MASK_ALPHA
-    if not mask.any():
-        return None
-    return Segment(image, COLOR_NAMES[color], purity, off_color, region, whole, alpha, mask, _box(mask))
-
-
-def _wholes(parts: list[tuple[Segment, int]]) -> list[Segment]:
+def _wholes(parts: list[Segment]) -> list[Segment]:
     """The other reading of each region with several cores: one object, in the colour of most of its core pixels."""
-    regions: dict[int, list[tuple[Segment, int]]] = {}
-    for part, size in parts:
-        regions.setdefault(part.region, []).append((part, size))
     wholes = []
-    for region, members in regions.items():
+    for region in dict.fromkeys(part.region for part in parts):
+        members = [part for part in parts if part.region == region]
         if len(members) < 2:
             continue
-        total = sum(size for _, size in members)
+        total = sum(part.core for part in members)
         by_color: dict[str, float] = {}
-        for part, size in members:
-            by_color[part.color] = by_color.get(part.color, 0.0) + part.purity * size / total
+        for part in members:
+            by_color[part.color] = by_color.get(part.color, 0.0) + part.purity * part.core / total
         color, purity = max(by_color.items(), key=lambda item: item[1])
-        off_color = sum(part.off_color * size for part, size in members) / total
+        off_color = sum(part.off_color * part.core for part in members) / total
         # Each pixel has one owner, so the parts' alphas never overlap.
-        alpha = np.sum([part.alpha for part, _ in members], axis=0)
-        whole = _segment(members[0][0].image, COLOR_NAMES.index(color), purity, off_color, region, True, alpha)
-        wholes += [whole] if whole is not None else []
+        alpha = np.sum([part.alpha for part in members], axis=0)
+        wholes.append(Segment(members[0].image, color, purity, off_color, region, total, alpha, whole=True))
     return wholes
-
-
-def _box(mask: np.ndarray) -> tuple[float, float, float, float]:
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    return (float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1))

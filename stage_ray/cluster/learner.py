@@ -1,0 +1,140 @@
+"""The run's learner: who may call it, for how long, and what its loss is called."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from contextlib import AbstractAsyncContextManager
+from pathlib import Path
+from typing import TypeVar
+
+from ray.exceptions import ObjectLostError
+
+from stage_ray.actors.client import ArgumentsLost, WorkerFailed, WorkerLost
+from stage_ray.actors.supervised import Ask, SupervisedActor
+from stage_ray.config import RunConfig
+from stage_ray.errors import GroupsLostError, LearnerLostError, RunError
+from stage_ray.records import GroupRefs, Update
+from stage_ray.workers.learner import LearnerClient
+
+Result = TypeVar("Result")
+
+
+class ClusterLearner:
+    """The supervised learner of a run, which outlives each of its workers.
+
+    Every method raises LearnerLostError where the learner died or hung, in this call or in one before, and RunError
+    where it refused (a loss that is not finite, say). Invariant: a learner that replaces a lost one is asked for
+    nothing before `accept`; its caller gives it its state back.
+    """
+
+    def __init__(
+        self,
+        run: RunConfig,
+        start: Callable[[str], LearnerClient],
+        alone: Callable[[], AbstractAsyncContextManager[None]],
+        hint: str,
+    ) -> None:
+        """Start the learner, without waiting for it.
+
+        Args:
+            run: the run's config.
+            start: makes a learner, given its name.
+            alone: a context in which colocated rollout workers have left their GPUs to the learner.
+            hint: where its log is, for messages.
+        """
+        self._timeout_s, self._alone, self._hint = run.learner.timeout_s, alone, hint
+        self._accepted = 0
+        self.actor = SupervisedActor(
+            "learner", start, start_timeout_s=run.cluster.start_timeout_s, setup=self._setup, keep_failed=True
+        )
+
+    async def update(self, groups: Sequence[GroupRefs]) -> Update:
+        """Hand groups over, then train on them: one update, whose version is one more than the last.
+
+        Raises:
+            GroupsLostError: some of the groups are gone, with the node that held them; none was taken.
+        """
+
+        async def update(client: LearnerClient) -> Update:
+            async with self._alone():
+                return await client.update()
+
+        # A call of its own, so that an object that is lost keeps no rank from an update that others are in.
+        await self._about(groups, lambda client: client.set_batch(groups))
+        return await self.call(update)
+
+    async def save_state(self, directory: Path) -> None:
+        """Write weights, optimizer, schedule and random states, for an exact resume."""
+        await self.call(lambda client: client.save_state(str(directory.resolve())))
+
+    async def load_state(self, directory: Path) -> int:
+        """Take a saved state; its version."""
+        return await self.call(lambda client: client.load_state(str(directory.resolve())))
+
+    async def save_batch(self, directory: Path) -> None:
+        """Write the groups of the last update."""
+        await self.call(lambda client: client.save_batch(str(directory.resolve())))
+
+    async def save_groups(self, directory: Path, groups: Sequence[GroupRefs]) -> None:
+        """Write groups.
+
+        Raises:
+            GroupsLostError: some of them are gone, with the node that held them; none was written.
+        """
+        if groups:
+            await self._about(groups, lambda client: client.save_groups(str(directory.resolve()), groups))
+
+    async def load_groups(self, directory: Path, group_ids: Sequence[int]) -> list[GroupRefs]:
+        """Read saved groups back, in the order of ``group_ids``."""
+        if not group_ids:
+            return []
+        return await self.call(lambda client: client.load_groups(str(directory.resolve()), group_ids))
+
+    async def export(self, directory: Path) -> None:
+        """Write a Hugging Face checkpoint that plain transformers loads."""
+        await self.call(lambda client: client.export(str(directory.resolve())))
+
+    def accept(self) -> None:
+        """Take the learner that is there now for the run's, new or not."""
+        self._accepted = self.actor.restarts
+
+    def require_accepted(self) -> None:
+        """Raise LearnerLostError where the learner was replaced since the last `accept`."""
+        if self.actor.restarts != self._accepted:
+            raise LearnerLostError(f"the learner was lost before; {self._hint}")
+
+    async def call(self, ask: Ask[LearnerClient, Result], *, patient: bool = False) -> Result:
+        """Call the learner when it is this call's turn; ``patient``: the call sets limits of its own."""
+
+        async def ask_accepted(client: LearnerClient) -> Result:
+            self.require_accepted()
+            return await ask(client)
+
+        try:
+            return await self.actor.call(ask_accepted, None if patient else self._timeout_s)
+        except WorkerFailed as failed:
+            raise RunError(f"{failed}; {self._hint}") from failed
+        except WorkerLost as lost:
+            raise LearnerLostError(f"{lost}; {self._hint}") from lost
+
+    async def _about(self, groups: Sequence[GroupRefs], ask: Ask[LearnerClient, None]) -> None:
+        try:
+            await self.call(ask)
+        except ArgumentsLost as lost:
+            raise GroupsLostError(await missing(groups)) from lost
+
+    async def _setup(self, client: LearnerClient) -> None:
+        async with self._alone():
+            await client.setup()
+
+
+async def missing(groups: Sequence[GroupRefs]) -> list[int]:
+    """Ids of the groups whose payload is gone. Only here does the driver fetch any: to see if it can."""
+    found = []
+    for group in groups:
+        try:
+            await asyncio.gather(*(ref for ref in (group.tokens, group.images, group.scores) if ref is not None))
+        except ObjectLostError:
+            found.append(group.group_id)
+    return found

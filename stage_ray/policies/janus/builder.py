@@ -1,0 +1,177 @@
+"""A Janus model of any size with random weights: for pretraining, benchmarks, memory plans and tests.
+
+`JanusSizes` holds the numbers, `build_config` and `build_model` turn them into transformers' own classes, and
+`write_checkpoint` makes a directory that plain transformers (and `JanusPolicy`) loads.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import (
+    GenerationConfig,
+    JanusConfig,
+    JanusForConditionalGeneration,
+    JanusImageProcessorPil,
+    JanusProcessor,
+    JanusVisionConfig,
+    JanusVQVAEConfig,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class JanusSizes:
+    """How large each part of a Janus model is. What has a default suits a small model.
+
+    Attributes:
+        hidden, layers, heads, intermediate: of the language model.
+        kv_heads, head_dim: None is one key head for each head, and ``hidden / heads``.
+        vocabulary: rows of the text embedding.
+        prompt_tokens: longest prompt; positions are this and the image's tokens.
+        tied: whether the text head shares the embedding's weights.
+        codes: V, entries of the image codebook.
+        side: image tokens along one side of the square image, T = side**2.
+        channel_multiplier: width of each level of the image tokenizer; every level but one halves the resolution.
+        vision_hidden, vision_layers, vision_heads, vision_mlp_ratio: the image encoder, which generation never runs.
+        aligner_layers: of the projection behind it.
+
+    Example:
+        >>> JanusSizes(hidden=64, layers=2, heads=2, intermediate=128, codes=48, side=4).image_pixels
+        32
+    """
+
+    hidden: int
+    layers: int
+    heads: int
+    intermediate: int
+    codes: int
+    side: int
+    kv_heads: int | None = None
+    head_dim: int | None = None
+    vocabulary: int = 64
+    prompt_tokens: int = 64
+    tied: bool = True
+    channel_multiplier: tuple[int, ...] = (1, 1, 2, 2)
+    base_channels: int = 32
+    latent_channels: int = 64
+    res_blocks: int = 1
+    vision_hidden: int = 32
+    vision_layers: int = 1
+    vision_heads: int = 2
+    vision_mlp_ratio: float = 1.0
+    aligner_layers: int = 1
+
+    @property
+    def patch(self) -> int:
+        """Pixels along one side of a token."""
+        return int(2 ** (len(self.channel_multiplier) - 1))
+
+    @property
+    def image_pixels(self) -> int:
+        """Pixels along one side of the image."""
+        return self.side * self.patch
+
+
+def build_vq_config(sizes: JanusSizes) -> JanusVQVAEConfig:
+    """The image tokenizer's config, with the sizes of the generation aligner and head that transformers keeps in it."""
+    return JanusVQVAEConfig(
+        embed_dim=8,
+        num_embeddings=sizes.codes,
+        latent_channels=sizes.latent_channels,
+        base_channels=sizes.base_channels,
+        channel_multiplier=list(sizes.channel_multiplier),
+        num_res_blocks=sizes.res_blocks,
+        num_patches=sizes.side,
+        projection_dim=sizes.hidden,
+        image_token_embed_dim=sizes.hidden,
+    )
+
+
+def build_config(sizes: JanusSizes, tokenizer: PreTrainedTokenizerFast | None = None) -> JanusConfig:
+    """The model's config. Without a tokenizer token ids are transformers' defaults, which do for counting parameters.
+
+    Example:
+        with torch.device("meta"):
+            JanusForConditionalGeneration(build_config(sizes)).num_parameters()
+    """
+    image = {} if tokenizer is None else {"image_token_id": tokenizer.convert_tokens_to_ids(tokenizer.image_token)}
+    return JanusConfig(
+        text_config=LlamaConfig(
+            vocab_size=sizes.vocabulary,
+            hidden_size=sizes.hidden,
+            intermediate_size=sizes.intermediate,
+            num_hidden_layers=sizes.layers,
+            num_attention_heads=sizes.heads,
+            num_key_value_heads=sizes.kv_heads or sizes.heads,
+            head_dim=sizes.head_dim or sizes.hidden // sizes.heads,
+            max_position_embeddings=sizes.side**2 + sizes.prompt_tokens,
+            tie_word_embeddings=sizes.tied,
+            **_special_ids(tokenizer),
+        ),
+        vision_config=JanusVisionConfig(
+            hidden_size=sizes.vision_hidden,
+            num_hidden_layers=sizes.vision_layers,
+            num_attention_heads=sizes.vision_heads,
+            image_size=sizes.image_pixels,
+            patch_size=sizes.patch,
+            mlp_ratio=sizes.vision_mlp_ratio,
+            projection_dim=sizes.hidden,
+            depth=sizes.aligner_layers,
+            num_image_tokens=sizes.side**2,
+        ),
+        vq_config=build_vq_config(sizes),
+        **image,
+    )
+
+
+def build_model(
+    sizes: JanusSizes, tokenizer: PreTrainedTokenizerFast, *, guidance_scale: float = 3.0, seed: int | None = None
+) -> JanusForConditionalGeneration:
+    """A float32 model with random weights and the settings that transformers' own image sampling reads.
+
+    Args:
+        tokenizer: has ``bos``, ``eos``, ``pad``, ``image`` and ``boi`` tokens.
+        seed: of the weights; None draws them from torch's global generator.
+    """
+    with torch.random.fork_rng() if seed is not None else nullcontext():
+        if seed is not None:
+            torch.manual_seed(seed)
+        model = JanusForConditionalGeneration(build_config(sizes, tokenizer))
+    model.generation_config = GenerationConfig(
+        do_sample=True,
+        temperature=1.0,
+        guidance_scale=guidance_scale,
+        generation_kwargs={"boi_token_id": tokenizer.convert_tokens_to_ids(tokenizer.boi_token)},
+        **_special_ids(tokenizer),
+    )
+    return model.eval()
+
+
+def build_processor(sizes: JanusSizes, tokenizer: PreTrainedTokenizerFast, chat_template: str) -> JanusProcessor:
+    """Tokenizer, chat template and image processor (pixels to -1..1) as one."""
+    images = JanusImageProcessorPil(
+        size={"height": sizes.image_pixels, "width": sizes.image_pixels},
+        min_size=sizes.image_pixels,
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
+    )
+    return JanusProcessor(images, tokenizer, chat_template=chat_template, num_image_tokens=sizes.side**2)
+
+
+def write_checkpoint(directory: Path, model: JanusForConditionalGeneration, processor: JanusProcessor) -> Path:
+    """Write weights, configs, tokenizer and template; the directory, made if it is not there."""
+    directory.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(directory)
+    processor.save_pretrained(directory)
+    return directory
+
+
+def _special_ids(tokenizer: PreTrainedTokenizerFast | None) -> dict[str, int]:
+    if tokenizer is None:
+        return {}
+    return {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}

@@ -1,0 +1,169 @@
+"""The contract between the learner and a recipe: how scored groups become a loss.
+
+For each update every rank of the learner calls `Recipe.credit` once, with the whole groups of all ranks, then
+`Recipe.objective` once for each micro-batch of its own images. Two rules keep any cut into micro-batches and ranks
+exact: ``credit`` normalises over whole groups, before anything is cut, and ``objective`` is a plain sum over tokens.
+
+``N`` groups, ``G`` images a group, ``T`` tokens an image, ``R`` scorers, ``V`` codebook entries of dimension ``D``,
+``B`` images of one micro-batch. Log-probabilities and entropies are in nats.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from stage_ray.algorithm.losses import TokenWeights
+from stage_ray.algorithm.off_policy import Correction
+from stage_ray.config import AlgorithmConfig, Section
+from stage_ray.records import RolloutGroup, ScoredGroup
+
+
+@dataclass(frozen=True, slots=True)
+class GroupBatch:
+    """N whole groups on the learner's device, the same on every rank; no tensor carries a gradient.
+
+    Attributes:
+        groups: the N records as the engine made them: prompts, seeds, images (empty where those go to scorers only).
+        scored: theirs from the scorers, with what each scorer said of each image (``details``), such as features.
+        tokens: int64 [N, G, T], codebook ids.
+        logprobs: float32 [N, G, T], recorded while sampling: conditional branch, temperature 1.
+        guided_logprobs: float32 [N, G, T], recorded likewise, of the distribution that the tokens were drawn from.
+        entropy: float32 [N, G, T], recorded likewise, conditional branch, temperature 1.
+        scores: float32 [N, G, R], all valid.
+        scorers: the R names, in column order.
+        scorer_weights: float32 [R].
+        staleness: int64 [N], updates between the sampling version and the learner's; 0 is fresh.
+        codebook: float32 [V, D], the vectors as the image decoder gets them.
+        grid: (h, w) with h * w = T, tokens in raster order; None where the policy names none.
+    """
+
+    groups: tuple[RolloutGroup, ...]
+    scored: tuple[ScoredGroup, ...]
+    tokens: Tensor
+    logprobs: Tensor
+    guided_logprobs: Tensor
+    entropy: Tensor
+    scores: Tensor
+    scorers: tuple[str, ...]
+    scorer_weights: Tensor
+    staleness: Tensor
+    codebook: Tensor
+    grid: tuple[int, int] | None
+
+
+@dataclass(frozen=True, slots=True)
+class ReferenceOutputs:
+    """The frozen reference model on the same tokens: float32 [N, G, T] each, or [B, T] of a micro-batch.
+
+    Attributes:
+        logprobs, entropy: conditional branch, temperature 1.
+        guided_logprobs: under the distribution that is sampled; None unless `Recipe.needs_guided`.
+    """
+
+    logprobs: Tensor
+    entropy: Tensor
+    guided_logprobs: Tensor | None = None
+
+    def take(self, indices: Tensor) -> ReferenceOutputs:
+        """Those of a micro-batch: ``indices`` int64 [B], each ``n * G + g``."""
+        guided = None if self.guided_logprobs is None else self.guided_logprobs.flatten(0, 1)[indices]
+        return ReferenceOutputs(self.logprobs.flatten(0, 1)[indices], self.entropy.flatten(0, 1)[indices], guided)
+
+
+@dataclass(frozen=True, slots=True)
+class Credit:
+    """What the tokens of a batch are worth; no gradient anywhere.
+
+    Attributes:
+        advantages: float [N, G], one an image, or [N, G, T]; [B] or [B, T] of a micro-batch.
+        weights: of each token in the policy term and in the KL, normalised over whole groups of the whole batch.
+        metrics: of the update, by their names in ``metrics.jsonl``.
+    """
+
+    advantages: Tensor
+    weights: TokenWeights
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    def take(self, indices: Tensor) -> Credit:
+        """That of a micro-batch: ``indices`` int64 [B], each ``n * G + g``."""
+        policy, kl = (weight.flatten(0, 1)[indices] for weight in (self.weights.policy, self.weights.kl))
+        return Credit(self.advantages.flatten(0, 1)[indices], TokenWeights(policy, kl), self.metrics)
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyOutputs:
+    """The current policy on the B images of a micro-batch: float32 [B, T] each.
+
+    Attributes:
+        logprobs: with gradient; conditional branch, temperature 1.
+        behavior_logprobs: what the ratio of ``logprobs`` is taken against. For a fresh group these are ``logprobs``
+            themselves, detached, so the ratio is exactly 1; for an older one as ``algorithm.ratio_on`` says.
+        entropy: of the conditional branch; with gradient where `Recipe.needs_entropy_grad`.
+        guided_logprobs: under the distribution that is sampled, with the gradient that the policy gives them; may be
+            None unless `Recipe.needs_guided`.
+        guided_behavior_logprobs: what the ratio of ``guided_logprobs`` is taken against, likewise.
+    """
+
+    logprobs: Tensor
+    behavior_logprobs: Tensor
+    entropy: Tensor
+    guided_logprobs: Tensor | None = None
+    guided_behavior_logprobs: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """The share of a micro-batch in the loss of the whole batch.
+
+    Attributes:
+        loss: scalar with gradient, a sum over tokens.
+        parts: scalars, sums over tokens too, under the same names in every call: the learner adds them over
+            micro-batches and ranks and reports them as metrics.
+    """
+
+    loss: Tensor
+    parts: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Recipe(ABC):
+    """One algorithm: a config's ``recipe`` names it, and ``algorithm`` holds its options beside the shared keys.
+
+    Attributes:
+        Options: its own keys of ``algorithm``, checked before a run starts.
+        needs_guided: `objective` reads ``guided_logprobs``, at one more forward pass of policy and reference.
+        needs_entropy_grad: `objective` differentiates the entropy, at a second run of the policy's head.
+
+    Example: `stage_ray.recipes.grpo`.
+    """
+
+    Options: ClassVar[type[Section]]
+    needs_guided: ClassVar[bool] = False
+    needs_entropy_grad: ClassVar[bool] = False
+
+    def __init__(self, options: Any, shared: AlgorithmConfig) -> None:
+        """Keep the validated ``options`` (an instance of ``Options``) and the keys that all recipes share."""
+        self.options, self.shared = options, shared
+        self.correction = correction_of(shared)
+
+    @abstractmethod
+    def credit(self, batch: GroupBatch, reference: ReferenceOutputs, step: int) -> Credit:
+        """Advantages and token weights of whole groups; ``step`` is the number of updates done, 0 in the first."""
+
+    @abstractmethod
+    def objective(self, policy: PolicyOutputs, reference: ReferenceOutputs, credit: Credit) -> Objective:
+        """The loss of the B images of a micro-batch, a sum over tokens; all three arguments are of these images."""
+
+
+def correction_of(algorithm: AlgorithmConfig) -> Correction:
+    """What a config does with ratios far from 1.
+
+    Example:
+        >>> correction_of(AlgorithmConfig()).kind
+        'truncate'
+    """
+    low, high = algorithm.ratio_range
+    return Correction(algorithm.correction, cap=algorithm.ratio_cap, low=low, high=high)

@@ -1,0 +1,58 @@
+"""GRPO: group-relative policy optimisation (arXiv 2402.03300), with the ratio and the KL of every image token.
+
+``L = mean over groups, images and tokens of (-ratio_it A_i + beta k3_it)`` with ``A_i = (r_i - mean) / (std + eps)``
+over the group, unbiased std. A fresh token's ratio is 1, an older one's is corrected (`algorithm/off_policy.py`).
+
+Left out: several epochs on one batch (each group is trained on once, so PPO's clip is off by default), and the division
+by an answer's own length (every image has T tokens).
+"""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from stage_ray.algorithm.advantages import combine_rewards, group_advantages, informative_scorers
+from stage_ray.algorithm.losses import token_weights, weighted_loss
+from stage_ray.algorithm.similarity import opposite_sign_similarity
+from stage_ray.config import Section
+from stage_ray.recipes.base import Credit, GroupBatch, Objective, PolicyOutputs, Recipe, ReferenceOutputs
+
+
+class GrpoOptions(Section):
+    """Options of ``recipe: grpo``."""
+
+    beta: float = Field(0.03, ge=0, description="Weight of the KL to the reference model")
+
+
+class GrpoRecipe(Recipe):
+    """All tokens of a group weigh alike."""
+
+    Options = GrpoOptions
+    options: GrpoOptions
+
+    def credit(self, batch: GroupBatch, reference: ReferenceOutputs, step: int) -> Credit:
+        """Normalised rewards, and the same weight for every token.
+
+        ``similarity/mean`` is reported and not used: it shows what STAGE would have weighed by.
+        """
+        rewards = combine_rewards(batch.scores, weights=batch.scorer_weights, drop_constant=self.shared.drop_constant)
+        advantages = group_advantages(rewards, eps=self.shared.advantage_eps)
+        similarity = opposite_sign_similarity(batch.tokens, batch.codebook, advantages)
+        silent = ~informative_scorers(batch.scores).any(dim=1)  # [N], no scorer tells the group's images apart
+        similarity = similarity.masked_fill(silent[:, None, None], 1.0)
+        metrics = {"similarity/mean": similarity.mean().item(), "weight/mean": 1.0}
+        return Credit(advantages, token_weights(reference.logprobs, None), metrics)
+
+    def objective(self, policy: PolicyOutputs, reference: ReferenceOutputs, credit: Credit) -> Objective:
+        """``-sum(w A ratio) + beta * sum(v k3)`` over tokens."""
+        parts = weighted_loss(
+            policy.logprobs,
+            reference.logprobs,
+            policy.behavior_logprobs,
+            credit.advantages,
+            credit.weights,
+            beta=self.options.beta,
+            clip=self.shared.clip,
+            correction=self.correction,
+        )
+        return Objective(parts.loss, {"policy_loss": parts.policy})

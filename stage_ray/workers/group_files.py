@@ -1,0 +1,64 @@
+"""Groups on disk: one safetensors file each, tokens and scores without pictures. For checkpoints and for replay."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from stage_ray.errors import RunError
+from stage_ray.records import Prompt, RolloutGroup, ScoredGroup
+
+
+def group_file(directory: Path, group_id: int) -> Path:
+    """Where a group lies in a directory of groups."""
+    return directory / f"group-{group_id:08d}.safetensors"
+
+
+def save_group(directory: Path, group: RolloutGroup, scored: ScoredGroup) -> Path:
+    """Write a scored group, without its pictures; the file.
+
+    Example:
+        >>> import tempfile
+        >>> row = np.zeros((1, 2), np.float32)
+        >>> pictures = np.zeros((1, 0, 0, 3), np.uint8)
+        >>> group = RolloutGroup(3, Prompt(0, "x"), (7,), row.astype(np.int32), row, row, row, pictures, 5, "w", 0.1)
+        >>> scored = ScoredGroup(3, ("s",), np.ones((1, 1), np.float32), np.ones((1, 1), bool), ({},), 0.0)
+        >>> load_group(save_group(Path(tempfile.mkdtemp()), group, scored))[0].policy_version
+        5
+    """
+    values = {field.name: getattr(record, field.name) for record in (group, scored) for field in fields(record)}
+    del values["images"]
+    values["prompt"] = {field.name: getattr(group.prompt, field.name) for field in fields(Prompt)}
+    arrays = {name: np.ascontiguousarray(value) for name, value in values.items() if isinstance(value, np.ndarray)}
+    plain = {name: value for name, value in values.items() if name not in arrays}
+    directory.mkdir(parents=True, exist_ok=True)
+    path = group_file(directory, group.group_id)
+    save_file(arrays, path, metadata={"group": json.dumps(plain)})
+    return path
+
+
+def load_group(path: Path) -> tuple[RolloutGroup, ScoredGroup]:
+    """Read what `save_group` wrote; the pictures are empty.
+
+    Raises:
+        RunError: the file is missing, damaged, or holds no group.
+    """
+    try:
+        with safe_open(path, "numpy") as file:
+            values: dict[str, Any] = json.loads((file.metadata() or {})["group"])
+            values |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no dict
+        values["prompt"] = Prompt(**values["prompt"])
+        values["images"] = np.empty((len(values["seeds"]), 0, 0, 3), np.uint8)
+        values |= {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+        # Both records have a group_id; apart from that the names of their fields differ.
+        group = RolloutGroup(**{field.name: values[field.name] for field in fields(RolloutGroup)})
+        scored = ScoredGroup(**{field.name: values[field.name] for field in fields(ScoredGroup)})
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise RunError(f"{path} holds no recorded group that can be read: {error}") from error
+    return group, scored
