@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from stage_ray.config import RunConfig
 from stage_ray.observability.alarms import alarms
+from stage_ray.observability.metrics_logger import MetricsLogger
 from stage_ray.observability.progress import Progress
-from stage_ray.observability.recorder import MetricsLogger
 
 if TYPE_CHECKING:
     from stage_ray.cluster.learner import ClusterLearner

@@ -17,8 +17,7 @@ import ray
 from stage_ray.cluster.placement import actor_of
 from stage_ray.cluster.runtime import start_ray
 from stage_ray.observability.registry import WORKER
-from stage_ray.pipeline.prompts import image_seeds
-from stage_ray.records import Prompt, RolloutRequest
+from stage_ray.records import Prompt, RolloutRequest, image_seeds
 from stage_ray.workers.learner import LearnerWorker
 from stage_ray.workers.reward import RewardWorker
 from stage_ray.workers.rollout import RolloutWorker
