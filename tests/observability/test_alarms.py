@@ -18,10 +18,9 @@ from stage_ray.observability.alarms import alarms
 from stage_ray.observability.progress import Progress
 from stage_ray.records import RolloutGroup
 from stage_ray.train import train
-from tests import test_train
+from tests import runs
 from tests.learner_case import PROMPTS, low_tokens, sample_groups, score, tiny_run
 from tests.scorers import Brightness, _output
-from tests.tiny import tiny_janus
 
 NO_ENTROPY_REWARD = {"entropy_reward": 0.0}
 
@@ -31,11 +30,6 @@ class Constant(Brightness):
 
     def score(self, images: np.ndarray, prompts):
         return _output(np.ones(len(images)))
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return tiny_janus(tmp_path_factory.mktemp("model") / "janus")
 
 
 def constant(group: RolloutGroup) -> np.ndarray:
@@ -125,13 +119,13 @@ def run_and_listen(run: RunConfig) -> tuple[str, list[dict], str]:
     said = io.StringIO()
     directory = Path(run.run_dir)
     train(run, progress=Progress(Console(file=said, width=200)))
-    return said.getvalue(), test_train.lines(directory / "alarms.jsonl"), (directory / "report.html").read_text()
+    return said.getvalue(), runs.lines(directory / "alarms.jsonl"), (directory / "report.html").read_text()
 
 
 @pytest.mark.slow
 def test_an_alarm_is_in_the_log_the_metrics_and_the_report(tmp_path, model):
     changes = {"algorithm": NO_ENTROPY_REWARD, "rewards": [{"type": "tests.observability.test_alarms.Constant"}]}
-    run = test_train.tiny_run(tmp_path, model, steps=1, evaluation={"enabled": False}, **changes)
+    run = runs.tiny_run(tmp_path, model, steps=1, evaluation={"enabled": False}, **changes)
     said, written, report = run_and_listen(run)
     names = ["zero_gradient", "no_variance", "no_valid_reward"]
     (row,) = (json.loads(line) for line in (Path(run.run_dir) / "metrics.jsonl").read_text().splitlines())

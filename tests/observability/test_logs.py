@@ -22,7 +22,7 @@ from stage_ray.config.load import validate_config
 from stage_ray.errors import ConfigError
 from stage_ray.observability.logs import bind_context, log_error, start_logs, worker_environment
 from stage_ray.observability.progress import LoggedProgress, Progress, progress_for
-from tests.test_train import tiny_run
+from tests.runs import tiny_run
 from tests.tiny import tiny_janus
 
 BIN = Path(sys.executable).parent

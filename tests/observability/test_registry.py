@@ -8,8 +8,6 @@ import re
 import urllib.request
 from pathlib import Path
 
-import pytest
-
 from stage_ray.cli import main
 from stage_ray.learner import Learner
 from stage_ray.observability import alarms
@@ -22,14 +20,8 @@ from tests.fake_run import write_fake_run
 from tests.learner_case import PROMPTS, sample_groups, score, tiny_run
 from tests.learner_case import train as train_learner
 from tests.observability.test_metrics_logger import scrape
-from tests.tiny import tiny_janus
 
 METRICS = Path(__file__).parents[2] / "deploy" / "grafana" / "METRICS.md"
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return tiny_janus(tmp_path_factory.mktemp("model") / "janus")
 
 
 def unknown(names) -> list[str]:
