@@ -15,7 +15,7 @@ from stage_ray.observability.metrics_logger import MetricsLogger, read_steps
 from stage_ray.observability.progress import SHOWN
 from stage_ray.observability.registry import ALARMS, RECORDED, find, markdown
 from stage_ray.report.report import CHARTS, STAGES
-from stage_ray.run.state import StepClock
+from stage_ray.run.recording import StepClock
 from tests.fake_run import write_fake_run
 from tests.learner_case import PROMPTS, sample_groups, score, tiny_run
 from tests.learner_case import train as train_learner
