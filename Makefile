@@ -13,8 +13,8 @@ VARIANT ?= auto
 PYTHON ?=
 TORCH_INDEX ?=
 BIN := .venv/bin
-# Two files at a time. Ray's workers would give way to everything else, so that each starved while another file computes.
-PYTEST := RAY_worker_niceness=0 RAY_prestart_worker_first_driver=0 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+# Four files at a time: starting Ray is mostly waiting. Ray's workers would give way to everything else, so that each starved while another file computes.
+PYTEST := RAY_worker_niceness=0 RAY_prestart_worker_first_driver=0 $(BIN)/python -m pytest --numprocesses 4 --dist loadfile --no-loadscope-reorder
 ON_A_GPU := --set rollout.gpus=0.5 --set learner.gpus=0.5
 
 export VARIANT PYTHON TORCH_INDEX

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from stage_ray.errors import RunError
 
@@ -45,3 +47,17 @@ def atomic_write(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     scratch.replace(path)
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds; None if there is no file.
+
+    Raises:
+        RunError: the file is damaged; names it.
+    """
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RunError(f"{path} is not readable JSON ({error}); remove it to go on without it") from error

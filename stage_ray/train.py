@@ -27,7 +27,7 @@ __all__ = ["ConfigError", "RunError", "RunSummary", "train"]
 
 @dataclass(frozen=True, slots=True)
 class RunSummary:
-    """What a finished run leaves: held-out scores are strict GenEval, 0..1, None where nothing was evaluated.
+    """What a finished run leaves: the headline of its benchmark before and after, None where nothing was evaluated.
 
     Example:
         >>> RunSummary(Path("runs/a"), 100, 0.5, 0.75, Path("runs/a/report.html")).after

@@ -282,7 +282,7 @@ def _complaints(found: Audit) -> list[str]:
 
 def write_config(directory: Path, seed: int) -> None:
     """The run of the soak: `tests.tiny`'s model, so that steps are short and all time goes into getting over things."""
-    from tests.test_train import tiny_run
+    from tests.runs import tiny_run
     from tests.tiny import tiny_janus
 
     run = tiny_run(

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from stage_ray.evaluation import summarise
-from stage_ray.observability.recorder import MetricsLogger
+from stage_ray.evaluation.base import EvaluationResult, find_benchmark, summarise
+from stage_ray.observability.metrics_logger import MetricsLogger
 from stage_ray.records import Prompt, ScoredGroup
 from stage_ray.report.samples import contact_sheet
 
@@ -39,10 +39,14 @@ def write_fake_run(
     for name in examined:
         chance = 0.55 if name == "before" else 0.7
         groups = [scored(i, prompt, chance, noise) for i, prompt in enumerate(PROMPTS)]
-        (run_dir / "evaluation" / f"{name}.json").write_text(json.dumps(summarise(PROMPTS, groups).to_json()))
+        (run_dir / "evaluation" / f"{name}.json").write_text(json.dumps(result(groups).to_json()))
         draw(run_dir / "evaluation" / f"{name}.png", chance, noise)
     for step in range(10, steps + 1, 10):
         draw(run_dir / "samples" / f"step-{step:06d}.png", 0.5 + step / 200, noise)
+
+
+def result(groups: list[ScoredGroup]) -> EvaluationResult:
+    return summarise(find_benchmark("geneval"), PROMPTS, groups)
 
 
 def metrics_of(step: int, noise: np.random.Generator) -> dict[str, float | None]:
@@ -73,7 +77,7 @@ def metrics_of(step: int, noise: np.random.Generator) -> dict[str, float | None]
 
 def scored(number: int, prompt: Prompt, chance: float, noise: np.random.Generator) -> ScoredGroup:
     right = noise.random(4) < chance
-    details = tuple({"geneval": {"correct": bool(one), "soft": 0.5 + 0.5 * one, "reason": ""}} for one in right)
+    details = tuple({"geneval": {"verdict": bool(one), "soft": 0.5 + 0.5 * one, "reason": ""}} for one in right)
     return ScoredGroup(number, ("geneval",), right.astype(np.float32)[:, None], np.ones((4, 1), bool), details, 0.0)
 
 

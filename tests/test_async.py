@@ -22,17 +22,11 @@ from stage_ray.observability.registry import RECORDED, find
 from stage_ray.train import train
 from tests.audit import Audit
 from tests.chaos import audited, end_session, of_session, start_driver
-from tests.test_train import StopsAfter, lines, tiny_run, without_clocks
-from tests.tiny import tiny_janus
+from tests.runs import StopsAfter, lines, tiny_run, without_clocks
 
 pytestmark = pytest.mark.slow  # each starts a Ray of its own
 
 QUICK = {"evaluation": {"enabled": False, "sample_every": 1000}}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return tiny_janus(tmp_path_factory.mktemp("model") / "janus")
 
 
 def final_weights(run_dir: Path) -> dict[str, torch.Tensor]:

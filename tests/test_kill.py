@@ -47,9 +47,8 @@ from stage_ray.weights.object_store import ObjectStore
 from stage_ray.workers.learner import LearnerClient
 from tests.audit import Audit
 from tests.chaos import WORKERS, audited, end_session, start_driver
+from tests.runs import lines, tiny_run, without_clocks
 from tests.scorers import MOODS
-from tests.test_train import lines, tiny_run, without_clocks
-from tests.tiny import tiny_janus
 
 pytestmark = pytest.mark.slow  # each starts a Ray of its own
 
@@ -96,11 +95,6 @@ def same_outcome(first: RunConfig, second: RunConfig) -> bool:
     )
     weights = [load_file(Path(run.run_dir) / "final" / "model.safetensors") for run in (first, second)]
     return one == other and all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_janus(tmp_path_factory.mktemp("model") / "janus")
 
 
 @pytest.fixture(scope="module")

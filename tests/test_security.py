@@ -21,8 +21,8 @@ import pytest
 import yaml
 
 from stage_ray.run.run_dir import open_run_dir
+from tests.runs import tiny_run
 from tests.scorers import Brightness
-from tests.test_train import tiny_run
 from tests.tiny import tiny_janus
 
 REPOSITORY = Path(__file__).parents[1]

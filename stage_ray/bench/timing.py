@@ -112,7 +112,7 @@ def _process(variant: Variant, logs: Path) -> Iterator[Trial]:
 def _prepare(log: str, cpus: int) -> None:
     """First of all in the new process, before torch is imported: OpenMP reads its variable when it is loaded."""
     os.environ.update(OMP_NUM_THREADS=str(cpus), TOKENIZERS_PARALLELISM="false")
-    from stage_ray.observability.worker_logs import redirect_output
+    from stage_ray.observability.logs import redirect_output
 
     redirect_output(log)
 

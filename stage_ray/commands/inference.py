@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import json
 from collections.abc import Iterator, Sequence
@@ -17,7 +18,8 @@ from stage_ray.config.hardware import usable_cpus
 from stage_ray.engines import build_engine
 from stage_ray.engines.base import ImageEngine
 from stage_ray.errors import ConfigError
-from stage_ray.evaluation import EvaluationResult, evaluate, find_suite, requests_for
+from stage_ray.evaluation.base import EvaluationResult, find_benchmark
+from stage_ray.evaluation.loop import EngineBackend, JudgedGroup, evaluate, judge_in_batches, requests_for
 from stage_ray.files import atomic_write
 from stage_ray.observability.progress import Progress
 from stage_ray.pipeline.prompts import load_prompts
@@ -25,7 +27,6 @@ from stage_ray.records import Prompt
 from stage_ray.report.samples import contact_sheet
 from stage_ray.rewards import build_rewards
 
-IMAGES_AT_ONCE = 64
 SHEET_IMAGES = 120  # more make a picture that no viewer likes
 
 
@@ -43,30 +44,26 @@ def evaluate_model(
     """Run a benchmark over a model; ``None`` takes the benchmark's own prompts and images a prompt.
 
     Raises:
-        ConfigError: unknown suite or engine, missing or damaged model, unreadable prompts.
+        ConfigError: unknown benchmark or engine, missing or damaged model, unreadable prompts.
     """
-    chosen = find_suite(suite)
-    asked = load_prompts(prompts or chosen.prompts)
-    images = images_per_prompt or chosen.images_per_prompt
-    scorers = build_rewards(chosen.rewards)
-    with _engine(model, engine, guidance, progress) as drawing, progress.bar(suite, total=len(asked)) as advance:
-        return evaluate(drawing, scorers, asked, images_per_prompt=images, seed=seed, progress=advance, suite=chosen)
+    benchmark = find_benchmark(suite, "--suite")
+    asked = load_prompts(prompts or benchmark.prompts)
+    images = images_per_prompt or benchmark.images_per_prompt
+    scorers = build_rewards(benchmark.rewards)
+    with _engine(model, engine, guidance, progress) as loaded, progress.bar(suite, total=len(asked)) as advance:
+        backend = EngineBackend(loaded, scorers)
+        evaluation = evaluate(backend, benchmark, asked, images_per_prompt=images, seed=seed, advance=advance)
+        return asyncio.run(evaluation)
 
 
 def result_table(result: EvaluationResult) -> str:
     """A result as lines of plain text."""
-    rows = [(name, task.score, task.standard_error, task.images) for name, task in result.tasks.items()]
-    if result.overall is not None:
-        rows.append(("mean of tasks", result.overall, result.standard_error, result.images))
-    width = max((len(row[0]) for row in rows), default=0)
-    lines = [
-        f"{name:<{width}}  {score:.3f}" + (f" ± {error:.3f}" if error is not None else "") + f"  ({images} images)"
-        for name, score, error, images in rows
-    ]
-    if result.soft is not None:
-        lines.append(f"{'soft score':<{width}}  {result.soft:.3f}")
-    if result.invalid:
-        lines.append(f"{result.invalid} images could not be judged and count in no score")
+    width = max(map(len, result.metrics), default=0)
+    lines = [f"{name:<{width}}  {metric}  ({metric.images} images)" for name, metric in result.metrics.items()]
+    headline = result.metrics.get(result.headline)
+    left_out = len(result.images) - (headline.images if headline else 0)
+    if left_out:
+        lines.append(f"{left_out} images could not be judged and count in no score")
     return "\n".join(lines)
 
 
@@ -99,22 +96,24 @@ def generate_images(
         raise ConfigError('there is nothing to draw; give --prompt "a photo of ..." or --prompts FILE')
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"--out {out} exists and is not an empty directory; name another")
-    requests = requests_for(asked, images_per_prompt, seed)
-    piece = max(1, IMAGES_AT_ONCE // images_per_prompt)
     sheet: list[tuple[np.ndarray, str]] = []
-    with _engine(model, engine, guidance, progress) as drawing, progress.bar("drawing", total=len(asked)) as advance:
+
+    def save(groups: list[JudgedGroup]) -> None:
+        for group in groups:
+            prompt = group.request.prompt
+            for number, image in enumerate(group.images if group.images is not None else ()):
+                Image.fromarray(image).save(out / f"{prompt.index:04d}-{number}.png")
+                if len(sheet) < SHEET_IMAGES:
+                    sheet.append((image, prompt.text))
+        advance(len(groups))
+
+    with _engine(model, engine, guidance, progress) as loaded, progress.bar("drawing", total=len(asked)) as advance:
         out.mkdir(parents=True, exist_ok=True)
-        for start in range(0, len(requests), piece):
-            groups = drawing.generate(requests[start : start + piece])
-            for group in groups:
-                for number, image in enumerate(group.images):
-                    Image.fromarray(image).save(out / f"{group.prompt.index:04d}-{number}.png")
-                    sheet.append((image, group.prompt.text))
-            advance(len(groups))
-    del sheet[SHEET_IMAGES:]
-    path = out / "sheet.png"
-    contact_sheet(np.stack([image for image, _ in sheet]), [text for _, text in sheet], [None] * len(sheet), path)
-    return path
+        requests = requests_for(asked, images_per_prompt, seed)
+        asyncio.run(judge_in_batches(EngineBackend(loaded), requests, save, images=True))
+    images, captions = zip(*sheet, strict=True)
+    contact_sheet(np.stack(images), captions, [None] * len(sheet), out / "sheet.png")
+    return out / "sheet.png"
 
 
 @contextmanager

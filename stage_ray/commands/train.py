@@ -55,12 +55,14 @@ def train(
         with progress_for(run) as progress:
             progress.note(f"replayed into {replay_run(run, replay, progress)}")
         return
+    from stage_ray.evaluation.base import find_benchmark
     from stage_ray.train import train as train_run
 
     with progress_for(run) as progress:
         summary = train_run(run, resume="auto" if auto_resume else resume, progress=progress)
         if summary.before is not None and summary.after is not None:
+            headline = find_benchmark(run.evaluation.benchmark).headline
             progress.note(
-                f"held-out GenEval {summary.before:.3f} before, {summary.after:.3f} after {summary.steps} steps"
+                f"held-out {headline} {summary.before:.3f} before, {summary.after:.3f} after {summary.steps} steps"
             )
         progress.note(f"report: {summary.report}")

@@ -201,6 +201,9 @@ class EvaluationConfig(Section):
     """Held-out evaluation before the first and after the last step, and the fixed sample grid."""
 
     enabled: bool = Field(True, description="Evaluate on prompts.heldout before and after")
+    benchmark: str = Field(
+        "geneval", description="What the scores of the run's scorers add up to: geneval, or package.module.Class"
+    )
     images_per_prompt: int = Field(4, ge=1, description="Images of each held-out prompt")
     seed: int = Field(20, ge=0, description="Seed of evaluation and sample images")
     sample_every: int = Field(50, ge=1, description="Steps between pictures of samples")

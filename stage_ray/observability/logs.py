@@ -1,4 +1,4 @@
-"""Logs for machines: with ``logs.format: json`` every line of Python's logging is one JSON object.
+"""Logs of the driver and its workers; with ``logs.format: json`` every line of Python's logging is one JSON object.
 
 Fields: ``time`` (ISO 8601, UTC), ``level``, ``logger``, ``message``, ``run`` (the run directory's name), ``role`` and
 ``worker`` of the process, ``step`` and ``group_id`` (a list) where known, ``exc_info`` where something was raised, and
@@ -10,15 +10,18 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
+
+from stage_ray.files import deny_others_writing
 
 log = logging.getLogger("stage_ray")
 
 FORMAT = "STAGE_RAY_LOG_FORMAT"
 RUN = "STAGE_RAY_LOG_RUN"
 
-_facts: dict[str, Any] = {}
+_context: dict[str, Any] = {}
 _handler: logging.Handler | None = None
 
 
@@ -29,7 +32,13 @@ def start_logs(form: str, run_id: str, stream: TextIO | None = None) -> None:
         start_logs("json", "stage_shapeworld")
         log.warning("slow")  # {"level": "WARNING", "logger": "stage_ray", "message": "slow", "run": ..., "time": ...}
     """
-    _stop()
+    for name in (FORMAT, RUN):
+        os.environ.pop(name, None)
+    if _handler is not None:
+        _remove_handler()
+        logging.captureWarnings(False)
+        log.setLevel(logging.NOTSET)
+        sys.excepthook = sys.__excepthook__
     if form == "json":
         os.environ.update({FORMAT: form, RUN: run_id})
         _start({"run": run_id, "role": "driver"}, stream)
@@ -41,20 +50,36 @@ def worker_environment() -> dict[str, str]:
     return {name: os.environ[name] for name in (FORMAT, RUN) if name in os.environ}
 
 
-def start_worker_logs(role: str, worker: str) -> None:
-    """Log as the driver wants it, as this worker."""
+def redirect_output(log_file: str | None, role: str = "worker", worker: str = "worker") -> None:
+    """Send this worker's stdout and stderr, C++ included, to a file; None leaves them to Ray's own log files.
+
+    Args:
+        log_file: it need not exist.
+        role: rollout, reward or learner.
+        worker: what the driver and the metrics call this worker; its lines carry that name.
+
+    Every actor begins with this, so from here on files of a run are also writable by their owner only: a worker of a
+    cluster that the run joined has that cluster's umask.
+    """
+    deny_others_writing()
+    if log_file is not None:
+        path = Path(log_file)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        os.dup2(descriptor, 1)
+        os.dup2(descriptor, 2)
+        os.close(descriptor)
     if os.environ.get(FORMAT) == "json":
         _start({"run": os.environ.get(RUN, ""), "role": role, "worker": worker}, None)
 
 
 def bind_context(**facts: Any) -> None:
-    """What the lines from here on are about, such as ``step=3`` or ``group_id=[7, 8]``; None takes a fact away."""
-    if _handler is None:
-        return
-    _facts.update(facts)
-    for name in [name for name, value in facts.items() if value is None]:
-        del _facts[name]
-    _adopt()
+    """What the lines from here on are about, such as ``step=3`` or ``group_id=[7, 8]``; None takes a field away."""
+    if _handler is not None:
+        _context.update(facts)
+        for name in [name for name, value in facts.items() if value is None]:
+            del _context[name]
+        _remove_other_consoles()
 
 
 def log_error(sentence: str) -> None:
@@ -65,59 +90,44 @@ def log_error(sentence: str) -> None:
         log.error(sentence)
 
 
-def _start(facts: dict[str, Any], stream: TextIO | None) -> None:
+def _start(context: dict[str, Any], stream: TextIO | None) -> None:
     global _handler
-    from pythonjsonlogger.json import JsonFormatter  # only who wants JSON pays for it
+    from pythonjsonlogger.json import JsonFormatter  # late: not every run logs JSON
 
-    _stop_handler()
-    _facts.clear()
-    _facts.update(facts)
+    _remove_handler()
+    _context.clear()
+    _context.update(context)
     _handler = logging.StreamHandler(stream or sys.stdout)
-    _handler.addFilter(_add_facts)
-    _handler.setFormatter(
-        JsonFormatter(
-            "{message}{levelname}{name}",
-            style="{",
-            rename_fields={"levelname": "level", "name": "logger"},
-            timestamp="time",
-        )
-    )
+    _handler.addFilter(_add_context)
+    renamed = {"levelname": "level", "name": "logger"}
+    fields = "{message}{levelname}{name}"
+    _handler.setFormatter(JsonFormatter(fields, style="{", rename_fields=renamed, timestamp="time"))
     logging.getLogger().addHandler(_handler)
     logging.captureWarnings(True)
     os.environ.setdefault("TQDM_DISABLE", "1")  # bars are no lines
     log.setLevel(logging.INFO)
-    _adopt()
+    _remove_other_consoles()
 
 
-def _stop() -> None:
-    for name in (FORMAT, RUN):
-        os.environ.pop(name, None)
-    if _handler is not None:
-        _stop_handler()
-        logging.captureWarnings(False)
-        log.setLevel(logging.NOTSET)
-        sys.excepthook = sys.__excepthook__
-
-
-def _stop_handler() -> None:
+def _remove_handler() -> None:
     global _handler
     if _handler is not None:
         logging.getLogger().removeHandler(_handler)
         _handler = None
 
 
-def _add_facts(record: logging.LogRecord) -> bool:
+def _add_context(record: logging.LogRecord) -> bool:
     for name in ("_ray_timestamp_ns", "vllm_process_name"):  # libraries' own fields in every record of the process
         record.__dict__.pop(name, None)
-    for name, value in _facts.items():
+    for name, value in _context.items():
         record.__dict__.setdefault(name, value)
     return True
 
 
-def _adopt() -> None:
-    """Take the consoles of libraries away, so that their lines come here.
+def _remove_other_consoles() -> None:
+    """Remove the terminal handlers of Ray, vLLM and transformers, so that their lines reach ours.
 
-    Ray, vLLM and transformers each put a handler of their own on the terminal, some long after our start.
+    Some of them are added long after our start.
     """
     consoles = (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__)
     for logger in (logging.getLogger(), *list(logging.root.manager.loggerDict.values())):

@@ -1,4 +1,4 @@
-"""What a command tells while it works: a live display on a terminal, a few plain lines elsewhere, or lines of a log."""
+"""What a command shows while it works: a live display on a terminal, a few plain lines elsewhere, or log lines."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from rich.console import Console, Group
@@ -47,16 +46,9 @@ class Progress:
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(highlight=False, soft_wrap=True)
         self._start = time.monotonic()
-        self._bars = Bars(
-            SpinnerColumn(),
-            TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=28),
-            MofNCompleteColumn(),
-            TextColumn("ETA"),
-            TimeRemainingColumn(),
-            console=self.console,
-            speed_estimate_period=300,
-        )
+        count = (BarColumn(bar_width=28), MofNCompleteColumn(), TextColumn("ETA"), TimeRemainingColumn())
+        columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), *count)
+        self._bars = Bars(*columns, console=self.console, speed_estimate_period=300)
         self._numbers = Text(style="cyan")
         self._live: Live | None = None
         self._training: TaskID | None = None
@@ -67,7 +59,7 @@ class Progress:
     def stage(self, text: str) -> None:
         """Name what happens now; replaces the stage before it."""
         if not self.console.is_terminal:
-            self._line(f"{text} ...")
+            self.note(f"{text} ...")
             return
         self._draw()
         self._end_stage()
@@ -89,7 +81,7 @@ class Progress:
             self._printed = (now, step)
             done = step - self._first[1]
             eta = f"  ETA {_clock((now - self._first[0]) / done * (total - step))}" if done and step < total else ""
-            self._line(f"step {step}/{total}  {numbers}{eta}")
+            self.note(f"step {step}/{total}  {numbers}{eta}")
 
     @contextmanager
     def bar(self, description: str, total: int) -> Iterator[Callable[..., None]]:
@@ -104,7 +96,7 @@ class Progress:
                 self._bars.update(task, completed=done)
             elif done < total and time.monotonic() - printed >= PLAIN_EVERY_S:
                 printed = time.monotonic()
-                self._line(f"{description}: {done} of {total}")
+                self.note(f"{description}: {done} of {total}")
 
         if self.console.is_terminal:
             self._draw()
@@ -115,17 +107,17 @@ class Progress:
             finally:
                 self._bars.remove_task(task)
         else:
-            self._line(f"{description} ({total}) ...")
+            self.note(f"{description} ({total}) ...")
             yield advance
-        self._line(f"{description}: done in {_clock(time.monotonic() - started)}")
+        self.note(f"{description}: done in {_clock(time.monotonic() - started)}")
 
-    def note(self, text: str) -> None:
+    def note(self, text: str, style: str | None = None) -> None:
         """A line that stays."""
-        self._line(text)
+        self.console.print(f"[{_clock(time.monotonic() - self._start)}] {text}", style=style, markup=False)
 
     def alarm(self, name: str, text: str) -> None:
         """A line that stays and cannot be missed."""
-        self._line(f"ALARM {name}: {text}", style="bold red")
+        self.note(f"ALARM {name}: {text}", style="bold red")
 
     def close(self) -> None:
         """Stop the live display; the last state stays on the screen."""
@@ -137,13 +129,8 @@ class Progress:
     def __enter__(self) -> Progress:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
-
-    def _line(self, text: str, style: str | None = None) -> None:
-        self.console.print(f"[{_clock(time.monotonic() - self._start)}] {text}", style=style, markup=False)
 
     def _draw(self) -> None:
         if self._live is None:
@@ -179,7 +166,8 @@ class LoggedProgress(Progress):
         bind_context()
         log.warning(text, extra={"alarm": name})
 
-    def _line(self, text: str, style: str | None = None) -> None:
+    def note(self, text: str, style: str | None = None) -> None:
+        """One line, without the time: every line of the log has one."""
         bind_context()
         log.info(text)
 

@@ -15,7 +15,6 @@ from stage_ray.observability.registry import WORKER
 from stage_ray.records import RolloutGroup
 
 PREFIX = "stage_ray_worker_"
-LABELS = ("role", "worker")
 
 
 class WorkerMetrics:
@@ -29,11 +28,11 @@ class WorkerMetrics:
     """
 
     def __init__(self, role: str, worker: str) -> None:
-        labels = dict(zip(LABELS, (role, worker), strict=True))
+        labels = {"role": role, "worker": worker}
         kinds = {"counter": Counter, "gauge": Gauge}
         self._metrics: dict[str, Any] = {}
         for metric in WORKER:
-            made = kinds[metric.kind](metric.name, metric.help, LABELS).set_default_tags(labels)
+            made = kinds[metric.kind](metric.name, metric.help, tuple(labels)).set_default_tags(labels)
             self._metrics[metric.name.removeprefix(PREFIX)] = made
         self._began = time.perf_counter()
 
@@ -46,26 +45,17 @@ class WorkerMetrics:
         """The call is done with these groups; ``version`` is the policy's that drew them or that was made of them."""
         seconds = time.perf_counter() - self._began
         tokens = sum(group.tokens.size for group in groups)
-        sums = {
-            "calls": 1,
-            "busy_seconds": seconds,
-            "groups": len(groups),
-            "images": sum(len(group.tokens) for group in groups),
-            "tokens": tokens,
-        }
+        images = sum(len(group.tokens) for group in groups)
+        sums = {"calls": 1, "busy_seconds": seconds, "groups": len(groups), "images": images, "tokens": tokens}
         for name, value in sums.items():
             if value:  # Ray's counters refuse 0
                 self._metrics[name].inc(value)
-        levels = {"tokens_per_second": tokens / max(seconds, 1e-9), "peak_memory_bytes": _peak_memory()}
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
+        levels = {"tokens_per_second": tokens / max(seconds, 1e-9), "peak_memory_bytes": peak}
         if version is not None:
             levels["policy_version"] = version
-        torch = sys.modules.get("torch")
+        torch = sys.modules.get("torch")  # a scorer without torch must not import it for this
         if torch is not None and torch.cuda.is_initialized():
             levels["peak_gpu_memory_bytes"] = torch.cuda.max_memory_allocated()
         for name, value in levels.items():
             self._metrics[name].set(value)
-
-
-def _peak_memory() -> int:
-    """Greatest resident memory of this process so far, bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB

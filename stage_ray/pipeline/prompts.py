@@ -1,4 +1,4 @@
-"""Prompt files, the order in which prompts are drawn, and the seed of every image: all fixed by the run's seed."""
+"""Prompt files, and the order in which prompts are drawn: fixed by the run's seed."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import json
 import random
 from dataclasses import dataclass, field
 from pathlib import Path
-
-import xxhash
 
 from stage_ray.config.paths import resolve_path
 from stage_ray.errors import ConfigError
@@ -76,13 +74,3 @@ class PromptCursor:
             self._order = (epoch, order)
         self.position += 1
         return self.prompts[self._order[1][offset]]
-
-
-def image_seeds(seed: int, group_id: int, count: int) -> tuple[int, ...]:
-    """Seeds of a group's images, each in [0, 2**63): a hash of (run, group, image), whatever ran before.
-
-    Example:
-        >>> image_seeds(1, 2, 3) == image_seeds(1, 2, 4)[:3]
-        True
-    """
-    return tuple(xxhash.xxh3_64_intdigest(f"{seed}:{group_id}:{i}".encode()) >> 1 for i in range(count))

@@ -15,8 +15,8 @@ from stage_ray.errors import GroupsLostError, LearnerLostError, RunError
 from stage_ray.pipeline.background import BackgroundTasks
 from stage_ray.pipeline.buffer import Failed, GroupBuffer, GroupsFailedError
 from stage_ray.pipeline.ledger import Event, Ledger
-from stage_ray.pipeline.prompts import PromptCursor, image_seeds
-from stage_ray.records import GroupRefs, RolloutRequest
+from stage_ray.pipeline.prompts import PromptCursor
+from stage_ray.records import GroupRefs, RolloutRequest, image_seeds
 
 if TYPE_CHECKING:
     from stage_ray.cluster.cluster import Cluster

@@ -38,7 +38,7 @@ class GroupBatch:
         scorer_weights: float32 [R].
         staleness: int64 [N], updates between the sampling version and the learner's; 0 is fresh.
         codebook: float32 [V, D], the vectors as the image decoder gets them.
-        grid: (h, w) with h * w = T, tokens in raster order; None where the policy names none.
+        grid: (h, w) with h * w = T, image tokens along height and width.
     """
 
     groups: tuple[RolloutGroup, ...]
@@ -52,7 +52,7 @@ class GroupBatch:
     scorer_weights: Tensor
     staleness: Tensor
     codebook: Tensor
-    grid: tuple[int, int] | None
+    grid: tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)

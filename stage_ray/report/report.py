@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import base64
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,12 @@ import yaml
 from markupsafe import Markup
 
 from stage_ray.config.hardware import machine_facts
-from stage_ray.errors import ConfigError, RunError
-from stage_ray.evaluation.result import EvaluationResult
-from stage_ray.files import atomic_write
-from stage_ray.observability.recorder import ALARMS_FILE, MACHINE_FILE, METRICS_FILE, read_steps
+from stage_ray.errors import ConfigError
+from stage_ray.evaluation.base import EvaluationResult, MetricValue, read_result
+from stage_ray.files import atomic_write, read_json
+from stage_ray.observability.metrics_logger import ALARMS_FILE, MACHINE_FILE, METRICS_FILE, read_steps
 from stage_ray.report.charts import Series, curves, stacked
-from stage_ray.report.comparison import OVERALL, Estimate, TaskComparison, compare
+from stage_ray.report.comparison import changes, clear
 
 MOST_SAMPLES = 6
 CHARTS = {  # title -> metric: legend, in the order of the page
@@ -64,90 +63,91 @@ def _contents(run_dir: Path) -> dict[str, Any]:
     config_text = (run_dir / "config.yaml").read_text(encoding="utf-8")
     config = yaml.safe_load(config_text)
     rows = read_steps(run_dir / METRICS_FILE)
-    before = _read_evaluation(run_dir / "evaluation" / "before.json")
-    after = _read_evaluation(run_dir / "evaluation" / "after.json")
-    exam = compare(before, after) if before else []
-    overall = next((row for row in exam if row.task == OVERALL), None)
+    before = read_result(run_dir / "evaluation" / "before.json")
+    after = read_result(run_dir / "evaluation" / "after.json")
+    changed = changes(before, after) if before and after else {}
+    pair = [(run_dir / "evaluation" / f"{name}.png", name.capitalize()) for name in ("before", "after")]
     return {
         "name": run_dir.resolve().name,
-        "headline": _headline(overall),
+        "headline": _headline(before, after),
         "state": _state(rows, config, after is not None),
-        "cards": _cards(rows, overall),
-        "exam": [_exam_row(row) for row in exam],
-        "soft": _soft(before, after),
-        "pair": _pictures(
-            [(run_dir / "evaluation" / f"{name}.png", name.capitalize()) for name in ("before", "after")]
-        ),
+        "cards": _cards(rows, before.headline if before else "", changed),
+        "evaluation": _evaluation_rows(before, after, changed) if before else [],
+        "pair": _pictures(pair),
         "alarms": _alarms(read_steps(run_dir / ALARMS_FILE)),
         "charts": _charts(rows),
         "samples": _samples(run_dir),
         "config": config_text,
-        "machine": _read_json(run_dir / MACHINE_FILE) or machine_facts(),
+        "machine": read_json(run_dir / MACHINE_FILE) or machine_facts(),
     }
 
 
-def _headline(overall: TaskComparison | None) -> str:
-    if overall is None:
+def _headline(before: EvaluationResult | None, after: EvaluationResult | None) -> str:
+    if before is None or before.headline_value is None:
         return "No held-out evaluation"
-    if overall.after is None:
-        return f"Held-out GenEval {overall.before.value:.3f} before training"
-    return f"Held-out GenEval {overall.before.value:.3f} → {overall.after.value:.3f}"
+    then = after.metrics.get(before.headline) if after else None
+    value = f"{before.headline_value:.3f}" + (f" → {then.value:.3f}" if then else " before training")
+    return f"Held-out {before.headline} {value}"
 
 
-def _state(rows: Sequence[dict[str, Any]], config: dict[str, Any], examined: bool) -> str:
+def _state(rows: Sequence[dict[str, Any]], config: dict[str, Any], evaluated: bool) -> str:
     done, wanted = rows[-1]["step"] if rows else 0, config.get("steps", 0)
     if done < wanted:
         return f"{done} of {wanted} steps so far"
     evaluates = config.get("evaluation", {}).get("enabled", True)
-    return f"{done} steps" + ("" if examined or not evaluates else ", not evaluated afterwards")
+    return f"{done} steps" + ("" if evaluated or not evaluates else ", not evaluated afterwards")
 
 
-def _exam_row(row: TaskComparison) -> dict[str, Any]:
-    return {
-        "task": row.task.replace("_", " "),
-        "images": row.images,
-        "before": str(row.before),
-        "after": str(row.after) if row.after else "",
-        "change": f"{row.change.value:+.3f}" + str(row.change)[len(f"{row.change.value:.3f}") :] if row.change else "",
-        "tone": _tone(row.change),
-        "total": row.task == OVERALL,
-    }
+def _evaluation_rows(
+    before: EvaluationResult, after: EvaluationResult | None, changed: Mapping[str, MetricValue]
+) -> list[dict[str, Any]]:
+    """A row for every metric of the benchmark, in its order."""
+    return [
+        {
+            "metric": name.replace("_", " "),
+            "images": metric.images,
+            "before": metric,
+            "after": after.metrics.get(name, "") if after else "",
+            "change": _signed(changed[name]) if name in changed else "",
+            "tone": _tone(changed.get(name)),
+            "total": name == before.headline,
+        }
+        for name, metric in before.metrics.items()
+    ]
 
 
-def _tone(change: Estimate | None) -> str:
+def _signed(change: MetricValue) -> str:
+    return str(change) if change.value < 0 else f"+{change}"
+
+
+def _tone(change: MetricValue | None) -> str:
     """Colour of a change: none where it may be chance."""
-    if change is None or not change.clear:
+    if change is None or not clear(change):
         return ""
     return "good" if change.value > 0 else "bad"
 
 
-def _soft(before: EvaluationResult | None, after: EvaluationResult | None) -> str:
-    if before is None or before.soft is None:
-        return ""
-    return f"{before.soft:.3f}" + (f" → {after.soft:.3f}" if after and after.soft is not None else "")
-
-
-def _cards(rows: Sequence[dict[str, Any]], overall: TaskComparison | None) -> list[dict[str, str]]:
+def _cards(rows: Sequence[dict[str, Any]], headline: str, changed: Mapping[str, MetricValue]) -> list[dict[str, str]]:
     cards = []
-    if overall and overall.change:
-        change = overall.change
-        label = "change of held-out GenEval" + (f", ±\u00a0{change.error:.3f}" if change.error is not None else "")
+    if headline in changed:
+        change = changed[headline]
+        label = f"change of held-out {headline}" + (f", ±\u00a0{change.error:.3f}" if change.error is not None else "")
         cards.append({"label": label, "value": f"{change.value:+.3f}", "tone": _tone(change)})
-    if rows:
-        seconds = [row["time/step_s"] for row in rows if row.get("time/step_s") is not None]
-        speeds = sorted(row["images_per_s"] for row in rows if row.get("images_per_s") is not None)
-        rewards = [row["reward/mean"] for row in rows if row.get("reward/mean") is not None]
+
+    def known(name: str) -> list[float]:
+        return [row[name] for row in rows if row.get(name) is not None]
+
+    seconds, speeds, rewards = known("time/step_s"), sorted(known("images_per_s")), known("reward/mean")
+    if rewards:
         window = max(1, min(10, len(rewards) // 2))
-        if rewards:
-            first, last = sum(rewards[:window]) / window, sum(rewards[-window:]) / window
-            cards.append(
-                {"label": f"training reward, first and last {window} steps", "value": f"{first:.2f} → {last:.2f}"}
-            )
-        if speeds:
-            cards.append({"label": "images a second, median", "value": f"{speeds[len(speeds) // 2]:.1f}"})
-        if seconds:
-            cards.append({"label": "minutes in training steps", "value": f"{sum(seconds) / 60:.1f}"})
-    return [{"tone": "", **card} for card in cards]
+        first, last = sum(rewards[:window]) / window, sum(rewards[-window:]) / window
+        label = f"training reward, first and last {window} steps"
+        cards.append({"label": label, "value": f"{first:.2f} → {last:.2f}"})
+    if speeds:
+        cards.append({"label": "images a second, median", "value": f"{speeds[len(speeds) // 2]:.1f}"})
+    if seconds:
+        cards.append({"label": "minutes in training steps", "value": f"{sum(seconds) / 60:.1f}"})
+    return cards
 
 
 def _charts(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -202,20 +202,3 @@ def _pictures(files: Sequence[tuple[Path, str]]) -> list[dict[str, str]]:
         for path, caption in files
         if path.is_file()
     ]
-
-
-def _read_evaluation(path: Path) -> EvaluationResult | None:
-    data = _read_json(path)
-    try:
-        return EvaluationResult.from_json(data) if data is not None else None
-    except (KeyError, TypeError) as error:
-        raise RunError(f"{path} is not an evaluation ({error}); remove it to write the report without it") from error
-
-
-def _read_json(path: Path) -> Any:
-    if not path.is_file():
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise RunError(f"{path} is not readable JSON ({error}); remove it to write the report without it") from error

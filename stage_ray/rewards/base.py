@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from stage_ray.records import Prompt
+from stage_ray.records import Prompt, RolloutGroup
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,10 +18,11 @@ class RewardOutput:
     Attributes:
         scores: float32 [B]; NaN where the scorer has no answer.
         valid: bool [B]; False where the score must not be used.
-        details: JSON-able facts behind each score, one mapping an image.
+        details: what is behind each score, JSON-able, one mapping an image. ``verdict`` (bool), where a scorer gives
+            it, says whether the image is right: pictures for people are framed by it.
 
     Example:
-        >>> RewardOutput(np.ones(1, np.float32), np.ones(1, bool), ({"correct": True},)).details[0]["correct"]
+        >>> RewardOutput(np.ones(1, np.float32), np.ones(1, bool), ({"verdict": True},)).details[0]["verdict"]
         True
     """
 
@@ -35,4 +36,13 @@ class Reward(Protocol):
 
     def score(self, images: np.ndarray, prompts: Sequence[Prompt]) -> RewardOutput:
         """Score images, uint8 [B, H, W, 3], each against its prompt."""
+        ...
+
+
+@runtime_checkable
+class GroupReward(Protocol):
+    """A scorer that compares the images of a group: it has `score_groups`, and needs no `score`."""
+
+    def score_groups(self, groups: Sequence[RolloutGroup]) -> RewardOutput:
+        """Score whole groups; B is the number of their images, group after group."""
         ...

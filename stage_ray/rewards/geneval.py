@@ -21,7 +21,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 class GenEvalReward:
     """Scores by GenEval's rules; the strict verdict is in the details whatever the score is.
 
-    Details of an image: ``correct`` (bool, strict verdict), ``soft`` (float), ``tag`` (the prompt's task or None) and
+    Details of an image: ``verdict`` (bool, strict), ``soft`` (float), ``tag`` (the prompt's task or None) and
     ``reason`` (what is wrong with the image, "" where nothing is); or ``error`` alone where the prompt's record cannot
     be evaluated, and then the score is invalid.
 
@@ -32,7 +32,7 @@ class GenEvalReward:
         >>> reward = GenEvalReward("stage_ray.shapeworld.detector.ShapeDetector")
         >>> picture = render(Scene((Shape("ring", "red", cx=32.0, cy=32.0, size=30.0),)))
         >>> record = {"tag": "single_object", "include": [{"class": "ring", "count": 1}]}
-        >>> reward.score(picture[None], [Prompt(0, "a photo of a ring", record)]).details[0]["correct"]
+        >>> reward.score(picture[None], [Prompt(0, "a photo of a ring", record)]).details[0]["verdict"]
         True
     """
 
@@ -65,7 +65,7 @@ class GenEvalReward:
         """Score images, uint8 [B, H, W, 3], each against its prompt's record."""
         seen = self._detector.detect(images)
         details = tuple(self._judge(prompt, found) for prompt, found in zip(prompts, seen, strict=True))
-        key = "correct" if self._score == "strict" else self._score
+        key = "verdict" if self._score == "strict" else self._score
         scores = np.asarray([detail.get(key, np.nan) for detail in details], np.float32)
         public = tuple({name: fact for name, fact in detail.items() if name != "soft_published"} for detail in details)
         return RewardOutput(scores, np.isfinite(scores), public)
@@ -80,9 +80,9 @@ class GenEvalReward:
             return {"error": f'prompt {prompt.text!r} has no "include": GenEval needs to know what should be seen'}
         tag = prompt.record.get("tag")
         objects = self._confident(found, self._counting_threshold if tag == "counting" else self._threshold)
-        correct, reason = strict_verdict(include, exclude, objects)
+        verdict, reason = strict_verdict(include, exclude, objects)
         return {
-            "correct": correct,
+            "verdict": verdict,
             "soft": soft_score(include, objects),
             "soft_published": soft_score(include, objects, published=True),
             "tag": tag,

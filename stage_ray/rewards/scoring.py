@@ -9,13 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from stage_ray.records import Prompt, RolloutGroup, ScoredGroup
-from stage_ray.rewards.base import Reward, RewardOutput
+from stage_ray.records import RolloutGroup, ScoredGroup
+from stage_ray.rewards.base import GroupReward, Reward, RewardOutput
 
 log = logging.getLogger(__name__)
 
 
-def score_groups(scorers: Sequence[tuple[str, Reward]], groups: Sequence[RolloutGroup]) -> list[ScoredGroup]:
+def score_groups(
+    scorers: Sequence[tuple[str, Reward | GroupReward]], groups: Sequence[RolloutGroup]
+) -> list[ScoredGroup]:
     """Score groups with every scorer, one batched call a scorer over all images of all groups.
 
     A scorer that raises, or answers with the wrong number of scores, gives NaN and ``valid`` False for every image of
@@ -26,46 +28,49 @@ def score_groups(scorers: Sequence[tuple[str, Reward]], groups: Sequence[Rollout
         return []
     start = time.monotonic()
     images = np.concatenate([group.images for group in groups])
-    prompts = [group.prompt for group in groups for _ in group.images]
-    outputs = [_run(name, scorer, images, prompts) for name, scorer in scorers]
+    outputs = {name: _run(name, scorer, groups, images) for name, scorer in scorers}
     seconds = (time.monotonic() - start) / len(images)
-    names = tuple(name for name, _ in scorers)
-    scores = np.stack([output.scores for output in outputs], axis=1)
-    valid = np.stack([output.valid for output in outputs], axis=1)
-    details = [dict(zip(names, said, strict=True)) for said in zip(*(o.details for o in outputs), strict=True)]
+    scores = np.empty((len(images), len(outputs)), np.float32)
+    valid = np.empty(scores.shape, bool)
+    for column, output in enumerate(outputs.values()):
+        scores[:, column], valid[:, column] = output.scores, output.valid
     scored, first = [], 0
     for group in groups:
-        mine = slice(first, first + len(group.images))
+        mine = range(first, first + len(group.images))
         first = mine.stop
         scored.append(
             ScoredGroup(
                 group_id=group.group_id,
-                names=names,
-                scores=scores[mine],
-                valid=valid[mine],
-                details=tuple(details[mine]),
-                score_s=seconds * len(group.images),
+                names=tuple(outputs),
+                scores=scores[mine.start : mine.stop],
+                valid=valid[mine.start : mine.stop],
+                details=tuple({name: output.details[i] for name, output in outputs.items()} for i in mine),
+                score_s=seconds * len(mine),
             )
         )
     return scored
 
 
-def _run(name: str, scorer: Reward, images: np.ndarray, prompts: Sequence[Prompt]) -> RewardOutput:
+def _run(name: str, scorer: Reward | GroupReward, groups: Sequence[RolloutGroup], images: np.ndarray) -> RewardOutput:
+    count = len(images)
     try:
-        output = scorer.score(images, prompts)
+        if isinstance(scorer, GroupReward):
+            output = scorer.score_groups(groups)
+        else:
+            output = scorer.score(images, [group.prompt for group in groups for _ in group.images])
         scores = np.asarray(output.scores, np.float32)
         valid = np.asarray(output.valid, bool)
         details = [dict(said) for said in output.details]
     # A scorer is a user's code, or a service, and may fail in any way. This is the one place that must outlive it: its
     # failure becomes part of the record, and the group is scored again or replaced.
     except Exception as error:
-        log.exception("scorer %s failed on %d images", name, len(images))
-        return _failed(len(images), f"{type(error).__name__}: {error}")
+        log.exception("scorer %s failed on %d images", name, count)
+        return _failed(count, f"{type(error).__name__}: {error}")
     shapes = (scores.shape, valid.shape, (len(details),))
-    if shapes != ((len(images),),) * 3:
+    if shapes != ((count,),) * 3:
         got = f"scores {list(scores.shape)}, valid {list(valid.shape)} and {len(details)} details"
-        log.error("scorer %s answered %s for %d images", name, got, len(images))
-        return _failed(len(images), f"answered {got} for {len(images)} images")
+        log.error("scorer %s answered %s for %d images", name, got, count)
+        return _failed(count, f"answered {got} for {count} images")
     return _without_made_up_scores(scores, valid, details)
 
 

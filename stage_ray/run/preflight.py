@@ -10,6 +10,7 @@ import yaml
 from stage_ray.config import RunConfig
 from stage_ray.config.paths import model_location
 from stage_ray.engines.vllm.environment import require_fitting_build
+from stage_ray.evaluation.base import find_benchmark
 from stage_ray.pipeline.prompts import load_prompts
 from stage_ray.policies import policy_class
 from stage_ray.policies.checkpoint_files import check_directory
@@ -26,8 +27,9 @@ def preflight(run: RunConfig) -> tuple[list[Prompt], list[Prompt]]:
         The prompts to train on, and those held out.
 
     Raises:
-        ConfigError: the recipe or the model family is unknown, the recipe has no such option or value, vLLM is a build
-            for GPUs and none is reserved, or the model directory or a prompt file is missing, incomplete or malformed.
+        ConfigError: the recipe, the model family or the benchmark is unknown, the recipe has no such option or value,
+            vLLM is a build for GPUs and none is reserved, or the model directory or a prompt file is missing,
+            incomplete or malformed.
     """
     load_recipe(run)
     if run.cluster.address is None and "RAY_ADDRESS" not in os.environ:
@@ -36,6 +38,7 @@ def preflight(run: RunConfig) -> tuple[list[Prompt], list[Prompt]]:
     model = Path(model_location(run.policy.path))
     if model.exists():
         check_directory(model, family.model_type)
+    find_benchmark(run.evaluation.benchmark)
     train = load_prompts(run.prompts.train)
     return train, load_prompts(run.prompts.heldout) if run.prompts.heldout else train
 

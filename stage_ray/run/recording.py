@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from stage_ray.config import RunConfig
 from stage_ray.observability.alarms import alarms
+from stage_ray.observability.metrics_logger import MetricsLogger
 from stage_ray.observability.progress import Progress
-from stage_ray.observability.recorder import MetricsLogger
 
 if TYPE_CHECKING:
     from stage_ray.cluster.learner import ClusterLearner
@@ -36,7 +36,7 @@ class StepRecorder:
 
     def step(self, step: int, metrics: dict[str, float]) -> None:
         """Record update ``step``, counted from 1, and the alarms that its metrics raise."""
-        found = alarms(metrics, self._run)
+        found = alarms(metrics)
         self._logger.step(step, {**metrics, "alarms": [name for name, _ in found]})
         self._progress.step(step, self._steps, metrics)
         for name, text in found:

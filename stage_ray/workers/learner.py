@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from stage_ray.actors.client import Client
 from stage_ray.actors.worker import Worker
 from stage_ray.config import RunConfig
-from stage_ray.observability.worker_logs import redirect_output
+from stage_ray.observability.logs import redirect_output
 from stage_ray.observability.worker_metrics import WorkerMetrics
 from stage_ray.records import GroupRefs, Update, WeightManifest
 

@@ -12,7 +12,7 @@ import numpy as np
 from stage_ray.actors.client import Client, WorkerFailed
 from stage_ray.actors.worker import Worker
 from stage_ray.config import RunConfig
-from stage_ray.observability.worker_logs import redirect_output
+from stage_ray.observability.logs import redirect_output
 from stage_ray.observability.worker_metrics import WorkerMetrics
 from stage_ray.records import GroupRefs, RolloutGroup, RolloutRequest, WeightManifest
 

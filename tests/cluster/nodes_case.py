@@ -17,7 +17,7 @@ from ray.cluster_utils import Cluster
 
 from stage_ray.config.load import load_config
 from tests.chaos import audited
-from tests.test_train import tiny_run
+from tests.runs import tiny_run
 from tests.tiny import tiny_janus
 
 REPOSITORY = Path(__file__).parents[2]

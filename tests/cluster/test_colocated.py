@@ -15,8 +15,8 @@ from stage_ray.errors import ConfigError
 from stage_ray.records import Prompt, RolloutRequest
 from stage_ray.train import train
 from stage_ray.workers.rollout import RolloutWorker
+from tests.runs import lines, tiny_run
 from tests.test_async import QUICK, KillsWorker, sound
-from tests.test_train import lines, tiny_run
 from tests.tiny import tiny_janus
 
 ROLES = {

@@ -14,9 +14,9 @@ from stage_ray.engines.vllm.ranks import TensorRanks
 from stage_ray.errors import ConfigError
 from stage_ray.observability.progress import Progress
 from stage_ray.train import train
+from tests.runs import lines, tiny_run
 from tests.test_async import QUICK, sound
 from tests.test_security import is_loopback, is_private
-from tests.test_train import lines, tiny_run
 from tests.tiny import tiny_janus
 
 pytest.importorskip("vllm")

@@ -36,11 +36,6 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_janus(tmp_path_factory.mktemp("learner") / "janus")
-
-
-@pytest.fixture(scope="module")
 def scored(model: Path) -> Scored:
     """Three groups of four images at version 0, prompts of three lengths."""
     groups = sample_groups(Learner(tiny_run(model)).policy, PROMPTS, 4)

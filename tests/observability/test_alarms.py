@@ -18,10 +18,9 @@ from stage_ray.observability.alarms import alarms
 from stage_ray.observability.progress import Progress
 from stage_ray.records import RolloutGroup
 from stage_ray.train import train
-from tests import test_train
+from tests import runs
 from tests.learner_case import PROMPTS, low_tokens, sample_groups, score, tiny_run
 from tests.scorers import Brightness, _output
-from tests.tiny import tiny_janus
 
 NO_ENTROPY_REWARD = {"entropy_reward": 0.0}
 
@@ -31,11 +30,6 @@ class Constant(Brightness):
 
     def score(self, images: np.ndarray, prompts):
         return _output(np.ones(len(images)))
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return tiny_janus(tmp_path_factory.mktemp("model") / "janus")
 
 
 def constant(group: RolloutGroup) -> np.ndarray:
@@ -48,7 +42,7 @@ def updates(run: RunConfig, *rewards) -> list[dict[str, str]]:
     found = []
     for reward in rewards:
         groups = sample_groups(learner.policy, PROMPTS, 4, version=learner.version, seed=learner.version)
-        found.append(dict(alarms(learner.update(groups, score(groups, reward)), run)))
+        found.append(dict(alarms(learner.update(groups, score(groups, reward)))))
     return found
 
 
@@ -88,7 +82,7 @@ def served_old_weights(model: Path, lr: float) -> dict[str, str]:
     groups = sample_groups(engine.policy, PROMPTS, 4, version=0)
     learner.update(groups, score(groups))
     groups = sample_groups(engine.policy, PROMPTS, 4, version=1, seed=1)
-    return dict(alarms(learner.update(groups, score(groups)), run))
+    return dict(alarms(learner.update(groups, score(groups))))
 
 
 def test_an_engine_that_serves_other_weights_than_it_says_is_found_out(model):
@@ -112,12 +106,12 @@ def test_an_asynchronous_run_with_nothing_but_older_groups_finds_it_out_too(mode
     learner.update(first, score(first))
     metrics = learner.update(second, score(second))
     assert metrics["staleness/1"] == 1 and "mismatch/abs_logprob" not in metrics
-    found = dict(alarms(metrics, run))
+    found = dict(alarms(metrics))
     assert found == {} if true_weights else "older groups differ by 0." in found["mismatch"]
 
 
 def test_what_was_not_measured_raises_no_alarm(model):
-    assert alarms({}, tiny_run(model)) == []
+    assert alarms({}) == []
 
 
 def run_and_listen(run: RunConfig) -> tuple[str, list[dict], str]:
@@ -125,13 +119,13 @@ def run_and_listen(run: RunConfig) -> tuple[str, list[dict], str]:
     said = io.StringIO()
     directory = Path(run.run_dir)
     train(run, progress=Progress(Console(file=said, width=200)))
-    return said.getvalue(), test_train.lines(directory / "alarms.jsonl"), (directory / "report.html").read_text()
+    return said.getvalue(), runs.lines(directory / "alarms.jsonl"), (directory / "report.html").read_text()
 
 
 @pytest.mark.slow
 def test_an_alarm_is_in_the_log_the_metrics_and_the_report(tmp_path, model):
     changes = {"algorithm": NO_ENTROPY_REWARD, "rewards": [{"type": "tests.observability.test_alarms.Constant"}]}
-    run = test_train.tiny_run(tmp_path, model, steps=1, evaluation={"enabled": False}, **changes)
+    run = runs.tiny_run(tmp_path, model, steps=1, evaluation={"enabled": False}, **changes)
     said, written, report = run_and_listen(run)
     names = ["zero_gradient", "no_variance", "no_valid_reward"]
     (row,) = (json.loads(line) for line in (Path(run.run_dir) / "metrics.jsonl").read_text().splitlines())

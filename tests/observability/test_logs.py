@@ -22,7 +22,7 @@ from stage_ray.config.load import validate_config
 from stage_ray.errors import ConfigError
 from stage_ray.observability.logs import bind_context, log_error, start_logs, worker_environment
 from stage_ray.observability.progress import LoggedProgress, Progress, progress_for
-from tests.test_train import tiny_run
+from tests.runs import tiny_run
 from tests.tiny import tiny_janus
 
 BIN = Path(sys.executable).parent
@@ -119,7 +119,7 @@ def test_workers_are_told_the_format_and_the_run(tmp_path, monkeypatch):
     start_logs("text", "")
     for name, value in told.items():
         monkeypatch.setenv(name, value)
-    code = "import logging, sys; from stage_ray.observability.worker_logs import redirect_output\n"
+    code = "import logging, sys; from stage_ray.observability.logs import redirect_output\n"
     code += "redirect_output(sys.argv[1] or None, 'reward', 'reward-1'); logging.getLogger('y').error('hm')"
     command = [sys.executable, "-c", code]
     log = tmp_path / "w" / "reward-1.log"

@@ -8,28 +8,20 @@ import re
 import urllib.request
 from pathlib import Path
 
-import pytest
-
 from stage_ray.cli import main
 from stage_ray.learner import Learner
 from stage_ray.observability import alarms
+from stage_ray.observability.metrics_logger import MetricsLogger, read_steps
 from stage_ray.observability.progress import SHOWN
-from stage_ray.observability.recorder import MetricsLogger, read_steps
 from stage_ray.observability.registry import ALARMS, RECORDED, find, markdown
 from stage_ray.report.report import CHARTS, STAGES
-from stage_ray.run.state import StepClock
+from stage_ray.run.recording import StepClock
 from tests.fake_run import write_fake_run
 from tests.learner_case import PROMPTS, sample_groups, score, tiny_run
 from tests.learner_case import train as train_learner
-from tests.observability.test_recorder import scrape
-from tests.tiny import tiny_janus
+from tests.observability.test_metrics_logger import scrape
 
 METRICS = Path(__file__).parents[2] / "deploy" / "grafana" / "METRICS.md"
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return tiny_janus(tmp_path_factory.mktemp("model") / "janus")
 
 
 def unknown(names) -> list[str]:

@@ -17,12 +17,11 @@ import ray
 from stage_ray.cluster.placement import actor_of
 from stage_ray.cluster.runtime import start_ray
 from stage_ray.observability.registry import WORKER
-from stage_ray.pipeline.prompts import image_seeds
-from stage_ray.records import Prompt, RolloutRequest
+from stage_ray.records import Prompt, RolloutRequest, image_seeds
 from stage_ray.workers.learner import LearnerWorker
 from stage_ray.workers.reward import RewardWorker
 from stage_ray.workers.rollout import RolloutWorker
-from tests.test_train import PROMPTS, tiny_run
+from tests.runs import PROMPTS, tiny_run
 from tests.tiny import IMAGE_TOKENS, tiny_janus
 
 ON_A_GPU = "ray_stage_ray_worker_peak_gpu_memory_bytes"

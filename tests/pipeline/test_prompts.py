@@ -5,7 +5,8 @@ import json
 import pytest
 
 from stage_ray.errors import ConfigError
-from stage_ray.pipeline.prompts import PromptCursor, image_seeds, load_prompts
+from stage_ray.pipeline.prompts import PromptCursor, load_prompts
+from stage_ray.records import image_seeds
 
 
 def test_json_lines_keep_the_whole_record(tmp_path):

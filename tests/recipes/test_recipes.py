@@ -20,7 +20,6 @@ from stage_ray.recipes.grpo import GrpoRecipe
 from stage_ray.recipes.stage import StageRecipe
 from stage_ray.registry import Registry
 from tests.learner_case import PROMPTS, sample_groups, score, tiny_run
-from tests.tiny import tiny_janus
 
 MINE = "tests.recipes.mine.UncertainRecipe"
 SWITCHES_OFF = {"reweight_advantage": False, "reweight_kl": False, "entropy_reward": 0.0}
@@ -33,11 +32,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_janus(tmp_path_factory.mktemp("recipes") / "janus")
 
 
 def run_with(recipe: str = "stage", **algorithm: Any) -> RunConfig:

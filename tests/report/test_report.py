@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 
 from stage_ray.errors import ConfigError, RunError
-from stage_ray.evaluation import summarise
-from stage_ray.report.comparison import OVERALL, compare
+from stage_ray.report.comparison import changes
 from stage_ray.report.report import write_report
-from tests.fake_run import PROMPTS, TASKS, scored, write_fake_run
+from tests.fake_run import PROMPTS, TASKS, result, scored, write_fake_run
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +40,8 @@ def test_nothing_in_it_is_fetched_from_anywhere(finished: str) -> None:
 
 def test_it_shows_score_tasks_pictures_alarms_curves_and_config(finished: str) -> None:
     assert "Held-out GenEval 0." in finished and " → 0." in finished
-    for task in (*TASKS, OVERALL):
-        assert f"<td>{task.replace('_', ' ')}</td>" in finished
+    for metric in (*TASKS, "GenEval", "soft score"):
+        assert f"<td>{metric.replace('_', ' ')}</td>" in finished
     assert finished.count("<img ") == 2 + 6
     assert finished.count("<svg") == 10
     assert "entropy_collapse" in finished and "<td>3</td><td>7</td><td>30</td>" in finished
@@ -96,8 +95,9 @@ def test_a_change_is_judged_prompt_by_prompt() -> None:
 
     noise = np.random.default_rng(1)
     groups = [scored(i, prompt, 0.5, noise) for i, prompt in enumerate(PROMPTS)]
-    same = summarise(PROMPTS, groups)
-    *tasks, overall = compare(same, same)
-    assert [row.change.value for row in tasks if row.change] == [0.0] * len(TASKS)
-    assert overall.change is not None and overall.change.error == 0.0, "equal sittings differ by nothing, for certain"
-    assert overall.before.error is not None and overall.before.error > 0.0
+    same = result(groups)
+    found = changes(same, same)
+    assert {task: found[task].value for task in TASKS} == dict.fromkeys(TASKS, 0.0)
+    overall, before = found["GenEval"], same.metrics["GenEval"]
+    assert overall.error == 0.0, "equal evaluations differ by nothing, for certain"
+    assert before.error is not None and before.error > 0.0

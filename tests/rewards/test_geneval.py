@@ -60,8 +60,8 @@ def test_scores_are_soft_by_default_and_the_strict_verdict_is_in_the_details():
     output = geneval(counting_threshold=0.3).score(pictures(3, 2), prompts(THREE, 2))
     np.testing.assert_allclose(output.scores, [1.0, 2 / 3], rtol=1e-6)
     assert output.valid.all()
-    assert output.details[0] == {"correct": True, "soft": 1.0, "tag": "counting", "reason": ""}
-    assert output.details[1]["correct"] is False and output.details[1]["reason"] == "expected ring>=3, found 2"
+    assert output.details[0] == {"verdict": True, "soft": 1.0, "tag": "counting", "reason": ""}
+    assert output.details[1]["verdict"] is False and output.details[1]["reason"] == "expected ring>=3, found 2"
 
 
 def test_the_strict_score_is_zero_or_one():
@@ -73,12 +73,12 @@ def test_counting_prompts_use_the_higher_threshold():
     # Of three rings at 0.95, 0.85 and 0.75 only one is above GenEval's 0.9 for counting, and all are above its 0.3.
     assert geneval().score(pictures(3), prompts(THREE, 1)).details[0]["reason"] == "expected ring>=3, found 1"
     untagged = {**THREE, "tag": "two_object"}
-    assert geneval().score(pictures(3), prompts(untagged, 1)).details[0]["correct"] is True
+    assert geneval().score(pictures(3), prompts(untagged, 1)).details[0]["verdict"] is True
 
 
 def test_a_class_is_cut_to_its_most_confident_detections():
     output = geneval(counting_threshold=0.1, max_per_class=3).score(pictures(5), prompts(THREE, 1))
-    assert output.details[0]["correct"] is True
+    assert output.details[0]["verdict"] is True
 
 
 def test_the_published_score_can_be_chosen():

@@ -107,3 +107,32 @@ def test_an_answer_of_the_wrong_form_is_no_answer(answer: Callable):
 def test_no_groups_no_calls():
     scorer = Scorer(number)
     assert score_groups([("number", scorer)], []) == [] and scorer.calls == 0
+
+
+class Rank:
+    """Compares the images of a group: 1 for the brightest, 0 for the others."""
+
+    def score_groups(self, groups):
+        scores = np.concatenate([group.images[:, 0, 0, 0] == group.images[:, 0, 0, 0].max() for group in groups])
+        return RewardOutput(scores.astype(np.float32), np.ones(len(scores), bool), ({},) * len(scores))
+
+
+def test_a_scorer_may_see_whole_groups():
+    first, second = score_groups([("rank", Rank()), ("number", Scorer(number))], [group(1, 2), group(2, 3)])
+    assert first.scores.tolist() == [[0.0, 10.0], [1.0, 11.0]]
+    assert second.scores[:, 0].tolist() == [0.0, 0.0, 1.0]
+
+
+def test_a_scorer_that_sees_groups_and_raises_spoils_its_own_column_only():
+    class Broken:
+        def score_groups(self, groups):
+            raise OSError("the service is down")
+
+    (scored,) = score_groups([("bad", Broken()), ("number", Scorer(number))], [group(1, 2)])
+    assert scored.valid.tolist() == [[False, True], [False, True]]
+    assert scored.details[0]["bad"] == {"error": "OSError: the service is down"}
+
+
+def test_without_scorers_groups_have_no_columns():
+    (scored,) = score_groups([], [group(1, 2)])
+    assert scored.scores.shape == (2, 0) and scored.details == ({}, {})

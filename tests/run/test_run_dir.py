@@ -16,7 +16,7 @@ import pytest
 from stage_ray.errors import ConfigError
 from stage_ray.run import run_dir as room
 from stage_ray.run.run_dir import open_run_dir
-from tests.test_train import tiny_run
+from tests.runs import tiny_run
 
 HOLDER = """
 import sys, time

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from stage_ray.errors import RunError
-from stage_ray.observability.recorder import MetricsLogger, read_steps
+from stage_ray.observability.metrics_logger import MetricsLogger, read_steps
 
 
 @pytest.fixture

@@ -1,0 +1,216 @@
+"""What a benchmark is, and the result of one evaluation: named metrics with standard errors, and every image."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from stage_ray.config import RewardConfig
+from stage_ray.errors import ConfigError, RunError
+from stage_ray.files import read_json
+from stage_ray.records import Prompt, ScoredGroup
+from stage_ray.registry import Registry
+
+BENCHMARKS = Registry("stage_ray.evaluation", "Benchmark", "benchmark")
+
+
+@dataclass(frozen=True, slots=True)
+class MetricValue:
+    """One metric of a benchmark.
+
+    Attributes:
+        value: the metric itself, in the benchmark's unit.
+        error: its standard error; None where a single image says nothing about the spread.
+        images: images that count in it.
+        by_prompt: prompt index -> mean over the images of that prompt; two evaluations are compared prompt by prompt.
+        parts: the metrics of which this one is the mean, listed before it; empty where it is measured itself.
+
+    Example:
+        >>> str(MetricValue(0.5, 0.0213)), str(MetricValue(0.5))
+        ('0.500 ± 0.021', '0.500')
+    """
+
+    value: float
+    error: float | None = None
+    images: int = 0
+    by_prompt: Mapping[int, float] = field(default_factory=dict)
+    parts: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f}" + (f" ± {self.error:.3f}" if self.error is not None else "")
+
+
+class Benchmark(Protocol):
+    """Which prompts are drawn, what scores the images, and what the scores add up to. Built without arguments.
+
+    Attributes:
+        name: as ``evaluation.benchmark`` and ``evaluate --suite`` know it.
+        headline: the metric that stands for all of them in a run's summary.
+        prompts, rewards: location of its prompt file, and its scorers, as in a config. A run's evaluation takes the
+            run's own instead.
+        images_per_prompt: as the benchmark defines it.
+    """
+
+    name: str
+    headline: str
+    prompts: str
+    rewards: Sequence[RewardConfig]
+    images_per_prompt: int
+
+    def aggregate(self, prompts: Sequence[Prompt], scored: Sequence[ScoredGroup]) -> dict[str, MetricValue]:
+        """Metrics in the order in which people read them, from one scored group for each prompt, in their order.
+
+        A metric without a usable image is absent, never 0; the headline too.
+        """
+        ...
+
+
+def find_benchmark(name: str, key: str = "evaluation.benchmark") -> Benchmark:
+    """The benchmark of a name or dotted path; ``key`` is the config's, for messages.
+
+    Raises:
+        ConfigError: there is none (with the nearest name), or it has no method `aggregate`.
+
+    Example:
+        >>> find_benchmark("geneval").headline
+        'GenEval'
+    """
+    kind = BENCHMARKS.find(name, key)
+    if not callable(kind) or not callable(getattr(kind, "aggregate", None)):
+        raise ConfigError(f"{key} = {name!r} is not a class with a method aggregate(prompts, scored)")
+    return kind()
+
+
+def mean_over_images(by_prompt: Mapping[int, Sequence[float]]) -> MetricValue | None:
+    """Mean over all images; None without any.
+
+    Prompts are the independent units of its standard error, since images of one prompt are alike.
+
+    Args:
+        by_prompt: prompt index -> the values of its images; none of them empty.
+    """
+    values = [value for images in by_prompt.values() for value in images]
+    if not values:
+        return None
+    means = {prompt: float(np.mean(images)) for prompt, images in by_prompt.items()}
+    units = list(means.values()) if len(means) > 1 else values
+    error = float(np.std(units, ddof=1) / math.sqrt(len(units))) if len(units) > 1 else None
+    return MetricValue(sum(values) / len(values), error, len(values), means)
+
+
+def mean_of_metrics(metrics: Mapping[str, MetricValue]) -> MetricValue | None:
+    """Mean of independent metrics: its variance is the sum of theirs over their number squared. None without any."""
+    if not metrics:
+        return None
+    errors = [metric.error for metric in metrics.values() if metric.error is not None]
+    error = math.sqrt(sum(error * error for error in errors)) / len(metrics) if len(errors) == len(metrics) else None
+    value = sum(metric.value for metric in metrics.values()) / len(metrics)
+    return MetricValue(value, error, sum(metric.images for metric in metrics.values()), parts=tuple(metrics))
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationResult:
+    """The result of one evaluation; JSON-able.
+
+    Attributes:
+        benchmark: its name.
+        headline: name of its headline metric.
+        metrics: as `Benchmark.aggregate` gives them.
+        scores: mean of every scorer, by its column; None where it scored nothing.
+        images: one mapping an image: ``prompt_index``, ``prompt``, ``image``, ``scores`` (None where invalid) and what
+            each scorer said of it in ``details``.
+
+    Example:
+        >>> result = EvaluationResult("geneval", "GenEval", {"GenEval": MetricValue(0.5, 0.1, 32, {7: 0.5})})
+        >>> EvaluationResult.from_json(result.to_json()) == result
+        True
+    """
+
+    benchmark: str
+    headline: str
+    metrics: Mapping[str, MetricValue]
+    scores: Mapping[str, float | None] = field(default_factory=dict)
+    images: tuple[Mapping[str, Any], ...] = ()
+
+    @property
+    def headline_value(self) -> float | None:
+        """Value of the headline metric; None where no image could be judged."""
+        return self.metrics[self.headline].value if self.headline in self.metrics else None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data without NaN, for ``json.dump``."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> EvaluationResult:
+        """Read `to_json`'s data; further keys are ignored.
+
+        Raises:
+            KeyError, TypeError: a key is missing or unknown.
+        """
+        metrics = {}
+        for name, metric in data["metrics"].items():
+            by_prompt = {int(prompt): value for prompt, value in metric["by_prompt"].items()}  # JSON's keys are texts
+            metrics[name] = MetricValue(**{**metric, "by_prompt": by_prompt, "parts": tuple(metric["parts"])})
+        return cls(data["benchmark"], data["headline"], metrics, data["scores"], tuple(data["images"]))
+
+
+def read_result(path: Path) -> EvaluationResult | None:
+    """Read a file of `EvaluationResult.to_json`; None if there is no file.
+
+    Raises:
+        RunError: the file is damaged, or another version wrote it.
+    """
+    data = read_json(path)
+    try:
+        return EvaluationResult.from_json(data) if data is not None else None
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise RunError(f"{path} is not an evaluation ({error!r}); remove it to go on without it") from error
+
+
+def summarise(benchmark: Benchmark, prompts: Sequence[Prompt], scored: Sequence[ScoredGroup]) -> EvaluationResult:
+    """Sum up the scored groups of `requests_for`'s requests, in any order.
+
+    Raises:
+        ValueError: `scored` is not exactly one group for each prompt.
+    """
+    groups = {group.group_id: group for group in scored}
+    if len(groups) != len(scored) or sorted(groups) != list(range(len(prompts))):
+        raise ValueError(f"{len(scored)} scored groups do not match {len(prompts)} prompts; each needs exactly one")
+    ordered = [groups[number] for number in range(len(prompts))]
+    images = [image for pair in zip(prompts, ordered, strict=True) for image in _images(*pair)]
+    metrics = benchmark.aggregate(prompts, ordered)
+    return EvaluationResult(benchmark.name, benchmark.headline, metrics, _scorer_means(ordered), tuple(images))
+
+
+def _images(prompt: Prompt, group: ScoredGroup) -> list[dict[str, Any]]:
+    # Details are a user's: a trip through JSON makes NaN null, and whatever JSON does not know a text.
+    details = json.loads(json.dumps(group.details, default=str), parse_constant=lambda _: None)
+    return [
+        {
+            "prompt_index": prompt.index,
+            "prompt": prompt.text,
+            "image": image,
+            "scores": {
+                name: float(score) if valid else None
+                for name, score, valid in zip(group.names, group.scores[image], group.valid[image], strict=True)
+            },
+            "details": details[image],
+        }
+        for image in range(len(group.scores))
+    ]
+
+
+def _scorer_means(scored: Sequence[ScoredGroup]) -> dict[str, float | None]:
+    """Mean of every scorer over its valid scores, in the order of the columns."""
+    values: dict[str, list[float]] = {name: [] for group in scored for name in group.names}
+    for group in scored:
+        for column, name in enumerate(group.names):
+            values[name] += [float(score) for score in group.scores[group.valid[:, column], column]]
+    return {name: sum(scores) / len(scores) if scores else None for name, scores in values.items()}

@@ -1,0 +1,118 @@
+"""The one loop of every evaluation: requests in batches over whatever generates and scores, then a benchmark's sum."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+import numpy as np
+
+from stage_ray.evaluation.base import Benchmark, EvaluationResult, summarise
+from stage_ray.records import Prompt, RolloutRequest, ScoredGroup, image_seeds
+from stage_ray.rewards import score_groups
+from stage_ray.rewards.base import GroupReward, Reward
+
+if TYPE_CHECKING:
+    from stage_ray.engines.base import ImageEngine
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class JudgedGroup:
+    """One group of an evaluation; ``images`` are uint8 [G, H, W, 3], or None where they were not asked for."""
+
+    request: RolloutRequest
+    scored: ScoredGroup
+    images: np.ndarray | None = None
+
+    def verdict(self, image: int) -> bool | None:
+        """What the first scorer with a ``verdict`` says of an image; None without one."""
+        return next((bool(said["verdict"]) for said in self.scored.details[image].values() if "verdict" in said), None)
+
+
+class Backend(Protocol):
+    """Whatever generates and scores: `EngineBackend` in this process, or the cluster of a run.
+
+    Attributes:
+        images_per_batch: images that it is asked for at once.
+    """
+
+    images_per_batch: int
+
+    async def judge(self, requests: Sequence[RolloutRequest], *, images: bool) -> list[JudgedGroup]:
+        """Generate and score one batch, in the order of the requests; ``images``: with the images themselves."""
+        ...
+
+
+class EngineBackend:
+    """An engine and scorers in this process; without scorers it generates only."""
+
+    def __init__(
+        self, engine: ImageEngine, scorers: Sequence[tuple[str, Reward | GroupReward]] = (), images_per_batch: int = 64
+    ) -> None:
+        self._engine, self._scorers, self.images_per_batch = engine, scorers, images_per_batch
+
+    async def judge(self, requests: Sequence[RolloutRequest], *, images: bool) -> list[JudgedGroup]:
+        """As `Backend.judge`; batches follow each other, and an interrupt takes effect between two of them."""
+        await asyncio.sleep(0)
+        groups = self._engine.generate(requests)
+        judged = zip(requests, score_groups(self._scorers, groups), groups, strict=True)
+        return [JudgedGroup(request, scored, group.images if images else None) for request, scored, group in judged]
+
+
+def requests_for(prompts: Sequence[Prompt], images_per_prompt: int, seed: int) -> list[RolloutRequest]:
+    """One request a prompt, numbered in the order of `prompts`.
+
+    Seeds depend on (seed, prompt.index, image) alone: a selection of the prompts gets the same images as all of them.
+    """
+    return [
+        RolloutRequest(number, prompt, image_seeds(seed, prompt.index, images_per_prompt))
+        for number, prompt in enumerate(prompts)
+    ]
+
+
+async def judge_in_batches(
+    backend: Backend, requests: Sequence[RolloutRequest], use: Callable[[list[JudgedGroup]], T], *, images: bool = False
+) -> list[T]:
+    """Ask for all batches at once, and give each to ``use`` as soon as it is done; what that returned, in order.
+
+    So images do not pile up unless ``use`` keeps them. All requests have as many seeds.
+    """
+    groups = max(1, backend.images_per_batch // len(requests[0].seeds))
+
+    async def judge(batch: Sequence[RolloutRequest]) -> T:
+        return use(await backend.judge(batch, images=images))
+
+    return await asyncio.gather(*(judge(requests[i : i + groups]) for i in range(0, len(requests), groups)))
+
+
+async def evaluate(
+    backend: Backend,
+    benchmark: Benchmark,
+    prompts: Sequence[Prompt],
+    *,
+    images_per_prompt: int,
+    seed: int,
+    advance: Callable[[int], object],
+) -> EvaluationResult:
+    """Generate and score every prompt, and sum up.
+
+    Args:
+        backend: generates and scores.
+        benchmark: sums up.
+        prompts: what to draw.
+        images_per_prompt: images of each.
+        seed: fixes every image.
+        advance: called with the number of prompts just finished.
+    """
+
+    def keep_scores(groups: list[JudgedGroup]) -> list[ScoredGroup]:
+        advance(len(groups))
+        return [group.scored for group in groups]
+
+    requests = requests_for(prompts, images_per_prompt, seed)
+    batches = await judge_in_batches(backend, requests, keep_scores)
+    return summarise(benchmark, prompts, [scored for batch in batches for scored in batch])
