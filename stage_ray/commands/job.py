@@ -100,6 +100,10 @@ def plan_job(
         # 'stage-ray-first-' and eight digits of a hash
     """
     run = load_config(config, list(overrides), run_dir)
+    if "." not in run.recipe:  # a recipe of the user's own may be importable on the cluster only
+        from stage_ray.recipes import load_recipe
+
+        load_recipe(run)
     if not Path(run.run_dir).is_absolute() and not scratch:
         raise ConfigError(
             f"run_dir = {run.run_dir!r} is relative: on the cluster it would lie in the job's temporary directory and "

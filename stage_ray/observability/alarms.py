@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from stage_ray.config import RunConfig
-
 ENTROPY_COLLAPSE_RATIO = 0.5
 """Alarm when the policy's token entropy falls below this share of the reference's on the same tokens."""
 KL_BLOWUP = 0.5
@@ -16,7 +14,7 @@ MISMATCH = 0.05
 In older groups the policy's own drift counts too: a healthy update moves it by a few thousandths."""
 
 
-def alarms(metrics: Mapping[str, float], run: RunConfig) -> list[tuple[str, str]]:
+def alarms(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
     """Alarms of one update, as (name, one sentence with the numbers and what to look at).
 
     Names and meanings are in `stage_ray.observability.registry.ALARMS`. ``no_valid_reward`` also rings where a run
@@ -24,7 +22,7 @@ def alarms(metrics: Mapping[str, float], run: RunConfig) -> list[tuple[str, str]
     the run goes back to a checkpoint (`stage_ray.train`). A metric that is absent raises no alarm.
 
     Example:
-        alarms({"grad_norm": 0.0}, run)[0][0]  # 'zero_gradient'
+        alarms({"grad_norm": 0.0})[0][0]  # 'zero_gradient'
     """
     kl, mismatch = metrics.get("kl", 0.0), metrics.get("mismatch/abs_logprob", 0.0)
     drifted = metrics.get("mismatch/with_drift_abs_logprob", 0.0)

@@ -36,7 +36,7 @@ class StepRecorder:
 
     def step(self, step: int, metrics: dict[str, float]) -> None:
         """Record update ``step``, counted from 1, and the alarms that its metrics raise."""
-        found = alarms(metrics, self._run)
+        found = alarms(metrics)
         self._logger.step(step, {**metrics, "alarms": [name for name, _ in found]})
         self._progress.step(step, self._steps, metrics)
         for name, text in found:

@@ -313,3 +313,8 @@ def test_the_exit_code_is_the_drivers_own():
     assert stopped.value.exit_code == 143
     with pytest.raises(RunError, match="no node has the package"):
         _exit_code(job("a", "FAILED", message="no node has the package"))
+
+
+def test_an_option_that_the_recipe_does_not_have_is_refused_before_anything_is_sent():
+    with pytest.raises(ConfigError, match=r"algorithm\.betta.*algorithm\.beta"):
+        plan_job(CONFIG, ["algorithm.betta=1"], SHARED)

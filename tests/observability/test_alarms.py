@@ -42,7 +42,7 @@ def updates(run: RunConfig, *rewards) -> list[dict[str, str]]:
     found = []
     for reward in rewards:
         groups = sample_groups(learner.policy, PROMPTS, 4, version=learner.version, seed=learner.version)
-        found.append(dict(alarms(learner.update(groups, score(groups, reward)), run)))
+        found.append(dict(alarms(learner.update(groups, score(groups, reward)))))
     return found
 
 
@@ -82,7 +82,7 @@ def served_old_weights(model: Path, lr: float) -> dict[str, str]:
     groups = sample_groups(engine.policy, PROMPTS, 4, version=0)
     learner.update(groups, score(groups))
     groups = sample_groups(engine.policy, PROMPTS, 4, version=1, seed=1)
-    return dict(alarms(learner.update(groups, score(groups)), run))
+    return dict(alarms(learner.update(groups, score(groups))))
 
 
 def test_an_engine_that_serves_other_weights_than_it_says_is_found_out(model):
@@ -106,12 +106,12 @@ def test_an_asynchronous_run_with_nothing_but_older_groups_finds_it_out_too(mode
     learner.update(first, score(first))
     metrics = learner.update(second, score(second))
     assert metrics["staleness/1"] == 1 and "mismatch/abs_logprob" not in metrics
-    found = dict(alarms(metrics, run))
+    found = dict(alarms(metrics))
     assert found == {} if true_weights else "older groups differ by 0." in found["mismatch"]
 
 
 def test_what_was_not_measured_raises_no_alarm(model):
-    assert alarms({}, tiny_run(model)) == []
+    assert alarms({}) == []
 
 
 def run_and_listen(run: RunConfig) -> tuple[str, list[dict], str]:
