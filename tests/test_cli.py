@@ -154,6 +154,13 @@ def test_a_dry_run_reads_the_prompt_files(
     assert sentence in said(capsys)
 
 
+def test_a_mistyped_benchmark_is_refused_before_anything_starts(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", str(config), "--set", "evaluation.benchmark=genval", "--dry-run"]) == 2
+    assert "evaluation.benchmark = 'genval' is no known benchmark; did you mean 'geneval'" in said(capsys)
+
+
 def test_training_into_a_used_run_directory_is_refused_and_overwrites_nothing(
     config: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
