@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 
 class ConfigError(ValueError):
-    """Wrong usage or config; names the key, the value and the mend. Exit code 2."""
+    """Wrong usage or config; names the key, the value and the fix. Exit code 2."""
 
 
 class RunError(RuntimeError):

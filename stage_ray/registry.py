@@ -1,4 +1,4 @@
-"""A name in a config is a file of a room, or the dotted path of somebody's own class.
+"""A name in a config is a file of a room, or the dotted path of the user's own class.
 
 ``rewards[].type: clip`` is the class in ``stage_ray/rewards/clip.py`` whose name ends in ``Reward``. So a new scorer,
 recipe, family or benchmark is one new file: no list of names is kept anywhere.

@@ -1,1 +1,1 @@
-"""Where it runs: Ray, the seats of a run's actors and the calls between them."""
+"""Where a run's actors live: their placement, Ray's runtime, and the calls between them."""

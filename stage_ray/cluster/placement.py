@@ -129,7 +129,7 @@ def actor_of(
 
     Its ``.remote(...)`` starts one.
     """
-    # Ray shows a process without a GPU of its own every GPU of the node, and whoever sees one takes it.
+    # Ray shows a process without a GPU of its own every GPU of the node, and a process that sees one takes it.
     hidden = {} if gpus else {"CUDA_VISIBLE_DEVICES": ""}
     # Pings are answered by a thread of their own, also while the actor works.
     pinged = ray.remote(concurrency_groups={"health": 1})(role)

@@ -1,6 +1,6 @@
 """Ray for a run: the cluster this process belongs to, the one that is named, or a new one on this machine.
 
-Whoever reaches a port or a socket of Ray can run code as its user. A new one is therefore out of reach of other
+Ray runs any code that its ports and sockets receive, as its user. A new one is therefore out of reach of other
 machines (loopback only) and of other users of this one (a token that only this user can read, a private directory).
 """
 
@@ -82,9 +82,9 @@ def wanted_cpus(run: RunConfig) -> float:
 
 
 def _demand_token() -> None:
-    """Nobody gets an answer from this Ray without the user's token; one who has none is given one, as Ray would.
+    """Demand the user's token of every client; a user without one is given one, as Ray would.
 
-    Ray's own way leaves the file readable by everyone, and worse under a lax umask.
+    Ray's own way leaves the file readable by all users, and worse under a lax umask.
     """
     os.environ["RAY_AUTH_MODE"] = "token"
     Config.initialize("")  # Ray read the variable when it was imported
@@ -138,7 +138,7 @@ def _private_directory() -> Path:
     """Where Ray keeps its session: Ray opens its own directories, and the sockets in them, to every user (0777).
 
     Raises:
-        PermissionError: the name is taken by somebody else.
+        PermissionError: the directory belongs to another user.
     """
     directory = Path(get_default_system_temp_dir()) / f"stage-ray-{os.getuid()}"
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)

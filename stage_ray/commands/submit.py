@@ -66,7 +66,7 @@ def submit(
         list[str] | None,
         typer.Option(
             metavar="NAME",
-            help="Pass this variable of yours on; may be repeated. Whoever has the cluster's token can read it there",
+            help="Pass this variable of yours on; may be repeated. The cluster's token lets others read it",
         ),
     ] = None,
     runtime_env: Annotated[

@@ -79,7 +79,7 @@ class RolloutConfig(Section):
     )
     kv_cache_gib: float = Field(1.0, gt=0, description="vLLM's key-value cache on a CPU, GiB")
     gpu_memory_utilization: float = Field(0.5, gt=0, le=1, description="vLLM's share of a GPU's memory")
-    timeout_s: float = Field(600.0, gt=0, description="Seconds one wave may take")
+    timeout_s: float = Field(600.0, gt=0, description="Seconds one generation batch may take")
 
 
 class RewardConfig(Section):
@@ -184,7 +184,7 @@ class PipelineConfig(Section):
     )
     order: Literal["strict", "arrival"] = Field(
         "strict",
-        description="strict: waves and batches in a fixed order, so a run can be repeated bit for bit; "
+        description="strict: generation and training batches in a fixed order, so a run can be repeated bit for bit; "
         "arrival: whatever is ready first, within the bound",
     )
     record: bool = Field(False, description="Keep every trained group in RUN_DIR/groups, for train --replay")
@@ -232,7 +232,7 @@ class ClusterConfig(Section):
     sync_timeout_s: float = Field(120.0, gt=0, description="Seconds a rollout worker may take to load a version")
     weight_transport: Literal["object_store", "gloo", "nccl"] = Field(
         "object_store",
-        description="object_store: each worker loads between its waves; gloo (CPUs), nccl (GPUs): one broadcast to all",
+        description="object_store: each worker loads when it is free; gloo (CPUs), nccl (GPUs): one broadcast to all",
     )
     attempts: int = Field(3, ge=1, description="Times a call is tried, each on a new worker, before the run stops")
     heartbeat_s: float = Field(5.0, gt=0, description="Seconds between pings of every worker")

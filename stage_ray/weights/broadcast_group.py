@@ -29,7 +29,7 @@ BLOCKING = "TORCH_NCCL_BLOCKING_WAIT"
 
 
 class BroadcastFailed(Exception):  # noqa: N818  as WorkerLost
-    """A member died, hung or was too slow: nobody can tell who got the version. One sentence."""
+    """A member died, hung or was too slow: which members have the version is unknown. One sentence."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,7 @@ class BroadcastGroup:
         """Pass a version on, tensors in the order of its manifest.
 
         Raises:
-            BroadcastFailed: somebody may not have it; the line is to be built again.
+            BroadcastFailed: a member may not have it; the group must be built again.
         """
         device = device_of(member.backend)
         self._pass(member, (tensor.detach().to(device).contiguous() for _, tensor in tensors))

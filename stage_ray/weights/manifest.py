@@ -46,7 +46,7 @@ def pack(
 
     Returns:
         The manifest and the chunks. Tensors on the CPU share memory with them: store them before the weights move on,
-        or nobody will accept them.
+        or they will not verify.
 
     Raises:
         WeightError: a name that comes twice, a dtype that cannot travel, or values that are not finite.
@@ -233,6 +233,6 @@ def _view(spec: TensorSpec, data: np.ndarray) -> Tensor:
     dtype = DTYPES[spec.dtype]
     if not spec.nbytes:  # torch makes no view of an empty array
         return torch.empty(spec.shape, dtype=dtype)
-    with warnings.catch_warnings():  # Ray hands out read-only arrays, and torch warns of each; nobody writes to these
+    with warnings.catch_warnings():  # Ray hands out read-only arrays, and torch warns of each; none is written to
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         return torch.from_numpy(data).view(dtype).reshape(spec.shape)

@@ -35,7 +35,7 @@ def keep_to_network_of(address: str) -> None:
     """Let gloo and NCCL use the interface over which this machine reaches HOST:PORT; a user's own choice stays.
 
     Left to itself gloo listens where the machine's name leads, on stock Debian and Ubuntu 127.0.1.1, which no other
-    machine reaches; and NCCL listens on the network also where everybody is on 127.0.0.1.
+    machine reaches; and NCCL listens on the network even where all members are on 127.0.0.1.
     """
     interface = interface_to(address)
     if interface is not None:
