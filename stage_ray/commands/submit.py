@@ -35,6 +35,9 @@ DIGEST = "stage_ray_digest"
 PATIENCE_S = 60.0
 """So long the cluster may be out of reach while a job is followed (a head's restart, a cut port-forward)."""
 ACTIVE = ("PENDING", "RUNNING")
+PASSED_ON = "Pass this variable of yours on; may be repeated. The cluster's token lets others read it"
+
+VariablesOption = Annotated[list[str] | None, typer.Option("--env", metavar="NAME", help=PASSED_ON)]
 
 
 def submit(
@@ -62,13 +65,7 @@ def submit(
     image_has_code: Annotated[
         bool, typer.Option("--image-has-code", help="Send only the config: the cluster has stage_ray installed")
     ] = False,
-    env: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME",
-            help="Pass this variable of yours on; may be repeated. The cluster's token lets others read it",
-        ),
-    ] = None,
+    env: VariablesOption = None,
     runtime_env: Annotated[
         Path | None, typer.Option(metavar="FILE", help="YAML of Ray's runtime_env: pip, uv, py_modules, env_vars")
     ] = None,
