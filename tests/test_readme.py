@@ -146,7 +146,7 @@ def test_the_trained_model_is_evaluated(home):
     (home / "some.jsonl").write_text("\n".join(held_out[::10]))
     few = ["--prompts", "some.jsonl", "--images-per-prompt", "1", "--engine", "torch"]
     printed = typed(home, *the("stage-ray evaluate"), *few)
-    assert json.loads((home / "mine.json").read_text())["images"] == 10 and "mean of tasks" in printed
+    assert len(json.loads((home / "mine.json").read_text())["images"]) == 10 and "GenEval" in printed
 
 
 @pytest.mark.slow

@@ -146,7 +146,7 @@ def test_what_only_the_cluster_can_find_wrong_has_the_exit_code_of_the_run(head,
 
 def test_a_job_is_joined_left_stopped_killed_and_goes_on_without_losing_a_group(head, tmp_path):
     run_dir = tmp_path / "long"
-    long = settings(steps="40", checkpoint__every="4")
+    long = settings(steps="60", checkpoint__every="4")
     arguments = ["--run-dir", str(run_dir), "--id", "long", *long]
     words = [str(BIN / "stage-ray"), "submit", CONFIG, "--address", head.address, *arguments]
 
@@ -161,13 +161,13 @@ def test_a_job_is_joined_left_stopped_killed_and_goes_on_without_losing_a_group(
     left = follow()
     assert left.stdout is not None
     until(lambda: "step" in left.stdout.readline())  # it shows the log of the job that another command started
-    (driver,) = drivers(str(run_dir))
-    os.kill(driver, signal.SIGSTOP)  # the run must not end while the other commands start
     left.send_signal(signal.SIGINT)
     said = left.communicate(timeout=60)[0]
     assert left.returncode == 130 and f"ray job stop long --address {head.address}" in said
     assert head.jobs()["long"]["status"] == "RUNNING" and "long.2" not in head.jobs()
 
+    (driver,) = drivers(str(run_dir))
+    os.kill(driver, signal.SIGSTOP)  # the run must not end while the other commands start
     other = submit(head, "--run-dir", str(run_dir), *long, "--set", "seed=1")
     assert other.returncode == 1 and "job long is writing into" in other.stderr
 
@@ -177,7 +177,7 @@ def test_a_job_is_joined_left_stopped_killed_and_goes_on_without_losing_a_group(
     said = stayed.communicate(timeout=120)[0]
     assert stayed.returncode == 143 and "stopped by SIGTERM after step" in said, said  # it had time to save
     before = steps(run_dir)
-    assert len(before) < 40, "the run was over before it could be stopped"
+    assert len(before) < 60, "the run was over before it could be stopped"
 
     second = follow()
     until(lambda: len(steps(run_dir)) > len(before))
@@ -188,9 +188,9 @@ def test_a_job_is_joined_left_stopped_killed_and_goes_on_without_losing_a_group(
 
     third = submit(head, *arguments)
     assert third.returncode == 0, third.stdout + third.stderr
-    assert "long.3" in third.stderr and steps(run_dir) == list(range(1, 41))
+    assert "long.3" in third.stderr and steps(run_dir) == list(range(1, 61))
     found = audited(run_dir, ended=True)
-    assert found.sound and (found.steps, found.trained) == (40, 80), found
+    assert found.sound and (found.steps, found.trained) == (60, 120), found
 
 
 def drivers(run_dir: str) -> list[int]:
