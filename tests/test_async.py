@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import signal
 import subprocess
@@ -51,9 +52,10 @@ class KillsWorker(Progress):
         super().step(step, total, metrics)
         if step == self.at and not self.killed:
             for process in psutil.Process().children(recursive=True) or psutil.process_iter():
-                if f"ray::{self.role}" in " ".join(process.cmdline()):
-                    process.send_signal(self.number)
-                    self.killed += 1
+                with contextlib.suppress(psutil.NoSuchProcess):  # nor is a zombie one
+                    if f"ray::{self.role}" in " ".join(process.cmdline()):
+                        process.send_signal(self.number)
+                        self.killed += 1
 
 
 def test_generation_runs_ahead_to_the_bound_and_no_further_and_records_what_the_catalogue_names(tmp_path, model):
