@@ -91,7 +91,6 @@ def _python() -> Iterable[Finding]:
 
 def _libraries() -> Iterable[Finding]:
     from stage_ray.config.hardware import package_version
-    from stage_ray.engines.vllm.environment import ON_A_GPU, needs_gpu
 
     yield _imports("torch", "torch")
     janus = "from transformers import JanusForConditionalGeneration, JanusProcessor"
@@ -105,6 +104,12 @@ def _libraries() -> Iterable[Finding]:
         yield Finding("vLLM plug-in", "missing", f"{PLUGIN} is not registered", fix)
     if importlib.util.find_spec("torchvision") is not None:
         yield _imports("torchvision", "torchvision", fix="its build does not fit torch: pip uninstall torchvision")
+    yield from _vllm_build()
+
+
+def _vllm_build() -> Iterable[Finding]:
+    from stage_ray.engines.vllm.environment import ON_A_GPU, needs_gpu
+
     if needs_gpu():
         fix = f"stage-ray train configs/stage_shapeworld.yaml {ON_A_GPU}"
         yield Finding("vLLM build", "missing", "for GPUs, of which the default job reserves none", fix)

@@ -45,6 +45,9 @@ def save_state(directory: Path, version: int, parts: LearnerParts) -> None:
 
     Every rank must call it. The rest are random states, the first rank's for all, and metadata as JSON. The learning
     rate is a function of the version and the config, so there is no scheduler to store.
+
+    Raises:
+        LearnerError: a rank could not write its shards (a full disk, say).
     """
     shards = directory / SHARDS
     shards.mkdir(parents=True, exist_ok=True)
@@ -53,8 +56,14 @@ def save_state(directory: Path, version: int, parts: LearnerParts) -> None:
     for index, name in enumerate(parts.parameters):
         tensors |= {f"{moment}/{name}": value.detach() for moment, value in states.get(index, {}).items()}
     writer = HuggingFaceStorageWriter(path=str(shards), save_distributed=True)
-    with _alone_without_a_warning():
-        checkpoint.save(tensors, storage_writer=writer, no_dist=parts.ranks.count == 1)
+    try:
+        with _alone_without_a_warning():
+            checkpoint.save(tensors, storage_writer=writer, no_dist=parts.ranks.count == 1)
+    except CheckpointException as error:  # names the ranks that failed; the reason is in what they raised
+        reason, _ = next(iter(error.failures.values()))
+        raise LearnerError(
+            f"learner state {shards} cannot be written: {str(reason).strip() or repr(reason)}"
+        ) from error
     if parts.ranks.first:
         save_file(_random_states(), directory / RANDOM)
         files = {path.name: path.stat().st_size for path in sorted(shards.iterdir())}
