@@ -181,9 +181,13 @@ class Cluster:
 
     def busy(self) -> dict[str, float]:
         """Seconds that each role's workers have worked since the last call, added up over a role."""
-        seconds = {"rollout": 0.0, "reward": 0.0, "learner": 0.0}
+        roles: dict[str, Sequence[SupervisedActor[Any]]] = {
+            "rollout": self.rollouts.actors,
+            "reward": self.rewards.actors,
+            "learner": [self.learner.actor],
+        }
+        seconds = {role: sum(actor.busy_s for actor in actors) for role, actors in roles.items()}
         for actor in self.actors():
-            seconds[actor.name.split("-")[0]] += actor.busy_s  # rollout-0
             actor.busy_s = 0.0
         return seconds
 
