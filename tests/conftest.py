@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.plain import plain_checkpoint
 from tests.tiny import tiny_janus
 
 
@@ -13,6 +14,12 @@ from tests.tiny import tiny_janus
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random Janus checkpoint. No test writes into it."""
     return tiny_janus(tmp_path_factory.mktemp("model") / "janus")
+
+
+@pytest.fixture(scope="session")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of `tests.plain`, for runs that are about the machine around the model. No test writes into it."""
+    return plain_checkpoint(tmp_path_factory.mktemp("model") / "plain")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
