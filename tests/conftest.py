@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 
 from tests.plain import plain_checkpoint
-from tests.tiny import tiny_janus
 
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random Janus checkpoint. No test writes into it."""
+    from tests.tiny import tiny_janus  # late: transformers' models, which few processes need
+
     return tiny_janus(tmp_path_factory.mktemp("model") / "janus")
 
 

@@ -1,7 +1,7 @@
-"""A model family in one file, plain torch and nothing else: what tests of the machine train, where the model does not matter.
+"""A model family in one file, plain torch and nothing else, for tests of all that is around a model.
 
-Its processes start in half the time of a Janus', whose transformers modules are what most of a tiny run's processor time goes
-to. Configs name it by its dotted path, as a user names a family of their own.
+Its processes start in half the time of a Janus': the import of transformers' models is what takes most of a tiny run's
+processor time. Configs name the family by its dotted path, as a user names one of their own.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from stage_ray.policies.checkpoint_files import local_checkpoint, read_tensors
 FAMILY = "tests.plain.PlainPolicy"
 BOI, PAD, VOCABULARY = 0, 1, 64  # text ids: the token that begins an image, padding, then hashed words
 CODES, SIDE, PATCH, HIDDEN, HEADS, LAYERS, POSITIONS = 48, 4, 8, 64, 2, 2, 64
+IMAGE_TOKENS = SIDE**2
 
 
 class Layer(nn.Module):
@@ -165,7 +166,7 @@ class PlainPolicy(Policy):
 
 
 def plain_checkpoint(directory: Path, seed: int = 0) -> Path:
-    """Write a random `PlainModel`, its matrices of unit gain so that no distribution is flat, and return its directory."""
+    """Write a random `PlainModel`, of unit gain so that no distribution is flat, and return its directory."""
     generator = torch.Generator().manual_seed(seed)
     model = PlainModel()
     with torch.no_grad():

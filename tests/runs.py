@@ -1,4 +1,4 @@
-"""Runs on `tests.tiny`'s model that take seconds, and what their files say. Shared by all that start runs."""
+"""Runs on a tiny model that take seconds, and what their files say. Shared by all that start runs."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ class KillsWorker(Progress):
                         self.killed += 1
 
 
-def test_generation_runs_ahead_to_the_bound_and_no_further_and_records_what_the_catalogue_names(tmp_path, plain):
+def test_generation_runs_ahead_to_the_bound_and_no_further_and_records_what_the_metric_registry_names(tmp_path, plain):
     run = train(tiny_run(tmp_path, plain, steps=6, pipeline={"max_staleness": 2}, **QUICK)).run_dir
     rows = lines(run / "metrics.jsonl")
     assert [row["staleness/max"] for row in rows] == [0, 1, 2, 2, 2, 2]
