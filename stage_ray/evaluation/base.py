@@ -180,37 +180,23 @@ def summarise(benchmark: Benchmark, prompts: Sequence[Prompt], scored: Sequence[
     Raises:
         ValueError: `scored` is not exactly one group for each prompt.
     """
-    groups = {group.group_id: group for group in scored}
-    if len(groups) != len(scored) or sorted(groups) != list(range(len(prompts))):
+    ordered = sorted(scored, key=lambda group: group.group_id)
+    if [group.group_id for group in ordered] != list(range(len(prompts))):
         raise ValueError(f"{len(scored)} scored groups do not match {len(prompts)} prompts; each needs exactly one")
-    ordered = [groups[number] for number in range(len(prompts))]
-    images = [image for pair in zip(prompts, ordered, strict=True) for image in _images(*pair)]
+    images: list[dict[str, Any]] = []
+    columns: dict[str, list[float]] = {name: [] for group in ordered for name in group.names}  # valid scores only
+    for prompt, group in zip(prompts, ordered, strict=True):
+        # Details are a user's: a trip through JSON makes NaN null, and whatever JSON does not know a text.
+        details = json.loads(json.dumps(group.details, default=str), parse_constant=lambda _: None)
+        for image, said in enumerate(details):
+            scores: dict[str, float | None] = dict.fromkeys(group.names)
+            for name, score, valid in zip(group.names, group.scores[image], group.valid[image], strict=True):
+                if valid:
+                    scores[name] = float(score)
+                    columns[name].append(float(score))
+            images.append(
+                {"prompt_index": prompt.index, "prompt": prompt.text, "image": image, "scores": scores, "details": said}
+            )
+    means = {name: sum(scores) / len(scores) if scores else None for name, scores in columns.items()}
     metrics = benchmark.aggregate(prompts, ordered)
-    return EvaluationResult(benchmark.name, benchmark.headline, metrics, _scorer_means(ordered), tuple(images))
-
-
-def _images(prompt: Prompt, group: ScoredGroup) -> list[dict[str, Any]]:
-    # Details are a user's: a trip through JSON makes NaN null, and whatever JSON does not know a text.
-    details = json.loads(json.dumps(group.details, default=str), parse_constant=lambda _: None)
-    return [
-        {
-            "prompt_index": prompt.index,
-            "prompt": prompt.text,
-            "image": image,
-            "scores": {
-                name: float(score) if valid else None
-                for name, score, valid in zip(group.names, group.scores[image], group.valid[image], strict=True)
-            },
-            "details": details[image],
-        }
-        for image in range(len(group.scores))
-    ]
-
-
-def _scorer_means(scored: Sequence[ScoredGroup]) -> dict[str, float | None]:
-    """Mean of every scorer over its valid scores, in the order of the columns."""
-    values: dict[str, list[float]] = {name: [] for group in scored for name in group.names}
-    for group in scored:
-        for column, name in enumerate(group.names):
-            values[name] += [float(score) for score in group.scores[group.valid[:, column], column]]
-    return {name: sum(scores) / len(scores) if scores else None for name, scores in values.items()}
+    return EvaluationResult(benchmark.name, benchmark.headline, metrics, means, tuple(images))

@@ -75,18 +75,33 @@ def requests_for(prompts: Sequence[Prompt], images_per_prompt: int, seed: int) -
 
 
 async def judge_in_batches(
-    backend: Backend, requests: Sequence[RolloutRequest], use: Callable[[list[JudgedGroup]], T], *, images: bool = False
+    backend: Backend,
+    requests: Sequence[RolloutRequest],
+    use: Callable[[JudgedGroup], T],
+    *,
+    images: bool = False,
+    advance: Callable[[int], object] = lambda groups: None,
 ) -> list[T]:
-    """Ask for all batches at once, and give each to ``use`` as soon as it is done; what that returned, in order.
+    """Ask for all batches at once; what ``use`` made of every group, in the order of the requests.
 
-    So images do not pile up unless ``use`` keeps them. All requests have as many seeds.
+    A group is used as soon as its batch is done, so images do not pile up unless ``use`` keeps them.
+
+    Args:
+        backend: generates and scores.
+        requests: all with as many seeds.
+        use: called with each group.
+        images: whether ``use`` needs the images.
+        advance: called with the number of groups just used.
     """
-    groups = max(1, backend.images_per_batch // len(requests[0].seeds))
+    size = max(1, backend.images_per_batch // len(requests[0].seeds))
 
-    async def judge(batch: Sequence[RolloutRequest]) -> T:
-        return use(await backend.judge(batch, images=images))
+    async def judge(batch: Sequence[RolloutRequest]) -> list[T]:
+        used = [use(group) for group in await backend.judge(batch, images=images)]
+        advance(len(used))
+        return used
 
-    return await asyncio.gather(*(judge(requests[i : i + groups]) for i in range(0, len(requests), groups)))
+    batches = await asyncio.gather(*(judge(requests[i : i + size]) for i in range(0, len(requests), size)))
+    return [group for batch in batches for group in batch]
 
 
 async def evaluate(
@@ -98,21 +113,7 @@ async def evaluate(
     seed: int,
     advance: Callable[[int], object],
 ) -> EvaluationResult:
-    """Generate and score every prompt, and sum up.
-
-    Args:
-        backend: generates and scores.
-        benchmark: sums up.
-        prompts: what to draw.
-        images_per_prompt: images of each.
-        seed: fixes every image.
-        advance: called with the number of prompts just finished.
-    """
-
-    def keep_scores(groups: list[JudgedGroup]) -> list[ScoredGroup]:
-        advance(len(groups))
-        return [group.scored for group in groups]
-
+    """Generate and score every prompt, and sum up; ``seed`` fixes every image, `advance` counts finished prompts."""
     requests = requests_for(prompts, images_per_prompt, seed)
-    batches = await judge_in_batches(backend, requests, keep_scores)
-    return summarise(benchmark, prompts, [scored for batch in batches for scored in batch])
+    scored = await judge_in_batches(backend, requests, lambda group: group.scored, advance=advance)
+    return summarise(benchmark, prompts, scored)

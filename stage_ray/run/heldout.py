@@ -77,8 +77,7 @@ class HeldOutEvaluation:
         count = self._config.sample_prompts
         prompts = self._prompts[:: max(1, len(self._prompts) // count)][:count]  # spread evenly over the tasks
         requests = requests_for(prompts, 1, self._config.seed)
-        batches = await judge_in_batches(self._workers, requests, lambda groups: groups, images=True)
-        groups = [group for batch in batches for group in batch]
+        groups = await judge_in_batches(self._workers, requests, lambda group: group, images=True)
         images = np.concatenate([group.images for group in groups if group.images is not None])
         contact_sheet(images, [prompt.text for prompt in prompts], [group.verdict(0) for group in groups], path)
 

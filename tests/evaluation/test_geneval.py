@@ -161,11 +161,13 @@ def test_pictures_are_handed_over_batch_by_batch_where_they_are_wanted():
     requests = requests_for(PROMPTS, 4, seed=1)
     backend = EngineBackend(EvenSeeds(), [("eyes", Eyes())], images_per_batch=8)
 
-    def look(groups: list[JudgedGroup]) -> list[bool]:
-        return [group.verdict(i) == bool(group.images[i, 0, 0, 0]) for group in groups for i in range(4)]
+    def look(group: JudgedGroup) -> list[bool]:
+        return [group.verdict(i) == bool(group.images[i, 0, 0, 0]) for i in range(4)]
 
-    assert asyncio.run(judge_in_batches(backend, requests, look, images=True)) == [[True] * 8, [True] * 4]
-    (without,) = asyncio.run(judge_in_batches(EngineBackend(EvenSeeds()), requests, lambda groups: groups))
+    sizes: list[int] = []
+    judged = judge_in_batches(backend, requests, look, images=True, advance=sizes.append)
+    assert asyncio.run(judged) == [[True] * 4] * 3 and sizes == [2, 1]
+    without = asyncio.run(judge_in_batches(EngineBackend(EvenSeeds()), requests, lambda group: group))
     assert [(group.images, group.verdict(0)) for group in without] == [(None, None)] * 3
 
 

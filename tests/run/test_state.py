@@ -31,15 +31,15 @@ class Slow:
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.reached, self.go_on = threading.Event(), threading.Event()
-        self._sync, self._calls = checkpoint._sync_tree, 0
-        patch.setattr(checkpoint, "_sync_tree", self._watched)
+        self._sync, self._calls = checkpoint._sync, 0
+        patch.setattr(checkpoint, "_sync", self._watched)
 
-    def _watched(self, directory: Path) -> None:
-        self._calls += 1
+    def _watched(self, path: Path) -> None:
+        self._calls += path.name == checkpoint.MANIFEST
         if self._calls == 2:
             self.reached.set()
             assert self.go_on.wait(30)
-        self._sync(directory)
+        self._sync(path)
 
 
 @pytest.mark.parametrize("how", ["another part of the run fails", "the run is cancelled"])
@@ -78,14 +78,14 @@ def test_a_run_that_ends_while_a_checkpoint_is_finished_waits_for_it_and_leaves_
 
 def test_a_disk_that_fails_while_a_checkpoint_is_finished_leaves_the_one_before_it(tmp_path, monkeypatch):
     run = timed_run(tmp_path)
-    write = checkpoint._write_manifest
+    sync = checkpoint._sync
 
-    def full(directory: Path, step: int, metadata: Any) -> None:
-        if step == 4:
+    def full(path: Path) -> None:
+        if "step-000004" in str(path):
             raise OSError(28, "No space left on device")
-        write(directory, step, metadata)
+        sync(path)
 
-    monkeypatch.setattr(checkpoint, "_write_manifest", full)
+    monkeypatch.setattr(checkpoint, "_sync", full)
     with pytest.raises(RunError, match=r"checkpoint of step 4 could not be written \(.*No space left.*are whole"):
         asyncio.run(drive(run, FlakyCluster(run)))
     assert saved(tmp_path).step == 2
