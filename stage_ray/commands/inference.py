@@ -52,8 +52,7 @@ def evaluate_model(
     scorers = build_rewards(benchmark.rewards)
     with _engine(model, engine, guidance, progress) as loaded, progress.bar(suite, total=len(asked)) as advance:
         backend = EngineBackend(loaded, scorers)
-        evaluation = evaluate(backend, benchmark, asked, images_per_prompt=images, seed=seed, advance=advance)
-        return asyncio.run(evaluation)
+        return asyncio.run(evaluate(backend, benchmark, requests_for(asked, images, seed), advance))
 
 
 def result_table(result: EvaluationResult) -> str:

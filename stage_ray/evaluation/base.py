@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from pydantic import TypeAdapter, ValidationError
 
 from stage_ray.config import RewardConfig
 from stage_ray.errors import ConfigError, RunError
@@ -123,13 +124,12 @@ class EvaluationResult:
         headline: name of its headline metric.
         metrics: as `Benchmark.aggregate` gives them.
         scores: mean of every scorer, by its column; None where it scored nothing.
-        images: one mapping an image: ``prompt_index``, ``prompt``, ``image``, ``scores`` (None where invalid) and what
-            each scorer said of it in ``details``.
+        images: for each image ``prompt_index``, ``prompt``, ``image``, ``scores`` (None where invalid) and ``details``.
 
     Example:
         >>> result = EvaluationResult("geneval", "GenEval", {"GenEval": MetricValue(0.5, 0.1, 32, {7: 0.5})})
-        >>> EvaluationResult.from_json(result.to_json()) == result
-        True
+        >>> result.headline_value
+        0.5
     """
 
     benchmark: str
@@ -147,31 +147,20 @@ class EvaluationResult:
         """Plain data without NaN, for ``json.dump``."""
         return asdict(self)
 
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> EvaluationResult:
-        """Read `to_json`'s data; further keys are ignored.
-
-        Raises:
-            KeyError, TypeError: a key is missing or unknown.
-        """
-        metrics = {}
-        for name, metric in data["metrics"].items():
-            by_prompt = {int(prompt): value for prompt, value in metric["by_prompt"].items()}  # JSON's keys are texts
-            metrics[name] = MetricValue(**{**metric, "by_prompt": by_prompt, "parts": tuple(metric["parts"])})
-        return cls(data["benchmark"], data["headline"], metrics, data["scores"], tuple(data["images"]))
-
 
 def read_result(path: Path) -> EvaluationResult | None:
-    """Read a file of `EvaluationResult.to_json`; None if there is no file.
+    """Read a file of `EvaluationResult.to_json`, whose further keys are ignored; None if there is no file.
 
     Raises:
         RunError: the file is damaged, or another version wrote it.
     """
     data = read_json(path)
     try:
-        return EvaluationResult.from_json(data) if data is not None else None
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise RunError(f"{path} is not an evaluation ({error!r}); remove it to go on without it") from error
+        return None if data is None else TypeAdapter(EvaluationResult).validate_python(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        why = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        raise RunError(f"{path} is not an evaluation ({why}); remove it to go on without it") from error
 
 
 def summarise(benchmark: Benchmark, prompts: Sequence[Prompt], scored: Sequence[ScoredGroup]) -> EvaluationResult:

@@ -84,14 +84,8 @@ async def judge_in_batches(
 ) -> list[T]:
     """Ask for all batches at once; what ``use`` made of every group, in the order of the requests.
 
-    A group is used as soon as its batch is done, so images do not pile up unless ``use`` keeps them.
-
-    Args:
-        backend: generates and scores.
-        requests: all with as many seeds.
-        use: called with each group.
-        images: whether ``use`` needs the images.
-        advance: called with the number of groups just used.
+    A group is used as soon as its batch is done, so images do not pile up unless ``use`` keeps them; then ``advance``
+    gets the number of groups. All requests have as many seeds; ``images`` tells whether ``use`` needs the images.
     """
     size = max(1, backend.images_per_batch // len(requests[0].seeds))
 
@@ -105,15 +99,8 @@ async def judge_in_batches(
 
 
 async def evaluate(
-    backend: Backend,
-    benchmark: Benchmark,
-    prompts: Sequence[Prompt],
-    *,
-    images_per_prompt: int,
-    seed: int,
-    advance: Callable[[int], object],
+    backend: Backend, benchmark: Benchmark, requests: Sequence[RolloutRequest], advance: Callable[[int], object]
 ) -> EvaluationResult:
-    """Generate and score every prompt, and sum up; ``seed`` fixes every image, `advance` counts finished prompts."""
-    requests = requests_for(prompts, images_per_prompt, seed)
+    """Generate and score every prompt of `requests_for`, and sum up; ``advance`` counts the finished ones."""
     scored = await judge_in_batches(backend, requests, lambda group: group.scored, advance=advance)
-    return summarise(benchmark, prompts, scored)
+    return summarise(benchmark, [request.prompt for request in requests], scored)

@@ -143,7 +143,7 @@ class GroupBuffer(Generic[Payload]):
         self._changed.set()
 
     async def take(self, step: int) -> list[tuple[int, Payload | Failed]]:
-        """The N groups of update ``step`` (0-based), once all have an outcome; their slots stay held until `free_slots`.
+        """The N groups of update ``step`` (0-based), once all have an outcome; `free_slots` frees their slots later.
 
         Where some failed none is taken: `replace` these, and take again.
         """

@@ -267,8 +267,8 @@ class GroupStream:
     def _note(self, event: Event, group_ids: Iterable[int], policy_version: int | None = None) -> None:
         self._ledger.note(event, group_ids, step=self.step, policy_version=policy_version)
 
-    # Tasks beside the training loop, whose first error reaches it where it waits. Unlike with `asyncio.TaskGroup` an error
-    # cancels nothing: an update or a save under way is finished first.
+    # Tasks beside the training loop; the first error reaches the loop where it waits. Unlike in an `asyncio.TaskGroup`
+    # an error cancels nothing: an update or a save under way is finished first.
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)

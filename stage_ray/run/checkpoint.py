@@ -15,7 +15,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,21 +33,16 @@ class CheckpointError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """One verified checkpoint.
-
-    Attributes:
-        step: updates done when it was written.
-        path: its directory.
-        metadata: JSON data that was stored with the files.
+    """One verified checkpoint: updates done when it was written, its directory, and the JSON data beside its files.
 
     Example:
-        >>> Checkpoint(step=50, path=Path("checkpoints/step-000050")).step
+        >>> Checkpoint(50, Path("checkpoints/step-000050"), {}).step
         50
     """
 
     step: int
     path: Path
-    metadata: Mapping[str, Any] = field(default_factory=dict)
+    metadata: Mapping[str, Any]
 
 
 class CheckpointStore:
@@ -68,8 +63,7 @@ class CheckpointStore:
     def __init__(self, root: Path, keep: int) -> None:
         if keep < 1:
             raise ValueError(f"keep is {keep}; at least the newest checkpoint must be kept")
-        self.root = root
-        self.keep = keep
+        self.root, self.keep = root, keep
 
     def begin(self, step: int) -> Path:
         """An empty directory to fill and `finish`, or to remove; removes what earlier crashes left behind.

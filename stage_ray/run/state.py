@@ -108,10 +108,10 @@ class RunState:
             try:
                 yield stream
             finally:
-                saving, self._saving = self._saving, None
-                if saving is not None:
-                    saving.cancel()
-                    await asyncio.gather(saving, return_exceptions=True)
+                if self._saving is not None:
+                    self._saving.cancel()  # does nothing to one that has ended
+                    await asyncio.gather(self._saving, return_exceptions=True)
+                    self._saving = None
 
     async def checkpoint(self, step: int, cluster: Cluster, stream: GroupStream, *, now: bool = False) -> None:
         """Save everything after update ``step``, when it is due or wanted ``now``.
@@ -137,9 +137,8 @@ class RunState:
         Raises:
             RunError: it could not be written; the ones before it are whole.
         """
-        saving, self._saving = self._saving, None
-        if saving is not None:
-            await saving
+        if self._saving is not None:
+            await self._saving
 
     def close(self) -> None:
         """Close the ledger."""

@@ -7,12 +7,13 @@ import json
 import math
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from stage_ray.errors import ConfigError
-from stage_ray.evaluation.base import EvaluationResult, MetricValue, find_benchmark
+from stage_ray.errors import ConfigError, RunError
+from stage_ray.evaluation.base import EvaluationResult, MetricValue, find_benchmark, read_result
 from stage_ray.evaluation.base import summarise as summarise_with
 from stage_ray.evaluation.loop import EngineBackend, JudgedGroup, evaluate, judge_in_batches, requests_for
 from stage_ray.records import Prompt, RolloutGroup, RolloutRequest, ScoredGroup
@@ -98,12 +99,18 @@ def test_every_prompt_needs_exactly_one_group(groups: list[ScoredGroup]):
         summarise(PROMPTS, groups)
 
 
-def test_a_result_survives_json_exactly_and_holds_no_nan():
+def test_a_result_survives_json_exactly_and_holds_no_nan(tmp_path: Path):
     odd = scored(2, [None, False])
     odd.details[0]["eyes"]["distance"] = math.nan
     result = summarise(PROMPTS, [GROUPS[0], GROUPS[1], odd])
-    text = json.dumps({**result.to_json(), "policy_version": 3}, allow_nan=False)
-    assert EvaluationResult.from_json(json.loads(text)) == result
+    path = tmp_path / "after.json"
+    path.write_text(json.dumps({**result.to_json(), "policy_version": 3}, allow_nan=False))
+    assert read_result(path) == result
+    path.write_text('{"benchmark": "geneval", "score": 0.5}')
+    with pytest.raises(
+        RunError, match=r"after.json is not an evaluation \(headline: .*; remove it to go on without it"
+    ):
+        read_result(path)
 
 
 def test_seeds_depend_on_the_prompt_and_not_on_its_company():
@@ -149,8 +156,7 @@ def test_evaluate_draws_judges_and_sums_up_every_prompt_in_batches():
     finished: list[int] = []
     backend = EngineBackend(EvenSeeds(), [("eyes", Eyes())])
     benchmark = find_benchmark("geneval")
-    evaluation = evaluate(backend, benchmark, prompts, images_per_prompt=3, seed=1, advance=finished.append)
-    result = asyncio.run(evaluation)
+    result = asyncio.run(evaluate(backend, benchmark, requests_for(prompts, 3, seed=1), finished.append))
     even = [seed % 2 == 0 for request in requests_for(prompts, 3, 1) for seed in request.seeds]
     assert [image["details"]["eyes"]["verdict"] for image in result.images] == even
     assert sum(finished) == 40 and len(finished) > 1 and len(result.images) == 120
