@@ -100,7 +100,7 @@ def mean_over_images(by_prompt: Mapping[int, Sequence[float]]) -> MetricValue | 
     if not values:
         return None
     means = {prompt: float(np.mean(images)) for prompt, images in by_prompt.items()}
-    units = list(means.values()) if len(means) > 1 else values
+    units = list(means.values()) if len(means) > 1 else values  # of a single prompt only its images spread
     error = float(np.std(units, ddof=1) / math.sqrt(len(units))) if len(units) > 1 else None
     return MetricValue(sum(values) / len(values), error, len(values), means)
 
@@ -109,6 +109,7 @@ def mean_of_metrics(metrics: Mapping[str, MetricValue]) -> MetricValue | None:
     """Mean of independent metrics: its variance is the sum of theirs over their number squared. None without any."""
     if not metrics:
         return None
+    # Without the error of one of them the mean has none either.
     errors = [metric.error for metric in metrics.values() if metric.error is not None]
     error = math.sqrt(sum(error * error for error in errors)) / len(metrics) if len(errors) == len(metrics) else None
     value = sum(metric.value for metric in metrics.values()) / len(metrics)
@@ -158,7 +159,7 @@ def read_result(path: Path) -> EvaluationResult | None:
     try:
         return None if data is None else TypeAdapter(EvaluationResult).validate_python(data)
     except ValidationError as error:
-        first = error.errors()[0]
+        first = error.errors()[0]  # one is enough to see what the file is
         why = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
         raise RunError(f"{path} is not an evaluation ({why}); remove it to go on without it") from error
 
@@ -170,7 +171,7 @@ def summarise(benchmark: Benchmark, prompts: Sequence[Prompt], scored: Sequence[
         ValueError: `scored` is not exactly one group for each prompt.
     """
     ordered = sorted(scored, key=lambda group: group.group_id)
-    if [group.group_id for group in ordered] != list(range(len(prompts))):
+    if [group.group_id for group in ordered] != list(range(len(prompts))):  # one is missing, twice or a stranger
         raise ValueError(f"{len(scored)} scored groups do not match {len(prompts)} prompts; each needs exactly one")
     images: list[dict[str, Any]] = []
     columns: dict[str, list[float]] = {name: [] for group in ordered for name in group.names}  # valid scores only
@@ -178,7 +179,7 @@ def summarise(benchmark: Benchmark, prompts: Sequence[Prompt], scored: Sequence[
         # Details are a user's: a trip through JSON makes NaN null, and whatever JSON does not know a text.
         details = json.loads(json.dumps(group.details, default=str), parse_constant=lambda _: None)
         for image, said in enumerate(details):
-            scores: dict[str, float | None] = dict.fromkeys(group.names)
+            scores: dict[str, float | None] = dict.fromkeys(group.names)  # None until a valid one is found
             for name, score, valid in zip(group.names, group.scores[image], group.valid[image], strict=True):
                 if valid:
                     scores[name] = float(score)

@@ -44,6 +44,7 @@ class GenEvalBenchmark:
                     task.setdefault(prompt.index, []).append(float(judged["verdict"]))
                     if judged.get("soft") is not None:
                         soft.setdefault(prompt.index, []).append(float(judged["soft"]))
+        # A task without any verdict is absent.
         tasks = {name: mean for name, by_prompt in strict.items() if (mean := mean_over_images(by_prompt))}
         metrics = {**tasks, HEADLINE: mean_of_metrics(tasks), "soft score": mean_over_images(soft)}
         return {name: metric for name, metric in metrics.items() if metric is not None}

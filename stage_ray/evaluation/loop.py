@@ -57,7 +57,7 @@ class EngineBackend:
 
     async def judge(self, requests: Sequence[RolloutRequest], *, images: bool) -> list[JudgedGroup]:
         """As `Backend.judge`; batches follow each other, and an interrupt takes effect between two of them."""
-        await asyncio.sleep(0)
+        await asyncio.sleep(0)  # here the event loop sees a signal
         groups = self._engine.generate(requests)
         judged = zip(requests, score_groups(self._scorers, groups), groups, strict=True)
         return [JudgedGroup(request, scored, group.images if images else None) for request, scored, group in judged]
@@ -87,7 +87,7 @@ async def judge_in_batches(
     A group is used as soon as its batch is done, so images do not pile up unless ``use`` keeps them; then ``advance``
     gets the number of groups. All requests have as many seeds; ``images`` tells whether ``use`` needs the images.
     """
-    size = max(1, backend.images_per_batch // len(requests[0].seeds))
+    size = max(1, backend.images_per_batch // len(requests[0].seeds))  # groups of a batch
 
     async def judge(batch: Sequence[RolloutRequest]) -> list[T]:
         used = [use(group) for group in await backend.judge(batch, images=images)]

@@ -15,12 +15,7 @@ Payload = TypeVar("Payload")
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """The outcome of a group that cannot be scored; ``why`` in one sentence.
-
-    Example:
-        >>> Failed("geneval: 2 of 8 scores are not finite").why
-        'geneval: 2 of 8 scores are not finite'
-    """
+    """The outcome of a group that cannot be scored; ``why`` in one sentence."""
 
     why: str
 

@@ -33,12 +33,7 @@ class CheckpointError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """One verified checkpoint: updates done when it was written, its directory, and the JSON data beside its files.
-
-    Example:
-        >>> Checkpoint(50, Path("checkpoints/step-000050"), {}).step
-        50
-    """
+    """One verified checkpoint: updates done when it was written, its directory, and the JSON data beside its files."""
 
     step: int
     path: Path
@@ -101,7 +96,7 @@ class CheckpointStore:
         os.rename(directory, final)
         _sync(self.root)
         self._remove_unfinished()
-        for _, path in sorted(item for item in self._steps() if item[0] <= step)[: -self.keep]:
+        for _, path in sorted(item for item in self._steps() if item[0] <= step)[: -self.keep]:  # all but the newest
             shutil.rmtree(path)
         return final
 
@@ -136,7 +131,7 @@ def verify(path: Path, step: int) -> dict[str, Any]:
         raise CheckpointError(f"{path} has no {MANIFEST}") from None
     except (ValueError, OSError) as error:
         raise CheckpointError(f"{manifest} cannot be read: {error}") from error
-    if not isinstance(body, dict) or body.pop("checksum", None) != _checksum(body):
+    if not isinstance(body, dict) or body.pop("checksum", None) != _checksum(body):  # of all but itself
         raise CheckpointError(f"{manifest} does not match its own checksum; it was changed or cut")
     if body["format"] != FORMAT:
         raise CheckpointError(f"{manifest} has format {body['format']}, this version reads format {FORMAT}")
@@ -151,8 +146,7 @@ def verify(path: Path, step: int) -> dict[str, Any]:
             raise CheckpointError(f"{file} has {size} bytes instead of {expected['bytes']}; it is truncated or changed")
         if _sha256(file) != expected["sha256"]:
             raise CheckpointError(f"{file} has another SHA-256 than its manifest says; its bytes changed")
-    metadata: dict[str, Any] = body["metadata"]
-    return metadata
+    return dict(body["metadata"])
 
 
 def _checksum(body: Mapping[str, Any]) -> str:

@@ -47,7 +47,7 @@ class HeldOutEvaluation:
         if not self._config.enabled:
             return None
         path = self._dir / "evaluation" / f"{name}.json"
-        if name == "before" and (kept := read_result(path)):
+        if name == "before" and (kept := read_result(path)):  # the run before this one evaluated it
             return kept.headline_value
         with self._progress.bar(f"evaluation {name}", len(self._prompts)) as advance:
             requests = requests_for(self._prompts, self._config.images_per_prompt, self._config.seed)
@@ -92,7 +92,7 @@ class HeldOutEvaluation:
             if not error:
                 scored = await self._cluster.fetch([group.scores for group in groups])
                 wanted = [group.images for group in groups] if images else []
-                pictures = await self._cluster.fetch(wanted) or [None] * len(groups)
+                pictures = await self._cluster.fetch(wanted) or [None] * len(groups)  # None where not wanted
                 return [JudgedGroup(*judged) for judged in zip(requests, scored, pictures, strict=True)]
         raise RunError(f"evaluation: {error}")
 

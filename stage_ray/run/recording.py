@@ -62,7 +62,7 @@ class StepRecorder:
 
     def _forget_groups(self, step: int) -> None:
         for directory in self._groups.glob("step-*"):
-            if int(directory.name.removeprefix("step-")) > step:
+            if int(directory.name.removeprefix("step-")) > step:  # it will be trained again
                 shutil.rmtree(directory)
 
 

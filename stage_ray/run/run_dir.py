@@ -50,7 +50,7 @@ def open_run_dir(run: RunConfig, resume: Resume) -> Iterator[Path]:
         path.chmod(path.stat().st_mode & 0o7755)
     with run_dir_lock(path, wait_s=RETRY_WAIT_S if resume == "auto" else 0.0):
         config_file = path / "config.yaml"
-        if config_file.exists() and not _untouched(path):
+        if config_file.exists() and not _untouched(path):  # the run there goes on
             before, now = yaml.safe_load(config_file.read_text(encoding="utf-8")), run.model_dump(mode="json")
             for key in now.keys() - FREE_KEYS:
                 old, new = _fixed(before.get(key)), _fixed(now[key])
@@ -107,7 +107,7 @@ def _check_ours(path: Path, resume: Resume) -> None:
         raise ConfigError(
             f"--resume: run_dir {path} holds no run; leave --resume out to begin one, or use --auto-resume"
         )
-    if path.exists() and any(item.name != LOCK for item in path.iterdir()):
+    if path.exists() and any(item.name != LOCK for item in path.iterdir()):  # a refused driver may leave its lock
         raise ConfigError(f"run_dir {path} is not empty and holds no run; name another --run-dir")
 
 

@@ -70,7 +70,7 @@ class RunState:
             RunError: ``lost`` itself, when it happened `LEARNER_LIVES` times without a new checkpoint between.
         """
         saved = self._store.latest(self._note)
-        self._losses = self._losses + 1 if saved == self._checkpoint else 1
+        self._losses = self._losses + 1 if saved == self._checkpoint else 1  # the first since a new checkpoint
         if self._losses >= LEARNER_LIVES:
             raise RunError(f"the learner was lost {self._losses} times since step {self.step}; {lost}") from lost
         self._ledger.close()
@@ -99,11 +99,11 @@ class RunState:
         cursor = PromptCursor(self._prompts, self._run.seed, self._run.prompts.shuffle, position=at.cursor)
         stream = GroupStream(cluster, self._run, cursor, self._ledger, at.next_group, step=self.step)
         if self._checkpoint is not None:
-            ready = [group_id for group_id in at.groups if str(group_id) not in at.failed]
+            ready = [group_id for group_id in at.groups if str(group_id) not in at.failed]  # the others have no payload
             loaded = await cluster.learner.load_groups(self._checkpoint.path / GROUPS, ready)
             outcomes: dict[int, Outcome] = {int(group_id): Failed(why) for group_id, why in at.failed.items()}
             outcomes |= {group.group_id: group for group in loaded}
-            stream.restore({group_id: outcomes[group_id] for group_id in at.groups})
+            stream.restore({group_id: outcomes[group_id] for group_id in at.groups})  # in the order of their slots
         async with stream:
             try:
                 yield stream

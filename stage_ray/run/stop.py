@@ -61,7 +61,7 @@ class StopSignal:
     async def __aexit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         for number in SIGNALS:
             asyncio.get_running_loop().remove_signal_handler(number)
-        if isinstance(error, asyncio.CancelledError) and self.requested is not None:
+        if isinstance(error, asyncio.CancelledError) and self.requested is not None:  # cancelled by `_on_signal`
             raise self.error() from None
 
     def _on_signal(self, number: int) -> None:
