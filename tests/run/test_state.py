@@ -5,17 +5,20 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from stage_ray.errors import RunError
+from stage_ray.errors import GroupsLostError, LearnerLostError, RunError
 from stage_ray.pipeline.ledger import Ledger
 from stage_ray.records import GroupRefs, Update
 from stage_ray.run import checkpoint
 from stage_ray.run.checkpoint import Checkpoint, CheckpointStore
-from tests.flaky import FlakyCluster, drive, run_state, timed_run, until
+from tests.audit import read_ledger
+from tests.flaky import FlakyCluster, drive, history, run_state, timed_run, until
 
 
 def saved(directory: Path) -> Checkpoint:
@@ -166,3 +169,38 @@ def test_a_group_that_is_trained_while_its_checkpoint_waits_for_another_is_in_it
     _, overtook = asyncio.run(scenario())
     assert overtook > 0
     assert saved(tmp_path).metadata["groups"] == [0, overtook]
+
+
+def test_a_learner_that_is_lost_again_and_again_without_a_new_checkpoint_ends_the_run(tmp_path):
+    run, lost = timed_run(tmp_path), LearnerLostError("learner died")
+    asyncio.run(drive(run, FlakyCluster(run), until=2))
+    with closing(run_state(run, resume=True)) as state:
+        state.rewind(lost)
+        state.rewind(lost)
+        directory = state._store.begin(4)
+        state._store.finish(4, directory, asdict(state._position))
+        state.rewind(lost)
+        assert state.step == 4, "the count begins anew with a new checkpoint"
+        state.rewind(lost)
+        with pytest.raises(RunError, match="^the learner was lost 3 times since step 4; learner died$"):
+            state.rewind(lost)
+
+
+def test_a_group_that_is_lost_while_its_checkpoint_is_written_is_generated_again_and_then_in_it(tmp_path):
+    run = timed_run(tmp_path, staleness=2)
+    cluster, lost = FlakyCluster(run), list[int]()
+    save = cluster.save_groups
+
+    async def loses_one(directory: Path, groups: Sequence[GroupRefs]) -> None:
+        if not lost:
+            lost.append(groups[-1].group_id)  # no update has taken it yet
+            raise GroupsLostError(lost)
+        await save(directory, groups)
+
+    cluster.save_groups = loses_one  # type: ignore[method-assign]
+    asyncio.run(drive(run, cluster, until=9))
+    events = [event for event in read_ledger(tmp_path / "ledger.jsonl") if event["group_id"] == lost[0]]
+    assert [event["event"] for event in events].count("reissued") == 1
+    asyncio.run(drive(run, FlakyCluster(run), resume=True))
+    assert saved(tmp_path).step == 9
+    assert len(history(run)) == len({group for group, _, _ in history(run)}) == 18
