@@ -52,8 +52,7 @@ def evaluate_model(
     scorers = build_rewards(benchmark.rewards)
     with _engine(model, engine, guidance, progress) as loaded, progress.bar(suite, total=len(asked)) as advance:
         backend = EngineBackend(loaded, scorers)
-        evaluation = evaluate(backend, benchmark, asked, images_per_prompt=images, seed=seed, advance=advance)
-        return asyncio.run(evaluation)
+        return asyncio.run(evaluate(backend, benchmark, requests_for(asked, images, seed), advance))
 
 
 def result_table(result: EvaluationResult) -> str:
@@ -98,19 +97,17 @@ def generate_images(
         raise ConfigError(f"--out {out} exists and is not an empty directory; name another")
     sheet: list[tuple[np.ndarray, str]] = []
 
-    def save(groups: list[JudgedGroup]) -> None:
-        for group in groups:
-            prompt = group.request.prompt
-            for number, image in enumerate(group.images if group.images is not None else ()):
-                Image.fromarray(image).save(out / f"{prompt.index:04d}-{number}.png")
-                if len(sheet) < SHEET_IMAGES:
-                    sheet.append((image, prompt.text))
-        advance(len(groups))
+    def save(group: JudgedGroup) -> None:
+        prompt = group.request.prompt
+        for number, image in enumerate(group.images if group.images is not None else ()):
+            Image.fromarray(image).save(out / f"{prompt.index:04d}-{number}.png")
+            if len(sheet) < SHEET_IMAGES:
+                sheet.append((image, prompt.text))
 
     with _engine(model, engine, guidance, progress) as loaded, progress.bar("drawing", total=len(asked)) as advance:
         out.mkdir(parents=True, exist_ok=True)
         requests = requests_for(asked, images_per_prompt, seed)
-        asyncio.run(judge_in_batches(EngineBackend(loaded), requests, save, images=True))
+        asyncio.run(judge_in_batches(EngineBackend(loaded), requests, save, images=True, advance=advance))
     images, captions = zip(*sheet, strict=True)
     contact_sheet(np.stack(images), captions, [None] * len(sheet), out / "sheet.png")
     return out / "sheet.png"

@@ -40,7 +40,6 @@ from stage_ray.engines.torch import TorchEngine
 from stage_ray.errors import RunError
 from stage_ray.learner import Learner
 from stage_ray.observability.progress import Progress
-from stage_ray.pipeline.ledger import Ledger
 from stage_ray.policies.janus import JanusPolicy
 from stage_ray.registry import Registry
 from stage_ray.weights.manifest import WeightError, pack, unpack
@@ -292,9 +291,9 @@ def test_stages_overlap_as_far_as_staleness_allows(staleness: int, hidden: bool)
 def test_the_drivers_cost_covers_every_group_of_the_run(tmp_path: Path) -> None:
     run = pipeline.run_of(steps=3, groups=20, staleness=1, rollouts=64, rewards=16)
     assert pipeline.driver_cost(run, tmp_path / "ledger.jsonl") > 0
-    ledger = Ledger(tmp_path / "ledger.jsonl")
-    assert ledger.trained == 60 and ledger.dropped == 0
     events = [json.loads(line) for line in (tmp_path / "ledger.jsonl").read_text().splitlines()]
+    names = [event["event"] for event in events]
+    assert names.count("trained") == 60 and "dropped" not in names
     stale = {event["step"] - event["policy_version"] for event in events if event["event"] == "trained"}
     assert stale == {0, 1}, "the first batch is fresh, later ones lag by the bound"
 

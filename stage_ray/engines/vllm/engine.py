@@ -68,7 +68,7 @@ class VllmEngine(ImageEngine):
         from stage_ray.engines.vllm.guidance import PairedGuidance, RecordsExtension
 
         on_cpu = self._device.type == "cpu"
-        requests = 2 * rollout.images_per_batch
+        requests = 2 * rollout.images_per_batch  # conditional and unconditional
         try:
             self._llm = LLM(
                 self._directory.name,
@@ -97,7 +97,7 @@ class VllmEngine(ImageEngine):
         """Raise a `ConfigError` unless the key-value cache holds a whole generation batch."""
         cache = self._llm.llm_engine.vllm_config.cache_config
         longest = self._longest_prompt + self.codec.image_tokens
-        needed = 2 * rollout.images_per_batch * -(-longest // cache.block_size)
+        needed = 2 * rollout.images_per_batch * -(-longest // cache.block_size)  # rounded up to blocks
         if cache.num_gpu_blocks <= needed:  # vLLM keeps one block for itself
             self.close()
             key = "kv_cache_gib" if self._device.type == "cpu" else "gpu_memory_utilization"
@@ -163,8 +163,10 @@ class VllmEngine(ImageEngine):
                 prompts.append({"prompt_token_ids": [token + self._prompt_shift for token in ids]})
                 request_params.append(image_params(self.codec.image_tokens, image, branch, sequence.seed, params))
         outputs = self._llm.generate(prompts, request_params, use_tqdm=False)
+        # One answer for each worker of this process, which has one.
         drawn: Rollouts = self._llm.collective_rpc("recorded_batch", args=(len(sequences),))[0]
         served = torch.tensor([output.outputs[0].token_ids for output in outputs])
+        # Every token comes back once for each branch.
         if not torch.equal(served, drawn.tokens.repeat_interleave(len(prompts) // len(sequences), dim=0)):
             raise RuntimeError("vLLM served tokens that were not drawn; do not trust this batch")
         self._ranks.check_agreement(drawn.tokens)
