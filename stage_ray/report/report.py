@@ -11,7 +11,7 @@ import jinja2
 import yaml
 from markupsafe import Markup
 
-from stage_ray.config.hardware import machine_facts
+from stage_ray.config.hardware import machine_metadata
 from stage_ray.errors import ConfigError
 from stage_ray.evaluation.base import EvaluationResult, MetricValue, read_result
 from stage_ray.files import atomic_write, read_json
@@ -78,7 +78,7 @@ def _contents(run_dir: Path) -> dict[str, Any]:
         "charts": _charts(rows),
         "samples": _samples(run_dir),
         "config": config_text,
-        "machine": read_json(run_dir / MACHINE_FILE) or machine_facts(),
+        "machine": read_json(run_dir / MACHINE_FILE) or machine_metadata(),
     }
 
 
