@@ -41,7 +41,7 @@ class MetricsLogger:
     """
 
     def __init__(self, run_dir: Path, port: int | None, host: str, resume_step: int = 0) -> None:
-        """Bind the Prometheus endpoint to ``host`` and ``port`` (0: a free one, None: none at all), then open the files.
+        """Bind the Prometheus endpoint to ``host`` and ``port`` (0: a free one; None: none), then open the files.
 
         Args:
             run_dir: gets ``metrics.jsonl``, ``alarms.jsonl``, ``tensorboard/`` and ``machine.json`` (what ran it).
@@ -177,9 +177,7 @@ class PrometheusTracker(Tracker):
         """
         self._registry = CollectorRegistry()
         self._gauges: dict[str, Gauge] = {}
-        self._alarms = Counter(
-            f"{PREFIX}alarm", _help("alarm"), ["name"], registry=self._registry
-        )
+        self._alarms = Counter(f"{PREFIX}alarm", _help("alarm"), ["name"], registry=self._registry)
         for name in ALARMS:  # at 0 from the start: Prometheus sees no increase in a counter that begins at 1
             self._alarms.labels(name)
         try:

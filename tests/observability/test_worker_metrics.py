@@ -36,7 +36,7 @@ Series = dict[tuple[str, str, str], float]
 
 @pytest.fixture(scope="module")
 def reported(tmp_path_factory) -> Series:
-    """(metric, role, worker) -> value, after a generation batch of two groups of four, its scores and an update by two ranks."""
+    """(metric, role, worker) -> value, after two groups of four were drawn, scored and trained by two ranks."""
     directory = tmp_path_factory.mktemp("run")
     run = tiny_run(directory, tiny_janus(directory / "janus"), evaluation={"enabled": False}, learner={"ranks": 2})
     with pytest.MonkeyPatch.context() as patch:
