@@ -31,8 +31,9 @@ def local_checkpoint(path: str, model_type: str) -> Path:
         try:
             location = snapshot_download(location, allow_patterns=HUB_FILES)
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
             raise ConfigError(
-                f"policy.path: {path} is no directory here and was not found on the hub: {_first_line(error)}"
+                f"policy.path: {path} is no directory here and was not found on the hub: {reason}"
             ) from error
     check_directory(Path(location), model_type)
     return Path(location)
@@ -50,7 +51,15 @@ def check_directory(directory: Path, model_type: str) -> None:
     if found != model_type:
         raise ConfigError(f"policy.path: {directory} holds a {found!r} model, but policy.family needs {model_type!r}")
     for file in weight_files(directory):
-        _check_weight_file(file)
+        if not file.is_file():
+            raise ConfigError(
+                f"policy.path: {file} is missing, though {WEIGHTS_INDEX} names it; copy or download it again"
+            )
+        try:
+            with safe_open(file, framework="pt"):  # verifies the header against the file's size
+                pass
+        except SafetensorError as error:
+            raise ConfigError(f"policy.path: {file} is cut short or damaged ({error}); download it again") from error
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -93,16 +102,6 @@ def _entries(directory: Path, prefixes: tuple[str, ...]) -> Iterator[tuple[str, 
                     yield name, opened
 
 
-def _check_weight_file(file: Path) -> None:
-    if not file.is_file():
-        raise ConfigError(f"policy.path: {file} is missing, though {WEIGHTS_INDEX} names it; copy or download it again")
-    try:
-        with safe_open(file, framework="pt"):  # verifies the header against the file's size
-            pass
-    except SafetensorError as error:
-        raise ConfigError(f"policy.path: {file} is cut short or damaged ({error}); download it again") from error
-
-
 def _read_json(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise ConfigError(f"policy.path: {file.parent} has no {file.name}; give a Hugging Face model directory")
@@ -113,7 +112,3 @@ def _read_json(file: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ConfigError(f"policy.path: {file} holds no JSON object; copy or download it again")
     return data
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__

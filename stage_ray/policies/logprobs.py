@@ -77,7 +77,8 @@ def chunked_logprobs(
     """
     flat, gradients = states.reshape(tokens.numel(), *states.shape[tokens.dim() :]), torch.is_grad_enabled()
     with torch.autocast(states.device.type, enabled=False):  # also of the products that make the states' gradients
-        if gradients and (entropy_grad or _has_gradients_of_its_own(head, flat)):
+        # One row of constant states tells whether the head itself is trained, whatever function it is.
+        if gradients and (entropy_grad or head(flat[:1].detach().float()).requires_grad):
             chunks = zip(flat.split(rows), tokens.flatten().split(rows), strict=True)
             parts = [checkpoint(_recomputed, *chunk, head, entropy_grad, use_reentrant=False) for chunk in chunks]
             logprobs, entropy = (torch.cat(part) for part in zip(*parts, strict=True))
@@ -85,11 +86,6 @@ def chunked_logprobs(
             wanted = gradients and flat.requires_grad
             logprobs, entropy = _StatesOnly.apply(flat, tokens.flatten(), head, rows, wanted)
     return TokenLogprobs(logprobs.view(tokens.shape), entropy.view(tokens.shape))
-
-
-def _has_gradients_of_its_own(head: Head, states: Tensor) -> bool:
-    """Asked of one row of constant states, so that it is answered for any function, whatever it closes over."""
-    return head(states[:1].detach().float()).requires_grad
 
 
 def _recomputed(states: Tensor, tokens: Tensor, head: Head, entropy_grad: bool) -> tuple[Tensor, Tensor]:
