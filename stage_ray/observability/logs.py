@@ -84,11 +84,12 @@ def bind_context(**fields: Any) -> None:
     for name in [name for name, value in _context.items() if value is None]:
         del _context[name]
     consoles = (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__)
-    for logger in (logging.getLogger(), *list(logging.root.manager.loggerDict.values())):
-        for handler in [*logger.handlers] if isinstance(logger, logging.Logger) else ():  # others are placeholders
-            if handler is not _handler and getattr(handler, "stream", None) in consoles:
-                logger.removeHandler(handler)
-                logger.propagate = True
+    named = [*logging.root.manager.loggerDict.values()]  # loggers, and placeholders for names without one
+    loggers = [logging.root, *(logger for logger in named if isinstance(logger, logging.Logger))]
+    for logger in loggers:
+        for handler in [it for it in logger.handlers if it is not _handler and getattr(it, "stream", None) in consoles]:
+            logger.removeHandler(handler)
+            logger.propagate = True
 
 
 def log_error(sentence: str) -> None:

@@ -157,6 +157,9 @@ class TensorBoardTracker(Tracker):
                 self._writer.add_scalar(name, number, step)
         self._writer.flush()
 
+    def alarm(self, name: str) -> None:
+        """As `Tracker.alarm`."""
+
     def close(self) -> None:
         """As `Tracker.close`."""
         if self._writer is not None:

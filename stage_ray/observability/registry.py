@@ -60,7 +60,8 @@ def _read_table() -> tuple[Metric, ...]:
         if line.startswith("["):
             where, _, kind = line.strip("[]").partition(": ")
         elif not line.startswith("#"):
-            metrics.append(Metric(*re.split(r" {2,}", line, maxsplit=2), where, kind or "gauge"))
+            name, unit, meaning = re.split(r" {2,}", line, maxsplit=2)
+            metrics.append(Metric(name, unit, meaning, where, kind or "gauge"))
     return tuple(metrics)
 
 
