@@ -42,11 +42,9 @@ def usable_cpus() -> int:
 def cpu_name() -> str:
     """Model name of the processor."""
     table = Path("/proc/cpuinfo")
-    if table.is_file():
-        for line in table.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    lines = table.read_text(encoding="utf-8", errors="replace").splitlines() if table.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def gpu_names() -> list[str]:

@@ -214,8 +214,7 @@ class ClusterConfig(Section):
     """Where Ray runs."""
 
     address: str | None = Field(
-        None,
-        description="null: as a Ray job the cluster it runs in, else a new local one; auto or HOST:PORT attaches",
+        None, description="null: as a Ray job the cluster it runs in, else a new local one; auto or HOST:PORT attaches"
     )
     num_cpus: int | None = Field(
         None,
@@ -271,51 +270,49 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
+        rollout, learner, transport = self.rollout, self.learner, self.cluster.weight_transport
         columns = [reward.column for reward in self.rewards]
-        repeated = sorted({name for name in columns if columns.count(name) > 1})
+        repeated = next((name for name in sorted(columns) if columns.count(name) > 1), None)
         if repeated:
-            raise ValueError(f"rewards: the name {repeated[0]!r} is used twice; give each scorer a name of its own")
+            raise ValueError(f"rewards: the name {repeated!r} is used twice; give each scorer a name of its own")
         if all(reward.weight == 0 for reward in self.rewards):
             raise ValueError("rewards: every weight is 0, so nothing would be trained")
         if self.evaluation.enabled and self.prompts.heldout is None:
             raise ValueError(
                 "evaluation.enabled is true but prompts.heldout is not set; set it, or evaluation.enabled=false"
             )
-        for name, pool in (("rollout", self.rollout), ("scoring", self.scoring)):
+        for name, pool in (("rollout", rollout), ("scoring", self.scoring)):
             if pool.max_workers is not None and pool.max_workers < pool.workers:
-                raise ValueError(
-                    f"{name}.max_workers = {pool.max_workers} is less than {name}.workers = {pool.workers}"
-                )
-        if self.rollout.tensor_parallel > 1 and self.rollout.engine != "vllm":
+                most, least = f"{name}.max_workers = {pool.max_workers}", f"{name}.workers = {pool.workers}"
+                raise ValueError(f"{most} is less than {least}")
+        if rollout.tensor_parallel > 1 and rollout.engine != "vllm":
             raise ValueError(
-                f"rollout.tensor_parallel = {self.rollout.tensor_parallel} needs rollout.engine = vllm; "
-                f"the {self.rollout.engine} engine is one process"
+                f"rollout.tensor_parallel = {rollout.tensor_parallel} needs rollout.engine = vllm; "
+                f"the {rollout.engine} engine is one process"
             )
-        if self.rollout.colocated:
+        if rollout.colocated:
             self._check_colocated()
-        if self.cluster.weight_transport != "object_store" and (
-            self.rollout.tensor_parallel > 1 or self.rollout.colocated
-        ):
+        if transport != "object_store" and (rollout.tensor_parallel > 1 or rollout.colocated):
             raise ValueError(
-                f"cluster.weight_transport = {self.cluster.weight_transport} reaches workers of one process each, on "
+                f"cluster.weight_transport = {transport} reaches workers of one process each, on "
                 "hardware of their own; use object_store with rollout.tensor_parallel or rollout.colocated"
             )
-        if self.cluster.weight_transport == "nccl" and min(self.rollout.gpus, self.learner.gpus) < 1:
+        if transport == "nccl" and min(rollout.gpus, learner.gpus) < 1:
             raise ValueError(
                 f"cluster.weight_transport = nccl needs a whole GPU for each end, but rollout.gpus = "
-                f"{self.rollout.gpus:g} and learner.gpus = {self.learner.gpus:g}; set both to 1, or use object_store"
+                f"{rollout.gpus:g} and learner.gpus = {learner.gpus:g}; set both to 1, or use object_store"
             )
-        if self.rollout.groups_per_step % self.learner.ranks:
+        if rollout.groups_per_step % learner.ranks:
             raise ValueError(
-                f"learner.ranks = {self.learner.ranks} does not divide rollout.groups_per_step = "
-                f"{self.rollout.groups_per_step}: every rank trains as many whole groups as the others"
+                f"learner.ranks = {learner.ranks} does not divide rollout.groups_per_step = "
+                f"{rollout.groups_per_step}: every rank trains as many whole groups as the others"
             )
         return self
 
     def _check_colocated(self) -> None:
         """Raise a ValueError unless each rollout worker can share a GPU with one rank of the learner."""
         rollout, learner = self.rollout, self.learner
-        wanted = {
+        wanted = {  # key -> its value, and what it must be
             "pipeline.max_staleness": (self.pipeline.max_staleness, 0),
             "rollout.tensor_parallel": (rollout.tensor_parallel, 1),
             "rollout.workers": (rollout.workers, learner.ranks),

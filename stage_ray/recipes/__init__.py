@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import Any
 
 from pydantic import ValidationError
 
 from stage_ray.config import AlgorithmConfig, RunConfig
-from stage_ray.errors import ConfigError
+from stage_ray.errors import ConfigError, impossible, suggest
 from stage_ray.recipes.base import Recipe
 from stage_ray.registry import Registry
 
@@ -35,7 +34,9 @@ def load_recipe(run: RunConfig) -> Recipe:
     try:
         return kind(kind.Options.model_validate(given), run.algorithm)
     except ValidationError as error:
-        raise ConfigError("; ".join(_impossible(item) for item in error.errors())) from error
+        raise ConfigError(
+            "; ".join(impossible(".".join(["algorithm", *map(str, item["loc"])]), item) for item in error.errors())
+        ) from error
 
 
 def resolve_recipe(run: RunConfig) -> RunConfig:
@@ -51,18 +52,9 @@ def resolve_recipe(run: RunConfig) -> RunConfig:
 def _unknown(recipe: str, kind: type[Recipe], name: str, value: Any) -> str:
     """What is wrong with an option that the recipe does not have, and what to do."""
     known = [*kind.Options.model_fields, *AlgorithmConfig.model_fields]
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     others = [other for other in RECIPES.names() if name in RECIPES.find(other, "recipe").Options.model_fields]
     if others:
         fix = f"it belongs to recipe {' and '.join(others)}; remove it, or set recipe={others[0]}"
-    elif near:
-        fix = f"did you mean 'algorithm.{near[0]}'?"
     else:
-        fix = f"known here: {', '.join(sorted(known))}"
+        fix = suggest(name, known, "algorithm.")
     return f"algorithm.{name} = {value!r} is no option of recipe {recipe}: {fix}"
-
-
-def _impossible(item: Any) -> str:
-    """One error of pydantic in the words of `stage_ray.config.load`."""
-    key = ".".join(["algorithm", *map(str, item["loc"])])
-    return f"{key} = {item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}"

@@ -103,37 +103,27 @@ def strict_verdict(
     Of each class only the `count` most confident detections are looked at; more are no fault of their own.
     """
     reasons: list[str] = []
-    matched: list[Sequence[Detection] | None] = []
+    matched: list[Sequence[Detection] | None] = []  # what each clause of `include` found; None where it is not met
     for need in include:
         found = objects.get(need.label, ())[: need.count]
-        reason = _strict_fault(need, found, matched)
-        if reason:
-            reasons.append(reason)
-        matched.append(None if reason else found)
+        targets = matched[need.target] if need.relation is not None else ()
+        fault = ""
+        if len(found) < need.count:
+            fault = f"expected {need.label}>={need.count}, found {len(found)}"
+        elif need.color is not None and any(one.color != need.color for one in found):
+            seen = ", ".join(str(one.color) for one in found)
+            fault = f"expected {need.color} {need.label}>={need.count}, found {seen}"
+        elif targets is None:
+            fault = f"no target for {need.label} to be {need.relation}"
+        elif need.relation is not None and _misplaced(found, need.relation, targets):
+            fault = f"expected {need.label} {need.relation} target"
+        matched.append(None if fault else found)
+        reasons += [fault] if fault else []
     for need in exclude:
         number = len(objects.get(need.label, ()))
         if number >= need.count:
             reasons.append(f"expected {need.label}<{need.count}, found {number}")
     return not reasons, "; ".join(reasons)
-
-
-def _strict_fault(
-    need: Requirement, found: Sequence[Detection], matched: Sequence[Sequence[Detection] | None]
-) -> str | None:
-    if len(found) < need.count:
-        return f"expected {need.label}>={need.count}, found {len(found)}"
-    if need.color is not None:
-        colored = sum(one.color == need.color for one in found)
-        if colored < need.count:
-            seen = ", ".join(str(one.color) for one in found)
-            return f"expected {need.color} {need.label}>={need.count}, found {seen}"
-    if need.relation is not None:
-        targets = matched[need.target]
-        if targets is None:
-            return f"no target for {need.label} to be {need.relation}"
-        if _misplaced(found, need.relation, targets):
-            return f"expected {need.label} {need.relation} target"
-    return None
 
 
 def soft_score(include: Sequence[Requirement], objects: Objects, *, published: bool = False) -> float:
