@@ -20,7 +20,7 @@ class PromptsConfig(Section):
     """Which prompts are trained on, and which are held out."""
 
     train: str = Field(
-        description="JSON Lines in GenEval's format, or plain text, one prompt a line; or package:MODULE/FILE"
+        description="JSON Lines (GenEval's format) or plain text, a prompt a line; or package:MODULE/FILE"
     )
     heldout: str | None = Field(None, description="Prompts of the evaluation before and after; same formats")
     shuffle: bool = Field(True, description="A new order every epoch, fixed by the run's seed")
@@ -58,7 +58,7 @@ class RolloutConfig(Section):
     top_p: float = Field(1.0, gt=0.0, le=1.0, description="Keep the smallest set of tokens with this mass; 1 is off")
     images_per_batch: int = Field(64, ge=1, description="Images in flight at once on one worker")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="auto: bfloat16 where the hardware computes in it"
+        "auto", description="auto: bfloat16 where the hardware has it"
     )
     tensor_parallel: int = Field(
         1, ge=1, description="Processes of one machine that share the model of one worker (vLLM), a part of it each"
@@ -75,7 +75,7 @@ class RolloutConfig(Section):
         description="Custom Ray resources of one worker (or process), such as {rollout: 1}: which nodes it may use",
     )
     threads: int | None = Field(
-        None, ge=1, description="Threads of one worker (or process); null: every core in synchronous runs, else half"
+        None, ge=1, description="Threads of a worker; null: all cores if synchronous, else half"
     )
     kv_cache_gib: float = Field(1.0, gt=0, description="vLLM's key-value cache on a CPU, GiB")
     gpu_memory_utilization: float = Field(0.5, gt=0, le=1, description="vLLM's share of a GPU's memory")
@@ -169,7 +169,7 @@ class LearnerConfig(Section):
     ranks: int = Field(1, ge=1, description="Actors that share one update (FSDP2), whole groups each")
     cpus: float = Field(1.0, gt=0, description="CPUs reserved for one rank")
     threads: int | None = Field(
-        None, ge=1, description="Threads of the learner; null: every core in synchronous runs, else half"
+        None, ge=1, description="Threads of a rank; null: every core in synchronous runs, else half"
     )
     gpus: float = Field(0.0, ge=0, description="GPUs reserved for one rank")
     resources: dict[str, float] = Field(default_factory=dict, description="Custom Ray resources of one rank")
@@ -179,9 +179,7 @@ class LearnerConfig(Section):
 class PipelineConfig(Section):
     """How far generation may run ahead of training."""
 
-    max_staleness: int = Field(
-        0, ge=0, description="Updates a group may lag behind the learner; 0 is synchronous training"
-    )
+    max_staleness: int = Field(0, ge=0, description="Updates a group may lag behind the learner; 0 is synchronous")
     order: Literal["strict", "arrival"] = Field(
         "strict",
         description="strict: generation and training batches in a fixed order, so a run can be repeated bit for bit; "
@@ -201,9 +199,7 @@ class EvaluationConfig(Section):
     """Held-out evaluation before the first and after the last step, and the fixed sample grid."""
 
     enabled: bool = Field(True, description="Evaluate on prompts.heldout before and after")
-    benchmark: str = Field(
-        "geneval", description="What the scores of the run's scorers add up to: geneval, or package.module.Class"
-    )
+    benchmark: str = Field("geneval", description="What the run's scores add up to: geneval, or package.module.Class")
     images_per_prompt: int = Field(4, ge=1, description="Images of each held-out prompt")
     seed: int = Field(20, ge=0, description="Seed of evaluation and sample images")
     sample_every: int = Field(50, ge=1, description="Steps between pictures of samples")
@@ -225,9 +221,7 @@ class ClusterConfig(Section):
     dashboard: bool = Field(False, description="Ray's dashboard on a local cluster, on 127.0.0.1")
     metrics_port: int | None = Field(0, ge=0, le=65535, description="Prometheus port; 0 picks a free one, null is off")
     metrics_host: str = Field("127.0.0.1", description="Address the Prometheus endpoint binds to")
-    start_timeout_s: float = Field(
-        300.0, gt=0, description="Seconds a worker may wait for its place, and as many to load"
-    )
+    start_timeout_s: float = Field(300.0, gt=0, description="Seconds a worker may wait for its place, and to load")
     sync_timeout_s: float = Field(120.0, gt=0, description="Seconds a rollout worker may take to load a version")
     weight_transport: Literal["object_store", "gloo", "nccl"] = Field(
         "object_store",
@@ -257,9 +251,7 @@ class RunConfig(Section):
     rollout: RolloutConfig = RolloutConfig()
     rewards: list[RewardConfig] = Field(min_length=1)
     scoring: ScoringConfig = ScoringConfig()
-    recipe: str = Field(
-        "stage", description="The algorithm: stage, grpo, or package.module.Class; its options stand under algorithm"
-    )
+    recipe: str = Field("stage", description="stage, grpo, or package.module.Class; its options stand under algorithm")
     algorithm: AlgorithmConfig = AlgorithmConfig()
     learner: LearnerConfig = LearnerConfig()
     pipeline: PipelineConfig = PipelineConfig()

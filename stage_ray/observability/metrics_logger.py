@@ -8,7 +8,7 @@ import numbers
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
 from torch.utils.tensorboard import SummaryWriter
@@ -33,11 +33,6 @@ class MetricsLogger:
 
     Attributes:
         port: of the Prometheus endpoint; None where there is none.
-
-    Example:
-        logger = MetricsLogger(Path("runs/a"), port=0, host="127.0.0.1")
-        logger.step(1, {"reward/mean": 0.5, "alarms": []})   # and gauge stage_ray_reward_mean on logger.port
-        logger.close()
     """
 
     def __init__(self, run_dir: Path, port: int | None, host: str, resume_step: int = 0) -> None:
@@ -61,10 +56,13 @@ class MetricsLogger:
 
     def step(self, step: int, metrics: Mapping[str, float | str | Sequence[str] | None]) -> None:
         """Record the metrics of one step. Numbers that are not finite become null; trackers get a list's length."""
-        row = {"step": step, **{name: _plain(value) for name, value in metrics.items()}}
+        lost = {name for name, value in metrics.items() if isinstance(value, numbers.Real) and not math.isfinite(value)}
+        row = {"step": step, **metrics, **dict.fromkeys(lost)}
         self._append(METRICS_FILE, row)
-        lengths = {name: len(value) for name, value in row.items() if isinstance(value, list)}
-        tracked = {name: value for name, value in {**row, **lengths}.items() if not isinstance(value, str)}
+        tracked: dict[str, float | None] = {}
+        for name, value in row.items():
+            if not isinstance(value, str):
+                tracked[name] = len(value) if isinstance(value, Sequence) else value
         for tracker in self._trackers:
             tracker.step(step, tracked)
 
@@ -89,7 +87,7 @@ class MetricsLogger:
 
     def _append(self, name: str, row: Mapping[str, Any]) -> None:
         with (self._run_dir / name).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row, allow_nan=False) + "\n")
+            file.write(json.dumps(row, allow_nan=False, default=float) + "\n")  # float: of a NumPy number
 
 
 def read_steps(path: Path) -> list[dict[str, Any]]:
@@ -112,16 +110,7 @@ def read_steps(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _plain(value: Any) -> Any:
-    """A JSON value: numbers finite or None, sequences as lists; ``json.dumps`` refuses what is neither."""
-    if isinstance(value, numbers.Integral):
-        return int(value)
-    if isinstance(value, numbers.Real):
-        return float(value) if math.isfinite(value) else None
-    return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
-
-
-class Tracker(Protocol):
+class Tracker:
     """Built by `MetricsLogger`, before anything is written; nothing is tracked before the first `open`."""
 
     def open(self, step: int) -> None:
@@ -156,9 +145,6 @@ class TensorBoardTracker(Tracker):
             if number is not None and name != "step":
                 self._writer.add_scalar(name, number, step)
         self._writer.flush()
-
-    def alarm(self, name: str) -> None:
-        """As `Tracker.alarm`."""
 
     def close(self) -> None:
         """As `Tracker.close`."""

@@ -11,7 +11,8 @@ from pathlib import Path
 
 PREFIX = "stage_ray_"
 RAY_PREFIX = "ray_"
-TABLE = (Path(__file__).parent / "metrics.txt").read_text(encoding="utf-8")
+HERE = Path(__file__).parent
+TABLE = (HERE / "metrics.txt").read_text(encoding="utf-8")
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,35 +92,7 @@ def find(name: str) -> Metric | None:
 
 def markdown() -> str:
     """The metrics as ``deploy/grafana/METRICS.md`` has them."""
-    header = "Prometheus | kind | unit | meaning | recorded by |\n| --- | --- | --- | --- | --- | --- |\n"
-    recorded, worker = ("".join(map(_markdown_row, metrics)) for metrics in (RECORDED, WORKER))
-    alarms = "".join(f"| `{name}` | {text} |\n" for name, text in ALARMS.items())
-    return f"""# Metrics
+    import jinja2  # late: workers read the table only
 
-Written by `stage-ray metrics --markdown`; source: `stage_ray/observability/metrics.txt`.
-
-## Of a run
-
-One row an update in `metrics.jsonl` and TensorBoard, and the newest of each on the driver's Prometheus endpoint
-(`cluster.metrics_port`).
-
-| metrics.jsonl | {header}{recorded}
-## Alarms
-
-The label `name` of `stage_ray_alarm_total`; each has a rule in `alerts.yaml`. A run that ends because no group could be
-scored (`no_valid_reward`) takes its endpoint with it before another scrape: alert on the job that failed, too.
-
-| name | meaning |
-| --- | --- |
-{alarms}
-## Of its workers
-
-On the Ray metrics endpoint of each node, with the labels `role` (rollout, reward, learner) and `worker`.
-
-| in Ray | {header}{worker}"""
-
-
-def _markdown_row(metric: Metric) -> str:
-    meaning = metric.meaning.replace("|", "\\|")
-    kind, unit = metric.kind, metric.unit
-    return f"| `{metric.name}` | `{metric.prometheus}` | {kind} | {unit} | {meaning} | {metric.where} |\n"
+    template = jinja2.Template((HERE / "metrics.md.j2").read_text(encoding="utf-8"), trim_blocks=True)
+    return template.render(recorded=RECORDED, worker=WORKER, alarms=ALARMS)
