@@ -74,9 +74,7 @@ class RolloutConfig(Section):
         default_factory=dict,
         description="Custom Ray resources of one worker (or process), such as {rollout: 1}: which nodes it may use",
     )
-    threads: int | None = Field(
-        None, ge=1, description="Threads of a worker; null: all cores if synchronous, else half"
-    )
+    threads: int | None = Field(None, ge=1, description="Threads of a worker; null: all if synchronous, else half")
     kv_cache_gib: float = Field(1.0, gt=0, description="vLLM's key-value cache on a CPU, GiB")
     gpu_memory_utilization: float = Field(0.5, gt=0, le=1, description="vLLM's share of a GPU's memory")
     timeout_s: float = Field(600.0, gt=0, description="Seconds one generation batch may take")
