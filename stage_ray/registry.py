@@ -65,7 +65,7 @@ class Registry:
         pattern = re.compile(rf"^(?:class|from \S+ import) (\w+{self.suffix})\b", re.MULTILINE)
         found = {}
         for path in [*room.glob("*.py"), *room.glob("*/__init__.py")]:
-            name = path.parent.name if path.name == "__init__.py" else path.stem
+            name = path.parent.name if path.name == "__init__.py" else path.stem  # a folder by its own name
             matches = pattern.finditer(path.read_text(encoding="utf-8"))
             # A file's class is the first that it defines; a folder's is named by importing it in its `__init__`.
             own = [match[1] for match in matches if match[0].startswith("class") or path.name == "__init__.py"]

@@ -75,7 +75,7 @@ class MetricsLogger:
     def rewind(self, step: int) -> None:
         """Forget the steps after ``step``, which will be trained again, and what a crash left half-written."""
         for path in (self._run_dir / METRICS_FILE, self._run_dir / ALARMS_FILE):
-            kept = [row for row in read_steps(path) if row["step"] <= step]
+            kept = [row for row in read_steps(path) if row["step"] <= step]  # of steps that stay
             atomic_write(path, "".join(json.dumps(row) + "\n" for row in kept))
         for tracker in self._trackers:
             tracker.open(step)

@@ -131,8 +131,8 @@ class Policy(ABC):
         self.model = model
         self.backbone = backbone
         self.codec = codec
-        self.image_tokens, self.codebook_size = codec.image_tokens, codec.codebook_size
-        model.requires_grad_(False)
+        self.image_tokens, self.codebook_size = codec.image_tokens, codec.codebook_size  # T and V
+        model.requires_grad_(False)  # then the trained ones alone
         for parameter in self.trained_parameters().values():
             parameter.requires_grad_(trainable)
 
@@ -215,7 +215,7 @@ class Policy(ABC):
         states = self.hidden_states([prompt.conditional for prompt in prompts], tokens)
         plain = chunked_logprobs(states, tokens, self.head, rows=self._rows_at_once(), entropy_grad=entropy_grad)
         with torch.no_grad():
-            branches = [states]
+            branches = [states]  # those of the conditional branch serve again
             if params.guided:
                 branches.append(self.hidden_states([prompt.unconditional for prompt in prompts], tokens))
 
@@ -224,7 +224,7 @@ class Policy(ABC):
                 return process_logits(logits[:, 0], logits[:, 1] if params.guided else None, params)
 
             rows = self._rows_at_once(len(branches))
-            found = chunked_logprobs(torch.stack(branches, dim=2), tokens, guided, rows=rows)
+            found = chunked_logprobs(torch.stack(branches, dim=2), tokens, guided, rows=rows)  # [B, T, K, hidden]
         return TokenLogprobs(plain.logprobs, plain.entropy, found.logprobs)
 
     def _rows_at_once(self, branches: int = 1) -> int:

@@ -70,7 +70,7 @@ def weight_files(directory: Path) -> list[Path]:
     """
     if (directory / WEIGHTS_INDEX).is_file():
         shards = _read_json(directory / WEIGHTS_INDEX).get("weight_map", {})
-        return [directory / name for name in sorted(set(shards.values()))]
+        return [directory / name for name in sorted(set(shards.values()))]  # a shard holds many tensors
     if not (directory / WEIGHTS).is_file():
         raise ConfigError(f"policy.path: {directory} has no {WEIGHTS}; the model directory is incomplete")
     return [directory / WEIGHTS]
@@ -90,7 +90,7 @@ def link_weights(checkpoint: Path, directory: Path) -> None:
     """Links to a checkpoint's weight files, and their index if there are several, in another directory."""
     index = [checkpoint / WEIGHTS_INDEX] if (checkpoint / WEIGHTS_INDEX).is_file() else []
     for file in weight_files(checkpoint) + index:
-        (directory / file.name).symlink_to(file.resolve())
+        (directory / file.name).symlink_to(file.resolve())  # vLLM reads weights beside its own config.json
 
 
 def _entries(directory: Path, prefixes: tuple[str, ...]) -> Iterator[tuple[str, Any]]:

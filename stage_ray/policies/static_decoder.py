@@ -46,20 +46,20 @@ class StaticDecoder:
         slots = torch.arange(self._length, device=device)
         real = slots >= padding[:, None]  # [N, length]
         # Padding attends to itself: a softmax over nothing is NaN.
-        causal = slots[:count, None] >= slots[:count]
+        causal = slots[:count, None] >= slots[:count]  # [count, count]
         own = torch.eye(count, dtype=torch.bool, device=device)
-        mask = (causal & real[:, None, :count]) | own
-        positions = (slots - padding[:, None]).clamp(min=0)
+        mask = (causal & real[:, None, :count]) | own  # [N, count, count]
+        positions = (slots - padding[:, None]).clamp(min=0)  # [N, length], 0 in the padding
         cos, sin = self._llama.rotary_emb(embeds, positions)  # [N, length, D]
-        self._angles = cos.unsqueeze(1), sin.unsqueeze(1)
+        self._angles = cos.unsqueeze(1), sin.unsqueeze(1)  # [N, 1, length, D], alike for all heads
         self._cache = self._new_cache(len(different), count)
         states = self._forward(embeds, mask[:, None])[:, -1]
         # From one cache a prompt to one a sequence, long enough for the image.
         read, self._cache = self._cache, self._new_cache(self._rows, self._length)
         for of_rows, of_prompts in zip(self._cache, read, strict=True):
-            of_rows[:, :, :, :count] = of_prompts[:, owners]
+            of_rows[:, :, :, :count] = of_prompts[:, owners]  # layer by layer, to save memory
         self._angles = self._angles[0][owners], self._angles[1][owners]
-        self._mask = real[owners][:, None, None] if bool(padding.any()) else None
+        self._mask = real[owners][:, None, None] if bool(padding.any()) else None  # None: nothing to mask
         return states[owners]
 
     def _new_cache(self, rows: int, length: int) -> Tensor:
@@ -87,7 +87,7 @@ class StaticDecoder:
             )
             keys[:, :, start : self._used] = _rotate(key, cos, sin)
             values[:, :, start : self._used] = value
-            query = _rotate(query, cos, sin).to(keys.dtype)
+            query = _rotate(query, cos, sin).to(keys.dtype)  # float32 on a CPU
             read = keys[:, :, : self._used], values[:, :, : self._used]
             mixed = self._mix(query, *read, mask, attention.scaling).to(hidden.dtype)
             hidden = hidden + attention.o_proj(mixed.transpose(1, 2).flatten(2))
@@ -102,7 +102,7 @@ class StaticDecoder:
             return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scale, enable_gqa=grouped)
         # One query a row: fused kernels are built for many; here two batched products are faster. Query heads that
         # share a key head stand in as that head's queries.
-        query = query.reshape(rows, self._kv_heads, -1, self._head_dim)
+        query = query.reshape(rows, self._kv_heads, -1, self._head_dim)  # [B, kv heads, queries a key head, D]
         scores = torch.matmul(query * scale, keys.transpose(-1, -2))
         if mask is not None:
             scores = scores.masked_fill(~mask, -torch.inf)

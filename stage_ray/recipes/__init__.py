@@ -27,7 +27,7 @@ def load_recipe(run: RunConfig) -> Recipe:
     kind = RECIPES.find(run.recipe, "recipe")
     if not (isinstance(kind, type) and issubclass(kind, Recipe)):
         raise ConfigError(f"recipe = {run.recipe!r} is no class that derives from stage_ray.recipes.base.Recipe")
-    given = run.algorithm.model_extra or {}
+    given = run.algorithm.model_extra or {}  # keys that are not shared by all recipes
     for name, value in given.items():
         if name not in kind.Options.model_fields:
             raise ConfigError(_unknown(run.recipe, kind, name, value))
@@ -46,12 +46,12 @@ def resolve_recipe(run: RunConfig) -> RunConfig:
         ConfigError: as `load_recipe`.
     """
     options = load_recipe(run).options.model_dump()
-    return run.model_copy(update={"algorithm": run.algorithm.model_copy(update=options)})
+    return run.model_copy(update={"algorithm": run.algorithm.model_copy(update=options)})  # both are frozen
 
 
 def _unknown(recipe: str, kind: type[Recipe], name: str, value: Any) -> str:
     """What is wrong with an option that the recipe does not have, and what to do."""
-    known = [*kind.Options.model_fields, *AlgorithmConfig.model_fields]
+    known = [*kind.Options.model_fields, *AlgorithmConfig.model_fields]  # its own and the shared ones
     others = [other for other in RECIPES.names() if name in RECIPES.find(other, "recipe").Options.model_fields]
     if others:
         fix = f"it belongs to recipe {' and '.join(others)}; remove it, or set recipe={others[0]}"

@@ -69,7 +69,7 @@ def chart(steps: Sequence[int], series: Mapping[str, Sequence[float | None]], to
 
 def _running_mean(data: np.ndarray) -> np.ndarray:
     """Centred mean over up to nine values, gaps skipped: [n] -> [n]."""
-    half = min(SMOOTH, len(data)) // 2
+    half = min(SMOOTH, len(data)) // 2  # fewer near the ends
     windows = np.lib.stride_tricks.sliding_window_view(np.pad(data, half, constant_values=np.nan), 2 * half + 1)
     with warnings.catch_warnings(action="ignore"):  # a mean of nothing is NaN, as it should be
         return np.nanmean(windows, axis=1)

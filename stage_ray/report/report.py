@@ -74,7 +74,7 @@ def changes(before: EvaluationResult, after: EvaluationResult) -> dict[str, Metr
         if name not in after.metrics:
             continue
         now, parts = after.metrics[name], {part: found[part] for part in was.parts if part in found}
-        both = was.by_prompt.keys() & now.by_prompt.keys()
+        both = was.by_prompt.keys() & now.by_prompt.keys()  # an image that could not be judged leaves its prompt out
         differences = {prompt: [now.by_prompt[prompt] - was.by_prompt[prompt]] for prompt in sorted(both)}
         complete = len(parts) == len(was.parts)
         change = (mean_of_metrics(parts) if complete else None) if was.parts else mean_over_images(differences)
@@ -139,7 +139,7 @@ def _cards(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
 
     seconds, speeds, rewards = known("time/step_s"), sorted(known("images_per_s")), known("reward/mean")
     if rewards:
-        window = max(1, min(10, len(rewards) // 2))
+        window = max(1, min(10, len(rewards) // 2))  # the two do not overlap
         first, last = sum(rewards[:window]) / window, sum(rewards[-window:]) / window
         cards[f"training reward, first and last {window} steps"] = f"{first:.2f} → {last:.2f}"
     if speeds:

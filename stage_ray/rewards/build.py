@@ -36,7 +36,7 @@ def _build(config: RewardConfig, key: str) -> Reward | GroupReward:
     key = f"{key}.options"
     parameters = inspect.signature(kind).parameters
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    allowed = [name for name, parameter in parameters.items() if parameter.kind in named]
+    allowed = [name for name, parameter in parameters.items() if parameter.kind in named]  # neither *args nor **kwargs
     free = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     listing = ", ".join(allowed) or "none"
     for name in config.options:

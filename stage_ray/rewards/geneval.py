@@ -65,8 +65,8 @@ class GenEvalReward:
         """Score images, uint8 [B, H, W, 3], each against its prompt's record."""
         seen = self._detector.detect(images)
         details = tuple(self._judge(prompt, found) for prompt, found in zip(prompts, seen, strict=True))
-        key = "verdict" if self._score == "strict" else self._score
-        scores = np.asarray([detail.get(key, np.nan) for detail in details], np.float32)
+        key = "verdict" if self._score == "strict" else self._score  # verdicts are 0 or 1
+        scores = np.asarray([detail.get(key, np.nan) for detail in details], np.float32)  # NaN: could not be judged
         public = tuple({name: fact for name, fact in detail.items() if name != "soft_published"} for detail in details)
         return RewardOutput(scores, np.isfinite(scores), public)
 
@@ -91,7 +91,7 @@ class GenEvalReward:
 
     def _confident(self, found: Sequence[Detection], threshold: float) -> Objects:
         objects: dict[str, list[Detection]] = {}
-        for one in sorted(found, key=lambda detection: -detection.confidence):
+        for one in sorted(found, key=lambda detection: -detection.confidence):  # most confident first
             if one.confidence > threshold:
                 objects.setdefault(one.label, []).append(one)
         return {label: group[: self._max_per_class] for label, group in objects.items()}

@@ -28,14 +28,14 @@ def score_groups(
     start = time.monotonic()
     images = np.concatenate([group.images for group in groups])
     outputs = {name: _run(name, scorer, groups, images) for name, scorer in scorers}
-    seconds = (time.monotonic() - start) / len(images)
+    seconds = (time.monotonic() - start) / len(images)  # an image's share
     scores = np.empty((len(images), len(outputs)), np.float32)
     valid = np.empty(scores.shape, bool)
     for column, output in enumerate(outputs.values()):
         scores[:, column], valid[:, column] = output.scores, output.valid
     scored, first = [], 0
     for group in groups:
-        mine = range(first, first + len(group.images))
+        mine = range(first, first + len(group.images))  # its rows of the batch
         first = mine.stop
         scored.append(
             ScoredGroup(
@@ -60,7 +60,7 @@ def _run(name: str, scorer: Reward | GroupReward, groups: Sequence[RolloutGroup]
             output = scorer.score(images, [group.prompt for group in groups for _ in group.images])
         scores = np.asarray(output.scores, np.float32)
         valid = np.asarray(output.valid, bool)
-        details = [dict(said) for said in output.details]
+        details = [dict(said) for said in output.details]  # copies: `error` may be added below
     # A scorer is a user's code, or a service, and may fail in any way. This is the one place that must outlive it: its
     # failure becomes part of the record, and the group is scored again or replaced.
     except Exception as error:
@@ -68,7 +68,7 @@ def _run(name: str, scorer: Reward | GroupReward, groups: Sequence[RolloutGroup]
         reason = f"{type(error).__name__}: {error}"
     else:
         if scores.shape == valid.shape == (len(details),) == (count,):
-            usable = valid & np.isfinite(scores)
+            usable = valid & np.isfinite(scores)  # [B]
             for detail, score, ok in zip(details, scores, usable, strict=True):
                 if not ok:
                     finite = np.isfinite(score)

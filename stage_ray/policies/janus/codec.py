@@ -54,7 +54,7 @@ class JanusCodec(ImageCodec):
             where = processor.tokenizer.name_or_path
             raise ConfigError(f"policy.path: {where} has no chat template (chat_template.jinja)")
         for official, paper in PAPER_ROLES.items() if template == "paper" else ():
-            chat_template = chat_template.replace(official, paper)
+            chat_template = chat_template.replace(official, paper)  # the roles are plain text in it
         self.location, self.config, self.processor, self._chat_template = location, config, processor, chat_template
         side = int(config.vq_config.num_patches)
         self.grid = (side, side)
@@ -90,7 +90,7 @@ class JanusCodec(ImageCodec):
 
         vqmodel = JanusVQVAE(self.config.vq_config)
         tensors = read_tensors(self.location, (VQ_PREFIX,))
-        missing, _ = vqmodel.load_state_dict(
+        missing, _ = vqmodel.load_state_dict(  # unexpected names do no harm
             {name.removeprefix(VQ_PREFIX): tensor for name, tensor in tensors.items()}, strict=False
         )
         if missing:
@@ -112,7 +112,7 @@ class JanusCodec(ImageCodec):
         template = self._chat_template
         chat = self.processor.apply_chat_template(messages, add_generation_prompt=True, chat_template=template)
         encoded = self.processor(text=[chat], generation_mode="image")
-        conditional = tuple(int(token) for token in encoded["input_ids"][0])
+        conditional = tuple(int(token) for token in encoded["input_ids"][0])  # hashable, and no array of NumPy
         kept = {tokenizer.bos_token_id, int(tokenizer.convert_tokens_to_ids(tokenizer.boi_token))}
         return PromptIds(conditional, tuple(i if i in kept else int(tokenizer.pad_token_id) for i in conditional))
 
@@ -125,7 +125,7 @@ class JanusCodec(ImageCodec):
         """Tokens int64 [B, T] -> images uint8 [B, H, W, 3] on the CPU; the decoder speaks -1..1."""
         vqmodel = self._tokenizer()
         device = vqmodel.quantize.embedding.weight.device
-        chunks = [vqmodel.decode(chunk.to(device)) for chunk in tokens.split(DECODE_CHUNK)]
+        chunks = [vqmodel.decode(chunk.to(device)) for chunk in tokens.split(DECODE_CHUNK)]  # [chunk, 3, H, W], -1..1
         pixels = torch.cat([((chunk.float() + 1) * 127.5).clamp(0, 255).to(torch.uint8).cpu() for chunk in chunks])
         return pixels.permute(0, 2, 3, 1).contiguous()
 

@@ -36,7 +36,7 @@ class JanusPolicy(Policy):
         model.model.generation_head.float()  # see `head`
         if not trainable:
             for_sampling(model.model.vqmodel)
-        codec.vqmodel = model.model.vqmodel
+        codec.vqmodel = model.model.vqmodel  # one tokenizer for both
         super().__init__(model, Backbone(model.model.language_model), codec, trainable=trainable)
 
     @classmethod
