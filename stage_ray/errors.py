@@ -18,14 +18,14 @@ class LearnerLostError(RunError):
 
 
 class GroupsLostError(Exception):
-    """The payload of some groups is gone, with the node that held it; the other groups are as they were."""
+    """The payload of some groups was lost with the node that held it; the other groups are as they were."""
 
     def __init__(self, group_ids: Sequence[int]) -> None:
         super().__init__(f"groups {list(group_ids)} were lost with a node")
         self.group_ids = list(group_ids)
 
 
-class Interrupted(RunError):  # noqa: N818  it is no error: someone wanted it
+class Interrupted(RunError):  # noqa: N818  it is no error: a user asked for it
     """A signal ended the run, after a checkpoint. Exit code 128 plus the signal's number, as shells expect."""
 
     def __init__(self, message: str, exit_code: int) -> None:

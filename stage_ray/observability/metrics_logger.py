@@ -54,17 +54,14 @@ class MetricsLogger:
         atomic_write(run_dir / MACHINE_FILE, json.dumps(machine_metadata(), indent=1))
         self.rewind(resume_step)
 
-    def step(self, step: int, metrics: Mapping[str, float | str | Sequence[str] | None]) -> None:
+    def step(self, step: int, metrics: Mapping[str, float | Sequence[str] | None]) -> None:
         """Record the metrics of one step. Numbers that are not finite become null; trackers get a list's length."""
-        lost = {name for name, value in metrics.items() if isinstance(value, numbers.Real) and not math.isfinite(value)}
-        row = {"step": step, **metrics, **dict.fromkeys(lost)}
+        row: dict[str, Any] = {"step": step, **metrics}
+        row |= {name: None for name, it in row.items() if isinstance(it, numbers.Real) and not math.isfinite(it)}
         self._append(METRICS_FILE, row)
-        tracked: dict[str, float | None] = {}
-        for name, value in row.items():
-            if not isinstance(value, str):
-                tracked[name] = len(value) if isinstance(value, Sequence) else value
+        lengths = {name: len(value) for name, value in row.items() if isinstance(value, Sequence)}
         for tracker in self._trackers:
-            tracker.step(step, tracked)
+            tracker.step(step, row | lengths)
 
     def alarm(self, step: int, name: str, text: str) -> None:
         """Record one alarm of a step in ``alarms.jsonl`` and the trackers."""

@@ -123,7 +123,6 @@ class LoggedProgress(Progress):
     """The same as lines of the log, for ``logs.format: json``: every step, with its numbers in ``metrics``.
 
     Example:
-        start_logs("json", "stage_shapeworld")
         LoggedProgress().step(1, 100, {"kl": 0.01})  # {"message": "step 1 of 100", "metrics": {"kl": 0.01}, ...}
     """
 
@@ -133,8 +132,8 @@ class LoggedProgress(Progress):
     def step(self, step: int, total: int, metrics: Mapping[str, Any]) -> None:
         """One line a step."""
         bind_context(step=step)
-        shown = {name: metrics[name] for name in SHOWN if metrics.get(name) is not None}
-        finite = {name: value for name, value in shown.items() if math.isfinite(value)}  # JSON has no NaN
+        shown = {name: metrics.get(name) for name in SHOWN}
+        finite = {name: it for name, it in shown.items() if it is not None and math.isfinite(it)}  # JSON has no NaN
         log.info("step %d of %d", step, total, extra={"metrics": finite})
 
     def alarm(self, name: str, text: str) -> None:

@@ -67,8 +67,9 @@ class GenEvalReward:
         details = tuple(self._judge(prompt, found) for prompt, found in zip(prompts, seen, strict=True))
         key = "verdict" if self._score == "strict" else self._score  # verdicts are 0 or 1
         scores = np.asarray([detail.get(key, np.nan) for detail in details], np.float32)  # NaN: could not be judged
-        public = tuple({name: fact for name, fact in detail.items() if name != "soft_published"} for detail in details)
-        return RewardOutput(scores, np.isfinite(scores), public)
+        for detail in details:
+            detail.pop("soft_published", None)  # a score of its own, and not for people
+        return RewardOutput(scores, np.isfinite(scores), details)
 
     def _judge(self, prompt: Prompt, found: Sequence[Detection]) -> dict[str, Any]:
         try:

@@ -1,4 +1,4 @@
-"""Scorers from a config: names, dotted paths, options; every mistake is one sentence that names its mend."""
+"""Scorers from a config: names, dotted paths, options; every mistake is one sentence that names its fix."""
 
 from __future__ import annotations
 

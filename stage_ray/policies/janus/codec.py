@@ -37,8 +37,7 @@ class JanusCodec(ImageCodec):
         vqmodel: the image tokenizer; None where nothing is decoded here.
 
     Example:
-        codec = JanusCodec.load(PolicyConfig(path="deepseek-community/Janus-Pro-1B"))
-        codec.load_decoder(torch.device("cpu"))
+        JanusCodec.load(PolicyConfig(path="deepseek-community/Janus-Pro-1B"), torch.device("cpu")).codebook()
     """
 
     vqmodel: JanusVQVAE | None = None
@@ -62,8 +61,8 @@ class JanusCodec(ImageCodec):
         self._cached_ids = lru_cache(maxsize=4096)(self._prompt_ids)  # one prompt is asked for many times
 
     @classmethod
-    def load(cls, policy: PolicyConfig) -> JanusCodec:
-        """Read configs, tokenizer and template, and no weights.
+    def load(cls, policy: PolicyConfig, device: torch.device | None = None) -> JanusCodec:
+        """Read configs, tokenizer and template; where a device is given, the image tokenizer too, frozen, in float32.
 
         Raises:
             ConfigError: the checkpoint is missing, incomplete, or not Janus.
@@ -78,25 +77,18 @@ class JanusCodec(ImageCodec):
             raise ConfigError(f"policy.path: {location} does not load as a Janus model: {error}") from error
         if not isinstance(config, JanusConfig) or not isinstance(processor, JanusProcessor):
             raise ConfigError(f"policy.path: {location} is not a Janus model with its processor")
-        return cls(location, config, processor, policy.template)
+        codec = cls(location, config, processor, policy.template)
+        if device is not None:
+            from transformers import JanusVQVAE
 
-    def load_decoder(self, device: torch.device) -> None:
-        """Load the image tokenizer alone, frozen, in float32.
-
-        Raises:
-            ConfigError: the checkpoint lacks some of its tensors.
-        """
-        from transformers import JanusVQVAE
-
-        vqmodel = JanusVQVAE(self.config.vq_config)
-        tensors = read_tensors(self.location, (VQ_PREFIX,))
-        missing, _ = vqmodel.load_state_dict(  # unexpected names do no harm
-            {name.removeprefix(VQ_PREFIX): tensor for name, tensor in tensors.items()}, strict=False
-        )
-        if missing:
-            lacking = f"{len(missing)} tensors, the first is {VQ_PREFIX}{missing[0]}"
-            raise ConfigError(f"policy.path: {self.location} lacks {lacking}")
-        self.vqmodel = for_sampling(vqmodel.to(device).requires_grad_(False))
+            vqmodel = JanusVQVAE(config.vq_config)
+            tensors = {k.removeprefix(VQ_PREFIX): v for k, v in read_tensors(location, (VQ_PREFIX,)).items()}
+            missing, _ = vqmodel.load_state_dict(tensors, strict=False)  # unexpected names do no harm
+            if missing:
+                lacking = f"{len(missing)} tensors, the first is {VQ_PREFIX}{missing[0]}"
+                raise ConfigError(f"policy.path: {location} lacks {lacking}")
+            codec.vqmodel = for_sampling(vqmodel.to(device).requires_grad_(False))
+        return codec
 
     def encode_prompt(self, text: str) -> PromptIds:
         """Both branches of a prompt, chat template applied, ending in the token that begins an image."""
