@@ -51,14 +51,39 @@ def write_report(run_dir: Path) -> Path:
     """
     if not (run_dir / "config.yaml").is_file():
         raise ConfigError(f"{run_dir} holds no run: there is no config.yaml in it")
+    config_text = (run_dir / "config.yaml").read_text(encoding="utf-8")
+    rows = read_steps(run_dir / METRICS_FILE)
+    before, after = (read_result(run_dir / "evaluation" / f"{name}.json") for name in ("before", "after"))
+    changed = changes(before, after) if before and after else {}
+    alarms: dict[str, list[dict[str, Any]]] = {}  # by name, in the order they first rang
+    for row in read_steps(run_dir / ALARMS_FILE):
+        alarms.setdefault(row["alarm"], []).append(row)
+    sheets = sorted((run_dir / "samples").glob("step-*.png"))
+    if len(sheets) > MOST_SAMPLES:  # spread evenly over the run, first and last among them
+        sheets = [sheets[round(i * (len(sheets) - 1) / (MOST_SAMPLES - 1))] for i in range(MOST_SAMPLES)]
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("stage_ray.report"),
         autoescape=jinja2.select_autoescape(["html", "j2"]),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
     )
+    page = environment.get_template("report.html.j2").render(
+        name=run_dir.resolve().name,
+        state=_state(rows, yaml.safe_load(config_text), after is not None),
+        cards=_cards(rows),
+        before=before,
+        after=after,
+        changed=changed,
+        tones=_tones(before, changed),
+        pair=_pictures({run_dir / "evaluation" / f"{name}.png": name.capitalize() for name in ("before", "after")}),
+        alarms=alarms,
+        charts=_charts(rows),
+        samples=_pictures({sheet: f"After step {int(sheet.stem.partition('-')[2])}" for sheet in sheets}),
+        config=config_text,
+        machine=read_json(run_dir / MACHINE_FILE) or machine_metadata(),
+    )
     path = run_dir / "report.html"
-    atomic_write(path, environment.get_template("report.html.j2").render(_contents(run_dir)))
+    atomic_write(path, page)
     return path
 
 
@@ -74,42 +99,13 @@ def changes(before: EvaluationResult, after: EvaluationResult) -> dict[str, Metr
         if name not in after.metrics:
             continue
         now, parts = after.metrics[name], {part: found[part] for part in was.parts if part in found}
-        both = was.by_prompt.keys() & now.by_prompt.keys()  # an image that could not be judged leaves its prompt out
+        both = was.by_prompt.keys() & now.by_prompt.keys()  # prompts with a judged image in both
         differences = {prompt: [now.by_prompt[prompt] - was.by_prompt[prompt]] for prompt in sorted(both)}
         complete = len(parts) == len(was.parts)
         change = (mean_of_metrics(parts) if complete else None) if was.parts else mean_over_images(differences)
         if change is not None:
             found[name] = change
     return found
-
-
-def _contents(run_dir: Path) -> dict[str, Any]:
-    """Everything the template shows."""
-    config_text = (run_dir / "config.yaml").read_text(encoding="utf-8")
-    rows = read_steps(run_dir / METRICS_FILE)
-    before, after = (read_result(run_dir / "evaluation" / f"{name}.json") for name in ("before", "after"))
-    changed = changes(before, after) if before and after else {}
-    alarms: dict[str, list[dict[str, Any]]] = {}  # by name, in the order they first rang
-    for row in read_steps(run_dir / ALARMS_FILE):
-        alarms.setdefault(row["alarm"], []).append(row)
-    sheets = sorted((run_dir / "samples").glob("step-*.png"))
-    if len(sheets) > MOST_SAMPLES:  # spread evenly over the run, first and last among them
-        sheets = [sheets[round(i * (len(sheets) - 1) / (MOST_SAMPLES - 1))] for i in range(MOST_SAMPLES)]
-    return {
-        "name": run_dir.resolve().name,
-        "state": _state(rows, yaml.safe_load(config_text), after is not None),
-        "cards": _cards(rows),
-        "before": before,
-        "after": after,
-        "changed": changed,
-        "tones": _tones(before, changed),
-        "pair": _pictures({run_dir / "evaluation" / f"{name}.png": name.capitalize() for name in ("before", "after")}),
-        "alarms": alarms,
-        "charts": _charts(rows),
-        "samples": _pictures({sheet: f"After step {int(sheet.stem.partition('-')[2])}" for sheet in sheets}),
-        "config": config_text,
-        "machine": read_json(run_dir / MACHINE_FILE) or machine_metadata(),
-    }
 
 
 def _state(rows: Sequence[dict[str, Any]], config: dict[str, Any], evaluated: bool) -> str:

@@ -13,7 +13,7 @@ from stage_ray.records import Prompt
 from stage_ray.registry import import_dotted
 from stage_ray.rewards.base import RewardOutput
 from stage_ray.rewards.detection import Detection, Detector
-from stage_ray.rewards.geneval_rules import Objects, requirements, soft_score, strict_verdict
+from stage_ray.rewards.geneval_rules import requirements, soft_score, strict_verdict
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -80,7 +80,12 @@ class GenEvalReward:
         if not include:
             return {"error": f'prompt {prompt.text!r} has no "include": GenEval needs to know what should be seen'}
         tag = prompt.record.get("tag")
-        objects = self._confident(found, self._counting_threshold if tag == "counting" else self._threshold)
+        threshold = self._counting_threshold if tag == "counting" else self._threshold
+        seen: dict[str, list[Detection]] = {}  # class -> its detections
+        for one in sorted(found, key=lambda detection: -detection.confidence):  # most confident first
+            if one.confidence > threshold:
+                seen.setdefault(one.label, []).append(one)
+        objects = {label: group[: self._max_per_class] for label, group in seen.items()}
         verdict, reason = strict_verdict(include, exclude, objects)
         return {
             "verdict": verdict,
@@ -89,10 +94,3 @@ class GenEvalReward:
             "tag": tag,
             "reason": reason,
         }
-
-    def _confident(self, found: Sequence[Detection], threshold: float) -> Objects:
-        objects: dict[str, list[Detection]] = {}
-        for one in sorted(found, key=lambda detection: -detection.confidence):  # most confident first
-            if one.confidence > threshold:
-                objects.setdefault(one.label, []).append(one)
-        return {label: group[: self._max_per_class] for label, group in objects.items()}
