@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from stage_ray.config import PolicyConfig
+from stage_ray.errors import ConfigError
 from stage_ray.policies.backbone import Backbone
 from stage_ray.policies.logprobs import SamplingParams, TokenLogprobs, chunked_logprobs, process_logits
 
@@ -171,6 +172,14 @@ class Policy(ABC):
     @abstractmethod
     def save(self, directory: Path, state: Mapping[str, Tensor] | None = None) -> None:
         """Write a Hugging Face checkpoint that plain transformers loads; ``state`` replaces the model's weights."""
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute the layers' activations in the backward pass; dropout, if a config has any, stays off.
+
+        Raises:
+            ConfigError: the family cannot.
+        """
+        raise ConfigError("learner.gradient_checkpointing is true, which this policy.family cannot do; set it to false")
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that are trained by ``state_dict`` name, each once."""
