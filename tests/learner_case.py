@@ -42,7 +42,7 @@ def sample_groups(
     generator = torch.Generator().manual_seed(seed)
     groups = []
     for index, text in enumerate(prompts):
-        ids = [policy.encode_prompt(text).conditional] * group_size
+        ids = [policy.codec.encode_prompt(text).conditional] * group_size
         tokens = torch.zeros(group_size, policy.image_tokens, dtype=torch.int64)
         for place in range(policy.image_tokens):
             logits = policy.image_logits(ids, tokens)[:, place].float()

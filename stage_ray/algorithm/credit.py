@@ -69,10 +69,10 @@ def stage_credit(
     rewards = combine_rewards(scores, weights=weights, drop_constant=drop_constant)
     if entropy_weight > 0:
         bonus = entropy_reward(policy_entropy, reference_entropy, rewards, best_only=entropy_best_only)
-        rewards = rewards + entropy_weight * bonus
+        rewards = rewards + entropy_weight * bonus  # before normalising, so it changes mean and std too
     advantages = group_advantages(rewards, eps=eps)
     similarity = opposite_sign_similarity(tokens, codebook, advantages)
-    if entropy_weight == 0:
-        silent = ~informative.any(dim=1)
-        similarity = similarity.masked_fill(silent[:, None, None], 1.0)
+    if entropy_weight == 0:  # with the entropy reward such a group still has advantages
+        silent = ~informative.any(dim=1)  # [N]
+        similarity = similarity.masked_fill(silent[:, None, None], 1.0)  # policy weight 0, KL weight 1
     return StageCredit(rewards, advantages, similarity, informative)

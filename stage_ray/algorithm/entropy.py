@@ -48,7 +48,7 @@ def entropy_reward(
         raise ValueError(f"policy_entropy, reference_entropy and rewards must all be [N, G], not {shapes}")
     with torch.no_grad():
         closeness = entropy_closeness(policy_entropy, reference_entropy)
-        best = rewards == rewards.amax(dim=1, keepdim=True)
+        best = rewards == rewards.amax(dim=1, keepdim=True)  # [N, G]; ties are all best
         applies = (best if best_only else torch.ones_like(best)).to(closeness.dtype)
         mean = (closeness * applies).sum(dim=1, keepdim=True) / applies.sum(dim=1, keepdim=True)
-        return (closeness - mean) * applies
+        return (closeness - mean) * applies  # so the reward of a group stays the same in sum

@@ -24,4 +24,4 @@ def k3_kl(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
         [0.0, 7183.0]
     """
     difference = reference_logprobs - logprobs
-    return torch.expm1(difference) - difference
+    return torch.expm1(difference) - difference  # exp(d) - 1 - d

@@ -71,7 +71,7 @@ def token_weights(
     """
     if similarity is not None and similarity.shape != like.shape:
         raise ValueError(f"similarity must be {list(like.shape)}, not {list(similarity.shape)}")
-    policy = kappa = torch.ones_like(like)
+    policy = kappa = torch.ones_like(like)  # no reweighting
     if similarity is not None and reweight_advantage:
         policy = advantage_weight(similarity.to(like))
     if similarity is not None and reweight_kl:
@@ -114,7 +114,7 @@ def policy_loss(
         >>> loss.item(), [round(g, 4) for g in logp.grad.flatten().tolist()]
         (-0.0, [-0.3535, 0.3535])
     """
-    shares = _normalised(torch.ones_like(logprobs) if weight is None else weight)
+    shares = _normalised(torch.ones_like(logprobs) if weight is None else weight)  # [N, G, T], 1/N a group in sum
     advantages = _per_token(advantages, logprobs)
     return -(shares * surrogate(logprobs, behavior_logprobs, advantages, clip=clip, correction=correction)).sum()
 
@@ -139,7 +139,7 @@ def weighted_loss(
         beta: weight of the KL; ``clip`` and ``correction`` as in `policy_loss`.
     """
     terms = surrogate(logprobs, behavior_logprobs, _per_token(advantages, logprobs), clip=clip, correction=correction)
-    policy = -(weights.policy * terms).sum()
+    policy = -(weights.policy * terms).sum()  # minus: the objective is maximised
     kl = (weights.kl * k3_kl(logprobs, reference_logprobs)).sum()
     return StageLoss(loss=policy + beta * kl, policy=policy.detach(), kl=kl.detach())
 

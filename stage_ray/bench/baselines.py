@@ -21,7 +21,8 @@ from stage_ray.learner.batch import Batch, make_batch
 from stage_ray.learner.learner import learning_rate
 from stage_ray.learner.precision import autocast, uses_bfloat16
 from stage_ray.pipeline.prompts import load_prompts
-from stage_ray.policies.base import PromptIds, device_for
+from stage_ray.policies.base import PromptIds
+from stage_ray.policies.devices import device_for
 from stage_ray.policies.janus import JanusPolicy
 from stage_ray.policies.logprobs import TokenLogprobs
 from stage_ray.recipes import load_recipe
@@ -113,7 +114,7 @@ class PlainLearner:
         self._optimizer = torch.optim.AdamW(
             self.parameters.values(), lr=learner.lr, betas=learner.betas, weight_decay=learner.weight_decay, fused=True
         )
-        self._codebook = self.policy.codebook()
+        self._codebook = self.policy.codec.codebook()
 
     def update(self, groups: Sequence[RolloutGroup], scored: Sequence[ScoredGroup]) -> StageLoss:
         """Train on whole groups once; the loss. Gradients stay until the next call."""
@@ -185,7 +186,7 @@ class SingleProcessTrainer:
         self.learner = PlainLearner(run)
         self._scorers = build_rewards(run.rewards)
         prompts = load_prompts(run.prompts.train)
-        self.prompts = equal_prompts(self.learner.policy.encode_prompt, len(prompts), prompts)
+        self.prompts = equal_prompts(self.learner.policy.codec.encode_prompt, len(prompts), prompts)
         self._next = cycle(self.prompts)
 
     def step(self) -> None:
@@ -198,6 +199,6 @@ class SingleProcessTrainer:
         rollout, policy = self._run.rollout, self.learner.policy
         prompts, ids = zip(*islice(self._next, rollout.groups_per_step), strict=True)
         tokens = plain_tokens(policy, [one for one in ids for _ in range(rollout.group_size)], rollout.guidance_scale)
-        arrays = (tokens.int().cpu().numpy(), policy.decode(tokens).numpy())
+        arrays = (tokens.int().cpu().numpy(), policy.codec.decode(tokens).numpy())
         shaped = (array.reshape(len(prompts), rollout.group_size, *array.shape[1:]) for array in arrays)
         return groups_of(prompts, *shaped, codes=policy.codebook_size, version=self.learner.version)

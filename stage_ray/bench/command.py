@@ -11,7 +11,7 @@ from rich.table import Table
 
 from stage_ray.bench import BENCHES, bench_names
 from stage_ray.bench.base import Row
-from stage_ray.config.hardware import machine_facts
+from stage_ray.config.hardware import machine_metadata
 from stage_ray.errors import ConfigError
 from stage_ray.files import atomic_write
 from stage_ray.observability.progress import Progress
@@ -37,7 +37,7 @@ def run_benches(
     console = console or Console()
     names = bench_names() if name == "all" else [name]
     benches = [BENCHES.find(chosen.replace("-", "_"), "bench") for chosen in names]
-    machine, device = machine_facts(), resolve_device(device)
+    machine, device = machine_metadata(), resolve_device(device)
     shown = machine | {"device": device, "size": "quick: no claims" if quick else "full"}
     width = max(map(len, shown))
     for key, value in shown.items():

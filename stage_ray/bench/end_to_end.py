@@ -16,7 +16,7 @@ from stage_ray.bench.limits import Speed, Work, learner_dtype, machine, rollout_
 from stage_ray.bench.timing import Measurement, Trial, Variant
 from stage_ray.config.load import load_config
 from stage_ray.errors import ConfigError, RunError
-from stage_ray.policies.base import device_for
+from stage_ray.policies.devices import device_for
 
 CONFIG = Path(__file__).parents[2] / "configs" / "stage_shapeworld.yaml"
 TARGET = 2.5

@@ -15,7 +15,8 @@ from stage_ray.bench.prompts import equal_prompts, groups_of
 from stage_ray.bench.timing import Measurement, Trial, Variant
 from stage_ray.config import RunConfig
 from stage_ray.learner import Learner
-from stage_ray.policies.base import Policy, device_for
+from stage_ray.policies.base import Policy
+from stage_ray.policies.devices import device_for
 from stage_ray.records import RolloutGroup, ScoredGroup
 
 GROUPS, GROUP_SIZE = 2, 8
@@ -82,7 +83,7 @@ def update(learner: type[Learner] | type[PlainLearner], run: RunConfig) -> Trial
     built, device = learner(run), device_for(run.learner.gpus)
     policy = built.policy
     trained = sum(parameter.numel() for parameter in policy.trained_parameters().values())
-    prompt = equal_prompts(policy.encode_prompt, 1)[0][1].conditional
+    prompt = equal_prompts(policy.codec.encode_prompt, 1)[0][1].conditional
     constant = {
         "tokens": policy.image_tokens,
         "codes": policy.codebook_size,
@@ -111,7 +112,7 @@ def run_of(model: str, device: str, micro_batch_images: int) -> RunConfig:
 def random_groups(policy: Policy, version: int) -> tuple[list[RolloutGroup], list[ScoredGroup]]:
     """Groups of noise with random scores, fixed by ``version``: what an update costs does not depend on pictures."""
     noise = np.random.default_rng(version)
-    prompts = [prompt for prompt, _ in equal_prompts(policy.encode_prompt, GROUPS)]
+    prompts = [prompt for prompt, _ in equal_prompts(policy.codec.encode_prompt, GROUPS)]
     tokens = noise.integers(0, policy.codebook_size, (GROUPS, GROUP_SIZE, policy.image_tokens)).astype(np.int32)
     images = np.empty((GROUPS, GROUP_SIZE, 0, 0, 3), np.uint8)
     groups = groups_of(prompts, tokens, images, codes=policy.codebook_size, version=version)

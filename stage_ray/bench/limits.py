@@ -15,7 +15,7 @@ from stage_ray.bench.timing import Measurement, Trial, Variant
 from stage_ray.config import RunConfig
 from stage_ray.config.paths import resolve_path
 from stage_ray.learner.precision import uses_bfloat16
-from stage_ray.policies.base import compute_dtype, device_for
+from stage_ray.policies.devices import compute_dtype, device_for
 
 BEST_OF = 3
 

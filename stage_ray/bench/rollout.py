@@ -116,7 +116,7 @@ def plain_loop(model: str, images: int, device: str, dtype: str) -> Trial:
     """The baseline: tokens, then their statistics."""
     place = torch.device(device)
     policy = plain_policy(model, device=place, dtype=getattr(torch, dtype))
-    prompts = prompts_of_images(policy.encode_prompt, images, GROUP)
+    prompts = prompts_of_images(policy.codec.encode_prompt, images, GROUP)
 
     def trial() -> Measurement:
         loop_s, tokens = timed(place, plain_tokens, policy, prompts, GUIDANCE)

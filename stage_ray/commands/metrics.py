@@ -16,10 +16,6 @@ def metrics(
 
     Example: stage-ray metrics
     """
-    from stage_ray.observability.registry import markdown as as_markdown
-    from stage_ray.observability.registry import print_table
+    from stage_ray.observability import registry
 
-    if markdown:
-        typer.echo(as_markdown(), nl=False)
-    else:
-        print_table()
+    typer.echo(registry.markdown() if markdown else registry.TABLE, nl=False)

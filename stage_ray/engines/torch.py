@@ -11,7 +11,7 @@ from stage_ray.config import PolicyConfig, RolloutConfig
 from stage_ray.engines.base import ImageEngine, ImageSequence, Rollouts
 from stage_ray.engines.sampling import Sample, SamplingParams, sample
 from stage_ray.policies import load_policy
-from stage_ray.policies.base import compute_dtype, device_for
+from stage_ray.policies.devices import compute_dtype, device_for
 
 
 class TorchEngine(ImageEngine):

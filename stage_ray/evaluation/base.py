@@ -52,7 +52,7 @@ class Benchmark(Protocol):
 
     Attributes:
         name: as ``evaluation.benchmark`` and ``evaluate --suite`` know it.
-        headline: the metric that stands for all of them in a run's summary.
+        headline: the metric that stands for all of them in a run's summary; more of it is better.
         prompts, rewards: location of its prompt file, and its scorers, as in a config. A run's evaluation takes the
             run's own instead.
         images_per_prompt: as the benchmark defines it.

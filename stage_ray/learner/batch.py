@@ -90,8 +90,8 @@ def make_batch(
         scorer_weights=torch.tensor([reward.weight for reward in run.rewards], device=device),
         staleness=torch.tensor([version - group.policy_version for group in groups], device=device),
         codebook=codebook,
-        grid=policy.grid,
-        prompts=tuple(policy.encode_prompt(group.prompt.text) for group in groups),
+        grid=policy.codec.grid,
+        prompts=tuple(policy.codec.encode_prompt(group.prompt.text) for group in groups),
     )
 
 

@@ -29,7 +29,8 @@ from stage_ray.learner.precision import attention, autocast, uses_bfloat16
 from stage_ray.learner.ranks import Ranks, full_state_dict, full_tensor
 from stage_ray.learner.state import LearnerParts, fingerprint, load_state, save_state
 from stage_ray.policies import load_policy
-from stage_ray.policies.base import Policy, device_for
+from stage_ray.policies.base import Policy
+from stage_ray.policies.devices import device_for
 from stage_ray.policies.logprobs import SamplingParams, TokenLogprobs
 from stage_ray.recipes import load_recipe
 from stage_ray.recipes.base import Credit, PolicyOutputs, ReferenceOutputs
@@ -95,7 +96,7 @@ class Learner:
             weight_decay=run.learner.weight_decay,
             fused=True,
         )
-        self._codebook = self.policy.codebook()
+        self._codebook = self.policy.codec.codebook()
         self._sampling = SamplingParams.of(run.rollout)
         # Plain sampling draws from the conditional distribution itself: there is no second ratio.
         self._guided_ratio = run.algorithm.ratio_on == "guided" and not self._sampling.plain

@@ -30,15 +30,15 @@ class Backbone(nn.Module):
         longest = max(map(len, prompts))
         ids = [[*prompt, *[0] * (longest + length - 1 - len(prompt))] for prompt in prompts]
         starts = torch.tensor([len(prompt) for prompt in prompts], device=device)
-        positions = starts[:, None] + torch.arange(length - 1, device=device)
+        positions = starts[:, None] + torch.arange(length - 1, device=device)  # [B, T - 1], of the image tokens
         states = self(torch.tensor(ids, device=device), image_embeds, positions)
         # The state at a prompt's last token predicts the first image token.
         predicting = (starts[:, None] - 1 + torch.arange(length, device=device)).unsqueeze(-1)
-        return states.gather(1, predicting.expand(-1, -1, states.shape[-1]))
+        return states.gather(1, predicting.expand(-1, -1, states.shape[-1]))  # [B, T, hidden]
 
     def forward(self, ids: Tensor, image_embeds: Tensor, positions: Tensor) -> Tensor:
         """Ids int64 [B, L], embeddings [B, T - 1, hidden] and where they belong int64 [B, T - 1] -> [B, L, hidden]."""
         embeds = self.language_model.embed_tokens(ids)  # type: ignore[operator]
         places = positions.unsqueeze(-1).expand_as(image_embeds)
-        embeds = embeds.scatter(1, places, image_embeds.to(embeds.dtype))
+        embeds = embeds.scatter(1, places, image_embeds.to(embeds.dtype))  # out of place: embeds may need a gradient
         return self.language_model(inputs_embeds=embeds, use_cache=False).last_hidden_state

@@ -13,7 +13,7 @@ from stage_ray.records import Prompt
 from stage_ray.registry import import_dotted
 from stage_ray.rewards.base import RewardOutput
 from stage_ray.rewards.detection import Detection, Detector
-from stage_ray.rewards.geneval_rules import Objects, requirements, soft_score, strict_verdict
+from stage_ray.rewards.geneval_rules import requirements, soft_score, strict_verdict
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -65,10 +65,11 @@ class GenEvalReward:
         """Score images, uint8 [B, H, W, 3], each against its prompt's record."""
         seen = self._detector.detect(images)
         details = tuple(self._judge(prompt, found) for prompt, found in zip(prompts, seen, strict=True))
-        key = "verdict" if self._score == "strict" else self._score
-        scores = np.asarray([detail.get(key, np.nan) for detail in details], np.float32)
-        public = tuple({name: fact for name, fact in detail.items() if name != "soft_published"} for detail in details)
-        return RewardOutput(scores, np.isfinite(scores), public)
+        key = "verdict" if self._score == "strict" else self._score  # verdicts are 0 or 1
+        scores = np.asarray([detail.get(key, np.nan) for detail in details], np.float32)  # NaN: could not be judged
+        for detail in details:
+            detail.pop("soft_published", None)  # a score of its own, and not for people
+        return RewardOutput(scores, np.isfinite(scores), details)
 
     def _judge(self, prompt: Prompt, found: Sequence[Detection]) -> dict[str, Any]:
         try:
@@ -79,7 +80,12 @@ class GenEvalReward:
         if not include:
             return {"error": f'prompt {prompt.text!r} has no "include": GenEval needs to know what should be seen'}
         tag = prompt.record.get("tag")
-        objects = self._confident(found, self._counting_threshold if tag == "counting" else self._threshold)
+        threshold = self._counting_threshold if tag == "counting" else self._threshold
+        seen: dict[str, list[Detection]] = {}  # class -> its detections
+        for one in sorted(found, key=lambda detection: -detection.confidence):  # most confident first
+            if one.confidence > threshold:
+                seen.setdefault(one.label, []).append(one)
+        objects = {label: group[: self._max_per_class] for label, group in seen.items()}
         verdict, reason = strict_verdict(include, exclude, objects)
         return {
             "verdict": verdict,
@@ -88,10 +94,3 @@ class GenEvalReward:
             "tag": tag,
             "reason": reason,
         }
-
-    def _confident(self, found: Sequence[Detection], threshold: float) -> Objects:
-        objects: dict[str, list[Detection]] = {}
-        for one in sorted(found, key=lambda detection: -detection.confidence):
-            if one.confidence > threshold:
-                objects.setdefault(one.label, []).append(one)
-        return {label: group[: self._max_per_class] for label, group in objects.items()}

@@ -44,7 +44,7 @@ def requirements(record: Mapping[str, Any], key: str = "include") -> list[Requir
     Raises:
         ValueError: the clauses cannot be evaluated; says which and why.
     """
-    clauses = record.get(key) or []
+    clauses = record.get(key) or []  # null is none
     if not isinstance(clauses, Sequence) or isinstance(clauses, str):
         raise ValueError(f'"{key}" is not a list')
     return [_requirement(clause, f"{key}[{index}]", index) for index, clause in enumerate(clauses)]
@@ -55,7 +55,7 @@ def _requirement(clause: Any, where: str, index: int) -> Requirement:
         raise ValueError(f'{where} has no "class"')
     count = clause.get("count")
     try:
-        number = int(count) if count is not None else 1
+        number = int(count) if count is not None else 1  # missing is one
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: count {count!r} is not a whole number") from error
     if number < 1:
@@ -80,14 +80,14 @@ def relations(a: Detection, b: Detection, slack: float = POSITION_SLACK) -> set[
     The offset of the boxes' centres is shrunk by `slack` times both boxes' sides, then divided by its full length; an
     axis counts where more than one half is left.
     """
-    boxes = np.asarray([a.box, b.box], np.float64).reshape(2, 2, 2)
-    offset = boxes[0].mean(axis=0) - boxes[1].mean(axis=0)
-    sides = np.ptp(boxes, axis=1).sum(axis=0)
+    boxes = np.asarray([a.box, b.box], np.float64).reshape(2, 2, 2)  # [box, corner, axis]
+    offset = boxes[0].mean(axis=0) - boxes[1].mean(axis=0)  # from centre to centre, pixels
+    sides = np.ptp(boxes, axis=1).sum(axis=0)  # of both boxes, by axis
     shrunk = np.maximum(np.abs(offset) - slack * sides, 0.0) * np.sign(offset)
-    if np.all(np.abs(shrunk) < 1e-3):
+    if np.all(np.abs(shrunk) < 1e-3):  # one on top of the other
         return set()
     dx, dy = shrunk / np.linalg.norm(offset)
-    holds = {"left of": dx < -0.5, "right of": dx > 0.5, "above": dy < -0.5, "below": dy > 0.5}
+    holds = {"left of": dx < -0.5, "right of": dx > 0.5, "above": dy < -0.5, "below": dy > 0.5}  # y grows downwards
     return {name for name, true in holds.items() if true}
 
 
@@ -103,37 +103,27 @@ def strict_verdict(
     Of each class only the `count` most confident detections are looked at; more are no fault of their own.
     """
     reasons: list[str] = []
-    matched: list[Sequence[Detection] | None] = []
+    matched: list[Sequence[Detection] | None] = []  # what each clause of `include` found; None where it is not met
     for need in include:
         found = objects.get(need.label, ())[: need.count]
-        reason = _strict_fault(need, found, matched)
-        if reason:
-            reasons.append(reason)
-        matched.append(None if reason else found)
+        targets = matched[need.target] if need.relation is not None else ()
+        fault = ""
+        if len(found) < need.count:
+            fault = f"expected {need.label}>={need.count}, found {len(found)}"
+        elif need.color is not None and any(one.color != need.color for one in found):
+            seen = ", ".join(str(one.color) for one in found)
+            fault = f"expected {need.color} {need.label}>={need.count}, found {seen}"
+        elif targets is None:
+            fault = f"no target for {need.label} to be {need.relation}"
+        elif need.relation is not None and _misplaced(found, need.relation, targets):
+            fault = f"expected {need.label} {need.relation} target"
+        matched.append(None if fault else found)
+        reasons += [fault] if fault else []
     for need in exclude:
         number = len(objects.get(need.label, ()))
         if number >= need.count:
             reasons.append(f"expected {need.label}<{need.count}, found {number}")
     return not reasons, "; ".join(reasons)
-
-
-def _strict_fault(
-    need: Requirement, found: Sequence[Detection], matched: Sequence[Sequence[Detection] | None]
-) -> str | None:
-    if len(found) < need.count:
-        return f"expected {need.label}>={need.count}, found {len(found)}"
-    if need.color is not None:
-        colored = sum(one.color == need.color for one in found)
-        if colored < need.count:
-            seen = ", ".join(str(one.color) for one in found)
-            return f"expected {need.color} {need.label}>={need.count}, found {seen}"
-    if need.relation is not None:
-        targets = matched[need.target]
-        if targets is None:
-            return f"no target for {need.label} to be {need.relation}"
-        if _misplaced(found, need.relation, targets):
-            return f"expected {need.label} {need.relation} target"
-    return None
 
 
 def soft_score(include: Sequence[Requirement], objects: Objects, *, published: bool = False) -> float:
@@ -147,7 +137,7 @@ def soft_score(include: Sequence[Requirement], objects: Objects, *, published: b
     matched: list[Sequence[Detection] | None] = []
     for need in include:
         found = objects.get(need.label, ())
-        parts.append(1.0 - abs(need.count - len(found)) / need.count)
+        parts.append(1.0 - abs(need.count - len(found)) / need.count)  # below 0 for many too many
         good = len(found) == need.count
         if not good:
             if need.color is not None or need.relation is not None:
@@ -162,7 +152,7 @@ def soft_score(include: Sequence[Requirement], objects: Objects, *, published: b
             targets = matched[need.target]
             good = targets is not None and not _misplaced(found, need.relation, targets)
             parts.append(1.0 if good else 0.0)
-            if published and targets is not None and not good:
+            if published and targets is not None and not good:  # the released code's second append
                 parts.append(1.0)
         matched.append(found if good else None)
     return sum(parts) / len(parts)

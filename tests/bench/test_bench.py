@@ -97,7 +97,7 @@ def row(**changes: object) -> Row:
 def test_the_plain_loop_draws_the_engines_tokens_when_given_the_engines_noise(
     policy: JanusPolicy, engine: TorchEngine
 ) -> None:
-    prompts = [policy.encode_prompt(text) for text in TEXTS]
+    prompts = [policy.codec.encode_prompt(text) for text in TEXTS]
     seeds = torch.arange(len(prompts))
 
     def draw(probabilities: torch.Tensor, step: int) -> torch.Tensor:
@@ -113,7 +113,7 @@ def test_the_plain_loop_draws_the_engines_tokens_when_given_the_engines_noise(
 
 
 def test_the_plain_loops_own_draws_follow_the_guided_distribution(policy: JanusPolicy, engine: TorchEngine) -> None:
-    ids, count = policy.encode_prompt(TEXTS[0]), 1500
+    ids, count = policy.codec.encode_prompt(TEXTS[0]), 1500
     torch.manual_seed(0)
     tokens = plain_tokens(policy, [ids] * count, GUIDANCE)
     blank = torch.zeros(1, IMAGE_TOKENS, dtype=torch.int64)
@@ -129,7 +129,7 @@ def test_the_plain_loops_own_draws_follow_the_guided_distribution(policy: JanusP
 
 
 def test_the_plain_loop_wants_prompts_of_one_length(policy: JanusPolicy) -> None:
-    prompts = [policy.encode_prompt(text) for text in ("a photo of a ring", "a photo of two red rings")]
+    prompts = [policy.codec.encode_prompt(text) for text in ("a photo of a ring", "a photo of two red rings")]
     with pytest.raises(ValueError, match="one length"):
         plain_tokens(policy, prompts, GUIDANCE)
 
@@ -188,7 +188,7 @@ def test_a_model_of_any_size_is_a_checkpoint_that_every_part_loads(tmp_path: Pat
     policy = JanusPolicy.load(PolicyConfig.model_validate({"path": str(path)}), device=CPU)
     assert (policy.image_tokens, policy.codebook_size) == (SMALL.side**2, SMALL.codes)
     assert Work.of_checkpoint(str(path)) == Work.of(policy.model)
-    pairs = equal_prompts(policy.encode_prompt, 3)
+    pairs = equal_prompts(policy.codec.encode_prompt, 3)
     assert len({len(ids.conditional) for _, ids in pairs}) == 1 and len({prompt.text for prompt, _ in pairs}) == 3
     assert all(0 not in ids.conditional for _, ids in pairs), "no padding"
     groups, scored = random_groups(policy, version=3)

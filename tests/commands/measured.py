@@ -24,7 +24,7 @@ def peak_side(model: str, rows: int, bfloat16: bool, checkpointing: bool) -> Tri
     policy = JanusPolicy.load(PolicyConfig(path=model), device=cpu)
     if checkpointing:
         _enable_checkpointing(policy.model)
-    prompt = policy.encode_prompt(PROMPT).conditional
+    prompt = policy.codec.encode_prompt(PROMPT).conditional
 
     def passes(count: int) -> None:
         tokens = torch.randint(policy.codebook_size, (count, policy.image_tokens))

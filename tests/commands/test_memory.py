@@ -18,7 +18,7 @@ from stage_ray.engines.vllm import engine
 from stage_ray.learner import Learner
 from stage_ray.observability.progress import Progress
 from stage_ray.policies import base
-from stage_ray.policies.base import hardware_has_bfloat16
+from stage_ray.policies.devices import hardware_has_bfloat16
 from stage_ray.policies.janus import codec as janus_parts
 from stage_ray.policies.static_decoder import StaticDecoder
 from stage_ray.weights.manifest import pack

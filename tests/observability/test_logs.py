@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import logging
@@ -30,7 +31,8 @@ BIN = Path(sys.executable).parent
 @pytest.fixture
 def out():
     stream = io.StringIO()
-    start_logs("json", "my-run", stream)
+    with contextlib.redirect_stdout(stream):
+        start_logs("json", "my-run")
     yield stream
     start_logs("text", "my-run")
 
@@ -125,12 +127,12 @@ def test_workers_are_told_the_format_and_the_run(tmp_path, monkeypatch):
     for where in (str(log), ""):  # of a local run; of a cluster that the run joined, where Ray keeps the output
         options = {"capture_output": True, "text": True, "timeout": 100, "env": dict(os.environ)}
         done = subprocess.run([*command, where], check=True, cwd=tmp_path, **options)
-        (facts,) = objects(done.stdout or log.read_text())
-        assert (facts["run"], facts["role"], facts["worker"]) == ("seed-20", "reward", "reward-1")
+        (line,) = objects(done.stdout or log.read_text())
+        assert (line["run"], line["role"], line["worker"]) == ("seed-20", "reward", "reward-1")
         assert bool(done.stdout) == (not where)
 
 
-def test_an_error_that_nobody_expected_is_a_line_too():
+def test_an_unexpected_error_is_a_line_too():
     code = "from stage_ray.observability.logs import start_logs; start_logs('json', 'r'); [][1]"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
     (line,) = objects(done.stdout)

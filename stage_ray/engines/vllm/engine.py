@@ -18,8 +18,9 @@ from stage_ray.engines.vllm.plugin import architecture, register_family
 from stage_ray.engines.vllm.ranks import TensorRanks
 from stage_ray.errors import ConfigError
 from stage_ray.policies import policy_class
-from stage_ray.policies.base import PromptIds, compute_dtype, device_for
+from stage_ray.policies.base import PromptIds
 from stage_ray.policies.checkpoint_files import link_weights, read_tensors, tensor_shapes
+from stage_ray.policies.devices import compute_dtype, device_for
 
 LONGEST_PROMPT = 256  # tokens; the memory of a batch is reserved for prompts of this length
 
@@ -45,11 +46,11 @@ class VllmEngine(ImageEngine):
         self._device = device_for(rollout.gpus, "rollout.gpus")
         self.codec = family.load_codec(policy, device=self._device if rank == 0 else None)
         spec = self.codec.vllm_spec()
-        self._ranks.check_heads(spec.heads, spec.kv_heads)
+        self._ranks.check_heads(spec.config["num_attention_heads"], spec.config["num_key_value_heads"])
         self._prompt_shift = spec.prompt_shift
         self._shapes = tensor_shapes(self.codec.location, (family.trained_prefix,))
         self._frozen = read_tensors(self.codec.location, spec.frozen)
-        self._longest_prompt = min(LONGEST_PROMPT, spec.max_positions - self.codec.image_tokens)
+        self._longest_prompt = min(LONGEST_PROMPT, spec.config["max_position_embeddings"] - self.codec.image_tokens)
         self._directory = tempfile.TemporaryDirectory(prefix="stage-ray-vllm-")
         directory = Path(self._directory.name)
         config = spec.config | {"architectures": [architecture(family)], "image_tokens": self.codec.image_tokens}

@@ -105,7 +105,7 @@ def train_language_model(janus: Path, work: Path, budget: Budget, pictures: int,
     model.set_attn_implementation("eager")  # a CPU's fused bfloat16 attention is half again as slow when training
     for part in (model.model.generation_embeddings, model.model.generation_aligner, model.model.generation_head):
         part.requires_grad_(True)
-    prompts = [policy.encode_prompt(prompt) for prompt in corpus.prompts]
+    prompts = [policy.codec.encode_prompt(prompt) for prompt in corpus.prompts]
     layers = model.model.language_model.layers
     run = TrainingRun(work / CHECKPOINT, model, PEAK_LR, budget, weight_decay=0.05, hidden=layers)
     for step, _ in run:

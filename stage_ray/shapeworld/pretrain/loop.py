@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from stage_ray.policies.base import hardware_has_bfloat16
+from stage_ray.policies.devices import hardware_has_bfloat16
 
 console = Console(width=120)
 WEIGHTS = "module."  # what the names of a checkpoint's weights begin with
