@@ -6,6 +6,7 @@ five pixels wide, every colour stands out from every (pale) background, and obje
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -92,41 +93,36 @@ def boxes_apart(a: tuple[float, float, float], b: tuple[float, float, float], ga
 def place_squares(
     sizes: Sequence[float], rng: np.random.Generator, *, lattice: bool = False
 ) -> list[tuple[float, float, float]]:
-    """Random places (cx, cy, size) for squares of these sizes, in pixels, keeping MIN_GAP and MIN_BORDER; with
-    `lattice`, centres are multiples of LATTICE.
+    """Random places (cx, cy, size) for squares of these sizes, in pixels, keeping MIN_GAP and MIN_BORDER.
 
-    Starts over when the squares placed first leave no room for the rest.
+    With `lattice`, centres are multiples of LATTICE. Starts over when the first squares leave no room for the rest.
     """
     for _ in range(1000):
         placed: list[tuple[float, float, float]] = []
         for size in sizes:
             low, high = MIN_BORDER + size / 2, IMAGE_SIZE - MIN_BORDER - size / 2
             if lattice:
-                first, last = np.ceil(low / LATTICE), np.floor(high / LATTICE)
-                centres = LATTICE * rng.integers(int(first), int(last), size=(20, 2), endpoint=True)
+                first, last = math.ceil(low / LATTICE), math.floor(high / LATTICE)
+                centres = LATTICE * rng.integers(first, last, size=(20, 2), endpoint=True)
             else:
                 centres = rng.uniform(low, high, size=(20, 2))
-            for cx, cy in centres:
-                candidate = (float(cx), float(cy), float(size))
-                if all(boxes_apart(candidate, other) for other in placed):
-                    placed.append(candidate)
-                    break
-            else:
+            candidates = ((float(cx), float(cy), float(size)) for cx, cy in centres)
+            # The first of the twenty that keeps its distance from all placed before.
+            place = next((one for one in candidates if all(boxes_apart(one, other) for other in placed)), None)
+            if place is None:
                 break
-        if len(placed) == len(sizes):
+            placed.append(place)
+        else:  # all of them have found a place
             return placed
     raise ValueError(f"squares of {[round(size, 1) for size in sizes]} pixels do not fit a {IMAGE_SIZE}-pixel picture")
 
 
-def random_scene(rng: np.random.Generator, max_shapes: int = 4) -> Scene:
-    """A scene of 1..max_shapes random objects, of any composition: for training the tokenizer and the detector."""
-    count = int(rng.integers(1, max_shapes + 1))
-    low, high = SIZES_BY_COUNT[count]
-    kinds, colors = rng.choice(SHAPES, size=count), rng.choice(list(COLORS), size=count)
-    places = place_squares(rng.uniform(low, high, size=count).tolist(), rng)
-    shapes = tuple(
-        Shape(str(kind), str(color), *place) for kind, color, place in zip(kinds, colors, places, strict=True)
-    )
+def random_scene(rng: np.random.Generator) -> Scene:
+    """A scene of 1 to 4 random objects, of any composition: for training the tokenizer and the detector."""
+    count = int(rng.integers(1, 5))
+    kinds, colors = rng.choice(SHAPES, size=count).tolist(), rng.choice(list(COLORS), size=count).tolist()
+    places = place_squares(rng.uniform(*SIZES_BY_COUNT[count], size=count).tolist(), rng)
+    shapes = tuple(Shape(kind, color, *place) for kind, color, place in zip(kinds, colors, places, strict=True))
     return Scene(shapes, background=random_background(rng), seed=int(rng.integers(2**31)))
 
 
