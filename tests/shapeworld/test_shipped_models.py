@@ -13,7 +13,6 @@ from stage_ray.config.paths import resolve_path
 from stage_ray.policies.janus.codec import JanusCodec
 from stage_ray.policies.janus.prompts import JanusPrompts
 from stage_ray.shapeworld.grammar import heldout_prompts, item, make_record, sample_scene, training_prompts
-from stage_ray.shapeworld.pretrain.text import chat
 from stage_ray.shapeworld.render import render, render_with_masks
 from stage_ray.shapeworld.scene import random_scene
 
@@ -53,8 +52,9 @@ def test_plain_transformers_draws_pictures_in_colors_that_were_asked(
 ):
     torch.manual_seed(0)
     prompts = ["a photo of a red square"] * 4 + ["a photo of a blue triangle"] * 4
+    chats = [[{"role": "user", "content": [{"type": "text", "text": prompt}]}] for prompt in prompts]
     inputs = processor(
-        text=[chat(processor, prompt) for prompt in prompts],
+        text=[processor.apply_chat_template(chat, add_generation_prompt=True) for chat in chats],
         generation_mode="image",
         padding=True,
         return_tensors="pt",
