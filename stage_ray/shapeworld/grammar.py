@@ -141,24 +141,18 @@ def _compositions(split: Split) -> dict[str, list[Record]]:
     }
 
 
-def training_prompts() -> list[Record]:
-    """The RL training prompts: about 340 records, always the same, none mentioning a held-out composition; those of
-    some tasks come `TRAIN_REPEATS` times."""
-    return [record for record in _prompts("train") for _ in range(TRAIN_REPEATS.get(record["tag"], 1))]
+def prompts(split: Split) -> list[Record]:
+    """The prompt file of a split, always the same.
 
-
-def heldout_prompts() -> list[Record]:
-    """The evaluation prompts: about 100 records, always the same. All but `single_object` ask for a held-out
-    composition."""
-    return _prompts("heldout")
-
-
-def _prompts(split: Split) -> list[Record]:
+    "train" holds about 340, none mentioning a held-out composition, those of some tasks `TRAIN_REPEATS` times;
+    "heldout" about 100, all but `single_object` asking for one.
+    """
     rng = np.random.default_rng(SPLIT_SEED + 1)
     result: list[Record] = []
     for tag, records in _compositions(split).items():
         keep = np.sort(rng.permutation(len(records))[: LIMITS[split].get(tag, len(records))])
-        result += [dict(records[index]) for index in keep]
+        repeats = TRAIN_REPEATS.get(tag, 1) if split == "train" else 1
+        result += [dict(records[index]) for index in keep for _ in range(repeats)]
     return result
 
 

@@ -42,6 +42,8 @@ SIZES_BY_COUNT: dict[int, tuple[float, float]] = {1: (22.0, 34.0), 2: (19.0, 27.
 LATTICE = 4.0  # pixels: half a token's side
 LATTICE_SIZES: dict[int, tuple[float, ...]] = {1: (24.0, 32.0), 2: (20.0, 24.0), 3: (16.0, 20.0), 4: (16.0, 20.0)}
 
+Square = tuple[float, float, float]  # cx, cy, size in pixels
+
 
 @dataclass(frozen=True, slots=True)
 class Shape:
@@ -84,21 +86,19 @@ class Scene:
             raise ValueError(f"unknown background {self.background!r}; ShapeWorld has {', '.join(BACKGROUNDS)}")
 
 
-def boxes_apart(a: tuple[float, float, float], b: tuple[float, float, float], gap: float = MIN_GAP) -> bool:
-    """Whether two squares, each (cx, cy, size) in pixels, keep `gap` pixels between them."""
+def boxes_apart(a: Square, b: Square, gap: float = MIN_GAP) -> bool:
+    """Whether two squares keep `gap` pixels between them."""
     reach = (a[2] + b[2]) / 2 + gap
     return abs(a[0] - b[0]) >= reach or abs(a[1] - b[1]) >= reach
 
 
-def place_squares(
-    sizes: Sequence[float], rng: np.random.Generator, *, lattice: bool = False
-) -> list[tuple[float, float, float]]:
-    """Random places (cx, cy, size) for squares of these sizes, in pixels, keeping MIN_GAP and MIN_BORDER.
+def place_squares(sizes: Sequence[float], rng: np.random.Generator, *, lattice: bool = False) -> list[Square]:
+    """Random places for squares of these sizes (pixels) that keep MIN_GAP and MIN_BORDER.
 
     With `lattice`, centres are multiples of LATTICE. Starts over when the first squares leave no room for the rest.
     """
     for _ in range(1000):
-        placed: list[tuple[float, float, float]] = []
+        placed: list[Square] = []
         for size in sizes:
             low, high = MIN_BORDER + size / 2, IMAGE_SIZE - MIN_BORDER - size / 2
             if lattice:

@@ -16,14 +16,13 @@ from stage_ray.shapeworld.grammar import (
     TRAIN_REPEATS,
     Record,
     held_out,
-    heldout_prompts,
     item,
     make_record,
     mentions_held_out,
+    prompts,
     sample_mixture,
     sample_record,
     sample_scene,
-    training_prompts,
 )
 from stage_ray.shapeworld.scene import (
     COLORS,
@@ -63,11 +62,11 @@ def held_out_compositions() -> set[object]:
 def test_no_training_prompt_or_caption_mentions_a_held_out_composition():
     rng = np.random.default_rng(0)
     captions = [sample_record(rng, dict.fromkeys(TASKS, 1.0)) for _ in range(4000)]
-    assert compositions(training_prompts() + captions).isdisjoint(held_out_compositions())
+    assert compositions(prompts("train") + captions).isdisjoint(held_out_compositions())
 
 
 def test_every_held_out_prompt_asks_for_a_held_out_composition_except_those_that_compose_nothing():
-    for record in heldout_prompts():
+    for record in prompts("heldout"):
         asked = bool(compositions([record]) & held_out_compositions())
         assert asked == mentions_held_out(record) == (record["tag"] != "single_object")
 
@@ -83,7 +82,7 @@ def test_about_a_fifth_of_each_kind_of_composition_is_held_out():
 
 
 def test_every_shape_color_relation_and_count_is_frequent_in_training():
-    words = Counter(word for record in training_prompts() for word in record["prompt"].split())
+    words = Counter(word for record in prompts("train") for word in record["prompt"].split())
     for color in COLORS:
         assert words[color] >= 15
     for shape in SHAPES:
@@ -93,11 +92,12 @@ def test_every_shape_color_relation_and_count_is_frequent_in_training():
 
 
 def test_prompt_lists_are_the_same_every_time_and_repeat_only_what_they_mean_to():
-    for prompts, repeats in ((training_prompts, TRAIN_REPEATS), (heldout_prompts, {})):
-        assert prompts() == prompts()
-        assert {record["tag"] for record in prompts()} == set(TASKS)
-        times = Counter(record["prompt"] for record in prompts())
-        assert all(times[record["prompt"]] == repeats.get(record["tag"], 1) for record in prompts())
+    for split, repeats in (("train", TRAIN_REPEATS), ("heldout", {})):
+        records = prompts(split)
+        assert records == prompts(split)
+        assert {record["tag"] for record in records} == set(TASKS)
+        times = Counter(record["prompt"] for record in records)
+        assert all(times[record["prompt"]] == repeats.get(record["tag"], 1) for record in records)
 
 
 def test_captions_beyond_the_six_tasks_mention_nothing_held_out_and_can_be_drawn():
@@ -147,7 +147,7 @@ def satisfies(scene: Scene, record: Record) -> bool:
     return True
 
 
-@pytest.mark.parametrize("record", heldout_prompts()[::3] + training_prompts()[::12], ids=lambda r: r["prompt"][11:])
+@pytest.mark.parametrize("record", prompts("heldout")[::3] + prompts("train")[::12], ids=lambda r: r["prompt"][11:])
 def test_a_sampled_scene_shows_what_its_record_asks_and_nothing_else(record: Record):
     rng = np.random.default_rng(1)
     assert all(satisfies(sample_scene(record, rng), record) for _ in range(10))

@@ -12,7 +12,8 @@ from stage_ray.config import PolicyConfig
 from stage_ray.config.paths import resolve_path
 from stage_ray.policies.janus.codec import JanusCodec
 from stage_ray.policies.janus.prompts import JanusPrompts
-from stage_ray.shapeworld.grammar import heldout_prompts, item, make_record, sample_scene, training_prompts
+from stage_ray.shapeworld import grammar
+from stage_ray.shapeworld.grammar import item, make_record, sample_scene
 from stage_ray.shapeworld.render import render, render_with_masks
 from stage_ray.shapeworld.scene import random_scene
 
@@ -85,7 +86,7 @@ def test_the_unconditional_branch_is_the_prompt_with_pads_between_its_first_and_
 
 def test_every_word_of_every_prompt_is_known(processor: JanusProcessor, prompts: JanusPrompts):
     unknown = processor.tokenizer.unk_token_id
-    for record in training_prompts() + heldout_prompts():
+    for record in grammar.prompts("train") + grammar.prompts("heldout"):
         assert unknown not in prompts.encode(record["prompt"]).conditional
 
 

@@ -30,27 +30,13 @@ CONTEXT = 24  # text tokens; the longest caption takes 13
 
 def new_clip(tokenizer: PreTrainedTokenizerFast) -> CLIPModel:
     """An untrained CLIP of about 0.9 M parameters: vision 128 wide and 4 deep, text 96 wide and 3 deep."""
-    text = {
-        "vocab_size": SIZES.vocabulary,
-        "hidden_size": 96,
-        "intermediate_size": 192,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "max_position_embeddings": CONTEXT,
-        "projection_dim": 128,
-        "bos_token_id": tokenizer.convert_tokens_to_ids(BOS),
-        "eos_token_id": tokenizer.convert_tokens_to_ids(EOS),
-        "pad_token_id": tokenizer.convert_tokens_to_ids(PAD),
-    }
-    vision = {
-        "hidden_size": 128,
-        "intermediate_size": 256,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "image_size": IMAGE_SIZE,
-        "patch_size": 8,
-        "projection_dim": 128,
-    }
+    ids = tokenizer.convert_tokens_to_ids
+    special = {"bos_token_id": ids(BOS), "eos_token_id": ids(EOS), "pad_token_id": ids(PAD)}
+    both = {"num_attention_heads": 4, "projection_dim": 128}
+    text = {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 3, "vocab_size": SIZES.vocabulary}
+    text |= {"max_position_embeddings": CONTEXT, **special, **both}
+    vision = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, **both}
+    vision |= {"image_size": IMAGE_SIZE, "patch_size": 8}
     return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=128))
 
 
@@ -64,11 +50,8 @@ def _batch(
         records.setdefault(record["prompt"], record)
     images = [render(sample_scene(record, rng, avoid_held_out=split == "train")) for record in records.values()]
     text = tokenizer(list(records), padding=True, return_tensors="pt").to(device())
-    return {
-        "input_ids": text["input_ids"],
-        "attention_mask": text["attention_mask"],
-        "pixel_values": to_pixels(np.stack(images)),
-    }
+    inputs = {"input_ids": text["input_ids"], "attention_mask": text["attention_mask"]}
+    return inputs | {"pixel_values": to_pixels(np.stack(images))}
 
 
 def train_clip(work: Path, budget: Budget, seed: int = 0) -> None:

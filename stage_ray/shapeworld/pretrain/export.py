@@ -17,11 +17,11 @@ from stage_ray.policies.janus.builder import write_checkpoint
 from stage_ray.rewards.detection import Detection, Detector
 from stage_ray.rewards.geneval_rules import requirements, strict_verdict
 from stage_ray.shapeworld.detector import CLASSES, WEIGHTS_FILE, ShapeDetector, build_classifier
-from stage_ray.shapeworld.grammar import TASKS, Record, heldout_prompts, sample_record, sample_scene, training_prompts
+from stage_ray.shapeworld.grammar import TASKS, Record, prompts, sample_record, sample_scene
 from stage_ray.shapeworld.pretrain import clip, detector, language_model, tokenizer
 from stage_ray.shapeworld.pretrain.loop import load_weights, read_progress
 from stage_ray.shapeworld.pretrain.text import janus_processor, text_tokenizer
-from stage_ray.shapeworld.render import render, render_with_masks
+from stage_ray.shapeworld.render import render
 from stage_ray.shapeworld.scene import COLORS, IMAGE_SIZE, SHAPES, Scene, Shape, random_scene
 
 CONFIDENCE = 0.5  # above which a detection counts: of the ShapeWorld suite and configs, for counting too
@@ -31,8 +31,8 @@ Case = tuple[Scene, Record]  # a picture and a prompt's record
 def write_prompts(out: Path) -> None:
     """Writes `prompts/train.jsonl` and `prompts/heldout.jsonl`, one GenEval record a line."""
     (out / "prompts").mkdir(parents=True, exist_ok=True)
-    for name, records in (("train", training_prompts()), ("heldout", heldout_prompts())):
-        (out / "prompts" / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    for split in ("train", "heldout"):
+        (out / "prompts" / f"{split}.jsonl").write_text("".join(json.dumps(one) + "\n" for one in prompts(split)))
 
 
 def export_janus(out: Path, work: Path) -> None:
@@ -153,12 +153,14 @@ def share_with_objects(detector: Detector, images: np.ndarray) -> float:
 def write_cards(out: Path, work: Path) -> None:
     """Measures the image model and CLIP, where `out` holds them, and writes their README.md."""
     if (out / "janus" / "config.json").exists():
+        codes, rng = tokenizer.load_exported(out / "janus"), np.random.default_rng(11)
+        images = np.stack([render(random_scene(rng)) for _ in range(256)])
         _write_card(
             out / "janus",
             size=(out / "janus" / "model.safetensors").stat().st_size / 1e6,
             tokenizer=_history(work / tokenizer.CHECKPOINT),
             language_model=_history(work / language_model.CHECKPOINT),
-            **_measure_reconstruction(tokenizer.load_exported(out / "janus")),
+            error=np.abs(tokenizer.reconstruct(codes, images).astype(np.float32) - images).mean(),
         )
     if (out / "clip" / "config.json").exists():
         model = clip.load_clip(work)
@@ -184,14 +186,3 @@ def _history(checkpoint: Path) -> str:
     losses = [row["loss"] for row in progress["history"]]
     last, minutes = float(np.mean(losses[-10:])), progress["elapsed_s"] / 60
     return f"{progress['step']} steps in {minutes:.0f} minutes, loss {losses[0]:.2f} at first, {last:.2f} at the end"
-
-
-def _measure_reconstruction(model: JanusVQVAE) -> dict[str, float]:
-    """Mean absolute error of reconstructions of 256 random scenes, in grey levels of 255, over all pixels and over
-    objects alone, and how many codes they use."""
-    rng = np.random.default_rng(11)
-    drawn, masks = zip(*(render_with_masks(random_scene(rng)) for _ in range(256)), strict=True)
-    images, objects = np.stack(drawn), np.stack([mask.max(axis=0) for mask in masks]) > 0.5
-    tokens = tokenizer.encode(model, images)
-    error = np.abs(tokenizer.decode(model, tokens).astype(np.float32) - images).mean(axis=-1)
-    return {"error_all": error.mean(), "error_objects": error[objects].mean(), "codes_used": tokens.unique().numel()}

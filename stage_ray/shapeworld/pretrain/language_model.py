@@ -2,11 +2,9 @@
 
 Captions and scenes come from the training split of the grammar alone, and pictures show no held-out (shape, colour)
 either. A third of the captions go beyond the six tasks (`sample_mixture`): from the tasks alone a model learns eight
-pairs of shapes by heart; from every mixture of objects, colours, numbers and relations it learns to combine any two.
-One caption in ten is replaced by its unconditional form, in exactly the shape guidance uses when sampling.
-
+pairs of shapes by heart. One caption in ten is replaced by its unconditional form, in exactly the shape guidance uses.
 Captions say nothing of grain, of a tint, or of half a pixel to the left, so the pictures to learn from have plain
-paper, places on a lattice, two sizes, and thrifty codes: what is left to learn is shapes, colours, numbers and places.
+paper, places on a lattice, two sizes, and thrifty codes.
 """
 
 from __future__ import annotations

@@ -149,8 +149,8 @@ class TrainingRun:
 
     def _resume(self) -> None:
         load_weights(self.path, self.module)
-        for name, value in read_progress(self.path).items():  # step, elapsed_s, history
-            setattr(self, name, value)
+        progress = read_progress(self.path)
+        self.step, self.elapsed_s, self.history = progress["step"], progress["elapsed_s"], progress["history"]
         states: dict[int, dict[int, dict[str, Tensor]]] = defaultdict(lambda: defaultdict(dict))
         for name, tensor in load_file(self.path).items():
             if name.startswith("optimizer."):

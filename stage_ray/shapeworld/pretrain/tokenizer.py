@@ -1,10 +1,9 @@
 """Trains the image tokenizer: a `JanusVQVAE` that turns 64x64 pictures into 8x8 tokens of a 512-entry codebook.
 
 It is a tokenizer, not a policy: it trains on random scenes of *all* compositions, each rendered once. Encoder outputs
-and codes have unit length (`JanusVQVAE.decode` normalises codes, so training must), gradients pass straight through,
-and unused codes are restarted from the encoder outputs that the codebook serves worst. A short warm-up without codes
-gives them something to start from. The loss counts objects, and most of all their edges, several times
-as much as background: shape, colour and number must survive, the tint of the paper need not.
+and codes have unit length (`JanusVQVAE.decode` normalises codes, so training must), and unused codes are restarted. The
+loss counts objects, and most of all their edges, several times as much as background: shape, colour and number must
+survive, the tint of the paper need not.
 
 Two requirements make its tokens easy to predict. It reads pictures with grain and draws them without, so that no code
 is spent on noise. And codes are *local*: pictures come in twins that differ in some objects, and where twins look alike
