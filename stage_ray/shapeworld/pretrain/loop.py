@@ -154,8 +154,8 @@ class TrainingRun:
         states: dict[int, dict[int, dict[str, Tensor]]] = defaultdict(lambda: defaultdict(dict))
         for name, tensor in load_file(self.path).items():
             if name.startswith("optimizer."):
-                _, number, index, key = name.split(".")
-                states[int(number)][int(index)][key] = tensor
+                _, which, parameter, key = name.split(".")
+                states[int(which)][int(parameter)][key] = tensor
         for number, optimizer in enumerate(self.optimizers):
             optimizer.load_state_dict({**optimizer.state_dict(), "state": states[number]})
         console.print(f"{self.path.stem}: resumed at step {self.step}")
