@@ -11,8 +11,8 @@ from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, JanusForC
 from stage_ray.config import PolicyConfig
 from stage_ray.config.paths import resolve_path
 from stage_ray.policies.janus.codec import JanusCodec
-from stage_ray.shapeworld.grammar import heldout_prompts, item, make_record, sample_scene, training_prompts
-from stage_ray.shapeworld.pretrain.text import chat
+from stage_ray.shapeworld import grammar
+from stage_ray.shapeworld.grammar import item, make_record, sample_scene
 from stage_ray.shapeworld.render import render, render_with_masks
 from stage_ray.shapeworld.scene import random_scene
 
@@ -52,8 +52,9 @@ def test_plain_transformers_draws_pictures_in_colors_that_were_asked(
 ):
     torch.manual_seed(0)
     prompts = ["a photo of a red square"] * 4 + ["a photo of a blue triangle"] * 4
+    chats = [[{"role": "user", "content": [{"type": "text", "text": prompt}]}] for prompt in prompts]
     inputs = processor(
-        text=[chat(processor, prompt) for prompt in prompts],
+        text=[processor.apply_chat_template(chat, add_generation_prompt=True) for chat in chats],
         generation_mode="image",
         padding=True,
         return_tensors="pt",
@@ -84,7 +85,7 @@ def test_the_unconditional_branch_is_the_prompt_with_pads_between_its_first_and_
 
 def test_every_word_of_every_prompt_is_known(processor: JanusProcessor, codec: JanusCodec):
     unknown = processor.tokenizer.unk_token_id
-    for record in training_prompts() + heldout_prompts():
+    for record in grammar.prompts("train") + grammar.prompts("heldout"):
         assert unknown not in codec.encode_prompt(record["prompt"]).conditional
 
 
