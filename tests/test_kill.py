@@ -31,6 +31,7 @@ from safetensors.torch import load_file
 
 from stage_ray.bench.timed_cluster import TimedCluster
 from stage_ray.cluster.cluster import Cluster
+from stage_ray.cluster.learner import ClusterLearner
 from stage_ray.commands.replay import replay
 from stage_ray.config import RunConfig
 from stage_ray.config.load import load_config
@@ -43,7 +44,7 @@ from stage_ray.records import GroupRefs, Prompt
 from stage_ray.run.checkpoint import CheckpointStore
 from stage_ray.run.state import RunState
 from stage_ray.train import train
-from stage_ray.weights.object_store import ObjectStore
+from stage_ray.weights.transport import ObjectStore
 from stage_ray.workers.learner import LearnerClient
 from tests.audit import Audit
 from tests.chaos import WORKERS, audited, end_session, start_driver
@@ -180,7 +181,8 @@ class DiesWhenAsked:
 
     def watch(self, patch: pytest.MonkeyPatch) -> None:
         for name in self._at:
-            patch.setattr(LearnerClient, name, self._watched(name, getattr(LearnerClient, name)))
+            owner = ClusterLearner if hasattr(ClusterLearner, name) else LearnerClient
+            patch.setattr(owner, name, self._watched(name, getattr(owner, name)))
 
     def _watched(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
         def watched(*arguments: Any) -> Any:
@@ -242,7 +244,7 @@ class Rot:
 
     def _load(self, published: Any, worker: Any) -> Any:
         if published is None:
-            return None
+            return asyncio.sleep(0)
         damage = flipped_array if published.version >= self._ruin else self._once.pop(published.version, None)
         chunks = list(published.chunks)
         if damage is not None:

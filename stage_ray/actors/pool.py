@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections import Counter
+from collections.abc import Callable
 from typing import Generic, TypeVar
 
 from stage_ray.actors.client import ArgumentsLost, WorkerLost
-from stage_ray.actors.supervised import ActorNotReady, Ask, C, SupervisedActor, _nothing
+from stage_ray.actors.supervised import ActorNotReady, Ask, C, SupervisedActor, Sync
 from stage_ray.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -45,7 +46,7 @@ class Pool(Generic[C]):
         *,
         start_timeout_s: float,
         attempts: int,
-        sync: Callable[[str, C], Awaitable[object]] = _nothing,
+        sync: Sync[C] | None = None,
     ) -> None:
         """Start every worker, without waiting for any.
 
@@ -59,10 +60,10 @@ class Pool(Generic[C]):
         self._least, self._attempts, self._start_timeout_s = least, attempts, start_timeout_s
         self._refills: dict[SupervisedActor[C], asyncio.Task[None]] = {}
         self._changed = asyncio.Event()
-        self._failed_starts: dict[SupervisedActor[C], int] = {}  # in a row
+        self._failed_starts: Counter[SupervisedActor[C]] = Counter()  # in a row
         self._failure: WorkerLost | ConfigError | None = None  # of the last start
         self._fault: BaseException | None = None  # a bug in the refilling itself
-        self._turn = 0
+        self._calls = 0
         self.actors = [
             SupervisedActor(f"{role}-{i}", start, start_timeout_s=start_timeout_s, sync=sync, on_loss=self.refill)
             for i in range(most or least)
@@ -81,7 +82,7 @@ class Pool(Generic[C]):
         """
         for actor in self.actors[self._least :]:
             self.refill(actor)
-        await asyncio.gather(*(actor.start(self._start_timeout_s) for actor in self.actors[: self._least]))
+        await asyncio.gather(*(actor.ready(self._start_timeout_s) for actor in self.actors[: self._least]))
 
     async def call(
         self,
@@ -107,7 +108,14 @@ class Pool(Generic[C]):
             NoWorkersLeft, ConfigError: as `wait_any`.
         """
         while True:
-            actor = await self._choose(turn)
+            await self.wait_any()
+            actors = self.open
+            if turn is None:
+                self._calls += 1
+                first = self._calls % len(actors)  # of equal queues the first in this order: they take turns
+                actor = min(actors[first:] + actors[:first], key=lambda actor: actor.waiting)
+            else:
+                actor = actors[turn % len(actors)]
             try:
                 return await actor.call(ask, timeout_s, if_ready=True)
             except ActorNotReady:
@@ -117,6 +125,31 @@ class Pool(Generic[C]):
                 if attempts <= 0 or not isinstance(lost, retry):
                     raise
                 on_retry()
+
+    async def wait_any(self) -> None:
+        """Wait until one actor is open.
+
+        Raises:
+            NoWorkersLeft: none came in ``start_timeout_s``, or ``attempts`` starts in a row failed in every actor.
+            ConfigError: what the worker that tried last found wrong with the config.
+        """
+        try:
+            async with asyncio.timeout(self._start_timeout_s):
+                while self._fault is None and not self.open:
+                    if min(self._failed_starts[actor] for actor in self.actors) >= self._attempts:
+                        break
+                    self._changed.clear()
+                    await self._changed.wait()
+        except TimeoutError:
+            where = f"no {self.role} worker is left and none started within {self._start_timeout_s:g} s"
+            why = f"the last one that tried: {self._failure}" if self._failure else "has the cluster room for one?"
+            raise NoWorkersLeft(f"{where}: {why}") from self._failure
+        if self._fault is not None:
+            raise self._fault
+        if not self.open:
+            if isinstance(self._failure, ConfigError):
+                raise self._failure
+            raise NoWorkersLeft(f"no {self.role} worker is left and none starts: {self._failure}") from self._failure
 
     def refill(self, actor: SupervisedActor[C]) -> None:
         """Start an actor's worker as soon as there is room for it."""
@@ -130,52 +163,13 @@ class Pool(Generic[C]):
             task.cancel()
         await asyncio.gather(*self._refills.values(), return_exceptions=True)
 
-    async def wait_any(self) -> None:
-        """Wait until one actor is open.
-
-        Raises:
-            NoWorkersLeft: none came in ``start_timeout_s``, or ``attempts`` starts in a row failed in every actor.
-            ConfigError: what the worker that tried last found wrong with the config.
-        """
-        try:
-            async with asyncio.timeout(self._start_timeout_s):
-                while True:
-                    if self._fault is not None:
-                        raise self._fault
-                    if self.open:
-                        return
-                    self._raise_if_hopeless()
-                    self._changed.clear()
-                    await self._changed.wait()
-        except TimeoutError:
-            where = f"no {self.role} worker is left and none started within {self._start_timeout_s:g} s"
-            why = f"the last one that tried: {self._failure}" if self._failure else "has the cluster room for one?"
-            raise NoWorkersLeft(f"{where}: {why}") from self._failure
-
-    def _raise_if_hopeless(self) -> None:
-        if min(self._failed_starts.get(actor, 0) for actor in self.actors) < self._attempts:
-            return
-        if isinstance(self._failure, ConfigError):
-            raise self._failure
-        raise NoWorkersLeft(f"no {self.role} worker is left and none starts: {self._failure}") from self._failure
-
-    async def _choose(self, turn: int | None) -> SupervisedActor[C]:
-        """The open actor whose turn it is, or with the fewest calls; among equals they take turns."""
-        await self.wait_any()
-        actors = self.open
-        if turn is not None:
-            return actors[turn % len(actors)]
-        self._turn += 1
-        order = [actors[(self._turn + i) % len(actors)] for i in range(len(actors))]
-        return min(order, key=lambda actor: actor.waiting)
-
     async def _refill(self, actor: SupervisedActor[C]) -> None:
         """Try until a worker is ready: what keeps one from starting (memory that is not free yet, say) may pass."""
         pause_s = FIRST_PAUSE_S
         while True:
             try:
-                await actor.start(None)
-                self._failed_starts.pop(actor, None)
+                await actor.ready(None)
+                self._failed_starts[actor] = 0
                 return
             except ArgumentsLost:  # the version that was newest went down with a node: the next one is as good
                 await asyncio.sleep(LOST_PAUSE_S)
@@ -186,7 +180,7 @@ class Pool(Generic[C]):
                 return
             except WorkerLost as lost:
                 log.warning("%s; another takes its place in %g s", lost, pause_s)
-                self._failed(actor, lost, self._failed_starts.get(actor, 0) + 1)
+                self._failed(actor, lost, self._failed_starts[actor] + 1)
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
             actor.restart()

@@ -14,7 +14,7 @@ from typing import Any, Generic, TypeVar
 import ray
 from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskError
 
-from stage_ray.actors.client import ArgumentsLost, Client, WorkerDied, WorkerFailed, WorkerLost, in_time
+from stage_ray.actors.client import ArgumentsLost, Client, WorkerDied, WorkerFailed, WorkerLate, WorkerLost, in_time
 from stage_ray.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -22,10 +22,8 @@ Result = TypeVar("Result")
 C = TypeVar("C", bound=Client)
 Ask = Callable[[C], Awaitable[Result]]
 """From a worker's client to the answer to come."""
-
-
-async def _nothing(*about: Any) -> None:
-    """The default `sync`."""
+Sync = Callable[[str, C], Awaitable[None]]
+"""What a worker must do before its first call, given the actor's name and the client; it sets limits of its own."""
 
 
 class ActorNotReady(WorkerLost):
@@ -46,6 +44,7 @@ class SupervisedActor(Generic[C]):
         waiting: calls that are queued or under way.
         started: the worker has loaded its model, and takes the newest of what ``sync`` gives it.
         is_ready: it may be asked.
+        lock: a call's turn. While another holds it the worker is asked by `ask` only, and no successor is set up.
     """
 
     def __init__(
@@ -54,10 +53,10 @@ class SupervisedActor(Generic[C]):
         start: Callable[[str], C],
         *,
         start_timeout_s: float,
-        setup: Callable[[C], Awaitable[object]] = lambda client: client.setup(),
-        sync: Callable[[str, C], Awaitable[object]] = _nothing,
+        setup: Callable[[C], Awaitable[None]] = lambda client: client.setup(),
+        sync: Sync[C] | None = None,
         keep_failed: bool = False,
-        on_loss: Callable[[SupervisedActor[C]], object] = lambda actor: None,
+        on_loss: Callable[[SupervisedActor[C]], None] = lambda actor: None,
     ) -> None:
         """Start the first worker, without waiting for it.
 
@@ -66,8 +65,7 @@ class SupervisedActor(Generic[C]):
             start: makes a worker, given its name, that answers pings as soon as there is room for it.
             start_timeout_s: seconds that ``setup`` may take.
             setup: what a worker does once (load its model).
-            sync: what it must do then, before its first call (load the newest weights), given the actor's name too; it
-                sets limits of its own.
+            sync: what it does then (load the newest weights).
             keep_failed: a worker that raised is kept: its state is worth more than a fresh start.
             on_loss: called when a call lost the worker and its successor is starting, also when the caller was
                 cancelled meanwhile.
@@ -78,7 +76,7 @@ class SupervisedActor(Generic[C]):
         self._start, self._start_timeout_s = start, start_timeout_s
         self._setup, self._sync = setup, sync
         self._keep_failed, self._on_loss = keep_failed, on_loss
-        self._lock = asyncio.Lock()
+        self.lock = asyncio.Lock()
         self._pid: int | None = None
         self._client: C | None = start(name)
 
@@ -88,35 +86,33 @@ class SupervisedActor(Generic[C]):
         assert self._client is not None, f"{self.name} was stopped"
         return self._client
 
-    async def start(self, timeout_s: float | None) -> None:
-        """`ready`, before any call that comes once there is room for the worker; ``timeout_s`` None: whenever that is.
-
-        Raises:
-            WorkerLost, ConfigError, ArgumentsLost: as `ready`.
-        """
-        await self._answer(self.client.ping(), timeout_s)  # outside the lock: this may take for ever
-        async with self._lock:
-            await self.ready(self._start_timeout_s)
-
     async def ready(self, timeout_s: float | None) -> None:
-        """Wait until the worker has a process, at most ``timeout_s``, is set up and in sync.
+        """Wait until the worker has a process, at most ``timeout_s``; then until it is set up and in sync.
+
+        The latter comes before any call that comes once the worker has a process.
 
         Raises:
             ConfigError: what it found wrong with the config.
             WorkerLost: it died, failed, or needs too long.
             ArgumentsLost: what it is to be synced with is gone.
         """
+        await self._answer(self.client.ping(), timeout_s)  # outside the lock: this may take for ever
+        async with self.lock:
+            await self._ready()
+
+    async def _ready(self) -> None:
         if self.is_ready:
             return
-        pid, node = await self._answer(self.client.ping(), timeout_s)
-        self._pid = pid if node == _this_node() else None
+        pid, node = await self._answer(self.client.ping(), self._start_timeout_s)
+        self._pid = pid if node == ray.get_runtime_context().get_node_id() else None  # what `kill` may signal
         if not self.started:
             try:
                 await self._answer(self._setup(self.client), self._start_timeout_s)
             except WorkerFailed as failed:
                 raise WorkerLost(str(failed)) from failed  # it has no state yet that would be worth to be kept
             self.started = True
-        await self._answer(self._sync(self.name, self.client), None)
+        if self._sync is not None:
+            await self._answer(self._sync(self.name, self.client), None)
         self.is_ready = True
 
     async def call(self, ask: Ask[C, Result], timeout_s: float | None, *, if_ready: bool = False) -> Result:
@@ -135,49 +131,20 @@ class SupervisedActor(Generic[C]):
         """
         self.waiting += 1
         try:
-            await self._lock.acquire()
+            await self.lock.acquire()
         except asyncio.CancelledError:
             self.waiting -= 1
             raise
-        turn = asyncio.ensure_future(self._turn(ask, timeout_s, if_ready))
-        turn.add_done_callback(self._turn_over)
-        return await asyncio.shield(turn)
-
-    @contextlib.asynccontextmanager
-    async def exclusive(self) -> AsyncIterator[None]:
-        """Wait for a turn and keep it: meanwhile the worker is asked by `ask` only, and no successor is set up."""
-        async with self._lock:
-            yield
+        # A task of its own, which keeps the lock to its end whatever becomes of the caller.
+        return await asyncio.shield(asyncio.ensure_future(self._turn(ask, timeout_s, if_ready)))
 
     async def ask(self, ask: Ask[C, Result], timeout_s: float | None) -> Result:
-        """Ask the worker within `exclusive`; raises as `call`."""
+        """Ask the worker where `lock` is held already; raises as `call`."""
         with self._replaced_if_lost():
             began = time.perf_counter()
             answer = await self._answer(ask(self.client), timeout_s)
             self.busy_s += time.perf_counter() - began
             return answer
-
-    async def _turn(self, ask: Ask[C, Result], timeout_s: float | None, if_ready: bool) -> Result:
-        if if_ready and not self.is_ready:
-            raise ActorNotReady(f"{self.name} was lost before its turn came")
-        with self._replaced_if_lost():
-            await self.ready(self._start_timeout_s)
-        return await self.ask(ask, timeout_s)
-
-    def _turn_over(self, turn: asyncio.Future[Any]) -> None:
-        self.waiting -= 1
-        self._lock.release()
-
-    @contextlib.contextmanager
-    def _replaced_if_lost(self) -> Iterator[None]:
-        try:
-            yield
-        except WorkerLost as lost:
-            if not (self._keep_failed and isinstance(lost, WorkerFailed)):
-                log.warning("%s; another takes its place", lost)
-                self.restart()
-                self._on_loss(self)
-            raise
 
     def restart(self) -> None:
         """Kill the worker, if there is one, and start another."""
@@ -204,22 +171,42 @@ class SupervisedActor(Generic[C]):
         """Kill a worker that does not answer a ping in time; the call that waits for it then fails and replaces it."""
         if not self.is_ready:
             return
-        client = self._client
+        client = self.client
         try:
-            await in_time(self.client.ping(), deadline_s)
-        except TimeoutError:
-            if client is self._client and self.is_ready:
-                log.warning("%s: no heartbeat for %g s, so it is killed", self.name, deadline_s)
+            await in_time(client.ping(), deadline_s, f"{self.name}: no heartbeat for {deadline_s:g} s")
+        except WorkerLate as late:
+            if client is self._client and self.is_ready:  # not its successor, which has started meanwhile
+                log.warning("%s, so it is killed", late)
                 self.kill()
         except (RayError, WorkerLost):  # the second from several ranks
             return  # it is dead, and the next call finds out
 
-    async def _answer(self, answer: Awaitable[Result], timeout_s: float | None) -> Result:
-        """An answer, with Ray's errors as this module's."""
+    async def _turn(self, ask: Ask[C, Result], timeout_s: float | None, if_ready: bool) -> Result:
         try:
-            return await in_time(answer, timeout_s)
-        except TimeoutError:
-            raise WorkerLost(f"{self.name} gave no answer within {timeout_s:g} s") from None
+            if if_ready and not self.is_ready:
+                raise ActorNotReady(f"{self.name} was lost before its turn came")
+            with self._replaced_if_lost():
+                await self._ready()
+            return await self.ask(ask, timeout_s)
+        finally:
+            self.waiting -= 1
+            self.lock.release()
+
+    @contextlib.contextmanager
+    def _replaced_if_lost(self) -> Iterator[None]:
+        try:
+            yield
+        except WorkerLost as lost:
+            if not (self._keep_failed and isinstance(lost, WorkerFailed)):
+                log.warning("%s; another takes its place", lost)
+                self.restart()
+                self._on_loss(self)
+            raise
+
+    async def _answer(self, answer: Awaitable[Result], timeout_s: float | None) -> Result:
+        """An answer, with Ray's errors as ours."""
+        try:
+            return await in_time(answer, timeout_s, f"{self.name} gave no answer within {timeout_s or 0:g} s")
         except (ObjectLostError, RayTaskError) as error:
             cause = error.cause if isinstance(error, RayTaskError) else error
             if isinstance(cause, ObjectLostError):
@@ -244,31 +231,26 @@ async def heartbeats(actors: Sequence[SupervisedActor[Any]], every_s: float, dea
     assert body is not None
 
     async def watch() -> None:
-        while True:
-            await asyncio.sleep(every_s)
-            await asyncio.gather(*(actor.check(deadline_s) for actor in actors))
-
-    def ended(task: asyncio.Task[None]) -> None:
-        if not task.cancelled():
-            log.error("the workers get no heartbeats any more, so the run ends", exc_info=task.exception())
+        try:
+            while True:
+                await asyncio.sleep(every_s)
+                await asyncio.gather(*(actor.check(deadline_s) for actor in actors))
+        except Exception:
+            log.exception("the workers get no heartbeats any more, so the run ends")
             body.cancel()
+            raise
 
     task = asyncio.create_task(watch())
-    task.add_done_callback(ended)
     try:
         yield
     except asyncio.CancelledError:
-        if task.done() and not task.cancelled():
+        if task.done():  # it ended by itself, and cancelled the body
             body.uncancel()
             task.result()
         raise
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
-
-
-def _this_node() -> str:
-    return str(ray.get_runtime_context().get_node_id())
 
 
 def first_line(error: BaseException | None) -> str:

@@ -18,8 +18,8 @@ from stage_ray.config.hardware import usable_cpus
 from stage_ray.engines.base import ImageEngine
 from stage_ray.engines.sampling import SamplingParams
 from stage_ray.records import WeightManifest
-from stage_ray.weights.broadcast_group import GroupMember
 from stage_ray.weights.manifest import Chunk
+from stage_ray.weights.transport import GroupMember
 from stage_ray.workers.learner import LearnerClient, LearnerWorker
 from stage_ray.workers.reward import RewardClient
 from stage_ray.workers.rollout import RolloutClient, RolloutWorker

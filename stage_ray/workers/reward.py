@@ -6,11 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from stage_ray.actors.client import Client
-from stage_ray.actors.worker import Worker
+from stage_ray.actors.client import Client, Worker
 from stage_ray.config import RewardConfig
-from stage_ray.observability.logs import redirect_output
-from stage_ray.observability.worker_metrics import WorkerMetrics
 from stage_ray.records import GroupRefs, RolloutGroup, ScoredGroup
 
 
@@ -19,8 +16,7 @@ class RewardWorker(Worker):
 
     def __init__(self, name: str, rewards: Sequence[RewardConfig], log: str | None) -> None:
         """Load nothing yet: `setup` does."""
-        redirect_output(log, "reward", name)
-        self._metrics = WorkerMetrics("reward", name)
+        super().__init__("reward", name, log)
         self._rewards = rewards
 
     def setup(self, address: str = "") -> None:

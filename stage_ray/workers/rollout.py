@@ -9,16 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from stage_ray.actors.client import Client, WorkerFailed
-from stage_ray.actors.worker import Worker
+from stage_ray.actors.client import Client, Worker, WorkerFailed
 from stage_ray.config import RunConfig
-from stage_ray.observability.logs import redirect_output
-from stage_ray.observability.worker_metrics import WorkerMetrics
 from stage_ray.records import GroupRefs, RolloutGroup, RolloutRequest, WeightManifest
 
 if TYPE_CHECKING:
-    from stage_ray.weights.broadcast_group import BroadcastGroup, GroupMember
     from stage_ray.weights.manifest import Chunk
+    from stage_ray.weights.process_groups import BroadcastGroup
+    from stage_ray.weights.transport import GroupMember
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +39,7 @@ class RolloutWorker(Worker):
 
     def __init__(self, name: str, run: RunConfig, log: str | None, rank: int = 0) -> None:
         """Load nothing yet: `setup` does."""
-        redirect_output(log, "rollout", name)
-        self._metrics = WorkerMetrics("rollout", name)
+        super().__init__("rollout", name, log)
         self._name, self._run, self._rank = name, run, rank
 
     def setup(self, address: str = "") -> None:
@@ -92,8 +89,8 @@ class RolloutWorker(Worker):
 
     def receive(self, manifest: WeightManifest, member: GroupMember) -> str:
         """Take a version that the learner sends; why the old one stays, "" where it does not."""
-        from stage_ray.weights.broadcast_group import BroadcastFailed, BroadcastGroup
         from stage_ray.weights.manifest import WeightError
+        from stage_ray.weights.process_groups import BroadcastFailed, BroadcastGroup
 
         self._group = self._group or BroadcastGroup()
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -77,7 +78,7 @@ async def _item(answer: asyncio.Future[Any], index: int) -> Any:
 def local_actors(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Seats that hold `LocalActor`s, without a Ray."""
     monkeypatch.setattr(ray, "kill", LocalActor.kill)
-    monkeypatch.setattr("stage_ray.actors.supervised._this_node", lambda: "this node")
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "this node"))
     yield
 
 

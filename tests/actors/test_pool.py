@@ -9,9 +9,8 @@ import signal
 import pytest
 import ray
 
-from stage_ray.actors.client import Client, WorkerLost
+from stage_ray.actors.client import Client, Worker, WorkerLost
 from stage_ray.actors.pool import Pool
-from stage_ray.actors.worker import Worker
 from stage_ray.cluster.placement import actor_of
 
 

@@ -14,7 +14,7 @@ from stage_ray.actors.client import WorkerDied, WorkerLost
 from stage_ray.actors.pool import NoWorkersLeft, Pool
 from stage_ray.actors.supervised import SupervisedActor, heartbeats
 from stage_ray.errors import ConfigError
-from stage_ray.weights.object_store import ObjectStore, Publication
+from stage_ray.weights.transport import ObjectStore, Publication
 from stage_ray.workers.rollout import RolloutClient
 from tests.actors.local_actor import LocalActor, local_actors  # noqa: F401
 
@@ -149,7 +149,7 @@ def test_a_driver_that_was_busy_itself_beyond_the_deadline_kills_no_worker(call)
     async def scenario() -> None:
         starts = Starts()
         it = seat(starts)
-        await it.start(1.0)
+        await it.ready(1.0)
         inside = starts.actors[0].inside
         inside.ping = lambda: answer_late(0.05, (0, "another node"))
         inside.wave = lambda: answer_late(0.05, "drawn")
@@ -167,7 +167,7 @@ def test_a_worker_that_answers_no_ping_is_killed():
     async def scenario() -> None:
         starts = Starts()
         it = seat(starts)
-        await it.start(1.0)
+        await it.ready(1.0)
         starts.actors[0].inside.ping = hangs
         async with heartbeats([it], 0.01, 0.05):
             with pytest.raises(WorkerDied):
@@ -266,10 +266,10 @@ def test_a_mistake_in_the_refilling_itself_reaches_the_log_and_whoever_asks_next
     async def scenario() -> None:
         members = pool(Starts(), least=1, most=2)
 
-        async def start(timeout_s: float | None) -> None:
+        async def ready(timeout_s: float | None) -> None:
             raise KeyError("a mistake of ours")
 
-        members.actors[1].start = start  # type: ignore[method-assign]
+        members.actors[1].ready = ready  # type: ignore[method-assign]
         await members.ready()
         await until(lambda: "are not refilled any more" in caplog.text)
         with pytest.raises(KeyError, match="a mistake of ours"):
@@ -283,14 +283,14 @@ def test_a_worker_that_is_late_with_a_version_is_named_with_the_version_and_its_
     async def scenario() -> None:
         starts = Starts()
         store = ObjectStore(None, 0.05)  # type: ignore[arg-type]  # the learner is not asked here
-        members = pool(starts, sync=lambda name, worker: store.newest(name, worker) or asyncio.sleep(0))
+        members = pool(starts, sync=store.newest)
         await members.ready()
         late = "test-0 did not take version 7 within cluster.sync_timeout_s = 0.05 s"
         store.published = Publication(7, "manifest", ())
         starts.actors[0].inside.load_weights = lambda manifest: hangs()
         starts.beginnings = [lambda: setattr_then(starts.actors[1].inside, lambda manifest: hangs())]
         with pytest.raises(WorkerLost, match=late):
-            await store.load(members.actors[0])
+            await members.actors[0].call(lambda worker: store.newest("test-0", worker), None)
         await until(lambda: len(starts.actors) == 3)
         await members.close()
         assert [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING][:2] == [

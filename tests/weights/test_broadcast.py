@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import ray
@@ -22,8 +23,8 @@ from stage_ray.config import RunConfig
 from stage_ray.config.load import validate_config
 from stage_ray.errors import ConfigError, LearnerLostError
 from stage_ray.records import TensorSpec, WeightManifest
-from stage_ray.weights.broadcast import Broadcast
-from stage_ray.weights.broadcast_group import BroadcastFailed, BroadcastGroup, GroupMember
+from stage_ray.weights.process_groups import BroadcastFailed, BroadcastGroup
+from stage_ray.weights.transport import Broadcast, GroupMember
 from stage_ray.workers.learner import LearnerClient
 from stage_ray.workers.rollout import RolloutClient
 
@@ -208,7 +209,7 @@ def test_every_worker_gets_every_version_over_one_line_and_nothing_is_stored(pla
 
 @pytest.mark.parametrize("harm", ["kill", "stop", "flip"])
 def test_a_worker_that_fails_in_the_middle_of_a_version_costs_nobody_the_version(harm, play, monkeypatch, caplog):
-    monkeypatch.setattr("stage_ray.weights.broadcast.GRACE_S", 1.0)  # of one that is stopped, and gets no heartbeat
+    monkeypatch.setattr("stage_ray.weights.transport.GRACE_S", 1.0)  # of one that is stopped, and gets no heartbeat
 
     async def scenario(cluster, version):
         packed, line = await cluster.packed(), cluster.transport._number
@@ -327,7 +328,7 @@ def test_workers_that_a_learner_never_sent_to_were_not_busy():
 
         actor = SupervisedActor("rollout-0", lambda name: Client(), start_timeout_s=1.0)
         actor.started = actor.is_ready = True
-        broadcast = Broadcast("gloo", 1.0, actor, learner_is_lost)
+        broadcast = Broadcast(SimpleNamespace(call=learner_is_lost, actor=actor), 1.0, "gloo")
         await broadcast.publish([actor])
         await asyncio.sleep(0)
         waiting = asyncio.create_task(actor.call(lambda worker: asyncio.sleep(0, "asked"), None))
@@ -341,7 +342,7 @@ def test_workers_that_a_learner_never_sent_to_were_not_busy():
 
 def test_a_worker_without_memory_for_a_version_breaks_the_line_and_is_served_by_the_store():
     line = BroadcastGroup()
-    place = GroupMember(1, line.open(10.0), 0, 1, "gloo", 10.0)
+    place = GroupMember(1, line.open("127.0.0.1", 10.0), 0, 1, "gloo", 10.0)
     small = TensorSpec("small", (4,), "float32", 0, 0, 16, "")
     huge = TensorSpec("huge", (2**58,), "float32", 0, 1, 2**60, "")
     with pytest.raises(BroadcastFailed, match="rank 0 of 1: .*memory"):

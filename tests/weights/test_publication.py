@@ -13,7 +13,6 @@ from stage_ray.actors.pool import LOST_PAUSE_S
 from stage_ray.bench.sync import QUICK_BYTES, run_of
 from stage_ray.bench.sync_actors import SyncCluster, SyncLearner, SyncRolloutWorker
 from stage_ray.cluster.runtime import start_ray
-from stage_ray.weights.object_store import unless_lost
 
 
 @ray.remote(num_cpus=0)
@@ -50,7 +49,7 @@ async def publish_lose_publish(cluster: SyncCluster) -> None:
 
     published = cluster.transport.published
     cluster.transport.published = replace(published, chunks=await lost_objects(len(published.chunks)))
-    await asyncio.gather(*(unless_lost(cluster.transport.load(actor)) for actor in cluster.rollouts.actors))
+    await asyncio.gather(*(cluster.transport.load(actor) for actor in cluster.rollouts.actors))
     assert await served() == [[1.0], [1.0]] and cluster.restarts() == 0
 
     late = cluster.rollouts.actors[0]
