@@ -39,6 +39,14 @@ class WorkerDied(WorkerLost):
     """A worker whose process ended: by itself, with its node, or because it answered no ping."""
 
 
+class ActorNotReady(WorkerLost):
+    """A worker that was lost before a call's turn came; its successor is not ready yet."""
+
+
+class NoWorkersLeft(WorkerLost):
+    """A pool has no worker, and gets none."""
+
+
 class ArgumentsLost(Exception):
     """What a call was about went down with a node; the worker is as good as before."""
 
@@ -67,22 +75,11 @@ class Worker:
 class Client:
     """Asks one worker: an actor, or the ranks of a group, which live and die together.
 
-    A role's client subclasses it; its methods name the methods of the role's actor.
-
-    Example:
-        class EchoClient(Client):
-            def say(self, word: str) -> Awaitable[str]:
-                return self.ask(EchoWorker.say, word)
+    A role's client subclasses it; its methods name those of the role's actor.
     """
 
     def __init__(self, *ranks: Any, name: str = "", placement: PlacementGroup | None = None) -> None:
-        """Take over the actors.
-
-        Args:
-            ranks: actor handles, rank 0 first.
-            name: for messages about ranks.
-            placement: what Ray reserved for them; it is given back by `kill`.
-        """
+        """``ranks``: actor handles, rank 0 first; ``placement``: what Ray reserved for them; `kill` gives it back."""
         self._ranks, self._name, self._placement = ranks, name, placement
 
     @property
@@ -185,3 +182,8 @@ def free_address(host: str) -> str:
     with socket.socket() as probe:
         probe.bind((host, 0))
         return f"{host}:{probe.getsockname()[1]}"
+
+
+def first_line(error: BaseException | None) -> str:
+    """The first line of what an error says."""
+    return next(iter(str(error).strip().splitlines()), "")

@@ -11,9 +11,8 @@ from typing import Any
 
 import ray
 
-from stage_ray.actors.client import ArgumentsLost, WorkerDied, WorkerLost
-from stage_ray.actors.pool import NoWorkersLeft, Pool
-from stage_ray.actors.supervised import SupervisedActor, heartbeats
+from stage_ray.actors.client import ArgumentsLost, NoWorkersLeft, WorkerDied, WorkerLost
+from stage_ray.actors.supervised import Pool, SupervisedActor, heartbeats
 from stage_ray.cluster.learner import ClusterLearner, missing
 from stage_ray.cluster.placement import Actors
 from stage_ray.cluster.runtime import start_ray

@@ -20,7 +20,7 @@ from ray._common.utils import get_default_system_temp_dir
 from ray._private import ray_constants, utils
 from ray._private.authentication.authentication_token_setup import AuthenticationTokenLoader, Config
 
-from stage_ray.actors.supervised import first_line
+from stage_ray.actors.client import first_line
 from stage_ray.config import RunConfig
 from stage_ray.errors import RunError
 

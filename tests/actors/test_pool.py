@@ -10,7 +10,7 @@ import pytest
 import ray
 
 from stage_ray.actors.client import Client, Worker, WorkerLost
-from stage_ray.actors.pool import Pool
+from stage_ray.actors.supervised import Pool
 from stage_ray.cluster.placement import actor_of
 
 

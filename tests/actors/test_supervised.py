@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 
-from stage_ray.actors.client import WorkerDied, WorkerLost
-from stage_ray.actors.pool import NoWorkersLeft, Pool
-from stage_ray.actors.supervised import SupervisedActor, heartbeats
+from stage_ray.actors.client import NoWorkersLeft, WorkerDied, WorkerLost
+from stage_ray.actors.supervised import Pool, SupervisedActor, heartbeats
 from stage_ray.errors import ConfigError
 from stage_ray.weights.transport import ObjectStore, Publication
 from stage_ray.workers.rollout import RolloutClient
@@ -88,8 +87,8 @@ async def until(what: Callable[[], bool], seconds: float = 5.0) -> None:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stage_ray.actors.pool.FIRST_PAUSE_S", 0.01)
-    monkeypatch.setattr("stage_ray.actors.pool.LONGEST_PAUSE_S", 0.04)
+    monkeypatch.setattr("stage_ray.actors.supervised.FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr("stage_ray.actors.supervised.LONGEST_PAUSE_S", 0.04)
 
 
 def test_a_call_that_nobody_waits_for_any_more_keeps_the_seat_until_the_actor_is_done():

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("local_actors")
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stage_ray.actors.pool.FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr("stage_ray.actors.supervised.FIRST_PAUSE_S", 0.01)
 
 
 async def asked(roles: Roles, call: str, count: int = 1) -> None:

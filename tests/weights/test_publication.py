@@ -9,7 +9,7 @@ import pytest
 import ray
 from ray.exceptions import ObjectLostError
 
-from stage_ray.actors.pool import LOST_PAUSE_S
+from stage_ray.actors.supervised import LOST_PAUSE_S
 from stage_ray.bench.sync import QUICK_BYTES, run_of
 from stage_ray.bench.sync_actors import SyncCluster, SyncLearner, SyncRolloutWorker
 from stage_ray.cluster.runtime import start_ray
