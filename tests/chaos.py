@@ -1,4 +1,4 @@
-"""`make chaos`: a run that is shot at for minutes, by a seeded schedule, and the count of what it lost.
+"""`make chaos`: a run with faults injected for minutes, by a seeded schedule, and the count of what it lost.
 
 A real `stage-ray train` (tiny model, two rollout and two reward workers, two steps ahead in order of arrival) loses
 workers to SIGKILL and SIGSTOP, and its driver to SIGTERM, SIGINT and SIGKILL, alone or with everything else; then it
@@ -34,22 +34,22 @@ from tests.audit import Audit, audit, read_ledger
 
 ROOT = Path(__file__).parents[1]
 WORKERS = {"rollout": "RolloutWorker", "reward": "RewardWorker", "learner": "LearnerWorker"}
-SHOTS = [(role, number) for role in WORKERS for number in (signal.SIGKILL, signal.SIGSTOP)] * 2 + [
+FAULTS = [(role, number) for role in WORKERS for number in (signal.SIGKILL, signal.SIGSTOP)] * 2 + [
     ("driver", signal.SIGKILL),
     ("driver", signal.SIGTERM),
     ("driver", signal.SIGINT),
     ("everything", signal.SIGKILL),
 ]
 GAP_S = (0.5, 9.0)
-"""Between two shots, also before the run has got over the one before."""
+"""Between two faults, also before the run has recovered from the one before."""
 STILL_S = 180.0
-"""A run that trains nothing for so long, on a busy machine and with a worker to replace, stands still."""
+"""A run that trains nothing for this time stands still, even on a busy machine and with a worker to replace."""
 ENDS = {1, 128 + signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGKILL}
 """Exit codes of a driver: it gave up, with a sentence; it was asked to leave; it was killed."""
 STEPS = 1_000_000  # more than fit into any soak: SIGTERM ends it
 
 
-# What the records of a run say, each written by another hand.
+# What the records of a run say, each written by another part of it.
 
 
 def audited(run_dir: Path, *, ended: bool) -> Audit:
@@ -81,10 +81,10 @@ def _saved_otherwise(run_dir: Path, saved: Checkpoint, rules: Any) -> list[str]:
     text = (run_dir / "ledger.jsonl").read_bytes()[: saved.metadata["ledger_bytes"]].decode()
     then = audit([json.loads(line) for line in text.splitlines()], **rules)
     version = json.loads((saved.path / "learner.json").read_text())["version"]
-    strangers = set(saved.metadata["groups"]) - set(then.open)
+    unknown = set(saved.metadata["groups"]) - set(then.open)
     faults = [f"checkpoint of step {saved.step}: weights of version {version}"] * (version != saved.step)
     faults += [f"checkpoint of step {saved.step}: ledger of step {then.steps}"] * (then.steps != saved.step)
-    faults += [f"checkpoint of step {saved.step}: holds {strangers}, which are not on their way"] * bool(strangers)
+    faults += [f"checkpoint of step {saved.step}: holds {unknown}, which are not on their way"] * bool(unknown)
     return faults
 
 
@@ -108,7 +108,7 @@ def _recorded_otherwise(run_dir: Path, events: list[dict[str, Any]], groups_per_
 
 
 def start_driver(command: list[str], **more: Any) -> subprocess.Popen[str]:
-    """A driver in a session of its own: Ray's processes and the workers stay in it, whoever their parent is."""
+    """A driver in a session of its own: Ray's processes and the workers stay in it, whatever their parent is."""
     return subprocess.Popen(command, cwd=ROOT, start_new_session=True, text=True, **more)
 
 
@@ -141,7 +141,7 @@ class Soak:
 
     directory: Path
     choice: random.Random
-    shots: Counter[tuple[str, str]] = field(default_factory=Counter)
+    injected: Counter[tuple[str, str]] = field(default_factory=Counter)
     resumed: int = 0
     gave_up: int = 0
     problems: list[str] = field(default_factory=list)
@@ -178,7 +178,7 @@ class Soak:
         self.seen, self.moved = self.steps(), time.monotonic()
         self.trains = self.asked = False
 
-    def shoot(self, role: str, number: int) -> None:
+    def inject(self, role: str, number: int) -> None:
         """Send a signal to one process of a role, to the driver, or to everything."""
         assert self.driver is not None
         if role in WORKERS:
@@ -192,10 +192,10 @@ class Soak:
                 process.send_signal(number)
         if targets:
             self.asked = self.asked or number in (signal.SIGTERM, signal.SIGINT)
-            self.shots[role, signal.Signals(number).name] += 1
+            self.injected[role, signal.Signals(number).name] += 1
             self.say(f"{signal.Signals(number).name} to {role} at step {self.steps()}")
 
-    def bury(self) -> None:
+    def collect(self) -> None:
         """The driver is gone: look at what it left, end the rest of it, and check its records."""
         assert self.driver is not None
         code = self.driver.wait()
@@ -212,13 +212,13 @@ class Soak:
         self.say(note)
 
     def wait(self, seconds: float) -> None:
-        """Let the run go on, for so long or until its driver ends."""
+        """Let the run go on for ``seconds``, or until its driver ends."""
         assert self.driver is not None
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.driver.wait(seconds)
 
     def soak(self, minutes: float) -> Audit:
-        """Shoot until the time is up, then let the run save and leave; the audit of all of it."""
+        """Inject faults until the time is up, then let the run save and leave; the audit of all of it."""
         deadline = self.began + 60 * minutes
         self.start()
         while time.monotonic() < deadline:
@@ -226,13 +226,13 @@ class Soak:
             self.wait(self.choice.uniform(*GAP_S))
             self.look()
             if self.driver.poll() is not None:
-                self.bury()
+                self.collect()
                 self.start()
             elif time.monotonic() - self.moved > STILL_S:
                 self.problems.append(f"stood still at step {self.seen}")
-                self.shoot("everything", signal.SIGKILL)
+                self.inject("everything", signal.SIGKILL)
             elif self.trains or self.choice.random() < 0.1:  # seldom while it starts: it would never get to train
-                self.shoot(*self.choice.choice(SHOTS))
+                self.inject(*self.choice.choice(FAULTS))
         return self.finish()
 
     def look(self) -> None:
@@ -250,11 +250,11 @@ class Soak:
         for _ in range(5):
             if self.leaves():
                 break
-            self.bury()
+            self.collect()
             self.start()
         else:
             self.problems.append("the run did not save and leave in five attempts")
-        self.bury()
+        self.collect()
         return audited(self.run_dir, ended=True)
 
     def leaves(self) -> bool:
@@ -267,11 +267,11 @@ class Soak:
         while not self.trains and time.monotonic() < limit and self.driver.poll() is None:
             self.wait(0.2)
             self.look()
-        self.shoot("driver", signal.SIGTERM)
+        self.inject("driver", signal.SIGTERM)
         self.wait(STILL_S)
         if self.driver.poll() is None:
             self.problems.append("did not leave after SIGTERM")
-            self.shoot("everything", signal.SIGKILL)
+            self.inject("everything", signal.SIGKILL)
         return self.driver.wait() == 128 + signal.SIGTERM and not asked_before
 
 
@@ -281,16 +281,16 @@ def _complaints(found: Audit) -> list[str]:
 
 
 def write_config(directory: Path, seed: int) -> None:
-    """The run of the soak: `tests.tiny`'s model, so that steps are short and all time goes into getting over things."""
+    """The run of the soak: `tests.plain`'s model, so that steps are short and most time goes into recoveries."""
+    from tests.plain import plain_checkpoint
     from tests.runs import tiny_run
-    from tests.tiny import tiny_janus
 
     run = tiny_run(
         directory,
-        tiny_janus(directory / "janus"),
+        plain_checkpoint(directory / "plain"),
         steps=STEPS,
         seed=seed,
-        rollout={"workers": 2, "images_per_batch": 1},  # slow, so that a shot at a rollout worker hits it at work
+        rollout={"workers": 2, "images_per_batch": 1},  # slow, so that a fault hits a rollout worker at work
         scoring={"workers": 2, "timeout_s": 20.0},
         pipeline={"max_staleness": 2, "order": "arrival", "record": True},
         checkpoint={"every": 5, "keep": 3},
@@ -302,7 +302,7 @@ def write_config(directory: Path, seed: int) -> None:
 
 def table(soak: Soak, found: Audit) -> str:
     """The tally."""
-    rows = [(f"{name} to {role}", count) for (role, name), count in sorted(soak.shots.items())]
+    rows = [(f"{name} to {role}", count) for (role, name), count in sorted(soak.injected.items())]
     rows += [("runs resumed", soak.resumed), ("of which gave up with a sentence", soak.gave_up)]
     rows += [("steps trained", found.steps), ("groups admitted", found.admitted), ("groups trained", found.trained)]
     rows += [("groups on their way", len(found.open)), ("groups dropped with a reason", found.dropped)]
@@ -313,9 +313,9 @@ def table(soak: Soak, found: Audit) -> str:
 
 def main() -> int:
     """Run a soak; 0 if nothing was lost, repeated or otherwise wrong."""
-    parser = argparse.ArgumentParser(description="Shoot at a run for minutes and count what it lost")
+    parser = argparse.ArgumentParser(description="Inject faults into a run for minutes and count what it lost")
     parser.add_argument("--minutes", type=float, default=10.0)
-    parser.add_argument("--seed", type=int, default=0, help="fixes model, prompts, and the schedule of shots")
+    parser.add_argument("--seed", type=int, default=0, help="fixes model, prompts, and the schedule of faults")
     options = parser.parse_args()
     directory = Path(tempfile.mkdtemp(prefix="stage-ray-chaos-"))
     write_config(directory, options.seed)

@@ -6,13 +6,21 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny import tiny_janus
+from tests.plain import plain_checkpoint
 
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random Janus checkpoint. No test writes into it."""
+    from tests.tiny import tiny_janus  # late: transformers' models, which few processes need
+
     return tiny_janus(tmp_path_factory.mktemp("model") / "janus")
+
+
+@pytest.fixture(scope="session")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of `tests.plain`, for runs that are about the machine around the model. No test writes into it."""
+    return plain_checkpoint(tmp_path_factory.mktemp("model") / "plain")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,4 +1,4 @@
-"""Runs on `tests.tiny`'s model that take seconds, and what their files say. Shared by all that start runs."""
+"""Runs on a tiny model that take seconds, and what their files say. Shared by all that start runs."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ from pathlib import Path
 from stage_ray.config import RunConfig
 from stage_ray.config.load import validate_config
 from stage_ray.observability.progress import Progress
+from tests.plain import FAMILY
 
 PROMPTS = ["a photo of a red circle", "a photo of two rings", "a photo of a blue square", "a photo of a triangle"]
+FAMILIES = {"janus": "janus", "plain": FAMILY}
 CLOCKS = ("time/", "images_per_s", "busy/", "queue/")
 
 
 def tiny_run(directory: Path, model: Path, scorer: str = "Brightness", **changes) -> RunConfig:
+    """A run of four steps on the torch engine; ``changes`` are merged into the config, a section at a time."""
     prompts = directory / "prompts.txt"
     directory.mkdir(parents=True, exist_ok=True)
     prompts.write_text("\n".join(PROMPTS))
@@ -22,7 +25,7 @@ def tiny_run(directory: Path, model: Path, scorer: str = "Brightness", **changes
         "steps": 4,
         "run_dir": str(directory / "run"),
         "prompts": {"train": str(prompts), "heldout": str(prompts)},
-        "policy": {"path": str(model)},
+        "policy": {"path": str(model), "family": FAMILIES[model.name]},
         "rollout": {
             "engine": "torch",
             "group_size": 4,

@@ -27,7 +27,7 @@ class Brightness:
 
 
 class CannotJudge(Brightness):
-    """One prompt is beyond it, for ever."""
+    """It never scores one prompt."""
 
     def __init__(self, word: str) -> None:
         self.word = word
@@ -44,7 +44,7 @@ class Raises:
         raise OSError("the scoring service is down")
 
 
-class Moody(Brightness):
+class Faulty(Brightness):
     """Every fault a scorer can have, one after another, each once in a run (files in ``marks`` are left behind)."""
 
     def __init__(self, marks: str) -> None:
@@ -52,23 +52,23 @@ class Moody(Brightness):
 
     def score(self, images: np.ndarray, prompts: Sequence[Prompt]) -> RewardOutput:
         right = super().score(images, prompts)
-        mood = next((mood for mood in MOODS if self._first(mood)), None)
-        if mood == "is killed":
+        fault = next((fault for fault in FAULTS if self._first(fault)), None)
+        if fault == "is killed":
             os.kill(os.getpid(), signal.SIGKILL)
-        if mood == "sleeps":
+        if fault == "sleeps":
             time.sleep(3600)
-        if mood == "raises":
+        if fault == "raises":
             raise OSError("the scoring service is down")
-        if mood == "answers too few":
+        if fault == "answers too few":
             return _output(right.scores[:-1])
-        return _output(np.full(len(images), np.nan)) if mood == "answers NaN" else right
+        return _output(np.full(len(images), np.nan)) if fault == "answers NaN" else right
 
-    def _first(self, mood: str) -> bool:
+    def _first(self, fault: str) -> bool:
         try:
-            (self.marks / mood).touch(exist_ok=False)
+            (self.marks / fault).touch(exist_ok=False)
         except FileExistsError:
             return False
         return True
 
 
-MOODS = ("answers NaN", "raises", "sleeps", "answers too few", "is killed")
+FAULTS = ("answers NaN", "raises", "sleeps", "answers too few", "is killed")

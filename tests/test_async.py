@@ -58,8 +58,8 @@ class KillsWorker(Progress):
                         self.killed += 1
 
 
-def test_generation_runs_ahead_to_the_bound_and_no_further_and_records_what_the_catalogue_names(tmp_path, model):
-    run = train(tiny_run(tmp_path, model, steps=6, pipeline={"max_staleness": 2}, **QUICK)).run_dir
+def test_generation_runs_ahead_to_the_bound_and_no_further_and_records_what_the_metric_registry_names(tmp_path, plain):
+    run = train(tiny_run(tmp_path, plain, steps=6, pipeline={"max_staleness": 2}, **QUICK)).run_dir
     rows = lines(run / "metrics.jsonl")
     assert [row["staleness/max"] for row in rows] == [0, 1, 2, 2, 2, 2]
     named = {name: find(name) for row in rows for name in row}
@@ -68,10 +68,10 @@ def test_generation_runs_ahead_to_the_bound_and_no_further_and_records_what_the_
     assert sound(run).trained == 12
 
 
-def test_a_strict_asynchronous_run_that_drops_groups_is_repeated_and_resumed_bit_for_bit(tmp_path, model):
+def test_a_strict_asynchronous_run_that_drops_groups_is_repeated_and_resumed_bit_for_bit(tmp_path, plain):
     changes = {"steps": 6, "pipeline": {"max_staleness": 1}, "options": {"word": "rings"}, **QUICK}
-    whole = train(tiny_run(tmp_path / "whole", model, "CannotJudge", **changes)).run_dir
-    broken = tiny_run(tmp_path / "broken", model, "CannotJudge", **changes)
+    whole = train(tiny_run(tmp_path / "whole", plain, "CannotJudge", **changes)).run_dir
+    broken = tiny_run(tmp_path / "broken", plain, "CannotJudge", **changes)
     with pytest.raises(KeyboardInterrupt):
         train(broken, progress=StopsAfter(4))
     resumed = train(broken, resume=True).run_dir
@@ -84,18 +84,18 @@ def test_a_strict_asynchronous_run_that_drops_groups_is_repeated_and_resumed_bit
     assert sound(whole).dropped == sound(resumed).dropped == sum(row["scoring/replaced"] for row in rows[0]) > 2
 
 
-def test_a_rollout_worker_that_hangs_is_replaced_and_its_groups_drawn_again(tmp_path, model):
+def test_a_rollout_worker_that_hangs_is_replaced_and_its_groups_drawn_again(tmp_path, plain):
     killer = KillsWorker("RolloutWorker", 2, signal.SIGSTOP)
     cluster = {"object_store_mb": 128, "metrics_port": None, "heartbeat_s": 0.5, "heartbeat_deadline_s": 2.0}
     changes = {"steps": 5, "pipeline": {"max_staleness": 1}, "cluster": cluster, **QUICK}
-    run = train(tiny_run(tmp_path, model, **changes), progress=killer).run_dir
+    run = train(tiny_run(tmp_path, plain, **changes), progress=killer).run_dir
     assert killer.killed == 1
     assert lines(run / "metrics.jsonl")[-1]["workers/restarts"] >= 1
     assert sound(run).trained == 10
 
 
-def test_a_first_signal_saves_and_a_resumed_run_goes_on(tmp_path, model):
-    run = tiny_run(tmp_path, model, steps=400, checkpoint={"every": 1000}, **QUICK)
+def test_a_first_signal_saves_and_a_resumed_run_goes_on(tmp_path, plain):
+    run = tiny_run(tmp_path, plain, steps=400, checkpoint={"every": 1000}, **QUICK)
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(run.model_dump(mode="json")))
     command = [sys.executable, "-m", "stage_ray", "train", str(config)]
@@ -113,9 +113,9 @@ def test_a_first_signal_saves_and_a_resumed_run_goes_on(tmp_path, model):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_while_ray_starts_ends_the_run_with_its_code_and_leaves_nothing_running(tmp_path, model, number):
+def test_a_signal_while_ray_starts_ends_the_run_with_its_code_and_leaves_nothing_running(tmp_path, plain, number):
     config = tmp_path / "config.yaml"
-    config.write_text(yaml.safe_dump(tiny_run(tmp_path, model, **QUICK).model_dump(mode="json")))
+    config.write_text(yaml.safe_dump(tiny_run(tmp_path, plain, **QUICK).model_dump(mode="json")))
     command = [sys.executable, "-m", "stage_ray", "train", str(config)]
     driver = start_driver(command, stderr=subprocess.PIPE)
     try:
@@ -143,9 +143,9 @@ def test_a_replay_refuses_a_step_that_was_recorded_in_part(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_replay_without_recorded_groups_says_how_to_record_them(tmp_path, model):
+def test_a_replay_without_recorded_groups_says_how_to_record_them(tmp_path, plain):
     with pytest.raises(ConfigError, match="record a run with pipeline.record=true"):
-        replay(tiny_run(tmp_path, model), tmp_path, Progress())
+        replay(tiny_run(tmp_path, plain), tmp_path, Progress())
 
 
 def test_a_version_that_several_ranks_broadcast_is_the_one_that_vllm_serves(tmp_path, model):

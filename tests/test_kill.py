@@ -1,7 +1,7 @@
-"""Every role is killed in every phase of an asynchronous run, disks fill and bytes rot; no group is lost or repeated.
+"""Every role is killed in every phase of an asynchronous run, disks fill, bytes change; no group is lost or repeated.
 
 Real Ray, real processes, real signals. What must not change the outcome at all (the loss of a scorer, a learner or the
-driver, in strict order) is held to metrics and weights of a run that nobody disturbed, bit for bit. A rollout worker's
+driver, in strict order) is held to metrics and weights of an undisturbed run, bit for bit. A rollout worker's
 successor draws its groups with the newest weights, which may be other ones: there the ledger is the judge.
 """
 
@@ -49,7 +49,7 @@ from stage_ray.workers.learner import LearnerClient
 from tests.audit import Audit
 from tests.chaos import WORKERS, audited, end_session, start_driver
 from tests.runs import lines, tiny_run, without_clocks
-from tests.scorers import MOODS
+from tests.scorers import FAULTS
 
 pytestmark = pytest.mark.slow  # each starts a Ray of its own
 
@@ -99,8 +99,8 @@ def same_outcome(first: RunConfig, second: RunConfig) -> bool:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory, model: Path) -> RunConfig:
-    run = kill_run(tmp_path_factory.mktemp("undisturbed"), model)
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, plain: Path) -> RunConfig:
+    run = kill_run(tmp_path_factory.mktemp("undisturbed"), plain)
     train(run)
     sound(run)
     return run
@@ -115,15 +115,15 @@ def test_a_replay_of_recorded_groups_repeats_every_update(tmp_path, undisturbed)
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
-class Strikes:
+class Faults:
     """What happens in the midst of which phase, one after another; a new checkpoint must be whole before the next.
 
-    Moments are drawn from a seed. A phase that was over before its moment came is struck sooner the next time.
+    Moments are drawn from a seed. A phase that was over before its moment came is injected sooner the next time.
     """
 
-    def __init__(self, phases: list[str], strike: Callable[[int], object]) -> None:
+    def __init__(self, phases: list[str], inject: Callable[[int], object]) -> None:
         self.done = 0
-        self._phases, self._strike = phases, strike
+        self._phases, self._inject = phases, inject
         self._choice = random.Random(SEED)
         self._delay = self._draw()
         self._armed = False
@@ -150,7 +150,7 @@ class Strikes:
         await asyncio.sleep(self._delay)
         if self._armed:  # of calls that overlap, the first
             self._armed, self._delay = False, self._draw()
-            self._strike(self.done)
+            self._inject(self.done)
             self.done += 1
 
     def _draw(self) -> float:
@@ -201,37 +201,37 @@ class DiesWhenAsked:
         return all(self.asked[method] > n for method, n in self._at.items())
 
 
-def test_scorers_and_learners_killed_in_every_phase_do_not_change_a_bit(tmp_path, model, undisturbed, monkeypatch):
+def test_scorers_and_learners_killed_in_every_phase_do_not_change_a_bit(tmp_path, plain, undisturbed, monkeypatch):
     schedule = [(role, phase) for role in ("reward", "learner") for phase in PHASES]
     random.Random(SEED).shuffle(schedule)
-    strikes = Strikes([phase for _, phase in schedule], lambda n: kill_worker(schedule[n][0]))
-    strikes.watch(monkeypatch)
+    faults = Faults([phase for _, phase in schedule], lambda n: kill_worker(schedule[n][0]))
+    faults.watch(monkeypatch)
     narrow = DiesWhenAsked(save_state=6, chunks=STEPS)  # moments too short to be hit by chance
     narrow.watch(monkeypatch)
-    run = kill_run(tmp_path, model)
+    run = kill_run(tmp_path, plain)
     train(run)
-    assert strikes.done == len(schedule) and narrow.done
+    assert faults.done == len(schedule) and narrow.done
     sound(run)
     assert same_outcome(run, undisturbed)
 
 
 def test_learners_killed_in_every_phase_do_not_change_a_bit_where_versions_are_broadcast(
-    tmp_path, model, undisturbed, monkeypatch
+    tmp_path, plain, undisturbed, monkeypatch
 ):
     phases = list(PHASES)
     random.Random(SEED).shuffle(phases)
-    strikes = Strikes(phases, lambda n: kill_worker("learner"))
-    strikes.watch(monkeypatch)
+    faults = Faults(phases, lambda n: kill_worker("learner"))
+    faults.watch(monkeypatch)
     narrow = DiesWhenAsked(offer=5, send=12)
     narrow.watch(monkeypatch)
-    run = kill_run(tmp_path, model, cluster={"weight_transport": "gloo", "sync_timeout_s": 10.0})
+    run = kill_run(tmp_path, plain, cluster={"weight_transport": "gloo", "sync_timeout_s": 10.0})
     train(run)
-    assert strikes.done == len(PHASES) and narrow.done
+    assert faults.done == len(PHASES) and narrow.done
     sound(run)
     assert same_outcome(run, undisturbed), "another way for the same bytes"
 
 
-class Rot:
+class CorruptWeights:
     """Damages the weights that a rollout worker is given: those of versions ``flip`` and ``cut`` once, from ``ruin`` on
     for good."""
 
@@ -264,16 +264,16 @@ def flipped_array(array: np.ndarray) -> np.ndarray:
     return np.frombuffer(flipped(array.tobytes()), array.dtype)
 
 
-def test_rollout_workers_killed_in_every_phase_or_given_rotten_weights_are_replaced(
-    tmp_path, model, monkeypatch, caplog
+def test_rollout_workers_killed_in_every_phase_or_given_corrupt_weights_are_replaced(
+    tmp_path, plain, monkeypatch, caplog
 ):
-    strikes = Strikes(list(PHASES), lambda n: kill_worker("rollout"))
-    strikes.watch(monkeypatch)
-    Rot(flip=STEPS - 12, cut=STEPS - 8, ruin=STEPS - 4).watch(monkeypatch)
-    run = kill_run(tmp_path, model, cluster={"attempts": 2})
+    faults = Faults(list(PHASES), lambda n: kill_worker("rollout"))
+    faults.watch(monkeypatch)
+    CorruptWeights(flip=STEPS - 12, cut=STEPS - 8, ruin=STEPS - 4).watch(monkeypatch)
+    run = kill_run(tmp_path, plain, cluster={"attempts": 2})
     with pytest.raises(RunError, match=r"WeightError: tensor '.+' of version 36 has checksum"):
         train(run)
-    assert strikes.done == len(PHASES)
+    assert faults.done == len(PHASES)
     assert "of version 28 has checksum" in caplog.text
     assert "of version 32 has" in caplog.text and "truncated" in caplog.text
     found = sound(run, ended=False)
@@ -282,24 +282,24 @@ def test_rollout_workers_killed_in_every_phase_or_given_rotten_weights_are_repla
     assert restarts == len(PHASES) + 2
 
 
-def test_a_scorer_with_every_fault_costs_a_second_look_and_no_group(tmp_path, model):
+def test_a_scorer_with_every_fault_costs_another_attempt_and_no_group(tmp_path, plain):
     marks = tmp_path / "marks"
     marks.mkdir()
     changes = {"steps": 8, "options": {"marks": str(marks)}, "scoring": {"timeout_s": 3.0}}
-    run = kill_run(tmp_path, model, "Moody", **changes)
+    run = kill_run(tmp_path, plain, "Faulty", **changes)
     train(run)
     rows = lines(Path(run.run_dir) / "metrics.jsonl")
-    assert sorted(path.name for path in marks.iterdir()) == sorted(MOODS)
-    judged = len(MOODS) - 1  # who is killed has not judged
-    assert sum(row["scoring/rescored"] + row["scoring/replaced"] for row in rows) == judged
+    assert sorted(path.name for path in marks.iterdir()) == sorted(FAULTS)
+    scored = len(FAULTS) - 1  # who is killed has not scored
+    assert sum(row["scoring/rescored"] + row["scoring/replaced"] for row in rows) == scored
     assert sound(run).dropped == sum(row["scoring/replaced"] for row in rows)
 
 
 def drive_until(config: str, phase: str) -> None:
     """A driver that is killed in the midst of a phase: what `test_a_driver_...` runs in a process of its own."""
-    strikes = Strikes([phase], lambda _: os.kill(os.getpid(), signal.SIGKILL))
+    faults = Faults([phase], lambda _: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.MonkeyPatch.context() as patch:
-        strikes.watch(patch)
+        faults.watch(patch)
         train(load_config(Path(config)), resume=Path(load_config(Path(config)).run_dir).exists())
 
 
@@ -324,8 +324,8 @@ def kill_driver(run: RunConfig, phase: str) -> None:
     sound(run, ended=False)
 
 
-def test_a_driver_killed_twice_goes_on_bit_for_bit_even_from_an_older_checkpoint(tmp_path, model, undisturbed):
-    run = kill_run(tmp_path, model)
+def test_a_driver_killed_twice_goes_on_bit_for_bit_even_from_an_older_checkpoint(tmp_path, plain, undisturbed):
+    run = kill_run(tmp_path, plain)
     damages: dict[str, Callable[[bytes], bytes]] = {"scoring": lambda data: data[:-1], "checkpointing": flipped}
     for phase, damage in damages.items():
         kill_driver(run, phase)
@@ -338,9 +338,9 @@ def test_a_driver_killed_twice_goes_on_bit_for_bit_even_from_an_older_checkpoint
     assert same_outcome(run, undisturbed)
 
 
-def test_a_driver_killed_in_a_synchronous_run_goes_on_bit_for_bit(tmp_path, model):
+def test_a_driver_killed_in_a_synchronous_run_goes_on_bit_for_bit(tmp_path, plain):
     changes = {"steps": STEPS // 2, "pipeline": {"max_staleness": 0, "record": True}}
-    whole, run = kill_run(tmp_path / "whole", model, **changes), kill_run(tmp_path / "broken", model, **changes)
+    whole, run = kill_run(tmp_path / "whole", plain, **changes), kill_run(tmp_path / "broken", plain, **changes)
     train(whole)
     kill_driver(run, "publishing")
     train(run, resume=True)
@@ -353,8 +353,8 @@ def test_a_driver_killed_in_a_synchronous_run_goes_on_bit_for_bit(tmp_path, mode
     assert histories[0] == histories[1]
 
 
-def test_a_driver_killed_in_a_run_in_order_of_arrival_loses_no_group_and_repeats_none(tmp_path, model):
-    run = kill_run(tmp_path, model, pipeline={"max_staleness": 2, "order": "arrival", "record": True})
+def test_a_driver_killed_in_a_run_in_order_of_arrival_loses_no_group_and_repeats_none(tmp_path, plain):
+    run = kill_run(tmp_path, plain, pipeline={"max_staleness": 2, "order": "arrival", "record": True})
     kill_driver(run, "generating")
     train(run, resume=True)
     sound(run)
@@ -398,10 +398,10 @@ def fill(directory: Path, but: int) -> None:
 
 
 def test_a_full_disk_stops_the_run_with_its_checkpoints_whole_and_with_room_it_goes_on_bit_for_bit(
-    small_disk, model, undisturbed
+    small_disk, plain, undisturbed
 ):
     disk, mounted = small_disk
-    run = kill_run(disk, model)
+    run = kill_run(disk, plain)
     why = "No space left" if mounted else "File too large"
     room = 300_000  # for ledger, metrics and report, not for a checkpoint
     with pytest.raises(RunError, match=rf"checkpoint of step 8 could not .*{why}.*the ones before it are whole"):
@@ -417,8 +417,8 @@ def test_a_full_disk_stops_the_run_with_its_checkpoints_whole_and_with_room_it_g
     assert same_outcome(run, undisturbed)
 
 
-def test_groups_of_a_checkpoint_are_as_old_as_they_were_when_the_run_goes_on(tmp_path, model):
-    run = kill_run(tmp_path, model, pipeline={"max_staleness": 2, "order": "arrival"})
+def test_groups_of_a_checkpoint_are_as_old_as_they_were_when_the_run_goes_on(tmp_path, plain):
+    run = kill_run(tmp_path, plain, pipeline={"max_staleness": 2, "order": "arrival"})
     versions = {8: 3, 9: 2, 10: 2, 11: 3}  # group 8 was drawn again after its first worker was lost
     ledger = Ledger(tmp_path / "ledger.jsonl")
     ledger.note("admitted", versions, step=2)

@@ -21,9 +21,9 @@ import pytest
 import yaml
 
 from stage_ray.run.run_dir import open_run_dir
+from tests.plain import plain_checkpoint
 from tests.runs import tiny_run
 from tests.scorers import Brightness
-from tests.tiny import tiny_janus
 
 REPOSITORY = Path(__file__).parents[1]
 CALLS = [  # one of each server of Ray's object plane: GCS, raylet, object manager, every worker and the driver
@@ -69,7 +69,7 @@ def run(tmp_path_factory) -> Iterator[Run]:
     gate, home = directory / "gate", directory / "home"
     home.mkdir()
     cluster = {"dashboard": True, "metrics_port": 0, "object_store_mb": 128}
-    model = tiny_janus(directory / "janus")
+    model = plain_checkpoint(directory / "plain")
     config = tiny_run(directory, model, steps=1, cluster=cluster).model_dump(mode="json")
     config["rewards"] = [{"type": "tests.test_security.Waits", "options": {"gate": str(gate)}}]
     (directory / "config.yaml").write_text(yaml.safe_dump(config))

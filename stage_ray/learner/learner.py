@@ -19,13 +19,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
+from torch import Tensor
 
 from stage_ray.algorithm.off_policy import guided_behavior
 from stage_ray.config import LearnerConfig, RunConfig
-from stage_ray.errors import ConfigError
 from stage_ray.learner.batch import Batch, LearnerError, make_batch
 from stage_ray.learner.metrics import UpdateOutputs, update_metrics
 from stage_ray.learner.precision import attention, autocast, uses_bfloat16
@@ -87,7 +84,7 @@ class Learner:
         self._reference.model.requires_grad_(False)
         self._base = fingerprint(self._reference.trained_parameters())  # while it is whole: it never changes
         if run.learner.gradient_checkpointing:
-            _enable_checkpointing(self.policy.model)
+            self.policy.enable_gradient_checkpointing()
         for policy in (self.policy, self._reference):
             self._ranks.shard(policy.fsdp_modules(), self._bfloat16)
         self._parameters = self.policy.trained_parameters()
@@ -296,13 +293,3 @@ class Learner:
         self._optimizer.zero_grad(set_to_none=True)
         self.version += 1
         return norm.item()
-
-
-def _enable_checkpointing(model: nn.Module) -> None:
-    """Recompute the layers' activations in the backward pass; dropout, if a config has any, stays off."""
-    if not isinstance(model, PreTrainedModel) or not model.supports_gradient_checkpointing:
-        raise ConfigError("learner.gradient_checkpointing is true, which this policy.family cannot do; set it to false")
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    for module in model.modules():
-        if isinstance(module, GradientCheckpointingLayer):
-            module.training = True  # what the layer itself looks at; the modules inside it stay in eval mode

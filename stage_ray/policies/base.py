@@ -181,6 +181,14 @@ class Policy(ABC):
     def save(self, directory: Path, state: Mapping[str, Tensor] | None = None) -> None:
         """Write a Hugging Face checkpoint that plain transformers loads; ``state`` replaces the model's weights."""
 
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute the layers' activations in the backward pass; dropout, if a config has any, stays off.
+
+        Raises:
+            ConfigError: the family cannot.
+        """
+        raise ConfigError("learner.gradient_checkpointing is true, which this policy.family cannot do; set it to false")
+
     @property
     def grid(self) -> tuple[int, int]:
         """Image tokens along height and width."""

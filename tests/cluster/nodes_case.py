@@ -18,16 +18,10 @@ from ray.cluster_utils import Cluster
 from stage_ray.config.load import load_config
 from tests.chaos import audited
 from tests.runs import tiny_run
-from tests.tiny import tiny_janus
 
 REPOSITORY = Path(__file__).parents[2]
 ROLES = {"rollout": "rollout", "scoring": "reward", "learner": "learner"}
 ENGINE = os.environ.get("NODES_ENGINE", "torch")  # vllm takes four times as long on two cores
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return tiny_janus(tmp_path_factory.mktemp("model") / "janus")
 
 
 @pytest.fixture
@@ -83,14 +77,14 @@ def wait_until(what, driver: subprocess.Popen, directory: Path, seconds: float =
 
 
 @pytest.mark.slow
-def test_a_node_dies_another_joins_and_no_group_is_lost(tmp_path, model, nodes):
+def test_a_node_dies_another_joins_and_no_group_is_lost(tmp_path, plain, nodes):
     first = nodes.add(rollout=1, reward=1)
     nodes.add(rollout=1, reward=1)
     home = nodes.add(learner=1)
     nodes.wait_for_nodes()
     run = tiny_run(
         tmp_path,
-        model,
+        plain,
         steps=100_000,
         rollout={
             "engine": "torch",

@@ -51,12 +51,14 @@ class Watched(RolloutWorker):
 
 
 @pytest.mark.slow
-def test_workers_sleep_during_every_update_and_come_back_with_the_learner_after_a_rank_dies(tmp_path, monkeypatch):
+def test_workers_sleep_during_every_update_and_come_back_with_the_learner_after_a_rank_dies(
+    tmp_path, plain, monkeypatch
+):
     calls = tmp_path / "calls"
     monkeypatch.setenv("STAGE_RAY_TEST_CALLS", str(calls))
     monkeypatch.setattr("stage_ray.cluster.placement.RolloutWorker", Watched)
     killer = KillsWorker("LearnerWorker", 3, signal.SIGKILL)
-    run = tiny_run(tmp_path, tiny_janus(tmp_path / "janus"), steps=5, **ROLES, **QUICK)
+    run = tiny_run(tmp_path, plain, steps=5, **ROLES, **QUICK)
     directory = train(run, progress=killer).run_dir
     assert killer.killed == 2 and sound(directory).trained == 10
     assert [row["step"] for row in lines(directory / "metrics.jsonl")] == [1, 2, 3, 4, 5]

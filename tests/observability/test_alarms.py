@@ -123,9 +123,9 @@ def run_and_listen(run: RunConfig) -> tuple[str, list[dict], str]:
 
 
 @pytest.mark.slow
-def test_an_alarm_is_in_the_log_the_metrics_and_the_report(tmp_path, model):
+def test_an_alarm_is_in_the_log_the_metrics_and_the_report(tmp_path, plain):
     changes = {"algorithm": NO_ENTROPY_REWARD, "rewards": [{"type": "tests.observability.test_alarms.Constant"}]}
-    run = runs.tiny_run(tmp_path, model, steps=1, evaluation={"enabled": False}, **changes)
+    run = runs.tiny_run(tmp_path, plain, steps=1, evaluation={"enabled": False}, **changes)
     said, written, report = run_and_listen(run)
     names = ["zero_gradient", "no_variance", "no_valid_reward"]
     (row,) = (json.loads(line) for line in (Path(run.run_dir) / "metrics.jsonl").read_text().splitlines())

@@ -23,7 +23,6 @@ from stage_ray.errors import ConfigError
 from stage_ray.observability.logs import bind_context, log_error, start_logs, worker_environment
 from stage_ray.observability.progress import LoggedProgress, Progress, progress_for
 from tests.runs import tiny_run
-from tests.tiny import tiny_janus
 
 BIN = Path(sys.executable).parent
 
@@ -147,9 +146,9 @@ def test_another_format_is_refused_by_name(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_run_whose_scorer_never_works_says_why_in_json_in_its_alarms_and_in_its_report(tmp_path):
+def test_a_run_whose_scorer_never_works_says_why_in_json_in_its_alarms_and_in_its_report(tmp_path, plain):
     quiet = {"evaluation": {"enabled": False}, "logs": {"format": "json"}}
-    run = tiny_run(tmp_path, tiny_janus(tmp_path / "janus"), "Raises", steps=1, **quiet)
+    run = tiny_run(tmp_path, plain, "Raises", steps=1, **quiet)
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(run.model_dump(mode="json")))
     assert validate_config(yaml.safe_load(config.read_text())) == run

@@ -21,8 +21,8 @@ from stage_ray.records import Prompt, RolloutRequest, image_seeds
 from stage_ray.workers.learner import LearnerWorker
 from stage_ray.workers.reward import RewardWorker
 from stage_ray.workers.rollout import RolloutWorker
+from tests.plain import IMAGE_TOKENS, plain_checkpoint
 from tests.runs import PROMPTS, tiny_run
-from tests.tiny import IMAGE_TOKENS, tiny_janus
 
 ON_A_GPU = "ray_stage_ray_worker_peak_gpu_memory_bytes"
 RANKS = ["learner-9-rank-0", "learner-9-rank-1"]
@@ -38,7 +38,9 @@ Series = dict[tuple[str, str, str], float]
 def reported(tmp_path_factory) -> Series:
     """(metric, role, worker) -> value, after a wave of two groups of four, its scores and an update by two ranks."""
     directory = tmp_path_factory.mktemp("run")
-    run = tiny_run(directory, tiny_janus(directory / "janus"), evaluation={"enabled": False}, learner={"ranks": 2})
+    run = tiny_run(
+        directory, plain_checkpoint(directory / "plain"), evaluation={"enabled": False}, learner={"ranks": 2}
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_metrics_report_interval_ms", "500")
         start_ray(run, directory / "run")

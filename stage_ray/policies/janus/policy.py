@@ -83,6 +83,15 @@ class JanusPolicy(Policy):
         """Janus' language model is a plain Llama."""
         return StaticDecoder(self.model.model.language_model, sequences, length)
 
+    def enable_gradient_checkpointing(self) -> None:
+        """transformers' own, layer by layer; see `Policy.enable_gradient_checkpointing`."""
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
+        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        for module in self.model.modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                module.training = True  # what the layer itself looks at; the modules inside it stay in eval mode
+
     def save(self, directory: Path, state: Mapping[str, Tensor] | None = None) -> None:
         """Write weights (``state`` in their place where the model is sharded), configs, tokenizer and template."""
         self.model.save_pretrained(directory, state_dict=dict(state) if state is not None else None)
