@@ -16,11 +16,11 @@ from stage_ray.actors.supervised import Pool, SupervisedActor, heartbeats
 from stage_ray.cluster.learner import ClusterLearner, missing
 from stage_ray.cluster.placement import Actors
 from stage_ray.cluster.runtime import start_ray
+from stage_ray.cluster.transport import Broadcast, ObjectStore
 from stage_ray.config import RunConfig
 from stage_ray.errors import GroupsLostError, RunError
 from stage_ray.records import GroupRefs, RolloutRequest
-from stage_ray.weights.transport import Broadcast, ObjectStore
-from stage_ray.workers.rollout import RolloutClient
+from stage_ray.workers.rollout import RolloutClient, RolloutWorker
 
 
 class Cluster:
@@ -206,7 +206,7 @@ class Cluster:
                 await held.enter_async_context(actor.lock)
                 if actor.started:
                     with suppress(WorkerLost):  # a successor waits as well
-                        await actor.ask(lambda worker: worker.sleep(), self.run.cluster.sync_timeout_s)
+                        await actor.ask(lambda worker: worker.ask(RolloutWorker.sleep), self.run.cluster.sync_timeout_s)
 
             await asyncio.gather(*map(hold, actors))
             yield

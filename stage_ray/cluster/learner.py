@@ -10,12 +10,12 @@ from typing import Any, TypeVar
 
 from ray.exceptions import ObjectLostError
 
-from stage_ray.actors.client import ArgumentsLost, WorkerFailed, WorkerLost
+from stage_ray.actors.client import ArgumentsLost, Client, WorkerFailed, WorkerLost
 from stage_ray.actors.supervised import Ask, SupervisedActor
 from stage_ray.config import RunConfig
 from stage_ray.errors import GroupsLostError, LearnerLostError, RunError
 from stage_ray.records import GroupRefs, Update
-from stage_ray.workers.learner import LearnerClient, LearnerWorker
+from stage_ray.workers.learner import LearnerWorker
 
 Result = TypeVar("Result")
 
@@ -32,7 +32,7 @@ class ClusterLearner:
     def __init__(
         self,
         run: RunConfig,
-        start: Callable[[str], LearnerClient],
+        start: Callable[[str], Client],
         alone: Callable[[], AbstractAsyncContextManager[None]],
         hint: str,
     ) -> None:
@@ -47,7 +47,7 @@ class ClusterLearner:
         self._timeout_s, self._alone, self._hint = run.learner.timeout_s, alone, hint
         self._accepted = 0
 
-        async def setup(client: LearnerClient) -> None:
+        async def setup(client: Client) -> None:
             async with alone():
                 await client.setup()
 
@@ -58,7 +58,7 @@ class ClusterLearner:
     async def update(self, groups: Sequence[GroupRefs]) -> Update:
         """Hand groups over, then train on them: one update, whose version is one more than the last."""
 
-        async def update(client: LearnerClient) -> Update:
+        async def update(client: Client) -> Update:
             async with self._alone():
                 return await client.ask(LearnerWorker.update)
 
@@ -87,7 +87,7 @@ class ClusterLearner:
     async def load_groups(self, directory: Path, group_ids: Sequence[int]) -> list[GroupRefs]:
         """Read saved groups back into the object store, in the order of ``group_ids``."""
 
-        async def load(client: LearnerClient) -> list[GroupRefs]:
+        async def load(client: Client) -> list[GroupRefs]:
             arguments = directory.resolve(), group_ids
             answer, refs = client.first.ask_objects(LearnerWorker.load_groups, 2 * len(group_ids), *arguments)
             loaded = zip(group_ids, await answer, refs[::2], refs[1::2], strict=True)  # groups and scores alternate
@@ -109,11 +109,11 @@ class ClusterLearner:
             raise LearnerLostError(f"the learner was lost before; {self._hint}")
 
     async def call(
-        self, ask: Ask[LearnerClient, Result], *, groups: Sequence[GroupRefs] = (), patient: bool = False
+        self, ask: Ask[Client, Result], *, groups: Sequence[GroupRefs] = (), patient: bool = False
     ) -> Result:
         """Call the learner when it is this call's turn, about ``groups``; ``patient``: the call has its own limits."""
 
-        async def ask_accepted(client: LearnerClient) -> Result:
+        async def ask_accepted(client: Client) -> Result:
             self.require_accepted()
             return await ask(client)
 

@@ -12,11 +12,11 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from stage_ray.actors.client import Worker
+from stage_ray.actors.client import Client, Worker
 from stage_ray.config import LearnerConfig, RolloutConfig, RunConfig
 from stage_ray.engines.vllm.environment import vllm_environment
 from stage_ray.observability.logs import worker_environment
-from stage_ray.workers.learner import LearnerClient, LearnerWorker
+from stage_ray.workers.learner import LearnerWorker
 from stage_ray.workers.reward import RewardClient, RewardWorker
 from stage_ray.workers.rollout import RolloutClient, RolloutWorker
 
@@ -51,7 +51,7 @@ class Actors:
         make = actor_of(RewardWorker, scoring.cpus, scoring.gpus, {"OMP_NUM_THREADS": "1"}, scoring.resources)
         return RewardClient(make.remote(name, list(self._run.rewards), self._log(name)))
 
-    def learner(self, name: str) -> LearnerClient:
+    def learner(self, name: str) -> Client:
         """The learner: one actor, or ranks as close together as there is room, each with room for a colocated worker.
 
         Ray places all of them or none (a placement group).
@@ -63,7 +63,7 @@ class Actors:
             group = placement_group([bundle] * learner.ranks, strategy="PACK")
         self._learners = group if rollout.colocated else None
         actors = self._ranks(LearnerWorker, name, learner, learner.ranks, {}, group)
-        return LearnerClient(*actors, name=name, placement=group)
+        return Client(*actors, name=name, placement=group)
 
     def _ranks(
         self,

@@ -11,8 +11,9 @@ import os
 import socket
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
 import psutil
 import torch
@@ -22,14 +23,29 @@ from torch import Tensor
 from stage_ray.records import WeightManifest
 from stage_ray.weights.manifest import DTYPES, verify
 
-if TYPE_CHECKING:
-    from stage_ray.weights.transport import GroupMember
-
+Backend = Literal["gloo", "nccl"]
 BLOCKING = "TORCH_NCCL_BLOCKING_WAIT"
 
 
 class BroadcastFailed(Exception):  # noqa: N818  as WorkerLost
     """A member died, hung or was too slow: which members have the version is unknown. One sentence."""
+
+
+@dataclass(frozen=True, slots=True)
+class GroupMember:
+    """One member of a weight broadcast group: the learner is rank 0, at whose address the others connect.
+
+    Example:
+        >>> GroupMember(number=1, address="10.0.0.1:6000", rank=2, count=3, backend="gloo", timeout_s=120.0).rank
+        2
+    """
+
+    number: int  # of the group: one that is built again has another
+    address: str
+    rank: int
+    count: int
+    backend: Backend
+    timeout_s: float  # to connect, and again for each version
 
 
 def init_process_group(rank: int, count: int, address: str, device: torch.device, timeout_s: float) -> None:

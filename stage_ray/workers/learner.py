@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
 
-from stage_ray.actors.client import Client, Worker
+from stage_ray.actors.client import Worker
 from stage_ray.config import RunConfig
 from stage_ray.records import Update, WeightManifest
 
@@ -16,8 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from stage_ray.weights.manifest import Chunk
-    from stage_ray.weights.process_groups import BroadcastGroup
-    from stage_ray.weights.transport import GroupMember
+    from stage_ray.weights.process_groups import BroadcastGroup, GroupMember
 
 
 class LearnerWorker(Worker):
@@ -136,31 +135,3 @@ class LearnerWorker(Worker):
     def export(self, directory: Path) -> None:
         """A Hugging Face checkpoint that plain transformers loads."""
         self._learner.export(directory)
-
-
-class LearnerClient(Client):
-    """The learner as a weight transport asks it while it is its turn; each method is the worker's."""
-
-    def version(self) -> Awaitable[int]:
-        """The current version."""
-        return self.first.ask(LearnerWorker.version)
-
-    def pack(self) -> Awaitable[WeightManifest]:
-        """Pack the current version for `chunks`."""
-        return self.ask(LearnerWorker.pack)
-
-    def chunks(self, count: int) -> tuple[Awaitable[int], list[Any]]:
-        """The packed version's number, once all is stored, and references to its ``count`` chunks."""
-        return self.first.ask_objects(LearnerWorker.chunks, count)
-
-    def offer(self) -> Awaitable[WeightManifest]:
-        """Describe the current version for `send`."""
-        return self.ask(LearnerWorker.offer)
-
-    def open_group(self) -> Awaitable[str]:
-        """Listen for rollout workers; HOST:PORT."""
-        return self.first.ask(LearnerWorker.open_group)
-
-    def send(self, member: GroupMember) -> Awaitable[str]:
-        """Send what was offered; why some may not have it."""
-        return self.first.ask(LearnerWorker.send, member)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +15,7 @@ from stage_ray.records import GroupRefs, RolloutGroup, RolloutRequest, WeightMan
 
 if TYPE_CHECKING:
     from stage_ray.weights.manifest import Chunk
-    from stage_ray.weights.process_groups import BroadcastGroup
-    from stage_ray.weights.transport import GroupMember
+    from stage_ray.weights.process_groups import BroadcastGroup, GroupMember
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,18 +117,6 @@ class RolloutClient(Client):
             GroupRefs(r.group_id, answer.policy_version, tokens, images, generate_s=answer.generate_s)
             for r, tokens, images in zip(requests, refs[::2], refs[1::2], strict=True)  # objects alternate
         ]
-
-    def sleep(self) -> Awaitable[None]:
-        """As the worker's; it answers once the GPU's memory is free."""
-        return self.ask(RolloutWorker.sleep)
-
-    def load_weights(self, manifest: Any, chunks: Sequence[Any]) -> Awaitable[int]:
-        """As the worker's, of references to the manifest and the chunks."""
-        return self.ask(RolloutWorker.load_weights, manifest, *chunks)
-
-    def receive(self, manifest: WeightManifest, member: GroupMember) -> Awaitable[str]:
-        """As the worker's."""
-        return self.ask(RolloutWorker.receive, manifest, member)
 
 
 def _problem(requests: Sequence[RolloutRequest], groups: Sequence[RolloutGroup], codebook_size: int) -> str:

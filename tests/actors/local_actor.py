@@ -11,10 +11,10 @@ import pytest
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
+from stage_ray.actors.client import Client
 from stage_ray.cluster.cluster import Cluster
 from stage_ray.config import RunConfig
 from stage_ray.config.load import validate_config
-from stage_ray.workers.learner import LearnerClient
 from stage_ray.workers.reward import RewardClient
 from stage_ray.workers.rollout import RolloutClient
 
@@ -101,8 +101,8 @@ class Roles:
     def reward(self, name: str) -> RewardClient:
         return RewardClient(self.make(name))
 
-    def learner(self, name: str) -> LearnerClient:
-        return LearnerClient(self.make(name))
+    def learner(self, name: str) -> Client:
+        return Client(self.make(name))
 
 
 class Role:

@@ -12,8 +12,8 @@ import pytest
 
 from stage_ray.actors.client import NoWorkersLeft, WorkerDied, WorkerLost
 from stage_ray.actors.supervised import Pool, SupervisedActor, heartbeats
+from stage_ray.cluster.transport import ObjectStore, Publication
 from stage_ray.errors import ConfigError
-from stage_ray.weights.transport import ObjectStore, Publication
 from stage_ray.workers.rollout import RolloutClient
 from tests.actors.local_actor import LocalActor, local_actors  # noqa: F401
 

@@ -19,13 +19,12 @@ from stage_ray.actors.supervised import SupervisedActor
 from stage_ray.bench.sync import run_of
 from stage_ray.bench.sync_actors import ROW, SyncActors, SyncCluster, SyncLearner, SyncRolloutWorker
 from stage_ray.cluster.placement import actor_of
+from stage_ray.cluster.transport import Broadcast
 from stage_ray.config import RunConfig
 from stage_ray.config.load import validate_config
 from stage_ray.errors import ConfigError, LearnerLostError
 from stage_ray.records import TensorSpec, WeightManifest
-from stage_ray.weights.process_groups import BroadcastFailed, BroadcastGroup
-from stage_ray.weights.transport import Broadcast, GroupMember
-from stage_ray.workers.learner import LearnerClient
+from stage_ray.weights.process_groups import BroadcastFailed, BroadcastGroup, GroupMember
 from stage_ray.workers.rollout import RolloutClient
 
 SIZE = 200 * ROW
@@ -93,7 +92,7 @@ class TrappedActors(SyncActors):
         return RolloutClient(actor_of(Worker, 0.5, 0, {}).remote(*self._size))
 
     def learner(self, name):
-        return LearnerClient(actor_of(Learner, 0.5, 0, {}).remote(*self._size, self._run))
+        return Client(actor_of(Learner, 0.5, 0, {}).remote(*self._size, self._run))
 
 
 class TrappedCluster(SyncCluster):
@@ -209,7 +208,7 @@ def test_every_worker_gets_every_version_over_one_line_and_nothing_is_stored(pla
 
 @pytest.mark.parametrize("harm", ["kill", "stop", "flip"])
 def test_a_worker_that_fails_in_the_middle_of_a_version_costs_nobody_the_version(harm, play, monkeypatch, caplog):
-    monkeypatch.setattr("stage_ray.weights.transport.GRACE_S", 1.0)  # of one that is stopped, and gets no heartbeat
+    monkeypatch.setattr("stage_ray.cluster.transport.GRACE_S", 1.0)  # of one that is stopped, and gets no heartbeat
 
     async def scenario(cluster, version):
         packed, line = await cluster.packed(), cluster.transport._number

@@ -13,44 +13,24 @@ from collections.abc import Awaitable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import ray
 
-from stage_ray.actors.client import ArgumentsLost, WorkerLost, in_time
+from stage_ray.actors.client import ArgumentsLost, Client, WorkerLost, in_time
 from stage_ray.actors.supervised import SupervisedActor
+from stage_ray.cluster.learner import ClusterLearner
 from stage_ray.errors import LearnerLostError
 from stage_ray.records import WeightManifest
-
-if TYPE_CHECKING:
-    from stage_ray.cluster.learner import ClusterLearner
-    from stage_ray.workers.learner import LearnerClient
-    from stage_ray.workers.rollout import RolloutClient
-
-    RolloutActor = SupervisedActor[RolloutClient]
+from stage_ray.weights.process_groups import Backend, GroupMember
+from stage_ray.workers.learner import LearnerWorker
+from stage_ray.workers.rollout import RolloutClient, RolloutWorker
 
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
-Backend = Literal["gloo", "nccl"]
+RolloutActor = SupervisedActor[RolloutClient]
 GRACE_S = 15.0
 """Members give up by themselves after `GroupMember.timeout_s`, twice if they have to connect; then after so long."""
-
-
-@dataclass(frozen=True, slots=True)
-class GroupMember:
-    """One member of a weight broadcast group: the learner is rank 0, at whose address the others connect.
-
-    Example:
-        >>> GroupMember(number=1, address="10.0.0.1:6000", rank=2, count=3, backend="gloo", timeout_s=120.0).rank
-        2
-    """
-
-    number: int  # of the group: one that is built again has another
-    address: str
-    rank: int
-    count: int
-    backend: Backend
-    timeout_s: float  # to connect, and again for each version
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +59,7 @@ class ObjectStore:
 
     async def publish(self, actors: Sequence[RolloutActor]) -> None:
         """Make the learner's version the newest; every started worker takes it after the calls that it has now."""
-        self.version = await self._learner.call(self.store)
+        self.version = await self._learner.call(self._store)
         self._loading = [asyncio.create_task(self.load(actor)) for actor in actors if actor.started]
 
     async def settled(self) -> bool:
@@ -88,14 +68,15 @@ class ObjectStore:
         await asyncio.gather(*loading)
         return bool(loading)
 
-    async def newest(self, name: str, worker: RolloutClient) -> None:
+    async def newest(self, name: str, worker: Client) -> None:
         """Bring the newest version, if there is one, to a worker whose turn it is.
 
         Raises:
             WorkerLate: it did not take it in time.
         """
         if (stored := self.published) is not None:
-            await self._in_time(worker.load_weights(stored.manifest, stored.chunks), name, stored.version)
+            loading = worker.ask(RolloutWorker.load_weights, stored.manifest, *stored.chunks)
+            await self._in_time(loading, name, stored.version, self._timeout_s)
 
     async def load(self, actor: RolloutActor) -> None:
         """Let a worker take what is newest when it is its turn, unless it is lost.
@@ -105,19 +86,17 @@ class ObjectStore:
         with contextlib.suppress(WorkerLost, ArgumentsLost):
             await actor.call(partial(self.newest, actor.name), None, if_ready=True)
 
-    async def store(self, learner: LearnerClient) -> int:
+    async def _store(self, learner: Client) -> int:
         """Store the version of a learner whose turn it is."""
-        manifest = await learner.pack()
-        version, chunks = learner.chunks(manifest.chunks)
+        manifest = await learner.ask(LearnerWorker.pack)
+        version, chunks = learner.first.ask_objects(LearnerWorker.chunks, manifest.chunks)
         await version  # a learner that dies before all are stored is lost here, not in every worker that loads them
         self.published = Publication(manifest.version, ray.put(manifest), tuple(chunks))
         return manifest.version
 
-    def _in_time(
-        self, loading: Awaitable[Result], name: str, version: int, limit_s: float | None = None
-    ) -> Awaitable[Result]:
+    def _in_time(self, loading: Awaitable[Result], name: str, version: int, limit_s: float) -> Awaitable[Result]:
         late = f"{name} did not take version {version} within cluster.sync_timeout_s = {self._timeout_s:g} s"
-        return in_time(loading, self._timeout_s if limit_s is None else limit_s, late)
+        return in_time(loading, limit_s, late)
 
 
 class Broadcast(ObjectStore):
@@ -134,15 +113,15 @@ class Broadcast(ObjectStore):
         super().__init__(learner, timeout_s)
         self._backend = backend
         self._superseded = asyncio.Event()
-        self._members: list[Any] = []
+        self._members: list[Client] = []
         self._address, self._number = "", 0
 
     async def publish(self, actors: Sequence[RolloutActor]) -> None:
         """Let the learner and the workers wait for each other, then send; workers that start now use the store."""
-        manifest = await self._learner.call(lambda learner: learner.offer())
+        manifest = await self._learner.call(lambda learner: learner.ask(LearnerWorker.offer))
         self.published = None
         if any(actor.started and not actor.is_ready for actor in actors):
-            await self._learner.call(self.store)
+            await self._learner.call(self._store)
         self.version = manifest.version
         held = AsyncExitStack()
         # They queue now, not when it is the learner's turn: what is asked for later is drawn with this version.
@@ -152,7 +131,7 @@ class Broadcast(ObjectStore):
         self._superseded.set()
         self._superseded = asyncio.Event()
 
-    async def newest(self, name: str, worker: RolloutClient) -> None:
+    async def newest(self, name: str, worker: Client) -> None:
         """As the store's; a version that was not stored before the learner moved on is followed by the next one."""
         while not self._stored:
             superseded = self._superseded
@@ -167,18 +146,18 @@ class Broadcast(ObjectStore):
         """Whether the store has the newest version, if there is one."""
         return self.version == (self.published and self.published.version)
 
-    async def _store_newest(self, learner: LearnerClient) -> None:
-        if not self._stored and await learner.version() == self.version:
-            await self.store(learner)
+    async def _store_newest(self, learner: Client) -> None:
+        if not self._stored and await learner.first.ask(LearnerWorker.version) == self.version:
+            await self._store(learner)
 
     async def _hold(self, actor: RolloutActor, held: AsyncExitStack) -> RolloutActor | None:
         """Wait for an actor's turn and keep it until ``held`` is closed; None where the worker was lost before."""
-        async with AsyncExitStack() as turn:
-            await turn.enter_async_context(actor.lock)
-            if not actor.is_ready:  # its successor is set up meanwhile
-                return None
-            held.push_async_exit(turn.pop_all())
-            return actor
+        await actor.lock.acquire()
+        if not actor.is_ready:
+            actor.lock.release()  # its successor is set up meanwhile
+            return None
+        held.callback(actor.lock.release)
+        return actor
 
     async def _pass(
         self, held: AsyncExitStack, turns: asyncio.Future[list[RolloutActor | None]], manifest: WeightManifest
@@ -186,7 +165,7 @@ class Broadcast(ObjectStore):
         """Hold the learner until every worker is held or lost, then let the version go from one to the others."""
         load = super().newest
 
-        async def send(learner: LearnerClient) -> tuple[list[RolloutActor], float]:
+        async def send(learner: Client) -> tuple[list[RolloutActor], float]:
             came = time.perf_counter()
             actors = [actor for actor in await turns if actor is not None]
             waited_s = time.perf_counter() - came
@@ -204,13 +183,14 @@ class Broadcast(ObjectStore):
                 await asyncio.gather(*map(load_stored, behind))
 
     async def _send(
-        self, learner: LearnerClient, actors: Sequence[RolloutActor], manifest: WeightManifest
+        self, learner: Client, actors: Sequence[RolloutActor], manifest: WeightManifest
     ) -> list[RolloutActor]:
         """Send a version to workers that are held; those that live and did not get it, for whom it is stored."""
         late, limit_s = "the learner gave no answer within {:g} s".format, 2 * self._timeout_s + GRACE_S
         members = [learner, *(actor.client for actor in actors)]
         if members != self._members:  # clients are equal where they are the same object
-            self._address = await in_time(learner.open_group(), self._timeout_s, late(self._timeout_s))
+            opening = learner.first.ask(LearnerWorker.open_group)
+            self._address = await in_time(opening, self._timeout_s, late(self._timeout_s))
             self._members, self._number = members, self._number + 1
         first, *others = (
             GroupMember(self._number, self._address, rank, len(members), self._backend, self._timeout_s)
@@ -218,15 +198,15 @@ class Broadcast(ObjectStore):
         )
 
         def receive(actor: RolloutActor, member: GroupMember) -> Awaitable[str]:
-            def ask(worker: RolloutClient) -> Awaitable[str]:
-                return self._in_time(worker.receive(manifest, member), actor.name, manifest.version, limit_s)
+            def ask(worker: Client) -> Awaitable[str]:
+                receiving = worker.ask(RolloutWorker.receive, manifest, member)
+                return self._in_time(receiving, actor.name, manifest.version, limit_s)
 
             return actor.ask(ask, None)
 
-        sending = in_time(learner.send(first), limit_s, late(limit_s))
-        receiving = map(receive, actors, others)
+        sending = in_time(learner.first.ask(LearnerWorker.send, first), limit_s, late(limit_s))
         # Why a member may not have the version, "" where it has; or how it was lost.
-        sent, *received = await asyncio.gather(sending, *receiving, return_exceptions=True)
+        sent, *received = await asyncio.gather(sending, *map(receive, actors, others), return_exceptions=True)
         behind = [actor for actor, why in zip(actors, received, strict=True) if why and isinstance(why, str)]
         if problems := [str(why) for why in (sent, *received) if why]:
             self._members = []
@@ -234,5 +214,5 @@ class Broadcast(ObjectStore):
         if isinstance(sent, BaseException):
             raise sent
         if behind:
-            await self.store(learner)
+            await self._store(learner)
         return behind
