@@ -17,10 +17,8 @@ from stage_ray.observability.worker_metrics import WorkerMetrics
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
-RANKS_GRACE_S = 10.0
-"""Where one rank fails the others do too, from the same cause or because they miss it: how long they have for it."""
-ANSWER_GRACE_S = 0.5
-"""A driver whose loop was blocked finds limit and answer together: how long after the limit it looks once more."""
+RANKS_GRACE_S = 10.0  # where one rank fails the others do too, from the same cause or because they miss it
+ANSWER_GRACE_S = 0.5  # a driver whose loop was blocked beyond the limit looks once more, for an answer that came
 
 
 class WorkerLost(Exception):
@@ -73,10 +71,7 @@ class Worker:
 
 
 class Client:
-    """Asks one worker: an actor, or the ranks of a group, which live and die together.
-
-    A role's client subclasses it; its methods name those of the role's actor.
-    """
+    """Asks one worker: an actor, or the ranks of a group, which live and die together."""
 
     def __init__(self, *ranks: Any, name: str = "", placement: PlacementGroup | None = None) -> None:
         """``ranks``: actor handles, rank 0 first; ``placement``: what Ray reserved for them; `kill` gives it back."""
@@ -101,10 +96,6 @@ class Client:
         answers = [method.remote(*args) for method in methods]
         return self._together([first for first, *_ in answers]), answers[0][1:]
 
-    def ping(self) -> Awaitable[tuple[int, str]]:
-        """Process and node of rank 0, once every rank has answered."""
-        return self.ask(Worker.ping)
-
     async def setup(self) -> None:
         """Let the worker load its model; several ranks meet first."""
         if len(self._ranks) == 1:
@@ -119,35 +110,32 @@ class Client:
         if self._placement is not None:
             remove_placement_group(self._placement)
 
-    def _together(self, answers: Sequence[Awaitable[Any]]) -> Awaitable[Any]:
-        return answers[0] if len(answers) == 1 else together(self._name, answers)
+    async def _together(self, answers: Sequence[Awaitable[Result]]) -> Result:
+        """The first rank's answer, once all are there.
 
-
-async def together(name: str, answers: Sequence[Awaitable[Result]]) -> Result:
-    """The first rank's answer, once all are there.
-
-    Raises:
-        RayActorError: a rank died, whatever the others say about missing it.
-        WorkerLost: a rank failed, and another one waits for it.
-        RayTaskError: every rank refused, or failed; the first one's reason.
-    """
-    tasks = [asyncio.ensure_future(answer) for answer in answers]
-    try:
-        _, waiting = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
-        if waiting:
-            _, waiting = await asyncio.wait(tasks, timeout=RANKS_GRACE_S)
-        errors = [error for task in tasks if task.done() and (error := task.exception()) is not None]
-        for error in errors:
-            if isinstance(error, RayActorError):
-                raise error
-        if waiting:
-            raise WorkerLost(f"{name}: {len(errors)} of {len(tasks)} ranks failed: {errors[0]}") from errors[0]
-        if errors:
-            raise errors[0]
-        return tasks[0].result()
-    finally:
-        for task in tasks:
-            task.cancel()
+        Raises:
+            RayActorError: a rank died, whatever the others say about missing it.
+            WorkerLost: a rank failed, and another one waits for it.
+            RayTaskError: every rank refused, or failed; the first one's reason.
+        """
+        tasks = [asyncio.ensure_future(answer) for answer in answers]
+        try:
+            _, waiting = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+            if waiting:
+                _, waiting = await asyncio.wait(tasks, timeout=RANKS_GRACE_S)
+            errors = [error for task in tasks if task.done() and (error := task.exception()) is not None]
+            for error in errors:
+                if isinstance(error, RayActorError):
+                    raise error
+            if waiting:
+                lost = f"{self._name}: {len(errors)} of {len(tasks)} ranks failed: {errors[0]}"
+                raise WorkerLost(lost) from errors[0]
+            if errors:
+                raise errors[0]
+            return tasks[0].result()
+        finally:
+            for task in tasks:
+                task.cancel()
 
 
 async def in_time(answer: Awaitable[Result], timeout_s: float | None, late: str) -> Result:
@@ -173,12 +161,7 @@ async def in_time(answer: Awaitable[Result], timeout_s: float | None, late: str)
 
 
 def free_address(host: str) -> str:
-    """HOST:PORT of a port that is free there now.
-
-    Example:
-        >>> free_address("127.0.0.1").startswith("127.0.0.1:")
-        True
-    """
+    """HOST:PORT of a port that is free there now."""
     with socket.socket() as probe:
         probe.bind((host, 0))
         return f"{host}:{probe.getsockname()[1]}"

@@ -8,7 +8,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, Generic, TypeVar
 
 import ray
@@ -19,6 +19,7 @@ from stage_ray.actors.client import (
     ArgumentsLost,
     Client,
     NoWorkersLeft,
+    Worker,
     WorkerDied,
     WorkerFailed,
     WorkerLate,
@@ -93,14 +94,14 @@ class SupervisedActor(Generic[C]):
 
     async def ready(self, timeout_s: float | None) -> None:
         """Wait at most ``timeout_s`` until the worker has a process; then set it up and sync it, before later calls."""
-        await self._answer(self.client.ping(), timeout_s)  # outside the lock: this may take for ever
+        await self._answer(self.client.ask(Worker.ping), timeout_s)  # outside the lock: this may take for ever
         async with self.lock:
             await self._ready()
 
     async def _ready(self) -> None:
         if self.is_ready:
             return
-        pid, node = await self._answer(self.client.ping(), self._start_timeout_s)
+        pid, node = await self._answer(self.client.ask(Worker.ping), self._start_timeout_s)
         self._pid = pid if node == ray.get_runtime_context().get_node_id() else None  # what `kill` may signal
         if not self.started:
             try:
@@ -132,13 +133,21 @@ class SupervisedActor(Generic[C]):
         # A task of its own, which keeps the lock to its end whatever becomes of the caller.
         return await asyncio.shield(asyncio.ensure_future(self._turn(ask, timeout_s, if_ready)))
 
-    async def ask(self, ask: Ask[C, Result], timeout_s: float | None) -> Result:
-        """Ask the worker where `lock` is held already; raises as `call`."""
-        with self._replaced_if_lost():
+    async def ask(self, ask: Ask[C, Result], timeout_s: float | None, *, setup: bool = False) -> Result:
+        """Ask the worker, after its ``setup`` if that is wanted, where `lock` is held already; raises as `call`."""
+        try:
+            if setup:
+                await self._ready()
             began = time.perf_counter()
             answer = await self._answer(ask(self.client), timeout_s)
             self.busy_s += time.perf_counter() - began
             return answer
+        except WorkerLost as lost:
+            if not (self._keep_failed and isinstance(lost, WorkerFailed)):
+                log.warning("%s; another takes its place", lost)
+                self.restart()
+                self._on_loss(self)
+            raise
 
     def restart(self) -> None:
         """Kill the worker, if there is one, and start another."""
@@ -165,7 +174,7 @@ class SupervisedActor(Generic[C]):
             return
         client = self.client
         try:
-            await in_time(client.ping(), deadline_s, f"{self.name}: no heartbeat for {deadline_s:g} s")
+            await in_time(client.ask(Worker.ping), deadline_s, f"{self.name}: no heartbeat for {deadline_s:g} s")
         except WorkerLate as late:
             if client is self.client and self.is_ready:  # not its successor, which has started meanwhile
                 log.warning("%s, so it is killed", late)
@@ -177,23 +186,10 @@ class SupervisedActor(Generic[C]):
         try:
             if if_ready and not self.is_ready:
                 raise ActorNotReady(f"{self.name} was lost before its turn came")
-            with self._replaced_if_lost():
-                await self._ready()
-            return await self.ask(ask, timeout_s)
+            return await self.ask(ask, timeout_s, setup=True)
         finally:
             self.waiting -= 1
             self.lock.release()
-
-    @contextlib.contextmanager
-    def _replaced_if_lost(self) -> Iterator[None]:
-        try:
-            yield
-        except WorkerLost as lost:
-            if not (self._keep_failed and isinstance(lost, WorkerFailed)):
-                log.warning("%s; another takes its place", lost)
-                self.restart()
-                self._on_loss(self)
-            raise
 
     async def _answer(self, answer: Awaitable[Result], timeout_s: float | None) -> Result:
         try:

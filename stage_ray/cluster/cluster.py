@@ -28,10 +28,7 @@ class Cluster:
 
     Invariant: a rollout worker gets the newest published version before its first request (promise 6).
 
-    Attributes:
-        learner: see `ClusterLearner`.
-        rollouts, rewards: the pools of workers.
-        transport: how versions get from the learner to the rollout workers.
+    ``transport`` brings versions from the ``learner`` to the pool of ``rollouts``; ``rewards`` is the other pool.
     """
 
     def __init__(self, run: RunConfig, logs: Path | None) -> None:
@@ -82,10 +79,8 @@ class Cluster:
     ) -> list[GroupRefs]:
         """Sample one generation batch; a worker that is lost is replaced, and the same requests go to another.
 
-        Args:
-            requests: with their seeds, so a second attempt draws the same images (at the then newest version).
-            turn: which worker, modulo their number; None takes the one with the shortest queue.
-            on_retry: called before each further attempt.
+        They hold their seeds, so a second attempt draws the same images (at the then newest version). ``turn`` and
+        ``on_retry``: as `Pool.call`.
 
         Raises:
             RunError: the last attempt failed too, or no worker is left.
@@ -122,9 +117,6 @@ class Cluster:
 
         In a synchronous run it returns when all workers serve it; else they load it between batches while the run goes
         on, and the next `publish` or `settle` says if one could not.
-
-        Args:
-            version: the learner's, as its update or its checkpoint gave it.
         """
         # With the object store a pool without workers is waited for; with a broadcast this very version may revive it.
         await self.settle(wait_any=not isinstance(self.transport, Broadcast))
@@ -135,10 +127,7 @@ class Cluster:
             await self.settle()
 
     async def settle(self, *, wait_any: bool = True) -> None:
-        """Wait until every rollout worker serves what was published last, and until there is one.
-
-        Args:
-            wait_any: False: where no worker is left, none is waited for.
+        """Wait until every rollout worker serves what was published last and, if ``wait_any``, until there is one.
 
         Raises:
             RunError: no worker and none of its successors could load it in ``cluster.sync_timeout_s``.

@@ -36,13 +36,9 @@ class ClusterLearner:
         alone: Callable[[], AbstractAsyncContextManager[None]],
         hint: str,
     ) -> None:
-        """Start the learner, without waiting for it.
+        """Start the learner, named by ``start``'s argument, without waiting for it.
 
-        Args:
-            run: the run's config.
-            start: makes a learner, given its name.
-            alone: a context in which colocated rollout workers have left their GPUs to the learner.
-            hint: where its log is, for messages.
+        ``alone``: a context in which colocated rollout workers leave their GPUs to it; ``hint``: where its log is.
         """
         self._timeout_s, self._alone, self._hint = run.learner.timeout_s, alone, hint
         self._accepted = 0

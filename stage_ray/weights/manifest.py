@@ -40,14 +40,7 @@ def pack(
 ) -> tuple[WeightManifest, list[Chunk]]:
     """Checksum tensors and group them into chunks of at most ``chunk_bytes``; a larger tensor gets one of its own.
 
-    Args:
-        version: policy version of these weights.
-        tensors: (name, tensor) of any device and dtype of `DTYPES`; names must be unique.
-        chunk_bytes: bytes of one chunk.
-
-    Returns:
-        The manifest and the chunks. Tensors on the CPU share memory with them: store them before the weights move on,
-        or they will not verify.
+    Tensors on the CPU share memory with the chunks: store those before the weights move on, or they will not verify.
 
     Raises:
         WeightError: a name that comes twice, a dtype that cannot travel, or values that are not finite.
@@ -80,10 +73,6 @@ def describe(version: int, tensors: Iterable[tuple[str, Tensor]], device: torch.
 
     Raises:
         WeightError: as `pack`.
-
-    Example:
-        >>> describe(7, [("w", torch.ones(2, 2))], torch.device("cpu")).chunks
-        0
     """
     named = list(tensors)
     return _manifest(version, named, _checksums((tensor for _, tensor in named), device))
@@ -105,15 +94,9 @@ def verify(manifest: WeightManifest, tensors: Sequence[Tensor]) -> None:
 
 
 def unpack(manifest: WeightManifest, chunks: Sequence[Chunk]) -> list[tuple[str, Tensor]]:
-    """Verify every tensor of a version, then hand all of them out.
+    """Verify every tensor of a version, then hand all of them out, in the order in which they were packed.
 
-    Args:
-        manifest: of `pack`.
-        chunks: in the order of `pack`; may be read-only.
-
-    Returns:
-        (name, tensor) in the order they were packed, all finite (`pack` saw to it), on the CPU: views into the chunks,
-        to be read and not written.
+    They are finite (`pack` saw to it) and on the CPU: views into the chunks, to be read and not written.
 
     Raises:
         WeightError: a chunk is missing, short or of another dtype, a tensor's bytes changed, or the manifest

@@ -33,15 +33,10 @@ class BroadcastFailed(Exception):  # noqa: N818  as WorkerLost
 
 @dataclass(frozen=True, slots=True)
 class GroupMember:
-    """One member of a weight broadcast group: the learner is rank 0, at whose address the others connect.
-
-    Example:
-        >>> GroupMember(number=1, address="10.0.0.1:6000", rank=2, count=3, backend="gloo", timeout_s=120.0).rank
-        2
-    """
+    """One member of a weight broadcast group."""
 
     number: int  # of the group: one that is built again has another
-    address: str
+    address: str  # of rank 0, the learner: HOST:PORT
     rank: int
     count: int
     backend: Backend
@@ -51,11 +46,8 @@ class GroupMember:
 def init_process_group(rank: int, count: int, address: str, device: torch.device, timeout_s: float) -> None:
     """Make torch's default process group; blocks until all are there. gloo on a CPU, NCCL on GPUs.
 
-    Whatever this process opens for that, now or in groups that are made of this one, is on the network of ``address``.
-
-    Args:
-        address: where rank 0 listens, HOST:PORT, as `free_address` gives it.
-        timeout_s: how long a rank waits for another, here and in every exchange.
+    Whatever this process opens for that, now or in groups that are made of this one, is on the network of ``address``
+    (HOST:PORT), where rank 0 listens. A rank waits ``timeout_s`` for another, here and in every exchange.
     """
     keep_to_network_of(address)
     store, limit = _store(address, rank, count, timeout_s), timedelta(seconds=timeout_s)
@@ -89,7 +81,6 @@ class BroadcastGroup:
 
     def open(self, host: str, timeout_s: float) -> str:
         """Listen for the members of a new group, as its rank 0; HOST:PORT."""
-        self.close()
         self._store = _store(f"{host}:0", 0, 1, timeout_s)
         return f"{host}:{self._store.port}"
 
@@ -121,10 +112,6 @@ class BroadcastGroup:
         verify(manifest, tensors)
         return [(spec.name, tensor) for spec, tensor in zip(manifest.tensors, tensors, strict=True)]
 
-    def close(self) -> None:
-        """Leave the group; the others notice."""
-        self._member = self._group = self._store = None
-
     def _pass(self, member: GroupMember, tensors: Iterable[Tensor]) -> None:
         try:
             if member != self._member:
@@ -133,19 +120,18 @@ class BroadcastGroup:
             deadline = time.monotonic() + member.timeout_s
             for tensor in tensors:
                 if tensor.numel():
-                    self._broadcast(tensor.view(-1).view(torch.uint8), deadline - time.monotonic())
+                    self._broadcast(member, tensor.view(-1).view(torch.uint8), deadline - time.monotonic())
         except (RuntimeError, OSError) as error:  # torch's errors of a group are the first
-            self.close()
+            self._member = self._group = self._store = None  # it leaves the group, and the others notice
             raise BroadcastFailed(f"rank {member.rank} of {member.count}: {str(error).splitlines()[0]}") from error
 
-    def _broadcast(self, data: Tensor, seconds: float) -> None:
-        assert self._member is not None
+    def _broadcast(self, member: GroupMember, data: Tensor, seconds: float) -> None:
         if seconds <= 0:
-            raise RuntimeError(f"a version took longer than {self._member.timeout_s:g} s")
+            raise RuntimeError(f"a version took longer than {member.timeout_s:g} s")
         options = dist.BroadcastOptions()
         options.rootRank, options.timeout = 0, timedelta(seconds=seconds)
         work = self._group.broadcast([data], options)
-        if self._member.backend == "gloo":
+        if member.backend == "gloo":
             work.wait()  # given a limit, it would leave the operation pending, and `close` wait for that
         else:
             work.wait(options.timeout)

@@ -90,7 +90,7 @@ class LearnerWorker(Worker):
         """Listen for rollout workers that `send` is to reach; HOST:PORT."""
         from stage_ray.weights.process_groups import BroadcastGroup
 
-        self._group = self._group or BroadcastGroup()
+        self._group = BroadcastGroup()
         return self._group.open(ray.util.get_node_ip_address(), self._run.cluster.sync_timeout_s)
 
     def send(self, member: GroupMember) -> str:

@@ -40,8 +40,8 @@ class Trap(BroadcastGroup):
         self._harm = harm
         self._left = 16
 
-    def _broadcast(self, data: torch.Tensor, seconds: float) -> None:
-        super()._broadcast(data, seconds)
+    def _broadcast(self, member: GroupMember, data: torch.Tensor, seconds: float) -> None:
+        super()._broadcast(member, data, seconds)
         self._left -= 1
         if self._left == 0:
             if self._harm == "flip":
