@@ -1,4 +1,4 @@
-"""Actors in this process, for what seats, pools and clusters do with them: real ones take seconds to come and go."""
+"""Actors in this process, to test supervision, pools and clusters with: real ones take seconds to come and go."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class _Method:
         if self._count == 1:
             return answer
         items = [asyncio.ensure_future(_item(answer, index)) for index in range(self._count)]
-        for item in items:  # as with Ray, nobody need look at all of them
+        for item in items:  # as with Ray, not all of them need be awaited
             item.add_done_callback(lambda item: item.cancelled() or item.exception())
         return items
 
@@ -76,7 +76,7 @@ async def _item(answer: asyncio.Future[Any], index: int) -> Any:
 
 @pytest.fixture
 def local_actors(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Seats that hold `LocalActor`s, without a Ray."""
+    """Supervised `LocalActor`s, without a Ray."""
     monkeypatch.setattr(ray, "kill", LocalActor.kill)
     monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "this node"))
     yield

@@ -65,7 +65,7 @@ async def publish_lose_publish(cluster: SyncCluster) -> None:
 
 
 @pytest.mark.slow
-def test_nobody_serves_a_version_that_is_not_whole_and_the_next_one_reaches_all(tmp_path):
+def test_no_worker_serves_a_version_that_is_not_whole_and_the_next_one_reaches_all(tmp_path):
     run = run_of(QUICK_BYTES, "object_store")
     start_ray(run, tmp_path)
     try:
