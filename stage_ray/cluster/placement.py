@@ -22,11 +22,7 @@ from stage_ray.workers.rollout import RolloutClient, RolloutWorker
 
 
 class Actors:
-    """Starts the workers of a run, without waiting for them.
-
-    Example:
-        worker = Actors(run, Path("runs/a/logs")).rollout("rollout-0")
-    """
+    """Starts the workers of a run, without waiting for them."""
 
     def __init__(self, run: RunConfig, logs: Path | None) -> None:
         """``logs``: directory of the workers' logs; None leaves them to Ray, on the node where each runs."""

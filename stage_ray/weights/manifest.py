@@ -32,7 +32,7 @@ DTYPES: dict[str, torch.dtype] = {
 
 
 class WeightError(ValueError):
-    """A version that does not verify, or tensors that cannot be packed: names the tensor and what is wrong with it."""
+    """Tensors that cannot be packed, a version that does not verify or did not arrive: names the tensor or the rank."""
 
 
 def pack(
@@ -44,15 +44,12 @@ def pack(
 
     Raises:
         WeightError: a name that comes twice, a dtype that cannot travel, or values that are not finite.
-        ValueError: ``chunk_bytes`` below 1.
 
     Example:
         >>> manifest, chunks = pack(7, [("w", torch.ones(2, 2))])
         >>> manifest.version, manifest.chunks, unpack(manifest, chunks)[0][1].tolist()
         (7, 1, [[1.0, 1.0], [1.0, 1.0]])
     """
-    if chunk_bytes < 1:
-        raise ValueError(f"chunk_bytes is {chunk_bytes}; at least 1 is needed")
     named = list(tensors)
     arrays = [_flat(tensor.cpu()) for _, tensor in named]
     chunks: list[list[np.ndarray]] = []

@@ -21,14 +21,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from stage_ray.records import WeightManifest
-from stage_ray.weights.manifest import DTYPES, verify
+from stage_ray.weights.manifest import DTYPES, WeightError, verify
 
 Backend = Literal["gloo", "nccl"]
 BLOCKING = "TORCH_NCCL_BLOCKING_WAIT"
-
-
-class BroadcastFailed(Exception):  # noqa: N818  as WorkerLost
-    """A member died, hung or was too slow: which members have the version is unknown. One sentence."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +84,7 @@ class BroadcastGroup:
         """Pass a version on, tensors in the order of its manifest.
 
         Raises:
-            BroadcastFailed: a member may not have it; the group must be built again.
+            WeightError: a member died, hung or was too slow: which ones have it is unknown; build the group again.
         """
         device = device_of(member.backend)
         self._pass(member, (tensor.detach().to(device).contiguous() for _, tensor in tensors))
@@ -97,8 +93,7 @@ class BroadcastGroup:
         """All tensors of a version, in memory of their own, verified.
 
         Raises:
-            BroadcastFailed: as `send`, or there is no memory for it.
-            WeightError: what arrived is not what the manifest says.
+            WeightError: as `send`, or there is no memory for it, or what arrived is not what the manifest says.
         """
         device = device_of(member.backend)
         tensors: list[Tensor] = []
@@ -123,7 +118,7 @@ class BroadcastGroup:
                     self._broadcast(member, tensor.view(-1).view(torch.uint8), deadline - time.monotonic())
         except (RuntimeError, OSError) as error:  # torch's errors of a group are the first
             self._member = self._group = self._store = None  # it leaves the group, and the others notice
-            raise BroadcastFailed(f"rank {member.rank} of {member.count}: {str(error).splitlines()[0]}") from error
+            raise WeightError(f"rank {member.rank} of {member.count}: {str(error).splitlines()[0]}") from error
 
     def _broadcast(self, member: GroupMember, data: Tensor, seconds: float) -> None:
         if seconds <= 0:
@@ -132,7 +127,7 @@ class BroadcastGroup:
         options.rootRank, options.timeout = 0, timedelta(seconds=seconds)
         work = self._group.broadcast([data], options)
         if member.backend == "gloo":
-            work.wait()  # given a limit, it would leave the operation pending, and `close` wait for that
+            work.wait()  # given a limit, it would leave the operation pending, and the group's end wait for that
         else:
             work.wait(options.timeout)
 

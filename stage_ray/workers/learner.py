@@ -95,13 +95,13 @@ class LearnerWorker(Worker):
 
     def send(self, member: GroupMember) -> str:
         """Pass what was offered to the rollout workers; why some may not have it, "" where all have."""
-        from stage_ray.weights.process_groups import BroadcastFailed
+        from stage_ray.weights.manifest import WeightError
 
         assert self._group is not None, "the broadcast group was not opened"
         offered, self._offered = self._offered, ()
         try:
             self._group.send(member, offered)
-        except BroadcastFailed as broken:
+        except WeightError as broken:
             return str(broken)
         return ""
 

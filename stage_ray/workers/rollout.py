@@ -78,12 +78,12 @@ class RolloutWorker(Worker):
     def receive(self, manifest: WeightManifest, member: GroupMember) -> str:
         """Take a version that the learner sends; why the old one stays, "" where it does not."""
         from stage_ray.weights.manifest import WeightError
-        from stage_ray.weights.process_groups import BroadcastFailed, BroadcastGroup
+        from stage_ray.weights.process_groups import BroadcastGroup
 
         self._group = self._group or BroadcastGroup()
         try:
             tensors = self._group.receive(member, manifest)
-        except (BroadcastFailed, WeightError) as error:
+        except WeightError as error:
             return str(error)
         self._engine.load_weights(manifest.version, tensors, known_finite=True)
         return ""
