@@ -12,9 +12,6 @@ import ray
 from ray.exceptions import RayActorError
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
-from stage_ray.observability.logs import redirect_output
-from stage_ray.observability.worker_metrics import WorkerMetrics
-
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 RANKS_GRACE_S = 10.0  # where one rank fails the others do too, from the same cause or because they miss it
@@ -51,11 +48,6 @@ class ArgumentsLost(Exception):
 
 class Worker:
     """Base class of the actors: answers pings on a thread of its own (Ray's concurrency group ``health``)."""
-
-    def __init__(self, role: str, name: str, log: str | None) -> None:
-        """Load nothing yet: `setup` does. ``log``: this worker's log file; None leaves its output to Ray's."""
-        redirect_output(log, role, name)
-        self._metrics = WorkerMetrics(role, name)
 
     @ray.method(concurrency_group="health")
     def ping(self) -> tuple[int, str]:

@@ -10,6 +10,8 @@ import ray
 
 from stage_ray.actors.client import Worker
 from stage_ray.config import RunConfig
+from stage_ray.observability.logs import redirect_output
+from stage_ray.observability.worker_metrics import WorkerMetrics
 from stage_ray.records import Update, WeightManifest
 
 if TYPE_CHECKING:
@@ -27,7 +29,8 @@ class LearnerWorker(Worker):
 
     def __init__(self, name: str, run: RunConfig, log: str | None, rank: int = 0) -> None:
         """Load nothing yet: `setup` does."""
-        super().__init__("learner", name, log)
+        redirect_output(log, "learner", name)
+        self._metrics = WorkerMetrics("learner", name)
         self._run, self._rank = run, rank
         self._chunks: list[Chunk] = []
         self._batch: tuple[Any, ...] = ()

@@ -8,6 +8,8 @@ from typing import Any
 
 from stage_ray.actors.client import Client, Worker
 from stage_ray.config import RewardConfig
+from stage_ray.observability.logs import redirect_output
+from stage_ray.observability.worker_metrics import WorkerMetrics
 from stage_ray.records import GroupRefs, RolloutGroup, ScoredGroup
 
 
@@ -16,7 +18,8 @@ class RewardWorker(Worker):
 
     def __init__(self, name: str, rewards: Sequence[RewardConfig], log: str | None) -> None:
         """Load nothing yet: `setup` does."""
-        super().__init__("reward", name, log)
+        redirect_output(log, "reward", name)
+        self._metrics = WorkerMetrics("reward", name)
         self._rewards = rewards
 
     def setup(self, address: str = "") -> None:

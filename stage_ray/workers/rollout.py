@@ -11,6 +11,8 @@ import numpy as np
 
 from stage_ray.actors.client import Client, Worker
 from stage_ray.config import RunConfig
+from stage_ray.observability.logs import redirect_output
+from stage_ray.observability.worker_metrics import WorkerMetrics
 from stage_ray.records import GroupRefs, RolloutGroup, RolloutRequest, WeightManifest
 
 if TYPE_CHECKING:
@@ -28,7 +30,8 @@ class RolloutWorker(Worker):
 
     def __init__(self, name: str, run: RunConfig, log: str | None, rank: int = 0) -> None:
         """Load nothing yet: `setup` does."""
-        super().__init__("rollout", name, log)
+        redirect_output(log, "rollout", name)
+        self._metrics = WorkerMetrics("rollout", name)
         self._name, self._run, self._rank = name, run, rank
 
     def setup(self, address: str = "") -> None:

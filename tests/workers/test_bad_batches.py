@@ -67,7 +67,7 @@ class InProcess:
 @pytest.fixture
 def worker_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """This process stays as it is where a worker would make one its own."""
-    monkeypatch.setattr("stage_ray.actors.client.redirect_output", lambda log, role, worker: None)
+    monkeypatch.setattr("stage_ray.workers.rollout.redirect_output", lambda log, role, worker: None)
 
 
 BAD = {
