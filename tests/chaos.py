@@ -108,8 +108,9 @@ def _recorded_otherwise(run_dir: Path, events: list[dict[str, Any]], groups_per_
 
 
 def start_driver(command: list[str], **more: Any) -> subprocess.Popen[str]:
-    """A driver in a session of its own: Ray's processes and the workers stay in it, whatever their parent is."""
-    return subprocess.Popen(command, cwd=ROOT, start_new_session=True, text=True, **more)
+    """A driver with a Ray and a session of its own: all processes stay in the session, whatever their parent is."""
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, text=True, **more)
 
 
 def of_session(session: int, title: str = "") -> list[psutil.Process]:

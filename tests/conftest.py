@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,15 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of `tests.plain`, for runs that are about the machine around the model. No test writes into it."""
     return plain_checkpoint(tmp_path_factory.mktemp("model") / "plain")
+
+
+@pytest.fixture(scope="module")
+def one_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One Ray for the runs of a file that say nothing about how Ray starts and ends."""
+    from tests.ray_head import joining, ray_head
+
+    with ray_head(tmp_path_factory.mktemp("ray")) as head, joining(head):
+        yield
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

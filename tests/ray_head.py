@@ -25,9 +25,10 @@ TOKEN = "0123456789abcdef" * 4
 
 @dataclass(frozen=True)
 class Head:
-    """A running head: where its Jobs API answers, and an environment that has the token for it."""
+    """A running head: where its Jobs API answers, where drivers join, and an environment that has the token for it."""
 
     address: str
+    gcs_address: str
     environment: dict[str, str]
 
     def command(self, *words: str, seconds: float = 280, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -89,13 +90,31 @@ def ray_head(directory: Path, resources: dict[str, float] | None = None) -> Iter
         )
     try:
         wait_for(dashboard_port, head, directory / "head.log")
-        yield Head(f"http://127.0.0.1:{dashboard_port}", environment)
+        yield Head(f"http://127.0.0.1:{dashboard_port}", f"127.0.0.1:{port}", environment)
     finally:
         head.terminate()  # alone: it ends its children in their order
         with contextlib.suppress(subprocess.TimeoutExpired):
             head.wait(30)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(head.pid, signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def joining(head: Head) -> Iterator[None]:
+    """Runs of this process join the head instead of starting a Ray of their own, which takes as long as a tiny run."""
+    from ray._private.authentication.authentication_token_setup import AuthenticationTokenLoader, Config
+
+    def read_again() -> None:  # Ray read the variables when it was imported, and the token when it first needed one
+        Config.initialize("")
+        AuthenticationTokenLoader.instance().reset_cache()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_ADDRESS", head.gcs_address)
+        for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH"):
+            patch.setenv(name, head.environment[name])
+        read_again()
+        yield
+    read_again()
 
 
 def with_token(directory: Path) -> dict[str, str]:

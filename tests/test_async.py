@@ -25,7 +25,7 @@ from tests.audit import Audit
 from tests.chaos import audited, end_session, of_session, start_driver
 from tests.runs import StopsAfter, lines, tiny_run, without_clocks
 
-pytestmark = pytest.mark.slow  # each starts a Ray of its own
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_ray")]  # for drivers in this process
 
 QUICK = {"evaluation": {"enabled": False, "sample_every": 1000}}
 
@@ -99,7 +99,7 @@ def test_a_first_signal_saves_and_a_resumed_run_goes_on(tmp_path, plain):
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(run.model_dump(mode="json")))
     command = [sys.executable, "-m", "stage_ray", "train", str(config)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1])
+    process = start_driver(command, stderr=subprocess.PIPE)
     metrics = Path(run.run_dir) / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:

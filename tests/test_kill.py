@@ -51,7 +51,7 @@ from tests.chaos import WORKERS, audited, end_session, start_driver
 from tests.runs import lines, tiny_run, without_clocks
 from tests.scorers import FAULTS
 
-pytestmark = pytest.mark.slow  # each starts a Ray of its own
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_ray")]
 
 PHASES = {  # phase -> the driver's call that lasts as long as it does
     "generating": (Cluster, "generate"),

@@ -119,4 +119,4 @@ def start(spec: dict, directory: Path) -> tuple[Head, Cluster]:
         for _ in range(group["replicas"]):
             nodes.add_node(num_cpus=cpus, object_store_memory=store, resources=resources)
     nodes.wait_for_nodes()
-    return Head(f"http://127.0.0.1:{port}", environment), nodes
+    return Head(f"http://127.0.0.1:{port}", nodes.address, environment), nodes
