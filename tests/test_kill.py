@@ -29,8 +29,10 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from stage_ray.actors.client import Client
 from stage_ray.bench.timed_cluster import TimedCluster
 from stage_ray.cluster.cluster import Cluster
+from stage_ray.cluster.transport import ObjectStore
 from stage_ray.commands.replay import replay
 from stage_ray.config import RunConfig
 from stage_ray.config.load import load_config
@@ -43,8 +45,7 @@ from stage_ray.records import GroupRefs, Prompt
 from stage_ray.run.checkpoint import CheckpointStore
 from stage_ray.run.state import RunState
 from stage_ray.train import train
-from stage_ray.weights.object_store import ObjectStore
-from stage_ray.workers.learner import LearnerClient
+from stage_ray.workers.rollout import RolloutWorker
 from tests.audit import Audit
 from tests.chaos import WORKERS, audited, end_session, start_driver
 from tests.runs import lines, tiny_run, without_clocks
@@ -179,13 +180,13 @@ class DiesWhenAsked:
         self._at, self.asked = methods, Counter[str]()
 
     def watch(self, patch: pytest.MonkeyPatch) -> None:
-        for name in self._at:
-            patch.setattr(LearnerClient, name, self._watched(name, getattr(LearnerClient, name)))
+        for name in ("ask", "ask_objects"):
+            patch.setattr(Client, name, self._watched(getattr(Client, name)))
 
-    def _watched(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
-        def watched(*arguments: Any) -> Any:
-            self.ask(name)
-            return method(*arguments)
+    def _watched(self, ask: Callable[..., Any]) -> Callable[..., Any]:
+        def watched(client: Client, method: Callable[..., Any], *arguments: Any) -> Any:
+            self.ask(method.__name__)
+            return ask(client, method, *arguments)
 
         return watched
 
@@ -242,13 +243,13 @@ class CorruptWeights:
 
     def _load(self, published: Any, worker: Any) -> Any:
         if published is None:
-            return None
+            return asyncio.sleep(0)
         damage = flipped_array if published.version >= self._ruin else self._once.pop(published.version, None)
         chunks = list(published.chunks)
         if damage is not None:
             first, *rest = ray.get(chunks[0])
             chunks[0] = ray.put((damage(first), *rest))
-        return worker.load_weights(published.manifest, chunks)
+        return worker.ask(RolloutWorker.load_weights, published.manifest, *chunks)
 
 
 def flipped(data: bytes) -> bytes:

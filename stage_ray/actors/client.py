@@ -1,27 +1,29 @@
-"""A worker as the driver asks it: one Ray actor, or several ranks that share one model; and the ways to lose it."""
+"""A worker's two ends: what its actors answer, and how the driver asks one actor, or the ranks of one model."""
 
 from __future__ import annotations
 
 import asyncio
+import os
+import socket
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 import ray
 from ray.exceptions import RayActorError
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
-from stage_ray.actors.worker import Worker
-
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
-RANKS_GRACE_S = 10.0
-"""Where one rank fails the others do too, from the same cause or because they miss it: how long they have for it."""
-ANSWER_GRACE_S = 0.5
-"""A driver whose loop was blocked finds limit and answer together: how long after the limit it looks once more."""
+RANKS_GRACE_S = 10.0  # where one rank fails the others do too, from the same cause or because they miss it
+ANSWER_GRACE_S = 0.5  # a driver whose loop was blocked beyond the limit looks once more, for an answer that came
 
 
 class WorkerLost(Exception):
     """A worker that cannot be used any more: it died, hung or was too slow. One sentence."""
+
+
+class WorkerLate(WorkerLost):
+    """A worker that gave no answer in time."""
 
 
 class WorkerFailed(WorkerLost):
@@ -32,62 +34,66 @@ class WorkerDied(WorkerLost):
     """A worker whose process ended: by itself, with its node, or because it answered no ping."""
 
 
+class ActorNotReady(WorkerLost):
+    """A worker that was lost before a call's turn came; its successor is not ready yet."""
+
+
+class NoWorkersLeft(WorkerLost):
+    """A pool has no worker, and gets none."""
+
+
 class ArgumentsLost(Exception):
     """What a call was about went down with a node; the worker is as good as before."""
 
 
+class Worker:
+    """Base class of the actors: answers pings on a thread of its own (Ray's concurrency group ``health``)."""
+
+    @ray.method(concurrency_group="health")
+    def ping(self) -> tuple[int, str]:
+        """Process id and Ray's node id; both say which process to kill when it stops answering."""
+        return os.getpid(), ray.get_runtime_context().get_node_id()
+
+    def address(self) -> str:
+        """Where the other ranks meet this one: HOST:PORT."""
+        return free_address(ray.util.get_node_ip_address())
+
+    def setup(self, address: str = "") -> None:
+        """Load what takes time; one of several ranks first meets the others at ``address``."""
+
+
 class Client:
-    """Asks one worker: an actor, or the ranks of a group, which live and die together.
-
-    A role's client subclasses it; its methods name the methods of the role's actor.
-
-    Example:
-        class EchoClient(Client):
-            def say(self, word: str) -> Awaitable[str]:
-                return self.ask(EchoWorker.say, word)
-    """
+    """Asks one worker: an actor, or the ranks of a group, which live and die together."""
 
     def __init__(self, *ranks: Any, name: str = "", placement: PlacementGroup | None = None) -> None:
-        """Take over the actors.
-
-        Args:
-            ranks: actor handles, rank 0 first.
-            name: for messages about ranks.
-            placement: what Ray reserved for them; it is given back by `kill`.
-        """
+        """``ranks``: actor handles, rank 0 first; ``placement``: what Ray reserved for them; `kill` gives it back."""
         self._ranks, self._name, self._placement = ranks, name, placement
+
+    @property
+    def first(self) -> Self:
+        """Rank 0 alone, where it answers for all."""
+        return type(self)(self._ranks[0])
 
     def ask(
         self, method: Callable[Concatenate[Any, Arguments], Result], *args: Arguments.args, **kwargs: Arguments.kwargs
     ) -> Awaitable[Result]:
         """Ask every rank; rank 0's answer, once all have answered. The calls are queued at once."""
-        return self._together([_call(rank, method, args, kwargs) for rank in self._ranks])
-
-    def ask_first(
-        self, method: Callable[Concatenate[Any, Arguments], Result], *args: Arguments.args, **kwargs: Arguments.kwargs
-    ) -> Awaitable[Result]:
-        """Ask rank 0 alone, which answers for all."""
-        answer: Awaitable[Result] = _call(self._ranks[0], method, args, kwargs)
-        return answer
+        return self._together([getattr(rank, method.__name__).remote(*args, **kwargs) for rank in self._ranks])
 
     def ask_objects(
-        self, method: Callable[..., tuple[Any, ...]], count: int, *arguments: Any, ranks: int | None = None
+        self, method: Callable[..., tuple[Any, ...]], count: int, *args: Any
     ) -> tuple[Awaitable[Any], list[Any]]:
-        """Ask (the first ``ranks``) for an answer and ``count`` > 0 objects: the answer to come, and references."""
-        returned = {"num_returns": 1 + count}
-        answers = [_call(rank, method, arguments, {}, returned) for rank in self._ranks[:ranks]]
+        """Ask for an answer and ``count`` > 0 objects: the answer to come, and rank 0's references."""
+        methods = [getattr(rank, method.__name__).options(num_returns=1 + count) for rank in self._ranks]
+        answers = [method.remote(*args) for method in methods]
         return self._together([first for first, *_ in answers]), answers[0][1:]
-
-    def ping(self) -> Awaitable[tuple[int, str]]:
-        """Process and node of rank 0, once every rank has answered."""
-        return self.ask(Worker.ping)
 
     async def setup(self) -> None:
         """Let the worker load its model; several ranks meet first."""
         if len(self._ranks) == 1:
             await self.ask(Worker.setup)
         else:
-            await self.ask(Worker.setup, await self.ask_first(Worker.address))
+            await self.ask(Worker.setup, await self.first.ask(Worker.address))
 
     def kill(self) -> None:
         """End every rank, even one that is stopped: Ray ends what runs in a placement group that is removed."""
@@ -96,65 +102,63 @@ class Client:
         if self._placement is not None:
             remove_placement_group(self._placement)
 
-    def _together(self, answers: Sequence[Awaitable[Any]]) -> Awaitable[Any]:
-        return answers[0] if len(answers) == 1 else together(self._name, answers)
+    async def _together(self, answers: Sequence[Awaitable[Result]]) -> Result:
+        """The first rank's answer, once all are there.
+
+        Raises:
+            RayActorError: a rank died, whatever the others say about missing it.
+            WorkerLost: a rank failed, and another one waits for it.
+            RayTaskError: every rank refused, or failed; the first one's reason.
+        """
+        tasks = [asyncio.ensure_future(answer) for answer in answers]
+        try:
+            _, waiting = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+            if waiting:
+                _, waiting = await asyncio.wait(tasks, timeout=RANKS_GRACE_S)
+            errors = [error for task in tasks if task.done() and (error := task.exception()) is not None]
+            for error in errors:
+                if isinstance(error, RayActorError):
+                    raise error
+            if waiting:
+                lost = f"{self._name}: {len(errors)} of {len(tasks)} ranks failed: {errors[0]}"
+                raise WorkerLost(lost) from errors[0]
+            if errors:
+                raise errors[0]
+            return tasks[0].result()
+        finally:
+            for task in tasks:
+                task.cancel()
 
 
-def _call(
-    rank: Any, method: Callable[..., Any], args: tuple[Any, ...], kwargs: Any, options: dict[str, Any] | None = None
-) -> Any:
-    remote = getattr(rank, method.__name__)
-    return (remote.options(**options) if options else remote).remote(*args, **kwargs)
-
-
-async def together(name: str, answers: Sequence[Awaitable[Result]]) -> Result:
-    """The first rank's answer, once all are there.
-
-    Raises:
-        RayActorError: a rank died, whatever the others say about missing it.
-        WorkerLost: a rank failed, and another one waits for it.
-        RayTaskError: every rank refused, or failed; the first one's reason.
-    """
-    tasks = [asyncio.ensure_future(_value(answer)) for answer in answers]
-    try:
-        _, waiting = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
-        if waiting:
-            _, waiting = await asyncio.wait(tasks, timeout=RANKS_GRACE_S)
-        errors = [error for task in tasks if task.done() and (error := task.exception()) is not None]
-        death = next((error for error in errors if isinstance(error, RayActorError)), None)
-        if death is not None:
-            raise death
-        if waiting:
-            raise WorkerLost(f"{name}: {len(errors)} of {len(tasks)} ranks failed: {errors[0]}") from errors[0]
-        if errors:
-            raise errors[0]
-        return tasks[0].result()
-    finally:
-        for task in tasks:
-            task.cancel()
-
-
-async def in_time(answer: Awaitable[Result], timeout_s: float | None) -> Result:
+async def in_time(answer: Awaitable[Result], timeout_s: float | None, late: str) -> Result:
     """An answer, if it is there after ``timeout_s`` seconds; None waits for ever.
 
     `asyncio.wait_for` gives up an answer that came while the driver's own loop was blocked beyond the limit. Here the
     loop first gets to see it: a worker is not to be killed for what the driver did.
 
     Raises:
-        TimeoutError: it is not there.
+        WorkerLate: it is not there; says what ``late`` says.
     """
-    task = asyncio.ensure_future(_value(answer))
+    task = asyncio.ensure_future(answer)
     try:
         done, _ = await asyncio.wait({task}, timeout=timeout_s)
         if not done:
             done, _ = await asyncio.wait({task}, timeout=ANSWER_GRACE_S)
         if not done:
-            raise TimeoutError
+            raise WorkerLate(late)
         return task.result()
     finally:
         if task.cancel():
             await asyncio.gather(task, return_exceptions=True)
 
 
-async def _value(answer: Awaitable[Result]) -> Result:
-    return await answer
+def free_address(host: str) -> str:
+    """HOST:PORT of a port that is free there now."""
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return f"{host}:{probe.getsockname()[1]}"
+
+
+def first_line(error: BaseException | None) -> str:
+    """The first line of what an error says."""
+    return next(iter(str(error).strip().splitlines()), "")

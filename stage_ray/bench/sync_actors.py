@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stage_ray.actors.client import Client
 from stage_ray.bench.limits import synchronize, timed
 from stage_ray.cluster.cluster import Cluster
 from stage_ray.cluster.placement import Actors, actor_of
@@ -18,9 +19,9 @@ from stage_ray.config.hardware import usable_cpus
 from stage_ray.engines.base import ImageEngine
 from stage_ray.engines.sampling import SamplingParams
 from stage_ray.records import WeightManifest
-from stage_ray.weights.broadcast_group import GroupMember
 from stage_ray.weights.manifest import Chunk
-from stage_ray.workers.learner import LearnerClient, LearnerWorker
+from stage_ray.weights.process_groups import GroupMember
+from stage_ray.workers.learner import LearnerWorker
 from stage_ray.workers.reward import RewardClient
 from stage_ray.workers.rollout import RolloutClient, RolloutWorker
 
@@ -144,9 +145,9 @@ class SyncActors(Actors):
         """Never asked."""
         return RewardClient(actor_of(SyncRolloutWorker, 1, 0.0, {}).remote(0, "cpu"))
 
-    def learner(self, name: str) -> LearnerClient:
+    def learner(self, name: str) -> Client:
         """As the run's, around `Weights`."""
-        return LearnerClient(self._start(SyncLearner, *self._size, self._run))
+        return Client(self._start(SyncLearner, *self._size, self._run))
 
     def _start(self, role: type, nbytes: int, device: str, *more: Any) -> Any:
         whole = self._run.cluster.weight_transport == "nccl"

@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import ray
 
-from stage_ray.actors.client import ArgumentsLost, WorkerDied, WorkerLost
-from stage_ray.actors.pool import NoWorkersLeft, Pool
-from stage_ray.actors.supervised import SupervisedActor, heartbeats
+from stage_ray.actors.client import ArgumentsLost, NoWorkersLeft, WorkerDied, WorkerLost
+from stage_ray.actors.supervised import Pool, SupervisedActor, heartbeats
 from stage_ray.cluster.learner import ClusterLearner, missing
 from stage_ray.cluster.placement import Actors
 from stage_ray.cluster.runtime import start_ray
+from stage_ray.cluster.transport import Broadcast, ObjectStore
 from stage_ray.config import RunConfig
 from stage_ray.errors import GroupsLostError, RunError
 from stage_ray.records import GroupRefs, RolloutRequest
-from stage_ray.weights.object_store import ObjectStore, Transport
-from stage_ray.workers.reward import RewardClient
-from stage_ray.workers.rollout import RolloutClient
+from stage_ray.workers.rollout import RolloutClient, RolloutWorker
 
 
 class Cluster:
@@ -30,33 +28,24 @@ class Cluster:
 
     Invariant: a rollout worker gets the newest published version before its first request (promise 6).
 
-    Attributes:
-        learner: see `ClusterLearner`.
-        rollouts, rewards: the pools of workers.
-        transport: how versions get from the learner to the rollout workers.
+    ``transport`` brings versions from the ``learner`` to the pool of ``rollouts``; ``rewards`` is the other pool.
     """
 
     def __init__(self, run: RunConfig, logs: Path | None) -> None:
         self.run = run
         self._hint = f"its log is in {logs}" if logs else "see its log in Ray's dashboard or `ray logs`"
         start = self._actors(logs)
-        timeout, attempts = run.cluster.start_timeout_s, run.cluster.attempts
+        backend, timeout_s = run.cluster.weight_transport, run.cluster.sync_timeout_s
         # The learner first: colocated rollout workers are placed beside its ranks.
         self.learner = ClusterLearner(run, start.learner, self._without_rollouts, self._hint)
-        self.transport = self._transport()
-        rollout, scoring = run.rollout, run.scoring
-        self.rollouts: Pool[RolloutClient] = Pool(
-            "rollout",
-            rollout.workers,
-            rollout.max_workers,
-            start.rollout,
-            start_timeout_s=timeout,
-            attempts=attempts,
-            sync=self._sync_weights,
-        )
-        self.rewards: Pool[RewardClient] = Pool(
-            "reward", scoring.workers, scoring.max_workers, start.reward, start_timeout_s=timeout, attempts=attempts
-        )
+        if backend == "object_store":
+            self.transport = ObjectStore(self.learner, timeout_s)
+        else:
+            self.transport = Broadcast(self.learner, timeout_s, backend)
+        limits: dict[str, Any] = {"start_timeout_s": run.cluster.start_timeout_s, "attempts": run.cluster.attempts}
+        workers, more = run.rollout.workers, run.rollout.max_workers
+        self.rollouts = Pool("rollout", workers, more, start.rollout, sync=self.transport.newest, **limits)
+        self.rewards = Pool("reward", run.scoring.workers, run.scoring.max_workers, start.reward, **limits)
 
     @classmethod
     @asynccontextmanager
@@ -70,10 +59,8 @@ class Cluster:
         local = start_ray(run, run_dir)
         try:
             cluster = cls(run, run_dir / "logs" if local else None)
-            try:
+            with cluster._fatal(WorkerLost):
                 await cluster._setup()
-            except WorkerLost as lost:
-                raise cluster._fatal(lost) from lost
             try:
                 async with heartbeats(cluster.actors(), run.cluster.heartbeat_s, run.cluster.heartbeat_deadline_s):
                     yield cluster
@@ -92,24 +79,17 @@ class Cluster:
     ) -> list[GroupRefs]:
         """Sample one generation batch; a worker that is lost is replaced, and the same requests go to another.
 
-        Args:
-            requests: with their seeds, so a second attempt draws the same images (at the then newest version).
-            turn: which worker, modulo their number; None takes the one with the shortest queue.
-            on_retry: called before each further attempt.
+        They hold their seeds, so a second attempt draws the same images (at the then newest version). ``turn`` and
+        ``on_retry``: as `Pool.call`.
 
         Raises:
             RunError: the last attempt failed too, or no worker is left.
         """
-        try:
+        timeout, attempts = self.run.rollout.timeout_s, self.run.cluster.attempts
+        with self._fatal(WorkerLost):
             return await self.rollouts.call(
-                lambda worker: worker.generate(requests),
-                self.run.rollout.timeout_s,
-                turn=turn,
-                attempts=self.run.cluster.attempts,
-                on_retry=on_retry,
+                lambda worker: worker.generate(requests), timeout, turn=turn, attempts=attempts, on_retry=on_retry
             )
-        except WorkerLost as lost:
-            raise self._fatal(lost) from lost
 
     async def score(self, groups: Sequence[GroupRefs]) -> list[GroupRefs]:
         """Score a batch of groups; where a worker is too slow or fails, its groups come back with that ``error``.
@@ -122,11 +102,10 @@ class Cluster:
         """
         timeout, attempts = self.run.scoring.timeout_s, self.run.cluster.attempts
         try:
-            return await self.rewards.call(
-                lambda worker: worker.score(groups), timeout, attempts=attempts, retry=WorkerDied
-            )
-        except NoWorkersLeft as lost:
-            raise self._fatal(lost) from lost
+            with self._fatal(NoWorkersLeft):
+                return await self.rewards.call(
+                    lambda worker: worker.score(groups), timeout, attempts=attempts, retry=WorkerDied
+                )
         except WorkerLost as lost:
             return [replace(group, error=str(lost)) for group in groups]
         except ArgumentsLost as lost:
@@ -138,37 +117,27 @@ class Cluster:
 
         In a synchronous run it returns when all workers serve it; else they load it between batches while the run goes
         on, and the next `publish` or `settle` says if one could not.
-
-        Args:
-            version: the learner's, as its update or its checkpoint gave it.
         """
         # With the object store a pool without workers is waited for; with a broadcast this very version may revive it.
-        await (self.settle() if isinstance(self.transport, ObjectStore) else self._settle())
+        await self.settle(wait_any=not isinstance(self.transport, Broadcast))
         await self.transport.publish(self.rollouts.actors)
         assert self.transport.version == version, f"the learner is at version {self.transport.version}, not {version}"
         await asyncio.sleep(0)  # let each load take its place in its worker's queue
         if self.run.pipeline.max_staleness == 0:
             await self.settle()
 
-    async def settle(self) -> None:
-        """Wait until every rollout worker serves what was published last.
+    async def settle(self, *, wait_any: bool = True) -> None:
+        """Wait until every rollout worker serves what was published last and, if ``wait_any``, until there is one.
 
         Raises:
             RunError: no worker and none of its successors could load it in ``cluster.sync_timeout_s``.
             LearnerLostError: the learner was lost while it sent.
         """
-        if not await self._settle():
-            return
-        try:
-            await self.rollouts.wait_any()
-        except WorkerLost as lost:
-            raise self._fatal(lost) from lost
-
-    async def _settle(self) -> bool:
-        """The same, also while no worker is left; whether there was anything to wait for."""
         loaded = await self.transport.settled()
         self.learner.require_accepted()
-        return loaded
+        if loaded and wait_any:
+            with self._fatal(WorkerLost):
+                await self.rollouts.wait_any()
 
     async def fetch(self, refs: Sequence[Any]) -> list[Any]:
         """Bring small objects (scores, a few pictures for a person to look at) to the driver."""
@@ -223,29 +192,21 @@ class Cluster:
         async with AsyncExitStack() as held:
 
             async def hold(actor: SupervisedActor[RolloutClient]) -> None:
-                await held.enter_async_context(actor.exclusive())
+                await held.enter_async_context(actor.lock)
                 if actor.started:
                     with suppress(WorkerLost):  # a successor waits as well
-                        await actor.ask(lambda worker: worker.sleep(), self.run.cluster.sync_timeout_s)
+                        await actor.ask(lambda worker: worker.ask(RolloutWorker.sleep), self.run.cluster.sync_timeout_s)
 
             await asyncio.gather(*map(hold, actors))
             yield
 
-    async def _sync_weights(self, name: str, worker: RolloutClient) -> None:
-        loading = self.transport.newest(name, worker)
-        if loading is not None:
-            await loading
-
-    def _transport(self) -> Transport:
-        backend, timeout = self.run.cluster.weight_transport, self.run.cluster.sync_timeout_s
-        if backend == "object_store":
-            return ObjectStore(self.learner.call, timeout)
-        from stage_ray.weights.broadcast import Broadcast  # late: it brings torch into the driver
-
-        return Broadcast(backend, timeout, self.learner.actor, self.learner.call)
-
     def _actors(self, logs: Path | None) -> Actors:
         return Actors(self.run, logs)
 
-    def _fatal(self, lost: WorkerLost) -> RunError:
-        return RunError(f"{lost}; {self._hint}")
+    @contextmanager
+    def _fatal(self, kind: type[WorkerLost]) -> Iterator[None]:
+        """Turn a loss that ends the run into a RunError that says where to look."""
+        try:
+            yield
+        except kind as lost:
+            raise RunError(f"{lost}; {self._hint}") from lost

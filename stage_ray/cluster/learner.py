@@ -6,16 +6,16 @@ import asyncio
 from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from ray.exceptions import ObjectLostError
 
-from stage_ray.actors.client import ArgumentsLost, WorkerFailed, WorkerLost
+from stage_ray.actors.client import ArgumentsLost, Client, WorkerFailed, WorkerLost
 from stage_ray.actors.supervised import Ask, SupervisedActor
 from stage_ray.config import RunConfig
 from stage_ray.errors import GroupsLostError, LearnerLostError, RunError
 from stage_ray.records import GroupRefs, Update
-from stage_ray.workers.learner import LearnerClient
+from stage_ray.workers.learner import LearnerWorker
 
 Result = TypeVar("Result")
 
@@ -24,76 +24,76 @@ class ClusterLearner:
     """The supervised learner of a run, which outlives each of its workers.
 
     Every method raises LearnerLostError where the learner died or hung, in this call or in one before, and RunError
-    where it refused (a loss that is not finite, say). Invariant: a learner that replaces a lost one is asked for
+    where it refused (a loss that is not finite, say); those that take groups raise GroupsLostError where some are gone,
+    with the node that held them, and then take none. Invariant: a learner that replaces a lost one is asked for
     nothing before `accept`; its caller gives it its state back.
     """
 
     def __init__(
         self,
         run: RunConfig,
-        start: Callable[[str], LearnerClient],
+        start: Callable[[str], Client],
         alone: Callable[[], AbstractAsyncContextManager[None]],
         hint: str,
     ) -> None:
-        """Start the learner, without waiting for it.
+        """Start the learner, named by ``start``'s argument, without waiting for it.
 
-        Args:
-            run: the run's config.
-            start: makes a learner, given its name.
-            alone: a context in which colocated rollout workers have left their GPUs to the learner.
-            hint: where its log is, for messages.
+        ``alone``: a context in which colocated rollout workers leave their GPUs to it; ``hint``: where its log is.
         """
         self._timeout_s, self._alone, self._hint = run.learner.timeout_s, alone, hint
         self._accepted = 0
+
+        async def setup(client: Client) -> None:
+            async with alone():
+                await client.setup()
+
         self.actor = SupervisedActor(
-            "learner", start, start_timeout_s=run.cluster.start_timeout_s, setup=self._setup, keep_failed=True
+            "learner", start, start_timeout_s=run.cluster.start_timeout_s, setup=setup, keep_failed=True
         )
 
     async def update(self, groups: Sequence[GroupRefs]) -> Update:
-        """Hand groups over, then train on them: one update, whose version is one more than the last.
+        """Hand groups over, then train on them: one update, whose version is one more than the last."""
 
-        Raises:
-            GroupsLostError: some of the groups are gone, with the node that held them; none was taken.
-        """
-
-        async def update(client: LearnerClient) -> Update:
+        async def update(client: Client) -> Update:
             async with self._alone():
-                return await client.update()
+                return await client.ask(LearnerWorker.update)
 
         # A call of its own, so that an object that is lost keeps no rank from an update that others are in.
-        await self._about(groups, lambda client: client.set_batch(groups))
+        await self.call(lambda client: client.ask(LearnerWorker.set_batch, *_objects(groups)), groups=groups)
         return await self.call(update)
 
     async def save_state(self, directory: Path) -> None:
         """Write weights, optimizer, schedule and random states, for an exact resume."""
-        await self.call(lambda client: client.save_state(str(directory.resolve())))
+        await self.call(lambda client: client.ask(LearnerWorker.save_state, directory.resolve()))
 
     async def load_state(self, directory: Path) -> int:
         """Take a saved state; its version."""
-        return await self.call(lambda client: client.load_state(str(directory.resolve())))
+        return await self.call(lambda client: client.ask(LearnerWorker.load_state, directory.resolve()))
 
     async def save_batch(self, directory: Path) -> None:
         """Write the groups of the last update."""
-        await self.call(lambda client: client.save_batch(str(directory.resolve())))
+        await self.call(lambda client: client.first.ask(LearnerWorker.save_batch, directory.resolve()))
 
     async def save_groups(self, directory: Path, groups: Sequence[GroupRefs]) -> None:
-        """Write groups.
-
-        Raises:
-            GroupsLostError: some of them are gone, with the node that held them; none was written.
-        """
+        """Write groups."""
         if groups:
-            await self._about(groups, lambda client: client.save_groups(str(directory.resolve()), groups))
+            arguments = directory.resolve(), *_objects(groups)
+            await self.call(lambda client: client.first.ask(LearnerWorker.save_groups, *arguments), groups=groups)
 
     async def load_groups(self, directory: Path, group_ids: Sequence[int]) -> list[GroupRefs]:
-        """Read saved groups back, in the order of ``group_ids``."""
-        if not group_ids:
-            return []
-        return await self.call(lambda client: client.load_groups(str(directory.resolve()), group_ids))
+        """Read saved groups back into the object store, in the order of ``group_ids``."""
+
+        async def load(client: Client) -> list[GroupRefs]:
+            arguments = directory.resolve(), group_ids
+            answer, refs = client.first.ask_objects(LearnerWorker.load_groups, 2 * len(group_ids), *arguments)
+            loaded = zip(group_ids, await answer, refs[::2], refs[1::2], strict=True)  # groups and scores alternate
+            return [GroupRefs(i, version, tokens, scores=scores) for i, version, tokens, scores in loaded]
+
+        return await self.call(load) if group_ids else []
 
     async def export(self, directory: Path) -> None:
         """Write a Hugging Face checkpoint that plain transformers loads."""
-        await self.call(lambda client: client.export(str(directory.resolve())))
+        await self.call(lambda client: client.ask(LearnerWorker.export, directory.resolve()))
 
     def accept(self) -> None:
         """Take the learner that is there now for the run's, new or not."""
@@ -104,10 +104,12 @@ class ClusterLearner:
         if self.actor.restarts != self._accepted:
             raise LearnerLostError(f"the learner was lost before; {self._hint}")
 
-    async def call(self, ask: Ask[LearnerClient, Result], *, patient: bool = False) -> Result:
-        """Call the learner when it is this call's turn; ``patient``: the call sets limits of its own."""
+    async def call(
+        self, ask: Ask[Client, Result], *, groups: Sequence[GroupRefs] = (), patient: bool = False
+    ) -> Result:
+        """Call the learner when it is this call's turn, about ``groups``; ``patient``: the call has its own limits."""
 
-        async def ask_accepted(client: LearnerClient) -> Result:
+        async def ask_accepted(client: Client) -> Result:
             self.require_accepted()
             return await ask(client)
 
@@ -117,16 +119,15 @@ class ClusterLearner:
             raise RunError(f"{failed}; {self._hint}") from failed
         except WorkerLost as lost:
             raise LearnerLostError(f"{lost}; {self._hint}") from lost
-
-    async def _about(self, groups: Sequence[GroupRefs], ask: Ask[LearnerClient, None]) -> None:
-        try:
-            await self.call(ask)
         except ArgumentsLost as lost:
+            if not groups:
+                raise
             raise GroupsLostError(await missing(groups)) from lost
 
-    async def _setup(self, client: LearnerClient) -> None:
-        async with self._alone():
-            await client.setup()
+
+def _objects(groups: Sequence[GroupRefs]) -> list[Any]:
+    """Rollout groups and scored groups, alternating: Ray resolves references only where they are arguments."""
+    return [ref for group in groups for ref in (group.tokens, group.scores)]
 
 
 async def missing(groups: Sequence[GroupRefs]) -> list[int]:

@@ -4,32 +4,25 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from stage_ray.actors.client import Client
+from stage_ray.actors.client import Client, Worker
 from stage_ray.config import LearnerConfig, RolloutConfig, RunConfig
 from stage_ray.engines.vllm.environment import vllm_environment
 from stage_ray.observability.logs import worker_environment
-from stage_ray.workers.learner import LearnerClient, LearnerWorker
+from stage_ray.workers.learner import LearnerWorker
 from stage_ray.workers.reward import RewardClient, RewardWorker
 from stage_ray.workers.rollout import RolloutClient, RolloutWorker
 
-C = TypeVar("C", bound=Client)
-
 
 class Actors:
-    """Starts the workers of a run, without waiting for them.
-
-    Example:
-        worker = Actors(run, Path("runs/a/logs")).rollout("rollout-0")
-    """
+    """Starts the workers of a run, without waiting for them."""
 
     def __init__(self, run: RunConfig, logs: Path | None) -> None:
         """``logs``: directory of the workers' logs; None leaves them to Ray, on the node where each runs."""
@@ -40,15 +33,13 @@ class Actors:
         """A rollout worker: one actor, or tensor-parallel ranks on one node; colocated ones after the learner."""
         rollout = self._run.rollout
         env = vllm_environment(rollout) if rollout.engine == "vllm" else {}
-        env |= self._threads(rollout.threads, rollout.tensor_parallel)
-        start = partial(self._actor, RolloutWorker, rollout, env)
-        if self._learners is not None:
-            number = int(name.split("-")[1])
-            return RolloutClient(start(name, 0, **_in_bundle(self._learners, number)))
-        group = None
-        if rollout.tensor_parallel > 1:
-            group = placement_group([_bundle(rollout)] * rollout.tensor_parallel, strategy="STRICT_PACK")
-        return self._ranks(RolloutClient, name, rollout.tensor_parallel, start, group)
+        ranks, group, first = rollout.tensor_parallel, self._learners, 0
+        if group is not None:
+            first = int(name.split("-")[1])  # beside the learner's rank of the same number
+        elif ranks > 1:
+            group = placement_group([_bundle(rollout)] * ranks, strategy="STRICT_PACK")
+        actors = self._ranks(RolloutWorker, name, rollout, ranks, env, group, first)
+        return RolloutClient(*actors, name=name, placement=None if self._learners else group)
 
     def reward(self, name: str) -> RewardClient:
         """A reward worker."""
@@ -56,46 +47,45 @@ class Actors:
         make = actor_of(RewardWorker, scoring.cpus, scoring.gpus, {"OMP_NUM_THREADS": "1"}, scoring.resources)
         return RewardClient(make.remote(name, list(self._run.rewards), self._log(name)))
 
-    def learner(self, name: str) -> LearnerClient:
+    def learner(self, name: str) -> Client:
         """The learner: one actor, or ranks as close together as there is room, each with room for a colocated worker.
 
         Ray places all of them or none (a placement group).
         """
         learner, rollout = self._run.learner, self._run.rollout
-        start = partial(self._actor, LearnerWorker, learner, self._threads(learner.threads, learner.ranks))
         group = None
         if learner.ranks > 1 or rollout.colocated:
             bundle = _bundle(learner, rollout) if rollout.colocated else _bundle(learner)
             group = placement_group([bundle] * learner.ranks, strategy="PACK")
         self._learners = group if rollout.colocated else None
-        return self._ranks(LearnerClient, name, learner.ranks, start, group)
+        actors = self._ranks(LearnerWorker, name, learner, learner.ranks, {}, group)
+        return Client(*actors, name=name, placement=group)
 
     def _ranks(
-        self, client: type[C], name: str, count: int, start: Callable[..., Any], group: PlacementGroup | None
-    ) -> C:
-        """A worker of ``count`` actors, each in its bundle of the group where there is one."""
-        names = [f"{name}-rank-{rank}" for rank in range(count)] if count > 1 else [name]
-        places = [_in_bundle(group, rank) if group else {} for rank in range(count)]
-        actors = [start(names[rank], rank, **places[rank]) for rank in range(count)]
-        return client(*actors, name=name, placement=group)
-
-    def _actor(
         self,
-        role: type,
-        share: RolloutConfig | LearnerConfig,
-        env: Mapping[str, str],
+        role: type[Worker],
         name: str,
-        rank: int,
-        **where: Any,
-    ) -> Any:
-        make = actor_of(role, share.cpus, share.gpus, env, share.resources, **where)
-        return make.remote(name, self._run, self._log(name), rank)
+        share: RolloutConfig | LearnerConfig,
+        count: int,
+        env: Mapping[str, str],
+        group: PlacementGroup | None,
+        first: int = 0,
+    ) -> list[Any]:
+        """A worker's actors, each in a bundle of the group where there is one, from the ``first`` on."""
+        cores = os.cpu_count() or 1
+        if self._run.pipeline.max_staleness > 0:  # rollout worker and learner work at once, and share the cores
+            cores = max(1, cores // 2)
+        threads = str(share.threads or max(1, cores // count))
+        actors = []
+        for rank in range(count):
+            where = PlacementGroupSchedulingStrategy(group, first + rank) if group else None
+            make = actor_of(role, share.cpus, share.gpus, {**env, "OMP_NUM_THREADS": threads}, share.resources, where)
+            own = f"{name}-rank-{rank}" if count > 1 else name
+            actors.append(make.remote(own, self._run, self._log(own), rank))
+        return actors
 
     def _log(self, name: str) -> str | None:
         return str((self._logs / f"{name}.log").resolve()) if self._logs else None
-
-    def _threads(self, count: int | None, share: int = 1) -> dict[str, str]:
-        return {"OMP_NUM_THREADS": str(count or max(1, default_threads(self._run.pipeline.max_staleness) // share))}
 
 
 def _bundle(*shares: RolloutConfig | LearnerConfig) -> dict[str, float]:
@@ -106,37 +96,25 @@ def _bundle(*shares: RolloutConfig | LearnerConfig) -> dict[str, float]:
     return {key: n for key, n in bundle.items() if n}
 
 
-def _in_bundle(group: PlacementGroup, number: int) -> dict[str, Any]:
-    """Options of an actor that lives in a bundle of a placement group, and ends with it."""
-    return {"scheduling_strategy": PlacementGroupSchedulingStrategy(group, number)}
-
-
-def default_threads(max_staleness: int) -> int:
-    """Threads of rollout worker and learner: every core where they take turns, half of them where both work at once."""
-    cores = os.cpu_count() or 1
-    return cores if max_staleness == 0 else max(1, cores // 2)
-
-
 def actor_of(
-    role: type,
+    role: type[Worker],
     cpus: float,
     gpus: float,
     env: Mapping[str, str],
     resources: Mapping[str, float] | None = None,
-    **where: Any,
+    where: PlacementGroupSchedulingStrategy | None = None,
 ) -> Any:
-    """The actor class of a role (a `Worker`), with what it reserves, its environment and Ray's options that place it.
+    """The actor class of a role, with what it reserves and its environment. Its ``.remote(...)`` starts one.
 
-    Its ``.remote(...)`` starts one.
+    An actor that lives in a bundle of a placement group (``where``) ends with it.
     """
     # Ray shows a process without a GPU of its own every GPU of the node, and a process that sees one takes it.
     hidden = {} if gpus else {"CUDA_VISIBLE_DEVICES": ""}
     # Pings are answered by a thread of their own, also while the actor works.
-    pinged = ray.remote(concurrency_groups={"health": 1})(role)
-    return pinged.options(
+    return ray.remote(concurrency_groups={"health": 1})(role).options(
         num_cpus=cpus,
         num_gpus=gpus,
         resources=dict(resources or {}),
         runtime_env={"env_vars": {**env, **hidden, **worker_environment()}},
-        **where,
+        scheduling_strategy=where,
     )

@@ -11,8 +11,8 @@ import math
 import os
 import secrets
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import patch
 
 import psutil
 import ray
@@ -20,23 +20,22 @@ from ray._common.utils import get_default_system_temp_dir
 from ray._private import ray_constants, utils
 from ray._private.authentication.authentication_token_setup import AuthenticationTokenLoader, Config
 
-from stage_ray.actors.supervised import first_line
-from stage_ray.config import ClusterConfig, RunConfig
+from stage_ray.actors.client import first_line
+from stage_ray.config import RunConfig
 from stage_ray.errors import RunError
 
 
+# `ray.init` takes SIGTERM for itself, twice: it calls ``sys.exit`` in the middle of whatever goes on, and prints a
+# stack and aborts where its C++ hears of it.
+@patch.object(utils, "set_sigterm_handler", lambda handler: None)
+@patch.object(ray_constants, "RAY_DISABLE_FAILURE_SIGNAL_HANDLER", True)
 def start_ray(run: RunConfig, run_dir: Path) -> bool:
     """Join a cluster or start one on this machine; True if started. Signal handlers stay as they are.
 
     Raises:
         RunError: no cluster at that address, or too little memory for the object store.
     """
-    with _signals_kept():
-        return _start_ray(run, run_dir)
-
-
-def _start_ray(run: RunConfig, run_dir: Path) -> bool:
-    cluster = run.cluster
+    cluster, rollout, scoring, learner = run.cluster, run.rollout, run.scoring, run.learner
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing leaves the machine unasked
     address = cluster.address or ("auto" if "RAY_ADDRESS" in os.environ else None)
     if address is not None:
@@ -45,14 +44,24 @@ def _start_ray(run: RunConfig, run_dir: Path) -> bool:
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise RunError(f"no Ray cluster answers at cluster.address = {address!r}: {first_line(error)}") from error
         return False
-    _check_memory(cluster)
+    free_mb = psutil.virtual_memory().available // 2**20
+    if cluster.object_store_mb > free_mb:
+        raise RunError(
+            f"cluster.object_store_mb = {cluster.object_store_mb} is more than the {free_mb} MB of memory "
+            "that are free; lower it"
+        )
+    cpus = rollout.workers * rollout.tensor_parallel * rollout.cpus + scoring.workers * scoring.cpus
+    cpus += learner.ranks * learner.cpus
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # vLLM's torch.distributed, which knows no token
     try:
         _demand_token()
-        with _loopback_only():
+        # With 127.0.0.1 as its node's address each of Ray's servers listens there only. Ray replaces a given 127.0.0.1
+        # by the machine's address in the network (`resolve_ip_for_localhost`), and then every server binds all
+        # interfaces, unless clusters are off. RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 does that while Ray is imported.
+        with patch.object(ray_constants, "ENABLE_RAY_CLUSTER", False):
             context = ray.init(
                 address="local",
-                num_cpus=cluster.num_cpus or max(os.cpu_count() or 1, math.ceil(wanted_cpus(run))),
+                num_cpus=cluster.num_cpus or max(os.cpu_count() or 1, math.ceil(cpus)),
                 object_store_memory=cluster.object_store_mb * 2**20,
                 include_dashboard=cluster.dashboard,
                 dashboard_host="127.0.0.1",
@@ -70,15 +79,6 @@ def _start_ray(run: RunConfig, run_dir: Path) -> bool:
     link.unlink(missing_ok=True)
     link.symlink_to(Path(context.address_info["session_dir"]) / "logs")
     return True
-
-
-def wanted_cpus(run: RunConfig) -> float:
-    """Logical CPUs that all roles ask for together."""
-    return (
-        run.rollout.workers * run.rollout.tensor_parallel * run.rollout.cpus
-        + run.scoring.workers * run.scoring.cpus
-        + run.learner.ranks * run.learner.cpus
-    )
 
 
 def _demand_token() -> None:
@@ -104,36 +104,6 @@ def _demand_token() -> None:
         _keep_private(token)
 
 
-@contextlib.contextmanager
-def _signals_kept() -> Iterator[None]:
-    """`ray.init` takes SIGTERM for itself, twice: it calls ``sys.exit`` in the middle of whatever goes on, and prints a
-    stack and aborts where its C++ hears of it.
-    """
-    install, utils.set_sigterm_handler = utils.set_sigterm_handler, lambda handler: None
-    aborts = ray_constants.RAY_DISABLE_FAILURE_SIGNAL_HANDLER
-    ray_constants.RAY_DISABLE_FAILURE_SIGNAL_HANDLER = True
-    try:
-        yield
-    finally:
-        utils.set_sigterm_handler = install
-        ray_constants.RAY_DISABLE_FAILURE_SIGNAL_HANDLER = aborts
-
-
-@contextlib.contextmanager
-def _loopback_only() -> Iterator[None]:
-    """Start Ray here with 127.0.0.1 as its node's address, so that each of its servers listens there only.
-
-    Ray replaces a given 127.0.0.1 by the machine's address in the network (`ray._private.services`,
-    `resolve_ip_for_localhost`), and then every server binds all interfaces, unless clusters are off. This is the switch
-    that RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 sets when Ray is imported, which is too early for us.
-    """
-    clusters, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
-    try:
-        yield
-    finally:
-        ray_constants.ENABLE_RAY_CLUSTER = clusters
-
-
 def _private_directory() -> Path:
     """Where Ray keeps its session: Ray opens its own directories, and the sockets in them, to every user (0777).
 
@@ -149,15 +119,5 @@ def _private_directory() -> Path:
 
 
 def _keep_private(path: Path) -> None:
-    mode = path.stat().st_mode & 0o777
-    if mode & 0o077:
+    if (mode := path.stat().st_mode) & 0o077:
         path.chmod(mode & 0o700)
-
-
-def _check_memory(cluster: ClusterConfig) -> None:
-    free_mb = psutil.virtual_memory().available // 2**20
-    if cluster.object_store_mb > free_mb:
-        raise RunError(
-            f"cluster.object_store_mb = {cluster.object_store_mb} is more than the {free_mb} MB of memory "
-            "that are free; lower it"
-        )

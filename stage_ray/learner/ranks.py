@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from stage_ray.weights.rendezvous import init_process_group
+from stage_ray.weights.process_groups import init_process_group
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ from torch import Tensor
 from stage_ray.records import TensorSpec, WeightManifest
 
 CHUNK_BYTES = 256 * 2**20  # Ray needs milliseconds for each object
+CPU = torch.device("cpu")
 Chunk = tuple[np.ndarray, ...]
 """The bytes of a few tensors, uint8 [bytes] each: one Ray object, in which every array starts at a multiple of 64."""
 
@@ -31,7 +32,7 @@ DTYPES: dict[str, torch.dtype] = {
 
 
 class WeightError(ValueError):
-    """A version that does not verify, or tensors that cannot be packed: names the tensor and what is wrong with it."""
+    """Tensors that cannot be packed, a version that does not verify or did not arrive: names the tensor or the rank."""
 
 
 def pack(
@@ -39,42 +40,29 @@ def pack(
 ) -> tuple[WeightManifest, list[Chunk]]:
     """Checksum tensors and group them into chunks of at most ``chunk_bytes``; a larger tensor gets one of its own.
 
-    Args:
-        version: policy version of these weights.
-        tensors: (name, tensor) of any device and dtype of `DTYPES`; names must be unique.
-        chunk_bytes: bytes of one chunk.
-
-    Returns:
-        The manifest and the chunks. Tensors on the CPU share memory with them: store them before the weights move on,
-        or they will not verify.
+    Tensors on the CPU share memory with the chunks: store those before the weights move on, or they will not verify.
 
     Raises:
         WeightError: a name that comes twice, a dtype that cannot travel, or values that are not finite.
-        ValueError: ``chunk_bytes`` below 1.
 
     Example:
         >>> manifest, chunks = pack(7, [("w", torch.ones(2, 2))])
         >>> manifest.version, manifest.chunks, unpack(manifest, chunks)[0][1].tolist()
         (7, 1, [[1.0, 1.0], [1.0, 1.0]])
     """
-    if chunk_bytes < 1:
-        raise ValueError(f"chunk_bytes is {chunk_bytes}; at least 1 is needed")
     named = list(tensors)
-    arrays = [_bytes(name, tensor) for name, tensor in named]
+    arrays = [_flat(tensor.cpu()) for _, tensor in named]
     chunks: list[list[np.ndarray]] = []
+    places: list[tuple[int, int]] = []
     room = 0
-    specs: list[TensorSpec] = []
-    for (name, tensor), data, checksum in zip(named, arrays, _checksums(arrays), strict=True):
+    for data in arrays:
         if not chunks or data.nbytes > room:
             chunks.append([])
             room = chunk_bytes
-        place = (len(chunks) - 1, len(chunks[-1]))
-        chunks[-1].append(data)
+        places.append((len(chunks) - 1, len(chunks[-1])))
+        chunks[-1].append(data.numpy())
         room -= data.nbytes
-        specs.append(TensorSpec(name, tuple(tensor.shape), _dtype(tensor), *place, data.nbytes, checksum))
-        _require_finite(name, version, tensor)
-    _require_unique(specs)
-    return WeightManifest(version, tuple(specs), len(chunks)), [tuple(chunk) for chunk in chunks]
+    return _manifest(version, named, _checksums(arrays, CPU), places), [tuple(chunk) for chunk in chunks]
 
 
 def describe(version: int, tensors: Iterable[tuple[str, Tensor]], device: torch.device) -> WeightManifest:
@@ -82,40 +70,30 @@ def describe(version: int, tensors: Iterable[tuple[str, Tensor]], device: torch.
 
     Raises:
         WeightError: as `pack`.
-
-    Example:
-        >>> describe(7, [("w", torch.ones(2, 2))], torch.device("cpu")).chunks
-        0
     """
-    named = [(name, _travelling(name, tensor)) for name, tensor in tensors]
-    specs = []
-    for (name, tensor), checksum in zip(named, _checksums_on(device, [tensor for _, tensor in named]), strict=True):
-        specs.append(TensorSpec(name, tuple(tensor.shape), _dtype(tensor), 0, 0, tensor.nbytes, checksum))
-        _require_finite(name, version, tensor)
-    _require_unique(specs)
-    return WeightManifest(version, tuple(specs), 0)
+    named = list(tensors)
+    return _manifest(version, named, _checksums((tensor for _, tensor in named), device))
 
 
 def verify(manifest: WeightManifest, tensors: Sequence[Tensor]) -> None:
-    """Compare tensors, in the order of the manifest, with its checksums of `describe`.
+    """Compare tensors, in the order of the manifest, with its checksums, which were made on the same kind of device.
 
     Raises:
         WeightError: a tensor's bytes changed.
     """
-    if tensors:
-        _require_checksums(manifest, _checksums_on(tensors[0].device, tensors))
+    checksums = _checksums(tensors, tensors[0].device) if tensors else []
+    for spec, checksum in zip(manifest.tensors, checksums, strict=True):
+        if checksum != spec.checksum:
+            raise WeightError(
+                f"tensor {spec.name!r} of version {manifest.version} has checksum {checksum} instead of "
+                f"{spec.checksum}; its bytes changed on the way"
+            )
 
 
 def unpack(manifest: WeightManifest, chunks: Sequence[Chunk]) -> list[tuple[str, Tensor]]:
-    """Verify every tensor of a version, then hand all of them out.
+    """Verify every tensor of a version, then hand all of them out, in the order in which they were packed.
 
-    Args:
-        manifest: of `pack`.
-        chunks: in the order of `pack`; may be read-only.
-
-    Returns:
-        (name, tensor) in the order they were packed, all finite (`pack` saw to it), on the CPU: views into the chunks,
-        to be read and not written.
+    They are finite (`pack` saw to it) and on the CPU: views into the chunks, to be read and not written.
 
     Raises:
         WeightError: a chunk is missing, short or of another dtype, a tensor's bytes changed, or the manifest
@@ -124,9 +102,9 @@ def unpack(manifest: WeightManifest, chunks: Sequence[Chunk]) -> list[tuple[str,
     if len(chunks) != manifest.chunks:
         raise WeightError(f"version {manifest.version} has {manifest.chunks} chunks, but {len(chunks)} arrived")
     _require_unique(manifest.tensors)
-    arrays = [_located(spec, manifest.version, chunks) for spec in manifest.tensors]
-    _require_checksums(manifest, _checksums(arrays))
-    return [(spec.name, _view(spec, data)) for spec, data in zip(manifest.tensors, arrays, strict=True)]
+    tensors = [_view(spec, f"tensor {spec.name!r} of version {manifest.version}", chunks) for spec in manifest.tensors]
+    verify(manifest, tensors)
+    return [(spec.name, tensor) for spec, tensor in zip(manifest.tensors, tensors, strict=True)]
 
 
 def finite(tensor: Tensor) -> bool:
@@ -136,38 +114,6 @@ def finite(tensor: Tensor) -> bool:
     sum that overflows needs the second look.
     """
     return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
-
-
-def _dtype(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
-
-
-def _travelling(name: str, tensor: Tensor) -> Tensor:
-    dtype = _dtype(tensor)
-    if dtype not in DTYPES:
-        raise WeightError(f"tensor {name!r} is {dtype}, which cannot be published; known are {', '.join(DTYPES)}")
-    return tensor.detach()
-
-
-def _bytes(name: str, tensor: Tensor) -> np.ndarray:
-    data: np.ndarray = _flat(_travelling(name, tensor).cpu()).numpy()
-    return data
-
-
-def _flat(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().reshape(-1).view(torch.uint8)
-
-
-def _checksums(arrays: Sequence[np.ndarray]) -> list[str]:
-    """One of each array, on as many cores as torch would use: xxhash lets other threads run meanwhile."""
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        return list(pool.map(lambda data: xxhash.xxh3_64_hexdigest(data.data), arrays))
-
-
-def _checksums_on(device: torch.device, tensors: Sequence[Tensor]) -> list[str]:
-    if device.type == "cpu":
-        return _checksums([_flat(tensor.cpu()).numpy() for tensor in tensors])
-    return [weighted_sum(_flat(tensor.to(device))) for tensor in tensors]
 
 
 def weighted_sum(data: Tensor) -> str:
@@ -186,18 +132,36 @@ def weighted_sum(data: Tensor) -> str:
     return f"{total:016x}"
 
 
-def _require_checksums(manifest: WeightManifest, checksums: Sequence[str]) -> None:
-    for spec, checksum in zip(manifest.tensors, checksums, strict=True):
-        if checksum != spec.checksum:
-            raise WeightError(
-                f"tensor {spec.name!r} of version {manifest.version} has checksum {checksum} instead of "
-                f"{spec.checksum}; its bytes changed on the way"
-            )
+def _flat(tensor: Tensor) -> Tensor:
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
 
 
-def _require_finite(name: str, version: int, tensor: Tensor) -> None:
-    if not finite(tensor):
-        raise WeightError(f"tensor {name!r} of version {version} holds values that are not finite")
+def _checksums(tensors: Iterable[Tensor], device: torch.device) -> list[str]:
+    flat = (_flat(tensor.to(device)) for tensor in tensors)
+    if device.type != "cpu":
+        return [weighted_sum(data) for data in flat]
+    # On as many cores as torch would use: xxhash lets other threads run meanwhile.
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        return list(pool.map(lambda data: xxhash.xxh3_64_hexdigest(data.numpy().data), flat))
+
+
+def _manifest(
+    version: int,
+    named: Sequence[tuple[str, Tensor]],
+    checksums: Sequence[str],
+    places: Sequence[tuple[int, int]] | None = None,
+) -> WeightManifest:
+    """The manifest of tensors that may travel; without ``places`` (chunk and number in it) of each in no chunk."""
+    specs = []
+    for (name, tensor), checksum, place in zip(named, checksums, places or [(0, 0)] * len(named), strict=True):
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        if dtype not in DTYPES:
+            raise WeightError(f"tensor {name!r} is {dtype}, which cannot be published; known are {', '.join(DTYPES)}")
+        if not finite(tensor.detach()):
+            raise WeightError(f"tensor {name!r} of version {version} holds values that are not finite")
+        specs.append(TensorSpec(name, tuple(tensor.shape), dtype, *place, tensor.nbytes, checksum))
+    _require_unique(specs)
+    return WeightManifest(version, tuple(specs), places[-1][0] + 1 if places else 0)
 
 
 def _require_unique(specs: Sequence[TensorSpec]) -> None:
@@ -208,9 +172,8 @@ def _require_unique(specs: Sequence[TensorSpec]) -> None:
         seen.add(spec.name)
 
 
-def _located(spec: TensorSpec, version: int, chunks: Sequence[Chunk]) -> np.ndarray:
-    """The bytes of one tensor, as many as its manifest promises and not yet verified."""
-    where = f"tensor {spec.name!r} of version {version}"
+def _view(spec: TensorSpec, where: str, chunks: Sequence[Chunk]) -> Tensor:
+    """The bytes of one tensor, as many as its manifest promises and not yet verified, as that tensor."""
     dtype = DTYPES.get(spec.dtype)
     if dtype is None:
         raise WeightError(f"{where} has the unknown dtype {spec.dtype!r}")
@@ -226,11 +189,6 @@ def _located(spec: TensorSpec, version: int, chunks: Sequence[Chunk]) -> np.ndar
         raise WeightError(f"{where} arrived as {data.dtype} {list(data.shape)}, not uint8 [bytes]")
     if data.nbytes != spec.nbytes:
         raise WeightError(f"{where} has {data.nbytes} bytes instead of {spec.nbytes}; truncated or another one")
-    return data
-
-
-def _view(spec: TensorSpec, data: np.ndarray) -> Tensor:
-    dtype = DTYPES[spec.dtype]
     if not spec.nbytes:  # torch makes no view of an empty array
         return torch.empty(spec.shape, dtype=dtype)
     with warnings.catch_warnings():  # Ray hands out read-only arrays, and torch warns of each; none is written to

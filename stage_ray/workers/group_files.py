@@ -21,17 +21,7 @@ def group_file(directory: Path, group_id: int) -> Path:
 
 
 def save_group(directory: Path, group: RolloutGroup, scored: ScoredGroup) -> Path:
-    """Write a scored group, without its pictures; the file.
-
-    Example:
-        >>> import tempfile
-        >>> row = np.zeros((1, 2), np.float32)
-        >>> pictures = np.zeros((1, 0, 0, 3), np.uint8)
-        >>> group = RolloutGroup(3, Prompt(0, "x"), (7,), row.astype(np.int32), row, row, row, pictures, 5, "w", 0.1)
-        >>> scored = ScoredGroup(3, ("s",), np.ones((1, 1), np.float32), np.ones((1, 1), bool), ({},), 0.0)
-        >>> load_group(save_group(Path(tempfile.mkdtemp()), group, scored))[0].policy_version
-        5
-    """
+    """Write a scored group, without its pictures; the file."""
     values = {field.name: getattr(record, field.name) for record in (group, scored) for field in fields(record)}
     del values["images"]
     values["prompt"] = {field.name: getattr(group.prompt, field.name) for field in fields(Prompt)}

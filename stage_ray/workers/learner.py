@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stage_ray.actors.client import Client
-from stage_ray.actors.worker import Worker
+import ray
+
+from stage_ray.actors.client import Worker
 from stage_ray.config import RunConfig
 from stage_ray.observability.logs import redirect_output
 from stage_ray.observability.worker_metrics import WorkerMetrics
-from stage_ray.records import GroupRefs, Update, WeightManifest
+from stage_ray.records import Update, WeightManifest
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from stage_ray.weights.broadcast_group import BroadcastGroup, GroupMember
     from stage_ray.weights.manifest import Chunk
+    from stage_ray.weights.process_groups import BroadcastGroup, GroupMember
 
 
 class LearnerWorker(Worker):
@@ -60,7 +61,7 @@ class LearnerWorker(Worker):
         self._metrics.done(groups[self._ranks.rows(len(groups))], version=self._learner.version)
         return Update(self._learner.version, metrics)
 
-    def save_batch(self, directory: str) -> None:
+    def save_batch(self, directory: Path) -> None:
         """Write the groups of the last `set_batch`."""
         self.save_groups(directory, *self._batch)
 
@@ -81,8 +82,8 @@ class LearnerWorker(Worker):
 
     def offer(self) -> WeightManifest:
         """Describe the current version, which waits for `send` before the next update."""
-        from stage_ray.weights.broadcast_group import device_of
         from stage_ray.weights.manifest import describe
+        from stage_ray.weights.process_groups import device_of
 
         device = device_of(self._run.cluster.weight_transport)
         self._offered = self._learner.weights(in_place=device.type == "cuda")
@@ -90,20 +91,20 @@ class LearnerWorker(Worker):
 
     def open_group(self) -> str:
         """Listen for rollout workers that `send` is to reach; HOST:PORT."""
-        from stage_ray.weights.broadcast_group import BroadcastGroup
+        from stage_ray.weights.process_groups import BroadcastGroup
 
-        self._group = self._group or BroadcastGroup()
-        return self._group.open(self._run.cluster.sync_timeout_s)
+        self._group = BroadcastGroup()
+        return self._group.open(ray.util.get_node_ip_address(), self._run.cluster.sync_timeout_s)
 
     def send(self, member: GroupMember) -> str:
         """Pass what was offered to the rollout workers; why some may not have it, "" where all have."""
-        from stage_ray.weights.broadcast_group import BroadcastFailed
+        from stage_ray.weights.manifest import WeightError
 
         assert self._group is not None, "the broadcast group was not opened"
         offered, self._offered = self._offered, ()
         try:
             self._group.send(member, offered)
-        except BroadcastFailed as broken:
+        except WeightError as broken:
             return str(broken)
         return ""
 
@@ -111,98 +112,29 @@ class LearnerWorker(Worker):
         """The current version."""
         return self._learner.version
 
-    def save_state(self, directory: str) -> None:
+    def save_state(self, directory: Path) -> None:
         """Weights, optimizer, schedule and random states, for an exact resume."""
-        self._learner.save_state(Path(directory))
+        self._learner.save_state(directory)
 
-    def load_state(self, directory: str) -> int:
+    def load_state(self, directory: Path) -> int:
         """Take a saved state; its version."""
-        self._learner.load_state(Path(directory))
+        self._learner.load_state(directory)
         return self._learner.version
 
-    def save_groups(self, directory: str, *objects: Any) -> None:
+    def save_groups(self, directory: Path, *objects: Any) -> None:
         """Write rollout groups and scored groups, alternating: those a checkpoint has in flight, or a recording's."""
         from stage_ray.workers.group_files import save_group
 
         for group, scored in zip(objects[::2], objects[1::2], strict=True):
-            save_group(Path(directory), group, scored)
+            save_group(directory, group, scored)
 
-    def load_groups(self, directory: str, group_ids: Sequence[int]) -> tuple[Any, ...]:
+    def load_groups(self, directory: Path, group_ids: Sequence[int]) -> tuple[Any, ...]:
         """The versions of saved groups, then each group and its scores, alternating."""
         from stage_ray.workers.group_files import group_file, load_group
 
-        pairs = [load_group(group_file(Path(directory), group_id)) for group_id in group_ids]
+        pairs = [load_group(group_file(directory, group_id)) for group_id in group_ids]
         return ([group.policy_version for group, _ in pairs], *(item for pair in pairs for item in pair))
 
-    def export(self, directory: str) -> None:
+    def export(self, directory: Path) -> None:
         """A Hugging Face checkpoint that plain transformers loads."""
-        self._learner.export(Path(directory))
-
-
-class LearnerClient(Client):
-    """The learner as the driver asks it; each method is the worker's. Directories are absolute."""
-
-    def set_batch(self, groups: Sequence[GroupRefs]) -> Awaitable[None]:
-        """Hand over the groups of the next update."""
-        return self.ask(LearnerWorker.set_batch, *_objects(groups))
-
-    def update(self) -> Awaitable[Update]:
-        """Train on them."""
-        return self.ask(LearnerWorker.update)
-
-    def version(self) -> Awaitable[int]:
-        """The current version."""
-        return self.ask_first(LearnerWorker.version)
-
-    def pack(self) -> Awaitable[WeightManifest]:
-        """Pack the current version for `chunks`."""
-        return self.ask(LearnerWorker.pack)
-
-    def chunks(self, count: int) -> tuple[Awaitable[int], list[Any]]:
-        """The packed version's number, once all is stored, and references to its ``count`` chunks."""
-        return self.ask_objects(LearnerWorker.chunks, count, ranks=1)
-
-    def offer(self) -> Awaitable[WeightManifest]:
-        """Describe the current version for `send`."""
-        return self.ask(LearnerWorker.offer)
-
-    def open_group(self) -> Awaitable[str]:
-        """Listen for rollout workers; HOST:PORT."""
-        return self.ask_first(LearnerWorker.open_group)
-
-    def send(self, member: GroupMember) -> Awaitable[str]:
-        """Send what was offered; why some may not have it."""
-        return self.ask_first(LearnerWorker.send, member)
-
-    def save_state(self, directory: str) -> Awaitable[None]:
-        """Write the state of every rank."""
-        return self.ask(LearnerWorker.save_state, directory)
-
-    def load_state(self, directory: str) -> Awaitable[int]:
-        """Take a saved state; its version."""
-        return self.ask(LearnerWorker.load_state, directory)
-
-    def save_batch(self, directory: str) -> Awaitable[None]:
-        """Write the groups of the last `set_batch`."""
-        return self.ask_first(LearnerWorker.save_batch, directory)
-
-    def save_groups(self, directory: str, groups: Sequence[GroupRefs]) -> Awaitable[None]:
-        """Write groups."""
-        return self.ask_first(LearnerWorker.save_groups, directory, *_objects(groups))
-
-    async def load_groups(self, directory: str, group_ids: Sequence[int]) -> list[GroupRefs]:
-        """Read saved groups back into the object store, in the order of ``group_ids``."""
-        if not group_ids:
-            return []
-        asked, refs = self.ask_objects(LearnerWorker.load_groups, 2 * len(group_ids), directory, group_ids, ranks=1)
-        loaded = zip(group_ids, await asked, refs[::2], refs[1::2], strict=True)  # groups and scores alternate
-        return [GroupRefs(i, version, tokens, scores=scores) for i, version, tokens, scores in loaded]
-
-    def export(self, directory: str) -> Awaitable[None]:
-        """Write a Hugging Face checkpoint."""
-        return self.ask(LearnerWorker.export, directory)
-
-
-def _objects(groups: Sequence[GroupRefs]) -> list[Any]:
-    """Rollout groups and scored groups, alternating: Ray resolves references only where they are arguments."""
-    return [ref for group in groups for ref in (group.tokens, group.scores)]
+        self._learner.export(directory)

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from stage_ray.actors.client import Client
-from stage_ray.actors.worker import Worker
+from stage_ray.actors.client import Client, Worker
 from stage_ray.config import RewardConfig
 from stage_ray.observability.logs import redirect_output
 from stage_ray.observability.worker_metrics import WorkerMetrics

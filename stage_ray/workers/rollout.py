@@ -3,32 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from stage_ray.actors.client import Client, WorkerFailed
-from stage_ray.actors.worker import Worker
+from stage_ray.actors.client import Client, Worker
 from stage_ray.config import RunConfig
 from stage_ray.observability.logs import redirect_output
 from stage_ray.observability.worker_metrics import WorkerMetrics
 from stage_ray.records import GroupRefs, RolloutGroup, RolloutRequest, WeightManifest
 
 if TYPE_CHECKING:
-    from stage_ray.weights.broadcast_group import BroadcastGroup, GroupMember
     from stage_ray.weights.manifest import Chunk
-
-
-@dataclass(frozen=True, slots=True)
-class _Answer:
-    """What the driver reads of a generation batch; ``problem`` says why it cannot be used, where it cannot."""
-
-    worker: str
-    policy_version: int
-    generate_s: float
-    problem: str = ""
+    from stage_ray.weights.process_groups import BroadcastGroup, GroupMember
 
 
 class RolloutWorker(Worker):
@@ -54,25 +43,24 @@ class RolloutWorker(Worker):
         )
 
     def generate(self, *requests: RolloutRequest) -> tuple[Any, ...]:
-        """An `_Answer`, then for each request its group (``images`` empty) and its pictures (uint8 [G, H, W, 3]).
+        """Policy version and seconds, then for each request its group (``images`` empty) and its pictures.
 
-        The learner never reads pictures and the driver reads neither: each object goes only where it is used. Of
-        several ranks the first one answers; the others' objects are None, and so are those of a batch with a problem.
+        The learner never reads pictures (uint8 [G, H, W, 3]) and the driver reads neither: each object goes only where
+        it is used. Of several ranks the first one answers; the others' objects are None.
+
+        Raises:
+            RuntimeError: what the engine drew cannot be used.
         """
         start = time.perf_counter()
         self._metrics.begin(request.group_id for request in requests)
         groups = self._engine.generate(requests)
         seconds = time.perf_counter() - start
-        problem = _problem(requests, groups, self._engine.codebook_size)
-        answers = self._rank == 0 and not problem
-        self._metrics.done(groups if answers else (), version=self._engine.policy_version)
-        answer = _Answer(self._name, self._engine.policy_version, seconds, problem)
-        if not answers:
-            return (answer, *[None] * (2 * len(requests)))
-        objects: list[Any] = [answer]
+        _check(requests, groups, self._engine.codebook_size)
+        self._metrics.done(groups if self._rank == 0 else (), version=self._engine.policy_version)
+        objects: list[Any] = [(self._engine.policy_version, seconds)]
         for group in groups:
             bare = np.empty((len(group.seeds), 0, 0, 3), np.uint8)
-            objects += [replace(group, images=bare), group.images]
+            objects += [replace(group, images=bare), group.images] if self._rank == 0 else [None, None]
         return tuple(objects)
 
     def sleep(self) -> None:
@@ -92,13 +80,13 @@ class RolloutWorker(Worker):
 
     def receive(self, manifest: WeightManifest, member: GroupMember) -> str:
         """Take a version that the learner sends; why the old one stays, "" where it does not."""
-        from stage_ray.weights.broadcast_group import BroadcastFailed, BroadcastGroup
         from stage_ray.weights.manifest import WeightError
+        from stage_ray.weights.process_groups import BroadcastGroup
 
         self._group = self._group or BroadcastGroup()
         try:
             tensors = self._group.receive(member, manifest)
-        except (BroadcastFailed, WeightError) as error:
+        except WeightError as error:
             return str(error)
         self._engine.load_weights(manifest.version, tensors, known_finite=True)
         return ""
@@ -108,43 +96,26 @@ class RolloutClient(Client):
     """A rollout worker as the driver asks it."""
 
     async def generate(self, requests: Sequence[RolloutRequest]) -> list[GroupRefs]:
-        """Sample one generation batch.
-
-        Raises:
-            WorkerFailed: what the engine answered cannot be used.
-        """
-        asked, refs = self.ask_objects(RolloutWorker.generate, 2 * len(requests), *requests)
-        answer: _Answer = await asked
-        if answer.problem:
-            raise WorkerFailed(f"{answer.worker} drew what cannot be used: {answer.problem}")
+        """Sample one generation batch."""
+        answer, refs = self.ask_objects(RolloutWorker.generate, 2 * len(requests), *requests)
+        version, seconds = await answer
         return [
-            GroupRefs(r.group_id, answer.policy_version, tokens, images, generate_s=answer.generate_s)
-            for r, tokens, images in zip(requests, refs[::2], refs[1::2], strict=True)  # objects alternate
+            GroupRefs(request.group_id, version, tokens, images, generate_s=seconds)
+            for request, tokens, images in zip(requests, refs[::2], refs[1::2], strict=True)  # objects alternate
         ]
 
-    def sleep(self) -> Awaitable[None]:
-        """As the worker's; it answers once the GPU's memory is free."""
-        return self.ask(RolloutWorker.sleep)
 
-    def load_weights(self, manifest: Any, chunks: Sequence[Any]) -> Awaitable[int]:
-        """As the worker's, of references to the manifest and the chunks."""
-        return self.ask(RolloutWorker.load_weights, manifest, *chunks)
-
-    def receive(self, manifest: WeightManifest, member: GroupMember) -> Awaitable[str]:
-        """As the worker's."""
-        return self.ask(RolloutWorker.receive, manifest, member)
-
-
-def _problem(requests: Sequence[RolloutRequest], groups: Sequence[RolloutGroup], codebook_size: int) -> str:
-    """Why an engine's answer cannot be used, "" where it can. The driver, who asks, never sees the arrays."""
+def _check(requests: Sequence[RolloutRequest], groups: Sequence[RolloutGroup], codebook_size: int) -> None:
+    """Raise a RuntimeError where an engine's answer cannot be used. The driver, who asks, never sees the arrays."""
     if len(groups) != len(requests):
-        return f"{len(groups)} groups where {len(requests)} were asked for"
-    pairs = zip(requests, groups, strict=True)
-    return next((f"group {r.group_id} {fault}" for r, g in pairs if (fault := _fault(r, g, codebook_size))), "")
+        raise RuntimeError(f"{len(groups)} groups where {len(requests)} were asked for")
+    for request, group in zip(requests, groups, strict=True):
+        if fault := _fault(request, group, codebook_size):
+            raise RuntimeError(f"group {request.group_id} {fault}")
 
 
 def _fault(request: RolloutRequest, group: RolloutGroup, codebook_size: int) -> str:
-    """What is wrong with one group (`RolloutGroup` says what is right)."""
+    """What is wrong with one group, "" where nothing is (`RolloutGroup` says what is right)."""
     if (group.group_id, group.seeds) != (request.group_id, request.seeds):
         return f"was asked for with seeds {request.seeds}, and answered is {group.group_id} with {group.seeds}"
     count, tokens, images = len(request.seeds), group.tokens, group.images

@@ -1,19 +1,20 @@
-"""Actors in this process, for what seats, pools and clusters do with them: real ones take seconds to come and go."""
+"""Actors in this process, to test supervision, pools and clusters with: real ones take seconds to come and go."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
+from stage_ray.actors.client import Client
 from stage_ray.cluster.cluster import Cluster
 from stage_ray.config import RunConfig
 from stage_ray.config.load import validate_config
-from stage_ray.workers.learner import LearnerClient
 from stage_ray.workers.reward import RewardClient
 from stage_ray.workers.rollout import RolloutClient
 
@@ -50,7 +51,7 @@ class _Method:
         if self._count == 1:
             return answer
         items = [asyncio.ensure_future(_item(answer, index)) for index in range(self._count)]
-        for item in items:  # as with Ray, nobody need look at all of them
+        for item in items:  # as with Ray, not all of them need be awaited
             item.add_done_callback(lambda item: item.cancelled() or item.exception())
         return items
 
@@ -75,9 +76,9 @@ async def _item(answer: asyncio.Future[Any], index: int) -> Any:
 
 @pytest.fixture
 def local_actors(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Seats that hold `LocalActor`s, without a Ray."""
+    """Supervised `LocalActor`s, without a Ray."""
     monkeypatch.setattr(ray, "kill", LocalActor.kill)
-    monkeypatch.setattr("stage_ray.actors.supervised._this_node", lambda: "this node")
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "this node"))
     yield
 
 
@@ -100,8 +101,8 @@ class Roles:
     def reward(self, name: str) -> RewardClient:
         return RewardClient(self.make(name))
 
-    def learner(self, name: str) -> LearnerClient:
-        return LearnerClient(self.make(name))
+    def learner(self, name: str) -> Client:
+        return Client(self.make(name))
 
 
 class Role:

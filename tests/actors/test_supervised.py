@@ -1,4 +1,4 @@
-"""Seats and pools: what a call, a start and a heartbeat cost whom. Actors of this process."""
+"""Supervised actors and pools: what a call, a start and a heartbeat do to their workers. Actors of this process."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from typing import Any
 
 import pytest
 
-from stage_ray.actors.client import WorkerDied, WorkerLost
-from stage_ray.actors.pool import NoWorkersLeft, Pool
-from stage_ray.actors.supervised import SupervisedActor, heartbeats
+from stage_ray.actors.client import NoWorkersLeft, WorkerDied, WorkerLost
+from stage_ray.actors.supervised import Pool, SupervisedActor, heartbeats
+from stage_ray.cluster.transport import ObjectStore, Publication
 from stage_ray.errors import ConfigError
-from stage_ray.weights.object_store import ObjectStore, Publication
 from stage_ray.workers.rollout import RolloutClient
 from tests.actors.local_actor import LocalActor, local_actors  # noqa: F401
 
@@ -31,8 +30,8 @@ class Worker:
     async def setup(self) -> None:
         self.done.append("setup")
 
-    async def wave(self) -> None:
-        """As a test wants it."""
+    async def batch(self) -> None:
+        """As a test wants actor."""
 
     async def work(self, what: str, seconds: float = 0.0) -> str:
         await asyncio.sleep(seconds)
@@ -67,8 +66,8 @@ async def misconfigured() -> None:
     raise ConfigError("policy.path = nowhere")
 
 
-def seat(start: Callable[[str], Any], **more: Any) -> SupervisedActor:
-    return SupervisedActor("seat", start, **{"start_timeout_s": 5.0} | more)
+def supervised(start: Callable[[str], Any], **more: Any) -> SupervisedActor:
+    return SupervisedActor("actor", start, **{"start_timeout_s": 5.0} | more)
 
 
 def pool(start: Callable[[str], Any], least: int = 1, most: int | None = None, **more: Any) -> Pool:
@@ -88,22 +87,22 @@ async def until(what: Callable[[], bool], seconds: float = 5.0) -> None:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stage_ray.actors.pool.FIRST_PAUSE_S", 0.01)
-    monkeypatch.setattr("stage_ray.actors.pool.LONGEST_PAUSE_S", 0.04)
+    monkeypatch.setattr("stage_ray.actors.supervised.FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr("stage_ray.actors.supervised.LONGEST_PAUSE_S", 0.04)
 
 
-def test_a_call_that_nobody_waits_for_any_more_keeps_the_seat_until_the_actor_is_done():
+def test_a_call_whose_caller_is_gone_keeps_its_turn_until_the_worker_is_done():
     async def scenario() -> None:
         starts = Starts()
-        it = seat(starts)
-        wave = asyncio.create_task(it.call(work("wave", 0.5), 5.0))
+        actor = supervised(starts)
+        batch = asyncio.create_task(actor.call(work("batch", 0.5), 5.0))
         await asyncio.sleep(0.1)
-        wave.cancel()
-        await asyncio.gather(wave, return_exceptions=True)
-        assert it.waiting == 1
-        await it.call(work("load"), 0.2)  # of its own, once it is its turn
-        assert starts.actors[0].inside.done == ["setup", "wave", "load"]
-        assert it.restarts == 0 and it.waiting == 0
+        batch.cancel()
+        await asyncio.gather(batch, return_exceptions=True)
+        assert actor.waiting == 1
+        await actor.call(work("load"), 0.2)  # of its own, once it is its turn
+        assert starts.actors[0].inside.done == ["setup", "batch", "load"]
+        assert actor.restarts == 0 and actor.waiting == 0
 
     asyncio.run(scenario())
 
@@ -111,49 +110,49 @@ def test_a_call_that_nobody_waits_for_any_more_keeps_the_seat_until_the_actor_is
 def test_a_call_that_is_cancelled_before_its_turn_is_never_asked():
     async def scenario() -> None:
         starts = Starts()
-        it = seat(starts)
-        calls = [asyncio.create_task(it.call(work(what, 0.1), 5.0)) for what in ("first", "second", "third")]
+        actor = supervised(starts)
+        calls = [asyncio.create_task(actor.call(work(what, 0.1), 5.0)) for what in ("first", "second", "third")]
         await asyncio.sleep(0.05)
         calls[1].cancel()
         await asyncio.gather(*calls, return_exceptions=True)
-        assert starts.actors[0].inside.done == ["setup", "first", "third"] and it.waiting == 0
+        assert starts.actors[0].inside.done == ["setup", "first", "third"] and actor.waiting == 0
 
     asyncio.run(scenario())
 
 
-def test_an_actor_lost_in_a_call_that_nobody_waits_for_any_more_has_a_successor():
+def test_an_actor_lost_in_a_call_whose_caller_is_gone_has_a_successor():
     async def scenario() -> None:
         starts = Starts()
-        members = pool(starts)
-        await members.ready()
-        wave = asyncio.create_task(members.call(work("wave", 3600), 0.1))
+        workers = pool(starts)
+        await workers.ready()
+        batch = asyncio.create_task(workers.call(work("batch", 3600), 0.1))
         await asyncio.sleep(0.05)
-        wave.cancel()
+        batch.cancel()
         await until(lambda: len(starts.actors) == 2)
-        assert await members.call(work("next"), 1.0) == "test-0-restart-1"
-        await members.close()
+        assert await workers.call(work("next"), 1.0) == "test-0-restart-1"
+        await workers.close()
 
     asyncio.run(scenario())
 
 
 async def answer_late(seconds: float, value: Any) -> Any:
-    """As one that a thread brings: the loop needs several turns until whoever waits has it."""
+    """As one that a thread brings: the loop needs several turns until the caller has it."""
     await asyncio.sleep(seconds)
     for _ in range(5):
         await asyncio.sleep(0)
     return value
 
 
-@pytest.mark.parametrize("call", ["heartbeat", "wave"])
+@pytest.mark.parametrize("call", ["heartbeat", "batch"])
 def test_a_driver_that_was_busy_itself_beyond_the_deadline_kills_no_worker(call):
     async def scenario() -> None:
         starts = Starts()
-        it = seat(starts)
-        await it.start(1.0)
+        actor = supervised(starts)
+        await actor.ready(1.0)
         inside = starts.actors[0].inside
         inside.ping = lambda: answer_late(0.05, (0, "another node"))
-        inside.wave = lambda: answer_late(0.05, "drawn")
-        asked = it.check(0.1) if call == "heartbeat" else it.call(lambda worker: worker.ask(Worker.wave), 0.1)
+        inside.batch = lambda: answer_late(0.05, "drawn")
+        asked = actor.check(0.1) if call == "heartbeat" else actor.call(lambda worker: worker.ask(Worker.batch), 0.1)
         waiting = asyncio.create_task(asked)
         await asyncio.sleep(0.01)
         time.sleep(0.3)
@@ -166,25 +165,25 @@ def test_a_driver_that_was_busy_itself_beyond_the_deadline_kills_no_worker(call)
 def test_a_worker_that_answers_no_ping_is_killed():
     async def scenario() -> None:
         starts = Starts()
-        it = seat(starts)
-        await it.start(1.0)
+        actor = supervised(starts)
+        await actor.ready(1.0)
         starts.actors[0].inside.ping = hangs
-        async with heartbeats([it], 0.01, 0.05):
+        async with heartbeats([actor], 0.01, 0.05):
             with pytest.raises(WorkerDied):
-                await it.call(work("wave", 3600), None)
+                await actor.call(work("batch", 3600), None)
 
     asyncio.run(scenario())
 
 
 def test_heartbeats_that_cannot_go_on_end_what_they_watch_and_say_why(caplog):
     async def scenario() -> None:
-        it = seat(Starts())
+        actor = supervised(Starts())
 
         async def check(deadline_s: float) -> None:
             raise KeyError("a mistake of ours")
 
-        it.check = check  # type: ignore[method-assign]
-        async with heartbeats([it], 0.01, 0.05):
+        actor.check = check  # type: ignore[method-assign]
+        async with heartbeats([actor], 0.01, 0.05):
             await asyncio.wait({asyncio.create_task(asyncio.sleep(2))})
 
     began = time.monotonic()
@@ -197,7 +196,7 @@ def test_heartbeats_that_cannot_go_on_end_what_they_watch_and_say_why(caplog):
 def test_room_may_take_for_ever_but_a_start_that_hangs_once_there_is_room_is_given_up():
     async def scenario() -> None:
         starts = Starts(hangs)
-        members = pool(starts, start_timeout_s=0.3)
+        workers = pool(starts, start_timeout_s=0.3)
         room = asyncio.Event()
 
         async def ping() -> tuple[int, str]:
@@ -205,76 +204,76 @@ def test_room_may_take_for_ever_but_a_start_that_hangs_once_there_is_room_is_giv
             return 0, "another node"
 
         starts.actors[0].inside.ping = ping
-        members.refill(members.actors[0])
+        workers.refill(workers.actors[0])
         await asyncio.sleep(1.5)
         assert len(starts.actors) == 1
         room.set()
-        await until(lambda: len(members.open) == 1)
+        await until(lambda: len(workers.open) == 1)
         assert len(starts.actors) == 2
-        await members.close()
+        await workers.close()
 
     asyncio.run(scenario())
 
 
-def test_a_seat_whose_starts_fail_is_tried_again_until_one_succeeds(caplog):
+def test_an_actor_whose_starts_fail_is_tried_again_until_one_succeeds(caplog):
     async def scenario() -> None:
         starts = Starts(Worker().setup, fails, fails, fails, fails, fails)
-        members = pool(starts, least=1, most=2)
-        await members.ready()
-        assert await members.call(work("wave"), 1.0) == "test-0"
-        await until(lambda: len(members.open) == 2)
-        assert [actor.restarts for actor in members.actors] == [0, 5]
-        await members.close()
+        workers = pool(starts, least=1, most=2)
+        await workers.ready()
+        assert await workers.call(work("batch"), 1.0) == "test-0"
+        await until(lambda: len(workers.open) == 2)
+        assert [actor.restarts for actor in workers.actors] == [0, 5]
+        await workers.close()
 
     asyncio.run(scenario())
     pauses = [record.args[1] for record in caplog.records if "in %g s" in record.msg]
     assert pauses == [0.01, 0.02, 0.04, 0.04, 0.04]
 
 
-def test_a_pool_without_anybody_whose_starts_fail_says_why():
+def test_a_pool_without_a_worker_whose_starts_fail_says_why():
     async def scenario() -> None:
         starts = Starts(Worker().setup, fails, fails)
-        members = pool(starts, start_timeout_s=60.0)
-        await members.ready()
+        workers = pool(starts, start_timeout_s=60.0)
+        await workers.ready()
         starts.actors[0].kill()
         with pytest.raises(NoWorkersLeft, match="no test worker is left and none starts: .* the GPU is not free yet"):
-            await members.call(work("wave"), 1.0, attempts=2)
-        await members.close()
+            await workers.call(work("batch"), 1.0, attempts=2)
+        await workers.close()
 
     asyncio.run(scenario())
 
 
-def test_a_config_that_a_successor_finds_wrong_is_told_when_nobody_is_left_and_logged_before(caplog):
+def test_a_config_that_a_successor_finds_wrong_is_told_when_no_worker_is_left_and_logged_before(caplog):
     async def scenario() -> None:
         starts = Starts(Worker().setup, misconfigured)
-        members = pool(starts, least=1, most=2)
-        await members.ready()
+        workers = pool(starts, least=1, most=2)
+        await workers.ready()
         await until(lambda: "policy.path = nowhere; its place stays empty" in caplog.text)
-        assert await members.call(work("wave"), 1.0) == "test-0"
+        assert await workers.call(work("batch"), 1.0) == "test-0"
         starts.beginnings = [misconfigured]
         starts.actors[0].kill()
         with pytest.raises(ConfigError, match="nowhere"):
-            await members.call(work("wave"), 1.0, attempts=2)
+            await workers.call(work("batch"), 1.0, attempts=2)
         await asyncio.sleep(0.1)
         assert len(starts.actors) == 3, "a successor would read the same config"
-        await members.close()
+        await workers.close()
 
     asyncio.run(scenario())
 
 
-def test_a_mistake_in_the_refilling_itself_reaches_the_log_and_whoever_asks_next(caplog):
+def test_a_mistake_in_the_refilling_itself_reaches_the_log_and_the_next_caller(caplog):
     async def scenario() -> None:
-        members = pool(Starts(), least=1, most=2)
+        workers = pool(Starts(), least=1, most=2)
 
-        async def start(timeout_s: float | None) -> None:
+        async def ready(timeout_s: float | None) -> None:
             raise KeyError("a mistake of ours")
 
-        members.actors[1].start = start  # type: ignore[method-assign]
-        await members.ready()
+        workers.actors[1].ready = ready  # type: ignore[method-assign]
+        await workers.ready()
         await until(lambda: "are not refilled any more" in caplog.text)
         with pytest.raises(KeyError, match="a mistake of ours"):
-            await members.call(work("wave"), 1.0)
-        await members.close()
+            await workers.call(work("batch"), 1.0)
+        await workers.close()
 
     asyncio.run(scenario())
 
@@ -283,16 +282,16 @@ def test_a_worker_that_is_late_with_a_version_is_named_with_the_version_and_its_
     async def scenario() -> None:
         starts = Starts()
         store = ObjectStore(None, 0.05)  # type: ignore[arg-type]  # the learner is not asked here
-        members = pool(starts, sync=lambda name, worker: store.newest(name, worker) or asyncio.sleep(0))
-        await members.ready()
+        workers = pool(starts, sync=store.newest)
+        await workers.ready()
         late = "test-0 did not take version 7 within cluster.sync_timeout_s = 0.05 s"
         store.published = Publication(7, "manifest", ())
         starts.actors[0].inside.load_weights = lambda manifest: hangs()
         starts.beginnings = [lambda: setattr_then(starts.actors[1].inside, lambda manifest: hangs())]
         with pytest.raises(WorkerLost, match=late):
-            await store.load(members.actors[0])
+            await workers.actors[0].call(lambda worker: store.newest("test-0", worker), None)
         await until(lambda: len(starts.actors) == 3)
-        await members.close()
+        await workers.close()
         assert [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING][:2] == [
             f"{late}; another takes its place",
             f"{late}; another takes its place in 0.01 s",

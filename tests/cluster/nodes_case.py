@@ -32,7 +32,7 @@ def nodes(tmp_path, monkeypatch):
     for name, value in {"MODE": "token", "TOKEN_PATH": str(token)}.items():
         monkeypatch.setenv(f"RAY_AUTH_{name}", value)
     monkeypatch.setenv("RAY_worker_niceness", "0")
-    monkeypatch.setenv("RAY_prestart_worker_first_driver", "0")  # one for each CPU of each node, which nobody uses
+    monkeypatch.setenv("RAY_prestart_worker_first_driver", "0")  # one for each CPU of each node, which has no use
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     from ray._private.authentication.authentication_token_setup import Config
 

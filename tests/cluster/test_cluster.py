@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("local_actors")
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stage_ray.actors.pool.FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr("stage_ray.actors.supervised.FIRST_PAUSE_S", 0.01)
 
 
 async def asked(roles: Roles, call: str, count: int = 1) -> None:
@@ -128,12 +128,12 @@ def test_a_colocated_successor_loads_before_or_after_an_update_and_never_meanwhi
         assert at(roles, "rollout-0-restart-1 sleep") < at(roles, "learner update")
         first.restart()
         cluster.rollouts.refill(first)
-        wave = asyncio.create_task(
+        batch = asyncio.create_task(
             cluster.rollouts.call(lambda worker: worker.ask(RolloutWorker.generate), 5.0, turn=1)
         )
         await soon(update)
-        assert while_learner(roles, "update") == [], "neither a start nor a wave, which would wake a worker"
-        await soon(asyncio.gather(wave, asked(roles, "rollout-0-restart-2 setup done")))
+        assert while_learner(roles, "update") == [], "neither a start nor a batch, which would wake a worker"
+        await soon(asyncio.gather(batch, asked(roles, "rollout-0-restart-2 setup done")))
         await cluster.rollouts.close()
 
     asyncio.run(scenario())

@@ -65,7 +65,7 @@ def test_workers_sleep_during_every_update_and_come_back_with_the_learner_after_
     for worker in ("rollout-0", "rollout-1"):
         asked = [line.split()[1] for line in calls.read_text().splitlines() if line.split()[0] == worker]
         assert asked[:11] == ["setup", "sleep"] + ["generate", "sleep", "load"] * 3
-        assert set(asked[11:]) <= {"generate", "sleep"}, "the wave that was on, or a learner that begins beside it"
+        assert set(asked[11:]) <= {"generate", "sleep"}, "the batch that was on, or a learner that begins beside it"
     successors = {line.split()[0] for line in calls.read_text().splitlines()} - {"rollout-0", "rollout-1"}
     assert successors == {"rollout-0-restart-1", "rollout-1-restart-1"}
 

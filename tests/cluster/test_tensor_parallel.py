@@ -35,8 +35,8 @@ class SignalsRank(Progress):
     def step(self, step: int, total: int, metrics) -> None:
         super().step(step, total, metrics)
         if step in self.signals:
-            everyone = psutil.Process().children(recursive=True)
-            ranks = [process for process in everyone if "ray::RolloutWorker" in " ".join(process.cmdline())]
+            children = psutil.Process().children(recursive=True)
+            ranks = [process for process in children if "ray::RolloutWorker" in " ".join(process.cmdline())]
             assert len(ranks) == 2
             for rank in ranks:
                 self.listening |= {c.laddr.ip for c in rank.net_connections("inet") if not c.raddr}

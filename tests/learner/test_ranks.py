@@ -15,7 +15,7 @@ import torch.multiprocessing as processes
 from safetensors.torch import load_file, save_file
 from transformers import JanusForConditionalGeneration
 
-from stage_ray.actors.worker import free_address
+from stage_ray.actors.client import free_address
 from stage_ray.learner import Learner, LearnerError, Ranks
 from tests.learner_case import PROMPTS, sample_groups, score, tiny_run
 from tests.tiny import tiny_janus

@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import ray
@@ -18,13 +19,13 @@ from stage_ray.actors.supervised import SupervisedActor
 from stage_ray.bench.sync import run_of
 from stage_ray.bench.sync_actors import ROW, SyncActors, SyncCluster, SyncLearner, SyncRolloutWorker
 from stage_ray.cluster.placement import actor_of
+from stage_ray.cluster.transport import Broadcast
 from stage_ray.config import RunConfig
 from stage_ray.config.load import validate_config
 from stage_ray.errors import ConfigError, LearnerLostError
 from stage_ray.records import TensorSpec, WeightManifest
-from stage_ray.weights.broadcast import Broadcast
-from stage_ray.weights.broadcast_group import BroadcastFailed, BroadcastGroup, GroupMember
-from stage_ray.workers.learner import LearnerClient
+from stage_ray.weights.manifest import WeightError
+from stage_ray.weights.process_groups import BroadcastGroup, GroupMember
 from stage_ray.workers.rollout import RolloutClient
 
 SIZE = 200 * ROW
@@ -32,16 +33,16 @@ SOON = 4.0  # cluster.sync_timeout_s
 
 
 class Trap(BroadcastGroup):
-    """Takes a line over: its owner ends, hangs or damages a tensor in the middle of the next version."""
+    """Takes a broadcast group over: its process ends, hangs or damages a tensor in the middle of the next version."""
 
-    def __init__(self, line: BroadcastGroup, harm: str) -> None:
+    def __init__(self, group: BroadcastGroup, harm: str) -> None:
         super().__init__()
-        self._member, self._group = line._member, line._group
+        self._member, self._group = group._member, group._group
         self._harm = harm
         self._left = 16
 
-    def _broadcast(self, data: torch.Tensor, seconds: float) -> None:
-        super()._broadcast(data, seconds)
+    def _broadcast(self, member: GroupMember, data: torch.Tensor, seconds: float) -> None:
+        super()._broadcast(member, data, seconds)
         self._left -= 1
         if self._left == 0:
             if self._harm == "flip":
@@ -92,7 +93,7 @@ class TrappedActors(SyncActors):
         return RolloutClient(actor_of(Worker, 0.5, 0, {}).remote(*self._size))
 
     def learner(self, name):
-        return LearnerClient(actor_of(Learner, 0.5, 0, {}).remote(*self._size, self._run))
+        return Client(actor_of(Learner, 0.5, 0, {}).remote(*self._size, self._run))
 
 
 class TrappedCluster(SyncCluster):
@@ -109,7 +110,7 @@ class TrappedCluster(SyncCluster):
         return found
 
     async def whole(self) -> None:
-        """Wait until no seat is empty."""
+        """Wait until every worker is ready."""
         await asyncio.wait_for(until(lambda: len(self.rollouts.open) == len(self.rollouts.actors)), 180)
 
     async def begin_next(self) -> None:
@@ -143,7 +144,7 @@ def one_ray():
         object_store_memory=300 * 2**20,
         include_dashboard=False,
         log_to_driver=False,
-        _system_config={"prestart_worker_first_driver": False},  # one for each CPU, which nobody uses
+        _system_config={"prestart_worker_first_driver": False},  # one for each CPU, which has no use
     )
     yield
     ray.shutdown()
@@ -191,14 +192,14 @@ def play(standing):
     return play
 
 
-def test_every_worker_gets_every_version_over_one_line_and_nothing_is_stored(play):
+def test_every_worker_gets_every_version_over_one_group_and_nothing_is_stored(play):
     async def scenario(cluster, version):
-        packed, line = await cluster.packed(), cluster.transport._number
+        packed, group = await cluster.packed(), cluster.transport._number
         for ahead in (1, 2, 3):
             await cluster.next()
             assert await cluster.versions() == [version + ahead] * 3
             assert [await cluster.on(i, "policy_version") for i in range(3)] == [version + ahead] * 3
-        assert cluster.transport._number == line, "members did not change, and neither did the line"
+        assert cluster.transport._number == group, "members did not change, and neither did the group"
         assert await cluster.packed() == packed
         node = ray.util.get_node_ip_address()
         assert node in await cluster.on(0, "addresses")
@@ -207,11 +208,11 @@ def test_every_worker_gets_every_version_over_one_line_and_nothing_is_stored(pla
 
 
 @pytest.mark.parametrize("harm", ["kill", "stop", "flip"])
-def test_a_worker_that_fails_in_the_middle_of_a_version_costs_nobody_the_version(harm, play, monkeypatch, caplog):
-    monkeypatch.setattr("stage_ray.weights.broadcast.GRACE_S", 1.0)  # of one that is stopped, and gets no heartbeat
+def test_a_worker_that_fails_in_the_middle_of_a_version_costs_no_worker_the_version(harm, play, monkeypatch, caplog):
+    monkeypatch.setattr("stage_ray.cluster.transport.GRACE_S", 1.0)  # of one that is stopped, and gets no heartbeat
 
     async def scenario(cluster, version):
-        packed, line = await cluster.packed(), cluster.transport._number
+        packed, group = await cluster.packed(), cluster.transport._number
         await cluster.on(1, "trap", harm)
         began = time.monotonic()
         await cluster.next()
@@ -223,8 +224,8 @@ def test_a_worker_that_fails_in_the_middle_of_a_version_costs_nobody_the_version
         assert await cluster.versions() == [version + 1] * 3, "the successor has it before its first request"
         await cluster.next()
         assert await cluster.versions() == [version + 2] * 3
-        lines = cluster.transport._number - line
-        assert lines == 1 if harm == "flip" else lines >= 1
+        groups = cluster.transport._number - group
+        assert groups == 1 if harm == "flip" else groups >= 1
 
     version = play(scenario)
     late = f"did not take version {version + 1:.0f} within cluster.sync_timeout_s = 4 s; another takes its place"
@@ -265,25 +266,25 @@ def test_a_worker_that_joins_between_versions_gets_the_newest_and_takes_part_in_
     play(scenario)
 
 
-def test_nobody_sits_in_a_transfer_while_a_worker_draws_for_longer_than_a_transfer_may_take(play):
+def test_no_worker_waits_in_a_transfer_while_a_worker_draws_for_longer_than_a_transfer_may_take(play):
     async def scenario(cluster, version):
-        packed, restarts, line = await cluster.packed(), cluster.restarts(), cluster.transport._number
+        packed, restarts, group = await cluster.packed(), cluster.restarts(), cluster.transport._number
         cluster.busy()
-        wave = asyncio.create_task(cluster.on(0, "work", 2.5 * SOON))
+        batch = asyncio.create_task(cluster.on(0, "work", 2.5 * SOON))
         await asyncio.sleep(0.1)
         await cluster.begin_next()
         await cluster.settle()
-        assert wave.done()
+        assert batch.done()
         assert await cluster.versions() == [version + 1] * 3
-        assert (await cluster.packed(), cluster.restarts(), cluster.transport._number) == (packed, restarts, line)
+        assert (await cluster.packed(), cluster.restarts(), cluster.transport._number) == (packed, restarts, group)
         assert cluster.busy()["learner"] < SOON, "it waited, and that is no work"
 
     play(scenario)
 
 
-def test_a_worker_that_dies_in_the_wave_before_a_version_is_not_waited_for(play):
+def test_a_worker_that_dies_in_the_batch_before_a_version_is_not_waited_for(play):
     async def scenario(cluster, version):
-        wave = asyncio.create_task(cluster.on(0, "work", 60.0))
+        batch = asyncio.create_task(cluster.on(0, "work", 60.0))
         await asyncio.sleep(0.1)
         await cluster.begin_next()
         began = time.monotonic()
@@ -292,12 +293,12 @@ def test_a_worker_that_dies_in_the_wave_before_a_version_is_not_waited_for(play)
         assert time.monotonic() - began < SOON
         assert await cluster.versions() == [version + 1] * 2
         with pytest.raises(Exception, match="rollout-0"):
-            await wave
+            await batch
 
     play(scenario)
 
 
-def test_a_newcomer_that_comes_too_late_for_a_version_waits_for_the_next_even_if_it_is_the_only_worker():
+def test_a_worker_that_comes_too_late_for_a_version_waits_for_the_next_even_if_it_is_the_only_worker():
     """The learner has moved on in place; what was published last is nowhere."""
 
     async def scenario(cluster):
@@ -327,7 +328,7 @@ def test_workers_that_a_learner_never_sent_to_were_not_busy():
 
         actor = SupervisedActor("rollout-0", lambda name: Client(), start_timeout_s=1.0)
         actor.started = actor.is_ready = True
-        broadcast = Broadcast("gloo", 1.0, actor, learner_is_lost)
+        broadcast = Broadcast(SimpleNamespace(call=learner_is_lost, actor=actor), 1.0, "gloo")
         await broadcast.publish([actor])
         await asyncio.sleep(0)
         waiting = asyncio.create_task(actor.call(lambda worker: asyncio.sleep(0, "asked"), None))
@@ -339,13 +340,13 @@ def test_workers_that_a_learner_never_sent_to_were_not_busy():
     asyncio.run(scenario())
 
 
-def test_a_worker_without_memory_for_a_version_breaks_the_line_and_is_served_by_the_store():
-    line = BroadcastGroup()
-    place = GroupMember(1, line.open(10.0), 0, 1, "gloo", 10.0)
+def test_a_worker_without_memory_for_a_version_breaks_the_group_and_is_served_by_the_store():
+    group = BroadcastGroup()
+    member = GroupMember(1, group.open("127.0.0.1", 10.0), 0, 1, "gloo", 10.0)
     small = TensorSpec("small", (4,), "float32", 0, 0, 16, "")
     huge = TensorSpec("huge", (2**58,), "float32", 0, 1, 2**60, "")
-    with pytest.raises(BroadcastFailed, match="rank 0 of 1: .*memory"):
-        line.receive(place, WeightManifest(1, (small, huge), 1))
+    with pytest.raises(WeightError, match="rank 0 of 1: .*memory"):
+        group.receive(member, WeightManifest(1, (small, huge), 1))
 
 
 def test_nccl_without_a_gpu_for_each_end_is_refused():

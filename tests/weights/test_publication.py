@@ -9,11 +9,10 @@ import pytest
 import ray
 from ray.exceptions import ObjectLostError
 
-from stage_ray.actors.pool import LOST_PAUSE_S
+from stage_ray.actors.supervised import LOST_PAUSE_S
 from stage_ray.bench.sync import QUICK_BYTES, run_of
 from stage_ray.bench.sync_actors import SyncCluster, SyncLearner, SyncRolloutWorker
 from stage_ray.cluster.runtime import start_ray
-from stage_ray.weights.object_store import unless_lost
 
 
 @ray.remote(num_cpus=0)
@@ -50,7 +49,7 @@ async def publish_lose_publish(cluster: SyncCluster) -> None:
 
     published = cluster.transport.published
     cluster.transport.published = replace(published, chunks=await lost_objects(len(published.chunks)))
-    await asyncio.gather(*(unless_lost(cluster.transport.load(actor)) for actor in cluster.rollouts.actors))
+    await asyncio.gather(*(cluster.transport.load(actor) for actor in cluster.rollouts.actors))
     assert await served() == [[1.0], [1.0]] and cluster.restarts() == 0
 
     late = cluster.rollouts.actors[0]
@@ -66,7 +65,7 @@ async def publish_lose_publish(cluster: SyncCluster) -> None:
 
 
 @pytest.mark.slow
-def test_nobody_serves_a_version_that_is_not_whole_and_the_next_one_reaches_all(tmp_path):
+def test_no_worker_serves_a_version_that_is_not_whole_and_the_next_one_reaches_all(tmp_path):
     run = run_of(QUICK_BYTES, "object_store")
     start_ray(run, tmp_path)
     try:

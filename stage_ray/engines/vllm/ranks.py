@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from stage_ray.errors import ConfigError
-from stage_ray.weights.rendezvous import init_process_group
+from stage_ray.weights.process_groups import init_process_group
 
 
 @dataclass(frozen=True, slots=True)

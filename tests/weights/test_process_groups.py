@@ -10,13 +10,13 @@ import sys
 import psutil
 import pytest
 
-from stage_ray.weights.rendezvous import interface_to, keep_to_network_of
+from stage_ray.weights.process_groups import keep_to_network_of
 
 SETTINGS = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 LISTENS = """
 import sys, psutil, torch
-from stage_ray.actors.worker import free_address
-from stage_ray.weights.rendezvous import init_process_group
+from stage_ray.actors.client import free_address
+from stage_ray.weights.process_groups import init_process_group
 init_process_group(0, 1, free_address(sys.argv[1]), torch.device("cpu"), timeout_s=60)
 print({c.laddr.ip for c in psutil.Process().net_connections() if c.status == psutil.CONN_LISTEN})
 """
@@ -35,11 +35,14 @@ def nothing_set(monkeypatch):
         monkeypatch.delenv(name)
 
 
-def test_each_of_the_machines_addresses_is_reached_over_an_interface_that_has_it():
+def test_each_of_the_machines_addresses_is_reached_over_an_interface_that_has_it(nothing_set, monkeypatch):
     found = addresses()
     assert "127.0.0.1" in found
     for address in found:  # a machine reaches its own address as itself
-        assert address in {item.address for item in psutil.net_if_addrs()[interface_to(f"{address}:6000")]}
+        keep_to_network_of(f"{address}:6000")
+        assert address in {item.address for item in psutil.net_if_addrs()[os.environ["GLOO_SOCKET_IFNAME"]]}
+        for name in SETTINGS:
+            monkeypatch.delenv(name)
 
 
 def test_gloo_and_nccl_are_told_unless_the_user_has_told_them(nothing_set, monkeypatch):

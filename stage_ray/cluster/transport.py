@@ -1,0 +1,218 @@
+"""How a policy version gets from the learner to the rollout workers: through Ray's object store, or by a broadcast.
+
+A worker gets the newest version before its first request, and a version whole or not at all (promise 6).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Awaitable, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+import ray
+
+from stage_ray.actors.client import ArgumentsLost, Client, WorkerLost, in_time
+from stage_ray.actors.supervised import SupervisedActor
+from stage_ray.cluster.learner import ClusterLearner
+from stage_ray.errors import LearnerLostError
+from stage_ray.records import WeightManifest
+from stage_ray.weights.process_groups import Backend, GroupMember
+from stage_ray.workers.learner import LearnerWorker
+from stage_ray.workers.rollout import RolloutClient, RolloutWorker
+
+log = logging.getLogger(__name__)
+Result = TypeVar("Result")
+RolloutActor = SupervisedActor[RolloutClient]
+GRACE_S = 15.0
+"""Members give up by themselves after `GroupMember.timeout_s`, twice if they have to connect; then after so long."""
+
+
+@dataclass(frozen=True, slots=True)
+class Publication:
+    """One policy version in the object store: references to its manifest and its chunks."""
+
+    version: int
+    manifest: Any
+    chunks: tuple[Any, ...]
+
+
+class ObjectStore:
+    """The learner puts a version into Ray's object store; each worker takes it from there in its own time.
+
+    Attributes:
+        version: the newest version, None before the first `publish`.
+        published: the version that is stored.
+    """
+
+    def __init__(self, learner: ClusterLearner, timeout_s: float) -> None:
+        """``timeout_s``: seconds in which a worker must take a version (`cluster.sync_timeout_s`)."""
+        self.version: int | None = None
+        self.published: Publication | None = None
+        self._learner, self._timeout_s = learner, timeout_s
+        self._loading: list[asyncio.Task[None]] = []
+
+    async def publish(self, actors: Sequence[RolloutActor]) -> None:
+        """Make the learner's version the newest; every started worker takes it after the calls that it has now."""
+        self.version = await self._learner.call(self._store)
+        self._loading = [asyncio.create_task(self.load(actor)) for actor in actors if actor.started]
+
+    async def settled(self) -> bool:
+        """Wait until every worker has taken what was published last, or is lost; whether there was anything to do."""
+        loading, self._loading = self._loading, []
+        await asyncio.gather(*loading)
+        return bool(loading)
+
+    async def newest(self, name: str, worker: Client) -> None:
+        """Bring the newest version, if there is one, to a worker whose turn it is.
+
+        Raises:
+            WorkerLate: it did not take it in time.
+        """
+        if (stored := self.published) is not None:
+            loading = worker.ask(RolloutWorker.load_weights, stored.manifest, *stored.chunks)
+            await self._in_time(loading, name, stored.version, self._timeout_s)
+
+    async def load(self, actor: RolloutActor) -> None:
+        """Let a worker take what is newest when it is its turn, unless it is lost.
+
+        Its successor takes it then; a version that went down with the learner's node is followed by the next one.
+        """
+        with contextlib.suppress(WorkerLost, ArgumentsLost):
+            await actor.call(partial(self.newest, actor.name), None, if_ready=True)
+
+    async def _store(self, learner: Client) -> int:
+        """Store the version of a learner whose turn it is."""
+        manifest = await learner.ask(LearnerWorker.pack)
+        version, chunks = learner.first.ask_objects(LearnerWorker.chunks, manifest.chunks)
+        await version  # a learner that dies before all are stored is lost here, not in every worker that loads them
+        self.published = Publication(manifest.version, ray.put(manifest), tuple(chunks))
+        return manifest.version
+
+    def _in_time(self, loading: Awaitable[Result], name: str, version: int, limit_s: float) -> Awaitable[Result]:
+        late = f"{name} did not take version {version} within cluster.sync_timeout_s = {self._timeout_s:g} s"
+        return in_time(loading, limit_s, late)
+
+
+class Broadcast(ObjectStore):
+    """The learner and all workers that can be asked are held, each from its turn on, and only then is a version sent.
+
+    So no member waits in a transfer for one that still draws or has died, and who takes part is known: the group is
+    built again whenever that changes. One that breaks costs no worker the old version; those that did not get the new
+    one take it from the object store, as does a worker that starts between two versions. The learner fills the store
+    when that is needed, and only until its next update: after that a newcomer waits for the version which that makes.
+    """
+
+    def __init__(self, learner: ClusterLearner, timeout_s: float, backend: Backend) -> None:
+        """``timeout_s``: to connect, and again for each version (`cluster.sync_timeout_s`)."""
+        super().__init__(learner, timeout_s)
+        self._backend = backend
+        self._superseded = asyncio.Event()
+        self._members: list[Client] = []
+        self._address, self._number = "", 0
+
+    async def publish(self, actors: Sequence[RolloutActor]) -> None:
+        """Let the learner and the workers wait for each other, then send; workers that start now use the store."""
+        manifest = await self._learner.call(lambda learner: learner.ask(LearnerWorker.offer))
+        self.published = None
+        if any(actor.started and not actor.is_ready for actor in actors):
+            await self._learner.call(self._store)
+        self.version = manifest.version
+        held = AsyncExitStack()
+        # They queue now, not when it is the learner's turn: what is asked for later is drawn with this version.
+        turns = asyncio.gather(*(self._hold(actor, held) for actor in actors if actor.is_ready))
+        behind = [self.load(actor) for actor in actors if actor.started and not actor.is_ready]
+        self._loading = [asyncio.create_task(work) for work in (self._pass(held, turns, manifest), *behind)]
+        self._superseded.set()
+        self._superseded = asyncio.Event()
+
+    async def newest(self, name: str, worker: Client) -> None:
+        """As the store's; a version that was not stored before the learner moved on is followed by the next one."""
+        while not self._stored:
+            superseded = self._superseded
+            with contextlib.suppress(LearnerLostError):
+                await self._learner.call(self._store_newest)
+            if not self._stored:
+                await superseded.wait()
+        await super().newest(name, worker)
+
+    @property
+    def _stored(self) -> bool:
+        """Whether the store has the newest version, if there is one."""
+        return self.version == (self.published and self.published.version)
+
+    async def _store_newest(self, learner: Client) -> None:
+        if not self._stored and await learner.first.ask(LearnerWorker.version) == self.version:
+            await self._store(learner)
+
+    async def _hold(self, actor: RolloutActor, held: AsyncExitStack) -> RolloutActor | None:
+        """Wait for an actor's turn and keep it until ``held`` is closed; None where the worker was lost before."""
+        await actor.lock.acquire()
+        if not actor.is_ready:
+            actor.lock.release()  # its successor is set up meanwhile
+            return None
+        held.callback(actor.lock.release)
+        return actor
+
+    async def _pass(
+        self, held: AsyncExitStack, turns: asyncio.Future[list[RolloutActor | None]], manifest: WeightManifest
+    ) -> None:
+        """Hold the learner until every worker is held or lost, then let the version go from one to the others."""
+        load = super().newest
+
+        async def send(learner: Client) -> tuple[list[RolloutActor], float]:
+            came = time.perf_counter()
+            actors = [actor for actor in await turns if actor is not None]
+            waited_s = time.perf_counter() - came
+            return await self._send(learner, actors, manifest) if actors else [], waited_s
+
+        async def load_stored(actor: RolloutActor) -> None:
+            with contextlib.suppress(WorkerLost, ArgumentsLost):
+                await actor.ask(partial(load, actor.name), None)
+
+        async with held:
+            held.callback(turns.cancel)  # of a learner that was lost before its turn
+            with contextlib.suppress(LearnerLostError):  # the next call of the learner says so
+                behind, waited_s = await self._learner.call(send, patient=True)
+                self._learner.actor.busy_s -= waited_s
+                await asyncio.gather(*map(load_stored, behind))
+
+    async def _send(
+        self, learner: Client, actors: Sequence[RolloutActor], manifest: WeightManifest
+    ) -> list[RolloutActor]:
+        """Send a version to workers that are held; those that live and did not get it, for whom it is stored."""
+        late, limit_s = "the learner gave no answer within {:g} s".format, 2 * self._timeout_s + GRACE_S
+        members = [learner, *(actor.client for actor in actors)]
+        if members != self._members:  # clients are equal where they are the same object
+            opening = learner.first.ask(LearnerWorker.open_group)
+            self._address = await in_time(opening, self._timeout_s, late(self._timeout_s))
+            self._members, self._number = members, self._number + 1
+        first, *others = (
+            GroupMember(self._number, self._address, rank, len(members), self._backend, self._timeout_s)
+            for rank in range(len(members))
+        )
+
+        def receive(actor: RolloutActor, member: GroupMember) -> Awaitable[str]:
+            def ask(worker: Client) -> Awaitable[str]:
+                receiving = worker.ask(RolloutWorker.receive, manifest, member)
+                return self._in_time(receiving, actor.name, manifest.version, limit_s)
+
+            return actor.ask(ask, None)
+
+        sending = in_time(learner.first.ask(LearnerWorker.send, first), limit_s, late(limit_s))
+        # Why a member may not have the version, "" where it has; or how it was lost.
+        sent, *received = await asyncio.gather(sending, *map(receive, actors, others), return_exceptions=True)
+        behind = [actor for actor, why in zip(actors, received, strict=True) if why and isinstance(why, str)]
+        if problems := [str(why) for why in (sent, *received) if why]:
+            self._members = []
+            log.warning("version %d goes to %d workers by the object store: %s", self.version, len(behind), problems)
+        if isinstance(sent, BaseException):
+            raise sent
+        if behind:
+            await self._store(learner)
+        return behind
