@@ -15,7 +15,7 @@ from stage_ray.run.run_dir import open_run_dir
 from stage_ray.workers.group_files import load_group
 
 if TYPE_CHECKING:
-    from stage_ray.learner import Learner
+    from stage_ray.learner.learner import Learner
 
 
 def replay(run: RunConfig, source: Path, progress: Progress) -> Path:
@@ -32,7 +32,7 @@ def replay(run: RunConfig, source: Path, progress: Progress) -> Path:
         ConfigError: ``source`` holds no recorded groups.
         RunError: a step is not recorded whole, a group cannot be read, or an update is refused.
     """
-    from stage_ray.learner import Learner
+    from stage_ray.learner.learner import Learner
 
     steps = sorted(path for path in (source / GROUPS).glob("step-*") if path.is_dir())
     if not steps:
