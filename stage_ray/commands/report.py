@@ -1,4 +1,4 @@
-"""``stage-ray report``: write a run's page anew."""
+"""``stage-ray report`` and ``stage-ray metrics``: a run's page written anew, and what its numbers mean."""
 
 from __future__ import annotations
 
@@ -18,3 +18,20 @@ def report(
     from stage_ray.report.report import write_report
 
     typer.echo(write_report(run_dir))
+
+
+def metrics(
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="As Markdown, the whole of deploy/grafana/METRICS.md")
+    ] = False,
+) -> None:
+    """Explain every metric that a run records and its workers report: name, unit, meaning.
+
+    Example: stage-ray metrics
+    """
+    from stage_ray.observability import registry
+
+    if markdown:
+        typer.echo(registry.markdown(), nl=False)
+    else:
+        registry.print_table()

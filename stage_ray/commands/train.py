@@ -7,7 +7,10 @@ from typing import Annotated
 
 import typer
 
-from stage_ray.commands.options import OverridesOption
+OverridesOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a key by its dotted name; may be repeated"),
+]
 
 
 def train(
