@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-import typer
+from typer import Argument, Option, echo
 
 from stage_ray.errors import ConfigError
 
@@ -22,31 +22,27 @@ if TYPE_CHECKING:
     from stage_ray.evaluation.loop import JudgedGroup
     from stage_ray.observability.progress import Progress
 
-ModelArgument = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODEL", help="A Hugging Face directory (such as RUN_DIR/final), package:MODULE/DIR, or a hub id"
-    ),
-]
-EngineOption = Annotated[Literal["vllm", "torch"] | None, typer.Option(help="What draws; vllm where it is installed")]
-GuidanceOption = Annotated[float, typer.Option(help="Classifier-free guidance scale; 1 is off", min=1.0)]
-SeedOption = Annotated[int, typer.Option(help="Fixes every image", min=0)]
+MODEL = "A Hugging Face directory (such as RUN_DIR/final), package:MODULE/DIR, or a hub id"
+ModelArgument = Annotated[str, Argument(metavar="MODEL", help=MODEL)]
+EngineOption = Annotated[Literal["vllm", "torch"] | None, Option(help="What draws; vllm where it is installed")]
+GuidanceOption = Annotated[float, Option(help="Classifier-free guidance scale; 1 is off", min=1.0)]
+SeedOption = Annotated[int, Option(help="Fixes every image", min=0)]
 SHEET_IMAGES = 120  # more make a picture that no viewer likes
 
 
 def evaluate(
     model: ModelArgument,
-    suite: Annotated[str, typer.Option(help="Which benchmark")] = "geneval",
+    suite: Annotated[str, Option(help="Which benchmark")] = "geneval",
     prompts: Annotated[
-        str | None, typer.Option(metavar="FILE", help="A prompt file in the suite's format; the suite's own by default")
+        str | None, Option(metavar="FILE", help="Prompts in the suite's format; else the suite's")
     ] = None,
     images_per_prompt: Annotated[
-        int | None, typer.Option(metavar="COUNT", help="Images of each prompt; the suite's number by default", min=1)
+        int | None, Option(metavar="COUNT", help="By default the suite's number", min=1)
     ] = None,
     engine: EngineOption = None,
     guidance: GuidanceOption = 3.0,
     seed: SeedOption = 20,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the whole result here")] = None,
+    json_file: Annotated[Path | None, Option("--json", help="Also write the whole result here")] = None,
 ) -> None:
     """Draw held-out prompts with a model and score the pictures.
 
@@ -77,20 +73,18 @@ def evaluate(
         atomic_write(json_file, json.dumps(result.to_json(), indent=1))
     width = max(map(len, result.metrics), default=0)
     for name, metric in result.metrics.items():
-        typer.echo(f"{name:<{width}}  {metric}  ({metric.images} images)")
+        echo(f"{name:<{width}}  {metric}  ({metric.images} images)")
     headline = result.metrics.get(result.headline)
     if left_out := len(result.images) - (headline.images if headline else 0):
-        typer.echo(f"{left_out} images could not be judged and count in no score")
+        echo(f"{left_out} images could not be judged and count in no score")
 
 
 def generate(
     model: ModelArgument,
-    out: Annotated[Path, typer.Option(help="Directory for the PNGs and the contact sheet; must be new or empty")],
-    prompt: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="A prompt; may be repeated")] = None,
-    prompts: Annotated[
-        str | None, typer.Option(metavar="FILE", help="A file of prompts, one a line, or JSON Lines")
-    ] = None,
-    images: Annotated[int, typer.Option(help="Images of each prompt", min=1)] = 4,
+    out: Annotated[Path, Option(help="Directory for the PNGs and the contact sheet; must be new or empty")],
+    prompt: Annotated[list[str] | None, Option(metavar="TEXT", help="A prompt; may be repeated")] = None,
+    prompts: Annotated[str | None, Option(metavar="FILE", help="Prompts, one a line, or JSON Lines")] = None,
+    images: Annotated[int, Option(help="Images of each prompt", min=1)] = 4,
     engine: EngineOption = None,
     guidance: GuidanceOption = 3.0,
     seed: SeedOption = 20,

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import typer
+from typer import Option
 
 from stage_ray.config.model_sizes import FLOAT32, KNOWN, ModelSizes
 from stage_ray.config.paths import PACKAGE, resolve_path
@@ -22,6 +22,7 @@ from stage_ray.learner.memory import learner_memory, loading_bytes
 if TYPE_CHECKING:
     from rich.table import Table
 
+Dtype = Literal["bfloat16", "float32"]
 Bytes = dict[str, int]
 """What holds memory -> bytes."""
 GIB = 2**30
@@ -44,20 +45,15 @@ HEAD = """\
 
 def plan(
     model: Annotated[
-        str, typer.Option(help="janus-pro-1b, janus-pro-7b, or a local directory with a config.json")
+        str, Option(help="janus-pro-1b, janus-pro-7b, or a directory with a config.json")
     ] = "janus-pro-7b",
-    gpu: Annotated[
-        str,
-        typer.Option(help="h100, h200, b200, a100-80gb, a100-40gb, l40s, l4, or the GiB of another one, such as 47"),
-    ] = "h100",
-    gpus: Annotated[int, typer.Option(help="GPUs of the whole cluster", min=1)] = 8,
-    group_size: Annotated[int, typer.Option(help="Images of one prompt", min=2)] = 8,
-    groups_per_step: Annotated[int, typer.Option(help="Prompts of one update", min=1)] = 16,
-    dtype: Annotated[
-        Literal["bfloat16", "float32"], typer.Option(help="What rollout and learner compute in")
-    ] = "bfloat16",
-    as_yaml: Annotated[bool, typer.Option("--yaml", help="Print the config alone, for stage-ray train")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print every number, for a program; memory in bytes")] = False,
+    gpu: Annotated[str, Option(help=f"{', '.join(GPUS)}, or the GiB of another one, such as 47")] = "h100",
+    gpus: Annotated[int, Option(help="GPUs of the whole cluster", min=1)] = 8,
+    group_size: Annotated[int, Option(help="Images of one prompt", min=2)] = 8,
+    groups_per_step: Annotated[int, Option(help="Prompts of one update", min=1)] = 16,
+    dtype: Annotated[Dtype, Option(help="What rollout and learner compute in")] = "bfloat16",
+    as_yaml: Annotated[bool, Option("--yaml", help="Print the config alone, for stage-ray train")] = False,
+    as_json: Annotated[bool, Option("--json", help="Print every number, for a program; memory in bytes")] = False,
 ) -> None:
     """Compute on paper what fits on which GPU, how many each role needs, and how to split them by memory alone.
 

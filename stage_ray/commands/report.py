@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Option, echo
 
 
 def report(
-    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The directory of a run, finished or not")],
+    run_dir: Annotated[Path, Argument(metavar="RUN_DIR", help="The directory of a run, finished or not")],
 ) -> None:
     """Write report.html anew from whatever a run directory holds.
 
@@ -17,13 +17,11 @@ def report(
     """
     from stage_ray.report.report import write_report
 
-    typer.echo(write_report(run_dir))
+    echo(write_report(run_dir))
 
 
 def metrics(
-    markdown: Annotated[
-        bool, typer.Option("--markdown", help="As Markdown, the whole of deploy/grafana/METRICS.md")
-    ] = False,
+    markdown: Annotated[bool, Option("--markdown", help="As Markdown: all of deploy/grafana/METRICS.md")] = False,
 ) -> None:
     """Explain every metric that a run records and its workers report: name, unit, meaning.
 
@@ -32,6 +30,6 @@ def metrics(
     from stage_ray.observability import registry
 
     if markdown:
-        typer.echo(registry.markdown(), nl=False)
+        echo(registry.markdown(), nl=False)
     else:
         registry.print_table()

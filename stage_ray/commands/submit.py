@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Argument, Exit, Option
 
 from stage_ray.commands.train import OverridesOption
 from stage_ray.errors import ConfigError, Interrupted, RunError
@@ -36,45 +36,38 @@ DIGEST = "stage_ray_digest"
 PATIENCE_S = 60.0
 """So long the cluster may be out of reach while a job is followed (a head's restart, a cut port-forward)."""
 ACTIVE = ("PENDING", "RUNNING")
+LOCAL = "http://127.0.0.1:8265"
 PASSED_ON = "Pass this variable of yours on; may be repeated. The cluster's token lets others read it"
 
-VariablesOption = Annotated[list[str] | None, typer.Option("--env", metavar="NAME", help=PASSED_ON)]
+VariablesOption = Annotated[list[str] | None, Option("--env", metavar="NAME", help=PASSED_ON)]
 
 
 def submit(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file; checked here before anything is sent")],
-    address: Annotated[
-        str, typer.Option(envvar="RAY_API_SERVER_ADDRESS", help="The dashboard of the Ray cluster")
-    ] = "http://127.0.0.1:8265",
+    config: Annotated[Path, Argument(metavar="CONFIG", help="A YAML file; checked here before anything is sent")],
+    address: Annotated[str, Option(envvar="RAY_API_SERVER_ADDRESS", help="The cluster's dashboard")] = LOCAL,
     overrides: OverridesOption = None,
     run_dir: Annotated[
-        Path | None, typer.Option(help="Where the run writes: absolute, on storage that the cluster shares")
+        Path | None, Option(help="Where the run writes: absolute, on the cluster's shared storage")
     ] = None,
-    scratch: Annotated[
-        bool, typer.Option("--scratch", help="A relative run directory is wanted: it is lost with the job")
-    ] = False,
-    auto_resume: Annotated[
-        bool, typer.Option(help="Go on if the run directory holds a run, else begin; without, begin or fail")
-    ] = True,
-    job_id: Annotated[
-        str | None, typer.Option("--id", help="Name of the job; by default made of run directory and config")
-    ] = None,
-    wait: Annotated[bool, typer.Option(help="Follow the log until the job ends; its exit code is ours")] = True,
+    scratch: Annotated[bool, Option("--scratch", help="Take a relative run directory: lost with the job")] = False,
+    auto_resume: Annotated[bool, Option(help="Go on if there is a run, else begin; without, begin or fail")] = True,
+    job_id: Annotated[str | None, Option("--id", help="Name; by default made of run directory and config")] = None,
+    wait: Annotated[bool, Option(help="Follow the log until the job ends; its exit code is ours")] = True,
     working_dir: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Send this directory, minus .gitignore, .rayignore; not our code")
+        Path | None, Option(metavar="DIR", help="Send this directory, minus .gitignore, .rayignore; not our code")
     ] = None,
     image_has_code: Annotated[
-        bool, typer.Option("--image-has-code", help="Send only the config: the cluster has stage_ray installed")
+        bool, Option("--image-has-code", help="Send only the config: the cluster has stage_ray installed")
     ] = False,
     env: VariablesOption = None,
     runtime_env: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="YAML of Ray's runtime_env: pip, uv, py_modules, env_vars")
+        Path | None, Option(metavar="FILE", help="YAML of Ray's runtime_env: pip, uv, py_modules, env_vars")
     ] = None,
     entrypoint_cpus: Annotated[
-        float, typer.Option(help="CPUs reserved for the driver; more than 0 lets it leave the head node", min=0)
+        float, Option(help="CPUs reserved for the driver; more than 0 lets it leave the head node", min=0)
     ] = 0.0,
     entrypoint_resources: Annotated[
-        str | None, typer.Option(metavar="MAPPING", help="Custom resources reserved for the driver, as {driver: 1}")
+        str | None, Option(metavar="MAPPING", help="Custom resources reserved for the driver, as {driver: 1}")
     ] = None,
 ) -> None:
     """Train as a job of a Ray cluster: start it, or follow it if it runs, or go on with it if it failed.
@@ -100,7 +93,7 @@ def submit(
         resources=entrypoint_resources,
         runtime_env=runtime_env,
     )
-    raise typer.Exit(submit_job(job, address, wait=wait))
+    raise Exit(submit_job(job, address, wait=wait))
 
 
 def submit_job(job: Job, address: str, *, wait: bool = True) -> int:
