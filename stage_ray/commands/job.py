@@ -45,23 +45,22 @@ class Job:
         run_dir: where the run writes, as the cluster's machines see it.
         entrypoint: shell command of the driver.
         files: what the job carries, name in its working directory to file or directory here.
-        variables: environment of the driver and all workers; may be secret, so it is never printed.
         cpus: reserved for the driver; anything but 0 lets it leave the head node.
         resources: custom resources reserved for the driver, such as ``{"driver": 1}``.
         digest: of the run directory and the whole config; a name stands for one of them. Not of the code, so that a
             fixed scorer goes on with the run that it broke.
-        environment: more of Ray's runtime environment, such as ``{"pip": ["nltk"]}``; may be secret.
+        runtime_env: Ray's, all but the working directory. ``env_vars`` are those of the driver and all workers; they
+            may be secret, so it is never printed.
     """
 
     name: str
     run_dir: str
     entrypoint: str
     files: dict[str, Path] = field(repr=False)
-    variables: dict[str, str] = field(default_factory=dict, repr=False)
     cpus: float = 0.0
     resources: dict[str, float] = field(default_factory=dict)
     digest: str = ""
-    environment: dict[str, Any] = field(default_factory=dict, repr=False)
+    runtime_env: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def attempt(self, submission_id: str | None) -> int | None:
         """Which attempt at this job a submission id means, from 1; None if it belongs to another job.
@@ -117,20 +116,15 @@ def plan_job(
     command = ["python", "-m", "stage_ray", "train", inside]
     command += [part for override in overrides for part in ("--set", override)]
     command += ["--run-dir", str(run_dir)] * (run_dir is not None) + ["--auto-resume"] * auto_resume
-    variables, environment = _variables(env), _environment(runtime_env)
-    theirs = environment.pop("env_vars", {})
-    if twice := sorted(variables.keys() & theirs.keys()):
-        raise ConfigError(f"{twice[0]} is given by --env and by env_vars of {runtime_env}; leave one of them out")
     return Job(
         name=name or job_name(run),
         run_dir=run.run_dir,
         entrypoint=shlex.join(command),
         files=files,
-        variables={"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)} | theirs | variables,
         cpus=cpus,
         resources=_resources(resources),
         digest=_digest(run),
-        environment=environment | {"excludes": [HIDDEN] if working_dir else []},
+        runtime_env=_runtime_env(runtime_env, env) | {"excludes": [HIDDEN] if working_dir else []},
     )
 
 
@@ -226,7 +220,8 @@ def _relative_paths(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
         yield key, value
 
 
-def _variables(names: Sequence[str]) -> dict[str, str]:
+def _runtime_env(path: Path | None, names: Sequence[str]) -> dict[str, Any]:
+    """Ray's runtime environment of a file, which Ray itself checks, with variables of this process by their names."""
     for name in names:
         if "=" in name:  # the rest may be a secret, and is not repeated
             raise ConfigError(
@@ -235,13 +230,15 @@ def _variables(names: Sequence[str]) -> dict[str, str]:
             )
         if name not in os.environ:
             raise ConfigError(f"--env {name}: no such variable is set here")
-    return {name: os.environ[name] for name in names}
+    values = _read_runtime_env(path) if path is not None else {}
+    theirs = values.get("env_vars", {})
+    if twice := sorted(theirs.keys() & set(names)):
+        raise ConfigError(f"{twice[0]} is given by --env and by env_vars of {path}; leave one of them out")
+    stop_wait = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)}
+    return values | {"env_vars": stop_wait | theirs | {name: os.environ[name] for name in names}}
 
 
-def _environment(path: Path | None) -> dict[str, Any]:
-    """A file's part of Ray's runtime environment, checked by Ray itself."""
-    if path is None:
-        return {}
+def _read_runtime_env(path: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -249,12 +246,10 @@ def _environment(path: Path | None) -> dict[str, Any]:
     known = f"known in it: {', '.join(ENVIRONMENT)}"
     if not isinstance(values, dict):
         raise ConfigError(f"--runtime-env {path} holds no mapping; {known}")
-    for key in values.keys() & {"working_dir", "excludes"}:
-        raise ConfigError(
-            f"--runtime-env {path}: {key} is set by this command; use --working-dir DIR, and a .rayignore in it"
-        )
-    for key in values.keys() - set(ENVIRONMENT):
-        raise ConfigError(f"--runtime-env {path}: unknown key {key!r}; {known}")
+    for key in sorted(values.keys() - set(ENVIRONMENT), key=str):
+        ours = f"{key} is set by this command; use --working-dir DIR, and a .rayignore in it"
+        unknown = f"unknown key {key!r}; {known}"
+        raise ConfigError(f"--runtime-env {path}: {ours if key in ('working_dir', 'excludes') else unknown}")
     variables = values.get("env_vars", {})
     if not isinstance(variables, dict) or not all(isinstance(value, str) for value in variables.values()):
         raise ConfigError(f'--runtime-env {path}: env_vars is no mapping of names to texts, such as {{DEBUG: "1"}}')

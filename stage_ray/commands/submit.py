@@ -39,8 +39,6 @@ ACTIVE = ("PENDING", "RUNNING")
 LOCAL = "http://127.0.0.1:8265"
 PASSED_ON = "Pass this variable of yours on; may be repeated. The cluster's token lets others read it"
 
-VariablesOption = Annotated[list[str] | None, Option("--env", metavar="NAME", help=PASSED_ON)]
-
 
 def submit(
     config: Annotated[Path, Argument(metavar="CONFIG", help="A YAML file; checked here before anything is sent")],
@@ -59,7 +57,7 @@ def submit(
     image_has_code: Annotated[
         bool, Option("--image-has-code", help="Send only the config: the cluster has stage_ray installed")
     ] = False,
-    env: VariablesOption = None,
+    env: Annotated[list[str] | None, Option(metavar="NAME", help=PASSED_ON)] = None,
     runtime_env: Annotated[
         Path | None, Option(metavar="FILE", help="YAML of Ray's runtime_env: pip, uv, py_modules, env_vars")
     ] = None,
@@ -192,7 +190,7 @@ def _start(client: JobSubmissionClient, job: Job, attempt: int) -> str:
             client.submit_job(
                 entrypoint=job.entrypoint,
                 submission_id=name,
-                runtime_env=job.environment | {"working_dir": working_dir, "env_vars": job.variables},
+                runtime_env=job.runtime_env | {"working_dir": working_dir},
                 metadata={RUN_DIR: job.run_dir, DIGEST: job.digest},
                 entrypoint_num_cpus=job.cpus or None,
                 entrypoint_resources=job.resources or None,

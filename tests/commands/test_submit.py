@@ -42,7 +42,7 @@ def package(job: Job, target: Path) -> Path:
     """The zip that Ray's client makes of a job's files and uploads."""
     with tempfile.TemporaryDirectory() as directory:
         staged = stage_files(job, Path(directory))
-        excludes = [".git", ".venv", "venv", "__pycache__", *job.environment["excludes"]]
+        excludes = [".git", ".venv", "venv", "__pycache__", *job.runtime_env["excludes"]]
         create_package(str(staged), target, include_gitignore=True, excludes=excludes)
     return target
 
@@ -98,7 +98,7 @@ def test_the_driver_gets_the_overrides_as_they_were_written():
 
 
 def test_a_stopped_job_has_time_to_save():
-    assert int(plan_job(CONFIG, run_dir=SHARED).variables["RAY_JOB_STOP_WAIT_TIME_S"]) >= 60
+    assert int(plan_job(CONFIG, run_dir=SHARED).runtime_env["env_vars"]["RAY_JOB_STOP_WAIT_TIME_S"]) >= 60
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_a_value_that_was_given_with_its_name_is_refused_and_not_repeated(capsys
 def test_a_variable_is_taken_by_its_name_and_never_shown(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hush-hush")
     planned = plan_job(CONFIG, run_dir=SHARED, env=["HF_TOKEN"])
-    assert planned.variables["HF_TOKEN"] == "hush-hush" and "hush" not in repr(planned)
+    assert planned.runtime_env["env_vars"]["HF_TOKEN"] == "hush-hush" and "hush" not in repr(planned)
 
 
 def test_where_nobody_listens_one_sentence_names_the_address(capsys):
@@ -200,8 +200,9 @@ def test_more_of_rays_environment_comes_from_a_file(here, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hush-hush")
     (here / "more.yaml").write_text("{env_vars: {MODE: fast}, py_modules: [lib], config: {setup_timeout_seconds: 60}}")
     planned = plan_job(Path("configs/mine.yaml"), run_dir=SHARED, env=["HF_TOKEN"], runtime_env=Path("more.yaml"))
-    assert planned.environment == {"excludes": [], "py_modules": ["lib"], "config": {"setup_timeout_seconds": 60}}
-    assert planned.variables.keys() == {"MODE", "HF_TOKEN", "RAY_JOB_STOP_WAIT_TIME_S"}
+    variables = planned.runtime_env.pop("env_vars")
+    assert planned.runtime_env == {"excludes": [], "py_modules": ["lib"], "config": {"setup_timeout_seconds": 60}}
+    assert variables.keys() == {"MODE", "HF_TOKEN", "RAY_JOB_STOP_WAIT_TIME_S"}
 
 
 @pytest.mark.parametrize(
