@@ -215,7 +215,7 @@ def _relative_paths(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
     """Key and value of every text, however deep in mappings and lists, that may be a relative path."""
     if isinstance(value, dict | list):
         for name, below in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from _relative_paths(below, f"{key}.{name}" if key else name)
+            yield from _relative_paths(below, f"{key}.{name}" if key else str(name))
     elif isinstance(value, str) and value and not value.startswith((PACKAGE, "/", "~")):
         yield key, value
 

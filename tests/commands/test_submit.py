@@ -134,7 +134,7 @@ def test_a_variable_is_taken_by_its_name_and_never_shown(monkeypatch):
     assert planned.runtime_env["env_vars"]["HF_TOKEN"] == "hush-hush" and "hush" not in repr(planned)
 
 
-def test_where_nobody_listens_one_sentence_names_the_address(capsys):
+def test_without_a_dashboard_one_sentence_names_the_address(capsys):
     assert main(["submit", str(CONFIG), "--run-dir", "/s/a", "--address", "http://127.0.0.1:9"]) == 1
     assert "no Ray dashboard answers at http://127.0.0.1:9" in capsys.readouterr().err
 
