@@ -156,12 +156,7 @@ def _digest(run: RunConfig) -> str:
 
 
 def _files(config: Path, run: RunConfig, *, code: bool, working_dir: Path | None) -> tuple[str, dict[str, Path]]:
-    """Name of the config in the job's directory, and all that lies there: code and named files, or a user's directory.
-
-    Raises:
-        ConfigError: ``working_dir`` is no directory, or holds another file where the config must lie; or the job would
-            not find a file that the config names.
-    """
+    """Name of the config in the job's directory, and all that lies there: code and named files, or a directory."""
     root = (working_dir or Path.cwd()).resolve()
     if not root.is_dir():
         raise ConfigError(f"--working-dir {working_dir} is not a directory")
@@ -189,8 +184,7 @@ def _own_code() -> dict[str, Path]:
 def _named_files(run: RunConfig, root: Path, called: str) -> dict[str, Path]:
     """Files and directories below ``root`` that relative paths of a config mean; hub ids and plain texts are skipped.
 
-    Raises:
-        ConfigError: the job would not find one, because it leads out of what is sent, is not there, or is too large.
+    Raises a `ConfigError` where the job would not find one: it leads out of what is sent, is missing, or is too large.
     """
     fix = "move it there, or put it on storage that the cluster shares and give its absolute path"
     prompts = {"train": run.prompts.train, "heldout": run.prompts.heldout}

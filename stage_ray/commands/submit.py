@@ -98,12 +98,10 @@ def submit_job(job: Job, address: str, *, wait: bool = True) -> int:
     """Start the job, or its next attempt, or attach to it; follow its log on stdout; the exit code of its driver.
 
     Args:
-        job: of `plan_job`.
-        address: of the cluster's dashboard, such as ``http://127.0.0.1:8265``.
         wait: False returns 0 as soon as the cluster has the job.
 
     Raises:
-        ConfigError: the address is not one, or the package is too large.
+        ConfigError: the address is not that of a dashboard.
         RunError: the cluster does not answer, wants another token, another job writes into the run directory, or the
             name is that of a job with another config.
         Interrupted: Ctrl-C; the job goes on.
@@ -151,9 +149,7 @@ def _note(sentence: str) -> None:
 def _last_attempt(job: Job, jobs: Iterable[JobDetails], address: str) -> JobDetails | None:
     """The newest attempt at this job that the cluster knows of.
 
-    Raises:
-        RunError: another job, which may compute something else, is writing into the same run directory, or had this
-            name.
+    Raises a `RunError` where another job is writing into the run directory, or this name stands for another config.
     """
     attempts: dict[int, JobDetails] = {}
     for other in jobs:
@@ -239,11 +235,7 @@ def _follow(client: JobSubmissionClient, name: str, address: str) -> JobDetails:
 
 
 def _exit_code(details: JobDetails) -> int:
-    """The driver's own exit code, as a shell would give it.
-
-    Raises:
-        RunError: the job failed without a driver that could have had one.
-    """
+    """The driver's own exit code, as a shell would give it; a `RunError` where no driver could have had one."""
     if details.status == "SUCCEEDED":
         return 0
     if details.status == "STOPPED":
