@@ -11,7 +11,7 @@ import torch
 
 from stage_ray.config import RunConfig
 from stage_ray.config.load import validate_config
-from stage_ray.learner import Learner
+from stage_ray.learner.learner import Learner
 from stage_ray.policies.base import Policy
 from stage_ray.policies.logprobs import token_logprobs
 from stage_ray.records import Prompt, RolloutGroup, ScoredGroup

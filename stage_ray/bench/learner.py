@@ -14,7 +14,7 @@ from stage_ray.bench.models import FIFTY_MILLION, SMALL, model_of
 from stage_ray.bench.prompts import equal_prompts, groups_of
 from stage_ray.bench.timing import Measurement, Trial, Variant
 from stage_ray.config import RunConfig
-from stage_ray.learner import Learner
+from stage_ray.learner.learner import Learner
 from stage_ray.policies.base import Policy
 from stage_ray.policies.devices import device_for
 from stage_ray.records import RolloutGroup, ScoredGroup

@@ -38,7 +38,7 @@ from stage_ray.engines.base import ImageSequence
 from stage_ray.engines.sampling import gumbel, process_logits
 from stage_ray.engines.torch import TorchEngine
 from stage_ray.errors import RunError
-from stage_ray.learner import Learner
+from stage_ray.learner.learner import Learner
 from stage_ray.observability.progress import Progress
 from stage_ray.policies.janus import JanusPolicy
 from stage_ray.registry import Registry

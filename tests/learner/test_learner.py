@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from transformers import JanusForConditionalGeneration
 
 from stage_ray.config import LearnerConfig
-from stage_ray.learner import Learner, LearnerError
-from stage_ray.learner.learner import learning_rate
+from stage_ray.learner.batch import LearnerError
+from stage_ray.learner.learner import Learner, learning_rate
 from stage_ray.policies.devices import hardware_has_bfloat16
 from stage_ray.policies.logprobs import SamplingParams
 from stage_ray.records import RolloutGroup, ScoredGroup
@@ -405,7 +405,7 @@ def test_whether_the_hardware_has_bfloat16_is_asked_of_torch() -> None:
 def test_it_uses_as_many_threads_as_it_is_told(model: Path) -> None:
     """In a process of its own: once vLLM is imported on a CPU, torch's number of threads is fixed."""
     script = (
-        "import sys, torch; from pathlib import Path; from stage_ray.learner import Learner;"
+        "import sys, torch; from pathlib import Path; from stage_ray.learner.learner import Learner;"
         "from tests.learner_case import tiny_run\n"
         "for threads in (2, 1):\n"
         "    Learner(tiny_run(Path(sys.argv[1])), threads=threads)\n"

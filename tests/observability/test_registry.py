@@ -9,7 +9,7 @@ import urllib.request
 from pathlib import Path
 
 from stage_ray.cli import main
-from stage_ray.learner import Learner
+from stage_ray.learner.learner import Learner
 from stage_ray.observability import alarms
 from stage_ray.observability.metrics_logger import MetricsLogger, read_steps
 from stage_ray.observability.progress import SHOWN

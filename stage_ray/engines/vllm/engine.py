@@ -12,6 +12,7 @@ from torch import Tensor
 
 from stage_ray.config import PolicyConfig, RolloutConfig
 from stage_ray.engines.base import ImageEngine, ImageSequence, Rollouts
+from stage_ray.engines.memory import LONGEST_PROMPT
 from stage_ray.engines.sampling import SamplingParams
 from stage_ray.engines.vllm.environment import require_fitting_build, set_environment
 from stage_ray.engines.vllm.plugin import architecture, register_family
@@ -21,8 +22,6 @@ from stage_ray.policies import policy_class
 from stage_ray.policies.base import PromptIds
 from stage_ray.policies.checkpoint_files import link_weights, read_tensors, tensor_shapes
 from stage_ray.policies.devices import compute_dtype, device_for
-
-LONGEST_PROMPT = 256  # tokens; the memory of a batch is reserved for prompts of this length
 
 
 class VllmEngine(ImageEngine):

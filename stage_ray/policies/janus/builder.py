@@ -1,7 +1,8 @@
 """A Janus model of any size with random weights, for pretraining, benchmarks and tests.
 
-`JanusSizes` holds the numbers, `build_model` turns them into transformers' own classes, and `write_checkpoint` makes a
-directory that plain transformers (and `JanusPolicy`) loads.
+`JanusSizes` holds the numbers, `build_config` and `build_model` turn them into transformers' own classes, and
+`write_checkpoint` makes a directory that plain transformers (and `JanusPolicy`) loads. `measure_sizes` counts what a
+model of a given config is made of.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from transformers import (
     LlamaConfig,
     PreTrainedTokenizerFast,
 )
+
+from stage_ray.config.model_sizes import ModelSizes
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,3 +151,37 @@ def write_checkpoint(directory: Path, model: JanusForConditionalGeneration, proc
     model.save_pretrained(directory)
     processor.save_pretrained(directory)
     return directory
+
+
+def measure_sizes(config: JanusConfig, name: str, path: str) -> ModelSizes:
+    """Count the parameters of the model that a config describes; ``name`` and ``path`` are what a plan calls it."""
+    with torch.device("meta"):  # shapes alone, no memory
+        core = JanusForConditionalGeneration(config)
+    parts = {name: sum(p.numel() for p in part.parameters()) for name, part in core.model.named_children()}
+    text, vq, llama = config.text_config, config.vq_config, core.model.language_model
+    return ModelSizes(
+        name=name,
+        path=path,
+        hidden=text.hidden_size,
+        intermediate=text.intermediate_size,
+        layers=text.num_hidden_layers,
+        heads=text.num_attention_heads,
+        kv_heads=text.num_key_value_heads,
+        head_dim=text.head_dim,
+        codes=vq.num_embeddings,
+        image_tokens=vq.num_patches**2,
+        side_pixels=config.vision_config.image_size,
+        base_channels=vq.base_channels,
+        layer=sum(p.numel() for p in llama.layers[0].parameters()),
+        embedding=llama.embed_tokens.weight.numel(),
+        head=parts["generation_head"],
+        image_embedding=parts["generation_embeddings"] + parts["generation_aligner"],
+        vqmodel=parts["vqmodel"],
+        frozen=sum(p.numel() for p in core.parameters()) - parts["language_model"],
+    )
+
+
+def _special_ids(tokenizer: PreTrainedTokenizerFast | None) -> dict[str, int]:
+    if tokenizer is None:
+        return {}
+    return {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}

@@ -17,25 +17,31 @@ PROMPT = "a photo of a red circle"
 MMAP_THRESHOLD = -3  # of malloc.h: larger tensors go back to the system at once, so that holes do not count
 
 
-def peak_side(model: str, rows: int, bfloat16: bool, checkpointing: bool) -> Trial:
-    """Rise of memory over forward and backward of ``rows`` images; gradients are there before."""
+def peak_of_each_form(model: str, images: int, forms: list[tuple[bool, bool]]) -> Trial:
+    """Rise of memory over forward and backward, for each (bfloat16, checkpointing); gradients are there before.
+
+    One process measures all forms in turn, those with checkpointing last: the model is loaded once.
+    """
     ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, 2**16)
     cpu = torch.device("cpu")
     policy = JanusPolicy.load(PolicyConfig(path=model), device=cpu)
-    if checkpointing:
-        _enable_checkpointing(policy.model)
     prompt = policy.codec.encode_prompt(PROMPT).conditional
 
-    def passes(count: int) -> None:
+    def passes(count: int, bfloat16: bool) -> None:
         tokens = torch.randint(policy.codebook_size, (count, policy.image_tokens))
         with autocast(bfloat16, cpu):
             statistics = policy.token_logprobs([prompt] * count, tokens, entropy_grad=False)
         statistics.logprobs.sum().backward()
 
     def turn() -> Measurement:
-        passes(1)  # makes the gradients, and what the libraries keep
-        peak = PeakMemory(cpu)
-        passes(rows)
-        return {"rise": peak.rise_mib() * 2**20, "prompt": len(prompt)}
+        rises = {}
+        for bfloat16, checkpointing in sorted(forms, key=lambda form: form[1]):
+            if checkpointing:
+                _enable_checkpointing(policy.model)
+            passes(1, bfloat16)  # makes the gradients, and what the libraries keep
+            peak = PeakMemory(cpu)
+            passes(images, bfloat16)
+            rises[bfloat16, checkpointing] = peak.rise_mib() * 2**20
+        return {"rises": rises, "prompt": len(prompt)}
 
     return turn
