@@ -29,7 +29,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from stage_ray.bench.timed_cluster import TimedCluster
+from stage_ray.bench.pipeline import TimedCluster
 from stage_ray.cluster.cluster import Cluster
 from stage_ray.commands.replay import replay
 from stage_ray.config import RunConfig

@@ -1,4 +1,4 @@
-"""What a real forward and backward takes, measured in a process of its own (a `Variant` of stage_ray.bench.timing)."""
+"""What a real forward and backward takes, measured in a process of its own (a `Variant` of stage_ray.bench.base)."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import ctypes
 
 import torch
 
-from stage_ray.bench.memory import PeakMemory
-from stage_ray.bench.timing import Measurement, Trial
+from stage_ray.bench.base import Measurement, Trial
+from stage_ray.bench.machine import PeakMemory
 from stage_ray.config import PolicyConfig
 from stage_ray.learner.learner import _enable_checkpointing
 from stage_ray.learner.precision import autocast

@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaModel
 
-from stage_ray.bench.models import FIFTY_MILLION, write_model
-from stage_ray.bench.timing import Variant, interleave
+from stage_ray.bench.base import Variant, interleave
+from stage_ray.bench.inputs import FIFTY_MILLION, write_model
 from stage_ray.commands import memory
 from stage_ray.commands.memory import KNOWN, model_sizes
 from stage_ray.commands.plan import GPUS
