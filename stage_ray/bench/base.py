@@ -77,13 +77,10 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Bench(ABC):
-    """A comparison on ``device`` (cpu or cuda): a subclass declares its variants, its targets and its limits.
+    """A comparison: a subclass declares its variants, its targets and its limits."""
 
-    With ``quick``, sizes are small and repeats few, to see that it works; the ratios are then no claims.
-    """
-
-    device: str
-    quick: bool
+    device: str  # cpu or cuda
+    quick: bool  # small sizes and few repeats, to see that it works; the ratios are then no claims
     progress: Progress
 
     @abstractmethod
@@ -93,10 +90,9 @@ class Bench(ABC):
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """One of what is compared: ``build(**options)`` loads everything and returns the trial that is timed.
+    """One of what is compared: ``build(**options)``, a function of a module, loads everything and returns the trial.
 
-    ``build`` is a function of a module, and its options are plain values: they travel to another process. A trial
-    times itself and returns what it measured by name; ``seconds`` above all.
+    A trial times itself and returns what it measured by name; ``seconds`` above all.
     """
 
     name: str
@@ -109,11 +105,8 @@ def interleave(
 ) -> dict[str, list[Measurement]]:
     """Run the trials of the variants in turn, A B A B, each with every core while the others wait.
 
-    Returns:
-        The measurements of each variant by its name, without the first ``warmups``.
-
-    Raises:
-        RunError: a variant failed; says why and where its log is.
+    The measurements of each variant by its name, without the first ``warmups``. A variant that fails is a RunError that
+    says why and where its log is.
     """
     logs = Path(tempfile.mkdtemp(prefix="stage-ray-bench-"))
     measured: dict[str, list[Measurement]] = {variant.name: [] for variant in variants}

@@ -9,7 +9,7 @@ import numpy as np
 from stage_ray.bench.base import Bench, Measurement, Row, Trial, Variant, bench_run, interleave, median
 from stage_ray.bench.baselines import PlainLearner
 from stage_ray.bench.inputs import FIFTY_MILLION, SMALL, equal_prompts, groups_of, model_of
-from stage_ray.bench.machine import PeakMemory, best, learner_dtype, machine, timed, update_limit
+from stage_ray.bench.machine import PeakMemory, best, dtype_name, machine, timed, update_limit
 from stage_ray.commands.memory import model_sizes
 from stage_ray.config import RunConfig
 from stage_ray.learner import Learner
@@ -36,7 +36,7 @@ class LearnerBench(Bench):
             runs = {
                 n: bench_run(path, rollout=rollout, learner={**learner, "micro_batch_images": n}) for n in MICRO_BATCHES
             }
-            dtype, model = learner_dtype(runs[IMAGES]), model_sizes(path)
+            dtype, model = dtype_name(runs[IMAGES].learner.autocast, self.device), model_sizes(path)
             variants = [Variant(f"ours-{n}", update, {"learner": Learner, "run": run}) for n, run in runs.items()]
             variants.append(Variant("plain", update, {"learner": PlainLearner, "run": runs[IMAGES]}))
             variants.append(machine(self.device, dtype))

@@ -12,12 +12,7 @@ import torch
 
 from stage_ray.bench.base import Measurement, Trial, Variant
 from stage_ray.commands.memory import ModelSizes
-from stage_ray.config import RunConfig
-from stage_ray.learner.precision import uses_bfloat16
-from stage_ray.policies.base import compute_dtype, device_for
-
-Speed = Mapping[str, float]
-"""Floating-point operations a second by dtype, and ``bytes_per_s`` that memory moves."""
+from stage_ray.policies.base import compute_dtype
 
 
 def timed(device: torch.device, work: Callable[..., Any], *arguments: Any) -> tuple[float, Any]:
@@ -80,12 +75,14 @@ def probe(device: str, dtypes: Sequence[str]) -> Trial:
     return trial
 
 
-def best(trials: Sequence[Measurement]) -> Speed:
-    """The best over the trials of `machine`."""
+def best(trials: Sequence[Measurement]) -> Mapping[str, float]:
+    """The best over the trials of `machine`: operations a second by dtype, and ``bytes_per_s``."""
     return {name: max(float(trial[name]) for trial in trials) for name in trials[0]}
 
 
-def sampling_limit(model: ModelSizes, *, sequences: int, prompt: int, speed: Speed, dtype: str) -> tuple[float, str]:
+def sampling_limit(
+    model: ModelSizes, *, sequences: int, prompt: int, speed: Mapping[str, float], dtype: str
+) -> tuple[float, str]:
     """Least seconds of sampling, and what sets them: arithmetic, or reading weights and cache at every token."""
     weights, tokens = model.layers * model.layer + model.head, model.image_tokens
     products = 2 * weights * sequences * (tokens + prompt) / speed[dtype]
@@ -96,7 +93,7 @@ def sampling_limit(model: ModelSizes, *, sequences: int, prompt: int, speed: Spe
     return max(products, memory), f"{which} ({dtype}): products {products:.3g} s {rates}, both measured"
 
 
-def update_limit(model: ModelSizes, *, positions: int, speed: Speed, dtype: str) -> tuple[float, str]:
+def update_limit(model: ModelSizes, *, positions: int, speed: Mapping[str, float], dtype: str) -> tuple[float, str]:
     """Least seconds of an update: policy forward and backward, reference forward; attention not counted."""
     layers = 8 * model.layers * model.layer * positions / speed[dtype]  # 2 + 4 for the policy, 2 for the reference
     head = 6 * model.head * positions / speed["float32"]  # frozen: its backward needs no weight gradient
@@ -104,11 +101,7 @@ def update_limit(model: ModelSizes, *, positions: int, speed: Speed, dtype: str)
     return layers + head, f"matrix products: layers {layers:.3g} s in {dtype} {rates}, measured"
 
 
-def rollout_dtype(choice: str, device: str) -> str:
-    """What an engine multiplies in, given ``rollout.dtype``."""
+def dtype_name(setting: str, device: str) -> str:
+    """What ``rollout.dtype`` or ``learner.autocast`` comes to on a device; the learner's heads are float32 anyway."""
+    choice = "float32" if setting == "off" else setting
     return str(compute_dtype(choice, torch.device(device))).removeprefix("torch.")
-
-
-def learner_dtype(run: RunConfig) -> str:
-    """What the learner multiplies in; its heads are float32 anyway."""
-    return "bfloat16" if uses_bfloat16(run.learner.autocast, device_for(run.learner.gpus)) else "float32"

@@ -12,22 +12,17 @@ import torch
 
 from stage_ray.bench.base import Bench, Measurement, Row, Trial, Variant, interleave, median
 from stage_ray.bench.baselines import plain_logprobs, plain_policy, plain_tokens
-from stage_ray.bench.inputs import FIFTY_MILLION, SMALL, equal_prompts, model_of
-from stage_ray.bench.machine import best, machine, rollout_dtype, sampling_limit, timed
+from stage_ray.bench.inputs import FIFTY_MILLION, SMALL, engine_of, equal_prompts, model_of
+from stage_ray.bench.machine import best, dtype_name, machine, sampling_limit, timed
 from stage_ray.commands.memory import model_sizes
-from stage_ray.config import PolicyConfig, RolloutConfig
-from stage_ray.config.hardware import usable_cpus
-from stage_ray.engines import build_engine
 from stage_ray.engines.base import ImageSequence
 from stage_ray.policies.base import PromptIds
 from stage_ray.policies.janus.builder import JanusSizes
 
 GUIDANCE, GROUP = 2.0, 8
 PLAIN = (
-    "plain loop (transformers' DynamicCache, both branches in one batch, softmax and multinomial), "
-    "then a second, teacher-forced forward for log-probabilities and entropies"
+    "plain loop (DynamicCache, both branches in one batch, multinomial), then a second forward for log-probabilities"
 )
-SECOND_FORWARD = "a trainer that runs the policy on these tokens anyway may leave the second forward out of account"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +59,7 @@ class RolloutBench(Bench):
 
     def measure(self, case: Case, path: str, engines: Sequence[str]) -> list[Row]:
         """The rows of one case. The plain loop also runs in float32, and the faster of its two is the baseline."""
-        dtype, model = rollout_dtype(case.dtype, self.device), model_sizes(path)
+        dtype, model = dtype_name(case.dtype, self.device), model_sizes(path)
         options = {"model": path, "images": case.images, "device": self.device}
         plain = [Variant(name, plain_loop, {**options, "dtype": name}) for name in sorted({dtype, "float32"})]
         ours = [Variant(name, engine_loop, {**options, "dtype": dtype, "engine": name}) for name in engines]
@@ -79,9 +74,8 @@ class RolloutBench(Bench):
         limit, limit_is = sampling_limit(model, sequences=2 * case.images, prompt=prompt, speed=speed, dtype=dtype)
         size = f"{case.images} images of {model.image_tokens} tokens, guidance {GUIDANCE:g}, in {dtype}"
         note = f"{size}; pictures are not decoded by any variant; the best engine is {fastest}"
-
         words = ("times as fast", f"{PLAIN}, {baseline}")
-        limited: Any = {"limit": limit, "limit_is": limit_is, "notes": (note, SECOND_FORWARD)}
+        limited: Any = {"limit": limit, "limit_is": limit_is, "notes": (note,)}
         rows = []
         for claim, target in case.targets.items():
             if ours_s := seconds.get(claim):  # an engine that is not installed has no row
@@ -120,9 +114,7 @@ def plain_loop(model: str, images: int, device: str, dtype: str) -> Trial:
 def engine_loop(model: str, images: int, device: str, dtype: str, engine: str) -> Trial:
     """Ours: an engine's own sampling of one batch, which records log-probabilities and entropies as it goes."""
     settings = {"engine": engine, "guidance_scale": GUIDANCE, "images_per_batch": images, "dtype": dtype}
-    settings |= {"cpus": usable_cpus(), "gpus": float(device == "cuda")}
-    policy, rollout = PolicyConfig.model_validate({"path": model}), RolloutConfig.model_validate(settings)
-    built = build_engine(policy, rollout, worker="bench")
+    built = engine_of(model, device, **settings)
     sequences = [ImageSequence(ids, seed) for seed, ids in enumerate(prompts_of(built.encode_prompt, images))]
 
     def trial() -> Measurement:

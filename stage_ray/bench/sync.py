@@ -17,14 +17,12 @@ import xxhash
 
 from stage_ray.actors.client import Client
 from stage_ray.bench.base import Bench, Measurement, Row, Trial, Variant, bench_run, interleave, median
-from stage_ray.bench.inputs import GIGABYTE, SMALL, model_of
+from stage_ray.bench.inputs import GIGABYTE, SMALL, engine_of, model_of
 from stage_ray.bench.machine import timed
 from stage_ray.cluster.cluster import Cluster
 from stage_ray.cluster.runtime import start_ray
 from stage_ray.commands.memory import model_sizes, weight_bytes
-from stage_ray.config import PolicyConfig, RolloutConfig, RunConfig
 from stage_ray.config.hardware import usable_cpus
-from stage_ray.engines import build_engine
 
 WORKERS = 2
 FRESH = 2  # publishes until there is memory to use again: one version is served while the next one is stored
@@ -76,21 +74,27 @@ def row_of(transport: str, trials: Sequence[Measurement], more: dict[str, float]
         limit_is=f"one copy into {'shared memory' if stored else 'each worker'}, checksummed on its way, and one "
         f"checksum in each worker ({read_s:.3g} s on a core), all spread evenly over the cores",
         details={**stages, **speeds, **more},
-        notes=(
-            f"{gigabytes:.3g} GB of a float32 model to {workers} workers on one machine; every byte is checked to be "
-            "finite and checksummed on both sides; first_s is a run's first publish",
-            "vLLM's repacking of weights is not in it; vllm_repacking_s_per_gb is what it takes",
-        ),
+        notes=(f"{gigabytes:.3g} GB of a float32 model to {workers} workers; vLLM's repacking is not in it",),
     )
 
 
 def publish(model: str, device: str, transport: str) -> Trial:
     """A run's learner and rollout workers; a trial copies as many bytes as they share, then publishes a version."""
     source = np.ones(weight_bytes(model_sizes(model)), np.uint8)
-    target = np.zeros_like(source)
+    target, nccl = np.zeros_like(source), transport == "nccl"
+    gpus = 0.0 if device == "cpu" else 1.0 if nccl else 0.3
+    workers = min(WORKERS, torch.cuda.device_count() - 1) if nccl else WORKERS
+    versions_mb = 3 * source.nbytes // 2**20  # room for three in the object store
+    cluster_options = {"object_store_mb": 200 + versions_mb, "num_cpus": WORKERS + 2, "weight_transport": transport}
+    run = bench_run(
+        model,
+        rollout={"workers": workers, "gpus": gpus, "dtype": "float32"},
+        learner={"gpus": gpus},
+        scoring={"resources": {"none": 1.0}},  # no node has it, so no scorer is started
+        cluster=cluster_options,
+    )
     scratch = tempfile.TemporaryDirectory(prefix="stage-ray-bench-")
     atexit.register(scratch.cleanup)
-    run = run_of(model, device, transport, source.nbytes)
     start_ray(run, Path(scratch.name))
     cluster, runner = Cluster(run, None), asyncio.Runner()
 
@@ -134,26 +138,9 @@ def watch(client: Client) -> dict[str, float]:
     return seconds
 
 
-def run_of(model: str, device: str, transport: str, nbytes: int) -> RunConfig:
-    """A synchronous run of two rollout workers, with room for three versions in the object store."""
-    nccl = transport == "nccl"
-    workers = min(WORKERS, torch.cuda.device_count() - 1) if nccl else WORKERS
-    gpus = 0.0 if device == "cpu" else 1.0 if nccl else 0.3
-    store_mb = 200 + 3 * nbytes // 2**20
-    return bench_run(
-        model,
-        rollout={"workers": workers, "gpus": gpus, "dtype": "float32"},
-        learner={"gpus": gpus},
-        scoring={"resources": {"none": 1.0}},  # no node has it, so no scorer is started
-        cluster={"object_store_mb": store_mb, "num_cpus": WORKERS + 2, "weight_transport": transport},
-    )
-
-
 def repack(model: str, device: str) -> Trial:
     """A vLLM engine that is given its own weights again and again."""
-    settings = {"engine": "vllm", "images_per_batch": 2, "cpus": usable_cpus(), "gpus": float(device == "cuda")}
-    rollout = RolloutConfig.model_validate(settings)
-    engine = build_engine(PolicyConfig.model_validate({"path": model}), rollout, worker="bench")
+    engine = engine_of(model, device, engine="vllm", images_per_batch=2)
     tensors = {name: torch.zeros(shape) for name, shape in engine.weight_shapes().items()}
     nbytes = sum(tensor.nbytes for tensor in tensors.values())
     return lambda: {"seconds": timed(torch.device(device), engine.install, tensors)[0], "nbytes": nbytes}

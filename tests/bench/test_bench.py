@@ -10,6 +10,7 @@ import asyncio
 import json
 import math
 import os
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from rich.console import Console
 
 from stage_ray import bench
 from stage_ray.bench import pipeline
-from stage_ray.bench.base import Bench, Row, Variant, bench_run, interleave
+from stage_ray.bench.base import Bench, Measurement, Row, Variant, bench_run, interleave
 from stage_ray.bench.baselines import PlainLearner, SingleProcessTrainer, plain_logprobs, plain_policy, plain_tokens
 from stage_ray.bench.end_to_end import step_times
 from stage_ray.bench.inputs import SMALL, equal_prompts, write_model
@@ -66,6 +67,15 @@ KEYS = {
     "details",
     "notes",
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny products on several threads wait for each other longer than they compute, on a busy machine above all."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +123,7 @@ def test_the_plain_loop_draws_the_engines_tokens_when_given_the_engines_noise(
 
 
 def test_the_plain_loops_own_draws_follow_the_guided_distribution(policy: JanusPolicy, engine: TorchEngine) -> None:
-    ids, count = policy.encode_prompt(TEXTS[0]), 1500
+    ids, count = policy.encode_prompt(TEXTS[0]), 900
     torch.manual_seed(0)
     tokens = plain_tokens(policy, [ids] * count, GUIDANCE)
     blank = torch.zeros(1, IMAGE_TOKENS, dtype=torch.int64)
@@ -387,7 +397,12 @@ def test_a_gpu_that_is_not_there_is_wrong_usage(capsys: pytest.CaptureFixture[st
 
 
 @pytest.mark.slow
-def test_a_rollout_bench_of_a_tiny_model_gives_whole_rows(model: Path) -> None:
+def test_a_rollout_bench_of_a_tiny_model_gives_whole_rows(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def in_this_process(variants: list[Variant], *, repeats: int, **_: object) -> dict[str, list[Measurement]]:
+        trials = {variant.name: variant.build(**variant.options) for variant in variants}
+        return {name: [trial() for _ in range(repeats)] for name, trial in trials.items()}
+
+    monkeypatch.setattr("stage_ray.bench.rollout.interleave", in_this_process)
     case = Case("tiny", None, 8, "float32", {"torch": 3.0, "best": 2.5}, repeats=2)
     rows = RolloutBench(device="cpu", quick=True, progress=quiet()).measure(case, str(model), ["torch"])
     assert [one.name for one in rows] == ["rollout/tiny/torch", "rollout/tiny/best"]
