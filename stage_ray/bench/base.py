@@ -28,7 +28,7 @@ from stage_ray.observability.logs import redirect_output
 from stage_ray.observability.progress import Progress
 
 Measurement = Mapping[str, Any]
-Trial = Callable[[], Measurement]
+Trials = Iterator[Measurement]
 REST_S = 0.3  # OpenMP's threads spin for a while after their last work; the next variant must not pay for that
 
 
@@ -90,13 +90,13 @@ class Bench(ABC):
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """One of what is compared: ``build(**options)``, a function of a module, loads everything and returns the trial.
+    """One of what is compared: ``trials(**options)``, a generator of a module, loads everything and yields for ever.
 
-    A trial times itself and returns what it measured by name; ``seconds`` above all.
+    Each trial times itself and yields what it measured by name; ``seconds`` above all.
     """
 
     name: str
-    build: Callable[..., Trial]
+    trials: Callable[..., Trials]
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -110,11 +110,8 @@ def interleave(
     """
     logs = Path(tempfile.mkdtemp(prefix="stage-ray-bench-"))
     measured: dict[str, list[Measurement]] = {variant.name: [] for variant in variants}
-    with ExitStack() as stack, progress.bar(title, total=(1 + warmups + repeats) * len(variants)) as advance:
-        trials = {}
-        for variant in variants:
-            trials[variant.name] = stack.enter_context(_process(variant, logs))
-            advance()
+    with ExitStack() as stack, progress.bar(title, total=(warmups + repeats) * len(variants)) as advance:
+        trials = {variant.name: stack.enter_context(_process(variant, logs)) for variant in variants}
         for _ in range(warmups + repeats):
             for name, trial in trials.items():
                 time.sleep(REST_S)
@@ -136,8 +133,8 @@ def bench_run(model: str = "none", **sections: Any) -> RunConfig:
 
 
 @contextmanager
-def _process(variant: Variant, logs: Path) -> Iterator[Trial]:
-    """A variant built in its own process; yields the call that runs one trial there."""
+def _process(variant: Variant, logs: Path) -> Iterator[Callable[[], Measurement]]:
+    """A process for a variant; yields the call that runs one trial there."""
     log = logs / f"{variant.name.replace('/', '-')}.log"
     spawn = multiprocessing.get_context("spawn")
     pipe, other_end = spawn.Pipe()
@@ -166,19 +163,16 @@ def _process(variant: Variant, logs: Path) -> Iterator[Trial]:
 
 
 def _serve(pipe: Connection, log: str, cpus: int) -> None:
-    """In the new process: build the variant that comes first, then run a trial for each True."""
+    """In the new process: import the variant that comes first, then run a trial for each True."""
     # Before the variant's module comes and imports torch: OpenMP reads its variable when it is loaded.
     os.environ.update(OMP_NUM_THREADS=str(cpus), TOKENIZERS_PARALLELISM="false")
     redirect_output(log)
     try:
         variant: Variant = pipe.recv()
-        trial = variant.build(**variant.options)
-        found: Measurement = {}
-        while True:
-            pipe.send((found, ""))
-            if not pipe.recv():
-                return
-            found = trial()
+        pipe.send(({}, ""))
+        trials = variant.trials(**variant.options)
+        while pipe.recv():
+            pipe.send((next(trials), ""))
     except Exception as error:  # as text: the other process may not unpickle it
         pipe.send(({}, f"{type(error).__name__}: {' '.join(str(error).split())}"))
         raise

@@ -34,18 +34,14 @@ def plain_policy(path: str, *, device: torch.device, dtype: torch.dtype) -> Janu
     return policy
 
 
-Draw = Callable[[Tensor, int], Tensor]
-"""Probabilities [B, V] and step -> tokens int64 [B]."""
-
-
 def multinomial(probabilities: Tensor, step: int) -> Tensor:
-    """As plain code draws."""
+    """Tokens int64 [B] of a step from probabilities [B, V], as plain code draws them."""
     return torch.multinomial(probabilities, num_samples=1).squeeze(-1)
 
 
 @torch.no_grad()
 def plain_tokens(
-    policy: JanusPolicy, prompts: Sequence[PromptIds], guidance: float, draw: Draw = multinomial
+    policy: JanusPolicy, prompts: Sequence[PromptIds], guidance: float, draw: Callable[..., Tensor] = multinomial
 ) -> Tensor:
     """Guided sampling with transformers' cache: branches interleaved in one batch, softmax, draw, one step a token.
 
@@ -118,9 +114,8 @@ class PlainLearner(Learner):
 class SingleProcessTrainer:
     """The whole training step in one process: sample from the model that is trained, decode, score, `PlainLearner`.
 
-    Log-probabilities and entropies come from the update's own teacher-forced forward, as in the published code, so no
-    forward is run for them alone. All prompts of a step are sampled in one batch; to need no padding they are equally
-    long, which makes this a little faster than any prompts would.
+    As in the published code, no forward is run for log-probabilities alone. All prompts of a step are sampled in one
+    batch; to need no padding they are equally long, which makes this a little faster than any prompts would.
     """
 
     def __init__(self, run: RunConfig) -> None:

@@ -10,7 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
-from stage_ray.bench.base import Bench, Measurement, Row, Trial, Variant, interleave
+from stage_ray.bench.base import Bench, Row, Trials, Variant, interleave
 from stage_ray.bench.baselines import SingleProcessTrainer
 from stage_ray.bench.machine import best, dtype_name, machine, sampling_limit, timed, update_limit
 from stage_ray.commands.memory import model_sizes
@@ -71,33 +71,27 @@ class EndToEndBench(Bench):
         return [row]
 
 
-def single_process(overrides: list[str], skipped: int) -> Trial:
+def single_process(overrides: list[str], skipped: int) -> Trials:
     """The baseline: as many steps as a run has, in this process."""
     run = load_config(CONFIG, overrides)
     trainer, device = SingleProcessTrainer(run), device_for(run.learner.gpus)
     prompt = len(trainer.prompts[0][1].conditional)
-
-    def trial() -> Measurement:
+    while True:
         step_s = [timed(device, trainer.step)[0] for _ in range(run.steps)]
-        return {"prompt": prompt, "step_s": step_s[skipped:]}
-
-    return trial
+        yield {"prompt": prompt, "step_s": step_s[skipped:]}
 
 
-def train_command(overrides: list[str], skipped: int) -> Trial:
+def train_command(overrides: list[str], skipped: int) -> Trials:
     """Ours: each trial is ``stage-ray train`` as a person starts it."""
     settings = [argument for override in overrides for argument in ("--set", override)]
-
-    def trial() -> Measurement:
+    while True:
         with tempfile.TemporaryDirectory(prefix="stage-ray-bench-") as scratch:
             command = [sys.executable, "-m", "stage_ray", "train", str(CONFIG), "--run-dir", scratch, *settings]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
                 last = (done.stderr.strip().splitlines() or [""])[-1]
                 raise RunError(f"stage-ray train ended with exit code {done.returncode}: {last}")
-            return step_times(Path(scratch), skipped)
-
-    return trial
+            yield step_times(Path(scratch), skipped)
 
 
 def step_times(run_dir: Path, skipped: int) -> dict[str, list[float]]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from stage_ray.bench.base import Bench, Measurement, Row, Trial, Variant, bench_run, interleave, median
+from stage_ray.bench.base import Bench, Row, Trials, Variant, bench_run, interleave, median
 from stage_ray.bench.baselines import PlainLearner
 from stage_ray.bench.inputs import FIFTY_MILLION, SMALL, equal_prompts, groups_of, model_of
 from stage_ray.bench.machine import PeakMemory, best, dtype_name, machine, timed, update_limit
@@ -59,18 +59,15 @@ class LearnerBench(Bench):
         return rows
 
 
-def update(learner: type[Learner], run: RunConfig) -> Trial:
+def update(learner: type[Learner], run: RunConfig) -> Trials:
     """A learner of ours or the plain one; each trial is one update."""
     built, device = learner(run), device_for(run.learner.gpus)
     prompt = equal_prompts(built.policy.encode_prompt)[0][1].conditional
     positions = IMAGES * (len(prompt) + built.policy.image_tokens - 1)
     peak = PeakMemory(device)
-
-    def trial() -> Measurement:
+    while True:
         seconds, _ = timed(device, built.update, *random_groups(built.policy, built.version))
-        return {"seconds": seconds, "rise_mib": peak.rise_mib(), "positions": positions}
-
-    return trial
+        yield {"seconds": seconds, "rise_mib": peak.rise_mib(), "positions": positions}
 
 
 def random_groups(policy: Policy, version: int) -> tuple[list[RolloutGroup], list[ScoredGroup]]:

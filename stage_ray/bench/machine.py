@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from stage_ray.bench.base import Measurement, Trial, Variant
+from stage_ray.bench.base import Measurement, Trials, Variant
 from stage_ray.commands.memory import ModelSizes
 from stage_ray.policies.base import compute_dtype
 
@@ -57,7 +57,7 @@ def machine(device: str, *dtypes: str) -> Variant:
     return Variant("machine", probe, {"device": device, "dtypes": sorted({"float32", *dtypes})})
 
 
-def probe(device: str, dtypes: Sequence[str]) -> Trial:
+def probe(device: str, dtypes: Sequence[str]) -> Trials:
     """One large square matrix product in each dtype, and one copy larger than any cache; the fastest of three each."""
     place = torch.device(device)
     edge = 8192 if place.type == "cuda" else 2048
@@ -68,11 +68,9 @@ def probe(device: str, dtypes: Sequence[str]) -> Trial:
     def fastest(work: Callable[..., object], *tensors: torch.Tensor) -> float:
         return min(timed(place, work, *tensors)[0] for _ in range(3))
 
-    def trial() -> Measurement:
+    while True:
         flops = {name: 2 * edge**3 / fastest(torch.matmul, left, right) for name, (left, right) in pairs.items()}
-        return {**flops, "bytes_per_s": 2 * source.nbytes / fastest(target.copy_, source)}
-
-    return trial
+        yield {**flops, "bytes_per_s": 2 * source.nbytes / fastest(target.copy_, source)}
 
 
 def best(trials: Sequence[Measurement]) -> Mapping[str, float]:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from stage_ray.bench.base import Bench, Measurement, Row, Trial, Variant, bench_run, interleave, median
+from stage_ray.bench.base import Bench, Measurement, Row, Trials, Variant, bench_run, interleave, median
 from stage_ray.config import RunConfig
 from stage_ray.pipeline.ledger import Ledger
 from stage_ray.pipeline.prompts import PromptCursor
@@ -77,7 +77,7 @@ def cost_rows(trials: Mapping[str, Sequence[Measurement]], few: int, many: int) 
 
 def driven(
     stages: Sequence[float], staleness: int, steps: int, groups: int, rollouts: int = 1, rewards: int = 1
-) -> Trial:
+) -> Trials:
     """The driver over a `TimedCluster`; a worker's generation batch holds all ``groups`` of a step.
 
     Seconds of a step once the pipeline is full; processor seconds of a group, and of the ledger alone for one.
@@ -88,8 +88,7 @@ def driven(
         scoring={"workers": rewards, "groups_per_call": groups if rewards == 1 else 8},
         pipeline={"max_staleness": staleness},
     )
-
-    def trial() -> Measurement:
+    while True:
         with tempfile.TemporaryDirectory(prefix="stage-ray-bench-") as directory:
             began = time.process_time()
             ended = asyncio.run(drive(run, stages, Ledger(Path(directory) / "ledger.jsonl")))
@@ -99,9 +98,7 @@ def driven(
                 ledger.note(event, range(10 * groups), step=0, policy_version=0)  # at once, which is the least possible
             ledger_s = (time.process_time() - began) / (10 * groups)
         full = ended[min(staleness + 1, steps - 2) :]
-        return {"seconds": (full[-1] - full[0]) / (len(full) - 1), "group_s": group_s, "ledger_s": ledger_s}
-
-    return trial
+        yield {"seconds": (full[-1] - full[0]) / (len(full) - 1), "group_s": group_s, "ledger_s": ledger_s}
 
 
 async def drive(run: RunConfig, stages: Sequence[float], ledger: Ledger) -> list[float]:

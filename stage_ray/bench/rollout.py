@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from stage_ray.bench.base import Bench, Measurement, Row, Trial, Variant, interleave, median
+from stage_ray.bench.base import Bench, Row, Trials, Variant, interleave, median
 from stage_ray.bench.baselines import plain_logprobs, plain_policy, plain_tokens
 from stage_ray.bench.inputs import FIFTY_MILLION, SMALL, engine_of, equal_prompts, model_of
 from stage_ray.bench.machine import best, dtype_name, machine, sampling_limit, timed
@@ -97,28 +97,22 @@ def prompts_of(encode: Callable[[str], PromptIds], images: int) -> list[PromptId
     return list(islice((ids for _, ids in pairs for _ in range(GROUP)), images))
 
 
-def plain_loop(model: str, images: int, device: str, dtype: str) -> Trial:
+def plain_loop(model: str, images: int, device: str, dtype: str) -> Trials:
     """The baseline: tokens, then their log-probabilities."""
     place = torch.device(device)
     policy = plain_policy(model, device=place, dtype=getattr(torch, dtype))
     prompts = prompts_of(policy.encode_prompt, images)
-
-    def trial() -> Measurement:
+    while True:
         loop_s, tokens = timed(place, plain_tokens, policy, prompts, GUIDANCE)
         second_s, _ = timed(place, plain_logprobs, policy, prompts, tokens)
-        return {"seconds": loop_s + second_s, "loop_s": loop_s}
-
-    return trial
+        yield {"seconds": loop_s + second_s, "loop_s": loop_s}
 
 
-def engine_loop(model: str, images: int, device: str, dtype: str, engine: str) -> Trial:
+def engine_loop(model: str, images: int, device: str, dtype: str, engine: str) -> Trials:
     """Ours: an engine's own sampling of one batch, which records log-probabilities and entropies as it goes."""
     settings = {"engine": engine, "guidance_scale": GUIDANCE, "images_per_batch": images, "dtype": dtype}
     built = engine_of(model, device, **settings)
     sequences = [ImageSequence(ids, seed) for seed, ids in enumerate(prompts_of(built.encode_prompt, images))]
-
-    def trial() -> Measurement:
+    while True:
         seconds, _ = timed(torch.device(device), built.sample, sequences, built.params)
-        return {"seconds": seconds, "prompt": len(sequences[0].prompt.conditional)}
-
-    return trial
+        yield {"seconds": seconds, "prompt": len(sequences[0].prompt.conditional)}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import atexit
 import importlib.util
 import tempfile
 import time
@@ -16,7 +15,7 @@ import torch
 import xxhash
 
 from stage_ray.actors.client import Client
-from stage_ray.bench.base import Bench, Measurement, Row, Trial, Variant, bench_run, interleave, median
+from stage_ray.bench.base import Bench, Measurement, Row, Trials, Variant, bench_run, interleave, median
 from stage_ray.bench.inputs import GIGABYTE, SMALL, engine_of, model_of
 from stage_ray.bench.machine import timed
 from stage_ray.cluster.cluster import Cluster
@@ -78,7 +77,7 @@ def row_of(transport: str, trials: Sequence[Measurement], more: dict[str, float]
     )
 
 
-def publish(model: str, device: str, transport: str) -> Trial:
+def publish(model: str, device: str, transport: str) -> Trials:
     """A run's learner and rollout workers; a trial copies as many bytes as they share, then publishes a version."""
     source = np.ones(weight_bytes(model_sizes(model)), np.uint8)
     target, nccl = np.zeros_like(source), transport == "nccl"
@@ -93,9 +92,8 @@ def publish(model: str, device: str, transport: str) -> Trial:
         scoring={"resources": {"none": 1.0}},  # no node has it, so no scorer is started
         cluster=cluster_options,
     )
-    scratch = tempfile.TemporaryDirectory(prefix="stage-ray-bench-")
-    atexit.register(scratch.cleanup)
-    start_ray(run, Path(scratch.name))
+    with tempfile.TemporaryDirectory(prefix="stage-ray-bench-") as scratch:
+        start_ray(run, Path(scratch))
     cluster, runner = Cluster(run, None), asyncio.Runner()
 
     async def ready() -> None:
@@ -104,24 +102,21 @@ def publish(model: str, device: str, transport: str) -> Trial:
     runner.run(ready())
     packs, loads = watch(cluster.learner.actor.client), [watch(actor.client) for actor in cluster.rollouts.actors]
     pack, load = ("pack", "load_weights") if transport == "object_store" else ("offer", "receive")
-    first: list[float] = []
-
-    def trial() -> Measurement:
+    first_s = 0.0
+    while True:
         for answers in loads:
             answers.clear()
         time.sleep(FREE_S)
         copy_s, _ = timed(CPU, np.copyto, target, source)
         read_s, _ = timed(CPU, xxhash.xxh3_64_intdigest, source.data)
         seconds, _ = timed(CPU, runner.run, cluster.publish(0))  # the weights that the learner loaded, every time
-        first.append(seconds)
+        first_s = first_s or seconds
         if cluster.restarts() or any(list(answers) != [load] for answers in loads):
             raise RuntimeError(f"a worker did not take the version by {transport}: {loads}")
         pack_s, load_s = packs[pack], max(answers[load] for answers in loads)
-        stages = {"pack_s": pack_s, "load_s": load_s, "store_s": seconds - pack_s - load_s, "first_s": first[0]}
+        stages = {"pack_s": pack_s, "load_s": load_s, "store_s": seconds - pack_s - load_s, "first_s": first_s}
         size = {"nbytes": source.nbytes, "workers": len(loads)}
-        return {"seconds": seconds, "copy_s": copy_s, "read_s": read_s, **stages, **size}
-
-    return trial
+        yield {"seconds": seconds, "copy_s": copy_s, "read_s": read_s, **stages, **size}
 
 
 def watch(client: Client) -> dict[str, float]:
@@ -138,9 +133,10 @@ def watch(client: Client) -> dict[str, float]:
     return seconds
 
 
-def repack(model: str, device: str) -> Trial:
+def repack(model: str, device: str) -> Trials:
     """A vLLM engine that is given its own weights again and again."""
     engine = engine_of(model, device, engine="vllm", images_per_batch=2)
     tensors = {name: torch.zeros(shape) for name, shape in engine.weight_shapes().items()}
     nbytes = sum(tensor.nbytes for tensor in tensors.values())
-    return lambda: {"seconds": timed(torch.device(device), engine.install, tensors)[0], "nbytes": nbytes}
+    while True:
+        yield {"seconds": timed(torch.device(device), engine.install, tensors)[0], "nbytes": nbytes}

@@ -268,7 +268,7 @@ def test_a_variant_that_fails_ends_the_bench_with_its_reason(build: object, why:
 @pytest.mark.parametrize(("staleness", "hidden"), [(0, False), (2, True)])
 def test_stages_overlap_as_far_as_staleness_allows(staleness: int, hidden: bool) -> None:
     stages = (0.1, 0.05, 0.1)
-    trial = pipeline.driven(stages, staleness, steps=6 + staleness + 2, groups=8)()
+    trial = next(pipeline.driven(stages, staleness, steps=6 + staleness + 2, groups=8))
     assert trial["seconds"] >= max(stages)
     assert (trial["seconds"] < 0.9 * sum(stages)) == hidden
     assert trial["group_s"] > trial["ledger_s"] > 0
@@ -399,8 +399,8 @@ def test_a_gpu_that_is_not_there_is_wrong_usage(capsys: pytest.CaptureFixture[st
 @pytest.mark.slow
 def test_a_rollout_bench_of_a_tiny_model_gives_whole_rows(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def in_this_process(variants: list[Variant], *, repeats: int, **_: object) -> dict[str, list[Measurement]]:
-        trials = {variant.name: variant.build(**variant.options) for variant in variants}
-        return {name: [trial() for _ in range(repeats)] for name, trial in trials.items()}
+        trials = {variant.name: variant.trials(**variant.options) for variant in variants}
+        return {name: [next(found) for _ in range(repeats)] for name, found in trials.items()}
 
     monkeypatch.setattr("stage_ray.bench.rollout.interleave", in_this_process)
     case = Case("tiny", None, 8, "float32", {"torch": 3.0, "best": 2.5}, repeats=2)
@@ -417,8 +417,8 @@ def test_a_rollout_bench_of_a_tiny_model_gives_whole_rows(model: Path, monkeypat
 @pytest.mark.slow
 def test_a_broadcast_version_reaches_both_workers(model: Path) -> None:
     try:
-        trial = publish(str(model), "cpu", "gloo")  # in this process, for its Ray is the only one here
-        for found in (trial(), trial()):
+        trials = publish(str(model), "cpu", "gloo")  # in this process, for its Ray is the only one here
+        for found in (next(trials), next(trials)):
             assert found["seconds"] > found["pack_s"] + found["load_s"] > 0 < found["copy_s"]
             assert found["workers"] == 2 and found["nbytes"] == weight_bytes(model_sizes(str(model)))
     finally:

@@ -2,34 +2,30 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from pathlib import Path
 
-from stage_ray.bench.base import Trial
+from stage_ray.bench.base import Trials
 
 
-def logging_variant(log: str, name: str) -> Trial:
+def logging_variant(log: str, name: str) -> Trials:
     """Writes its name, process and threads in each trial."""
-    state = {"trials": 0}
-
-    def trial() -> dict[str, float]:
-        state["trials"] += 1
+    for number in itertools.count(1):
         with Path(log).open("a") as file:
             file.write(f"{name} {os.getpid()} {os.environ['OMP_NUM_THREADS']}\n")
-        return {"seconds": float(state["trials"])}
-
-    return trial
+        yield {"seconds": float(number)}
 
 
-def failing_variant(log: str, name: str) -> Trial:
+def failing_variant(log: str, name: str) -> Trials:
     """Does not even load."""
-    raise ValueError(f"{name} has\nno legs")
+    if name:
+        raise ValueError(f"{name} has\nno legs")
+    yield {}
 
 
-def dying_variant(log: str, name: str) -> Trial:
+def dying_variant(log: str, name: str) -> Trials:
     """Loads, then ends."""
-
-    def trial() -> dict[str, float]:
+    while True:
         os._exit(7)
-
-    return trial
+        yield {}

@@ -6,7 +6,7 @@ import ctypes
 
 import torch
 
-from stage_ray.bench.base import Measurement, Trial
+from stage_ray.bench.base import Trials
 from stage_ray.bench.machine import PeakMemory
 from stage_ray.config import PolicyConfig
 from stage_ray.learner.learner import _enable_checkpointing
@@ -17,7 +17,7 @@ PROMPT = "a photo of a red circle"
 MMAP_THRESHOLD = -3  # of malloc.h: larger tensors go back to the system at once, so that holes do not count
 
 
-def peak_side(model: str, rows: int, bfloat16: bool, checkpointing: bool) -> Trial:
+def peak_side(model: str, rows: int, bfloat16: bool, checkpointing: bool) -> Trials:
     """Rise of memory over forward and backward of ``rows`` images; gradients are there before."""
     ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, 2**16)
     cpu = torch.device("cpu")
@@ -32,10 +32,8 @@ def peak_side(model: str, rows: int, bfloat16: bool, checkpointing: bool) -> Tri
             statistics = policy.token_logprobs([prompt] * count, tokens, entropy_grad=False)
         statistics.logprobs.sum().backward()
 
-    def turn() -> Measurement:
+    while True:
         passes(1)  # makes the gradients, and what the libraries keep
         peak = PeakMemory(cpu)
         passes(rows)
-        return {"rise": peak.rise_mib() * 2**20, "prompt": len(prompt)}
-
-    return turn
+        yield {"rise": peak.rise_mib() * 2**20, "prompt": len(prompt)}
