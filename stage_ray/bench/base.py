@@ -105,8 +105,8 @@ def interleave(
 ) -> dict[str, list[Measurement]]:
     """Run the trials of the variants in turn, A B A B, each with every core while the others wait.
 
-    The measurements of each variant by its name, without the first ``warmups``. A variant that fails is a RunError that
-    says why and where its log is.
+    Returns the measurements of each variant by its name, without the first ``warmups``. Raises a RunError where a
+    variant fails; it says why and where its log is.
     """
     logs = Path(tempfile.mkdtemp(prefix="stage-ray-bench-"))
     measured: dict[str, list[Measurement]] = {variant.name: [] for variant in variants}

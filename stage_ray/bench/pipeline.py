@@ -78,9 +78,9 @@ def cost_rows(trials: Mapping[str, Sequence[Measurement]], few: int, many: int) 
 def driven(
     stages: Sequence[float], staleness: int, steps: int, groups: int, rollouts: int = 1, rewards: int = 1
 ) -> Trials:
-    """The driver over a `TimedCluster`; a worker's generation batch holds all ``groups`` of a step.
+    """Run the driver over a `TimedCluster`; a worker's generation batch holds all ``groups`` of a step.
 
-    Seconds of a step once the pipeline is full; processor seconds of a group, and of the ledger alone for one.
+    Yields seconds of a step once the pipeline is full, and processor seconds of a group: in all, and of its ledger.
     """
     run = bench_run(
         steps=steps,

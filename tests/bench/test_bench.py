@@ -45,7 +45,7 @@ from stage_ray.recipes import load_recipe
 from stage_ray.registry import Registry
 from tests.bench.variants import dying_variant, failing_variant, logging_variant
 from tests.learner_case import PROMPTS, sample_groups, score, tiny_run
-from tests.tiny import CODES, HIDDEN, IMAGE_TOKENS, tiny_janus
+from tests.tiny import CODES, HIDDEN, IMAGE_TOKENS
 
 CPU = torch.device("cpu")
 GUIDANCE = 2.0
@@ -76,11 +76,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_janus(tmp_path_factory.mktemp("bench") / "janus")
 
 
 @pytest.fixture(scope="module")
