@@ -8,13 +8,11 @@ import textwrap
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from typer import Option
 
 from stage_ray.config.model_sizes import FLOAT32, KNOWN, ModelSizes
-from stage_ray.config.paths import PACKAGE, resolve_path
 from stage_ray.engines.memory import LONGEST_PROMPT, images_in_flight, rollout_memory
 from stage_ray.errors import ConfigError
 from stage_ray.learner.memory import learner_memory, loading_bytes
@@ -120,22 +118,9 @@ def model_sizes(model: str) -> ModelSizes:
     """
     if known := KNOWN.get(model.lower()):
         return known
-    directory = resolve_path(model) if model.startswith(PACKAGE) else Path(model).expanduser()
-    if not (directory / "config.json").is_file():
-        raise ConfigError(
-            f"--model {model} is neither known ({', '.join(KNOWN)}) nor a local directory: no config.json is in it"
-        )
-    from transformers import AutoConfig, JanusConfig
+    from stage_ray.policies.janus.builder import checkpoint_sizes  # late: it imports torch
 
-    from stage_ray.policies.janus.builder import measure_sizes
-
-    try:
-        config = AutoConfig.from_pretrained(directory)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"--model {model}: its config.json is not readable: {error}") from error
-    if not isinstance(config, JanusConfig):
-        raise ConfigError(f"--model {model} is a {config.model_type!r} model; plans are for Janus models")
-    return measure_sizes(config, directory.name, model)
+    return checkpoint_sizes(model)
 
 
 def room(gpu_gib: float) -> int:

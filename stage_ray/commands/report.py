@@ -29,7 +29,4 @@ def metrics(
     """
     from stage_ray.observability import registry
 
-    if markdown:
-        echo(registry.markdown(), nl=False)
-    else:
-        registry.print_table()
+    echo(registry.markdown() if markdown else registry.TABLE, nl=False)

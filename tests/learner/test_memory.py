@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaModel
 
-from stage_ray.bench.models import FIFTY_MILLION, write_model
-from stage_ray.bench.timing import Measurement, Variant, interleave
+from stage_ray.bench.base import Measurement, Variant, interleave
+from stage_ray.bench.inputs import FIFTY_MILLION, write_model
 from stage_ray.commands.plan import model_sizes
 from stage_ray.config.model_sizes import BFLOAT16, FLOAT32, KNOWN, ModelSizes
 from stage_ray.learner import memory

@@ -1,8 +1,8 @@
 """A Janus model of any size with random weights, for pretraining, benchmarks and tests.
 
 `JanusSizes` holds the numbers, `build_config` and `build_model` turn them into transformers' own classes, and
-`write_checkpoint` makes a directory that plain transformers (and `JanusPolicy`) loads. `measure_sizes` counts what a
-model of a given config is made of.
+`write_checkpoint` makes a directory that plain transformers (and `JanusPolicy`) loads. `checkpoint_sizes` counts what
+a checkpoint's model is made of.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from transformers import (
+    AutoConfig,
     GenerationConfig,
     JanusConfig,
     JanusForConditionalGeneration,
@@ -24,7 +25,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from stage_ray.config.model_sizes import ModelSizes
+from stage_ray.config.model_sizes import KNOWN, ModelSizes
+from stage_ray.config.paths import PACKAGE, resolve_path
+from stage_ray.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,15 +156,30 @@ def write_checkpoint(directory: Path, model: JanusForConditionalGeneration, proc
     return directory
 
 
-def measure_sizes(config: JanusConfig, name: str, path: str) -> ModelSizes:
-    """Count the parameters of the model that a config describes; ``name`` and ``path`` are what a plan calls it."""
+def checkpoint_sizes(model: str) -> ModelSizes:
+    """Sizes of a local checkpoint directory (or package:MODULE/DIR), whose ``config.json`` is enough.
+
+    Raises:
+        ConfigError: there is none, or it holds no Janus config.
+    """
+    directory = resolve_path(model) if model.startswith(PACKAGE) else Path(model).expanduser()
+    if not (directory / "config.json").is_file():
+        raise ConfigError(
+            f"--model {model} is neither known ({', '.join(KNOWN)}) nor a local directory: no config.json is in it"
+        )
+    try:
+        config = AutoConfig.from_pretrained(directory)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--model {model}: its config.json is not readable: {error}") from error
+    if not isinstance(config, JanusConfig):
+        raise ConfigError(f"--model {model} is a {config.model_type!r} model; plans are for Janus models")
     with torch.device("meta"):  # shapes alone, no memory
         core = JanusForConditionalGeneration(config)
     parts = {name: sum(p.numel() for p in part.parameters()) for name, part in core.model.named_children()}
     text, vq, llama = config.text_config, config.vq_config, core.model.language_model
     return ModelSizes(
-        name=name,
-        path=path,
+        name=directory.name,
+        path=model,
         hidden=text.hidden_size,
         intermediate=text.intermediate_size,
         layers=text.num_hidden_layers,
