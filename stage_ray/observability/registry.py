@@ -25,10 +25,6 @@ class Metric:
         meaning: one sentence without its full stop.
         where: what records it.
         kind: gauge, or a counter, which only grows while its process lives.
-
-    Example:
-        >>> Metric("time/step_s", "s", "Seconds", "driver").prometheus
-        'stage_ray_time_step_s'
     """
 
     name: str

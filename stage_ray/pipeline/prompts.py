@@ -48,15 +48,7 @@ def _record(path: Path, number: int, line: str) -> dict:
 
 @dataclass(slots=True)
 class PromptCursor:
-    """Draws prompts for ever, a new order each epoch. ``position`` alone is its state, so resuming is exact.
-
-    Example:
-        >>> prompts = [Prompt(0, "a"), Prompt(1, "b")]
-        >>> cursor = PromptCursor(prompts, seed=1)
-        >>> first = [cursor.draw().text for _ in range(4)]
-        >>> PromptCursor(prompts, seed=1, position=3).draw().text == first[3]
-        True
-    """
+    """Draws prompts for ever, a new order each epoch. ``position`` alone is its state, so resuming is exact."""
 
     prompts: list[Prompt]
     seed: int
