@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import tempfile
@@ -14,6 +13,7 @@ from stage_ray.bench.baselines import SingleProcessTrainer
 from stage_ray.bench.machine import best, dtype_name, machine, sampling_limit, timed, update_limit
 from stage_ray.config.load import load_config
 from stage_ray.errors import ConfigError, RunError
+from stage_ray.observability.metrics_logger import METRICS_FILE, read_steps
 from stage_ray.policies.devices import device_for
 from stage_ray.policies.janus.builder import checkpoint_sizes
 
@@ -89,5 +89,4 @@ def train_command(overrides: list[str], skipped: int) -> Trials:
 
 def step_times(run_dir: Path) -> list[float]:
     """Seconds of each of a run's steps, by its metrics."""
-    lines = map(json.loads, (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-    return [line["images"] / line["images_per_s"] for line in lines if "images_per_s" in line]
+    return [row["images"] / row["images_per_s"] for row in read_steps(run_dir / METRICS_FILE)]

@@ -85,7 +85,6 @@ class RolloutBench(Bench):
                     "ratio_without_second_forward": alone / ours_s,
                     "loop_alone_s": alone,
                     "second_forward_s": whole - alone,
-                    "images_per_s": case.images / ours_s,
                     "ms_per_step": 1e3 * ours_s / model.image_tokens,
                 }
                 name = f"rollout/{case.name}/{claim}"

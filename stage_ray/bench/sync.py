@@ -59,7 +59,6 @@ def row_of(transport: str, trials: Sequence[Measurement]) -> Row:
     copy_s, read_s, seconds = (median(trials, name) for name in ("copy_s", "read_s", "seconds"))
     stages = {name: median(trials, name) for name in ("pack_s", "store_s", "load_s", "first_s")}
     stored, workers, gigabytes = transport == "object_store", trials[0]["workers"], trials[0]["nbytes"] / 1e9
-    speeds = {"gb_per_s_per_worker": gigabytes / seconds, "copy_gb_per_s": gigabytes / copy_s}
     return Row(
         "sync/publish" if stored else f"sync/publish/{transport}",
         *(0.5, copy_s, seconds),
@@ -68,7 +67,7 @@ def row_of(transport: str, trials: Sequence[Measurement]) -> Row:
         limit=((1 if stored else workers) * copy_s + workers * read_s) / usable_cpus(),
         limit_is=f"one copy into {'shared memory' if stored else 'each worker'}, checksummed on its way, and one "
         f"checksum in each worker ({read_s:.3g} s on a core), all spread evenly over the cores",
-        details={**stages, **speeds},
+        details=stages,
         notes=(f"{gigabytes:.3g} GB of a float32 model to {workers} workers; vLLM's repacking is not in it",),
     )
 
@@ -79,14 +78,13 @@ def publish(model: str, device: str, transport: str) -> Trials:
     target, nccl = np.zeros_like(source), transport == "nccl"
     gpus = 0.0 if device == "cpu" else 1.0 if nccl else 0.3
     workers = min(WORKERS, torch.cuda.device_count() - 1) if nccl else WORKERS
-    versions_mb = 3 * source.nbytes // 2**20  # room for three in the object store
-    cluster_options = {"object_store_mb": 200 + versions_mb, "num_cpus": WORKERS + 2, "weight_transport": transport}
+    store_mb = 200 + 3 * source.nbytes // 2**20  # room for three versions
     run = bench_run(
         model,
         rollout={"workers": workers, "gpus": gpus, "dtype": "float32"},
         learner={"gpus": gpus},
         scoring={"resources": {"none": 1.0}},  # no node has it, so no scorer is started
-        cluster=cluster_options,
+        cluster={"object_store_mb": store_mb, "num_cpus": WORKERS + 2, "weight_transport": transport},
     )
     with tempfile.TemporaryDirectory(prefix="stage-ray-bench-") as scratch:
         start_ray(run, Path(scratch))

@@ -48,7 +48,6 @@ class RunState:
         self, run: RunConfig, run_dir: Path, prompts: list[Prompt], *, resume: bool, note: Callable[[str], None]
     ) -> None:
         self._run, self._prompts, self._note = run, prompts, note
-        self._synchronous = run.pipeline.max_staleness == 0
         self._ledger_file = run_dir / "ledger.jsonl"
         self._store = CheckpointStore(run_dir / "checkpoints", run.checkpoint.keep)
         self._saving: asyncio.Task[None] | None = None
@@ -120,7 +119,7 @@ class RunState:
         position = Position(self._ledger.position(), stream.cursor.position, stream.next_group)
         self._saving = asyncio.create_task(self._save(step, cluster, stream, held, position))
         await asyncio.sleep(0)  # queues `save_state` at the learner before the next update
-        if last or self._synchronous:
+        if last or self._run.pipeline.max_staleness == 0:
             await self.saved()
 
     async def saved(self) -> None:
