@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from stage_ray.config.hardware import machine_metadata
@@ -66,12 +66,8 @@ def write_report(run_dir: Path) -> Path:
     state = f"{done} steps" if done >= wanted else f"{done} of {wanted} steps so far"
     if done >= wanted and after is None and config.get("evaluation", {}).get("enabled", True):
         state += ", not evaluated afterwards"
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("stage_ray.report"),
-        autoescape=jinja2.select_autoescape(["html", "j2"]),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-    )
+    loader = PackageLoader("stage_ray.report")
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     page = environment.get_template("report.html.j2").render(
         name=run_dir.resolve().name,
         state=state,
@@ -101,14 +97,13 @@ def changes(before: EvaluationResult, after: EvaluationResult) -> dict[str, Metr
     """
     found: dict[str, MetricValue] = {}
     for name, was in before.metrics.items():
-        if name not in after.metrics:
+        now = after.metrics.get(name)
+        if now is None or any(part not in found for part in was.parts):
             continue
-        now, parts = after.metrics[name], {part: found[part] for part in was.parts if part in found}
         both = was.by_prompt.keys() & now.by_prompt.keys()  # prompts with a judged image in both
         differences = {prompt: [now.by_prompt[prompt] - was.by_prompt[prompt]] for prompt in sorted(both)}
-        complete = len(parts) == len(was.parts)
-        change = (mean_of_metrics(parts) if complete else None) if was.parts else mean_over_images(differences)
-        if change is not None:
+        parts = {part: found[part] for part in was.parts}  # empty where the metric is measured itself
+        if (change := mean_of_metrics(parts) or mean_over_images(differences)) is not None:
             found[name] = change
     return found
 
