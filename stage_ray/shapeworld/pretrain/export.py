@@ -15,7 +15,7 @@ from transformers import CLIPImageProcessorPil, JanusVQVAE
 
 from stage_ray.policies.janus.builder import write_checkpoint
 from stage_ray.rewards.detection import Detection, Detector
-from stage_ray.rewards.geneval_rules import requirements, strict_verdict
+from stage_ray.rewards.geneval import requirements, strict_verdict
 from stage_ray.shapeworld.detector import CLASSES, WEIGHTS_FILE, ShapeDetector, build_classifier
 from stage_ray.shapeworld.grammar import TASKS, Record, prompts, sample_record, sample_scene
 from stage_ray.shapeworld.pretrain import clip, detector, language_model, tokenizer
