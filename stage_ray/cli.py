@@ -1,4 +1,4 @@
-"""The command line: every command is a file of ``commands/``; an exit code and at most one sentence come out.
+"""The command line: every command is a function of ``commands/``; an exit code and at most one sentence come out.
 
 Exit codes: 0 done, 1 the run failed, 2 wrong usage or config, 128 + n stopped by signal n. Expected errors are one
 sentence on stderr; anything else is a bug and shows its traceback. Commands import what is heavy when they run.
@@ -11,12 +11,10 @@ from typer.exceptions import TyperException
 
 from stage_ray.commands.bench import bench
 from stage_ray.commands.doctor import doctor
-from stage_ray.commands.evaluate import evaluate
-from stage_ray.commands.generate import generate
-from stage_ray.commands.metrics import metrics
+from stage_ray.commands.inference import evaluate, generate
 from stage_ray.commands.plan import plan
 from stage_ray.commands.pretrain import pretrain
-from stage_ray.commands.report import report
+from stage_ray.commands.report import metrics, report
 from stage_ray.commands.submit import submit
 from stage_ray.commands.train import train
 from stage_ray.errors import ConfigError, Interrupted, RunError

@@ -1,6 +1,8 @@
 """The two ways a command ends badly that are not bugs: each message is one clear sentence for a person."""
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 
 class ConfigError(ValueError):
@@ -16,16 +18,32 @@ class LearnerLostError(RunError):
 
 
 class GroupsLostError(Exception):
-    """The payload of some groups is gone, with the node that held it; the other groups are as they were."""
+    """The payload of some groups was lost with the node that held it; the other groups are as they were."""
 
     def __init__(self, group_ids: Sequence[int]) -> None:
         super().__init__(f"groups {list(group_ids)} were lost with a node")
         self.group_ids = list(group_ids)
 
 
-class Interrupted(RunError):  # noqa: N818  it is no error: someone wanted it
+class Interrupted(RunError):  # noqa: N818  it is no error: a user asked for it
     """A signal ended the run, after a checkpoint. Exit code 128 plus the signal's number, as shells expect."""
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+def suggest(name: str, known: Collection[str], prefix: str = "") -> str:
+    """The fix of an unknown name: the nearest known one, after ``prefix``, or all of them.
+
+    Example:
+        >>> suggest("clop", ["clip", "geneval"], "rewards."), suggest("x", ["geneval", "clip"])
+        ("did you mean 'rewards.clip'?", 'known here: clip, geneval')
+    """
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {prefix + near[0]!r}?" if near else f"known here: {', '.join(sorted(known))}"
+
+
+def impossible(key: str, error: Mapping[str, Any]) -> str:
+    """One of pydantic's errors about a value, as a sentence that begins with the key and the value."""
+    return f"{key} = {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"

@@ -38,10 +38,6 @@ class RolloutRequest:
     """Ask for one group: one prompt, one image per seed.
 
     ``group_id`` grows with admission and is unique in a run; ``seeds`` (each 0 <= seed < 2**63) fix every image wholly.
-
-    Example:
-        >>> RolloutRequest(group_id=3, prompt=Prompt(0, "a photo of a ring"), seeds=(11, 12)).seeds
-        (11, 12)
     """
 
     group_id: int
@@ -119,10 +115,6 @@ class GroupRefs:
         scores: reference to its `ScoredGroup`; None before scoring, and where the scorers gave no answer.
         error: why not every score may be used; "" where all may.
         generate_s: seconds that the generation batch took in which the group was sampled.
-
-    Example:
-        >>> GroupRefs(3, policy_version=5, tokens=None, error="clip: 1 of 8 scores failed").error
-        'clip: 1 of 8 scores failed'
     """
 
     group_id: int
@@ -136,12 +128,7 @@ class GroupRefs:
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """What one update made: the policy's new version, and the update's metrics.
-
-    Example:
-        >>> Update(version=4, metrics={"loss": 0.5}).version
-        4
-    """
+    """What one update made: the policy's new version, and the update's metrics."""
 
     version: int
     metrics: dict[str, float]
@@ -149,12 +136,7 @@ class Update:
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """Where one tensor lies (chunk, number in it), and its checksum (xxh3-64 of its bytes, hexadecimal).
-
-    Example:
-        >>> TensorSpec("w", (2, 2), "float32", chunk=0, index=0, nbytes=16, checksum="0" * 16).nbytes
-        16
-    """
+    """Where one tensor lies (chunk, number in it), and its checksum (xxh3-64 of its bytes, hexadecimal)."""
 
     name: str
     shape: tuple[int, ...]
@@ -167,12 +149,7 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True)
 class WeightManifest:
-    """One policy version, whole or not at all (promise 6).
-
-    Example:
-        >>> WeightManifest(version=1, tensors=(), chunks=0).version
-        1
-    """
+    """One policy version, whole or not at all (promise 6)."""
 
     version: int
     tensors: tuple[TensorSpec, ...]

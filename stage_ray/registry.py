@@ -6,14 +6,13 @@ recipe, family or benchmark is one new file: no list of names is kept anywhere.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stage_ray.errors import ConfigError
+from stage_ray.errors import ConfigError, suggest
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +56,8 @@ class Registry:
             return getattr(importlib.import_module(f"{self.room}.{name}"), files[name])
         if "." in name:
             return import_dotted(name, key)
-        near = difflib.get_close_matches(name, files, n=1, cutoff=0.5)
-        fix = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(files))},"
-        raise ConfigError(f"{key} = {name!r} is no known {self.what}; {fix} or give the dotted path of your own class")
+        own = "(or give the dotted path of your own class)"
+        raise ConfigError(f"{key} = {name!r} is no known {self.what}; {suggest(name, files)} {own}")
 
     def _files(self) -> dict[str, str]:
         """Name -> class, read from the sources without running them."""
@@ -67,7 +65,7 @@ class Registry:
         pattern = re.compile(rf"^(?:class|from \S+ import) (\w+{self.suffix})\b", re.MULTILINE)
         found = {}
         for path in [*room.glob("*.py"), *room.glob("*/__init__.py")]:
-            name = path.parent.name if path.name == "__init__.py" else path.stem
+            name = path.parent.name if path.name == "__init__.py" else path.stem  # a folder by its own name
             matches = pattern.finditer(path.read_text(encoding="utf-8"))
             # A file's class is the first that it defines; a folder's is named by importing it in its `__init__`.
             own = [match[1] for match in matches if match[0].startswith("class") or path.name == "__init__.py"]
@@ -84,9 +82,7 @@ def import_dotted(name: str, key: str) -> Any:
     """
     module, _, attribute = name.rpartition(".")
     if not module:
-        raise ConfigError(
-            f"{key} {name!r} is neither a known name nor the dotted path of a class (package.module.Class)"
-        )
+        raise ConfigError(f"{key} {name!r} is no dotted path of a class (package.module.Class)")
     try:
         return getattr(importlib.import_module(module), attribute)
     except ModuleNotFoundError as error:

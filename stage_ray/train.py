@@ -27,12 +27,7 @@ __all__ = ["ConfigError", "RunError", "RunSummary", "train"]
 
 @dataclass(frozen=True, slots=True)
 class RunSummary:
-    """What a finished run leaves: the headline of its benchmark before and after, None where nothing was evaluated.
-
-    Example:
-        >>> RunSummary(Path("runs/a"), 100, 0.5, 0.75, Path("runs/a/report.html")).after
-        0.75
-    """
+    """What a finished run leaves: the headline of its benchmark before and after, None where nothing was evaluated."""
 
     run_dir: Path
     steps: int
@@ -63,7 +58,7 @@ def train(run: RunConfig, *, resume: Resume = False, progress: Progress | None =
             raise
         finally:
             recorder.close()
-            report = write_report(run_dir)
+            report = write_report(run_dir)  # also of a run that failed
     return RunSummary(run_dir, run.steps, before, after, report)
 
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from stage_ray.bench.timed_cluster import TimedCluster
+from stage_ray.bench.pipeline import TimedCluster
 from stage_ray.config import RunConfig
 from stage_ray.config.load import validate_config
 from stage_ray.observability.progress import Progress

@@ -11,7 +11,7 @@ import torch
 
 from stage_ray.config import RunConfig
 from stage_ray.config.load import validate_config
-from stage_ray.learner import Learner
+from stage_ray.learner.learner import Learner
 from stage_ray.policies.base import Policy
 from stage_ray.policies.logprobs import token_logprobs
 from stage_ray.records import Prompt, RolloutGroup, ScoredGroup
@@ -42,7 +42,7 @@ def sample_groups(
     generator = torch.Generator().manual_seed(seed)
     groups = []
     for index, text in enumerate(prompts):
-        ids = [policy.encode_prompt(text).conditional] * group_size
+        ids = [policy.codec.encode_prompt(text).conditional] * group_size
         tokens = torch.zeros(group_size, policy.image_tokens, dtype=torch.int64)
         for place in range(policy.image_tokens):
             logits = policy.image_logits(ids, tokens)[:, place].float()

@@ -30,7 +30,7 @@ import yaml
 from safetensors.torch import load_file
 
 from stage_ray.actors.client import Client
-from stage_ray.bench.timed_cluster import TimedCluster
+from stage_ray.bench.pipeline import TimedCluster
 from stage_ray.cluster.cluster import Cluster
 from stage_ray.cluster.transport import ObjectStore
 from stage_ray.commands.replay import replay

@@ -29,7 +29,7 @@ def informative_scorers(scores: Tensor) -> Tensor:
         raise ValueError(f"scores must be [N, G, R] with at least 2 images a group, not {list(scores.shape)}")
     if not bool(torch.isfinite(scores).all()):
         raise ValueError("scores hold a value that is not finite; a failed score must be made again, not trained on")
-    return scores.std(dim=1) > CONSTANT_STD
+    return scores.std(dim=1) > CONSTANT_STD  # [N, R], unbiased
 
 
 def combine_rewards(scores: Tensor, *, weights: Tensor | None = None, drop_constant: bool = False) -> Tensor:
@@ -58,9 +58,9 @@ def combine_rewards(scores: Tensor, *, weights: Tensor | None = None, drop_const
     informative = informative_scorers(scores)
     if weights is not None and weights.shape != scores.shape[2:]:
         raise ValueError(f"weights must be [{scores.shape[2]}], one a scorer, not {list(weights.shape)}")
-    weighted = scores if weights is None else scores * weights
+    weighted = scores if weights is None else scores * weights  # [N, G, R]
     if drop_constant:
-        weighted = weighted.masked_fill(~informative.unsqueeze(1), 0.0)
+        weighted = weighted.masked_fill(~informative.unsqueeze(1), 0.0)  # for the whole group at once
     return weighted.sum(dim=-1)
 
 
@@ -87,5 +87,5 @@ def group_advantages(rewards: Tensor, *, eps: float = 1e-4) -> Tensor:
     if rewards.dim() != 2 or rewards.shape[1] < 2:
         raise ValueError(f"rewards must be [N, G] with at least 2 images a group, not {list(rewards.shape)}")
     centred = rewards - rewards.mean(dim=1, keepdim=True)
-    constant = (rewards == rewards[:, :1]).all(dim=1, keepdim=True)
+    constant = (rewards == rewards[:, :1]).all(dim=1, keepdim=True)  # [N, 1], compared, not std == 0: that rounds
     return (centred / (rewards.std(dim=1, keepdim=True) + eps)).masked_fill(constant, 0.0)

@@ -11,12 +11,32 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stage_ray.algorithm.kl import k3_kl
 from stage_ray.algorithm.off_policy import Correction, surrogate
 from stage_ray.algorithm.similarity import advantage_weight, kl_weight
 
 WEIGHT_EPS = 1e-6
 """Added to a group's sum of weights, as in the published code: a group of identical images then divides 0 by this."""
+
+
+def k3_kl(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
+    """Per-token estimate of KL(policy || reference): ``exp(d) - d - 1`` with ``d = logp_ref - logp`` ("k3").
+
+    Never negative, unbiased for tokens sampled from the policy, and differentiable in ``logprobs``. Written with expm1:
+    near the reference the plain form is all rounding error in float32.
+
+    Args:
+        logprobs: float, any shape, nats.
+        reference_logprobs: the same shape.
+
+    Returns:
+        float, the same shape, nats.
+
+    Example:
+        >>> k3_kl(torch.zeros(2), torch.tensor([0.0, 1.0])).mul(1e4).round().tolist()
+        [0.0, 7183.0]
+    """
+    difference = reference_logprobs - logprobs
+    return torch.expm1(difference) - difference  # exp(d) - 1 - d
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +91,7 @@ def token_weights(
     """
     if similarity is not None and similarity.shape != like.shape:
         raise ValueError(f"similarity must be {list(like.shape)}, not {list(similarity.shape)}")
-    policy = kappa = torch.ones_like(like)
+    policy = kappa = torch.ones_like(like)  # no reweighting
     if similarity is not None and reweight_advantage:
         policy = advantage_weight(similarity.to(like))
     if similarity is not None and reweight_kl:
@@ -114,7 +134,7 @@ def policy_loss(
         >>> loss.item(), [round(g, 4) for g in logp.grad.flatten().tolist()]
         (-0.0, [-0.3535, 0.3535])
     """
-    shares = _normalised(torch.ones_like(logprobs) if weight is None else weight)
+    shares = _normalised(torch.ones_like(logprobs) if weight is None else weight)  # [N, G, T], 1/N a group in sum
     advantages = _per_token(advantages, logprobs)
     return -(shares * surrogate(logprobs, behavior_logprobs, advantages, clip=clip, correction=correction)).sum()
 
@@ -139,7 +159,7 @@ def weighted_loss(
         beta: weight of the KL; ``clip`` and ``correction`` as in `policy_loss`.
     """
     terms = surrogate(logprobs, behavior_logprobs, _per_token(advantages, logprobs), clip=clip, correction=correction)
-    policy = -(weights.policy * terms).sum()
+    policy = -(weights.policy * terms).sum()  # minus: the objective is maximised
     kl = (weights.kl * k3_kl(logprobs, reference_logprobs)).sum()
     return StageLoss(loss=policy + beta * kl, policy=policy.detach(), kl=kl.detach())
 

@@ -80,7 +80,7 @@ def importance_ratio(logprobs: Tensor, behavior_logprobs: Tensor | None) -> Tens
         >>> importance_ratio(torch.tensor([0.5, 0.2]).log(), torch.tensor([0.25, 0.2]).log()).tolist()
         [2.0, 1.0]
     """
-    behavior = logprobs if behavior_logprobs is None else behavior_logprobs
+    behavior = logprobs if behavior_logprobs is None else behavior_logprobs  # then the ratio is exactly 1
     return torch.exp(logprobs - behavior.detach())
 
 
@@ -115,11 +115,11 @@ def beyond(logprobs: Tensor, behavior_logprobs: Tensor, correction: Correction) 
         >>> beyond(now, then, Correction("truncate")).tolist(), beyond(now, then, Correction("mask")).tolist()
         ([True, False, False], [True, False, True])
     """
-    log_ratio = (logprobs - behavior_logprobs).detach()
+    log_ratio = (logprobs - behavior_logprobs).detach()  # decides only, carries no gradient
     if correction.kind == "truncate":
         return log_ratio > math.log(correction.cap)
     if correction.kind == "mask":
-        low = math.log(correction.low) if correction.low > 0 else -math.inf
+        low = math.log(correction.low) if correction.low > 0 else -math.inf  # log 0 is an error in Python
         return (log_ratio < low) | (log_ratio > math.log(correction.high))
     return torch.zeros_like(log_ratio, dtype=torch.bool)
 
@@ -147,7 +147,7 @@ def corrected_ratio(logprobs: Tensor, behavior_logprobs: Tensor | None, correcti
         return importance_ratio(logprobs, behavior_logprobs)
     log_ratio = (logprobs - behavior_logprobs).detach()
     if correction.kind == "truncate":
-        log_ratio = log_ratio.clamp(max=math.log(correction.cap))
+        log_ratio = log_ratio.clamp(max=math.log(correction.cap))  # before exp, which could overflow
     else:
         log_ratio = log_ratio.masked_fill(beyond(logprobs, behavior_logprobs, correction), -math.inf)
     return torch.exp(logprobs - logprobs.detach() + log_ratio)  # the difference is 0 and carries the gradient
@@ -222,6 +222,6 @@ def effective_sample_size(weights: Tensor) -> Tensor:
     """
     if weights.numel() == 0:
         return torch.ones((), dtype=torch.float64, device=weights.device)
-    weights = weights.double()
+    weights = weights.double()  # squares of great ratios
     squares = weights.square().sum()
     return torch.where(squares > 0, weights.sum().square() / (weights.numel() * squares), torch.zeros_like(squares))

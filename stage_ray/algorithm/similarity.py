@@ -43,9 +43,9 @@ def opposite_sign_similarity(tokens: Tensor, codebook: Tensor, advantages: Tenso
         opposite = (signs.unsqueeze(2) * signs.unsqueeze(1) <= 0).to(vectors.dtype)  # [N, G, G]
         peers = opposite - torch.diag_embed(opposite.diagonal(dim1=1, dim2=2))
         # summing the peers' vectors first needs G times less memory than all pairs of cosines
-        cosines = (vectors * torch.einsum("ngh,nhtd->ngtd", peers, vectors)).sum(dim=-1)
-        count = opposite.sum(dim=2).clamp(min=1.0)
-        return (cosines / count.unsqueeze(-1)).clamp(-1.0, 1.0)
+        cosines = (vectors * torch.einsum("ngh,nhtd->ngtd", peers, vectors)).sum(dim=-1)  # [N, G, T], summed over peers
+        count = opposite.sum(dim=2).clamp(min=1.0)  # [N, G], itself included where A = 0
+        return (cosines / count.unsqueeze(-1)).clamp(-1.0, 1.0)  # rounding may pass 1
 
 
 def advantage_weight(similarity: Tensor) -> Tensor:

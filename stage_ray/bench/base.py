@@ -1,32 +1,40 @@
-"""What a bench is, and what it says: one row a claim, with the limit that bounds it."""
+"""The frame: a bench declares variants, their trials run in turn, and each claim about them is a row.
+
+Every variant lives in a fresh process of its own, so that state which leaks (vLLM's environment, Ray, the peak of the
+resident memory) stays there, and what slows the machine for a minute slows all variants alike.
+"""
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import shutil
 import statistics
+import tempfile
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any, Literal
 
-from stage_ray.bench.timing import Measurement, Variant, interleave
 from stage_ray.config import RunConfig
+from stage_ray.config.hardware import usable_cpus
 from stage_ray.config.load import validate_config
+from stage_ray.errors import RunError
+from stage_ray.observability.logs import redirect_output
 from stage_ray.observability.progress import Progress
+
+Measurement = Mapping[str, Any]
+Trials = Iterator[Measurement]
+REST_S = 0.3  # OpenMP's threads spin for a while after their last work; the next variant must not pay for that
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
     """One claim: a ratio against a named baseline of the same run, its target, and how far the limit is. Never fails.
-
-    Attributes:
-        name: ``bench/case/what``, unique in a run.
-        target: the ratio that was aimed for; reached from above or from below, as ``better`` says.
-        baseline, ours: medians in ``unit``; ``baseline_is`` names what was measured for the first.
-        ratio_is: the ratio in words ("times as fast").
-        better: where ``higher``, the ratio is baseline by ours; where ``lower``, ours by baseline.
-        limit: the least that is possible here, in ``unit``; ``limit_is`` says what sets it. None where nothing does.
-        details: further measured numbers. Their names carry their units.
-        notes: what a reader must know to judge the ratio.
 
     Example:
         >>> row = Row("a/b", 2.0, 3.0, 2.0, "times as fast", "a loop", limit=1.0, limit_is="a copy")
@@ -34,18 +42,18 @@ class Row:
         (1.5, False, 0.5)
     """
 
-    name: str
-    target: float
-    baseline: float
+    name: str  # bench/case/what, unique in a run
+    target: float  # the ratio that was aimed for; reached from above or from below, as `better` says
+    baseline: float  # as `ours` a median in `unit`
     ours: float
-    ratio_is: str
-    baseline_is: str
+    ratio_is: str  # in words, such as "times as fast"
+    baseline_is: str  # what was measured for it
     unit: Literal["s", "ms", "MiB"] = "s"
-    better: Literal["higher", "lower"] = "higher"
-    limit: float | None = None
-    limit_is: str = ""
-    details: Mapping[str, float] = field(default_factory=dict)
-    notes: Sequence[str] = ()
+    better: Literal["higher", "lower"] = "higher"  # higher: the ratio is baseline by ours; lower: ours by baseline
+    limit: float | None = None  # the least that is possible here, in `unit`; None where nothing sets one
+    limit_is: str = ""  # what sets it
+    details: Mapping[str, float] = field(default_factory=dict)  # further numbers; their names carry their units
+    notes: Sequence[str] = ()  # what a reader must know to judge the ratio
 
     @property
     def ratio(self) -> float:
@@ -67,45 +75,104 @@ class Row:
         return asdict(self) | {"ratio": self.ratio, "met": self.met, "share_of_limit": self.share_of_limit}
 
 
+@dataclass(frozen=True, slots=True)
 class Bench(ABC):
-    """A comparison of variants: a subclass declares them, its targets and its limits; everything else is here.
+    """A comparison: a subclass declares its variants, its targets and its limits."""
 
-    Args:
-        device: cpu or cuda.
-        quick: small sizes and few repeats, to see that it works; the ratios are then no claims.
-    """
-
-    def __init__(self, *, device: str, quick: bool, progress: Progress) -> None:
-        self.device, self.quick, self.progress = device, quick, progress
+    device: str  # cpu or cuda
+    quick: bool  # small sizes and few repeats, to see that it works; the ratios are then no claims
+    progress: Progress
 
     @abstractmethod
     def rows(self) -> list[Row]:
         """Measure with `interleave`, and state each claim."""
 
-    def interleave(
-        self, title: str, variants: Sequence[Variant], *, repeats: int, warmups: int = 1
-    ) -> dict[str, list[Measurement]]:
-        """`stage_ray.bench.timing.interleave`, shown as ``title``."""
-        return interleave(variants, repeats=repeats, warmups=warmups, progress=self.progress, title=title)
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One of what is compared: ``trials(**options)``, a generator of a module, loads everything and yields for ever.
+
+    Each trial times itself and yields what it measured by name; ``seconds`` above all.
+    """
+
+    name: str
+    trials: Callable[..., Trials]
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+def interleave(
+    variants: Sequence[Variant], *, repeats: int, progress: Progress, title: str, warmups: int = 1
+) -> dict[str, list[Measurement]]:
+    """Run the trials of the variants in turn, A B A B, each with every core while the others wait.
+
+    Returns the measurements of each variant by its name, without the first ``warmups``. Raises a RunError where a
+    variant fails; it says why and where its log is.
+    """
+    logs = Path(tempfile.mkdtemp(prefix="stage-ray-bench-"))
+    measured: dict[str, list[Measurement]] = {variant.name: [] for variant in variants}
+    with ExitStack() as stack, progress.bar(title, total=(warmups + repeats) * len(variants)) as advance:
+        trials = {variant.name: stack.enter_context(_process(variant, logs)) for variant in variants}
+        for _ in range(warmups + repeats):
+            for name, trial in trials.items():
+                time.sleep(REST_S)
+                measured[name].append(trial())
+                advance()
+    shutil.rmtree(logs)
+    return {name: found[warmups:] for name, found in measured.items()}
 
 
 def median(trials: Sequence[Measurement], name: str) -> float:
-    """Median of one number over the trials of a variant.
-
-    Example:
-        >>> median([{"seconds": 1.0}, {"seconds": 9.0}, {"seconds": 2.0}], "seconds")
-        2.0
-    """
+    """Median of one number over the trials of a variant."""
     return statistics.median(float(trial[name]) for trial in trials)
 
 
 def bench_run(model: str = "none", **sections: Any) -> RunConfig:
     """A run's config with the defaults everywhere but in ``sections``; it names no prompts and evaluates nothing."""
-    data = {
-        "steps": 1000,
-        "prompts": {"train": "none"},
-        "policy": {"path": model},
-        "rewards": [{"type": "geneval"}],
-        "evaluation": {"enabled": False},
-    }
-    return validate_config(data | sections)
+    data = {"steps": 1000, "prompts": {"train": "none"}, "policy": {"path": model}, "rewards": [{"type": "geneval"}]}
+    return validate_config(data | {"evaluation": {"enabled": False}} | sections)
+
+
+@contextmanager
+def _process(variant: Variant, logs: Path) -> Iterator[Callable[[], Measurement]]:
+    """A process for a variant; yields the call that runs one trial there."""
+    log = logs / f"{variant.name.replace('/', '-')}.log"
+    spawn = multiprocessing.get_context("spawn")
+    pipe, other_end = spawn.Pipe()
+    process = spawn.Process(target=_serve, args=(other_end, str(log), usable_cpus()))
+    process.start()
+    other_end.close()
+
+    def ask(question: Variant | bool) -> Measurement:
+        try:
+            pipe.send(question)
+            found, error = pipe.recv()
+        except (EOFError, OSError):
+            process.join()
+            found, error = {}, f"its process ended with exit code {process.exitcode}"
+        if error:
+            raise RunError(f"bench: {variant.name} failed: {error}; its log is {log}")
+        return found
+
+    try:
+        ask(variant)
+        yield lambda: ask(True)
+    finally:
+        with suppress(OSError):  # it has ended already
+            pipe.send(False)
+        process.join()
+
+
+def _serve(pipe: Connection, log: str, cpus: int) -> None:
+    """In the new process: import the variant that comes first, then run a trial for each True."""
+    # Before the variant's module comes and imports torch: OpenMP reads its variable when it is loaded.
+    os.environ.update(OMP_NUM_THREADS=str(cpus), TOKENIZERS_PARALLELISM="false")
+    redirect_output(log)
+    try:
+        variant: Variant = pipe.recv()
+        pipe.send(({}, ""))
+        trials = variant.trials(**variant.options)
+        while pipe.recv():
+            pipe.send((next(trials), ""))
+    except Exception as error:  # as text: the other process may not unpickle it
+        pipe.send(({}, f"{type(error).__name__}: {' '.join(str(error).split())}"))
+        raise

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from stage_ray.bench import BENCHES, bench_names
 from stage_ray.bench.base import Row
-from stage_ray.config.hardware import machine_facts
+from stage_ray.config.hardware import machine_metadata
 from stage_ray.errors import ConfigError
 from stage_ray.files import atomic_write
 from stage_ray.observability.progress import Progress
@@ -19,30 +19,28 @@ from stage_ray.observability.progress import Progress
 COLUMNS = ("claim", "ratio", "target", "met", "baseline", "ours", "limit", "of limit")
 
 
-def run_benches(
-    name: str, *, device: str, quick: bool, json_file: Path | None, console: Console | None = None
-) -> list[Row]:
+def run_benches(name: str, *, device: str, quick: bool, json_file: Path | None) -> list[Row]:
     """Run one bench, or all of them; print the machine first and a table after each.
 
-    Args:
-        name: one of `bench_names`, ``all``, or the dotted path of a `stage_ray.bench.base.Bench` of your own.
-        device: ``auto`` (a GPU where torch sees one), ``cpu`` or ``cuda``.
-        quick: small sizes and few repeats, to see that it works; the ratios are then no claims.
-        json_file: gets every row, and is written anew after each bench.
+    ``name`` is one of `bench_names`, ``all``, or the dotted path of a `stage_ray.bench.base.Bench` of your own;
+    ``json_file`` gets every row, and is written anew after each bench.
 
     Raises:
         ConfigError: no such bench, or ``cuda`` on a machine without it.
         RunError: a variant of a bench failed.
     """
-    console = console or Console()
+    import torch
+
     names = bench_names() if name == "all" else [name]
     benches = [BENCHES.find(chosen.replace("-", "_"), "bench") for chosen in names]
-    machine, device = machine_facts(), resolve_device(device)
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda, but torch sees no CUDA device here; stage-ray doctor says more")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    console, machine, rows = Console(), machine_metadata(), list[Row]()
     shown = machine | {"device": device, "size": "quick: no claims" if quick else "full"}
-    width = max(map(len, shown))
     for key, value in shown.items():
-        console.print(f"{key:<{width}}  {value}", markup=False, soft_wrap=True)
-    rows: list[Row] = []
+        console.print(f"{key:<{max(map(len, shown))}}  {value}", markup=False, soft_wrap=True)
     for bench in benches:
         with Progress(console) as progress:
             found = bench(device=device, quick=quick, progress=progress).rows()
@@ -55,21 +53,6 @@ def run_benches(
     return rows
 
 
-def resolve_device(device: str) -> str:
-    """``auto`` to what is there.
-
-    Raises:
-        ConfigError: ``cuda`` where there is none.
-    """
-    import torch
-
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda, but torch sees no CUDA device here; stage-ray doctor says more")
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return device
-
-
 def print_rows(console: Console, rows: Sequence[Row]) -> None:
     """A table of the claims, and under it what each was measured against and what bounds it."""
     table = Table(box=None, pad_edge=False, header_style="dim")
@@ -77,11 +60,11 @@ def print_rows(console: Console, rows: Sequence[Row]) -> None:
         left = column in ("claim", "met")
         table.add_column(column, overflow="fold" if left else "ellipsis", justify="left" if left else "right")
     for row in rows:
-        sign = ">=" if row.better == "higher" else "<="
+        target = f"{'>=' if row.better == 'higher' else '<='} {row.target:g}"
         met = "[green]yes[/]" if row.met else "[bold red]no[/]"
         share = "" if row.share_of_limit is None else f"{row.share_of_limit:.0%}"
         numbers = (_number(value, row.unit) for value in (row.baseline, row.ours, row.limit))
-        table.add_row(row.name, f"{row.ratio:.2f}", f"{sign} {row.target:g}", met, *numbers, share)
+        table.add_row(row.name, f"{row.ratio:.2f}", target, met, *numbers, share)
     console.print(table)
     for row in rows:
         console.print(f"\n{row.name}", style="bold", markup=False)

@@ -6,23 +6,23 @@ from typing import Any
 
 import numpy as np
 
-from stage_ray.bench.base import Bench, Row, bench_run, median
+from stage_ray.bench.base import Bench, Row, Trials, Variant, bench_run, interleave, median
 from stage_ray.bench.baselines import PlainLearner
-from stage_ray.bench.limits import Speed, Work, learner_dtype, machine, timed
-from stage_ray.bench.memory import PeakMemory
-from stage_ray.bench.models import FIFTY_MILLION, SMALL, model_of
-from stage_ray.bench.prompts import equal_prompts, groups_of
-from stage_ray.bench.timing import Measurement, Trial, Variant
+from stage_ray.bench.inputs import FIFTY_MILLION, SMALL, equal_prompts, groups_of, model_of
+from stage_ray.bench.machine import PeakMemory, best, dtype_name, machine, timed, update_limit
 from stage_ray.config import RunConfig
-from stage_ray.learner import Learner
-from stage_ray.policies.base import Policy, device_for
+from stage_ray.learner.learner import Learner
+from stage_ray.policies.base import Policy
+from stage_ray.policies.devices import device_for
+from stage_ray.policies.janus.builder import checkpoint_sizes
 from stage_ray.records import RolloutGroup, ScoredGroup
 
 GROUPS, GROUP_SIZE = 2, 8
 IMAGES = GROUPS * GROUP_SIZE
 MICRO_BATCHES = (IMAGES, 4)  # learner.micro_batch_images: the whole batch, as the baseline takes it, and small pieces
-FASTER, LEANER = 1.5, 0.5
 PLAIN = "policy and reference forward with float32 logits [B, T, V], log_softmax, gather, entropy; same loss and AdamW"
+SHARE = "share of the baseline's peak memory, above what the loaded models take"
+STATE = "gradients and AdamW's two moments in float32, which both variants hold"
 
 
 class LearnerBench(Bench):
@@ -30,95 +30,54 @@ class LearnerBench(Bench):
 
     def rows(self) -> list[Row]:
         """Time and memory of each size of micro-batch against the plain update."""
-        name, sizes = ("small", SMALL) if self.quick else ("50m", FIFTY_MILLION)
-        with model_of(sizes) as model:
-            runs = {images: run_of(model, self.device, images) for images in MICRO_BATCHES}
-            plain = Variant("plain", update, {"learner": PlainLearner, "run": runs[IMAGES]})
-            ours = [Variant(f"ours-{images}", update, {"learner": Learner, "run": run}) for images, run in runs.items()]
-            dtype, work = learner_dtype(runs[IMAGES]), Work.of_checkpoint(model)
-            variants = [plain, *ours, machine(self.device, dtype)]
-            trials = self.interleave(f"learner, {name}", variants, repeats=2 if self.quick else 5)
-        first = trials["plain"][0]
-        limit, limit_is = work.update_limit(tokens=first["positions"], speed=Speed.of(trials["machine"]), dtype=dtype)
-        note = f"{IMAGES} images of {first['tokens']} tokens, V = {first['codes']}, autocast {dtype} in all variants"
+        name, sizes, repeats = ("small", SMALL, 2) if self.quick else ("50m", FIFTY_MILLION, 5)
+        learner = {"gpus": float(self.device == "cuda"), "max_mismatch": None}
+        rollout = {"group_size": GROUP_SIZE, "groups_per_step": GROUPS}
+        with model_of(sizes) as path:
+            runs = {
+                n: bench_run(path, rollout=rollout, learner={**learner, "micro_batch_images": n}) for n in MICRO_BATCHES
+            }
+            dtype, model = dtype_name(runs[IMAGES].learner.autocast, self.device), checkpoint_sizes(path)
+            variants = [Variant(f"ours-{n}", update, {"learner": Learner, "run": run}) for n, run in runs.items()]
+            variants.append(Variant("plain", update, {"learner": PlainLearner, "run": runs[IMAGES]}))
+            variants.append(machine(self.device, dtype))
+            trials = interleave(variants, repeats=repeats, progress=self.progress, title=f"learner, {name}")
+        plain, speed, state = trials["plain"], best(trials["machine"]), 3 * 4 * model.trained / 2**20
+        limit, limit_is = update_limit(model, positions=plain[0]["positions"], speed=speed, dtype=dtype)
+        size = f"{IMAGES} images of {model.image_tokens} tokens, V = {model.codes}"
+        shared: Any = {"baseline_is": PLAIN, "notes": (f"{size}, autocast {dtype} in all variants",)}
+        time: Any = {"ratio_is": "times as fast", "limit": limit, "limit_is": limit_is} | shared
+        memory: Any = {"ratio_is": SHARE, "unit": "MiB", "better": "lower", "limit": state, "limit_is": STATE} | shared
+        plain_s, plain_mib = median(plain, "seconds"), plain[-1]["rise_mib"]  # the last peak is that of all trials
         rows = []
-        for images in MICRO_BATCHES:
-            seconds, plain_s = (median(trials[variant], "seconds") for variant in (f"ours-{images}", "plain"))
-            # The peak of the last trial is that of all trials before it, warm-up included.
-            peak, plain_peak = (trials[variant][-1]["rise_mib"] for variant in (f"ours-{images}", "plain"))
-            state = first["state_mib"]
-            time = Row(
-                name=f"learner/{name}/micro-batch-{images}/time",
-                target=FASTER,
-                baseline=plain_s,
-                ours=seconds,
-                ratio_is="times as fast",
-                baseline_is=PLAIN,
-                limit=limit,
-                limit_is=limit_is,
-                details={"images_per_s": IMAGES / seconds},
-                notes=(note,),
-            )
-            memory = Row(
-                name=f"learner/{name}/micro-batch-{images}/memory",
-                target=LEANER,
-                baseline=plain_peak,
-                ours=peak,
-                ratio_is="share of the baseline's peak memory, above what the loaded models take",
-                baseline_is=PLAIN,
-                unit="MiB",
-                better="lower",
-                limit=state,
-                limit_is="gradients and AdamW's two moments in float32, which both variants hold",
-                details={"ratio_without_this_state": (peak - state) / (plain_peak - state)},
-                notes=(note,),
-            )
-            rows += [time, memory]
+        for n in MICRO_BATCHES:
+            case, ours = f"learner/{name}/micro-batch-{n}", trials[f"ours-{n}"]
+            ours_s, ours_mib = median(ours, "seconds"), ours[-1]["rise_mib"]
+            faster = {"images_per_s": IMAGES / ours_s}
+            leaner = {"ratio_without_this_state": (ours_mib - state) / (plain_mib - state)}
+            rows.append(Row(f"{case}/time", 1.5, plain_s, ours_s, details=faster, **time))
+            rows.append(Row(f"{case}/memory", 0.5, plain_mib, ours_mib, details=leaner, **memory))
         return rows
 
 
-def update(learner: type[Learner] | type[PlainLearner], run: RunConfig) -> Trial:
+def update(learner: type[Learner], run: RunConfig) -> Trials:
     """A learner of ours or the plain one; each trial is one update."""
     built, device = learner(run), device_for(run.learner.gpus)
-    policy = built.policy
-    trained = sum(parameter.numel() for parameter in policy.trained_parameters().values())
-    prompt = equal_prompts(policy.encode_prompt, 1)[0][1].conditional
-    constant = {
-        "tokens": policy.image_tokens,
-        "codes": policy.codebook_size,
-        "positions": IMAGES * (len(prompt) + policy.image_tokens - 1),
-        "state_mib": 3 * 4 * trained / 2**20,
-    }
+    prompt = equal_prompts(built.policy.codec.encode_prompt)[0][1].conditional
+    positions = IMAGES * (len(prompt) + built.policy.image_tokens - 1)
     peak = PeakMemory(device)
-
-    def trial() -> Measurement:
-        seconds, _ = timed(device, built.update, *random_groups(policy, built.version))
-        return {**constant, "seconds": seconds, "rise_mib": peak.rise_mib()}
-
-    return trial
-
-
-def run_of(model: str, device: str, micro_batch_images: int) -> RunConfig:
-    """A run on a model, as `Learner` wants it; the algorithm's settings are the defaults."""
-    gpus = float(device == "cuda")
-    return bench_run(
-        model,
-        rollout={"group_size": GROUP_SIZE, "groups_per_step": GROUPS},
-        learner={"micro_batch_images": micro_batch_images, "gpus": gpus, "max_mismatch": None},
-    )
+    while True:
+        seconds, _ = timed(device, built.update, *random_groups(built.policy, built.version))
+        yield {"seconds": seconds, "rise_mib": peak.rise_mib(), "positions": positions}
 
 
 def random_groups(policy: Policy, version: int) -> tuple[list[RolloutGroup], list[ScoredGroup]]:
     """Groups of noise with random scores, fixed by ``version``: what an update costs does not depend on pictures."""
     noise = np.random.default_rng(version)
-    prompts = [prompt for prompt, _ in equal_prompts(policy.encode_prompt, GROUPS)]
+    prompts = [prompt for prompt, _ in equal_prompts(policy.codec.encode_prompt)[:GROUPS]]
     tokens = noise.integers(0, policy.codebook_size, (GROUPS, GROUP_SIZE, policy.image_tokens)).astype(np.int32)
     images = np.empty((GROUPS, GROUP_SIZE, 0, 0, 3), np.uint8)
     groups = groups_of(prompts, tokens, images, codes=policy.codebook_size, version=version)
     scores = noise.random((GROUPS, GROUP_SIZE, 1)).astype(np.float32)
-    details: tuple[dict[str, Any], ...] = ({},) * GROUP_SIZE
-    scored = [
-        ScoredGroup(group.group_id, ("geneval",), score, np.ones(score.shape, bool), details, 0.0)
-        for group, score in zip(groups, scores, strict=True)
-    ]
-    return groups, scored
+    valid, details = np.ones((GROUP_SIZE, 1), bool), tuple(dict[str, Any]() for _ in range(GROUP_SIZE))
+    return groups, [ScoredGroup(i, ("geneval",), scores[i], valid, details, 0.0) for i in range(GROUPS)]

@@ -5,23 +5,20 @@ from __future__ import annotations
 import asyncio
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from stage_ray.bench.base import Bench, Row, bench_run, median
-from stage_ray.bench.timed_cluster import TimedCluster
-from stage_ray.bench.timing import Measurement, Trial, Variant
+from stage_ray.bench.base import Bench, Measurement, Row, Trials, Variant, bench_run, interleave, median
 from stage_ray.config import RunConfig
-from stage_ray.pipeline.ledger import Event, Ledger
+from stage_ray.pipeline.ledger import Ledger
 from stage_ray.pipeline.prompts import PromptCursor
 from stage_ray.pipeline.stream import GroupStream
-from stage_ray.records import Prompt
+from stage_ray.records import GroupRefs, Prompt, RolloutRequest, Update
 
 STAGES = (1.0, 0.3, 0.8)  # seconds of a generation batch, of scoring a batch, of an update
 STALENESS = (1, 2)
-OVERLAP, ALLOWANCE_MS, FLAT = 1.05, 3.0, 1.25
-FEW, MANY = 200, 1000
+ALLOWANCE_MS = 3.0
 ROLLOUTS, REWARDS = 64, 16
 
 
@@ -31,25 +28,30 @@ class PipelineBench(Bench):
     def rows(self) -> list[Row]:
         """A row for each staleness bound, then three of the driver's cost."""
         stages = [seconds / 10 if self.quick else seconds for seconds in STAGES]
-        steps, scale, repeats = (6, 4, 3) if self.quick else (20, 1, 9)
-        variants = [Variant(f"k{k}", step_time, {"stages": stages, "staleness": k, "steps": steps}) for k in STALENESS]
-        steps_s = self.interleave("pipeline, timed stages", variants, repeats=1, warmups=0)
-        sizes = {"few": FEW // scale, "many": MANY // scale}
-        costs = self.interleave("pipeline, driver", [Variant("driver", driver_costs, sizes)], repeats=repeats)
-        return [overlap_row(k, stages, steps_s[f"k{k}"]) for k in STALENESS] + cost_rows(costs["driver"], **sizes)
+        steps, few, many, repeats = (6, 50, 250, 3) if self.quick else (20, 200, 1000, 9)
+        timed = [
+            Variant(f"k{k}", driven, {"stages": stages, "staleness": k, "steps": steps + k + 2, "groups": 8})
+            for k in STALENESS
+        ]
+        found = interleave(timed, repeats=1, warmups=0, progress=self.progress, title="pipeline, timed stages")
+        rows = [overlap_row(k, stages, found[f"k{k}"]) for k in STALENESS]
+        pools = {"stages": (0.0, 0.0, 0.0), "staleness": 1, "rollouts": ROLLOUTS, "rewards": REWARDS}
+        # Case -> steps and groups a step, half of those that the buffer holds.
+        cases = {"few": (2, few // 2), "many": (2 * many // few, few // 2), "many_slots": (2, many // 2)}
+        costs = [Variant(name, driven, {**pools, "steps": n, "groups": groups}) for name, (n, groups) in cases.items()]
+        found = interleave(costs, repeats=repeats, progress=self.progress, title="pipeline, driver")
+        return rows + cost_rows(found, few, many)
 
 
 def overlap_row(staleness: int, stages: Sequence[float], trials: Sequence[Measurement]) -> Row:
     """Mean seconds of a step against the slowest stage."""
     slowest, total, times = max(stages), sum(stages), ", ".join(f"{seconds:g} s" for seconds in stages)
     return Row(
-        name=f"pipeline/overlap/max_staleness-{staleness}",
-        target=OVERLAP,
-        baseline=slowest,
-        ours=median(trials, "seconds"),
-        better="lower",
+        f"pipeline/overlap/max_staleness-{staleness}",
+        *(1.05, slowest, median(trials, "seconds")),
         ratio_is="step time by the slowest stage's",
         baseline_is=f"the slowest stage: {times} for a generation batch, scoring and an update",
+        better="lower",
         limit=max(slowest, total / (staleness + 1)),
         limit_is=f"the slowest stage, or {staleness + 1} batches in the buffer that each take {total:g} s",
         details={"sum_of_stages_s": total},
@@ -57,37 +59,46 @@ def overlap_row(staleness: int, stages: Sequence[float], trials: Sequence[Measur
     )
 
 
-def cost_rows(trials: Sequence[Measurement], few: int, many: int) -> list[Row]:
-    """What the driver's own work takes of its one core, and whether that grows."""
-    cost = {name: 1e3 * median(trials, name) for name in trials[0]}
+def cost_rows(trials: Mapping[str, Sequence[Measurement]], few: int, many: int) -> list[Row]:
+    """What the driver's own work takes of its one core for a group, and whether that grows."""
+    cost = {name: 1e3 * median(found, "group_s") for name, found in trials.items()}
+    limit = 1e3 * min(median(found, "ledger_s") for found in trials.values())
     workers = f"{ROLLOUTS} rollout and {REWARDS} reward workers"
+    note = f"processor time of stream, buffer and ledger with {workers}; without what Ray's own calls cost"
+    shared: Any = {"unit": "ms", "better": "lower", "limit": limit, "limit_is": "the ledger's four lines a group"}
+    words = "cost of a group by the allowance, the worst case of those below", f"an allowance of {ALLOWANCE_MS:g} ms"
+    rows = [Row("pipeline/driver/cost", 1.0, ALLOWANCE_MS, max(cost.values()), *words, notes=(note,), **shared)]
+    for name, case, where in (("run", "many", "in a run"), ("slots", "many_slots", "held at once")):
+        words = f"cost of a group with {many} by that with {few} groups {where}", f"{few} groups {where}"
+        claim = (f"pipeline/driver/flat-over-{name}", 1.25, cost["few"], cost[case])
+        rows.append(Row(*claim, *words, notes=(note,), **shared))
+    return rows
 
-    def row(name: str, target: float, baseline: float, ours: float, ratio_is: str, baseline_is: str) -> Row:
-        return Row(
-            f"pipeline/driver/{name}",
-            target,
-            baseline,
-            ours,
-            ratio_is,
-            baseline_is,
-            unit="ms",
-            better="lower",
-            limit=cost["ledger"],
-            limit_is="the ledger's four lines a group",
-            notes=(f"processor time of stream, buffer and ledger with {workers}; without what Ray's own calls cost",),
-        )
 
-    def flat(name: str, where: str, case: str) -> Row:
-        ratio_is = f"cost of a group with {many} by that with {few} groups {where}"
-        return row(name, FLAT, cost[f"few{case}"], cost[f"many{case}"], ratio_is, f"{few} groups {where}")
+def driven(
+    stages: Sequence[float], staleness: int, steps: int, groups: int, rollouts: int = 1, rewards: int = 1
+) -> Trials:
+    """Run the driver over a `TimedCluster`; a worker's generation batch holds all ``groups`` of a step.
 
-    worst = max(value for name, value in cost.items() if name != "ledger")
-    ratio_is = "cost of a group by the allowance, the worst case of those below"
-    return [
-        row("cost", 1.0, ALLOWANCE_MS, worst, ratio_is, f"an allowance of {ALLOWANCE_MS:g} ms a group"),
-        flat("flat-over-run", "in a run", ""),
-        flat("flat-over-slots", "held at once", "_slots"),
-    ]
+    Yields seconds of a step once the pipeline is full, and processor seconds of a group: in all, and of its ledger.
+    """
+    run = bench_run(
+        steps=steps,
+        rollout={"group_size": 8, "groups_per_step": groups, "images_per_batch": 8 * groups, "workers": rollouts},
+        scoring={"workers": rewards, "groups_per_call": groups if rewards == 1 else 8},
+        pipeline={"max_staleness": staleness},
+    )
+    while True:
+        with tempfile.TemporaryDirectory(prefix="stage-ray-bench-") as directory:
+            began = time.process_time()
+            ended = asyncio.run(drive(run, stages, Ledger(Path(directory) / "ledger.jsonl")))
+            group_s = (time.process_time() - began) / (run.steps * groups)
+            ledger, began = Ledger(Path(directory) / "alone.jsonl"), time.process_time()
+            for event in ("admitted", "generated", "scored", "trained"):
+                ledger.note(event, range(10 * groups), step=0, policy_version=0)  # at once, which is the least possible
+            ledger_s = (time.process_time() - began) / (10 * groups)
+        full = ended[min(staleness + 1, steps - 2) :]
+        yield {"seconds": (full[-1] - full[0]) / (len(full) - 1), "group_s": group_s, "ledger_s": ledger_s}
 
 
 async def drive(run: RunConfig, stages: Sequence[float], ledger: Ledger) -> list[float]:
@@ -108,61 +119,62 @@ async def drive(run: RunConfig, stages: Sequence[float], ledger: Ledger) -> list
     return ended
 
 
-def run_of(*, steps: int, groups: int, staleness: int, rollouts: int = 1, rewards: int = 1) -> RunConfig:
-    """A run of ``steps`` updates of ``groups`` groups; a worker's generation batch holds all of them."""
-    return bench_run(
-        steps=steps,
-        rollout={"group_size": 8, "groups_per_step": groups, "images_per_batch": 8 * groups, "workers": rollouts},
-        scoring={"workers": rewards, "groups_per_call": groups if rewards == 1 else 8},
-        pipeline={"max_staleness": staleness},
-    )
+class TimedCluster:
+    """What `GroupStream` and the loop ask of a `stage_ray.cluster.cluster.Cluster`, with waiting in place of work.
 
+    As there, a worker does one thing at a time in the order in which it was asked, and loads a version between batches.
+    """
 
-def step_time(stages: Sequence[float], staleness: int, steps: int) -> Trial:
-    """Mean seconds of a step once the pipeline is full."""
-    filling = staleness + 2
-    run = run_of(steps=steps + filling, groups=8, staleness=staleness)
+    def __init__(self, run: RunConfig, stages: Sequence[float]) -> None:
+        self._generate_s, self._score_s, self._update_s = stages
+        self._synchronous = run.pipeline.max_staleness == 0
+        self._counts = {"rollout": run.rollout.workers, "reward": run.scoring.workers, "learner": 1}
+        self._rollouts = [asyncio.Lock() for _ in range(run.rollout.workers)]
+        self._served = [0] * run.rollout.workers
+        self._rewards = asyncio.Semaphore(run.scoring.workers)
+        self._version = 0
+        self._loading: list[asyncio.Task[None]] = []
+        self.learner = self  # this object has the learner's methods too
 
-    def trial() -> Measurement:
-        with tempfile.TemporaryDirectory(prefix="stage-ray-bench-") as directory:
-            ended = asyncio.run(drive(run, stages, Ledger(Path(directory) / "ledger.jsonl")))
-        return {"seconds": (ended[-1] - ended[filling - 1]) / steps}
+    async def generate(self, requests: Sequence[RolloutRequest], turn: int | None = None, **_: Any) -> list[GroupRefs]:
+        """Wait as long as a generation batch takes."""
+        worker, seconds = (turn or 0) % len(self._rollouts), self._generate_s
+        async with self._rollouts[worker]:
+            await asyncio.sleep(seconds)
+            version = self._served[worker]
+        return [GroupRefs(request.group_id, version, "tokens", "images", generate_s=seconds) for request in requests]
 
-    return trial
+    async def score(self, groups: Sequence[GroupRefs]) -> list[GroupRefs]:
+        """Wait as long as scoring a batch takes."""
+        async with self._rewards:
+            await asyncio.sleep(self._score_s)
+        return list(groups)
 
+    async def update(self, groups: Sequence[GroupRefs]) -> Update:
+        """Wait as long as an update takes."""
+        await asyncio.sleep(self._update_s)
+        self._version += 1
+        return Update(self._version, {})
 
-def driver_costs(few: int, many: int) -> Trial:
-    """Processor seconds of the driver for one group, in four cases, and of the ledger alone."""
-    cases = {
-        "few": (2, few // 2),
-        "many": (2 * many // few, few // 2),
-        "few_slots": (4, few // 2),
-        "many_slots": (4, many // 2),
-    }
-    pool = {"rollouts": ROLLOUTS, "rewards": REWARDS, "staleness": 1}
-    runs = {name: run_of(steps=steps, groups=groups, **pool) for name, (steps, groups) in cases.items()}
+    async def publish(self, version: int) -> None:
+        """Every worker loads the version after the batches it was asked for; waits for that in a synchronous run."""
 
-    def trial() -> Measurement:
-        with tempfile.TemporaryDirectory(prefix="stage-ray-bench-") as directory:
-            costs = {name: driver_cost(run, Path(directory) / f"{name}.jsonl") for name, run in runs.items()}
-            return {**costs, "ledger": ledger_cost(many, Path(directory) / "ledger.jsonl")}
+        async def load(worker: int) -> None:
+            async with self._rollouts[worker]:
+                self._served[worker] = version
 
-    return trial
+        await asyncio.gather(*self._loading)
+        self._loading = [asyncio.create_task(load(worker)) for worker in range(len(self._rollouts))]
+        await (asyncio.gather(*self._loading) if self._synchronous else asyncio.sleep(0))
 
+    def busy(self) -> dict[str, float]:
+        """Not measured."""
+        return dict.fromkeys(self._counts, 0.0)
 
-def driver_cost(run: RunConfig, path: Path) -> float:
-    """Processor seconds for each group, when every stage is over at once."""
-    ledger = Ledger(path)
-    start = time.process_time()
-    asyncio.run(drive(run, (0.0, 0.0, 0.0), ledger))
-    return (time.process_time() - start) / (run.steps * run.rollout.groups_per_step)
+    def workers(self) -> dict[str, int]:
+        """All of them, always."""
+        return self._counts
 
-
-def ledger_cost(groups: int, path: Path) -> float:
-    """Processor seconds of writing a group's history, a batch at a time, as the stream does at best."""
-    ledger = Ledger(path)
-    events: tuple[Event, ...] = ("admitted", "generated", "scored", "trained")
-    start = time.process_time()
-    for event in events:
-        ledger.note(event, range(groups), step=0, policy_version=0)
-    return (time.process_time() - start) / groups
+    def restarts(self) -> int:
+        """No worker dies."""
+        return 0

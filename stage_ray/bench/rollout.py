@@ -3,29 +3,25 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle, islice
+from typing import Any
 
 import torch
 
-from stage_ray.bench.base import Bench, Row, median
-from stage_ray.bench.baselines import plain_policy, plain_statistics, plain_tokens
-from stage_ray.bench.limits import Speed, Work, machine, rollout_dtype, timed
-from stage_ray.bench.models import FIFTY_MILLION, SMALL, model_of
-from stage_ray.bench.prompts import prompts_of_images
-from stage_ray.bench.timing import Measurement, Trial, Variant
-from stage_ray.config import PolicyConfig, RolloutConfig
-from stage_ray.config.hardware import usable_cpus
-from stage_ray.engines import build_engine
-from stage_ray.engines.base import ImageEngine, ImageSequence
-from stage_ray.policies.janus.builder import JanusSizes
+from stage_ray.bench.base import Bench, Row, Trials, Variant, interleave, median
+from stage_ray.bench.baselines import plain_logprobs, plain_policy, plain_tokens
+from stage_ray.bench.inputs import FIFTY_MILLION, SMALL, engine_of, equal_prompts, model_of
+from stage_ray.bench.machine import best, dtype_name, machine, sampling_limit, timed
+from stage_ray.engines.base import ImageSequence
+from stage_ray.policies.base import PromptIds
+from stage_ray.policies.janus.builder import JanusSizes, checkpoint_sizes
 
 GUIDANCE, GROUP = 2.0, 8
 PLAIN = (
-    "plain loop (transformers' DynamicCache, both branches in one batch, softmax and multinomial), "
-    "then a second, teacher-forced forward for log-probabilities and entropies"
+    "plain loop (DynamicCache, both branches in one batch, multinomial), then a second forward for log-probabilities"
 )
-SECOND_FORWARD = "a trainer that runs the policy on these tokens anyway may leave the second forward out of account"
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,18 +32,13 @@ class Case:
     sizes: JanusSizes | None
     images: int
     dtype: str
-    targets: Mapping[str, float]
+    targets: Mapping[str, float]  # of each engine, and of the best
     repeats: int
 
 
-FULL = (
-    Case("shapeworld", None, 64, "float32", {"torch": 3.0, "vllm": 1.5}, repeats=7),
-    Case("50m", FIFTY_MILLION, 16, "auto", {"best": 2.5, "vllm": 2.0}, repeats=3),
-)
-QUICK = (
-    Case("shapeworld", None, 8, "float32", FULL[0].targets, repeats=2),
-    Case("small", SMALL, 4, "auto", FULL[1].targets, repeats=2),
-)
+SHAPEWORLD, LARGER = {"torch": 3.0, "vllm": 1.5}, {"best": 2.5, "vllm": 2.0}
+FULL = (Case("shapeworld", None, 64, "float32", SHAPEWORLD, 7), Case("50m", FIFTY_MILLION, 16, "auto", LARGER, 3))
+QUICK = (Case("shapeworld", None, 8, "float32", SHAPEWORLD, 2), Case("small", SMALL, 4, "auto", LARGER, 2))
 
 
 class RolloutBench(Bench):
@@ -55,89 +46,72 @@ class RolloutBench(Bench):
 
     def rows(self) -> list[Row]:
         """A row for each engine that has a target, and one for the best where that has."""
-        engines = ["torch"] + (["vllm"] if importlib.util.find_spec("vllm") else [])
-        if "vllm" not in engines:
+        engines, rows = ["torch"], list[Row]()
+        if importlib.util.find_spec("vllm"):
+            engines.append("vllm")
+        else:
             self.progress.note("vLLM is not installed here, so its rows are missing")
-        rows = []
         for case in QUICK if self.quick else FULL:
             with model_of(case.sizes) as model:
                 rows += self.measure(case, model, engines)
         return rows
 
-    def measure(self, case: Case, model: str, engines: Sequence[str]) -> list[Row]:
+    def measure(self, case: Case, path: str, engines: Sequence[str]) -> list[Row]:
         """The rows of one case. The plain loop also runs in float32, and the faster of its two is the baseline."""
-        dtype = rollout_dtype(case.dtype, self.device)
-        options = {"model": model, "images": case.images, "device": self.device}
-        plain = [
-            Variant(f"plain/{name}", plain_loop, {**options, "dtype": name}) for name in sorted({dtype, "float32"})
-        ]
-        ours = [Variant(name, engine_loop, {**options, "engine": name, "dtype": dtype}) for name in engines]
+        dtype, model = dtype_name(case.dtype, self.device), checkpoint_sizes(path)
+        options = {"model": path, "images": case.images, "device": self.device}
+        plain = [Variant(name, plain_loop, {**options, "dtype": name}) for name in sorted({dtype, "float32"})]
+        ours = [Variant(name, engine_loop, {**options, "dtype": dtype, "engine": name}) for name in engines]
         variants = [*plain, *ours, machine(self.device, dtype)]
-        trials = self.interleave(f"rollout, {case.name}", variants, repeats=case.repeats)
-        seconds = {variant.name: median(trials[variant.name], "seconds") for variant in variants[:-1]}
-        baseline = trials[min((variant.name for variant in plain), key=seconds.__getitem__)]
-        best = min(engines, key=seconds.__getitem__)
-        first, speed = trials[best][0], Speed.of(trials["machine"])
-        limit, limit_is = Work.of_checkpoint(model).sampling_limit(
-            rows=2 * case.images, prompt=first["prompt"], tokens=first["tokens"], speed=speed, dtype=dtype
-        )
-        whole, alone = median(baseline, "seconds"), median(baseline, "loop_s")
-
-        def row(claim: str) -> Row:
-            ours_s = seconds[best if claim == "best" else claim]
-            details = {
-                "ratio_without_second_forward": alone / ours_s,
-                "loop_alone_s": alone,
-                "second_forward_s": whole - alone,
-                "images_per_s": case.images / ours_s,
-                "ms_per_step": 1e3 * ours_s / first["tokens"],
-            }
-            return Row(
-                name=f"rollout/{case.name}/{claim}",
-                target=case.targets[claim],
-                baseline=whole,
-                ours=ours_s,
-                ratio_is="times as fast",
-                baseline_is=f"{PLAIN}, {baseline[0]['dtype']}",
-                limit=limit,
-                limit_is=limit_is,
-                details=details,
-                notes=(f"{about}; the best engine is {best}" if claim == "best" else about, SECOND_FORWARD),
-            )
-
-        about = (
-            f"{case.images} images of {first['tokens']} tokens, guidance {GUIDANCE:g}, in {dtype}; pictures are not "
-            "decoded by any variant"
-        )
-        return [row(claim) for claim in case.targets if claim == "best" or claim in engines]
+        title = f"rollout, {case.name}"
+        trials = interleave(variants, repeats=case.repeats, progress=self.progress, title=title)
+        seconds = {variant.name: median(trials[variant.name], "seconds") for variant in (*plain, *ours)}
+        baseline = min((variant.name for variant in plain), key=seconds.__getitem__)
+        fastest = min(engines, key=seconds.__getitem__)
+        whole, alone, seconds["best"] = seconds[baseline], median(trials[baseline], "loop_s"), seconds[fastest]
+        prompt, speed = trials[fastest][0]["prompt"], best(trials["machine"])
+        limit, limit_is = sampling_limit(model, sequences=2 * case.images, prompt=prompt, speed=speed, dtype=dtype)
+        size = f"{case.images} images of {model.image_tokens} tokens, guidance {GUIDANCE:g}, in {dtype}"
+        note = f"{size}; pictures are not decoded by any variant; the best engine is {fastest}"
+        words = ("times as fast", f"{PLAIN}, {baseline}")
+        limited: Any = {"limit": limit, "limit_is": limit_is, "notes": (note,)}
+        rows = []
+        for claim, target in case.targets.items():
+            if ours_s := seconds.get(claim):  # an engine that is not installed has no row
+                details = {
+                    "ratio_without_second_forward": alone / ours_s,
+                    "loop_alone_s": alone,
+                    "second_forward_s": whole - alone,
+                    "images_per_s": case.images / ours_s,
+                    "ms_per_step": 1e3 * ours_s / model.image_tokens,
+                }
+                name = f"rollout/{case.name}/{claim}"
+                rows.append(Row(name, target, whole, ours_s, *words, details=details, **limited))
+        return rows
 
 
-def plain_loop(model: str, images: int, device: str, dtype: str) -> Trial:
-    """The baseline: tokens, then their statistics."""
+def prompts_of(encode: Callable[[str], PromptIds], images: int) -> list[PromptIds]:
+    """The prompt of each image, `GROUP` images a prompt."""
+    pairs = cycle(equal_prompts(encode))
+    return list(islice((ids for _, ids in pairs for _ in range(GROUP)), images))
+
+
+def plain_loop(model: str, images: int, device: str, dtype: str) -> Trials:
+    """The baseline: tokens, then their log-probabilities."""
     place = torch.device(device)
     policy = plain_policy(model, device=place, dtype=getattr(torch, dtype))
-    prompts = prompts_of_images(policy.encode_prompt, images, GROUP)
-
-    def trial() -> Measurement:
+    prompts = prompts_of(policy.codec.encode_prompt, images)
+    while True:
         loop_s, tokens = timed(place, plain_tokens, policy, prompts, GUIDANCE)
-        second_s, _ = timed(place, plain_statistics, policy, prompts, tokens)
-        return {"seconds": loop_s + second_s, "loop_s": loop_s, "dtype": dtype}
-
-    return trial
+        second_s, _ = timed(place, plain_logprobs, policy, prompts, tokens)
+        yield {"seconds": loop_s + second_s, "loop_s": loop_s}
 
 
-def engine_loop(model: str, images: int, device: str, engine: str, dtype: str) -> Trial:
+def engine_loop(model: str, images: int, device: str, dtype: str, engine: str) -> Trials:
     """Ours: an engine's own sampling of one batch, which records log-probabilities and entropies as it goes."""
     settings = {"engine": engine, "guidance_scale": GUIDANCE, "images_per_batch": images, "dtype": dtype}
-    settings |= {"cpus": usable_cpus(), "gpus": float(device == "cuda")}
-    policy, rollout = PolicyConfig.model_validate({"path": model}), RolloutConfig.model_validate(settings)
-    built = build_engine(policy, rollout, worker="bench")
-    assert isinstance(built, ImageEngine)
-    prompts = prompts_of_images(built.encode_prompt, images, GROUP)
-    sequences = [ImageSequence(ids, seed) for seed, ids in enumerate(prompts)]
-
-    def trial() -> Measurement:
-        seconds, drawn = timed(torch.device(device), built.sample, sequences, built.params)
-        return {"seconds": seconds, "tokens": drawn.tokens.shape[1], "prompt": len(prompts[0].conditional)}
-
-    return trial
+    built = engine_of(model, device, **settings)
+    sequences = [ImageSequence(ids, seed) for seed, ids in enumerate(prompts_of(built.encode_prompt, images))]
+    while True:
+        seconds, _ = timed(torch.device(device), built.sample, sequences, built.params)
+        yield {"seconds": seconds, "prompt": len(sequences[0].prompt.conditional)}

@@ -3,32 +3,28 @@
 from __future__ import annotations
 
 import asyncio
-import atexit
-import dataclasses
 import importlib.util
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import xxhash
 
-from stage_ray.bench.base import Bench, Row, bench_run, median
-from stage_ray.bench.limits import timed
-from stage_ray.bench.models import FIFTY_MILLION, SMALL, model_of
-from stage_ray.bench.sync_actors import ROW, TENSORS, SyncCluster
-from stage_ray.bench.timing import Measurement, Trial, Variant
+from stage_ray.actors.client import Client
+from stage_ray.bench.base import Bench, Measurement, Row, Trials, Variant, bench_run, interleave, median
+from stage_ray.bench.inputs import GIGABYTE, SMALL, engine_of, model_of
+from stage_ray.bench.machine import timed
+from stage_ray.cluster.cluster import Cluster
 from stage_ray.cluster.runtime import start_ray
-from stage_ray.config import PolicyConfig, RolloutConfig, RunConfig
 from stage_ray.config.hardware import usable_cpus
-from stage_ray.engines import build_engine
-from stage_ray.engines.base import ImageEngine
+from stage_ray.config.model_sizes import FLOAT32
+from stage_ray.policies.janus.builder import checkpoint_sizes
 
 WORKERS = 2
-GIGABYTE, QUICK_BYTES = 7813 * ROW, 500 * ROW
-TARGET = 0.5
 FRESH = 2  # publishes until there is memory to use again: one version is served while the next one is stored
 FREE_S = 1.2  # Ray frees objects up to a second after their last use; a training step gives it that time
 CPU = torch.device("cpu")
@@ -39,33 +35,27 @@ class SyncBench(Bench):
 
     def rows(self) -> list[Row]:
         """A row for each transport; vLLM's repacking is in the first one's details."""
-        nbytes, transports = QUICK_BYTES if self.quick else GIGABYTE, available(self.device)
-        variants = [
-            Variant(name, publish, {"nbytes": nbytes, "device": self.device, "transport": name}) for name in transports
-        ]
-        trials = self.interleave("sync", variants, repeats=3 if self.quick else 9, warmups=FRESH)
-        rows = [row_of(name, nbytes, trials[name]) for name in transports]
-        if importlib.util.find_spec("vllm"):
-            with model_of(SMALL if self.quick else FIFTY_MILLION) as model:
-                variant = Variant("vllm", repack, {"model": model, "device": self.device})
-                repacked = self.interleave("vLLM's repacking", [variant], repeats=3)["vllm"]
-            more = {"vllm_repacking_s_per_gb": 1e9 * median(repacked, "seconds") / repacked[0]["nbytes"]}
-            rows[0] = dataclasses.replace(rows[0], details={**rows[0].details, **more})
-        return rows
+        repeats, trials, more = 3 if self.quick else 9, dict[str, Any](), dict[str, float]()
+        with model_of(SMALL if self.quick else GIGABYTE) as model:
+            options = {"model": model, "device": self.device}
+            for name in available(self.device):  # one after the other: each needs ten times the model's memory
+                variants = [Variant(name, publish, options | {"transport": name})]
+                title = f"sync, {name}"
+                trials |= interleave(variants, repeats=repeats, warmups=FRESH, progress=self.progress, title=title)
+            if importlib.util.find_spec("vllm"):
+                variants = [Variant("vllm", repack, options)]
+                found = interleave(variants, repeats=3, progress=self.progress, title="vLLM's repacking")["vllm"]
+                more = {"vllm_repacking_s_per_gb": 1e9 * median(found, "seconds") / found[0]["nbytes"]}
+        return [row_of(name, found, {} if number else more) for number, (name, found) in enumerate(trials.items())]
 
 
 def available(device: str) -> list[str]:
-    """Transports that this machine has what they need for: NCCL wants a GPU for each process.
-
-    Example:
-        >>> available("cpu")
-        ['object_store', 'gloo']
-    """
+    """Transports that this machine has what they need for: NCCL wants a GPU for each process."""
     nccl = device == "cuda" and torch.cuda.device_count() > 1 and torch.distributed.is_nccl_available()
     return ["object_store", "gloo", *(["nccl"] if nccl else [])]
 
 
-def row_of(transport: str, nbytes: int, trials: Sequence[Measurement]) -> Row:
+def row_of(transport: str, trials: Sequence[Measurement], more: dict[str, float]) -> Row:
     """What the trials of one transport say.
 
     The limit: every byte is copied once into shared memory, or once into each worker, and read by each worker, with
@@ -73,78 +63,81 @@ def row_of(transport: str, nbytes: int, trials: Sequence[Measurement]) -> Row:
     """
     copy_s, read_s, seconds = (median(trials, name) for name in ("copy_s", "read_s", "seconds"))
     stages = {name: median(trials, name) for name in ("pack_s", "store_s", "load_s", "first_s")}
-    stored, workers, cpus = transport == "object_store", trials[0]["workers"], trials[0]["cpus"]
-    copies = 1 if stored else workers
+    stored, workers, gigabytes = transport == "object_store", trials[0]["workers"], trials[0]["nbytes"] / 1e9
+    speeds = {"gb_per_s_per_worker": gigabytes / seconds, "copy_gb_per_s": gigabytes / copy_s}
     return Row(
-        name="sync/publish" if stored else f"sync/publish/{transport}",
-        target=TARGET,
-        baseline=copy_s,
-        ours=seconds,
+        "sync/publish" if stored else f"sync/publish/{transport}",
+        *(0.5, copy_s, seconds),
         ratio_is="bandwidth to each worker as a share of a memory copy's",
         baseline_is="numpy copy of the same bytes into memory that is mapped already",
-        limit=(copies * copy_s + workers * read_s) / cpus,
+        limit=((1 if stored else workers) * copy_s + workers * read_s) / usable_cpus(),
         limit_is=f"one copy into {'shared memory' if stored else 'each worker'}, checksummed on its way, and one "
         f"checksum in each worker ({read_s:.3g} s on a core), all spread evenly over the cores",
-        details={**stages, "gb_per_s_per_worker": nbytes / seconds / 1e9, "copy_gb_per_s": nbytes / copy_s / 1e9},
-        notes=(
-            f"{nbytes / 1e9:g} GB in {TENSORS} tensors to {workers} workers on one machine; every byte is checked to "
-            "be finite and checksummed on both sides; first_s is a run's first publish",
-            "vLLM's repacking of weights is not in it; vllm_repacking_s_per_gb is what it takes",
-        ),
+        details={**stages, **speeds, **more},
+        notes=(f"{gigabytes:.3g} GB of a float32 model to {workers} workers; vLLM's repacking is not in it",),
     )
 
 
-def publish(nbytes: int, device: str, transport: str) -> Trial:
-    """Ray with one learner and two workers; a trial copies the bytes once, then publishes them."""
-    run = run_of(nbytes, transport)
-    source = np.ones(nbytes, np.uint8)
-    target = np.zeros_like(source)
-    runner = asyncio.Runner()
-    scratch = tempfile.TemporaryDirectory(prefix="stage-ray-bench-")
-    atexit.register(scratch.cleanup)
-    start_ray(run, Path(scratch.name))
-    cluster = SyncCluster(run, None, nbytes, device)
-    runner.run(cluster.setup())
-    first: list[float] = []
+def publish(model: str, device: str, transport: str) -> Trials:
+    """A run's learner and rollout workers; a trial copies as many bytes as they share, then publishes a version."""
+    source = np.ones(FLOAT32 * checkpoint_sizes(model).trained, np.uint8)
+    target, nccl = np.zeros_like(source), transport == "nccl"
+    gpus = 0.0 if device == "cpu" else 1.0 if nccl else 0.3
+    workers = min(WORKERS, torch.cuda.device_count() - 1) if nccl else WORKERS
+    versions_mb = 3 * source.nbytes // 2**20  # room for three in the object store
+    cluster_options = {"object_store_mb": 200 + versions_mb, "num_cpus": WORKERS + 2, "weight_transport": transport}
+    run = bench_run(
+        model,
+        rollout={"workers": workers, "gpus": gpus, "dtype": "float32"},
+        learner={"gpus": gpus},
+        scoring={"resources": {"none": 1.0}},  # no node has it, so no scorer is started
+        cluster=cluster_options,
+    )
+    with tempfile.TemporaryDirectory(prefix="stage-ray-bench-") as scratch:
+        start_ray(run, Path(scratch))
+    cluster, runner = Cluster(run, None), asyncio.Runner()
 
-    def trial() -> Measurement:
-        version = runner.run(cluster.advance())
+    async def ready() -> None:
+        await asyncio.gather(cluster.rollouts.ready(), cluster.learner.actor.ready(None))
+
+    runner.run(ready())
+    packs, loads = watch(cluster.learner.actor.client), [watch(actor.client) for actor in cluster.rollouts.actors]
+    pack, load = ("pack", "load_weights") if transport == "object_store" else ("offer", "receive")
+    first_s = 0.0
+    while True:
+        for answers in loads:
+            answers.clear()
         time.sleep(FREE_S)
         copy_s, _ = timed(CPU, np.copyto, target, source)
         read_s, _ = timed(CPU, xxhash.xxh3_64_intdigest, source.data)
-        seconds, _ = timed(CPU, lambda: runner.run(cluster.publish(version)))
-        first.append(seconds)
-        pack_s, loads = runner.run(cluster.loaded())
-        values = [numbers for _, numbers in loads]
-        if len(values[0]) != 1 or values != [values[0]] * len(loads):
-            raise RuntimeError(f"the workers hold {values} instead of one published version")
-        load_s = max(load_s for load_s, _ in loads)
-        stages = {"pack_s": pack_s, "load_s": load_s, "store_s": seconds - pack_s - load_s, "first_s": first[0]}
-        machine = {"copy_s": copy_s, "read_s": read_s, "workers": len(loads), "cpus": usable_cpus()}
-        return {"seconds": seconds, **stages, **machine}
-
-    return trial
+        seconds, _ = timed(CPU, runner.run, cluster.publish(0))  # the weights that the learner loaded, every time
+        first_s = first_s or seconds
+        if cluster.restarts() or any(list(answers) != [load] for answers in loads):
+            raise RuntimeError(f"a worker did not take the version by {transport}: {loads}")
+        pack_s, load_s = packs[pack], max(answers[load] for answers in loads)
+        stages = {"pack_s": pack_s, "load_s": load_s, "store_s": seconds - pack_s - load_s, "first_s": first_s}
+        size = {"nbytes": source.nbytes, "workers": len(loads)}
+        yield {"seconds": seconds, "copy_s": copy_s, "read_s": read_s, **stages, **size}
 
 
-def run_of(nbytes: int, transport: str) -> RunConfig:
-    """A synchronous run of two rollout workers, with room for three versions in the object store."""
-    gpus, workers = 0, WORKERS
-    if transport == "nccl":
-        gpus, workers = 1, min(WORKERS, torch.cuda.device_count() - 1)
-    store = 200 + 3 * nbytes // 2**20
-    return bench_run(
-        rollout={"workers": workers, "gpus": gpus},
-        learner={"gpus": gpus},
-        cluster={"object_store_mb": store, "num_cpus": WORKERS + 2, "weight_transport": transport},
-    )
+def watch(client: Client) -> dict[str, float]:
+    """Seconds of the last call of each of a worker's methods, from the question to the answer, as they come."""
+    seconds, ask = dict[str, float](), client.ask
+
+    async def watched(method: Callable[..., Any], *arguments: Any) -> Any:
+        began = time.perf_counter()
+        answer = await ask(method, *arguments)
+        seconds[method.__name__] = time.perf_counter() - began
+        return answer
+
+    client.__dict__["ask"] = watched  # in place of the method
+    return seconds
 
 
-def repack(model: str, device: str) -> Trial:
+def repack(model: str, device: str) -> Trials:
     """A vLLM engine that is given its own weights again and again."""
-    settings = {"engine": "vllm", "images_per_batch": 2, "cpus": usable_cpus(), "gpus": float(device == "cuda")}
-    rollout = RolloutConfig.model_validate(settings)
-    engine = build_engine(PolicyConfig.model_validate({"path": model}), rollout, worker="bench")
-    assert isinstance(engine, ImageEngine)
+    engine = engine_of(model, device, engine="vllm", images_per_batch=2)
     tensors = {name: torch.zeros(shape) for name, shape in engine.weight_shapes().items()}
     nbytes = sum(tensor.nbytes for tensor in tensors.values())
-    return lambda: {"seconds": timed(torch.device(device), engine.install, tensors)[0], "nbytes": nbytes}
+    while True:
+        yield {"seconds": timed(torch.device(device), engine.install, tensors)[0], "nbytes": nbytes}

@@ -1,1 +1,1 @@
-"""The commands of `stage-ray`, one file each."""
+"""The commands of `stage-ray`. Each function declares its arguments and options; heavy imports wait until it runs."""

@@ -5,20 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-import typer
+from typer import Argument, Option
 
 from stage_ray.bench import bench_names
 
+Device = Literal["auto", "cpu", "cuda"]
+
 
 def bench(
-    name: Annotated[str, typer.Argument(metavar="NAME", help=f"{', '.join(bench_names())}, or all")],
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the rows here, as a list")] = None,
-    device: Annotated[
-        Literal["auto", "cpu", "cuda"], typer.Option(help="What computes; auto is a GPU where there is one")
-    ] = "auto",
-    quick: Annotated[
-        bool, typer.Option("--quick", help="Small sizes and few repeats, to see that it works; the ratios say nothing")
-    ] = False,
+    name: Annotated[str, Argument(metavar="NAME", help=f"{', '.join(bench_names())}, or all")],
+    json_file: Annotated[Path | None, Option("--json", help="Also write the rows here, as a list")] = None,
+    device: Annotated[Device, Option(help="What computes; auto is a GPU where there is one")] = "auto",
+    quick: Annotated[bool, Option("--quick", help="Small and few, to see that it works; ratios say nothing")] = False,
 ) -> None:
     """Measure how fast this is: ratios against plain code run in turn with ours, and the limit of each.
 

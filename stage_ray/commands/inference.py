@@ -1,124 +1,142 @@
-"""One model in this process, no Ray: what ``stage-ray evaluate`` and ``stage-ray generate`` do."""
+"""``stage-ray evaluate`` and ``stage-ray generate``: one model in this process, no Ray."""
 
 from __future__ import annotations
 
 import asyncio
 import importlib.util
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import numpy as np
-import transformers
-from PIL import Image
+from typer import Argument, Option, echo
 
-from stage_ray.config import PolicyConfig, RolloutConfig
-from stage_ray.config.hardware import usable_cpus
-from stage_ray.engines import build_engine
-from stage_ray.engines.base import ImageEngine
 from stage_ray.errors import ConfigError
-from stage_ray.evaluation.base import EvaluationResult, find_benchmark
-from stage_ray.evaluation.loop import EngineBackend, JudgedGroup, evaluate, judge_in_batches, requests_for
-from stage_ray.files import atomic_write
-from stage_ray.observability.progress import Progress
-from stage_ray.pipeline.prompts import load_prompts
-from stage_ray.records import Prompt
-from stage_ray.report.samples import contact_sheet
-from stage_ray.rewards import build_rewards
 
+if TYPE_CHECKING:
+    import numpy as np
+
+    from stage_ray.engines.base import ImageEngine
+    from stage_ray.evaluation.loop import JudgedGroup
+    from stage_ray.observability.progress import Progress
+
+MODEL = "A Hugging Face directory (such as RUN_DIR/final), package:MODULE/DIR, or a hub id"
+ModelArgument = Annotated[str, Argument(metavar="MODEL", help=MODEL)]
+EngineOption = Annotated[Literal["vllm", "torch"] | None, Option(help="What draws; vllm where it is installed")]
+GuidanceOption = Annotated[float, Option(help="Classifier-free guidance scale; 1 is off", min=1.0)]
+SeedOption = Annotated[int, Option(help="Fixes every image", min=0)]
 SHEET_IMAGES = 120  # more make a picture that no viewer likes
 
 
-def evaluate_model(
-    model: str,
-    *,
-    suite: str,
-    prompts: str | None,
-    engine: str | None,
-    images_per_prompt: int | None,
-    guidance: float,
-    seed: int,
-    progress: Progress,
-) -> EvaluationResult:
-    """Run a benchmark over a model; ``None`` takes the benchmark's own prompts and images a prompt.
+def evaluate(
+    model: ModelArgument,
+    suite: Annotated[str, Option(help="Which benchmark")] = "geneval",
+    prompts: Annotated[
+        str | None, Option(metavar="FILE", help="Prompts in the suite's format; else the suite's")
+    ] = None,
+    images_per_prompt: Annotated[
+        int | None, Option(metavar="COUNT", help="By default the suite's number", min=1)
+    ] = None,
+    engine: EngineOption = None,
+    guidance: GuidanceOption = 3.0,
+    seed: SeedOption = 20,
+    json_file: Annotated[Path | None, Option("--json", help="Also write the whole result here")] = None,
+) -> None:
+    """Draw held-out prompts with a model and score the pictures.
 
-    Raises:
-        ConfigError: unknown benchmark or engine, missing or damaged model, unreadable prompts.
+    Example: stage-ray evaluate runs/stage_shapeworld/final --suite geneval --json after.json
     """
+    from stage_ray.evaluation.base import find_benchmark
+    from stage_ray.evaluation.loop import EngineBackend, requests_for
+    from stage_ray.evaluation.loop import evaluate as run_benchmark
+    from stage_ray.files import atomic_write
+    from stage_ray.observability.progress import Progress
+    from stage_ray.pipeline.prompts import load_prompts
+    from stage_ray.rewards import build_rewards
+
     benchmark = find_benchmark(suite, "--suite")
     asked = load_prompts(prompts or benchmark.prompts)
     images = images_per_prompt or benchmark.images_per_prompt
     scorers = build_rewards(benchmark.rewards)
-    with _engine(model, engine, guidance, progress) as loaded, progress.bar(suite, total=len(asked)) as advance:
+    with (
+        Progress() as progress,
+        _engine(model, engine, guidance, progress) as loaded,
+        progress.bar(suite, total=len(asked)) as advance,
+    ):
         backend = EngineBackend(loaded, scorers)
-        evaluation = evaluate(backend, benchmark, asked, images_per_prompt=images, seed=seed, advance=advance)
-        return asyncio.run(evaluation)
-
-
-def result_table(result: EvaluationResult) -> str:
-    """A result as lines of plain text."""
+        result = asyncio.run(run_benchmark(backend, benchmark, requests_for(asked, images, seed), advance))
+    if json_file is not None:
+        atomic_write(json_file, json.dumps(result.to_json(), indent=1))
     width = max(map(len, result.metrics), default=0)
-    lines = [f"{name:<{width}}  {metric}  ({metric.images} images)" for name, metric in result.metrics.items()]
+    for name, metric in result.metrics.items():
+        echo(f"{name:<{width}}  {metric}  ({metric.images} images)")
     headline = result.metrics.get(result.headline)
-    left_out = len(result.images) - (headline.images if headline else 0)
-    if left_out:
-        lines.append(f"{left_out} images could not be judged and count in no score")
-    return "\n".join(lines)
+    if left_out := len(result.images) - (headline.images if headline else 0):
+        echo(f"{left_out} images could not be judged and count in no score")
 
 
-def write_result(result: EvaluationResult, path: Path) -> None:
-    """Write a result as JSON, whole or not at all."""
-    atomic_write(path, json.dumps(result.to_json(), indent=1))
+def generate(
+    model: ModelArgument,
+    out: Annotated[Path, Option(help="Directory for the PNGs and the contact sheet; must be new or empty")],
+    prompt: Annotated[list[str] | None, Option(metavar="TEXT", help="A prompt; may be repeated")] = None,
+    prompts: Annotated[str | None, Option(metavar="FILE", help="Prompts, one a line, or JSON Lines")] = None,
+    images: Annotated[int, Option(help="Images of each prompt", min=1)] = 4,
+    engine: EngineOption = None,
+    guidance: GuidanceOption = 3.0,
+    seed: SeedOption = 20,
+) -> None:
+    """Draw prompts: one PNG per image, and a contact sheet of all.
 
-
-def generate_images(
-    model: str,
-    *,
-    texts: Sequence[str],
-    prompts: str | None,
-    out: Path,
-    engine: str | None,
-    images_per_prompt: int,
-    guidance: float,
-    seed: int,
-    progress: Progress,
-) -> Path:
-    """Draw prompts to ``out/0000-0.png`` (prompt, image) and a contact sheet, whose path is returned.
-
-    Raises:
-        ConfigError: no prompts, a directory that holds something, or a model that does not load.
+    Example: stage-ray generate runs/stage_shapeworld/final --prompt "a photo of a red ring" --out pictures
     """
-    asked = [Prompt(i, text, {"prompt": text}) for i, text in enumerate(texts)]
-    if prompts is not None:
-        asked += [Prompt(len(asked) + i, one.text, one.record) for i, one in enumerate(load_prompts(prompts))]
-    if not asked or any(not prompt.text.strip() for prompt in asked):
+    import numpy as np
+    from PIL import Image
+
+    from stage_ray.evaluation.loop import EngineBackend, judge_in_batches, requests_for
+    from stage_ray.observability.progress import Progress
+    from stage_ray.pipeline.prompts import load_prompts
+    from stage_ray.records import Prompt
+    from stage_ray.report.samples import contact_sheet
+
+    found = [Prompt(0, text, {"prompt": text}) for text in prompt or []]
+    found += load_prompts(prompts) if prompts is not None else []
+    asked = [replace(one, index=index) for index, one in enumerate(found)]  # a file's own numbers begin at 0 too
+    if not asked or any(not one.text.strip() for one in asked):
         raise ConfigError('there is nothing to draw; give --prompt "a photo of ..." or --prompts FILE')
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"--out {out} exists and is not an empty directory; name another")
     sheet: list[tuple[np.ndarray, str]] = []
 
-    def save(groups: list[JudgedGroup]) -> None:
-        for group in groups:
-            prompt = group.request.prompt
-            for number, image in enumerate(group.images if group.images is not None else ()):
-                Image.fromarray(image).save(out / f"{prompt.index:04d}-{number}.png")
-                if len(sheet) < SHEET_IMAGES:
-                    sheet.append((image, prompt.text))
-        advance(len(groups))
+    def save(group: JudgedGroup) -> None:
+        for number, image in enumerate(group.images if group.images is not None else ()):
+            Image.fromarray(image).save(out / f"{group.request.prompt.index:04d}-{number}.png")
+            if len(sheet) < SHEET_IMAGES:
+                sheet.append((image, group.request.prompt.text))
 
-    with _engine(model, engine, guidance, progress) as loaded, progress.bar("drawing", total=len(asked)) as advance:
-        out.mkdir(parents=True, exist_ok=True)
-        requests = requests_for(asked, images_per_prompt, seed)
-        asyncio.run(judge_in_batches(EngineBackend(loaded), requests, save, images=True))
-    images, captions = zip(*sheet, strict=True)
-    contact_sheet(np.stack(images), captions, [None] * len(sheet), out / "sheet.png")
-    return out / "sheet.png"
+    with Progress() as progress:
+        with (
+            _engine(model, engine, guidance, progress) as loaded,
+            progress.bar("drawing", total=len(asked)) as advance,
+        ):
+            out.mkdir(parents=True, exist_ok=True)
+            requests = requests_for(asked, images, seed)
+            asyncio.run(judge_in_batches(EngineBackend(loaded), requests, save, images=True, advance=advance))
+        drawn, captions = zip(*sheet, strict=True)
+        contact_sheet(np.stack(drawn), captions, [None] * len(sheet), out / "sheet.png")
+        progress.note(f"contact sheet: {out / 'sheet.png'}")
 
 
 @contextmanager
 def _engine(model: str, name: str | None, guidance: float, progress: Progress) -> Iterator[ImageEngine]:
     """The engine of a model in this process, vLLM where it is installed unless another is named; closed at the end."""
+    import transformers
+
+    from stage_ray.config import PolicyConfig, RolloutConfig
+    from stage_ray.config.hardware import usable_cpus
+    from stage_ray.engines import build_engine
+
     transformers.utils.logging.disable_progress_bar()
     name = name or ("vllm" if importlib.util.find_spec("vllm") else "torch")
     rollout = RolloutConfig.model_validate({"engine": name, "guidance_scale": guidance, "cpus": usable_cpus()})

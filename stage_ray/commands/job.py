@@ -45,23 +45,22 @@ class Job:
         run_dir: where the run writes, as the cluster's machines see it.
         entrypoint: shell command of the driver.
         files: what the job carries, name in its working directory to file or directory here.
-        variables: environment of the driver and all workers; may be secret, so it is never printed.
         cpus: reserved for the driver; anything but 0 lets it leave the head node.
         resources: custom resources reserved for the driver, such as ``{"driver": 1}``.
         digest: of the run directory and the whole config; a name stands for one of them. Not of the code, so that a
             fixed scorer goes on with the run that it broke.
-        environment: more of Ray's runtime environment, such as ``{"pip": ["nltk"]}``; may be secret.
+        runtime_env: Ray's, all but the working directory. ``env_vars`` are those of the driver and all workers; they
+            may be secret, so it is never printed.
     """
 
     name: str
     run_dir: str
     entrypoint: str
     files: dict[str, Path] = field(repr=False)
-    variables: dict[str, str] = field(default_factory=dict, repr=False)
     cpus: float = 0.0
     resources: dict[str, float] = field(default_factory=dict)
     digest: str = ""
-    environment: dict[str, Any] = field(default_factory=dict, repr=False)
+    runtime_env: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def attempt(self, submission_id: str | None) -> int | None:
         """Which attempt at this job a submission id means, from 1; None if it belongs to another job.
@@ -117,21 +116,15 @@ def plan_job(
     command = ["python", "-m", "stage_ray", "train", inside]
     command += [part for override in overrides for part in ("--set", override)]
     command += ["--run-dir", str(run_dir)] * (run_dir is not None) + ["--auto-resume"] * auto_resume
-    variables, environment = _variables(env), _environment(runtime_env)
-    ours = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)}
-    theirs = environment.pop("env_vars", {})
-    if twice := sorted(variables.keys() & theirs.keys()):
-        raise ConfigError(f"{twice[0]} is given by --env and by env_vars of {runtime_env}; leave one of them out")
     return Job(
         name=name or job_name(run),
         run_dir=run.run_dir,
         entrypoint=shlex.join(command),
         files=files,
-        variables=ours | theirs | variables,
         cpus=cpus,
         resources=_resources(resources),
         digest=_digest(run),
-        environment=environment | {"excludes": [HIDDEN] if working_dir else []},
+        runtime_env=_runtime_env(runtime_env, env) | {"excludes": [HIDDEN] if working_dir else []},
     )
 
 
@@ -148,80 +141,6 @@ def stage_files(job: Job, directory: Path) -> Path:
     return directory
 
 
-def _files(config: Path, run: RunConfig, *, code: bool, working_dir: Path | None) -> tuple[str, dict[str, Path]]:
-    """Name of the config in the job's directory, and all that lies there: code and named files, or a user's directory.
-
-    Raises:
-        ConfigError: ``working_dir`` is no directory, or holds another file where the config must lie; or the job would
-            not find a file that the config names.
-    """
-    root = working_dir or Path.cwd()
-    if not root.is_dir():
-        raise ConfigError(f"--working-dir {working_dir} is not a directory")
-    files = dict(_named_files(run, root, f"--working-dir {working_dir}" if working_dir else "the current directory"))
-    if working_dir is not None:
-        files = {path.name: path for path in working_dir.iterdir()}
-    elif code:
-        files |= _own_code()
-    inside = config.resolve().is_relative_to(root.resolve())
-    name = config.resolve().relative_to(root.resolve()).as_posix() if inside else config.name
-    if working_dir is None:
-        files[name] = config
-    elif not inside and files.setdefault(name, config) != config:
-        raise ConfigError(f"--working-dir {working_dir} holds another {name}; move {config} into it, or rename it")
-    return name, files
-
-
-def _own_code() -> dict[str, Path]:
-    """The package that runs here, and its metadata, in which vLLM finds our plug-in as if the package was installed."""
-    distribution = importlib.metadata.distribution("stage-ray")
-    name = f"stage_ray-{distribution.version}.dist-info"
-    metadata = {
-        f"{name}/{file}": Path(str(distribution.locate_file(name))) / file for file in ("METADATA", "entry_points.txt")
-    }
-    return {"stage_ray": Path(stage_ray.__file__).parent} | {
-        key: path for key, path in metadata.items() if path.is_file()
-    }
-
-
-def _named_files(run: RunConfig, root: Path, called: str) -> Iterator[tuple[str, Path]]:
-    """Files and directories below ``root`` that relative paths of a config mean; hub ids and plain texts are skipped.
-
-    Raises:
-        ConfigError: the job would not find one, because it leads out of what is sent, is not there, or is too large.
-    """
-    fix = "move it there, or put it on storage that the cluster shares and give its absolute path"
-    for key, name in _texts(run):
-        inside = os.path.normpath(name)  # not resolved: the job looks it up by its name, so a link stays a link
-        path = root / inside
-        if inside.startswith("..") and (path.exists() or key.startswith("prompts.")):
-            raise ConfigError(f"{key} = {name!r} leads out of {called}, and a job finds only what lies below; {fix}")
-        if key.startswith("prompts.") and not path.is_file():
-            raise ConfigError(f"{key} = {name!r} is no file in {called}; {fix}")
-        if path.exists():
-            size = sum(file.stat().st_size for file in (path, *path.rglob("*")) if file.is_file()) / 2**20
-            if size > CAP_MIB:
-                raise ConfigError(f"{key} = {name!r} has {size:.0f} MiB and Ray takes {CAP_MIB} at most; {fix}")
-            yield inside, path
-
-
-def _texts(run: RunConfig) -> Iterator[tuple[str, str]]:
-    """Key and value of what may be a relative path in a config: prompts, a model, any text among a scorer's options."""
-    pending: list[tuple[str, Any]] = [
-        ("prompts.train", run.prompts.train),
-        ("prompts.heldout", run.prompts.heldout),
-        ("policy.path", run.policy.path),
-        *((f"rewards.{i}.options", reward.options) for i, reward in enumerate(run.rewards)),
-    ]
-    while pending:
-        key, value = pending.pop()
-        if isinstance(value, dict | list):
-            items = value.items() if isinstance(value, dict) else enumerate(value)
-            pending += [(f"{key}.{name}", below) for name, below in items]
-        elif isinstance(value, str) and value and not value.startswith((PACKAGE, "/", "~")):
-            yield key, value
-
-
 def job_name(run: RunConfig) -> str:
     """Name of a run's job: the end of its run directory, and a hash of the directory and the whole config.
 
@@ -236,7 +155,67 @@ def _digest(run: RunConfig) -> str:
     return hashlib.sha256(json.dumps(run.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
 
 
-def _variables(names: Sequence[str]) -> dict[str, str]:
+def _files(config: Path, run: RunConfig, *, code: bool, working_dir: Path | None) -> tuple[str, dict[str, Path]]:
+    """Name of the config in the job's directory, and all that lies there: code and named files, or a directory."""
+    root = (working_dir or Path.cwd()).resolve()
+    if not root.is_dir():
+        raise ConfigError(f"--working-dir {working_dir} is not a directory")
+    files = _named_files(run, root, f"--working-dir {working_dir}" if working_dir else "the current directory")
+    inside = config.resolve().is_relative_to(root)
+    name = config.resolve().relative_to(root).as_posix() if inside else config.name
+    if working_dir is None:
+        return name, files | (_own_code() if code else {}) | {name: config}
+    files = {path.name: path for path in working_dir.iterdir()}
+    if not inside and files.setdefault(name, config) != config:
+        raise ConfigError(f"--working-dir {working_dir} holds another {name}; move {config} into it, or rename it")
+    return name, files
+
+
+def _own_code() -> dict[str, Path]:
+    """The package that runs here, and its metadata, in which vLLM finds our plug-in as if the package was installed."""
+    distribution = importlib.metadata.distribution("stage-ray")
+    directory = Path(str(distribution.locate_file(f"stage_ray-{distribution.version}.dist-info")))
+    metadata = [directory / "METADATA", directory / "entry_points.txt"]
+    return {"stage_ray": Path(stage_ray.__file__).parent} | {
+        f"{directory.name}/{path.name}": path for path in metadata if path.is_file()
+    }
+
+
+def _named_files(run: RunConfig, root: Path, called: str) -> dict[str, Path]:
+    """Files and directories below ``root`` that relative paths of a config mean; hub ids and plain texts are skipped.
+
+    Raises a `ConfigError` where the job would not find one: it leads out of what is sent, is missing, or is too large.
+    """
+    fix = "move it there, or put it on storage that the cluster shares and give its absolute path"
+    prompts = {"train": run.prompts.train, "heldout": run.prompts.heldout}
+    options = [{"options": reward.options} for reward in run.rewards]
+    found = {}
+    for key, name in _relative_paths({"prompts": prompts, "policy": {"path": run.policy.path}, "rewards": options}):
+        inside = os.path.normpath(name)  # not resolved: the job looks it up by its name, so a link stays a link
+        path = root / inside
+        if inside.startswith("..") and (path.exists() or key.startswith("prompts.")):
+            raise ConfigError(f"{key} = {name!r} leads out of {called}, and a job finds only what lies below; {fix}")
+        if key.startswith("prompts.") and not path.is_file():
+            raise ConfigError(f"{key} = {name!r} is no file in {called}; {fix}")
+        if path.exists():
+            size = sum(file.stat().st_size for file in (path, *path.rglob("*")) if file.is_file()) / 2**20
+            if size > CAP_MIB:
+                raise ConfigError(f"{key} = {name!r} has {size:.0f} MiB and Ray takes {CAP_MIB} at most; {fix}")
+            found[inside] = path
+    return found
+
+
+def _relative_paths(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Key and value of every text, however deep in mappings and lists, that may be a relative path."""
+    if isinstance(value, dict | list):
+        for name, below in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _relative_paths(below, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, str) and value and not value.startswith((PACKAGE, "/", "~")):
+        yield key, value
+
+
+def _runtime_env(path: Path | None, names: Sequence[str]) -> dict[str, Any]:
+    """Ray's runtime environment of a file, which Ray itself checks, with variables of this process by their names."""
     for name in names:
         if "=" in name:  # the rest may be a secret, and is not repeated
             raise ConfigError(
@@ -245,27 +224,26 @@ def _variables(names: Sequence[str]) -> dict[str, str]:
             )
         if name not in os.environ:
             raise ConfigError(f"--env {name}: no such variable is set here")
-    return {name: os.environ[name] for name in names}
+    values = _read_runtime_env(path) if path is not None else {}
+    theirs = values.get("env_vars", {})
+    if twice := sorted(theirs.keys() & set(names)):
+        raise ConfigError(f"{twice[0]} is given by --env and by env_vars of {path}; leave one of them out")
+    stop_wait = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)}
+    return values | {"env_vars": stop_wait | theirs | {name: os.environ[name] for name in names}}
 
 
-def _environment(path: Path | None) -> dict[str, Any]:
-    """A file's part of Ray's runtime environment, checked by Ray itself."""
-    if path is None:
-        return {}
+def _read_runtime_env(path: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"--runtime-env {path} is not readable YAML: {' '.join(str(error).split())}") from error
-    known = ", ".join(ENVIRONMENT)
+    known = f"known in it: {', '.join(ENVIRONMENT)}"
     if not isinstance(values, dict):
-        raise ConfigError(f"--runtime-env {path} holds no mapping; known in it: {known}")
-    for key in values:
-        if key in ("working_dir", "excludes"):
-            raise ConfigError(
-                f"--runtime-env {path}: {key} is set by this command; use --working-dir DIR, and a .rayignore in it"
-            )
-        if key not in ENVIRONMENT:
-            raise ConfigError(f"--runtime-env {path}: unknown key {key!r}; known in it: {known}")
+        raise ConfigError(f"--runtime-env {path} holds no mapping; {known}")
+    for key in sorted(values.keys() - set(ENVIRONMENT), key=str):
+        ours = f"{key} is set by this command; use --working-dir DIR, and a .rayignore in it"
+        unknown = f"unknown key {key!r}; {known}"
+        raise ConfigError(f"--runtime-env {path}: {ours if key in ('working_dir', 'excludes') else unknown}")
     variables = values.get("env_vars", {})
     if not isinstance(variables, dict) or not all(isinstance(value, str) for value in variables.values()):
         raise ConfigError(f'--runtime-env {path}: env_vars is no mapping of names to texts, such as {{DEBUG: "1"}}')
@@ -281,10 +259,8 @@ def _environment(path: Path | None) -> dict[str, Any]:
 def _resources(text: str | None) -> dict[str, float]:
     try:
         value = yaml.safe_load(text or "{}")
-    except yaml.YAMLError:
-        value = None
-    if not isinstance(value, dict) or not all(isinstance(amount, int | float) for amount in value.values()):
+        return {str(name): float(amount) for name, amount in value.items()}
+    except (AttributeError, TypeError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(
             f"--entrypoint-resources {text!r} is not a mapping of names to numbers, such as {{driver: 1}}"
-        )
-    return {str(name): float(amount) for name, amount in value.items()}
+        ) from error

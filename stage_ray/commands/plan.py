@@ -5,33 +5,31 @@ from __future__ import annotations
 import itertools
 import json
 import textwrap
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import typer
+from typer import Option
 
-from stage_ray.commands.memory import (
-    CONTEXT,
-    FLOAT32,
-    FRAGMENTS,
-    GIB,
-    REWARD,
-    ModelSizes,
-    images_in_flight,
-    learner_lines,
-    learner_loading,
-    model_sizes,
-    rollout_lines,
-    room,
-)
+from stage_ray.config.model_sizes import FLOAT32, KNOWN, ModelSizes
+from stage_ray.engines.memory import LONGEST_PROMPT, images_in_flight, rollout_memory
 from stage_ray.errors import ConfigError
+from stage_ray.learner.memory import learner_memory, loading_bytes
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+Dtype = Literal["bfloat16", "float32"]
+Bytes = dict[str, int]
+"""What holds memory -> bytes."""
+GIB = 2**30
 GPUS = {"h100": 79.2, "h200": 139.8, "b200": 178.4, "a100-80gb": 79.1, "a100-40gb": 39.4, "l40s": 44.4, "l4": 22.0}
 """GiB that torch reports on a card, a little less than its name says."""
-ROLES = 3  # rollout, reward and learner have a GPU each at least
+CONTEXT = int(1.5 * GIB)  # reserved: CUDA context, NCCL's buffers, cuBLAS workspaces
+FRAGMENTS = 0.04  # reserved: share of a GPU that torch's allocator cannot hand out
+# Mask2Former Swin-S (69 M, arXiv 2112.01527), CLIP ViT-L/14 (428 M, arXiv 2103.00020) in float32, a batch of pictures.
+REWARD = {"scorers": int(0.5e9) * FLOAT32, "activations": 3 * GIB}
 PAPER = (
     "Memory alone, on paper. This plan says nothing about speed, and nothing in it was measured on a GPU: "
     "begin with it, then measure."
@@ -45,20 +43,15 @@ HEAD = """\
 
 def plan(
     model: Annotated[
-        str, typer.Option(help="janus-pro-1b, janus-pro-7b, or a local directory with a config.json")
+        str, Option(help="janus-pro-1b, janus-pro-7b, or a directory with a config.json")
     ] = "janus-pro-7b",
-    gpu: Annotated[
-        str,
-        typer.Option(help="h100, h200, b200, a100-80gb, a100-40gb, l40s, l4, or the GiB of another one, such as 47"),
-    ] = "h100",
-    gpus: Annotated[int, typer.Option(help="GPUs of the whole cluster", min=1)] = 8,
-    group_size: Annotated[int, typer.Option(help="Images of one prompt", min=2)] = 8,
-    groups_per_step: Annotated[int, typer.Option(help="Prompts of one update", min=1)] = 16,
-    dtype: Annotated[
-        Literal["bfloat16", "float32"], typer.Option(help="What rollout and learner compute in")
-    ] = "bfloat16",
-    as_yaml: Annotated[bool, typer.Option("--yaml", help="Print the config alone, for stage-ray train")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print every number, for a program; memory in bytes")] = False,
+    gpu: Annotated[str, Option(help=f"{', '.join(GPUS)}, or the GiB of another one, such as 47")] = "h100",
+    gpus: Annotated[int, Option(help="GPUs of the whole cluster", min=1)] = 8,
+    group_size: Annotated[int, Option(help="Images of one prompt", min=2)] = 8,
+    groups_per_step: Annotated[int, Option(help="Prompts of one update", min=1)] = 16,
+    dtype: Annotated[Dtype, Option(help="What rollout and learner compute in")] = "bfloat16",
+    as_yaml: Annotated[bool, Option("--yaml", help="Print the config alone, for stage-ray train")] = False,
+    as_json: Annotated[bool, Option("--json", help="Print every number, for a program; memory in bytes")] = False,
 ) -> None:
     """Compute on paper what fits on which GPU, how many each role needs, and how to split them by memory alone.
 
@@ -68,14 +61,13 @@ def plan(
     """
     made = make_plan(model_sizes(model), gpu, gpus, group_size=group_size, groups=groups_per_step, dtype=dtype)
     if as_json:
-        sizes = {"memory_room": room(made.gpu_gib), "learner_loading": learner_loading(made.model)}
-        print(
-            json.dumps(
-                asdict(made) | {"used": made.used, **sizes, "config": config_of(made), "measured": False}, indent=1
-            )
-        )
+        more = {"used": made.used, "memory_room": room(made.gpu_gib), "learner_loading": loading_bytes(made.model)}
+        print(json.dumps(asdict(made) | more | {"config": config_of(made), "measured": False}, indent=1))
     elif as_yaml:
-        print(to_yaml(made), end="")
+        import yaml
+
+        print(HEAD.format(name=made.model.name, used=made.used, gpu=made.gpu), end="")
+        print(yaml.safe_dump(config_of(made), sort_keys=False), end="")
     else:
         print_plan(made)
 
@@ -106,12 +98,34 @@ class Plan:
     images_per_batch: int
     micro_batch: int
     checkpointing: bool
-    memory: dict[str, dict[str, int]]
+    memory: dict[str, Bytes]
 
     @property
     def used(self) -> int:
         """GPUs of the split."""
         return sum(self.split.values())
+
+
+def model_sizes(model: str) -> ModelSizes:
+    """Sizes of a known name, or of a local checkpoint directory, whose ``config.json`` is enough.
+
+    Raises:
+        ConfigError: neither; or the directory holds no Janus config.
+
+    Example:
+        >>> model_sizes("Janus-Pro-1B").layers
+        24
+    """
+    if known := KNOWN.get(model.lower()):
+        return known
+    from stage_ray.policies.janus.builder import checkpoint_sizes  # late: it imports torch
+
+    return checkpoint_sizes(model)
+
+
+def room(gpu_gib: float) -> int:
+    """Bytes of a GPU that a plan may fill."""
+    return int(int(gpu_gib * GIB) * (1 - FRAGMENTS)) - CONTEXT
 
 
 def make_plan(
@@ -125,28 +139,25 @@ def make_plan(
     Example:
         make_plan(KNOWN["janus-pro-7b"], "h100", 64).split  # {'rollout': 16, 'reward': 1, 'learner': 16}
     """
-    gib = _gpu_gib(gpu)
-    in_flight = _check_roles(model, gpu, gib, gpus, dtype)
-
-    def rank(ranks: int, images: int, checkpointing: bool) -> dict[str, int]:
-        return learner_lines(model, ranks=ranks, rows=images, dtype=dtype, checkpointing=checkpointing)
-
-    # A group in a micro-batch, with its layers checkpointed where they do not fit otherwise, else a part of a group.
-    ways = [(group_size, False), *((part, True) for part in reversed(_divisors(group_size)))]
+    gib = _check_roles(model, gpu, gpus, dtype)
+    space = room(gib)
+    learner = partial(learner_memory, model, prompt=LONGEST_PROMPT, dtype=dtype)
     possible = [ranks for ranks in _divisors(groups) if ranks <= gpus - 2]
-    fitting = {
-        ranks: (rank(ranks, *way), way)
-        for ranks in possible
-        for way in reversed(ways)  # the last one that fits stays
-        if sum(rank(ranks, *way).values()) <= room(gib)
-    }
+    fitting = {ranks: way for ranks in possible if (way := _first_way(learner, ranks, group_size, space))}
     if not fitting:
-        raise ConfigError(_no_learner(rank(possible[-1], 1, True), possible[-1], gpu, gib))
+        lines = learner(ranks=possible[-1], images=1, checkpointing=True)
+        raise ConfigError(
+            f"learner does not fit: at {possible[-1]} rank(s), one image a micro-batch and checkpointing each still "
+            f"needs {sum(lines.values()) / GIB:.1f} GiB (most of it {max(lines, key=lambda name: lines[name])}) and "
+            f"{gpu} has {space / GIB:.1f} GiB to fill; give more --gpus, a GPU with more memory, or a "
+            "--groups-per-step that more ranks divide"
+        )
     ranks = max((count for count in fitting if count <= gpus // 2), default=min(fitting))
-    lines, (images, checkpointing) = fitting[ranks]
+    images, checkpointing = fitting[ranks]
     rollouts = min(groups, gpus - 1 - ranks)
-    batch = min(in_flight, -(-groups // rollouts) * group_size)
-    least = next(n for n in itertools.count(1) if sum(rank(n, 1, True).values()) <= room(gib))  # more need less each
+    in_flight = images_in_flight(model, space, dtype=dtype)
+    batch = min(in_flight, -(-groups // rollouts) * group_size)  # the groups of one worker, rounded up
+    least = next(count for count in itertools.count(1) if _first_way(learner, count, 1, space))  # more need less each
     return Plan(
         model=model,
         gpu=gpu.lower(),
@@ -161,57 +172,54 @@ def make_plan(
         images_per_batch=batch,
         micro_batch=images,
         checkpointing=checkpointing,
-        memory={"rollout": rollout_lines(model, images=batch, dtype=dtype), "reward": REWARD, "learner": lines},
+        memory={
+            "rollout": rollout_memory(model, images=batch, dtype=dtype),
+            "reward": REWARD,
+            "learner": learner(ranks=ranks, images=images, checkpointing=checkpointing),
+        },
     )
-
-
-def _gpu_gib(gpu: str) -> float:
-    if gpu.lower() in GPUS:
-        return GPUS[gpu.lower()]
-    if not gpu.replace(".", "", 1).isdigit() or not float(gpu):
-        raise ConfigError(f"--gpu {gpu} is neither known ({', '.join(GPUS)}) nor a number of GiB, such as 47")
-    return float(gpu)
-
-
-def _check_roles(model: ModelSizes, gpu: str, gib: float, gpus: int, dtype: str) -> int:
-    """Images in flight that fit one GPU; raises where a role fits on no number of GPUs."""
-    if gpus < ROLES:
-        raise ConfigError(
-            f"--gpus {gpus} is too few: rollout, reward and learner take one each; give --gpus 3 or more, "
-            f"or let roles share a GPU by hand (rollout.gpus and learner.gpus of 0.5)"
-        )
-    space = room(gib)
-    fill = f"{gpu} has {space / GIB:.1f} GiB to fill"
-    in_flight = images_in_flight(model, gib, dtype=dtype)
-    if in_flight == 0:
-        needed = sum(rollout_lines(model, images=1, dtype=dtype).values()) / GIB
-        other = "" if dtype == "bfloat16" else ", or take --dtype bfloat16"
-        raise ConfigError(
-            f"rollout does not fit: {model.name} with one image in flight needs {needed:.1f} GiB and {fill}; "
-            f"take a GPU with more memory or a smaller model{other}"
-        )
-    if learner_loading(model) > space:
-        raise ConfigError(
-            f"learner does not fit: every rank loads policy and reference of {model.name} whole in float32 before it "
-            f"cuts them, {learner_loading(model) / GIB:.1f} GiB, and {fill}; take a GPU with more memory or a smaller "
-            "model"
-        )
-    if sum(REWARD.values()) > space:
-        raise ConfigError(f"reward does not fit: {fill}; take a larger GPU")
-    return in_flight
 
 
 def _divisors(count: int) -> list[int]:
     return [part for part in range(1, count + 1) if count % part == 0]
 
 
-def _no_learner(lines: dict[str, int], ranks: int, gpu: str, gib: float) -> str:
-    return (
-        f"learner does not fit: at {ranks} rank(s), one image a micro-batch and checkpointing each still needs "
-        f"{sum(lines.values()) / GIB:.1f} GiB (most of it {max(lines, key=lambda name: lines[name])}) and {gpu} has "
-        f"{room(gib) / GIB:.1f} GiB to fill; give more --gpus, a GPU with more memory, or a --groups-per-step that "
-        "more ranks divide"
-    )
+def _first_way(learner: Callable[..., Bytes], ranks: int, group_size: int, space: int) -> tuple[int, bool] | None:
+    """Images of the largest micro-batch that fits, and whether it needs checkpointing; a whole group first without."""
+    ways = [(group_size, False), *((part, True) for part in reversed(_divisors(group_size)))]
+    for images, checkpointing in ways:
+        if sum(learner(ranks=ranks, images=images, checkpointing=checkpointing).values()) <= space:
+            return images, checkpointing
+    return None
+
+
+def _check_roles(model: ModelSizes, gpu: str, gpus: int, dtype: str) -> float:
+    """GiB of a GPU; raises a `ConfigError` where a role fits on no number of them."""
+    if gpu.lower() not in GPUS and (not gpu.replace(".", "", 1).isdigit() or not float(gpu)):
+        raise ConfigError(f"--gpu {gpu} is neither known ({', '.join(GPUS)}) nor a number of GiB, such as 47")
+    gib = GPUS[gpu.lower()] if gpu.lower() in GPUS else float(gpu)
+    if gpus < 3:
+        raise ConfigError(
+            f"--gpus {gpus} is too few: rollout, reward and learner take one each; give --gpus 3 or more, "
+            f"or let roles share a GPU by hand (rollout.gpus and learner.gpus of 0.5)"
+        )
+    space = room(gib)
+    fill = f"{gpu} has {space / GIB:.1f} GiB to fill"
+    one, loading = sum(rollout_memory(model, images=1, dtype=dtype).values()), loading_bytes(model)
+    if one > space:
+        other = "" if dtype == "bfloat16" else ", or take --dtype bfloat16"
+        raise ConfigError(
+            f"rollout does not fit: {model.name} with one image in flight needs {one / GIB:.1f} GiB and {fill}; "
+            f"take a GPU with more memory or a smaller model{other}"
+        )
+    if loading > space:
+        raise ConfigError(
+            f"learner does not fit: every rank loads policy and reference of {model.name} whole in float32 before it "
+            f"cuts them, {loading / GIB:.1f} GiB, and {fill}; take a GPU with more memory or a smaller model"
+        )
+    if sum(REWARD.values()) > space:
+        raise ConfigError(f"reward does not fit: {fill}; take a larger GPU")
+    return gib
 
 
 def config_of(made: Plan) -> dict[str, Any]:
@@ -231,7 +239,7 @@ def config_of(made: Plan) -> dict[str, Any]:
             "group_size": made.group_size,
             "groups_per_step": made.groups,
             "images_per_batch": made.images_per_batch,
-            "gpu_memory_utilization": -(-100 * inside_vllm // int(made.gpu_gib * GIB)) / 100,
+            "gpu_memory_utilization": -(-100 * inside_vllm // int(made.gpu_gib * GIB)) / 100,  # in percent, rounded up
         },
         "rewards": [{"type": "geneval", "options": {"detector": "your_package.YourDetector"}}],
         "scoring": {"workers": made.split["reward"], "gpus": 1},
@@ -248,15 +256,44 @@ def config_of(made: Plan) -> dict[str, Any]:
     }
 
 
-def to_yaml(made: Plan) -> str:
-    """`config_of` as YAML under three lines that say what it needs."""
-    import yaml
+def print_plan(made: Plan) -> None:
+    """Everything, top down: who gets what, what fits, the rest in sentences."""
+    from rich.console import Console
 
-    head = HEAD.format(name=made.model.name, used=made.used, gpu=made.gpu)
-    return head + yaml.safe_dump(config_of(made), sort_keys=False)
+    def gib(size: int) -> str:
+        return f"{size / GIB:.1f}"
+
+    console = Console(highlight=False, markup=False)
+    console.print(
+        f"{made.model.name} on {made.gpus} x {made.gpu}: {made.groups} groups of {made.group_size} images a step"
+    )
+    console.print(textwrap.fill(PAPER, console.width - 1) + "\n", style="yellow")
+    split = [[role, str(made.least[role]), str(count)] for role, count in made.split.items()]
+    split.append(["in all", str(sum(made.least.values())), f"{made.used} of {made.gpus}"])
+    console.print(_table(["GPUs", "at least", "proposed"], split))
+    roles = made.memory.values()
+    names = dict.fromkeys(name for lines in roles for name in lines)  # in order, each once
+    rows = [[name, *(gib(lines[name]) if name in lines else "" for lines in roles)] for name in names]
+    rows.append(["in all", *(gib(sum(lines.values())) for lines in roles)])
+    rows.append(["while it loads", "", "", gib(loading_bytes(made.model))])
+    rows.append([f"of {made.gpu_gib:g}, to fill", *[gib(room(made.gpu_gib))] * len(roles)])
+    console.print(" ", _table(["GiB on one GPU", *made.memory], rows), " ", sep="\n")
+    for line in _sentences(made):
+        console.print(textwrap.fill(line, console.width - 1, initial_indent="- ", subsequent_indent="  "))
 
 
-def sentences(made: Plan) -> list[str]:
+def _table(columns: list[str], rows: list[list[str]]) -> Table:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for number, name in enumerate(columns):
+        table.add_column(name, justify="right" if number else "left")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _sentences(made: Plan) -> list[str]:
     """What the tables do not say, a sentence or two each."""
     trained, whole = made.model.trained * FLOAT32 / 1e9, made.model.total * FLOAT32 / 1e9
     images = "a whole group" if made.micro_batch == made.group_size else "part of a group"
@@ -277,44 +314,3 @@ def sentences(made: Plan) -> list[str]:
             "workers (scoring.workers), or another run."
         )
     return found
-
-
-def print_plan(made: Plan) -> None:
-    """Everything, top down: who gets what, what fits, the rest in sentences."""
-    from rich.console import Console
-
-    console = Console(highlight=False, markup=False)
-    console.print(
-        f"{made.model.name} on {made.gpus} x {made.gpu}: {made.groups} groups of {made.group_size} images a step"
-    )
-    console.print(textwrap.fill(PAPER, console.width - 1) + "\n", style="yellow")
-    total = ["in all", str(sum(made.least.values())), f"{made.used} of {made.gpus}"]
-    console.print(
-        _table(
-            ["GPUs", "at least", "proposed"], [*([r, str(made.least[r]), str(n)] for r, n in made.split.items()), total]
-        )
-    )
-    roles = made.memory.values()
-    names = dict.fromkeys(name for lines in roles for name in lines)  # in order, each once
-    rows = [[name, *(_gib(lines[name]) if name in lines else "" for lines in roles)] for name in names]
-    rows.append(["in all", *(_gib(sum(lines.values())) for lines in roles)])
-    rows.append(["while it loads", "", "", _gib(learner_loading(made.model))])
-    rows.append([f"of {made.gpu_gib:g}, to fill", *[_gib(room(made.gpu_gib))] * len(roles)])
-    console.print(" ", _table(["GiB on one GPU", *made.memory], rows), " ", sep="\n")
-    for line in sentences(made):
-        console.print(textwrap.fill(line, console.width - 1, initial_indent="- ", subsequent_indent="  "))
-
-
-def _gib(size: int) -> str:
-    return f"{size / GIB:.1f}"
-
-
-def _table(columns: list[str], rows: list[list[str]]) -> Table:
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for number, name in enumerate(columns):
-        table.add_column(name, justify="right" if number else "left")
-    for row in rows:
-        table.add_row(*row)
-    return table

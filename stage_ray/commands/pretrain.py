@@ -6,7 +6,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Option
 
 
 class PretrainStage(StrEnum):
@@ -21,13 +21,11 @@ class PretrainStage(StrEnum):
 
 
 def pretrain(
-    out: Annotated[Path, typer.Option(help="Directory of the results; a run that was cut off goes on in it")],
-    stages: Annotated[
-        list[PretrainStage] | None, typer.Option("--stage", help="Run only this stage; may be repeated")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Fixes the pictures and the weights at the start", min=0)] = 0,
+    out: Annotated[Path, Option(help="Directory of the results; a run that was cut off goes on in it")],
+    stages: Annotated[list[PretrainStage] | None, Option("--stage", help="This stage alone; may be repeated")] = None,
+    seed: Annotated[int, Option(help="Fixes the pictures and the weights at the start", min=0)] = 0,
     smoke: Annotated[
-        bool, typer.Option("--smoke", help="A few steps of each stage, to see that it works; the models are useless")
+        bool, Option("--smoke", help="A few steps each, to see that it works; models are useless")
     ] = False,
 ) -> None:
     """Rebuild what ships with the package: prompts, tokenizer, policy, detector, CLIP. About 75 minutes on two cores.

@@ -11,16 +11,17 @@ import contextlib
 import logging
 import os
 import re
+import signal
 import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Argument, Exit, Option
 
-from stage_ray.commands.options import OverridesOption
+from stage_ray.commands.train import OverridesOption
 from stage_ray.errors import ConfigError, Interrupted, RunError
 
 if TYPE_CHECKING:
@@ -35,45 +36,36 @@ DIGEST = "stage_ray_digest"
 PATIENCE_S = 60.0
 """So long the cluster may be out of reach while a job is followed (a head's restart, a cut port-forward)."""
 ACTIVE = ("PENDING", "RUNNING")
+LOCAL = "http://127.0.0.1:8265"
 PASSED_ON = "Pass this variable of yours on; may be repeated. The cluster's token lets others read it"
-
-VariablesOption = Annotated[list[str] | None, typer.Option("--env", metavar="NAME", help=PASSED_ON)]
 
 
 def submit(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file; checked here before anything is sent")],
-    address: Annotated[
-        str, typer.Option(envvar="RAY_API_SERVER_ADDRESS", help="The dashboard of the Ray cluster")
-    ] = "http://127.0.0.1:8265",
+    config: Annotated[Path, Argument(metavar="CONFIG", help="A YAML file; checked here before anything is sent")],
+    address: Annotated[str, Option(envvar="RAY_API_SERVER_ADDRESS", help="The cluster's dashboard")] = LOCAL,
     overrides: OverridesOption = None,
     run_dir: Annotated[
-        Path | None, typer.Option(help="Where the run writes: absolute, on storage that the cluster shares")
+        Path | None, Option(help="Where the run writes: absolute, on the cluster's shared storage")
     ] = None,
-    scratch: Annotated[
-        bool, typer.Option("--scratch", help="A relative run directory is wanted: it is lost with the job")
-    ] = False,
-    auto_resume: Annotated[
-        bool, typer.Option(help="Go on if the run directory holds a run, else begin; without, begin or fail")
-    ] = True,
-    job_id: Annotated[
-        str | None, typer.Option("--id", help="Name of the job; by default made of run directory and config")
-    ] = None,
-    wait: Annotated[bool, typer.Option(help="Follow the log until the job ends; its exit code is ours")] = True,
+    scratch: Annotated[bool, Option("--scratch", help="Take a relative run directory: lost with the job")] = False,
+    auto_resume: Annotated[bool, Option(help="Go on if there is a run, else begin; without, begin or fail")] = True,
+    job_id: Annotated[str | None, Option("--id", help="Name; by default made of run directory and config")] = None,
+    wait: Annotated[bool, Option(help="Follow the log until the job ends; its exit code is ours")] = True,
     working_dir: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Send this directory, minus .gitignore, .rayignore; not our code")
+        Path | None, Option(metavar="DIR", help="Send this directory, minus .gitignore, .rayignore; not our code")
     ] = None,
     image_has_code: Annotated[
-        bool, typer.Option("--image-has-code", help="Send only the config: the cluster has stage_ray installed")
+        bool, Option("--image-has-code", help="Send only the config: the cluster has stage_ray installed")
     ] = False,
-    env: VariablesOption = None,
+    env: Annotated[list[str] | None, Option(metavar="NAME", help=PASSED_ON)] = None,
     runtime_env: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="YAML of Ray's runtime_env: pip, uv, py_modules, env_vars")
+        Path | None, Option(metavar="FILE", help="YAML of Ray's runtime_env: pip, uv, py_modules, env_vars")
     ] = None,
     entrypoint_cpus: Annotated[
-        float, typer.Option(help="CPUs reserved for the driver; more than 0 lets it leave the head node", min=0)
+        float, Option(help="CPUs reserved for the driver; more than 0 lets it leave the head node", min=0)
     ] = 0.0,
     entrypoint_resources: Annotated[
-        str | None, typer.Option(metavar="MAPPING", help="Custom resources reserved for the driver, as {driver: 1}")
+        str | None, Option(metavar="MAPPING", help="Custom resources reserved for the driver, as {driver: 1}")
     ] = None,
 ) -> None:
     """Train as a job of a Ray cluster: start it, or follow it if it runs, or go on with it if it failed.
@@ -99,27 +91,34 @@ def submit(
         resources=entrypoint_resources,
         runtime_env=runtime_env,
     )
-    raise typer.Exit(submit_job(job, address, wait=wait))
+    raise Exit(submit_job(job, address, wait=wait))
 
 
 def submit_job(job: Job, address: str, *, wait: bool = True) -> int:
     """Start the job, or its next attempt, or attach to it; follow its log on stdout; the exit code of its driver.
 
     Args:
-        job: of `plan_job`.
-        address: of the cluster's dashboard, such as ``http://127.0.0.1:8265``.
         wait: False returns 0 as soon as the cluster has the job.
 
     Raises:
-        ConfigError: the address is not one, or the package is too large.
+        ConfigError: the address is not that of a dashboard.
         RunError: the cluster does not answer, wants another token, another job writes into the run directory, or the
             name is that of a job with another config.
         Interrupted: Ctrl-C; the job goes on.
     """
+    if not re.fullmatch(r"https?://[^/\s]+/?", address):
+        raise ConfigError(f"--address {address!r} is not the address of a Ray dashboard, such as http://127.0.0.1:8265")
+    os.environ["RAY_API_SERVER_ADDRESS"] = address  # else RAY_ADDRESS would go before what was asked for
     name = job.name
     try:
-        client = connect(address)
+        from ray.job_submission import JobSubmissionClient
+
+        for module in ("ray", "ray.dashboard.modules.job.sdk", "ray.dashboard.modules.dashboard_sdk"):
+            logging.getLogger(module).setLevel(
+                logging.ERROR
+            )  # they say what they upload where, and what they leave out
         with _one_sentence(address):
+            client = JobSubmissionClient(address)
             last = _last_attempt(job, client.list_jobs(), address)
             if last is not None and last.status == "SUCCEEDED":
                 _note(
@@ -134,7 +133,7 @@ def submit_job(job: Job, address: str, *, wait: bool = True) -> int:
         if not wait:
             _note(f"follow it: ray job logs --follow {name} --address {address}, or this command without --no-wait")
             return 0
-        return _exit_code(asyncio.run(_follow(client, name, address)))
+        return _exit_code(_follow(client, name, address))
     except KeyboardInterrupt:
         raise Interrupted(
             f"stopped following; job {name} goes on if it was started. Follow it again: the same command. "
@@ -147,32 +146,10 @@ def _note(sentence: str) -> None:
     print(f"stage-ray: {sentence}", file=sys.stderr)
 
 
-def connect(address: str) -> JobSubmissionClient:
-    """A client of the cluster's Jobs API that has been answered.
-
-    Raises:
-        ConfigError: not the address of a dashboard.
-        RunError: no dashboard answers there, or it refuses the token.
-    """
-    if not re.fullmatch(r"https?://[^/\s]+/?", address):
-        raise ConfigError(f"--address {address!r} is not the address of a Ray dashboard, such as http://127.0.0.1:8265")
-    os.environ["RAY_API_SERVER_ADDRESS"] = address  # else RAY_ADDRESS would go before what was asked for
-    from ray.job_submission import JobSubmissionClient
-
-    for name in ("", ".dashboard.modules", ".dashboard.modules.job.sdk", ".dashboard.modules.dashboard_sdk"):
-        logging.getLogger("ray" + name).setLevel(
-            logging.ERROR
-        )  # they say where they upload what, and what they leave out
-    with _one_sentence(address):
-        return JobSubmissionClient(address)
-
-
 def _last_attempt(job: Job, jobs: Iterable[JobDetails], address: str) -> JobDetails | None:
     """The newest attempt at this job that the cluster knows of.
 
-    Raises:
-        RunError: another job, which may compute something else, is writing into the same run directory, or had this
-            name.
+    Raises a `RunError` where another job is writing into the run directory, or this name stands for another config.
     """
     attempts: dict[int, JobDetails] = {}
     for other in jobs:
@@ -204,12 +181,12 @@ def _start(client: JobSubmissionClient, job: Job, attempt: int) -> str:
 
     name = job.name if attempt == 1 else f"{job.name}.{attempt}"
     with tempfile.TemporaryDirectory(prefix="stage-ray-") as directory:
-        staged = stage_files(job, Path(directory))
+        working_dir = str(stage_files(job, Path(directory)))
         try:
             client.submit_job(
                 entrypoint=job.entrypoint,
                 submission_id=name,
-                runtime_env=job.environment | {"working_dir": str(staged), "env_vars": job.variables},
+                runtime_env=job.runtime_env | {"working_dir": working_dir},
                 metadata={RUN_DIR: job.run_dir, DIGEST: job.digest},
                 entrypoint_num_cpus=job.cpus or None,
                 entrypoint_resources=job.resources or None,
@@ -217,46 +194,48 @@ def _start(client: JobSubmissionClient, job: Job, attempt: int) -> str:
         except RuntimeError as error:
             if "already exists" not in str(error):
                 raise
-            _last_attempt(job, client.list_jobs(), client.get_address())
+            _last_attempt(job, client.list_jobs(), client.get_address())  # raises unless it is this very job
             _note(f"job {name} was started by another command at this moment; attached to it")
             return name
     _note(f"job {name} was given to the cluster: {job.entrypoint}")
     return name
 
 
-async def _follow(client: JobSubmissionClient, name: str, address: str) -> JobDetails:
+def _follow(client: JobSubmissionClient, name: str, address: str) -> JobDetails:
     """Print a job's log from its beginning until it has ended, over cut connections."""
-    import aiohttp
-    import requests
+    from ray.exceptions import AuthenticationError
 
     shown, heard = 0, time.monotonic()
+
+    async def print_log() -> None:
+        nonlocal shown, heard
+        # Ctrl-C wakes a loop that has a handler of its own; one that sleeps until the next line may miss Python's.
+        asyncio.get_running_loop().add_signal_handler(signal.SIGINT, signal.default_int_handler, signal.SIGINT, None)
+        position = 0  # after a cut the log begins anew
+        async for text in client.tail_job_logs(name):
+            position += len(text)
+            if position > shown:
+                print(text[shown - position :], end="", flush=True)
+                shown = position
+            heard = time.monotonic()
+
     while True:
-        position = 0
         try:
             with _one_sentence(address):
-                async for text in client.tail_job_logs(name):
-                    position += len(text)
-                    if position > shown:  # after a cut the log begins anew
-                        print(text[shown - position :], end="", flush=True)
-                        shown = position
-                    heard = time.monotonic()
-                details = client.get_job_info(name)
-                heard = time.monotonic()
-                if details.status not in ACTIVE:
-                    return details
+                asyncio.run(print_log())
+                details = client.get_job_info(name)  # outside the loop, so that Ctrl-C ends a call without an answer
+            if details.status not in ACTIVE:
+                return details
+            heard = time.monotonic()
         except RunError as error:
-            cut = isinstance(error.__cause__, aiohttp.ClientError | requests.RequestException | OSError | RuntimeError)
-            if not cut or time.monotonic() - heard > PATIENCE_S:
+            final = isinstance(error.__cause__, AuthenticationError | KeyError | TypeError)  # no cut connection
+            if final or time.monotonic() - heard > PATIENCE_S:
                 raise RunError(f"{error}; job {name} may go on: the same command follows it again") from error
-        await asyncio.sleep(0.5)
+        time.sleep(0.5)
 
 
 def _exit_code(details: JobDetails) -> int:
-    """The driver's own exit code, as a shell would give it.
-
-    Raises:
-        RunError: the job failed without a driver that could have had one.
-    """
+    """The driver's own exit code, as a shell would give it; a `RunError` where no driver could have had one."""
     if details.status == "SUCCEEDED":
         return 0
     if details.status == "STOPPED":
@@ -274,11 +253,13 @@ def _one_sentence(address: str) -> Iterator[None]:
     import requests
     from ray.exceptions import AuthenticationError
 
-    fix = "set RAY_AUTH_MODE=token, and the cluster's token as RAY_AUTH_TOKEN or in ~/.ray/auth_token"
     try:
         yield
+    except RunError:
+        raise
     except AuthenticationError as error:
         fault = "refuses this token" if "failed" in error.message.partition("\n")[0] else "wants a token"
+        fix = "set RAY_AUTH_MODE=token, and the cluster's token as RAY_AUTH_TOKEN or in ~/.ray/auth_token"
         raise RunError(f"the Ray cluster at {address} {fault}: {fix}") from error
     except (aiohttp.ClientError, requests.RequestException, OSError) as error:
         raise RunError(
@@ -286,12 +267,6 @@ def _one_sentence(address: str) -> Iterator[None]:
             "(on Kubernetes after: kubectl port-forward service/NAME-head-svc 8265)"
         ) from error
     except (RuntimeError, KeyError, TypeError) as error:
-        if isinstance(error, RunError):
-            raise
-        raise RunError(f"the Ray cluster at {address} answered: {_gist(error)}") from error
-
-
-def _gist(error: Any) -> str:
-    """What a server's error page says: its last line, which is the exception of a traceback."""
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    return lines[-1].strip() if lines else type(error).__name__
+        # Of a server's error page the last line alone, which is the exception of a traceback.
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        raise RunError(f"the Ray cluster at {address} answered: {lines[-1]}") from error

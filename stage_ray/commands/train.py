@@ -5,35 +5,28 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Option, echo
 
-from stage_ray.commands.options import OverridesOption
+OverridesOption = Annotated[
+    list[str] | None, Option("--set", metavar="KEY=VALUE", help="Override a key by its dotted name; may be repeated")
+]
 
 
 def train(
-    config: Annotated[
-        Path, typer.Argument(metavar="CONFIG", help="A YAML file, such as configs/stage_shapeworld.yaml")
-    ],
+    config: Annotated[Path, Argument(metavar="CONFIG", help="A YAML file, such as configs/stage_shapeworld.yaml")],
     overrides: OverridesOption = None,
-    run_dir: Annotated[Path | None, typer.Option(help="Where the run writes; run_dir of the config by default")] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the newest checkpoint of the run directory")
-    ] = False,
+    run_dir: Annotated[Path | None, Option(help="Where the run writes; run_dir of the config by default")] = None,
+    resume: Annotated[bool, Option("--resume", help="Go on from the run directory's newest checkpoint")] = False,
     auto_resume: Annotated[
-        bool,
-        typer.Option(
-            "--auto-resume", help="Go on if the run directory holds a run, else begin; for jobs that are retried"
-        ),
+        bool, Option("--auto-resume", help="Go on if there is a run, else begin; for retries")
     ] = False,
     replay: Annotated[
         Path | None,
-        typer.Option(
-            metavar="RUN_DIR", help="Train the learner alone on the groups that RUN_DIR recorded (pipeline.record=true)"
+        Option(
+            metavar="RUN_DIR", help="Train the learner alone on groups that RUN_DIR recorded (pipeline.record=true)"
         ),
     ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything, print the resolved config, start nothing")
-    ] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="Check everything, print the config, start nothing")] = False,
 ) -> None:
     """Train a model and write a run directory that ends with report.html.
 
@@ -45,7 +38,7 @@ def train(
     if dry_run:
         from stage_ray.run.preflight import describe
 
-        typer.echo(describe(run))
+        echo(describe(run))
         return
     from stage_ray.observability.progress import progress_for
 

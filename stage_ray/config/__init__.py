@@ -1,5 +1,6 @@
 """A run's configuration: schema, file, paths, and the hardware it meets. Imports neither torch, ray nor vllm."""
 
+# ruff: noqa: F401  they are here for other rooms
 from stage_ray.config.schema import (
     AlgorithmConfig,
     CheckpointConfig,
@@ -16,20 +17,3 @@ from stage_ray.config.schema import (
     ScoringConfig,
     Section,
 )
-
-__all__ = [
-    "AlgorithmConfig",
-    "CheckpointConfig",
-    "ClusterConfig",
-    "EvaluationConfig",
-    "LearnerConfig",
-    "LogsConfig",
-    "PipelineConfig",
-    "PolicyConfig",
-    "PromptsConfig",
-    "RewardConfig",
-    "RolloutConfig",
-    "RunConfig",
-    "ScoringConfig",
-    "Section",
-]

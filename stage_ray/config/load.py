@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
+from inspect import isclass
 from pathlib import Path
 from typing import Any, get_args
 
@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from stage_ray.config import RunConfig
-from stage_ray.errors import ConfigError
+from stage_ray.errors import ConfigError, impossible, suggest
 
 RENAMED = {"rollout.images_per_wave": "rollout.images_per_batch"}
 """Key of an earlier version -> what it is called now; the old one is refused, and the error names the new one."""
@@ -75,42 +75,27 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
 
 def _item(node: Any, part: str, key: str) -> Any:
     if not isinstance(node, list) or not part.isdigit() or int(part) >= len(node):
-        raise ConfigError(
-            f"--set {key}: there is no {part!r} here; lists are indexed from 0, for example rewards.0.weight"
-        )
+        raise ConfigError(f"--set {key}: there is no {part!r} here; lists are indexed from 0, as in rewards.0.weight")
     return node[int(part)]
 
 
 def _explain(item: Any) -> str:
-    location = [str(part) for part in item["loc"]]
-    key = ".".join(location) or "config"
-    if item["type"] == "extra_forbidden" and key in RENAMED:
-        return f"unknown key {key!r}: it is called {RENAMED[key]!r} now"
+    *parents, last = location = [str(part) for part in item["loc"]] or ["config"]
+    key = ".".join(location)
     if item["type"] == "extra_forbidden":
-        names = _fields_at(location[:-1])
-        near = difflib.get_close_matches(location[-1], names, n=1, cutoff=0.5)
-        fix = (
-            f"did you mean {'.'.join([*location[:-1], near[0]])!r}?"
-            if near
-            else f"known here: {', '.join(sorted(names))}"
-        )
-        return f"unknown key {key!r}: {fix}"
+        fix = suggest(last, _fields_at(parents), "".join(f"{part}." for part in parents))
+        return f"unknown key {key!r}: " + (f"it is called {RENAMED[key]!r} now" if key in RENAMED else fix)
     if item["type"] == "missing":
         return f"{key} is missing"
-    if item["type"] == "value_error":
-        return str(item["ctx"]["error"])
-    return f"{key} = {item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}"
+    return str(item["ctx"]["error"]) if item["type"] == "value_error" else impossible(key, item)
 
 
 def _fields_at(location: list[str]) -> list[str]:
     """Names that are allowed in the section at a location, list positions skipped."""
     model: type[BaseModel] = RunConfig
     for part in location:
-        if part.isdigit():
-            continue
-        annotation = model.model_fields[part].annotation
-        inner = [a for a in (annotation, *get_args(annotation)) if isinstance(a, type) and issubclass(a, BaseModel)]
-        if not inner:
-            return []
-        model = inner[0]
+        if not part.isdigit():
+            annotation = model.model_fields[part].annotation
+            # A section itself, or the sections of a list.
+            model = next(a for a in (annotation, *get_args(annotation)) if isclass(a) and issubclass(a, BaseModel))
     return list(model.model_fields)

@@ -20,7 +20,7 @@ class PromptsConfig(Section):
     """Which prompts are trained on, and which are held out."""
 
     train: str = Field(
-        description="JSON Lines in GenEval's format, or plain text, one prompt a line; or package:MODULE/FILE"
+        description="JSON Lines (GenEval's format) or plain text, a prompt a line; or package:MODULE/FILE"
     )
     heldout: str | None = Field(None, description="Prompts of the evaluation before and after; same formats")
     shuffle: bool = Field(True, description="A new order every epoch, fixed by the run's seed")
@@ -58,7 +58,7 @@ class RolloutConfig(Section):
     top_p: float = Field(1.0, gt=0.0, le=1.0, description="Keep the smallest set of tokens with this mass; 1 is off")
     images_per_batch: int = Field(64, ge=1, description="Images in flight at once on one worker")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="auto: bfloat16 where the hardware computes in it"
+        "auto", description="auto: bfloat16 where the hardware has it"
     )
     tensor_parallel: int = Field(
         1, ge=1, description="Processes of one machine that share the model of one worker (vLLM), a part of it each"
@@ -74,9 +74,7 @@ class RolloutConfig(Section):
         default_factory=dict,
         description="Custom Ray resources of one worker (or process), such as {rollout: 1}: which nodes it may use",
     )
-    threads: int | None = Field(
-        None, ge=1, description="Threads of one worker (or process); null: every core in synchronous runs, else half"
-    )
+    threads: int | None = Field(None, ge=1, description="Threads of a worker; null: all if synchronous, else half")
     kv_cache_gib: float = Field(1.0, gt=0, description="vLLM's key-value cache on a CPU, GiB")
     gpu_memory_utilization: float = Field(0.5, gt=0, le=1, description="vLLM's share of a GPU's memory")
     timeout_s: float = Field(600.0, gt=0, description="Seconds one generation batch may take")
@@ -169,7 +167,7 @@ class LearnerConfig(Section):
     ranks: int = Field(1, ge=1, description="Actors that share one update (FSDP2), whole groups each")
     cpus: float = Field(1.0, gt=0, description="CPUs reserved for one rank")
     threads: int | None = Field(
-        None, ge=1, description="Threads of the learner; null: every core in synchronous runs, else half"
+        None, ge=1, description="Threads of a rank; null: every core in synchronous runs, else half"
     )
     gpus: float = Field(0.0, ge=0, description="GPUs reserved for one rank")
     resources: dict[str, float] = Field(default_factory=dict, description="Custom Ray resources of one rank")
@@ -179,9 +177,7 @@ class LearnerConfig(Section):
 class PipelineConfig(Section):
     """How far generation may run ahead of training."""
 
-    max_staleness: int = Field(
-        0, ge=0, description="Updates a group may lag behind the learner; 0 is synchronous training"
-    )
+    max_staleness: int = Field(0, ge=0, description="Updates a group may lag behind the learner; 0 is synchronous")
     order: Literal["strict", "arrival"] = Field(
         "strict",
         description="strict: generation and training batches in a fixed order, so a run can be repeated bit for bit; "
@@ -201,9 +197,7 @@ class EvaluationConfig(Section):
     """Held-out evaluation before the first and after the last step, and the fixed sample grid."""
 
     enabled: bool = Field(True, description="Evaluate on prompts.heldout before and after")
-    benchmark: str = Field(
-        "geneval", description="What the scores of the run's scorers add up to: geneval, or package.module.Class"
-    )
+    benchmark: str = Field("geneval", description="What the run's scores add up to: geneval, or package.module.Class")
     images_per_prompt: int = Field(4, ge=1, description="Images of each held-out prompt")
     seed: int = Field(20, ge=0, description="Seed of evaluation and sample images")
     sample_every: int = Field(50, ge=1, description="Steps between pictures of samples")
@@ -214,8 +208,7 @@ class ClusterConfig(Section):
     """Where Ray runs."""
 
     address: str | None = Field(
-        None,
-        description="null: as a Ray job the cluster it runs in, else a new local one; auto or HOST:PORT attaches",
+        None, description="null: as a Ray job the cluster it runs in, else a new local one; auto or HOST:PORT attaches"
     )
     num_cpus: int | None = Field(
         None,
@@ -226,9 +219,7 @@ class ClusterConfig(Section):
     dashboard: bool = Field(False, description="Ray's dashboard on a local cluster, on 127.0.0.1")
     metrics_port: int | None = Field(0, ge=0, le=65535, description="Prometheus port; 0 picks a free one, null is off")
     metrics_host: str = Field("127.0.0.1", description="Address the Prometheus endpoint binds to")
-    start_timeout_s: float = Field(
-        300.0, gt=0, description="Seconds a worker may wait for its place, and as many to load"
-    )
+    start_timeout_s: float = Field(300.0, gt=0, description="Seconds a worker may wait for its place, and to load")
     sync_timeout_s: float = Field(120.0, gt=0, description="Seconds a rollout worker may take to load a version")
     weight_transport: Literal["object_store", "gloo", "nccl"] = Field(
         "object_store",
@@ -258,9 +249,7 @@ class RunConfig(Section):
     rollout: RolloutConfig = RolloutConfig()
     rewards: list[RewardConfig] = Field(min_length=1)
     scoring: ScoringConfig = ScoringConfig()
-    recipe: str = Field(
-        "stage", description="The algorithm: stage, grpo, or package.module.Class; its options stand under algorithm"
-    )
+    recipe: str = Field("stage", description="stage, grpo, or package.module.Class; its options stand under algorithm")
     algorithm: AlgorithmConfig = AlgorithmConfig()
     learner: LearnerConfig = LearnerConfig()
     pipeline: PipelineConfig = PipelineConfig()
@@ -271,51 +260,49 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
+        rollout, learner, transport = self.rollout, self.learner, self.cluster.weight_transport
         columns = [reward.column for reward in self.rewards]
-        repeated = sorted({name for name in columns if columns.count(name) > 1})
+        repeated = next((name for name in sorted(columns) if columns.count(name) > 1), None)
         if repeated:
-            raise ValueError(f"rewards: the name {repeated[0]!r} is used twice; give each scorer a name of its own")
+            raise ValueError(f"rewards: the name {repeated!r} is used twice; give each scorer a name of its own")
         if all(reward.weight == 0 for reward in self.rewards):
             raise ValueError("rewards: every weight is 0, so nothing would be trained")
         if self.evaluation.enabled and self.prompts.heldout is None:
             raise ValueError(
                 "evaluation.enabled is true but prompts.heldout is not set; set it, or evaluation.enabled=false"
             )
-        for name, pool in (("rollout", self.rollout), ("scoring", self.scoring)):
+        for name, pool in (("rollout", rollout), ("scoring", self.scoring)):
             if pool.max_workers is not None and pool.max_workers < pool.workers:
-                raise ValueError(
-                    f"{name}.max_workers = {pool.max_workers} is less than {name}.workers = {pool.workers}"
-                )
-        if self.rollout.tensor_parallel > 1 and self.rollout.engine != "vllm":
+                most, least = f"{name}.max_workers = {pool.max_workers}", f"{name}.workers = {pool.workers}"
+                raise ValueError(f"{most} is less than {least}")
+        if rollout.tensor_parallel > 1 and rollout.engine != "vllm":
             raise ValueError(
-                f"rollout.tensor_parallel = {self.rollout.tensor_parallel} needs rollout.engine = vllm; "
-                f"the {self.rollout.engine} engine is one process"
+                f"rollout.tensor_parallel = {rollout.tensor_parallel} needs rollout.engine = vllm; "
+                f"the {rollout.engine} engine is one process"
             )
-        if self.rollout.colocated:
+        if rollout.colocated:
             self._check_colocated()
-        if self.cluster.weight_transport != "object_store" and (
-            self.rollout.tensor_parallel > 1 or self.rollout.colocated
-        ):
+        if transport != "object_store" and (rollout.tensor_parallel > 1 or rollout.colocated):
             raise ValueError(
-                f"cluster.weight_transport = {self.cluster.weight_transport} reaches workers of one process each, on "
+                f"cluster.weight_transport = {transport} reaches workers of one process each, on "
                 "hardware of their own; use object_store with rollout.tensor_parallel or rollout.colocated"
             )
-        if self.cluster.weight_transport == "nccl" and min(self.rollout.gpus, self.learner.gpus) < 1:
+        if transport == "nccl" and min(rollout.gpus, learner.gpus) < 1:
             raise ValueError(
                 f"cluster.weight_transport = nccl needs a whole GPU for each end, but rollout.gpus = "
-                f"{self.rollout.gpus:g} and learner.gpus = {self.learner.gpus:g}; set both to 1, or use object_store"
+                f"{rollout.gpus:g} and learner.gpus = {learner.gpus:g}; set both to 1, or use object_store"
             )
-        if self.rollout.groups_per_step % self.learner.ranks:
+        if rollout.groups_per_step % learner.ranks:
             raise ValueError(
-                f"learner.ranks = {self.learner.ranks} does not divide rollout.groups_per_step = "
-                f"{self.rollout.groups_per_step}: every rank trains as many whole groups as the others"
+                f"learner.ranks = {learner.ranks} does not divide rollout.groups_per_step = "
+                f"{rollout.groups_per_step}: every rank trains as many whole groups as the others"
             )
         return self
 
     def _check_colocated(self) -> None:
         """Raise a ValueError unless each rollout worker can share a GPU with one rank of the learner."""
         rollout, learner = self.rollout, self.learner
-        wanted = {
+        wanted = {  # key -> its value, and what it must be
             "pipeline.max_staleness": (self.pipeline.max_staleness, 0),
             "rollout.tensor_parallel": (rollout.tensor_parallel, 1),
             "rollout.workers": (rollout.workers, learner.ranks),

@@ -137,10 +137,10 @@ class ImageEngine(ABC):
             drawn = self.sample(sequences[start : start + self.images_per_batch], params or self.params)
             records = (drawn.logprobs.float(), drawn.guided_logprobs.float(), drawn.entropy.float())
             arrays = (drawn.tokens.to(torch.int32), *records, self.decode(drawn.tokens))
-            batches.append(tuple(array.numpy() for array in arrays))
+            batches.append(tuple(array.numpy() for array in arrays))  # tokens, three records, images: each [B, ...]
             count = len(drawn.tokens)
             seconds += [(time.perf_counter() - began) / count] * count
-        columns = tuple(np.concatenate(parts) for parts in zip(*batches, strict=True))
+        columns = tuple(np.concatenate(parts) for parts in zip(*batches, strict=True))  # the same five over all batches
         return self._groups(requests, columns, seconds)
 
     def load_weights(self, version: int, tensors: Iterable[tuple[str, Tensor]], *, known_finite: bool = False) -> None:
@@ -154,7 +154,7 @@ class ImageEngine(ABC):
         """
         checked = self._checked(tensors, known_finite)
         self._wake()
-        self._complete = False
+        self._complete = False  # `install` may fail half-way
         self.install(checked)
         self._complete = True
         self.policy_version = version
@@ -172,7 +172,7 @@ class ImageEngine(ABC):
             if not known_finite and not finite(tensor):
                 raise ValueError(f"weight update: {name!r} holds values that are not finite")
             found[name] = tensor
-        missing = sorted(shapes.keys() - found.keys())
+        missing = sorted(shapes.keys() - found.keys())  # an update is whole or refused
         if missing:
             raise ValueError(f"weight update: {len(missing)} tensors are missing, the first is {missing[0]!r}")
         return found
@@ -182,7 +182,7 @@ class ImageEngine(ABC):
     ) -> list[RolloutGroup]:
         groups, start = [], 0
         for request in requests:
-            own = slice(start, start + len(request.seeds))
+            own = slice(start, start + len(request.seeds))  # the request's images
             tokens, logprobs, guided, entropy, images = (column[own] for column in columns)
             groups.append(
                 RolloutGroup(

@@ -54,10 +54,11 @@ def sample(
     """
     conditional = conditional.float()
     logits = process_logits(conditional, unconditional, params)
-    tokens = (logits + gumbel(seeds, positions, logits.shape[-1])).argmax(dim=-1)
+    tokens = (logits + gumbel(seeds, positions, logits.shape[-1])).argmax(dim=-1)  # the Gumbel-max trick
     statistics = token_logprobs(conditional, tokens)
-    guided = statistics.logprobs
+    guided = statistics.logprobs  # plain sampling draws from the conditional branch itself
     if not params.plain:
+        # The log-softmax at the drawn token.
         guided = logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(dim=-1)
     return Sample(tokens, statistics.logprobs, guided, statistics.entropy)
 
@@ -76,8 +77,8 @@ def uniform(seeds: Tensor, positions: Tensor, vocabulary: int) -> Tensor:
     """
     keys = _mix(_mix(seeds) + positions * GOLDEN)  # [B]
     steps = torch.arange(1, vocabulary + 1, dtype=torch.int64, device=seeds.device) * GOLDEN  # [V]
-    bits = _mix(keys.unsqueeze(-1) + steps).bitwise_right_shift_(32).bitwise_and_(0xFFFFFFFF)
-    return bits.float().add_(0.5).mul_(2.0**-32).clamp_(max=LARGEST_UNIFORM)
+    bits = _mix(keys.unsqueeze(-1) + steps).bitwise_right_shift_(32).bitwise_and_(0xFFFFFFFF)  # [B, V], upper half
+    return bits.float().add_(0.5).mul_(2.0**-32).clamp_(max=LARGEST_UNIFORM)  # never 0 or 1
 
 
 def _mix(state: Tensor) -> Tensor:

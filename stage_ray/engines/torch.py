@@ -11,7 +11,7 @@ from stage_ray.config import PolicyConfig, RolloutConfig
 from stage_ray.engines.base import ImageEngine, ImageSequence, Rollouts
 from stage_ray.engines.sampling import Sample, SamplingParams, sample
 from stage_ray.policies import load_policy
-from stage_ray.policies.base import compute_dtype, device_for
+from stage_ray.policies.devices import compute_dtype, device_for
 
 
 class TorchEngine(ImageEngine):
@@ -36,7 +36,7 @@ class TorchEngine(ImageEngine):
         """Take checked tensors, cast to the model's dtype; a CPU reads those that need no cast where they lie."""
         for name, parameter in self._policy.trained_parameters().items():
             if parameter.device.type == "cpu":
-                parameter.data = tensors[name].to(parameter.dtype)
+                parameter.data = tensors[name].to(parameter.dtype)  # no copy where the dtype is the same
             else:
                 parameter.copy_(tensors[name])
 
@@ -71,10 +71,11 @@ class TorchEngine(ImageEngine):
         states = decoder.prefill(prompts)
         samples: list[Sample] = []
         for step in range(steps):
-            logits = self._policy.head(states)
+            logits = self._policy.head(states)  # [B, V], or [2 B, V] with guidance
             unconditional = logits[count:] if params.guided else None
             samples.append(sample(logits[:count], unconditional, seeds, torch.full_like(seeds, step), params))
             if step + 1 < steps:
+                # Both branches of an image read the token that was drawn for it.
                 states = decoder.step(self._image_embeds[samples[-1].tokens].repeat(len(prompts) // count, 1))
         return Rollouts(
             *(

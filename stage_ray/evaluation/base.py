@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from pydantic import TypeAdapter, ValidationError
 
 from stage_ray.config import RewardConfig
 from stage_ray.errors import ConfigError, RunError
@@ -51,7 +52,7 @@ class Benchmark(Protocol):
 
     Attributes:
         name: as ``evaluation.benchmark`` and ``evaluate --suite`` know it.
-        headline: the metric that stands for all of them in a run's summary.
+        headline: the metric that stands for all of them in a run's summary; more of it is better.
         prompts, rewards: location of its prompt file, and its scorers, as in a config. A run's evaluation takes the
             run's own instead.
         images_per_prompt: as the benchmark defines it.
@@ -99,7 +100,7 @@ def mean_over_images(by_prompt: Mapping[int, Sequence[float]]) -> MetricValue | 
     if not values:
         return None
     means = {prompt: float(np.mean(images)) for prompt, images in by_prompt.items()}
-    units = list(means.values()) if len(means) > 1 else values
+    units = list(means.values()) if len(means) > 1 else values  # of a single prompt only its images spread
     error = float(np.std(units, ddof=1) / math.sqrt(len(units))) if len(units) > 1 else None
     return MetricValue(sum(values) / len(values), error, len(values), means)
 
@@ -108,6 +109,7 @@ def mean_of_metrics(metrics: Mapping[str, MetricValue]) -> MetricValue | None:
     """Mean of independent metrics: its variance is the sum of theirs over their number squared. None without any."""
     if not metrics:
         return None
+    # Without the error of one of them the mean has none either.
     errors = [metric.error for metric in metrics.values() if metric.error is not None]
     error = math.sqrt(sum(error * error for error in errors)) / len(metrics) if len(errors) == len(metrics) else None
     value = sum(metric.value for metric in metrics.values()) / len(metrics)
@@ -123,13 +125,12 @@ class EvaluationResult:
         headline: name of its headline metric.
         metrics: as `Benchmark.aggregate` gives them.
         scores: mean of every scorer, by its column; None where it scored nothing.
-        images: one mapping an image: ``prompt_index``, ``prompt``, ``image``, ``scores`` (None where invalid) and what
-            each scorer said of it in ``details``.
+        images: for each image ``prompt_index``, ``prompt``, ``image``, ``scores`` (None where invalid) and ``details``.
 
     Example:
         >>> result = EvaluationResult("geneval", "GenEval", {"GenEval": MetricValue(0.5, 0.1, 32, {7: 0.5})})
-        >>> EvaluationResult.from_json(result.to_json()) == result
-        True
+        >>> result.headline_value
+        0.5
     """
 
     benchmark: str
@@ -147,31 +148,20 @@ class EvaluationResult:
         """Plain data without NaN, for ``json.dump``."""
         return asdict(self)
 
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> EvaluationResult:
-        """Read `to_json`'s data; further keys are ignored.
-
-        Raises:
-            KeyError, TypeError: a key is missing or unknown.
-        """
-        metrics = {}
-        for name, metric in data["metrics"].items():
-            by_prompt = {int(prompt): value for prompt, value in metric["by_prompt"].items()}  # JSON's keys are texts
-            metrics[name] = MetricValue(**{**metric, "by_prompt": by_prompt, "parts": tuple(metric["parts"])})
-        return cls(data["benchmark"], data["headline"], metrics, data["scores"], tuple(data["images"]))
-
 
 def read_result(path: Path) -> EvaluationResult | None:
-    """Read a file of `EvaluationResult.to_json`; None if there is no file.
+    """Read a file of `EvaluationResult.to_json`, whose further keys are ignored; None if there is no file.
 
     Raises:
         RunError: the file is damaged, or another version wrote it.
     """
     data = read_json(path)
     try:
-        return EvaluationResult.from_json(data) if data is not None else None
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise RunError(f"{path} is not an evaluation ({error!r}); remove it to go on without it") from error
+        return None if data is None else TypeAdapter(EvaluationResult).validate_python(data)
+    except ValidationError as error:
+        first = error.errors()[0]  # one is enough to see what the file is
+        why = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        raise RunError(f"{path} is not an evaluation ({why}); remove it to go on without it") from error
 
 
 def summarise(benchmark: Benchmark, prompts: Sequence[Prompt], scored: Sequence[ScoredGroup]) -> EvaluationResult:
@@ -180,37 +170,23 @@ def summarise(benchmark: Benchmark, prompts: Sequence[Prompt], scored: Sequence[
     Raises:
         ValueError: `scored` is not exactly one group for each prompt.
     """
-    groups = {group.group_id: group for group in scored}
-    if len(groups) != len(scored) or sorted(groups) != list(range(len(prompts))):
+    ordered = sorted(scored, key=lambda group: group.group_id)
+    if [group.group_id for group in ordered] != list(range(len(prompts))):  # one is missing, twice or a stranger
         raise ValueError(f"{len(scored)} scored groups do not match {len(prompts)} prompts; each needs exactly one")
-    ordered = [groups[number] for number in range(len(prompts))]
-    images = [image for pair in zip(prompts, ordered, strict=True) for image in _images(*pair)]
+    images: list[dict[str, Any]] = []
+    columns: dict[str, list[float]] = {name: [] for group in ordered for name in group.names}  # valid scores only
+    for prompt, group in zip(prompts, ordered, strict=True):
+        # Details are a user's: a trip through JSON makes NaN null, and whatever JSON does not know a text.
+        details = json.loads(json.dumps(group.details, default=str), parse_constant=lambda _: None)
+        for image, said in enumerate(details):
+            scores: dict[str, float | None] = dict.fromkeys(group.names)  # None until a valid one is found
+            for name, score, valid in zip(group.names, group.scores[image], group.valid[image], strict=True):
+                if valid:
+                    scores[name] = float(score)
+                    columns[name].append(float(score))
+            images.append(
+                {"prompt_index": prompt.index, "prompt": prompt.text, "image": image, "scores": scores, "details": said}
+            )
+    means = {name: sum(scores) / len(scores) if scores else None for name, scores in columns.items()}
     metrics = benchmark.aggregate(prompts, ordered)
-    return EvaluationResult(benchmark.name, benchmark.headline, metrics, _scorer_means(ordered), tuple(images))
-
-
-def _images(prompt: Prompt, group: ScoredGroup) -> list[dict[str, Any]]:
-    # Details are a user's: a trip through JSON makes NaN null, and whatever JSON does not know a text.
-    details = json.loads(json.dumps(group.details, default=str), parse_constant=lambda _: None)
-    return [
-        {
-            "prompt_index": prompt.index,
-            "prompt": prompt.text,
-            "image": image,
-            "scores": {
-                name: float(score) if valid else None
-                for name, score, valid in zip(group.names, group.scores[image], group.valid[image], strict=True)
-            },
-            "details": details[image],
-        }
-        for image in range(len(group.scores))
-    ]
-
-
-def _scorer_means(scored: Sequence[ScoredGroup]) -> dict[str, float | None]:
-    """Mean of every scorer over its valid scores, in the order of the columns."""
-    values: dict[str, list[float]] = {name: [] for group in scored for name in group.names}
-    for group in scored:
-        for column, name in enumerate(group.names):
-            values[name] += [float(score) for score in group.scores[group.valid[:, column], column]]
-    return {name: sum(scores) / len(scores) if scores else None for name, scores in values.items()}
+    return EvaluationResult(benchmark.name, benchmark.headline, metrics, means, tuple(images))

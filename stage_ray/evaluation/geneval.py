@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from stage_ray.config import RewardConfig
 from stage_ray.evaluation.base import MetricValue, mean_of_metrics, mean_over_images
 from stage_ray.records import Prompt, ScoredGroup
 
 HEADLINE = "GenEval"
-SOFT = "soft score"
-UNTAGGED = "all"
 DETECTOR = "stage_ray.shapeworld.detector.ShapeDetector"
+JUDGE = {"type": "geneval", "options": {"detector": DETECTOR, "threshold": 0.5, "counting_threshold": 0.5}}
 
 
 class GenEvalBenchmark:
@@ -30,14 +28,7 @@ class GenEvalBenchmark:
     name = "geneval"
     headline = HEADLINE
     prompts = "package:stage_ray/shapeworld/assets/prompts/heldout.jsonl"
-    rewards = (
-        RewardConfig(
-            type="geneval",
-            name=None,
-            weight=1.0,
-            options={"detector": DETECTOR, "threshold": 0.5, "counting_threshold": 0.5},
-        ),
-    )
+    rewards = (RewardConfig.model_validate(JUDGE),)
     images_per_prompt = 4
 
     def aggregate(self, prompts: Sequence[Prompt], scored: Sequence[ScoredGroup]) -> dict[str, MetricValue]:
@@ -45,14 +36,15 @@ class GenEvalBenchmark:
         strict: dict[str, dict[int, list[float]]] = {}  # task -> prompt -> verdicts of its images
         soft: dict[int, list[float]] = {}
         for prompt, group in zip(prompts, scored, strict=True):
-            task = strict.setdefault(prompt.record.get("tag") or UNTAGGED, {})
+            task = strict.setdefault(prompt.record.get("tag") or "all", {})
             for details in group.details:
-                # What the first scorer with a verdict said of the image; nothing where every scorer failed.
-                judged: Mapping[str, Any] = next((said for said in details.values() if "verdict" in said), {})
-                if "verdict" in judged:
+                # What the first scorer with a verdict said of the image; None where every scorer failed.
+                judged = next((said for said in details.values() if "verdict" in said), None)
+                if judged is not None:
                     task.setdefault(prompt.index, []).append(float(judged["verdict"]))
-                if judged.get("soft") is not None:
-                    soft.setdefault(prompt.index, []).append(float(judged["soft"]))
+                    if judged.get("soft") is not None:
+                        soft.setdefault(prompt.index, []).append(float(judged["soft"]))
+        # A task without any verdict is absent.
         tasks = {name: mean for name, by_prompt in strict.items() if (mean := mean_over_images(by_prompt))}
-        metrics = {**tasks, HEADLINE: mean_of_metrics(tasks), SOFT: mean_over_images(soft)}
+        metrics = {**tasks, HEADLINE: mean_of_metrics(tasks), "soft score": mean_over_images(soft)}
         return {name: metric for name, metric in metrics.items() if metric is not None}

@@ -57,7 +57,7 @@ class EngineBackend:
 
     async def judge(self, requests: Sequence[RolloutRequest], *, images: bool) -> list[JudgedGroup]:
         """As `Backend.judge`; batches follow each other, and an interrupt takes effect between two of them."""
-        await asyncio.sleep(0)
+        await asyncio.sleep(0)  # here the event loop sees a signal
         groups = self._engine.generate(requests)
         judged = zip(requests, score_groups(self._scorers, groups), groups, strict=True)
         return [JudgedGroup(request, scored, group.images if images else None) for request, scored, group in judged]
@@ -75,44 +75,32 @@ def requests_for(prompts: Sequence[Prompt], images_per_prompt: int, seed: int) -
 
 
 async def judge_in_batches(
-    backend: Backend, requests: Sequence[RolloutRequest], use: Callable[[list[JudgedGroup]], T], *, images: bool = False
+    backend: Backend,
+    requests: Sequence[RolloutRequest],
+    use: Callable[[JudgedGroup], T],
+    *,
+    images: bool = False,
+    advance: Callable[[int], object] = lambda groups: None,
 ) -> list[T]:
-    """Ask for all batches at once, and give each to ``use`` as soon as it is done; what that returned, in order.
+    """Ask for all batches at once; what ``use`` made of every group, in the order of the requests.
 
-    So images do not pile up unless ``use`` keeps them. All requests have as many seeds.
+    A group is used as soon as its batch is done, so images do not pile up unless ``use`` keeps them; then ``advance``
+    gets the number of groups. All requests have as many seeds; ``images`` tells whether ``use`` needs the images.
     """
-    groups = max(1, backend.images_per_batch // len(requests[0].seeds))
+    size = max(1, backend.images_per_batch // len(requests[0].seeds))  # groups of a batch
 
-    async def judge(batch: Sequence[RolloutRequest]) -> T:
-        return use(await backend.judge(batch, images=images))
+    async def judge(batch: Sequence[RolloutRequest]) -> list[T]:
+        used = [use(group) for group in await backend.judge(batch, images=images)]
+        advance(len(used))
+        return used
 
-    return await asyncio.gather(*(judge(requests[i : i + groups]) for i in range(0, len(requests), groups)))
+    batches = await asyncio.gather(*(judge(requests[i : i + size]) for i in range(0, len(requests), size)))
+    return [group for batch in batches for group in batch]
 
 
 async def evaluate(
-    backend: Backend,
-    benchmark: Benchmark,
-    prompts: Sequence[Prompt],
-    *,
-    images_per_prompt: int,
-    seed: int,
-    advance: Callable[[int], object],
+    backend: Backend, benchmark: Benchmark, requests: Sequence[RolloutRequest], advance: Callable[[int], object]
 ) -> EvaluationResult:
-    """Generate and score every prompt, and sum up.
-
-    Args:
-        backend: generates and scores.
-        benchmark: sums up.
-        prompts: what to draw.
-        images_per_prompt: images of each.
-        seed: fixes every image.
-        advance: called with the number of prompts just finished.
-    """
-
-    def keep_scores(groups: list[JudgedGroup]) -> list[ScoredGroup]:
-        advance(len(groups))
-        return [group.scored for group in groups]
-
-    requests = requests_for(prompts, images_per_prompt, seed)
-    batches = await judge_in_batches(backend, requests, keep_scores)
-    return summarise(benchmark, prompts, [scored for batch in batches for scored in batch])
+    """Generate and score every prompt of `requests_for`, and sum up; ``advance`` counts the finished ones."""
+    scored = await judge_in_batches(backend, requests, lambda group: group.scored, advance=advance)
+    return summarise(benchmark, [request.prompt for request in requests], scored)

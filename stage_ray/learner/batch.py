@@ -32,13 +32,14 @@ class Batch(GroupBatch):
         """
         group_size = self.tokens.shape[1]
         lengths = torch.tensor([len(prompt.conditional) for prompt in self.prompts[groups]])
+        # Stable: images of one length keep their order. Indices count from the batch's first image.
         order = lengths.repeat_interleave(group_size).argsort(stable=True) + (groups.start or 0) * group_size
         return list(order.to(self.tokens.device).split(images))
 
     def prompts_of(self, indices: Tensor) -> list[PromptIds]:
         """The prompt of each image of a micro-batch."""
         group_size = self.tokens.shape[1]
-        return [self.prompts[index // group_size] for index in indices.tolist()]
+        return [self.prompts[index // group_size] for index in indices.tolist()]  # n * G + g -> n
 
 
 def make_batch(
@@ -89,8 +90,8 @@ def make_batch(
         scorer_weights=torch.tensor([reward.weight for reward in run.rewards], device=device),
         staleness=torch.tensor([version - group.policy_version for group in groups], device=device),
         codebook=codebook,
-        grid=policy.grid,
-        prompts=tuple(policy.encode_prompt(group.prompt.text) for group in groups),
+        grid=policy.codec.grid,
+        prompts=tuple(policy.codec.encode_prompt(group.prompt.text) for group in groups),
     )
 
 
@@ -103,14 +104,14 @@ def _check_scores(group: RolloutGroup, scores: ScoredGroup, columns: tuple[str, 
     if scores.scores.shape != (group.tokens.shape[0], len(columns)) or scores.valid.shape != scores.scores.shape:
         images = group.tokens.shape[0]
         raise LearnerError(f"{what} has {images} images, but scores of shape {list(scores.scores.shape)}")
-    if not scores.valid.all() or not np.isfinite(scores.scores).all():
+    if not scores.valid.all() or not np.isfinite(scores.scores).all():  # the driver replaces such groups before
         bad = int((~(scores.valid & np.isfinite(scores.scores))).sum())
         raise LearnerError(f"{what} has {bad} invalid scores; it must be scored again or replaced, not trained on")
 
 
 def _check_tokens(group: RolloutGroup, *, size: int, shape: tuple[int, int]) -> None:
     what, (tokens, codes) = f"group {group.group_id}", shape
-    if group.tokens.shape != (size, tokens) or size < 2:
+    if group.tokens.shape != (size, tokens) or size < 2:  # an advantage compares images of one group
         raise LearnerError(f"{what} has tokens of shape {list(group.tokens.shape)}, expected {[max(size, 2), tokens]}")
     if group.tokens.min() < 0 or group.tokens.max() >= codes:
         raise LearnerError(f"{what} has a token outside 0..{codes - 1}")

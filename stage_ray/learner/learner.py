@@ -29,7 +29,8 @@ from stage_ray.learner.precision import attention, autocast, uses_bfloat16
 from stage_ray.learner.ranks import Ranks, full_state_dict, full_tensor
 from stage_ray.learner.state import LearnerParts, fingerprint, load_state, save_state
 from stage_ray.policies import load_policy
-from stage_ray.policies.base import Policy, device_for
+from stage_ray.policies.base import Policy
+from stage_ray.policies.devices import device_for
 from stage_ray.policies.logprobs import SamplingParams, TokenLogprobs
 from stage_ray.recipes import load_recipe
 from stage_ray.recipes.base import Credit, PolicyOutputs, ReferenceOutputs
@@ -47,7 +48,7 @@ def learning_rate(step: int, steps: int, config: LearnerConfig) -> float:
         return config.lr * (step + 1) / config.warmup_steps
     if config.schedule == "constant":
         return config.lr
-    return config.lr * max(0.0, (steps - step) / max(1, steps - config.warmup_steps))
+    return config.lr * max(0.0, (steps - step) / max(1, steps - config.warmup_steps))  # 0 after the last planned step
 
 
 class Learner:
@@ -86,7 +87,7 @@ class Learner:
         if run.learner.gradient_checkpointing:
             self.policy.enable_gradient_checkpointing()
         for policy in (self.policy, self._reference):
-            self._ranks.shard(policy.fsdp_modules(), self._bfloat16)
+            self._ranks.shard(policy.fsdp_modules(), self._bfloat16)  # does nothing with one rank
         self._parameters = self.policy.trained_parameters()
         self._optimizer = torch.optim.AdamW(
             self._parameters.values(),
@@ -95,7 +96,7 @@ class Learner:
             weight_decay=run.learner.weight_decay,
             fused=True,
         )
-        self._codebook = self.policy.codebook()
+        self._codebook = self.policy.codec.codebook()
         self._sampling = SamplingParams.of(run.rollout)
         # Plain sampling draws from the conditional distribution itself: there is no second ratio.
         self._guided_ratio = run.algorithm.ratio_on == "guided" and not self._sampling.plain
@@ -136,7 +137,7 @@ class Learner:
                 outputs = self._policy_pass(batch, micro_batches, reference, credit)
         metrics = update_metrics(batch, reference, credit, outputs, self._run) | seconds
         metrics["lr"] = learning_rate(self.version, self._run.steps, self._run.learner)
-        metrics["grad_norm"] = self._step(metrics)
+        metrics["grad_norm"] = self._step(metrics)  # the only change of a weight; raises before it
         self._release_cached_memory()
         return metrics
 
@@ -218,7 +219,7 @@ class Learner:
     ) -> UpdateOutputs:
         """Forward and backward over micro-batches; their losses and gradients add up to those of the whole batch."""
         logprobs = torch.empty(batch.tokens.flatten(0, 1).shape, device=self._device)
-        behavior, sums = torch.empty_like(logprobs), dict[str, Tensor]()
+        behavior, sums = torch.empty_like(logprobs), dict[str, Tensor]()  # sums by name: of the loss and of its parts
         # One answer for the whole batch: ranks that run different forwards wait for each other's gathers for ever.
         guided = self._recipe.needs_guided or (self._guided_ratio and bool((batch.staleness > 0).any()))
         self._optimizer.zero_grad(set_to_none=True)
@@ -244,9 +245,9 @@ class Learner:
         found = self._token_logprobs(
             self.policy, batch, indices, guided=guided, entropy_grad=self._recipe.needs_entropy_grad
         )
-        stale = (batch.staleness > 0).repeat_interleave(batch.tokens.shape[1])[indices].unsqueeze(-1)
+        stale = (batch.staleness > 0).repeat_interleave(batch.tokens.shape[1])[indices].unsqueeze(-1)  # [B, 1]
         recorded, current = batch.logprobs.flatten(0, 1)[indices], found.logprobs.detach()
-        if found.guided_logprobs is None:
+        if found.guided_logprobs is None:  # neither the recipe nor the ratio needs them
             return PolicyOutputs(found.logprobs, torch.where(stale, recorded, current), found.entropy)
         recorded_guided, current_guided = batch.guided_logprobs.flatten(0, 1)[indices], found.guided_logprobs.detach()
         if self._guided_ratio:
@@ -271,8 +272,9 @@ class Learner:
 
     def _step(self, metrics: Mapping[str, float]) -> float:
         """Check, clip and step with ``metrics["lr"]``; returns the gradient norm before clipping."""
+        # Parameters that no token reached have no gradient.
         gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
-        norm = full_tensor(torch.nn.utils.get_total_norm(gradients))
+        norm = full_tensor(torch.nn.utils.get_total_norm(gradients))  # over the shards of all ranks
         where = f"update {self.version}"
         # Every check precedes the first change of a weight.
         for name, value in (("loss", metrics["loss"]), ("gradient norm", norm.item())):
@@ -280,6 +282,7 @@ class Learner:
                 self._optimizer.zero_grad(set_to_none=True)
                 raise LearnerError(f"{where}: the {name} is {value}; no weight was changed. Try a lower learner.lr")
         bound, mismatch = self._run.learner.max_mismatch, metrics.get("mismatch/abs_logprob", 0.0)
+        # With older groups the difference includes the policy's own drift.
         if bound is not None and self._run.pipeline.max_staleness == 0 and mismatch > bound:
             self._optimizer.zero_grad(set_to_none=True)
             raise LearnerError(

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from stage_ray.algorithm.advantages import combine_rewards, informative_scorers
-from stage_ray.algorithm.entropy import entropy_closeness
-from stage_ray.algorithm.kl import k3_kl
+from stage_ray.algorithm.credit import entropy_closeness
+from stage_ray.algorithm.losses import k3_kl
 from stage_ray.algorithm.off_policy import (
     Correction,
     beyond,
@@ -70,7 +70,7 @@ def _mismatch(batch: GroupBatch, outputs: UpdateOutputs) -> dict[str, float]:
     fresh = batch.staleness == 0
     difference = (outputs.logprobs - batch.logprobs).abs()
     metrics = {}
-    if bool(fresh.any()):
+    if bool(fresh.any()):  # only there the engine had the learner's weights
         metrics["mismatch/abs_logprob"] = difference[fresh].mean().item()
         metrics["mismatch/max_abs_logprob"] = difference[fresh].max().item()
     if not bool(fresh.all()):
@@ -87,8 +87,8 @@ def _staleness(batch: GroupBatch, bound: int) -> dict[str, float]:
 
 
 def _ratios(batch: GroupBatch, outputs: UpdateOutputs, correction: Correction) -> dict[str, float]:
-    stale = batch.staleness > 0
-    if not bool(stale.any()):
+    stale = batch.staleness > 0  # [N]
+    if not bool(stale.any()):  # a fresh group's ratio is 1 by construction
         return {"ratio/mean": 1.0, "ratio/max": 1.0, "ratio/clipped": 0.0, "ess": 1.0}
     logprobs, behavior = outputs.logprobs[stale], outputs.behavior[stale]
     ratio = importance_ratio(logprobs, behavior)

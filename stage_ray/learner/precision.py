@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from stage_ray.policies.base import hardware_has_bfloat16
+from stage_ray.policies.devices import hardware_has_bfloat16
 
 
 def uses_bfloat16(setting: Literal["auto", "off", "bfloat16"], device: torch.device) -> bool:

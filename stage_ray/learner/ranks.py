@@ -69,7 +69,7 @@ class Ranks:
         """The parts of all ranks, in the order of ranks: [rows / count, ...] -> [rows, ...]."""
         if self.mesh is None:
             return part
-        gathered = part.new_empty((part.shape[0] * self.count, *part.shape[1:]))
+        gathered = part.new_empty((part.shape[0] * self.count, *part.shape[1:]))  # every rank's part is as long
         dist.all_gather_into_tensor(gathered, part.contiguous())
         return gathered
 
@@ -99,7 +99,7 @@ def full_state_dict(state: Mapping[str, Tensor], *, keep: bool) -> dict[str, Ten
     """A state with all shards on the CPU, one tensor gathered after another; empty on ranks that do not ``keep`` it."""
     found = {}
     for name, tensor in state.items():
-        full = full_tensor(tensor.detach())
+        full = full_tensor(tensor.detach())  # a collective call: also where it is not kept
         if keep:
             found[name] = full.cpu()
     return found

@@ -84,6 +84,7 @@ def load_state(directory: Path, parts: LearnerParts) -> int:
     tensors = _load_shards(directory / SHARDS, parts)
     state: dict[int, dict[str, Tensor]] = {}
     for index, name in enumerate(parts.parameters):
+        # Moments are saved as moment/name, the weight itself as name.
         moments = {key.partition("/")[0]: value for key, value in tensors.items() if key.partition("/")[2] == name}
         if moments:  # a state saved before the first update has none
             state[index] = moments
@@ -129,12 +130,12 @@ def _load_shards(directory: Path, parts: LearnerParts) -> dict[str, Tensor]:
     reader = HuggingFaceStorageReader(path=str(directory))
     try:
         saved = reader.read_metadata().state_dict_metadata
-        sizes = {key: torch.Size(getattr(metadata, "size", ())) for key, metadata in saved.items()}
+        sizes = {key: torch.Size(getattr(metadata, "size", ())) for key, metadata in saved.items()}  # of a scalar: none
         found = _empty_tensors(directory, sizes, parts.parameters)
         with _alone_without_a_warning():
             checkpoint.load(found, storage_reader=reader, no_dist=parts.ranks.count == 1)
     except (OSError, SafetensorError, CheckpointException, KeyError, ValueError, RuntimeError) as error:
-        if isinstance(error, LearnerError):
+        if isinstance(error, LearnerError):  # it is a RuntimeError that says already what is wrong
             raise
         reason = str(error).strip().splitlines()
         raise LearnerError(f"learner state {directory} cannot be read: {reason[-1] if reason else error!r}") from error
@@ -147,7 +148,7 @@ def _empty_tensors(
     """A tensor to read into for each saved one, whose names and sizes must be this model's."""
     empty = {}
     for key, size in sizes.items():
-        parameter = parameters.get(key.partition("/")[2] or key)
+        parameter = parameters.get(key.partition("/")[2] or key)  # a moment has its parameter's name after the slash
         if parameter is None:
             raise LearnerError(f"learner state {directory} holds {key!r}, which this model does not train")
         if size and size != parameter.shape:
@@ -185,5 +186,5 @@ def _random_states() -> dict[str, Tensor]:
 def _restore_random(states: Mapping[str, Tensor]) -> None:
     torch.set_rng_state(states["cpu"])
     for index in range(torch.cuda.device_count()):
-        if f"cuda:{index}" in states:
+        if f"cuda:{index}" in states:  # the state may come from a machine with fewer GPUs
             torch.cuda.set_rng_state(states[f"cuda:{index}"], index)

@@ -1,20 +1,22 @@
-"""Where a run's numbers go: ``metrics.jsonl`` and ``alarms.jsonl``, and every tracker under the same names."""
+"""Where a run's numbers go: ``metrics.jsonl``, ``alarms.jsonl`` and, by the same names, TensorBoard and Prometheus."""
 
 from __future__ import annotations
 
 import json
 import math
 import numbers
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from stage_ray.config.hardware import machine_facts
+from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
+from torch.utils.tensorboard import SummaryWriter
+
+from stage_ray.config.hardware import machine_metadata
 from stage_ray.errors import RunError
 from stage_ray.files import atomic_write
-from stage_ray.observability.trackers.base import Tracker
-from stage_ray.observability.trackers.prometheus import PrometheusTracker
-from stage_ray.observability.trackers.tensorboard import TensorBoardTracker
+from stage_ray.observability.registry import ALARMS, PREFIX, find
 
 METRICS_FILE = "metrics.jsonl"
 ALARMS_FILE = "alarms.jsonl"
@@ -24,87 +26,65 @@ MACHINE_FILE = "machine.json"
 class MetricsLogger:
     """Writes one JSON object per step, and mirrors it to the trackers.
 
-    Invariant: ``metrics.jsonl`` holds whole lines with growing steps, whatever was killed when. A line is flushed
-    before `step` returns; a half-written last line is dropped when the file is opened again.
+    Invariant: ``metrics.jsonl`` holds whole lines with growing steps, whatever was killed when. A line is with the
+    system before `step` returns; a half-written last line is dropped when a run goes on.
 
     ``step`` counts updates done, from 1, so a checkpoint of step 50 resumes with ``resume_step=50``.
 
     Attributes:
         port: of the Prometheus endpoint; None where there is none.
-
-    Example:
-        logger = MetricsLogger(Path("runs/a"), port=0, host="127.0.0.1")
-        logger.step(1, {"reward/mean": 0.5, "alarms": []})   # and gauge stage_ray_reward_mean on logger.port
-        logger.close()
     """
 
     def __init__(self, run_dir: Path, port: int | None, host: str, resume_step: int = 0) -> None:
-        """Open the files and the endpoint.
+        """Bind the Prometheus endpoint to ``host`` and ``port`` (0: a free one; None: none), then open the files.
 
         Args:
             run_dir: gets ``metrics.jsonl``, ``alarms.jsonl``, ``tensorboard/`` and ``machine.json`` (what ran it).
-            port: Prometheus port; 0 picks a free one (see `port`), None serves nothing.
-            host: address the endpoint binds to.
             resume_step: lines of later steps are removed; they will be trained again.
 
         Raises:
             RunError: the port is taken or the address is not this machine's.
         """
+        self._run_dir, self.port = run_dir, port
         self._trackers: list[Tracker] = [TensorBoardTracker(run_dir)]
-        self.port: int | None = None
         if port is not None:
             prometheus = PrometheusTracker(host, port)
             self._trackers.append(prometheus)
             self.port = prometheus.port
-        self._run_dir = run_dir
-        atomic_write(run_dir / MACHINE_FILE, json.dumps(machine_facts(), indent=1))
-        self._open(resume_step)
+        atomic_write(run_dir / MACHINE_FILE, json.dumps(machine_metadata(), indent=1))
+        self.rewind(resume_step)
 
-    def step(self, step: int, metrics: Mapping[str, float | str | Sequence[str] | None]) -> None:
+    def step(self, step: int, metrics: Mapping[str, float | Sequence[str] | None]) -> None:
         """Record the metrics of one step. Numbers that are not finite become null; trackers get a list's length."""
-        row = {"step": step, **{name: _plain(value) for name, value in metrics.items()}}
-        self._metrics.write(json.dumps(row, allow_nan=False) + "\n")
-        self._metrics.flush()
-        lengths = {name: len(value) for name, value in row.items() if isinstance(value, list)}
-        tracked = {name: value for name, value in {**row, **lengths}.items() if not isinstance(value, str)}
+        row: dict[str, Any] = {"step": step, **metrics}
+        row |= {name: None for name, it in row.items() if isinstance(it, numbers.Real) and not math.isfinite(it)}
+        self._append(METRICS_FILE, row)
+        lengths = {name: len(value) for name, value in row.items() if isinstance(value, Sequence)}
         for tracker in self._trackers:
-            tracker.step(step, tracked)
+            tracker.step(step, row | lengths)
 
     def alarm(self, step: int, name: str, text: str) -> None:
         """Record one alarm of a step in ``alarms.jsonl`` and the trackers."""
-        self._alarms.write(json.dumps({"step": step, "alarm": name, "text": text}) + "\n")
-        self._alarms.flush()
+        self._append(ALARMS_FILE, {"step": step, "alarm": name, "text": text})
         for tracker in self._trackers:
             tracker.alarm(name)
 
     def rewind(self, step: int) -> None:
-        """Forget the steps after ``step``; they will be trained again."""
-        self._metrics.close()
-        self._alarms.close()
-        self._open(step)
-
-    def close(self) -> None:
-        """Close the files and the trackers."""
-        self._metrics.close()
-        self._alarms.close()
-        for tracker in self._trackers:
-            tracker.close()
-
-    def _open(self, step: int) -> None:
-        for name in (METRICS_FILE, ALARMS_FILE):
-            truncate_steps(self._run_dir / name, step)
-        self._metrics = (self._run_dir / METRICS_FILE).open("a", encoding="utf-8")
-        self._alarms = (self._run_dir / ALARMS_FILE).open("a", encoding="utf-8")
+        """Forget the steps after ``step``, which will be trained again, and what a crash left half-written."""
+        for path in (self._run_dir / METRICS_FILE, self._run_dir / ALARMS_FILE):
+            kept = [row for row in read_steps(path) if row["step"] <= step]  # of steps that stay
+            atomic_write(path, "".join(json.dumps(row) + "\n" for row in kept))
         for tracker in self._trackers:
             tracker.open(step)
 
+    def close(self) -> None:
+        """Close the trackers."""
+        for tracker in self._trackers:
+            tracker.close()
 
-def truncate_steps(path: Path, last_step: int) -> None:
-    """Keep the lines of steps up to ``last_step``; drop later ones and what a crash left half-written."""
-    if not path.exists():
-        return
-    kept = [row for row in read_steps(path) if row["step"] <= last_step]
-    atomic_write(path, "".join(json.dumps(row) + "\n" for row in kept))
+    def _append(self, name: str, row: Mapping[str, Any]) -> None:
+        with (self._run_dir / name).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row, allow_nan=False, default=float) + "\n")  # float: of a NumPy number
 
 
 def read_steps(path: Path) -> list[dict[str, Any]]:
@@ -113,9 +93,7 @@ def read_steps(path: Path) -> list[dict[str, Any]]:
     Raises:
         RunError: a line other than the last is not such an object.
     """
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
     rows = []
     for number, line in enumerate(lines, start=1):
         try:
@@ -129,14 +107,99 @@ def read_steps(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _plain(value: Any) -> Any:
-    """A JSON value: numbers finite or None, sequences as lists."""
-    if value is None or isinstance(value, str):
-        return value
-    if isinstance(value, numbers.Integral):
-        return int(value)
-    if isinstance(value, numbers.Real):
-        return float(value) if math.isfinite(value) else None
-    if isinstance(value, Sequence):
-        return [_plain(item) for item in value]
-    raise TypeError(f"a metric is a number, a text or a list of them, not {type(value).__name__}")
+class Tracker:
+    """Built by `MetricsLogger`, before anything is written; nothing is tracked before the first `open`."""
+
+    def open(self, step: int) -> None:
+        """Begin, or begin again, after ``step``: what was tracked of later steps will be tracked anew."""
+
+    def step(self, step: int, numbers: Mapping[str, float | None]) -> None:
+        """Track one step; None where a number is not finite."""
+
+    def alarm(self, name: str) -> None:
+        """Count an alarm."""
+
+    def close(self) -> None:
+        """Free files and ports."""
+
+
+class TensorBoardTracker(Tracker):
+    """One scalar a metric and step, under ``RUN_DIR/tensorboard``; alarms only as their number in a step."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._directory = run_dir / "tensorboard"
+        self._writer: SummaryWriter | None = None
+
+    def open(self, step: int) -> None:
+        """As `Tracker.open`."""
+        self.close()
+        self._writer = SummaryWriter(str(self._directory), purge_step=step + 1 if step else None)
+
+    def step(self, step: int, numbers: Mapping[str, float | None]) -> None:
+        """As `Tracker.step`."""
+        assert self._writer is not None, "`open` comes first"
+        for name, number in numbers.items():
+            if number is not None and name != "step":
+                self._writer.add_scalar(name, number, step)
+        self._writer.flush()
+
+    def close(self) -> None:
+        """As `Tracker.close`."""
+        if self._writer is not None:
+            self._writer.close()
+
+
+class PrometheusTracker(Tracker):
+    """One gauge a metric, such as ``stage_ray_reward_mean``, and the counter ``stage_ray_alarm_total{name="..."}``.
+
+    The gauges serve the newest step; ``port`` says where.
+    """
+
+    def __init__(self, host: str, port: int) -> None:
+        """Bind the endpoint; port 0 picks a free one.
+
+        Raises:
+            RunError: the port is taken or the address is not this machine's.
+        """
+        self._registry = CollectorRegistry()
+        self._gauges: dict[str, Gauge] = {}
+        self._alarms = Counter(f"{PREFIX}alarm", _help("alarm"), ["name"], registry=self._registry)
+        for name in ALARMS:  # at 0 from the start: Prometheus sees no increase in a counter that begins at 1
+            self._alarms.labels(name)
+        try:
+            self._server, _ = start_http_server(port, addr=host, registry=self._registry)
+        except OSError as error:
+            raise RunError(
+                f"cannot serve metrics on {host} port {port} ({error.strerror or error}); "
+                "set cluster.metrics_port to 0 for a free port, or to null for none"
+            ) from error
+        self.port = self._server.server_port
+
+    def open(self, step: int) -> None:
+        """Serve the step before the first update too: a run that hangs there must be seen."""
+        self._set("step", step)
+
+    def step(self, step: int, numbers: Mapping[str, float | None]) -> None:
+        """Serve these numbers; those that an earlier step measured and this one did not are NaN."""
+        for name in self._gauges.keys() | numbers.keys():
+            self._set(name, numbers.get(name))
+
+    def alarm(self, name: str) -> None:
+        """As `Tracker.alarm`."""
+        self._alarms.labels(name).inc()
+
+    def close(self) -> None:
+        """Free the port."""
+        self._server.shutdown()
+        self._server.server_close()
+
+    def _set(self, name: str, number: float | None) -> None:
+        if name not in self._gauges:
+            served = PREFIX + re.sub(r"\W", "_", name)  # Prometheus takes letters, digits and _ only
+            self._gauges[name] = Gauge(served, _help(name), registry=self._registry)
+        self._gauges[name].set(math.nan if number is None else number)
+
+
+def _help(name: str) -> str:
+    metric = find(name)
+    return metric.help if metric else f"{name} of the newest step"

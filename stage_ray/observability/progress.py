@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 from rich.text import Text
 
@@ -33,7 +33,7 @@ SHOWN = {  # metric -> how a person reads it
 class Progress:
     """Shows stages, steps, bars, notes and alarms; picks live or plain by whether the console is a terminal.
 
-    Nothing is drawn before the first call, and `close` (or leaving a ``with``) restores the terminal.
+    Nothing is drawn before the first call, and leaving a ``with`` restores the terminal; the last state stays on it.
 
     Example:
         with Progress() as progress:
@@ -48,40 +48,41 @@ class Progress:
         self._start = time.monotonic()
         count = (BarColumn(bar_width=28), MofNCompleteColumn(), TextColumn("ETA"), TimeRemainingColumn())
         columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), *count)
-        self._bars = Bars(*columns, console=self.console, speed_estimate_period=300)
+        self._bars = Bars(*columns, console=self.console, speed_estimate_period=3600)
+        self._training = self._bars.add_task("training", visible=False)
+        self._stage = self._bars.add_task("", total=None, visible=False)
         self._numbers = Text(style="cyan")
-        self._live: Live | None = None
-        self._training: TaskID | None = None
-        self._stage: TaskID | None = None
-        self._first: tuple[float, int] | None = None
+        self._live = Live(Group(self._bars, self._numbers), console=self.console, refresh_per_second=8)
         self._printed = (float("-inf"), -PLAIN_EVERY_STEPS)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bars.update(self._stage, visible=False)
+        self._live.stop()
 
     def stage(self, text: str) -> None:
         """Name what happens now; replaces the stage before it."""
-        if not self.console.is_terminal:
+        if self.console.is_terminal:
+            self._live.start()
+            self._bars.update(self._stage, description=text, visible=True)
+        else:
             self.note(f"{text} ...")
-            return
-        self._draw()
-        self._end_stage()
-        self._stage = self._bars.add_task(text, total=None)
 
     def step(self, step: int, total: int, metrics: Mapping[str, Any]) -> None:
         """One update is done: ``step`` of ``total``, with the metrics of the run's ``metrics.jsonl``."""
         numbers = "  ".join(form.format(metrics[name]) for name, form in SHOWN.items() if metrics.get(name) is not None)
         now = time.monotonic()
-        self._first = self._first or (now, step)
+        self._bars.update(self._training, completed=step, total=total, visible=True)
         if self.console.is_terminal:
-            self._draw()
-            self._end_stage()
-            if self._training is None:
-                self._training = self._bars.add_task("training", total=total, completed=step)
-            self._bars.update(self._training, completed=step, total=total)
+            self._live.start()
+            self._bars.update(self._stage, visible=False)
             self._numbers.plain = f"  {numbers}"
         elif now - self._printed[0] >= PLAIN_EVERY_S or step - self._printed[1] >= PLAIN_EVERY_STEPS or step >= total:
             self._printed = (now, step)
-            done = step - self._first[1]
-            eta = f"  ETA {_clock((now - self._first[0]) / done * (total - step))}" if done and step < total else ""
-            self.note(f"step {step}/{total}  {numbers}{eta}")
+            seconds = self._bars.tasks[0].time_remaining  # None after a single step, 0 after the last one
+            self.note(f"step {step}/{total}  {numbers}" + (f"  ETA {_clock(seconds)}" if seconds else ""))
 
     @contextmanager
     def bar(self, description: str, total: int) -> Iterator[Callable[..., None]]:
@@ -92,23 +93,21 @@ class Progress:
         def advance(units: int = 1) -> None:
             nonlocal done, printed
             done += units
-            if self.console.is_terminal:
-                self._bars.update(task, completed=done)
-            elif done < total and time.monotonic() - printed >= PLAIN_EVERY_S:
+            self._bars.update(task, completed=done)
+            if not self.console.is_terminal and done < total and time.monotonic() - printed >= PLAIN_EVERY_S:
                 printed = time.monotonic()
                 self.note(f"{description}: {done} of {total}")
 
         if self.console.is_terminal:
-            self._draw()
-            self._end_stage()
-            task = self._bars.add_task(description, total=total)
-            try:
-                yield advance
-            finally:
-                self._bars.remove_task(task)
+            self._live.start()
+            self._bars.update(self._stage, visible=False)
         else:
             self.note(f"{description} ({total}) ...")
+        task = self._bars.add_task(description, total=total)
+        try:
             yield advance
+        finally:
+            self._bars.remove_task(task)
         self.note(f"{description}: done in {_clock(time.monotonic() - started)}")
 
     def note(self, text: str, style: str | None = None) -> None:
@@ -119,35 +118,11 @@ class Progress:
         """A line that stays and cannot be missed."""
         self.note(f"ALARM {name}: {text}", style="bold red")
 
-    def close(self) -> None:
-        """Stop the live display; the last state stays on the screen."""
-        if self._live is not None:
-            self._end_stage()
-            self._live.stop()
-            self._live = None
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
-    def _draw(self) -> None:
-        if self._live is None:
-            self._live = Live(Group(self._bars, self._numbers), console=self.console, refresh_per_second=8)
-            self._live.start()
-
-    def _end_stage(self) -> None:
-        if self._stage is not None:
-            self._bars.remove_task(self._stage)
-            self._stage = None
-
 
 class LoggedProgress(Progress):
     """The same as lines of the log, for ``logs.format: json``: every step, with its numbers in ``metrics``.
 
     Example:
-        start_logs("json", "stage_shapeworld")
         LoggedProgress().step(1, 100, {"kl": 0.01})  # {"message": "step 1 of 100", "metrics": {"kl": 0.01}, ...}
     """
 
@@ -157,8 +132,8 @@ class LoggedProgress(Progress):
     def step(self, step: int, total: int, metrics: Mapping[str, Any]) -> None:
         """One line a step."""
         bind_context(step=step)
-        known = {name: metrics[name] for name in SHOWN if metrics.get(name) is not None}
-        finite = {name: value for name, value in known.items() if math.isfinite(value)}  # JSON has no NaN
+        shown = {name: metrics.get(name) for name in SHOWN}
+        finite = {name: it for name, it in shown.items() if it is not None and math.isfinite(it)}  # JSON has no NaN
         log.info("step %d of %d", step, total, extra={"metrics": finite})
 
     def alarm(self, name: str, text: str) -> None:
@@ -180,6 +155,6 @@ def progress_for(run: RunConfig) -> Progress:
 
 def _clock(seconds: float) -> str:
     """Seconds as 1:05 or 2:03:04."""
-    whole = round(seconds)
-    hours, minutes = whole // 3600, whole // 60 % 60
-    return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes}:{whole % 60:02d}"
+    minutes, left = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{left:02d}" if hours else f"{minutes}:{left:02d}"

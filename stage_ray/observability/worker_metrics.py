@@ -14,8 +14,6 @@ from stage_ray.observability.logs import bind_context
 from stage_ray.observability.registry import WORKER
 from stage_ray.records import RolloutGroup
 
-PREFIX = "stage_ray_worker_"
-
 
 class WorkerMetrics:
     """Lives in an actor and nowhere else: an engine or a learner without an actor around it reports nothing.
@@ -29,23 +27,22 @@ class WorkerMetrics:
 
     def __init__(self, role: str, worker: str) -> None:
         labels = {"role": role, "worker": worker}
-        kinds = {"counter": Counter, "gauge": Gauge}
         self._metrics: dict[str, Any] = {}
         for metric in WORKER:
-            made = kinds[metric.kind](metric.name, metric.help, tuple(labels)).set_default_tags(labels)
-            self._metrics[metric.name.removeprefix(PREFIX)] = made
+            kind = Counter if metric.kind == "counter" else Gauge
+            made = kind(metric.name, metric.help, tuple(labels)).set_default_tags(labels)
+            self._metrics[metric.name.removeprefix("stage_ray_worker_")] = made
         self._began = time.perf_counter()
 
-    def begin(self, group_ids: Iterable[int], **facts: int) -> None:
+    def begin(self, group_ids: Iterable[int], **fields: int) -> None:
         """A call begins: on these groups, and with what else its log lines are about (``step``)."""
-        bind_context(group_id=list(group_ids), **facts)
+        bind_context(group_id=list(group_ids), **fields)
         self._began = time.perf_counter()
 
     def done(self, groups: Sequence[RolloutGroup], version: int | None = None) -> None:
         """The call is done with these groups; ``version`` is the policy's that drew them or that was made of them."""
         seconds = time.perf_counter() - self._began
-        tokens = sum(group.tokens.size for group in groups)
-        images = sum(len(group.tokens) for group in groups)
+        tokens, images = sum(group.tokens.size for group in groups), sum(len(group.tokens) for group in groups)
         sums = {"calls": 1, "busy_seconds": seconds, "groups": len(groups), "images": images, "tokens": tokens}
         for name, value in sums.items():
             if value:  # Ray's counters refuse 0

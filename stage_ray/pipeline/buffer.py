@@ -6,7 +6,7 @@ A plain asyncio state machine over opaque references: no Ray, no payload, no ten
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Generic, Literal, TypeVar
 
@@ -15,30 +15,20 @@ Payload = TypeVar("Payload")
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """The outcome of a group that cannot be scored; ``why`` in one sentence.
-
-    Example:
-        >>> Failed("geneval: 2 of 8 scores are not finite").why
-        'geneval: 2 of 8 scores are not finite'
-    """
+    """The outcome of a group that cannot be scored; ``why`` in one sentence."""
 
     why: str
 
 
-class GroupsFailedError(Exception):
-    """Every group of the next update is settled, and some failed: `GroupBuffer.replace` them and take again.
-
-    Attributes:
-        reasons: group -> why, in the order of slots.
-    """
-
-    def __init__(self, reasons: Mapping[int, str]) -> None:
-        super().__init__(f"groups {list(reasons)} cannot be scored")
-        self.reasons = reasons
+def failures(outcomes: Iterable[tuple[int, object]]) -> dict[int, str]:
+    """The groups among ``outcomes`` that failed, and why."""
+    return {group_id: outcome.why for group_id, outcome in outcomes if isinstance(outcome, Failed)}
 
 
 @dataclass(slots=True, eq=False)
-class _Slot(Generic[Payload]):
+class Slot(Generic[Payload]):
+    """One group's stay in the buffer; it keeps its outcome when the group has left."""
+
     group_id: int
     step: int  # updates done when it was admitted; its policy version is at least that
     outcome: Payload | Failed | None = None  # None while it is generated and scored
@@ -77,15 +67,11 @@ class GroupBuffer(Generic[Payload]):
     def __init__(
         self, groups_per_step: int, max_staleness: int, order: Literal["strict", "arrival"] = "strict"
     ) -> None:
-        self.groups_per_step = groups_per_step
-        self.max_staleness = max_staleness
+        self.groups_per_step, self.max_staleness, self._order = groups_per_step, max_staleness, order
         self.capacity = groups_per_step * (max_staleness + 1)
-        self._order = order
-        self._slots: list[_Slot[Payload]] = []  # in the order of admission
-        self._by_group: dict[int, _Slot[Payload]] = {}  # of thousands of slots, with a thousand GPUs
+        self._slots: dict[int, Slot[Payload]] = {}  # by group, in the order of admission
         self._arrivals = 0
         self._changed = asyncio.Event()
-        self._watched: dict[int, list[asyncio.Future[Payload | Failed]]] = {}
 
     @property
     def free(self) -> int:
@@ -95,17 +81,17 @@ class GroupBuffer(Generic[Payload]):
     @property
     def waiting(self) -> int:
         """Groups that are ready and not yet taken."""
-        return sum(slot.payload is not None and not slot.taken for slot in self._slots)
+        return sum(slot.payload is not None and not slot.taken for slot in self._slots.values())
 
     @property
     def pending(self) -> int:
         """Groups that are being generated or scored."""
-        return sum(slot.outcome is None for slot in self._slots)
+        return sum(slot.outcome is None for slot in self._slots.values())
 
     @property
     def failed(self) -> dict[int, str]:
         """Groups that failed and were not replaced yet, and why, in the order of slots."""
-        return _reasons(self._slots)
+        return failures((slot.group_id, slot.outcome) for slot in self._slots.values())
 
     def admit(self, group_id: int, step: int) -> None:
         """Give a new group the next slot, ``step`` updates into the run.
@@ -115,31 +101,31 @@ class GroupBuffer(Generic[Payload]):
         """
         if self.free <= 0:
             raise ValueError(f"group {group_id} cannot be admitted: all {self.capacity} slots are held")
-        if group_id in self._by_group:
+        if group_id in self._slots:
             raise ValueError(f"group {group_id} is in the buffer already")
-        self._by_group[group_id] = _Slot(group_id, step)
-        self._slots.append(self._by_group[group_id])
+        self._slots[group_id] = Slot(group_id, step)
 
     def ready(self, group_id: int, payload: Payload, policy_version: int) -> None:
         """A group is generated and scored: it may be trained. Its version may be newer than when it was admitted."""
-        slot = self._slot(group_id)
+        slot = self._slots[group_id]
         self._arrivals += 1
-        slot.arrival, slot.step = self._arrivals, max(slot.step, policy_version)
-        self._settle(slot, payload)
+        slot.arrival, slot.step, slot.outcome = self._arrivals, max(slot.step, policy_version), payload
+        self._changed.set()
 
     def fail(self, group_id: int, why: str) -> None:
         """A group cannot be scored. It keeps its slot until it is replaced."""
-        self._settle(self._slot(group_id), Failed(why))
+        self._slots[group_id].outcome = Failed(why)
+        self._changed.set()
 
     def replace(self, group_id: int, successor: int) -> None:
         """Give the slot of a failed group, and so its place in the order, to a fresh one."""
-        slot = self._slot(group_id)
-        slot.group_id, slot.outcome = successor, None
-        self._by_group[successor] = self._by_group.pop(group_id)
+        fresh: Slot[Payload] = Slot(successor, self._slots[group_id].step)
+        slots = [fresh if slot.group_id == group_id else slot for slot in self._slots.values()]
+        self._slots = {slot.group_id: slot for slot in slots}
 
     def invalidate(self, group_id: int) -> bool:
         """Forget the lost payload of a group, which keeps its slot to be generated again; whether it had one."""
-        slot = self._slot(group_id)
+        slot = self._slots[group_id]
         had_payload = slot.payload is not None
         if had_payload:
             slot.outcome, slot.taken = None, False
@@ -148,35 +134,33 @@ class GroupBuffer(Generic[Payload]):
     def requeue(self, group_ids: Iterable[int]) -> None:
         """Undo `take`: the groups were not trained, and keep their places in the order."""
         for group_id in group_ids:
-            self._slot(group_id).taken = False
+            self._slots[group_id].taken = False
         self._changed.set()
 
-    async def take(self, step: int) -> list[tuple[int, Payload]]:
-        """The N groups of update ``step`` (0-based), once they are ready; their slots stay held until `free_slots`.
+    async def take(self, step: int) -> list[tuple[int, Payload | Failed]]:
+        """The N groups of update ``step`` (0-based), once all have an outcome; `free_slots` frees their slots later.
 
-        Raises:
-            GroupsFailedError: all of them are settled, but not all are ready; none is taken.
+        Where some failed none is taken: `replace` these, and take again.
         """
+        while (batch := self._batch(step)) is None:
+            await self._change()
+        ready = all(slot.payload is not None for slot in batch)
+        for slot in batch:
+            slot.taken = ready
+        return [(slot.group_id, slot.outcome) for slot in batch if slot.outcome is not None]
+
+    def held(self) -> list[Slot[Payload]]:
+        """The slots of all groups that are not taken, in their order."""
+        return [slot for slot in self._slots.values() if not slot.taken]
+
+    async def outcomes(self, slots: Iterable[Slot[Payload]]) -> dict[int, Payload | Failed]:
+        """Payload or failure of each group of `held`, once all have one, whatever became of their slots meanwhile."""
+        slots = list(slots)
         while True:
-            batch = self._batch(step)
-            if batch is not None:
-                if reasons := _reasons(batch):
-                    raise GroupsFailedError(reasons)
-                for slot in batch:
-                    slot.taken = True
-                return [(slot.group_id, slot.payload) for slot in batch if slot.payload is not None]
-            self._changed.clear()
-            await self._changed.wait()
-
-    def outcomes(self, group_ids: Iterable[int] | None = None) -> dict[int, asyncio.Future[Payload | Failed]]:
-        """The outcomes of groups, payload or failure, as futures that outlive the groups' slots.
-
-        Args:
-            group_ids: which groups; None for all that are not taken, in the order of slots.
-        """
-        if group_ids is None:
-            group_ids = [slot.group_id for slot in self._slots if not slot.taken]
-        return {group_id: self._outcome(self._slot(group_id)) for group_id in group_ids}
+            known = {slot.group_id: slot.outcome for slot in slots if slot.outcome is not None}
+            if len(known) == len(slots):
+                return known
+            await self._change()
 
     def free_slots(self, group_ids: Iterable[int]) -> None:
         """Free the slots of groups, which are trained now.
@@ -185,59 +169,33 @@ class GroupBuffer(Generic[Payload]):
             ValueError: a group was not taken.
         """
         for group_id in group_ids:
-            if not self._slot(group_id).taken:
+            if not self._slots[group_id].taken:
                 raise ValueError(f"group {group_id} was never taken, so it cannot have been trained")
-            del self._by_group[group_id]
-        self._slots = [slot for slot in self._slots if slot.group_id in self._by_group]
+            del self._slots[group_id]
 
-    def _settle(self, slot: _Slot[Payload], outcome: Payload | Failed) -> None:
-        slot.outcome = outcome
-        for watcher in self._watched.pop(slot.group_id, []):
-            if not watcher.done():
-                watcher.set_result(outcome)
-        self._changed.set()
+    async def _change(self) -> None:
+        self._changed.clear()
+        await self._changed.wait()
 
-    def _outcome(self, slot: _Slot[Payload]) -> asyncio.Future[Payload | Failed]:
-        watcher: asyncio.Future[Payload | Failed] = asyncio.get_running_loop().create_future()
-        if slot.outcome is None:
-            self._watched.setdefault(slot.group_id, []).append(watcher)
-        else:
-            watcher.set_result(slot.outcome)
-        return watcher
+    def _batch(self, step: int) -> list[Slot[Payload]] | None:
+        """The slots of an update, if there are N and all are settled.
 
-    def _batch(self, step: int) -> list[_Slot[Payload]] | None:
-        """The slots of an update, if there are N and all are settled."""
-        held = [slot for slot in self._slots if not slot.taken]
+        In order of arrival: first the groups that must train now, else a later step would have more than N to train.
+        """
+        size, held = self.groups_per_step, self.held()
         if self._order == "strict":
-            batch = held[: self.groups_per_step]
+            batch = held[:size]
         else:
-            ready = [slot for slot in held if slot.payload is not None]
-            batch = self._by_arrival(held, ready, step)
-        settled = len(batch) == self.groups_per_step and all(slot.outcome is not None for slot in batch)
+            batch = []
+            for ahead in range(self.max_staleness + 1):
+                # Their last step is step + ahead at the latest; those that the next `ahead` steps cannot take go now.
+                due = [slot for slot in held if slot.step + self.max_staleness <= step + ahead and slot not in batch]
+                must = max(0, len(due) - size * ahead)
+                ready = [slot for slot in due if slot.payload is not None]
+                if len(ready) < must:
+                    return None  # a group that must train now is not ready
+                batch += sorted(ready, key=lambda slot: (slot.step, slot.arrival))[:must]
+            rest = [slot for slot in held if slot.payload is not None and slot not in batch]
+            batch = (batch + sorted(rest, key=lambda slot: slot.arrival))[:size]
+        settled = len(batch) == size and all(slot.outcome is not None for slot in batch)
         return batch if settled else None
-
-    def _by_arrival(
-        self, held: Sequence[_Slot[Payload]], ready: Sequence[_Slot[Payload]], step: int
-    ) -> list[_Slot[Payload]]:
-        """First the groups that must train now, else a later step would have more than N to train; then by arrival."""
-        size, batch = self.groups_per_step, []
-        oldest_first = sorted(ready, key=lambda slot: (slot.step, slot.arrival))
-        for ahead in range(self.max_staleness + 1):
-            # Groups that may train in step + ahead at the latest, and how many of them exceed the steps until then.
-            due = [slot for slot in held if slot.step + self.max_staleness <= step + ahead]
-            must = len(due) - size * ahead - sum(slot in batch for slot in due)
-            choice = [slot for slot in oldest_first if slot in due and slot not in batch][: max(0, must)]
-            if len(choice) < must:
-                return []  # a group that must train now is not ready
-            batch += choice
-        rest = sorted((slot for slot in ready if slot not in batch), key=lambda slot: slot.arrival)
-        return (batch + rest)[:size]
-
-    def _slot(self, group_id: int) -> _Slot[Payload]:
-        if group_id not in self._by_group:
-            raise ValueError(f"group {group_id} is not in the buffer")
-        return self._by_group[group_id]
-
-
-def _reasons(slots: Iterable[_Slot[Payload]]) -> dict[int, str]:
-    return {slot.group_id: slot.outcome.why for slot in slots if isinstance(slot.outcome, Failed)}

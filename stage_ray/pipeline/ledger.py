@@ -43,17 +43,13 @@ class Ledger:
         Raises:
             RunError: the file is shorter than the checkpoint says.
         """
-        self._open: dict[int, str] = {}
-        self.trained = 0
-        self.dropped = 0
         path.touch()
         if keep_bytes is not None:
-            if path.stat().st_size < keep_bytes:
-                raise RunError(
-                    f"{path} is shorter than its checkpoint says ({path.stat().st_size} of {keep_bytes} bytes)"
-                )
-            with path.open("rb+") as file:
-                file.truncate(keep_bytes)
+            size = path.stat().st_size
+            if size < keep_bytes:
+                raise RunError(f"{path} is shorter than its checkpoint says ({size} of {keep_bytes} bytes)")
+            os.truncate(path, keep_bytes)
+        self._open: dict[int, str] = {}  # groups that are neither trained nor dropped -> their last event
         for line in path.read_text(encoding="utf-8").splitlines():
             event = json.loads(line)
             self._advance(event["event"], event["group_id"])
@@ -92,9 +88,6 @@ class Ledger:
         before = self._open.get(group_id)
         if event not in FOLLOWS[before]:
             raise RunError(f"ledger: group {group_id} cannot be {event} after {before or 'nothing'}")
-        if event in {"trained", "dropped"}:
+        self._open[group_id] = event
+        if event not in FOLLOWS:  # trained or dropped
             del self._open[group_id]
-            self.trained += event == "trained"
-            self.dropped += event == "dropped"
-        else:
-            self._open[group_id] = event

@@ -5,15 +5,13 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from dataclasses import replace
-from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from stage_ray.config import RunConfig
 from stage_ray.errors import GroupsLostError, LearnerLostError, RunError
-from stage_ray.pipeline.background import BackgroundTasks
-from stage_ray.pipeline.buffer import Failed, GroupBuffer, GroupsFailedError
+from stage_ray.pipeline.buffer import Failed, GroupBuffer, Slot, failures
 from stage_ray.pipeline.ledger import Event, Ledger
 from stage_ray.pipeline.prompts import PromptCursor
 from stage_ray.records import GroupRefs, RolloutRequest, image_seeds
@@ -24,8 +22,9 @@ if TYPE_CHECKING:
 Outcome = GroupRefs | Failed
 """What becomes of a group: its scored payload, or why it cannot be scored."""
 
-Outcomes = dict[int, asyncio.Future[Outcome]]
-"""Group -> its outcome, once that is known."""
+Result = TypeVar("Result")
+# What is counted from one call of `GroupStream.metrics` to the next.
+COUNTED = ("scoring/rescored", "scoring/replaced", "rollout/reissued", "time/rollout_s", "time/score_s")
 
 
 class NoValidRewardError(RunError):
@@ -57,9 +56,7 @@ class GroupStream:
     def __init__(
         self, cluster: Cluster, run: RunConfig, cursor: PromptCursor, ledger: Ledger, next_group: int, step: int
     ) -> None:
-        self.cursor = cursor
-        self.next_group = next_group
-        self.step = step
+        self.cursor, self.next_group, self.step = cursor, next_group, step
         self._cluster, self._ledger = cluster, ledger
         self._seed, self._rollout, self._scoring = run.seed, run.rollout, run.scoring
         self._max_staleness, self._strict = run.pipeline.max_staleness, run.pipeline.order == "strict"
@@ -69,8 +66,9 @@ class GroupStream:
         self._requests: dict[int, RolloutRequest] = {}  # of the groups in the buffer, to generate one again
         self._failed_in_a_row = 0
         self._batches = 0  # sent to the rollout workers so far
-        self._background = BackgroundTasks()
-        self._numbers = _fresh_numbers()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()  # of the first task that fails
+        self._numbers = dict.fromkeys(COUNTED, 0.0)
         self._measured = time.perf_counter()
 
     async def __aenter__(self) -> GroupStream:
@@ -80,10 +78,11 @@ class GroupStream:
             self._replace(self._buffer.failed)
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self._background.cancel()
+    async def __aexit__(self, *error: object) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._failure.cancel()
 
     def restore(self, outcomes: Mapping[int, Outcome]) -> None:
         """Put a checkpoint's groups back into their slots, in their order; before `__aenter__`."""
@@ -108,10 +107,10 @@ class GroupStream:
             RunError: a worker or every scorer (`NoValidRewardError`) failed since the last call.
         """
         while True:
-            try:
-                return [group for _, group in await self._background.unless_failed(self._buffer.take(self.step))]
-            except GroupsFailedError as failed:
-                self._replace(failed.reasons)
+            batch = await self._unless_failed(self._buffer.take(self.step))
+            if not (failed := failures(batch)):
+                return [outcome for _, outcome in batch if isinstance(outcome, GroupRefs)]  # which all of them are
+            self._replace(failed)
 
     def requeue(self, groups: Iterable[GroupRefs], lost: GroupsLostError) -> None:
         """Take back the groups of `next_batch` that no update took, because some of them were ``lost`` with a node.
@@ -142,7 +141,7 @@ class GroupStream:
         now = time.perf_counter()
         elapsed, self._measured = now - self._measured, now
         workers = self._cluster.workers()
-        numbers, self._numbers = self._numbers, _fresh_numbers()
+        numbers, self._numbers = self._numbers, dict.fromkeys(COUNTED, 0.0)
         numbers |= {f"busy/{role}": s / elapsed / max(1, workers[role]) for role, s in self._cluster.busy().items()}
         numbers |= {"queue/pending": float(self._buffer.pending), "queue/ready": float(self._buffer.waiting)}
         numbers |= {f"workers/{role}": float(workers[role]) for role in ("rollout", "reward")}
@@ -157,20 +156,13 @@ class GroupStream:
         self._buffer.free_slots(group_ids)
         self._admit()
 
-    def outcomes(self, group_ids: Iterable[int] | None = None) -> Outcomes:
-        """The future outcome of groups, or of all that are admitted and not taken; `wait_outcomes` waits for it.
+    def held(self) -> list[Slot[GroupRefs]]:
+        """The groups that are admitted and not taken now, in their order, to wait for with `outcomes`."""
+        return self._buffer.held()
 
-        This call fixes which groups: what later happens to their slots does not matter.
-        """
-        return self._buffer.outcomes(group_ids)
-
-    async def wait_outcomes(self, outcomes: Outcomes) -> dict[int, Outcome]:
-        """The outcomes, once every group is scored or cannot be; raises as `next_batch` does."""
-
-        async def wait() -> dict[int, Outcome]:
-            return {group_id: await outcome for group_id, outcome in outcomes.items()}
-
-        return await self._background.unless_failed(wait())
+    async def outcomes(self, slots: Sequence[Slot[GroupRefs]]) -> dict[int, Outcome]:
+        """What became of the groups of `held`, once every one is scored or cannot be; raises as `next_batch` does."""
+        return await self._unless_failed(self._buffer.outcomes(slots))
 
     def reissue(self, lost: GroupsLostError, *, scored: bool = True) -> None:
         """Generate groups whose payload is lost again: the same prompts and seeds, by the version that is served now.
@@ -188,7 +180,7 @@ class GroupStream:
         ids = [group_id for group_id in lost.group_ids if self._buffer.invalidate(group_id) or not scored]
         self._count_reissued(ids)
         if ids:
-            self._background.spawn(self._generate([self._requests[group_id] for group_id in ids]))
+            self._spawn(self._generate([self._requests[group_id] for group_id in ids]))
 
     # A group's trip from its slot to the buffer, in order.
 
@@ -214,7 +206,7 @@ class GroupStream:
         largest = max(1, self._rollout.images_per_batch // self._rollout.group_size)
         size = min(largest, math.ceil(len(requests) / max(1, workers)))
         for start in range(0, len(requests), size):
-            self._background.spawn(self._generate(requests[start : start + size]))
+            self._spawn(self._generate(requests[start : start + size]))
 
     async def _generate(self, requests: Sequence[RolloutRequest]) -> None:
         ids = [request.group_id for request in requests]
@@ -225,7 +217,7 @@ class GroupStream:
         self._note("generated", ids, groups[0].policy_version)
         size = self._scoring.groups_per_call
         for start in range(0, len(groups), size):
-            self._background.spawn(self._score(groups[start : start + size]))
+            self._spawn(self._score(groups[start : start + size]))
 
     async def _score(self, groups: Sequence[GroupRefs]) -> None:
         pending, attempt = list(groups), 0
@@ -247,20 +239,14 @@ class GroupStream:
                     # Without the pictures, so that Ray can free them.
                     self._buffer.ready(group.group_id, replace(group, images=None), group.policy_version)
             pending = [group for group in scored if group.error]
-        if pending:
-            self._fail({group.group_id: group.error for group in pending})
-
-    def _fail(self, reasons: Mapping[int, str]) -> None:
-        """Mark groups that cannot be scored; in arrival order fresh ones take their slots at once."""
-        self._failed_in_a_row += len(reasons)
-        if self._failed_in_a_row > 2 * self._rollout.groups_per_step:
-            why = next(iter(reasons.values()))  # any of them
-            text = f"{self._failed_in_a_row} groups in a row could not be scored; the last one: {why}"
+        self._failed_in_a_row += len(pending)
+        if pending and self._failed_in_a_row > 2 * self._rollout.groups_per_step:
+            text = f"{self._failed_in_a_row} groups in a row could not be scored; the last one: {pending[0].error}"
             raise NoValidRewardError(text, self.step + 1)
-        for group_id, why in reasons.items():
-            self._buffer.fail(group_id, why)
+        for group in pending:
+            self._buffer.fail(group.group_id, group.error)
         if not self._strict:
-            self._replace(reasons)
+            self._replace({group.group_id: group.error for group in pending})
 
     def _replace(self, reasons: Mapping[int, str]) -> None:
         """Drop groups that failed; fresh ones take their slots, in their order."""
@@ -281,8 +267,26 @@ class GroupStream:
     def _note(self, event: Event, group_ids: Iterable[int], policy_version: int | None = None) -> None:
         self._ledger.note(event, group_ids, step=self.step, policy_version=policy_version)
 
+    # Tasks beside the training loop; the first error reaches the loop where it waits. Unlike in an `asyncio.TaskGroup`
+    # an error cancels nothing: an update or a save under way is finished first.
 
-def _fresh_numbers() -> dict[str, float]:
-    """What is counted from one call of `GroupStream.metrics` to the next."""
-    counted = ("scoring/rescored", "scoring/replaced", "rollout/reissued", "time/rollout_s", "time/score_s")
-    return dict.fromkeys(counted, 0.0)
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._finished)
+
+    def _finished(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        error = None if task.cancelled() else task.exception()
+        if error is not None and not self._failure.done():
+            self._failure.set_exception(error)
+
+    async def _unless_failed(self, work: Coroutine[Any, Any, Result]) -> Result:
+        """The result of ``work``, or the error of the first task that failed, before or meanwhile."""
+        task = asyncio.ensure_future(work)
+        either: list[asyncio.Future[Any]] = [task, self._failure]
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            task.cancel()
+            self._failure.result()  # raises the error
+        return task.result()

@@ -5,7 +5,6 @@ A family subclasses both in a folder of its own (README.md beside this file). No
 
 from __future__ import annotations
 
-import socket
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,6 @@ from torch import Tensor, nn
 
 from stage_ray.config import PolicyConfig
 from stage_ray.errors import ConfigError
-from stage_ray.policies.backbone import Backbone
 from stage_ray.policies.logprobs import SamplingParams, TokenLogprobs, chunked_logprobs, process_logits
 
 LOGITS_AT_ONCE = 2**22  # float32 logits made at once by `token_logprobs`: 16 MiB, and a few temporaries of that size
@@ -45,18 +43,13 @@ class VllmSpec:
     """How vLLM serves a checkpoint: a model class of its own, over the checkpoint's safetensors.
 
     Attributes:
-        config: the ``config.json`` that vLLM reads: flat, Llama-like, with what the model class needs.
+        config: the ``config.json`` that vLLM reads: flat, with Llama's keys and what the model class needs.
         prompt_shift: added to prompt ids, for a vocabulary that holds the image tokens first.
-        max_positions: longest sequence, prompt and image.
-        heads, kv_heads: attention heads, which tensor parallelism divides.
         frozen: prefixes of the tensors that the model class loads beside the trained ones.
     """
 
     config: dict[str, Any]
     prompt_shift: int
-    max_positions: int
-    heads: int
-    kv_heads: int
     frozen: tuple[str, ...]
 
 
@@ -108,16 +101,50 @@ class ImageCodec(ABC):
         """
 
 
+class Backbone(nn.Module):
+    """Embeds prompt ids, puts image embeddings in their places, and runs the language model."""
+
+    def __init__(self, language_model: nn.Module) -> None:
+        super().__init__()
+        self.language_model = language_model
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The language model's layers, in order."""
+        return list(self.language_model.layers)  # type: ignore[arg-type]
+
+    def predict(self, prompts: Sequence[Sequence[int]], image_embeds: Tensor) -> Tensor:
+        """States that predict each image token: B prompts, embeddings [B, T - 1, hidden] -> [B, T, hidden].
+
+        Each row is its prompt, then its image tokens but the last, then padding. Attention is causal, so padding on the
+        right changes nothing and needs no mask; any id serves.
+        """
+        device, length = image_embeds.device, image_embeds.shape[1] + 1
+        longest = max(map(len, prompts))
+        ids = [[*prompt, *[0] * (longest + length - 1 - len(prompt))] for prompt in prompts]
+        starts = torch.tensor([len(prompt) for prompt in prompts], device=device)
+        positions = starts[:, None] + torch.arange(length - 1, device=device)  # [B, T - 1], of the image tokens
+        states = self(torch.tensor(ids, device=device), image_embeds, positions)
+        # The state at a prompt's last token predicts the first image token.
+        predicting = (starts[:, None] - 1 + torch.arange(length, device=device)).unsqueeze(-1)
+        return states.gather(1, predicting.expand(-1, -1, states.shape[-1]))  # [B, T, hidden]
+
+    def forward(self, ids: Tensor, image_embeds: Tensor, positions: Tensor) -> Tensor:
+        """Ids int64 [B, L], embeddings [B, T - 1, hidden] and where they belong int64 [B, T - 1] -> [B, L, hidden]."""
+        embeds = self.language_model.embed_tokens(ids)  # type: ignore[operator]
+        places = positions.unsqueeze(-1).expand_as(image_embeds)
+        embeds = embeds.scatter(1, places, image_embeds.to(embeds.dtype))  # out of place: embeds may need a gradient
+        return self.language_model(inputs_embeds=embeds, use_cache=False).last_hidden_state
+
+
 class Decoder(Protocol):
     """A forward of the backbone with a key-value cache, for one batch of B sequences."""
 
     def prefill(self, prompts: Sequence[Branch]) -> Tensor:
         """Read B prompts; the state that predicts each first image token, [B, hidden]."""
-        ...
 
     def step(self, embeds: Tensor) -> Tensor:
         """Read the embedding of each sequence's newest token, [B, hidden]; the state that predicts the next one."""
-        ...
 
 
 class Policy(ABC):
@@ -129,7 +156,7 @@ class Policy(ABC):
         vllm_model: ``module:Class`` of the model that vLLM runs, "" where there is none.
         model: all modules, frozen but for `trained_parameters`.
         backbone: the part that is trained and sharded.
-        codec: the part without the backbone.
+        codec: the part without the backbone: prompts, codebook and pictures.
     """
 
     model_type: ClassVar[str]
@@ -140,8 +167,8 @@ class Policy(ABC):
         self.model = model
         self.backbone = backbone
         self.codec = codec
-        self.image_tokens, self.codebook_size = codec.image_tokens, codec.codebook_size
-        model.requires_grad_(False)
+        self.image_tokens, self.codebook_size = codec.image_tokens, codec.codebook_size  # T and V
+        model.requires_grad_(False)  # then the trained ones alone
         for parameter in self.trained_parameters().values():
             parameter.requires_grad_(trainable)
 
@@ -189,23 +216,6 @@ class Policy(ABC):
         """
         raise ConfigError("learner.gradient_checkpointing is true, which this policy.family cannot do; set it to false")
 
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Image tokens along height and width."""
-        return self.codec.grid
-
-    def encode_prompt(self, text: str) -> PromptIds:
-        """Both branches of a prompt, chat template applied."""
-        return self.codec.encode_prompt(text)
-
-    def codebook(self) -> Tensor:
-        """Codebook vectors as the image decoder gets them, float32 [V, D]."""
-        return self.codec.codebook()
-
-    def decode(self, tokens: Tensor) -> Tensor:
-        """Tokens int64 [B, T] -> images uint8 [B, H, W, 3] on the CPU."""
-        return self.codec.decode(tokens)
-
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that are trained by ``state_dict`` name, each once."""
         parameters = self.model.named_parameters()
@@ -235,7 +245,8 @@ class Policy(ABC):
         Differentiable, the entropy only with ``entropy_grad``, which costs a second run of the head. However large the
         batch, no more than `LOGITS_AT_ONCE` logits are held.
         """
-        return self._token_logprobs(self.hidden_states(prompts, tokens), tokens, entropy_grad)
+        states = self.hidden_states(prompts, tokens)
+        return chunked_logprobs(states, tokens, self.head, rows=self._rows_at_once(), entropy_grad=entropy_grad)
 
     def guided_token_logprobs(
         self, prompts: Sequence[PromptIds], tokens: Tensor, params: SamplingParams, *, entropy_grad: bool = True
@@ -246,9 +257,9 @@ class Policy(ABC):
         is minus infinity for a token that top-k or top-p now leaves out. One forward of the backbone a branch.
         """
         states = self.hidden_states([prompt.conditional for prompt in prompts], tokens)
-        plain = self._token_logprobs(states, tokens, entropy_grad)
+        plain = chunked_logprobs(states, tokens, self.head, rows=self._rows_at_once(), entropy_grad=entropy_grad)
         with torch.no_grad():
-            branches = [states]
+            branches = [states]  # those of the conditional branch serve again
             if params.guided:
                 branches.append(self.hidden_states([prompt.unconditional for prompt in prompts], tokens))
 
@@ -257,50 +268,8 @@ class Policy(ABC):
                 return process_logits(logits[:, 0], logits[:, 1] if params.guided else None, params)
 
             rows = self._rows_at_once(len(branches))
-            found = chunked_logprobs(torch.stack(branches, dim=2), tokens, guided, rows=rows)
+            found = chunked_logprobs(torch.stack(branches, dim=2), tokens, guided, rows=rows)  # [B, T, K, hidden]
         return TokenLogprobs(plain.logprobs, plain.entropy, found.logprobs)
-
-    def _token_logprobs(self, states: Tensor, tokens: Tensor, entropy_grad: bool) -> TokenLogprobs:
-        return chunked_logprobs(states, tokens, self.head, rows=self._rows_at_once(), entropy_grad=entropy_grad)
 
     def _rows_at_once(self, branches: int = 1) -> int:
         return max(1, LOGITS_AT_ONCE // (branches * self.codebook_size))
-
-
-def device_for(gpus: float, key: str = "gpus") -> torch.device:
-    """A GPU where the role reserved one, else the CPU; ``key`` is the config's, for the message.
-
-    Raises:
-        ConfigError: a GPU is reserved and torch cannot use it.
-
-    Example:
-        >>> device_for(0)
-        device(type='cpu')
-    """
-    if gpus > 0 and not torch.cuda.is_available():
-        built = f"is built for CUDA {torch.version.cuda}" if torch.version.cuda else "is a build without CUDA"
-        raise ConfigError(
-            f"{key} = {gpus:g} reserves a GPU, but torch {torch.__version__} on {socket.gethostname()} sees none: it "
-            f"{built}; set {key}=0, or fix the driver or the installation there (stage-ray doctor looks at both)"
-        )
-    return torch.device("cuda" if gpus > 0 else "cpu")
-
-
-def hardware_has_bfloat16(device: torch.device) -> bool:
-    """True where the device multiplies bfloat16 matrices itself (AVX-512 BF16 or AMX on a CPU)."""
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
-
-
-def compute_dtype(choice: str, device: torch.device) -> torch.dtype:
-    """What a config's dtype means on this device: ``auto`` is bfloat16 where the hardware computes in it.
-
-    Example:
-        >>> compute_dtype("float32", torch.device("cpu"))
-        torch.float32
-    """
-    if choice != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[choice]
-    return torch.bfloat16 if hardware_has_bfloat16(device) else torch.float32

@@ -31,8 +31,9 @@ def local_checkpoint(path: str, model_type: str) -> Path:
         try:
             location = snapshot_download(location, allow_patterns=HUB_FILES)
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
             raise ConfigError(
-                f"policy.path: {path} is no directory here and was not found on the hub: {_first_line(error)}"
+                f"policy.path: {path} is no directory here and was not found on the hub: {reason}"
             ) from error
     check_directory(Path(location), model_type)
     return Path(location)
@@ -50,7 +51,15 @@ def check_directory(directory: Path, model_type: str) -> None:
     if found != model_type:
         raise ConfigError(f"policy.path: {directory} holds a {found!r} model, but policy.family needs {model_type!r}")
     for file in weight_files(directory):
-        _check_weight_file(file)
+        if not file.is_file():
+            raise ConfigError(
+                f"policy.path: {file} is missing, though {WEIGHTS_INDEX} names it; copy or download it again"
+            )
+        try:
+            with safe_open(file, framework="pt"):  # verifies the header against the file's size
+                pass
+        except SafetensorError as error:
+            raise ConfigError(f"policy.path: {file} is cut short or damaged ({error}); download it again") from error
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -61,7 +70,7 @@ def weight_files(directory: Path) -> list[Path]:
     """
     if (directory / WEIGHTS_INDEX).is_file():
         shards = _read_json(directory / WEIGHTS_INDEX).get("weight_map", {})
-        return [directory / name for name in sorted(set(shards.values()))]
+        return [directory / name for name in sorted(set(shards.values()))]  # a shard holds many tensors
     if not (directory / WEIGHTS).is_file():
         raise ConfigError(f"policy.path: {directory} has no {WEIGHTS}; the model directory is incomplete")
     return [directory / WEIGHTS]
@@ -81,7 +90,7 @@ def link_weights(checkpoint: Path, directory: Path) -> None:
     """Links to a checkpoint's weight files, and their index if there are several, in another directory."""
     index = [checkpoint / WEIGHTS_INDEX] if (checkpoint / WEIGHTS_INDEX).is_file() else []
     for file in weight_files(checkpoint) + index:
-        (directory / file.name).symlink_to(file.resolve())
+        (directory / file.name).symlink_to(file.resolve())  # vLLM reads weights beside its own config.json
 
 
 def _entries(directory: Path, prefixes: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
@@ -91,16 +100,6 @@ def _entries(directory: Path, prefixes: tuple[str, ...]) -> Iterator[tuple[str, 
             for name in opened.keys():  # noqa: SIM118
                 if name.startswith(prefixes):
                     yield name, opened
-
-
-def _check_weight_file(file: Path) -> None:
-    if not file.is_file():
-        raise ConfigError(f"policy.path: {file} is missing, though {WEIGHTS_INDEX} names it; copy or download it again")
-    try:
-        with safe_open(file, framework="pt"):  # verifies the header against the file's size
-            pass
-    except SafetensorError as error:
-        raise ConfigError(f"policy.path: {file} is cut short or damaged ({error}); download it again") from error
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -113,7 +112,3 @@ def _read_json(file: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ConfigError(f"policy.path: {file} holds no JSON object; copy or download it again")
     return data
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -45,7 +45,7 @@ def token_logprobs(logits: Tensor, tokens: Tensor) -> TokenLogprobs:
         log p and entropy ``-sum p log p``, float32 [...]; both differentiable in ``logits``.
     """
     logp = torch.log_softmax(logits.float(), dim=-1)
-    chosen = logp.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    chosen = logp.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)  # [...]
     entropy = -(logp.exp() * logp.clamp(min=LOWEST)).sum(dim=-1)
     return TokenLogprobs(chosen, entropy)
 
@@ -77,19 +77,15 @@ def chunked_logprobs(
     """
     flat, gradients = states.reshape(tokens.numel(), *states.shape[tokens.dim() :]), torch.is_grad_enabled()
     with torch.autocast(states.device.type, enabled=False):  # also of the products that make the states' gradients
-        if gradients and (entropy_grad or _has_gradients_of_its_own(head, flat)):
-            chunks = zip(flat.split(rows), tokens.flatten().split(rows), strict=True)
+        # One row of constant states tells whether the head itself is trained, whatever function it is.
+        if gradients and (entropy_grad or head(flat[:1].detach().float()).requires_grad):
+            chunks = zip(flat.split(rows), tokens.flatten().split(rows), strict=True)  # the last one may be shorter
             parts = [checkpoint(_recomputed, *chunk, head, entropy_grad, use_reentrant=False) for chunk in chunks]
-            logprobs, entropy = (torch.cat(part) for part in zip(*parts, strict=True))
+            logprobs, entropy = (torch.cat(part) for part in zip(*parts, strict=True))  # [tokens] each
         else:
             wanted = gradients and flat.requires_grad
             logprobs, entropy = _StatesOnly.apply(flat, tokens.flatten(), head, rows, wanted)
     return TokenLogprobs(logprobs.view(tokens.shape), entropy.view(tokens.shape))
-
-
-def _has_gradients_of_its_own(head: Head, states: Tensor) -> bool:
-    """Asked of one row of constant states, so that it is answered for any function, whatever it closes over."""
-    return head(states[:1].detach().float()).requires_grad
 
 
 def _recomputed(states: Tensor, tokens: Tensor, head: Head, entropy_grad: bool) -> tuple[Tensor, Tensor]:
@@ -111,10 +107,10 @@ class _StatesOnly(torch.autograd.Function):
                 leaf = states[part].detach().float().requires_grad_(wanted)
                 logits = head(leaf)
             chosen = tokens[part].unsqueeze(-1)
-            logp = torch.log_softmax(logits.detach().float(), dim=-1)
+            logp = torch.log_softmax(logits.detach().float(), dim=-1)  # [rows, V]
             logprobs[part] = logp.gather(-1, chosen).squeeze(-1)
             p = logp.exp()
-            entropy[part] = -logp.clamp_(min=LOWEST).mul_(p).sum(dim=-1)
+            entropy[part] = -logp.clamp_(min=LOWEST).mul_(p).sum(dim=-1)  # in place: p is made already
             if slopes is not None:
                 slope = p.neg_().scatter_add_(-1, chosen, torch.ones_like(chosen, dtype=p.dtype))  # onehot - p
                 (slopes[part],) = torch.autograd.grad(logits, leaf, slope.to(logits.dtype))
@@ -168,7 +164,7 @@ def process_logits(conditional: Tensor, unconditional: Tensor | None, params: Sa
         if unconditional is None:
             raise ValueError(f"guidance {params.guidance_scale} needs unconditional logits")
         unguided = unconditional.float()
-        logits = unguided + params.guidance_scale * (logits - unguided)
+        logits = unguided + params.guidance_scale * (logits - unguided)  # classifier-free guidance: u + w (c - u)
     if params.temperature != 1.0:
         logits = logits / params.temperature
     if 0 < params.top_k < logits.shape[-1]:
@@ -180,7 +176,7 @@ def process_logits(conditional: Tensor, unconditional: Tensor | None, params: Sa
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
     """The k largest of each row; the rest, minus infinity. Ties with the k-th stay."""
-    return logits.masked_fill(logits < logits.topk(k, dim=-1).values[..., -1:], -torch.inf)
+    return logits.masked_fill(logits < logits.topk(k, dim=-1).values[..., -1:], -torch.inf)  # below the k-th
 
 
 def keep_top_p(logits: Tensor, p: float) -> Tensor:
@@ -188,5 +184,5 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
     ordered, order = logits.sort(dim=-1, descending=True, stable=True)
     probabilities = ordered.softmax(dim=-1)
     left_out = probabilities.cumsum(dim=-1) - probabilities >= p  # the mass before a token already reaches p
-    left_out[..., 0] = False
+    left_out[..., 0] = False  # the likeliest always stays
     return logits.masked_fill(torch.zeros_like(left_out).scatter(-1, order, left_out), -torch.inf)

@@ -30,43 +30,36 @@ class StaticDecoder:
 
     def __init__(self, llama: LlamaModel, rows: int, length: int) -> None:
         config = llama.config
-        self._llama = llama
-        self._heads, self._kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self._head_dim = config.head_dim
-        self._rows, self._length = rows, length
-        self._used = 0
+        self._llama, self._rows, self._length = llama, rows, length
+        self._kv_heads, self._head_dim = config.num_key_value_heads, config.head_dim
+        self._used = 0  # positions of the cache that are set
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """Read B prompts, each different one once; the state of each sequence's last token, [B, hidden]."""
         # Index of each different prompt, in order of first appearance.
         different = {prompt: index for index, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
-        device = self._llama.embed_tokens.weight.device
-        owners = torch.tensor([different[tuple(prompt)] for prompt in prompts], device=device)
-        longest = max(map(len, different))
-        padding = torch.tensor([longest - len(prompt) for prompt in different], device=device)
-        ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in different], device=device)
-        return self._prefill(self._llama.embed_tokens(ids), padding, owners)
-
-    def _prefill(self, embeds: Tensor, padding: Tensor, owners: Tensor) -> Tensor:
-        """Embeddings [N, P, hidden] of N prompts, masked tokens on the left of each int64 [N], each sequence's prompt
-        int64 [B] -> states [B, hidden]."""
-        different, count = embeds.shape[:2]
-        slots = torch.arange(self._length, device=embeds.device)
+        device, count = self._llama.embed_tokens.weight.device, max(map(len, different))
+        owners = torch.tensor([different[tuple(prompt)] for prompt in prompts], device=device)  # [B]
+        padding = torch.tensor([count - len(prompt) for prompt in different], device=device)  # [N], on the left
+        ids = torch.tensor([[0] * (count - len(prompt)) + list(prompt) for prompt in different], device=device)
+        embeds = self._llama.embed_tokens(ids)  # [N, count, hidden]
+        slots = torch.arange(self._length, device=device)
         real = slots >= padding[:, None]  # [N, length]
         # Padding attends to itself: a softmax over nothing is NaN.
-        causal = slots[:count, None] >= slots[:count]
-        own = torch.eye(count, dtype=torch.bool, device=embeds.device)
-        mask = (causal & real[:, None, :count]) | own
-        positions = (slots - padding[:, None]).clamp(min=0)
+        causal = slots[:count, None] >= slots[:count]  # [count, count]
+        own = torch.eye(count, dtype=torch.bool, device=device)
+        mask = (causal & real[:, None, :count]) | own  # [N, count, count]
+        positions = (slots - padding[:, None]).clamp(min=0)  # [N, length], 0 in the padding
         cos, sin = self._llama.rotary_emb(embeds, positions)  # [N, length, D]
-        self._angles = cos.unsqueeze(1), sin.unsqueeze(1)
-        self._cache = self._new_cache(different, count)
+        self._angles = cos.unsqueeze(1), sin.unsqueeze(1)  # [N, 1, length, D], alike for all heads
+        self._cache = self._new_cache(len(different), count)
         states = self._forward(embeds, mask[:, None])[:, -1]
+        # From one cache a prompt to one a sequence, long enough for the image.
         read, self._cache = self._cache, self._new_cache(self._rows, self._length)
         for of_rows, of_prompts in zip(self._cache, read, strict=True):
-            of_rows[:, :, :, :count] = of_prompts[:, owners]
+            of_rows[:, :, :, :count] = of_prompts[:, owners]  # layer by layer, to save memory
         self._angles = self._angles[0][owners], self._angles[1][owners]
-        self._mask = real[owners][:, None, None] if bool(padding.any()) else None
+        self._mask = real[owners][:, None, None] if bool(padding.any()) else None  # None: nothing to mask
         return states[owners]
 
     def _new_cache(self, rows: int, length: int) -> Tensor:
@@ -83,50 +76,37 @@ class StaticDecoder:
         return self._forward(embeds[:, None], mask)[:, -1]
 
     def _forward(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
-        start, end = self._used, self._used + hidden.shape[1]
-        cos, sin = (angle[:, :, start:end] for angle in self._angles)
-        for index, layer in enumerate(self._llama.layers):
-            normed = _rms_norm(layer.input_layernorm, hidden)
-            hidden = hidden + self._attend(layer.self_attn, index, normed, cos, sin, mask, end)
-            normed = _rms_norm(layer.post_attention_layernorm, hidden)
-            hidden = hidden + layer.mlp(normed)
-        self._used = end
+        start, self._used = self._used, self._used + hidden.shape[1]
+        shape = (*hidden.shape[:2], -1, self._head_dim)
+        cos, sin = (angle[:, :, start : self._used] for angle in self._angles)
+        for layer, (keys, values) in zip(self._llama.layers, self._cache, strict=True):
+            normed, attention = _rms_norm(layer.input_layernorm, hidden), layer.self_attn
+            query, key, value = (  # [rows, heads or kv heads, positions, D] each
+                project(normed).view(*shape).transpose(1, 2)
+                for project in (attention.q_proj, attention.k_proj, attention.v_proj)
+            )
+            keys[:, :, start : self._used] = _rotate(key, cos, sin)
+            values[:, :, start : self._used] = value
+            query = _rotate(query, cos, sin).to(keys.dtype)  # float32 on a CPU
+            read = keys[:, :, : self._used], values[:, :, : self._used]
+            mixed = self._mix(query, *read, mask, attention.scaling).to(hidden.dtype)
+            hidden = hidden + attention.o_proj(mixed.transpose(1, 2).flatten(2))
+            hidden = hidden + layer.mlp(_rms_norm(layer.post_attention_layernorm, hidden))
         return _rms_norm(self._llama.norm, hidden)
-
-    def _attend(
-        self,
-        attention: Any,  # transformers' LlamaAttention
-        index: int,
-        hidden: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        mask: Tensor | None,
-        end: int,
-    ) -> Tensor:
-        rows, count, _ = hidden.shape
-        query = attention.q_proj(hidden).view(rows, count, self._heads, self._head_dim).transpose(1, 2)
-        key = attention.k_proj(hidden).view(rows, count, self._kv_heads, self._head_dim).transpose(1, 2)
-        value = attention.v_proj(hidden).view(rows, count, self._kv_heads, self._head_dim).transpose(1, 2)
-        keys, values = self._cache[index]
-        keys[:, :, end - count : end] = _rotate(key, cos, sin)
-        values[:, :, end - count : end] = value
-        query = _rotate(query, cos, sin).to(keys.dtype)
-        mixed = self._mix(query, keys[:, :, :end], values[:, :, :end], mask, attention.scaling).to(hidden.dtype)
-        return attention.o_proj(mixed.transpose(1, 2).reshape(rows, count, -1))
 
     def _mix(self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float) -> Tensor:
         """Attention: query [B, heads, L, D] over keys and values [B, kv heads, S, D] -> [B, heads, L, D]."""
-        if query.shape[2] > 1:
-            grouped = self._heads != self._kv_heads
+        rows, heads, length, _ = query.shape
+        if length > 1:
+            grouped = heads != self._kv_heads
             return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scale, enable_gqa=grouped)
         # One query a row: fused kernels are built for many; here two batched products are faster. Query heads that
         # share a key head stand in as that head's queries.
-        query = query.reshape(query.shape[0], self._kv_heads, -1, self._head_dim)
+        query = query.reshape(rows, self._kv_heads, -1, self._head_dim)  # [B, kv heads, queries a key head, D]
         scores = torch.matmul(query * scale, keys.transpose(-1, -2))
         if mask is not None:
             scores = scores.masked_fill(~mask, -torch.inf)
-        mixed = torch.matmul(scores.softmax(dim=-1), values)
-        return mixed.reshape(query.shape[0], self._heads, 1, self._head_dim)
+        return torch.matmul(scores.softmax(dim=-1), values).reshape(rows, heads, 1, self._head_dim)
 
 
 def _rms_norm(module: Any, hidden: Tensor) -> Tensor:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import Any
 
 from pydantic import ValidationError
 
 from stage_ray.config import AlgorithmConfig, RunConfig
-from stage_ray.errors import ConfigError
+from stage_ray.errors import ConfigError, impossible, suggest
 from stage_ray.recipes.base import Recipe
 from stage_ray.registry import Registry
 
@@ -28,14 +27,16 @@ def load_recipe(run: RunConfig) -> Recipe:
     kind = RECIPES.find(run.recipe, "recipe")
     if not (isinstance(kind, type) and issubclass(kind, Recipe)):
         raise ConfigError(f"recipe = {run.recipe!r} is no class that derives from stage_ray.recipes.base.Recipe")
-    given = run.algorithm.model_extra or {}
+    given = run.algorithm.model_extra or {}  # keys that are not shared by all recipes
     for name, value in given.items():
         if name not in kind.Options.model_fields:
             raise ConfigError(_unknown(run.recipe, kind, name, value))
     try:
         return kind(kind.Options.model_validate(given), run.algorithm)
     except ValidationError as error:
-        raise ConfigError("; ".join(_impossible(item) for item in error.errors())) from error
+        raise ConfigError(
+            "; ".join(impossible(".".join(["algorithm", *map(str, item["loc"])]), item) for item in error.errors())
+        ) from error
 
 
 def resolve_recipe(run: RunConfig) -> RunConfig:
@@ -45,24 +46,15 @@ def resolve_recipe(run: RunConfig) -> RunConfig:
         ConfigError: as `load_recipe`.
     """
     options = load_recipe(run).options.model_dump()
-    return run.model_copy(update={"algorithm": run.algorithm.model_copy(update=options)})
+    return run.model_copy(update={"algorithm": run.algorithm.model_copy(update=options)})  # both are frozen
 
 
 def _unknown(recipe: str, kind: type[Recipe], name: str, value: Any) -> str:
     """What is wrong with an option that the recipe does not have, and what to do."""
-    known = [*kind.Options.model_fields, *AlgorithmConfig.model_fields]
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    known = [*kind.Options.model_fields, *AlgorithmConfig.model_fields]  # its own and the shared ones
     others = [other for other in RECIPES.names() if name in RECIPES.find(other, "recipe").Options.model_fields]
     if others:
         fix = f"it belongs to recipe {' and '.join(others)}; remove it, or set recipe={others[0]}"
-    elif near:
-        fix = f"did you mean 'algorithm.{near[0]}'?"
     else:
-        fix = f"known here: {', '.join(sorted(known))}"
+        fix = suggest(name, known, "algorithm.")
     return f"algorithm.{name} = {value!r} is no option of recipe {recipe}: {fix}"
-
-
-def _impossible(item: Any) -> str:
-    """One error of pydantic in the words of `stage_ray.config.load`."""
-    key = ".".join(["algorithm", *map(str, item["loc"])])
-    return f"{key} = {item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}"

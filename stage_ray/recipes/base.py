@@ -70,7 +70,7 @@ class ReferenceOutputs:
 
     def take(self, indices: Tensor) -> ReferenceOutputs:
         """Those of a micro-batch: ``indices`` int64 [B], each ``n * G + g``."""
-        guided = None if self.guided_logprobs is None else self.guided_logprobs.flatten(0, 1)[indices]
+        guided = None if self.guided_logprobs is None else self.guided_logprobs.flatten(0, 1)[indices]  # [B, T]
         return ReferenceOutputs(self.logprobs.flatten(0, 1)[indices], self.entropy.flatten(0, 1)[indices], guided)
 
 
@@ -147,7 +147,7 @@ class Recipe(ABC):
     def __init__(self, options: Any, shared: AlgorithmConfig) -> None:
         """Keep the validated ``options`` (an instance of ``Options``) and the keys that all recipes share."""
         self.options, self.shared = options, shared
-        self.correction = correction_of(shared)
+        self.correction = correction_of(shared)  # of older groups' ratios
 
     @abstractmethod
     def credit(self, batch: GroupBatch, reference: ReferenceOutputs, step: int) -> Credit:

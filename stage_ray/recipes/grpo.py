@@ -39,9 +39,9 @@ class GrpoRecipe(Recipe):
         advantages = group_advantages(rewards, eps=self.shared.advantage_eps)
         similarity = opposite_sign_similarity(batch.tokens, batch.codebook, advantages)
         silent = ~informative_scorers(batch.scores).any(dim=1)  # [N], no scorer tells the group's images apart
-        similarity = similarity.masked_fill(silent[:, None, None], 1.0)
+        similarity = similarity.masked_fill(silent[:, None, None], 1.0)  # as STAGE has it
         metrics = {"similarity/mean": similarity.mean().item(), "weight/mean": 1.0}
-        return Credit(advantages, token_weights(reference.logprobs, None), metrics)
+        return Credit(advantages, token_weights(reference.logprobs, None), metrics)  # None: no reweighting
 
     def objective(self, policy: PolicyOutputs, reference: ReferenceOutputs, credit: Credit) -> Objective:
         """``-sum(w A ratio) + beta * sum(v k3)`` over tokens."""
@@ -50,7 +50,7 @@ class GrpoRecipe(Recipe):
             reference.logprobs,
             policy.behavior_logprobs,
             credit.advantages,
-            credit.weights,
+            credit.weights,  # of these images, normalised over whole groups
             beta=self.options.beta,
             clip=self.shared.clip,
             correction=self.correction,

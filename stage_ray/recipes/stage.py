@@ -43,7 +43,7 @@ class StageRecipe(GrpoRecipe):
         options = self.options
         found = stage_credit(
             batch.scores,
-            batch.entropy.mean(dim=-1),
+            batch.entropy.mean(dim=-1),  # [N, G], an image's mean
             reference.entropy.mean(dim=-1),
             batch.tokens,
             batch.codebook,
@@ -54,7 +54,7 @@ class StageRecipe(GrpoRecipe):
             eps=self.shared.advantage_eps,
         )
         weights = token_weights(
-            reference.logprobs,
+            reference.logprobs,  # only its shape, dtype and device count
             found.similarity,
             reweight_advantage=options.reweight_advantage,
             reweight_kl=options.reweight_kl,

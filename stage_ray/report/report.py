@@ -11,17 +11,19 @@ import jinja2
 import yaml
 from markupsafe import Markup
 
-from stage_ray.config.hardware import machine_facts
+from stage_ray.config.hardware import machine_metadata
 from stage_ray.errors import ConfigError
-from stage_ray.evaluation.base import EvaluationResult, MetricValue, read_result
+from stage_ray.evaluation.base import EvaluationResult, MetricValue, mean_of_metrics, mean_over_images, read_result
 from stage_ray.files import atomic_write, read_json
 from stage_ray.observability.metrics_logger import ALARMS_FILE, MACHINE_FILE, METRICS_FILE, read_steps
-from stage_ray.report.charts import Series, curves, stacked
-from stage_ray.report.comparison import changes, clear
+from stage_ray.observability.registry import find
+from stage_ray.report.charts import chart
 
 MOST_SAMPLES = 6
-CHARTS = {  # title -> metric: legend, in the order of the page
+TOTAL = "whole step"
+CHARTS: Mapping[str, Mapping[str, str]] = {  # title -> metric: legend, in the order of the page
     "Reward, mean over images": {"reward/mean": "reward"},
+    "Each scorer, mean over images": {},  # whatever scorers there are
     "KL to the reference, nats a token": {"kl": "KL"},
     "Token entropy, nats": {"entropy/policy": "policy", "entropy/reference": "reference"},
     "Gradient norm before clipping": {"grad_norm": "gradient norm"},
@@ -33,8 +35,11 @@ CHARTS = {  # title -> metric: legend, in the order of the page
     },
     "Loss": {"loss": "loss"},
     "Images a second, whole step": {"images_per_s": "images/s"},
+    "Seconds a step, by stage": {
+        **{f"time/{stage}_s": stage for stage in ("rollout", "score", "update", "publish")},
+        "time/step_s": TOTAL,
+    },
 }
-STAGES = ("rollout", "score", "update", "publish")
 
 
 def write_report(run_dir: Path) -> Path:
@@ -46,48 +51,61 @@ def write_report(run_dir: Path) -> Path:
     """
     if not (run_dir / "config.yaml").is_file():
         raise ConfigError(f"{run_dir} holds no run: there is no config.yaml in it")
+    config_text = (run_dir / "config.yaml").read_text(encoding="utf-8")
+    rows = read_steps(run_dir / METRICS_FILE)
+    before, after = (read_result(run_dir / "evaluation" / f"{name}.json") for name in ("before", "after"))
+    changed = changes(before, after) if before and after else {}
+    alarms: dict[str, list[dict[str, Any]]] = {}  # by name, in the order they first rang
+    for row in read_steps(run_dir / ALARMS_FILE):
+        alarms.setdefault(row["alarm"], []).append(row)
+    sheets = sorted((run_dir / "samples").glob("step-*.png"))
+    if len(sheets) > MOST_SAMPLES:  # spread evenly over the run, first and last among them
+        sheets = [sheets[round(i * (len(sheets) - 1) / (MOST_SAMPLES - 1))] for i in range(MOST_SAMPLES)]
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("stage_ray.report"),
         autoescape=jinja2.select_autoescape(["html", "j2"]),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
     )
-    page = environment.get_template("report.html.j2").render(_contents(run_dir))
+    page = environment.get_template("report.html.j2").render(
+        name=run_dir.resolve().name,
+        state=_state(rows, yaml.safe_load(config_text), after is not None),
+        cards=_cards(rows),
+        before=before,
+        after=after,
+        changed=changed,
+        tones=_tones(before, changed),
+        pair=_pictures({run_dir / "evaluation" / f"{name}.png": name.capitalize() for name in ("before", "after")}),
+        alarms=alarms,
+        charts=_charts(rows),
+        samples=_pictures({sheet: f"After step {int(sheet.stem.partition('-')[2])}" for sheet in sheets}),
+        config=config_text,
+        machine=read_json(run_dir / MACHINE_FILE) or machine_metadata(),
+    )
     path = run_dir / "report.html"
     atomic_write(path, page)
     return path
 
 
-def _contents(run_dir: Path) -> dict[str, Any]:
-    """Everything the template shows."""
-    config_text = (run_dir / "config.yaml").read_text(encoding="utf-8")
-    config = yaml.safe_load(config_text)
-    rows = read_steps(run_dir / METRICS_FILE)
-    before = read_result(run_dir / "evaluation" / "before.json")
-    after = read_result(run_dir / "evaluation" / "after.json")
-    changed = changes(before, after) if before and after else {}
-    pair = [(run_dir / "evaluation" / f"{name}.png", name.capitalize()) for name in ("before", "after")]
-    return {
-        "name": run_dir.resolve().name,
-        "headline": _headline(before, after),
-        "state": _state(rows, config, after is not None),
-        "cards": _cards(rows, before.headline if before else "", changed),
-        "evaluation": _evaluation_rows(before, after, changed) if before else [],
-        "pair": _pictures(pair),
-        "alarms": _alarms(read_steps(run_dir / ALARMS_FILE)),
-        "charts": _charts(rows),
-        "samples": _samples(run_dir),
-        "config": config_text,
-        "machine": read_json(run_dir / MACHINE_FILE) or machine_facts(),
-    }
+def changes(before: EvaluationResult, after: EvaluationResult) -> dict[str, MetricValue]:
+    """Change of each metric that two evaluations of one benchmark have, with its standard error.
 
-
-def _headline(before: EvaluationResult | None, after: EvaluationResult | None) -> str:
-    if before is None or before.headline_value is None:
-        return "No held-out evaluation"
-    then = after.metrics.get(before.headline) if after else None
-    value = f"{before.headline_value:.3f}" + (f" → {then.value:.3f}" if then else " before training")
-    return f"Held-out {before.headline} {value}"
+    Both draw the same prompts with the same seeds, so the change is estimated prompt by prompt: its standard error is
+    that of the prompts' differences, which is smaller than what the two values' errors suggest. The change of a mean
+    of metrics is the mean of their changes.
+    """
+    found: dict[str, MetricValue] = {}
+    for name, was in before.metrics.items():
+        if name not in after.metrics:
+            continue
+        now, parts = after.metrics[name], {part: found[part] for part in was.parts if part in found}
+        both = was.by_prompt.keys() & now.by_prompt.keys()  # prompts with a judged image in both
+        differences = {prompt: [now.by_prompt[prompt] - was.by_prompt[prompt]] for prompt in sorted(both)}
+        complete = len(parts) == len(was.parts)
+        change = (mean_of_metrics(parts) if complete else None) if was.parts else mean_over_images(differences)
+        if change is not None:
+            found[name] = change
+    return found
 
 
 def _state(rows: Sequence[dict[str, Any]], config: dict[str, Any], evaluated: bool) -> str:
@@ -98,107 +116,54 @@ def _state(rows: Sequence[dict[str, Any]], config: dict[str, Any], evaluated: bo
     return f"{done} steps" + ("" if evaluated or not evaluates else ", not evaluated afterwards")
 
 
-def _evaluation_rows(
-    before: EvaluationResult, after: EvaluationResult | None, changed: Mapping[str, MetricValue]
-) -> list[dict[str, Any]]:
-    """A row for every metric of the benchmark, in its order."""
-    return [
-        {
-            "metric": name.replace("_", " "),
-            "images": metric.images,
-            "before": metric,
-            "after": after.metrics.get(name, "") if after else "",
-            "change": _signed(changed[name]) if name in changed else "",
-            "tone": _tone(changed.get(name)),
-            "total": name == before.headline,
-        }
-        for name, metric in before.metrics.items()
-    ]
+def _tones(before: EvaluationResult | None, changed: Mapping[str, MetricValue]) -> dict[str, str]:
+    """Colours of the changes that are more than two standard errors away from zero.
+
+    Only of the headline, of which more is better, and its parts: of another metric less may be better, or neither.
+    """
+    judged = before.metrics[before.headline].parts + (before.headline,) if before and before.headline in changed else ()
+    clear = {name: changed[name] for name in judged if name in changed and changed[name].error is not None}
+    return {name: "good" if c.value > 0 else "bad" for name, c in clear.items() if abs(c.value) > 2 * (c.error or 0)}
 
 
-def _signed(change: MetricValue) -> str:
-    return str(change) if change.value < 0 else f"+{change}"
-
-
-def _tone(change: MetricValue | None) -> str:
-    """Colour of a change: none where it may be chance."""
-    if change is None or not clear(change):
-        return ""
-    return "good" if change.value > 0 else "bad"
-
-
-def _cards(rows: Sequence[dict[str, Any]], headline: str, changed: Mapping[str, MetricValue]) -> list[dict[str, str]]:
-    cards = []
-    if headline in changed:
-        change = changed[headline]
-        label = f"change of held-out {headline}" + (f", ±\u00a0{change.error:.3f}" if change.error is not None else "")
-        cards.append({"label": label, "value": f"{change.value:+.3f}", "tone": _tone(change)})
+def _cards(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """Label -> number in large type, of the training."""
+    cards = {}
 
     def known(name: str) -> list[float]:
         return [row[name] for row in rows if row.get(name) is not None]
 
     seconds, speeds, rewards = known("time/step_s"), sorted(known("images_per_s")), known("reward/mean")
     if rewards:
-        window = max(1, min(10, len(rewards) // 2))
+        window = max(1, min(10, len(rewards) // 2))  # the two do not overlap
         first, last = sum(rewards[:window]) / window, sum(rewards[-window:]) / window
-        label = f"training reward, first and last {window} steps"
-        cards.append({"label": label, "value": f"{first:.2f} → {last:.2f}"})
+        cards[f"training reward, first and last {window} steps"] = f"{first:.2f} → {last:.2f}"
     if speeds:
-        cards.append({"label": "images a second, median", "value": f"{speeds[len(speeds) // 2]:.1f}"})
+        cards["images a second, median"] = f"{speeds[len(speeds) // 2]:.1f}"
     if seconds:
-        cards.append({"label": "minutes in training steps", "value": f"{sum(seconds) / 60:.1f}"})
+        cards["minutes in training steps"] = f"{sum(seconds) / 60:.1f}"
     return cards
 
 
-def _charts(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Charts of the metrics that are there, scorers and stage times found by their names."""
-    if not rows:
-        return []
-    steps = [row["step"] for row in rows]
-    names = {name for row in rows for name in row}
-    wanted = dict(CHARTS)
-    derived = {"mean", "std", "informative"}
-    scorers = sorted(name for name in names if name.startswith("reward/") and name.partition("/")[2] not in derived)
-    if scorers:
-        wanted = {"Reward, mean over images": wanted.pop("Reward, mean over images")} | {
-            "Each scorer, mean over images": {name: name.partition("/")[2] for name in scorers},
-            **wanted,
-        }
-    charts = []
-    for title, columns in wanted.items():
-        series: Series = {label: [row.get(name) for row in rows] for name, label in columns.items() if name in names}
-        if series:
-            charts.append({"title": title, "svg": Markup(curves(steps, series))})
-    stages = {stage: [row.get(f"time/{stage}_s") for row in rows] for stage in STAGES if f"time/{stage}_s" in names}
-    if stages:
-        total = [row.get("time/step_s") for row in rows] if "time/step_s" in names else None
-        charts.append({"title": "Seconds a step, by stage", "svg": Markup(stacked(steps, stages, total))})
+def _charts(rows: Sequence[dict[str, Any]]) -> dict[str, Markup]:
+    """Charts of the metrics that are there, by title."""
+    names = sorted({name for row in rows for name in row})
+    families = {name: metric.name for name in names if (metric := find(name))}
+    scorers = {name: name.partition("/")[2] for name, family in families.items() if family == "reward/<scorer>"}
+    charts = {}
+    for title, columns in CHARTS.items():
+        labels = {name: label for name, label in (columns or scorers).items() if name in names}
+        if labels:
+            series = {label: [row.get(name) for row in rows] for name, label in labels.items()}
+            total = TOTAL if "time/step_s" in columns else ""
+            charts[title] = Markup(chart([row["step"] for row in rows], series, total))
     return charts
 
 
-def _alarms(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row per name of alarm, in the order they first rang."""
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault(row["alarm"], []).append(row)
-    return [
-        {"name": name, "count": len(all_), "first": all_[0]["step"], "last": all_[-1]["step"], "text": all_[-1]["text"]}
-        for name, all_ in groups.items()
-    ]
-
-
-def _samples(run_dir: Path) -> list[dict[str, str]]:
-    """Sample sheets spread evenly over the run, first and last among them."""
-    sheets = sorted((run_dir / "samples").glob("step-*.png"))
-    if len(sheets) > MOST_SAMPLES:
-        sheets = [sheets[round(i * (len(sheets) - 1) / (MOST_SAMPLES - 1))] for i in range(MOST_SAMPLES)]
-    return _pictures([(sheet, f"After step {int(sheet.stem.partition('-')[2])}") for sheet in sheets])
-
-
-def _pictures(files: Sequence[tuple[Path, str]]) -> list[dict[str, str]]:
-    """PNG files that exist, as data URIs."""
-    return [
-        {"caption": caption, "source": "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()}
-        for path, caption in files
+def _pictures(captions: Mapping[Path, str]) -> dict[str, str]:
+    """Caption -> data URI of each PNG file that exists."""
+    return {
+        caption: "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+        for path, caption in captions.items()
         if path.is_file()
-    ]
+    }

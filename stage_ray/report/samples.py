@@ -41,8 +41,10 @@ def contact_sheet(images: np.ndarray, captions: Sequence[str], good: Sequence[bo
     wrapped = [_wrap(caption, font, width + 2 * BORDER) for caption in captions]
     lines = max(map(len, wrapped)) + any(verdict is not None for verdict in good)
     cell = (width + 2 * BORDER + MARGIN, height + 2 * BORDER + MARGIN + lines * line + 6)
-    columns = _columns(len(images), cell)
-    rows = math.ceil(len(images) / columns)
+    # A sheet of about 4:3, at most six columns; a number that leaves no gap in the last row where one is near.
+    wanted, count = math.sqrt(len(images) * 4 / 3 * cell[1] / cell[0]), len(images)
+    columns = min(range(1, min(count, 6) + 1), key=lambda number: abs(number - wanted) + 1.5 * (count % number > 0))
+    rows = math.ceil(count / columns)
     sheet = Image.new("RGB", (columns * cell[0] + MARGIN, rows * cell[1] + MARGIN), BACKGROUND)
     draw = ImageDraw.Draw(sheet)
     for index, (image, caption, verdict) in enumerate(zip(images, wrapped, good, strict=True)):
@@ -62,12 +64,6 @@ def contact_sheet(images: np.ndarray, captions: Sequence[str], good: Sequence[bo
     scratch = path.with_name(path.name + ".tmp")
     sheet.save(scratch, format="PNG", optimize=True)
     scratch.replace(path)
-
-
-def _columns(count: int, cell: tuple[int, int]) -> int:
-    """Columns of a sheet of about 4:3, at most six; a number that leaves no gap in the last row where one is near."""
-    wanted = math.sqrt(count * 4 / 3 * cell[1] / cell[0])
-    return min(range(1, min(count, 6) + 1), key=lambda columns: abs(columns - wanted) + (1.5 if count % columns else 0))
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:

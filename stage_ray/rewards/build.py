@@ -10,7 +10,7 @@ from typing import Any, get_type_hints
 from pydantic import PydanticSchemaGenerationError, TypeAdapter, ValidationError
 
 from stage_ray.config import RewardConfig
-from stage_ray.errors import ConfigError
+from stage_ray.errors import ConfigError, impossible
 from stage_ray.registry import Registry
 from stage_ray.rewards.base import GroupReward, Reward
 
@@ -33,34 +33,28 @@ def _build(config: RewardConfig, key: str) -> Reward | GroupReward:
     kind = REWARDS.find(config.type, f"{key}.type")
     if not callable(kind) or not any(callable(getattr(kind, name, None)) for name in ("score", "score_groups")):
         raise ConfigError(f"{key}.type = {config.type!r} is not a class with a method score(images, prompts)")
-    _check_names(kind, config, f"{key}.options")
-    try:
-        hints = get_type_hints(kind.__init__, include_extras=True) if inspect.isclass(kind) else {}
-    except NameError:
-        hints = {}  # types that only a type checker imports: there is nothing to check by
-    options = {
-        name: _converted(value, hints.get(name, Any), f"{key}.options.{name}") for name, value in config.options.items()
-    }
-    try:
-        return kind(**options)
-    except ConfigError as error:
-        raise ConfigError(f"{key}.options of {config.type}: {error}") from error
-
-
-def _check_names(kind: Any, config: RewardConfig, key: str) -> None:
+    key = f"{key}.options"
     parameters = inspect.signature(kind).parameters
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    allowed = [name for name, parameter in parameters.items() if parameter.kind in named]
+    allowed = [name for name, parameter in parameters.items() if parameter.kind in named]  # neither *args nor **kwargs
     free = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     listing = ", ".join(allowed) or "none"
     for name in config.options:
         if name not in allowed and not free:
-            near = difflib.get_close_matches(name, allowed, n=1, cutoff=0.5)
-            fix = f"did you mean {near[0]!r}? " if near else ""
+            fix = "".join(f"did you mean {near!r}? " for near in difflib.get_close_matches(name, allowed, 1, 0.5))
             raise ConfigError(f"{key}.{name} is no option of {config.type}; {fix}allowed: {listing}")
     for name in allowed:
         if name not in config.options and parameters[name].default is inspect.Parameter.empty:
             raise ConfigError(f"{key}.{name} is missing: {config.type} needs it; allowed: {listing}")
+    try:
+        hints = get_type_hints(kind.__init__, include_extras=True) if inspect.isclass(kind) else {}
+    except NameError:
+        hints = {}  # types that only a type checker imports: there is nothing to check by
+    options = {name: _converted(value, hints.get(name, Any), f"{key}.{name}") for name, value in config.options.items()}
+    try:
+        return kind(**options)
+    except ConfigError as error:
+        raise ConfigError(f"{key} of {config.type}: {error}") from error
 
 
 def _converted(value: Any, hint: Any, key: str) -> Any:
@@ -70,5 +64,4 @@ def _converted(value: Any, hint: Any, key: str) -> Any:
     except PydanticSchemaGenerationError:
         return value  # a type that pydantic does not know is left to the constructor
     except ValidationError as error:
-        problem = error.errors()[0]["msg"]
-        raise ConfigError(f"{key} = {value!r}: {problem[0].lower()}{problem[1:]}") from error
+        raise ConfigError(impossible(key, error.errors()[0])) from error

@@ -59,13 +59,13 @@ class ClipReward:
         text_rows = torch.cat([self._encode_texts(texts[i : i + size]) for i in range(0, len(texts), size)])
         image_rows = torch.cat([self._encode_images(images[i : i + size]) for i in range(0, len(images), size)])
         wanted = torch.tensor([texts.index(prompt.text) for prompt in prompts], device=self._device)
-        cosine = (image_rows * text_rows[wanted]).sum(-1).float().cpu().numpy()
+        cosine = (image_rows * text_rows[wanted]).sum(-1).float().cpu().numpy()  # [B], of unit vectors
         scores = np.asarray(self._scale * cosine, np.float32)
         return RewardOutput(scores, np.isfinite(scores), tuple({"cosine": float(value)} for value in cosine))
 
     def _encode_texts(self, texts: Sequence[str]) -> Tensor:
         """Unit vectors [len(texts), P]."""
-        length = self._model.config.text_config.max_position_embeddings
+        length = self._model.config.text_config.max_position_embeddings  # CLIP's context length
         tokens = self._tokenizer(list(texts), padding=True, truncation=True, max_length=length, return_tensors="pt")
         tokens = tokens.to(self._device)
         output = self._model.get_text_features(tokens["input_ids"], tokens["attention_mask"])

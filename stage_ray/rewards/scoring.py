@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -29,14 +28,14 @@ def score_groups(
     start = time.monotonic()
     images = np.concatenate([group.images for group in groups])
     outputs = {name: _run(name, scorer, groups, images) for name, scorer in scorers}
-    seconds = (time.monotonic() - start) / len(images)
+    seconds = (time.monotonic() - start) / len(images)  # an image's share
     scores = np.empty((len(images), len(outputs)), np.float32)
     valid = np.empty(scores.shape, bool)
     for column, output in enumerate(outputs.values()):
         scores[:, column], valid[:, column] = output.scores, output.valid
     scored, first = [], 0
     for group in groups:
-        mine = range(first, first + len(group.images))
+        mine = range(first, first + len(group.images))  # its rows of the batch
         first = mine.stop
         scored.append(
             ScoredGroup(
@@ -52,6 +51,7 @@ def score_groups(
 
 
 def _run(name: str, scorer: Reward | GroupReward, groups: Sequence[RolloutGroup], images: np.ndarray) -> RewardOutput:
+    """One scorer's answer: NaN wherever a score is invalid, invalid wherever it is not finite, a reason for each."""
     count = len(images)
     try:
         if isinstance(scorer, GroupReward):
@@ -60,32 +60,24 @@ def _run(name: str, scorer: Reward | GroupReward, groups: Sequence[RolloutGroup]
             output = scorer.score(images, [group.prompt for group in groups for _ in group.images])
         scores = np.asarray(output.scores, np.float32)
         valid = np.asarray(output.valid, bool)
-        details = [dict(said) for said in output.details]
+        details = [dict(said) for said in output.details]  # copies: `error` may be added below
     # A scorer is a user's code, or a service, and may fail in any way. This is the one place that must outlive it: its
     # failure becomes part of the record, and the group is scored again or replaced.
     except Exception as error:
         log.exception("scorer %s failed on %d images", name, count)
-        return _failed(count, f"{type(error).__name__}: {error}")
-    shapes = (scores.shape, valid.shape, (len(details),))
-    if shapes != ((count,),) * 3:
+        reason = f"{type(error).__name__}: {error}"
+    else:
+        if scores.shape == valid.shape == (len(details),) == (count,):
+            usable = valid & np.isfinite(scores)  # [B]
+            for detail, score, ok in zip(details, scores, usable, strict=True):
+                if not ok:
+                    finite = np.isfinite(score)
+                    detail.setdefault(
+                        "error", "the scorer calls it invalid" if finite else f"the score is {float(score)}"
+                    )
+            return RewardOutput(np.where(usable, scores, np.nan).astype(np.float32), usable, tuple(details))
         got = f"scores {list(scores.shape)}, valid {list(valid.shape)} and {len(details)} details"
         log.error("scorer %s answered %s for %d images", name, got, count)
-        return _failed(count, f"answered {got} for {count} images")
-    return _without_made_up_scores(scores, valid, details)
-
-
-def _failed(count: int, reason: str) -> RewardOutput:
-    details = tuple({"error": reason} for _ in range(count))
-    return RewardOutput(np.full(count, np.nan, np.float32), np.zeros(count, bool), details)
-
-
-def _without_made_up_scores(scores: np.ndarray, valid: np.ndarray, details: list[dict[str, Any]]) -> RewardOutput:
-    """NaN wherever a score is invalid, invalid wherever it is not finite, and a reason for each."""
-    usable = valid & np.isfinite(scores)
-    said: list[Mapping[str, Any]] = []
-    for detail, score, ok in zip(details, scores, usable, strict=True):
-        if not ok and "error" not in detail:
-            reason = "the scorer calls it invalid" if np.isfinite(score) else f"the score is {float(score)}"
-            detail = {**detail, "error": reason}
-        said.append(detail)
-    return RewardOutput(np.where(usable, scores, np.nan).astype(np.float32), usable, tuple(said))
+        reason = f"answered {got} for {count} images"
+    failed = tuple({"error": reason} for _ in range(count))
+    return RewardOutput(np.full(count, np.nan, np.float32), np.zeros(count, bool), failed)

@@ -15,7 +15,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,21 +33,11 @@ class CheckpointError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """One verified checkpoint.
-
-    Attributes:
-        step: updates done when it was written.
-        path: its directory.
-        metadata: JSON data that was stored with the files.
-
-    Example:
-        >>> Checkpoint(step=50, path=Path("checkpoints/step-000050")).step
-        50
-    """
+    """One verified checkpoint: updates done when it was written, its directory, and the JSON data beside its files."""
 
     step: int
     path: Path
-    metadata: Mapping[str, Any] = field(default_factory=dict)
+    metadata: Mapping[str, Any]
 
 
 class CheckpointStore:
@@ -68,16 +58,15 @@ class CheckpointStore:
     def __init__(self, root: Path, keep: int) -> None:
         if keep < 1:
             raise ValueError(f"keep is {keep}; at least the newest checkpoint must be kept")
-        self.root = root
-        self.keep = keep
+        self.root, self.keep = root, keep
 
     def begin(self, step: int) -> Path:
-        """An empty directory to fill, then `finish` or `abandon`; removes what earlier crashes left behind.
+        """An empty directory to fill and `finish`, or to remove; removes what earlier crashes left behind.
 
         Its name is unique: the learner of a killed driver may still be writing into an older one.
         """
         self._remove_unfinished()
-        unfinished = self.root / f"{UNFINISHED}{_name(step)}-{uuid.uuid4().hex}"
+        unfinished = self.root / f"{UNFINISHED}step-{step:06d}-{uuid.uuid4().hex}"
         unfinished.mkdir(parents=True)
         return unfinished
 
@@ -91,21 +80,25 @@ class CheckpointStore:
             OSError: the disk; older checkpoints are untouched.
             TypeError: ``metadata`` is not JSON data.
         """
-        final = self.root / _name(step)
-        _write_manifest(directory, step, metadata)
-        _sync_tree(directory)
+        files = {
+            path.relative_to(directory).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+            for path in sorted(directory.rglob("*"))
+            if path.is_file()
+        }
+        body = {"format": FORMAT, "step": step, "metadata": dict(metadata), "files": files}
+        text = json.dumps({**body, "checksum": _checksum(body)}, indent=1, sort_keys=True)
+        (directory / MANIFEST).write_text(text + "\n", encoding="utf-8")
+        for path in (*directory.rglob("*"), directory):
+            _sync(path)
+        final = self.root / f"step-{step:06d}"
         if final.exists():  # a directory cannot be renamed onto another
             os.rename(final, self.root / f"{UNFINISHED}replaced-{final.name}-{uuid.uuid4().hex}")
         os.rename(directory, final)
         _sync(self.root)
         self._remove_unfinished()
-        for _, path in sorted(item for item in self._steps() if item[0] <= step)[: -self.keep]:
+        for _, path in sorted(item for item in self._steps() if item[0] <= step)[: -self.keep]:  # all but the newest
             shutil.rmtree(path)
         return final
-
-    def abandon(self, directory: Path) -> None:
-        """Remove a directory of `begin` that will not be finished."""
-        shutil.rmtree(directory, ignore_errors=True)
 
     def latest(self, on_problem: Callable[[str], None] = log.warning) -> Checkpoint | None:
         """The newest checkpoint that verifies, or None; ``on_problem`` is told of each damaged one."""
@@ -125,20 +118,26 @@ class CheckpointStore:
             shutil.rmtree(leftover, ignore_errors=True)  # one that is still written into goes the next time
 
 
-def _name(step: int) -> str:
-    return f"step-{step:06d}"
-
-
-def verify(path: Path, step: int | None = None) -> dict[str, Any]:
+def verify(path: Path, step: int) -> dict[str, Any]:
     """Check every byte of a checkpoint and return its metadata.
 
     Raises:
         CheckpointError: no manifest, a manifest that was changed, or a file that is missing, short or changed.
     """
-    manifest = _read_manifest(path)
-    if step is not None and manifest["step"] != step:
-        raise CheckpointError(f"{path} says it is of step {manifest['step']}")
-    for name, expected in manifest["files"].items():
+    manifest = path / MANIFEST
+    try:
+        body = json.loads(manifest.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} has no {MANIFEST}") from None
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{manifest} cannot be read: {error}") from error
+    if not isinstance(body, dict) or body.pop("checksum", None) != _checksum(body):  # of all but itself
+        raise CheckpointError(f"{manifest} does not match its own checksum; it was changed or cut")
+    if body["format"] != FORMAT:
+        raise CheckpointError(f"{manifest} has format {body['format']}, this version reads format {FORMAT}")
+    if body["step"] != step:
+        raise CheckpointError(f"{path} says it is of step {body['step']}")
+    for name, expected in body["files"].items():
         file = path / name
         if not file.is_file():
             raise CheckpointError(f"{file} is missing")
@@ -147,34 +146,7 @@ def verify(path: Path, step: int | None = None) -> dict[str, Any]:
             raise CheckpointError(f"{file} has {size} bytes instead of {expected['bytes']}; it is truncated or changed")
         if _sha256(file) != expected["sha256"]:
             raise CheckpointError(f"{file} has another SHA-256 than its manifest says; its bytes changed")
-    metadata: dict[str, Any] = manifest["metadata"]
-    return metadata
-
-
-def _write_manifest(directory: Path, step: int, metadata: Mapping[str, Any]) -> None:
-    files = {
-        path.relative_to(directory).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-        for path in sorted(directory.rglob("*"))
-        if path.is_file()
-    }
-    body = {"format": FORMAT, "step": step, "metadata": dict(metadata), "files": files}
-    text = json.dumps({**body, "checksum": _checksum(body)}, indent=1, sort_keys=True)
-    (directory / MANIFEST).write_text(text + "\n", encoding="utf-8")
-
-
-def _read_manifest(path: Path) -> dict[str, Any]:
-    file = path / MANIFEST
-    try:
-        body = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} has no {MANIFEST}") from None
-    except (ValueError, OSError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}") from error
-    if not isinstance(body, dict) or body.pop("checksum", None) != _checksum(body):
-        raise CheckpointError(f"{file} does not match its own checksum; it was changed or cut")
-    if body["format"] != FORMAT:
-        raise CheckpointError(f"{file} has format {body['format']}, this version reads format {FORMAT}")
-    return body
+    return dict(body["metadata"])
 
 
 def _checksum(body: Mapping[str, Any]) -> str:
@@ -184,11 +156,6 @@ def _checksum(body: Mapping[str, Any]) -> str:
 def _sha256(path: Path) -> str:
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _sync_tree(directory: Path) -> None:
-    for path in (*directory.rglob("*"), directory):
-        _sync(path)
 
 
 def _sync(path: Path) -> None:

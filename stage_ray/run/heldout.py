@@ -21,14 +21,21 @@ from stage_ray.report.samples import contact_sheet
 
 
 class HeldOutEvaluation:
-    """Every evaluation has the same prompts and seeds, so its pictures can be laid side by side."""
+    """A `stage_ray.evaluation.loop.Backend` over the workers of a run, and what the run does with it.
+
+    Every evaluation has the same prompts and seeds, so its pictures can be laid side by side.
+    """
 
     def __init__(
         self, cluster: Cluster, run: RunConfig, prompts: Sequence[Prompt], run_dir: Path, progress: Progress
     ) -> None:
-        self._workers, self._config, self._prompts = ClusterBackend(cluster, run), run.evaluation, list(prompts)
+        self._cluster, self._attempts, self.images_per_batch = (
+            cluster,
+            run.cluster.attempts,
+            run.rollout.images_per_batch,
+        )
+        self._config, self._prompts, self._dir, self._progress = run.evaluation, list(prompts), run_dir, progress
         self._benchmark = find_benchmark(run.evaluation.benchmark)
-        self._dir, self._progress = run_dir, progress
         self._wait_for_pictures = run.pipeline.max_staleness == 0
         self._drawing: asyncio.Task[None] | None = None
 
@@ -40,17 +47,11 @@ class HeldOutEvaluation:
         if not self._config.enabled:
             return None
         path = self._dir / "evaluation" / f"{name}.json"
-        if name == "before" and (kept := read_result(path)):
+        if name == "before" and (kept := read_result(path)):  # the run before this one evaluated it
             return kept.headline_value
         with self._progress.bar(f"evaluation {name}", len(self._prompts)) as advance:
-            result = await evaluate(
-                self._workers,
-                self._benchmark,
-                self._prompts,
-                images_per_prompt=self._config.images_per_prompt,
-                seed=self._config.seed,
-                advance=advance,
-            )
+            requests = requests_for(self._prompts, self._config.images_per_prompt, self._config.seed)
+            result = await evaluate(self, self._benchmark, requests, advance)
         atomic_write(path, json.dumps({**result.to_json(), "policy_version": policy_version}, indent=1))
         await self._picture(self._dir / "evaluation" / f"{name}.png")
         shown = {result.headline: result.headline_value, **result.scores}
@@ -73,23 +74,6 @@ class HeldOutEvaluation:
         if drawing is not None:
             await drawing
 
-    async def _picture(self, path: Path) -> None:
-        count = self._config.sample_prompts
-        prompts = self._prompts[:: max(1, len(self._prompts) // count)][:count]  # spread evenly over the tasks
-        requests = requests_for(prompts, 1, self._config.seed)
-        batches = await judge_in_batches(self._workers, requests, lambda groups: groups, images=True)
-        groups = [group for batch in batches for group in batch]
-        images = np.concatenate([group.images for group in groups if group.images is not None])
-        contact_sheet(images, [prompt.text for prompt in prompts], [group.verdict(0) for group in groups], path)
-
-
-class ClusterBackend:
-    """The rollout and reward workers of a run, as `stage_ray.evaluation.Backend`."""
-
-    def __init__(self, cluster: Cluster, run: RunConfig) -> None:
-        self._cluster, self._attempts = cluster, run.cluster.attempts
-        self.images_per_batch = run.rollout.images_per_batch
-
     async def judge(self, requests: Sequence[RolloutRequest], *, images: bool) -> list[JudgedGroup]:
         """As `Backend.judge`; up to ``cluster.attempts`` times where workers or nodes are lost.
 
@@ -104,10 +88,18 @@ class ClusterBackend:
             except GroupsLostError as lost:
                 error = str(lost)
                 continue
-            error = next((group.error for group in groups if group.scores is None), "")
+            error = next((group.error for group in groups if group.scores is None), "")  # of the first without scores
             if not error:
                 scored = await self._cluster.fetch([group.scores for group in groups])
                 wanted = [group.images for group in groups] if images else []
-                pictures = await self._cluster.fetch(wanted) or [None] * len(groups)
+                pictures = await self._cluster.fetch(wanted) or [None] * len(groups)  # None where not wanted
                 return [JudgedGroup(*judged) for judged in zip(requests, scored, pictures, strict=True)]
         raise RunError(f"evaluation: {error}")
+
+    async def _picture(self, path: Path) -> None:
+        count = self._config.sample_prompts
+        prompts = self._prompts[:: max(1, len(self._prompts) // count)][:count]  # spread evenly over the tasks
+        requests = requests_for(prompts, 1, self._config.seed)
+        groups = await judge_in_batches(self, requests, lambda group: group, images=True)
+        images = np.concatenate([group.images for group in groups if group.images is not None])
+        contact_sheet(images, [prompt.text for prompt in prompts], [group.verdict(0) for group in groups], path)

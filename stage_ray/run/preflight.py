@@ -32,11 +32,11 @@ def preflight(run: RunConfig) -> tuple[list[Prompt], list[Prompt]]:
             incomplete or malformed.
     """
     load_recipe(run)
-    if run.cluster.address is None and "RAY_ADDRESS" not in os.environ:
+    if run.cluster.address is None and "RAY_ADDRESS" not in os.environ:  # the run starts Ray here
         require_fitting_build(run.rollout)
     family = policy_class(run.policy)
     model = Path(model_location(run.policy.path))
-    if model.exists():
+    if model.exists():  # a hub id does not
         check_directory(model, family.model_type)
     find_benchmark(run.evaluation.benchmark)
     train = load_prompts(run.prompts.train)
@@ -53,7 +53,7 @@ def describe(run: RunConfig) -> str:
     rollout, scoring, learner = run.rollout, run.scoring, run.learner
     images = rollout.groups_per_step * rollout.group_size
     scorers = ", ".join(reward.column for reward in run.rewards)
-    where = "; on the GPUs of the rollout workers" * rollout.colocated
+    where = "; on the GPUs of the rollout workers" * rollout.colocated  # "" where not
     config = yaml.safe_dump(resolve_recipe(run).model_dump(mode="json"), sort_keys=False).rstrip()
     plan = [
         f"model: {model_location(run.policy.path)}",

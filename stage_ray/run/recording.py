@@ -30,8 +30,7 @@ class StepRecorder:
     def __init__(self, run: RunConfig, run_dir: Path, steps: int, progress: Progress, *, resume_step: int = 0) -> None:
         self._run, self._steps, self._progress = run, steps, progress
         self._groups = run_dir / GROUPS
-        endpoint = (run.cluster.metrics_port, run.cluster.metrics_host)
-        self._logger = MetricsLogger(run_dir, *endpoint, resume_step=resume_step)
+        self._logger = MetricsLogger(run_dir, run.cluster.metrics_port, run.cluster.metrics_host, resume_step)
         self._forget_groups(resume_step)
 
     def step(self, step: int, metrics: dict[str, float]) -> None:
@@ -63,7 +62,7 @@ class StepRecorder:
 
     def _forget_groups(self, step: int) -> None:
         for directory in self._groups.glob("step-*"):
-            if int(directory.name.removeprefix("step-")) > step:
+            if int(directory.name.removeprefix("step-")) > step:  # it will be trained again
                 shutil.rmtree(directory)
 
 
@@ -76,9 +75,8 @@ class StepClock:
 
     def lap(self, name: str) -> None:
         """The time since the last lap belongs to `name`."""
-        now = time.perf_counter()
-        key = f"time/{name}_s"
-        self._laps[key] = self._laps.get(key, 0.0) + now - self._last
+        key, now = f"time/{name}_s", time.perf_counter()
+        self._laps[key] = self._laps.get(key, 0.0) + now - self._last  # a step that lost groups waits more than once
         self._last = now
 
     def metrics(self, images: int) -> dict[str, float]:

@@ -27,7 +27,6 @@ FREE_KEYS = {"run_dir", "cluster", "checkpoint", "evaluation", "scoring", "logs"
 FREE_NAMES = {"workers", "max_workers", "ranks", "tensor_parallel", "cpus", "gpus", "resources", "timeout_s"}
 FREE_NAMES |= {"gpu_memory_utilization"}
 
-
 Resume = bool | Literal["auto"]
 """Go on with the run that a directory holds: it must hold one (True), must not (False), or either (auto)."""
 
@@ -51,8 +50,15 @@ def open_run_dir(run: RunConfig, resume: Resume) -> Iterator[Path]:
         path.chmod(path.stat().st_mode & 0o7755)
     with run_dir_lock(path, wait_s=RETRY_WAIT_S if resume == "auto" else 0.0):
         config_file = path / "config.yaml"
-        if config_file.exists() and not _untouched(path):
-            _check_same(run, config_file)
+        if config_file.exists() and not _untouched(path):  # the run there goes on
+            before, now = yaml.safe_load(config_file.read_text(encoding="utf-8")), run.model_dump(mode="json")
+            for key in now.keys() - FREE_KEYS:
+                old, new = _fixed(before.get(key)), _fixed(now[key])
+                if old != new:
+                    raise ConfigError(
+                        f"--resume: {key} was {old!r} in {config_file} and is {new!r} now; "
+                        "use the same value, or another --run-dir"
+                    )
         atomic_write(config_file, yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False))
         yield path
 
@@ -101,7 +107,7 @@ def _check_ours(path: Path, resume: Resume) -> None:
         raise ConfigError(
             f"--resume: run_dir {path} holds no run; leave --resume out to begin one, or use --auto-resume"
         )
-    if path.exists() and any(item.name != LOCK for item in path.iterdir()):
+    if path.exists() and any(item.name != LOCK for item in path.iterdir()):  # a refused driver may leave its lock
         raise ConfigError(f"run_dir {path} is not empty and holds no run; name another --run-dir")
 
 
@@ -111,20 +117,6 @@ def _untouched(path: Path) -> bool:
     return not (metrics.exists() and metrics.stat().st_size) and not (path / "evaluation").exists()
 
 
-def _check_same(run: RunConfig, config_file: Path) -> None:
-    before = yaml.safe_load(config_file.read_text(encoding="utf-8"))
-    now = run.model_dump(mode="json")
-    for key in now.keys() - FREE_KEYS:
-        old, new = _fixed(before.get(key)), _fixed(now[key])
-        if old != new:
-            raise ConfigError(
-                f"--resume: {key} was {old!r} in {config_file} and is {new!r} now; "
-                "use the same value, or another --run-dir"
-            )
-
-
 def _fixed(section: Any) -> Any:
     """A section of a config without the keys that may differ."""
-    if not isinstance(section, dict):
-        return section
-    return {name: value for name, value in section.items() if name not in FREE_NAMES}
+    return {k: value for k, value in section.items() if k not in FREE_NAMES} if isinstance(section, dict) else section

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -11,17 +12,16 @@ from typing import TYPE_CHECKING
 
 from stage_ray.config import RunConfig
 from stage_ray.errors import GroupsLostError, LearnerLostError, RunError
-from stage_ray.pipeline.buffer import Failed
+from stage_ray.pipeline.buffer import Failed, Slot, failures
 from stage_ray.pipeline.ledger import Ledger
 from stage_ray.pipeline.prompts import PromptCursor
-from stage_ray.pipeline.stream import GroupStream, Outcome, Outcomes
+from stage_ray.pipeline.stream import GroupStream, Outcome
 from stage_ray.records import GroupRefs, Prompt
 from stage_ray.run.checkpoint import Checkpoint, CheckpointStore
 from stage_ray.run.recording import GROUPS
 
 if TYPE_CHECKING:
     from stage_ray.cluster.cluster import Cluster
-    from stage_ray.cluster.learner import ClusterLearner
 
 LEARNER_LIVES = 3
 
@@ -69,11 +69,12 @@ class RunState:
         Raises:
             RunError: ``lost`` itself, when it happened `LEARNER_LIVES` times without a new checkpoint between.
         """
-        self._losses += 1
+        saved = self._store.latest(self._note)
+        self._losses = self._losses + 1 if saved == self._checkpoint else 1  # the first since a new checkpoint
         if self._losses >= LEARNER_LIVES:
             raise RunError(f"the learner was lost {self._losses} times since step {self.step}; {lost}") from lost
         self._ledger.close()
-        self._go_back(self._store.latest(self._note))
+        self._go_back(saved)
 
     async def restore(self, cluster: Cluster) -> None:
         """Give the learner the checkpoint's state and every rollout worker its weights.
@@ -98,19 +99,19 @@ class RunState:
         cursor = PromptCursor(self._prompts, self._run.seed, self._run.prompts.shuffle, position=at.cursor)
         stream = GroupStream(cluster, self._run, cursor, self._ledger, at.next_group, step=self.step)
         if self._checkpoint is not None:
-            ready = [group_id for group_id in at.groups if str(group_id) not in at.failed]
+            ready = [group_id for group_id in at.groups if str(group_id) not in at.failed]  # the others have no payload
             loaded = await cluster.learner.load_groups(self._checkpoint.path / GROUPS, ready)
             outcomes: dict[int, Outcome] = {int(group_id): Failed(why) for group_id, why in at.failed.items()}
             outcomes |= {group.group_id: group for group in loaded}
-            stream.restore({group_id: outcomes[group_id] for group_id in at.groups})
+            stream.restore({group_id: outcomes[group_id] for group_id in at.groups})  # in the order of their slots
         async with stream:
             try:
                 yield stream
             finally:
-                saving, self._saving = self._saving, None
-                if saving is not None:
-                    saving.cancel()
-                    await asyncio.gather(saving, return_exceptions=True)
+                if self._saving is not None:
+                    self._saving.cancel()  # does nothing to one that has ended
+                    await asyncio.gather(self._saving, return_exceptions=True)
+                    self._saving = None
 
     async def checkpoint(self, step: int, cluster: Cluster, stream: GroupStream, *, now: bool = False) -> None:
         """Save everything after update ``step``, when it is due or wanted ``now``.
@@ -123,9 +124,9 @@ class RunState:
             return
         await self.saved()  # one at a time
         # Without an await between: the ledger at that byte must have these very groups open.
-        outcomes = stream.outcomes()
+        held = stream.held()
         position = Position(self._ledger.position(), stream.cursor.position, stream.next_group)
-        self._saving = asyncio.create_task(self._save(step, cluster.learner, stream, outcomes, position))
+        self._saving = asyncio.create_task(self._save(step, cluster, stream, held, position))
         await asyncio.sleep(0)  # queues `save_state` at the learner before the next update
         if last or self._synchronous:
             await self.saved()
@@ -136,49 +137,38 @@ class RunState:
         Raises:
             RunError: it could not be written; the ones before it are whole.
         """
-        saving, self._saving = self._saving, None
-        if saving is not None:
-            await saving
+        if self._saving is not None:
+            await self._saving
 
     def close(self) -> None:
         """Close the ledger."""
         self._ledger.close()
 
     async def _save(
-        self, step: int, learner: ClusterLearner, stream: GroupStream, outcomes: Outcomes, position: Position
+        self, step: int, cluster: Cluster, stream: GroupStream, held: list[Slot[GroupRefs]], position: Position
     ) -> None:
+        """Write the learner's state, then the ``held`` groups once they are scored, then all the rest."""
         with _failures_named(step):
             directory = self._store.begin(step)
         try:
             with _failures_named(step):
-                await learner.save_state(directory)
-            found = await self._save_groups(step, learner, stream, outcomes, directory / GROUPS)
-            failed = {str(i): outcome.why for i, outcome in found.items() if isinstance(outcome, Failed)}
-            whole = replace(position, groups=list(found), failed=failed)
+                await cluster.learner.save_state(directory)
+            while True:
+                found = await stream.outcomes(held)
+                ready = [outcome for outcome in found.values() if isinstance(outcome, GroupRefs)]
+                try:
+                    with _failures_named(step):
+                        await cluster.learner.save_groups(directory / GROUPS, ready)
+                    break
+                except GroupsLostError as lost:  # none was written
+                    stream.reissue(lost)
+            failed = {str(group_id): why for group_id, why in failures(found.items()).items()}
+            metadata = asdict(replace(position, groups=list(found), failed=failed))
             with _failures_named(step):
-                await _in_thread(lambda: self._finish(step, directory, whole))
+                await _in_thread(lambda: self._store.finish(step, directory, metadata))
         except BaseException:
-            self._store.abandon(directory)  # a finished one has been renamed
+            shutil.rmtree(directory, ignore_errors=True)  # a finished one has been renamed
             raise
-
-    async def _save_groups(
-        self, step: int, learner: ClusterLearner, stream: GroupStream, outcomes: Outcomes, directory: Path
-    ) -> dict[int, Outcome]:
-        """Write the groups on their way, once they are scored; the outcome of each."""
-        while True:
-            found = await stream.wait_outcomes(outcomes)
-            ready = [outcome for outcome in found.values() if isinstance(outcome, GroupRefs)]
-            try:
-                with _failures_named(step):
-                    await learner.save_groups(directory, ready)
-                return found
-            except GroupsLostError as lost:  # none was written
-                stream.reissue(lost)
-                outcomes |= stream.outcomes(lost.group_ids)
-
-    def _finish(self, step: int, directory: Path, position: Position) -> None:
-        self._store.finish(step, directory, asdict(position))
-        self._losses = 0
 
     def _go_back(self, saved: Checkpoint | None) -> None:
         self._checkpoint = saved

@@ -7,7 +7,6 @@ import contextlib
 import os
 import signal
 from collections.abc import Iterator
-from types import TracebackType
 
 import psutil
 
@@ -33,16 +32,14 @@ class StopSignal:
 
     def __init__(self, progress: Progress) -> None:
         self.requested: int | None = None
-        self._progress = progress
-        self._saves = False
+        self._progress, self._saves = progress, False
         self._task: asyncio.Task[object] | None = None
 
     def error(self, step: int | None = None) -> Interrupted:
         """The error that ends the run, after it has saved ``step`` or at once."""
         assert self.requested is not None
-        after = "" if step is None else f" after step {step}"
-        name = signal.Signals(self.requested).name
-        return Interrupted(f"stopped by {name}{after}; go on with --resume", 128 + self.requested)
+        what = signal.Signals(self.requested).name + ("" if step is None else f" after step {step}")
+        return Interrupted(f"stopped by {what}; go on with --resume", 128 + self.requested)
 
     @contextlib.contextmanager
     def steps(self) -> Iterator[None]:
@@ -57,27 +54,22 @@ class StopSignal:
 
     async def __aenter__(self) -> StopSignal:
         self._task = asyncio.current_task()
-        loop = asyncio.get_running_loop()
         for number in SIGNALS:
-            loop.add_signal_handler(number, self._on_signal, number)
+            asyncio.get_running_loop().add_signal_handler(number, self._on_signal, number)
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        loop = asyncio.get_running_loop()
+    async def __aexit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         for number in SIGNALS:
-            loop.remove_signal_handler(number)
-        if isinstance(error, asyncio.CancelledError) and self.requested is not None:
+            asyncio.get_running_loop().remove_signal_handler(number)
+        if isinstance(error, asyncio.CancelledError) and self.requested is not None:  # cancelled by `_on_signal`
             raise self.error() from None
 
     def _on_signal(self, number: int) -> None:
         if self.requested is None:
             self.requested = number
-            what = "after this step and its checkpoint" if self._saves else "now"
-            self._progress.note(f"stopping {what}; Ctrl-C leaves at once")
-            if not self._saves:
-                assert self._task is not None
+            when = "after this step and its checkpoint" if self._saves else "now"
+            self._progress.note(f"stopping {when}; Ctrl-C leaves at once")
+            if self._task is not None and not self._saves:
                 self._task.cancel()
         elif number == signal.SIGINT:
             for process in psutil.Process().children(recursive=True):  # a Ray that this run started

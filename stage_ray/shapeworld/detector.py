@@ -6,13 +6,14 @@ of opacity and no colour.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from stage_ray.config.paths import resolve_path
@@ -46,36 +47,38 @@ class ShapeDetector:
     """
 
     def __init__(self, assets: str | Path = ASSETS) -> None:
-        """Load the classifier from a directory or a ``package:`` location."""
-        self._classifier = ShapeClassifier.load(assets if isinstance(assets, Path) else resolve_path(assets))
+        """Load the classifier from a directory or a ``package:`` location.
 
+        Raises:
+            FileNotFoundError: there are no weights; says how to make them.
+            RuntimeError: the weights are of another network.
+        """
+        path = (assets if isinstance(assets, Path) else resolve_path(assets)) / WEIGHTS_FILE
+        if not path.is_file():
+            raise FileNotFoundError(f"the detector has no weights at {path}; `stage-ray pretrain` makes them")
+        self._classifier = build_classifier().eval()
+        self._classifier.load_state_dict(load_file(path))
+
+    @torch.inference_mode()
     def detect(self, images: np.ndarray) -> list[list[Detection]]:
         """Images uint8 [B, H, W, 3] -> per image its detections, most confident first.
 
         Raises:
             ValueError: the images are not uint8 [B, H, W, 3].
         """
-        found: list[list[Detection]] = []
-        for start in range(0, len(images), BATCH_IMAGES):
-            found += self._detect_batch(images[start : start + BATCH_IMAGES])
-        return found
-
-    def _detect_batch(self, images: np.ndarray) -> list[list[Detection]]:
-        segments = segment(images)
-        probabilities = self._classifier.probabilities(crop_segments(segments))[:, :NONE]
-        # Each region is read once: as a whole where that makes a likely shape, else as its parts.
-        as_whole = {
-            piece.region
-            for piece, shape in zip(segments, probabilities.max(1), strict=True)
-            if piece.whole and shape >= WHOLE_PROBABILITY
-        }
         found: list[list[Detection]] = [[] for _ in images]
-        for piece, shapes in zip(segments, probabilities, strict=True):
-            best = int(shapes.argmax())
-            confidence = float(shapes[best]) * soundness(piece)
-            if piece.whole == (piece.region in as_whole) and confidence >= MIN_CONFIDENCE:
-                one = Detection(SHAPES[best], confidence, piece.box, piece.color, piece.purity, piece.mask)
-                found[piece.image].append(one)
+        for start in range(0, len(images), BATCH_IMAGES):
+            segments = segment(images[start : start + BATCH_IMAGES])
+            probabilities = self._classifier(crop_segments(segments) - 0.5).softmax(-1)[:, :NONE].numpy()
+            sure = probabilities.max(1) >= WHOLE_PROBABILITY
+            # Each region is read once: as a whole where that makes a likely shape, else as its parts.
+            as_whole = {piece.region for piece, likely in zip(segments, sure, strict=True) if piece.whole and likely}
+            for piece, shapes in zip(segments, probabilities, strict=True):
+                best = int(shapes.argmax())
+                confidence = float(shapes[best]) * soundness(piece)
+                if piece.whole == (piece.region in as_whole) and confidence >= MIN_CONFIDENCE:
+                    one = Detection(SHAPES[best], confidence, piece.box, piece.color, piece.purity, piece.mask)
+                    found[start + piece.image].append(one)
         return [sorted(detections, key=lambda one: -one.confidence) for detections in found]
 
 
@@ -97,58 +100,22 @@ def soundness(piece: Segment) -> float:
     return float(np.prod(np.clip(factors, 0.0, 1.0)))
 
 
-class ShapeClassifier(nn.Module):
-    """Names the shape of one segment: three strided convolutions and one hidden layer, 24 thousand parameters."""
+def build_classifier() -> nn.Sequential:
+    """The untrained network that names the shape of one segment, 24 thousand parameters.
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.features = nn.Sequential(
-            nn.Conv2d(1, 16, 3, stride=2, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(16, 32, 3, stride=2, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(32, 32, 3, stride=2, padding=1),
-            nn.ReLU(),
-        )
-        self.head = nn.Sequential(nn.Flatten(), nn.Linear(32 * 9, 32), nn.ReLU(), nn.Linear(32, len(CLASSES)))
-
-    def forward(self, crops: Tensor) -> Tensor:
-        """Crops float32 [K, 24, 24] in 0..1 -> logits [K, 6] over CLASSES."""
-        return self.head(self.features(crops[:, None] - 0.5))
-
-    @torch.inference_mode()
-    def probabilities(self, crops: np.ndarray) -> np.ndarray:
-        """Crops float32 [K, 24, 24] -> class probabilities float32 [K, 6]; K may be 0."""
-        if len(crops) == 0:
-            return np.zeros((0, len(CLASSES)), np.float32)
-        return np.asarray(self(torch.from_numpy(crops)).softmax(-1).numpy(), np.float32)
-
-    def save(self, directory: Path) -> None:
-        """Write the weights as safetensors."""
-        directory.mkdir(parents=True, exist_ok=True)
-        tensors = {name: tensor.detach().contiguous() for name, tensor in self.state_dict().items()}
-        save_file(tensors, directory / WEIGHTS_FILE, metadata={"classes": ",".join(CLASSES)})
-
-    @classmethod
-    def load(cls, directory: Path) -> ShapeClassifier:
-        """Read what `save` wrote, in evaluation mode.
-
-        Raises:
-            FileNotFoundError: there are no weights; says how to make them.
-            RuntimeError: the weights are of another network.
-        """
-        path = directory / WEIGHTS_FILE
-        if not path.is_file():
-            raise FileNotFoundError(f"the detector has no weights at {path}; `stage-ray pretrain` makes them")
-        model = cls()
-        model.load_state_dict(load_file(path))
-        return model.eval()
+    Crops float32 [K, 1, 24, 24] in -0.5..0.5 -> logits [K, 6] over CLASSES.
+    """
+    layers: list[nn.Module] = []
+    for inputs, outputs in ((1, 16), (16, 32), (32, 32)):
+        layers += [nn.Conv2d(inputs, outputs, 3, stride=2, padding=1), nn.ReLU()]
+    head = nn.Sequential(nn.Flatten(), nn.Linear(32 * 9, 32), nn.ReLU(), nn.Linear(32, len(CLASSES)))
+    return nn.Sequential(OrderedDict(features=nn.Sequential(*layers), head=head))
 
 
-def crop_segments(segments: Sequence[Segment]) -> np.ndarray:
-    """Cut a square around each segment's box out of its alpha, at one scale: float32 [K, 24, 24] in 0..1."""
+def crop_segments(segments: Sequence[Segment]) -> Tensor:
+    """Cut a square around each segment's box out of its alpha, at one scale: float32 [K, 1, 24, 24] in 0..1."""
     if not segments:
-        return np.zeros((0, CROP_SIZE, CROP_SIZE), np.float32)
+        return torch.zeros(0, 1, CROP_SIZE, CROP_SIZE)
     alpha = torch.from_numpy(np.stack([segment.alpha for segment in segments]))[:, None]
     boxes = torch.tensor([segment.box for segment in segments])
     extent = torch.tensor([alpha.shape[-1], alpha.shape[-2]], dtype=torch.float32)  # width, height
@@ -157,4 +124,4 @@ def crop_segments(segments: Sequence[Segment]) -> np.ndarray:
     # affine_grid's coordinates run from -1 to 1 over the whole picture.
     theta = torch.cat([torch.diag_embed(side / extent), (2 * centre / extent - 1)[..., None]], dim=-1)
     grid = F.affine_grid(theta, [len(segments), 1, CROP_SIZE, CROP_SIZE], align_corners=False)
-    return np.asarray(F.grid_sample(alpha, grid, align_corners=False)[:, 0].numpy(), np.float32)
+    return F.grid_sample(alpha, grid, align_corners=False)

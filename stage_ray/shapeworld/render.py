@@ -14,10 +14,6 @@ _CENTRES = np.arange(IMAGE_SIZE, dtype=np.float32) + 0.5  # pixel i covers [i, i
 _X, _Y = np.meshgrid(_CENTRES, _CENTRES)
 
 
-def _box_distance(x: np.ndarray, y: np.ndarray, half_width: float, half_height: float) -> np.ndarray:
-    return np.maximum(np.abs(x) - half_width, np.abs(y) - half_height)
-
-
 def _distance(shape: Shape) -> np.ndarray:
     """Signed distance [64, 64] float32 in pixels to the shape's outline, negative inside."""
     x, y, half = _X - shape.cx, _Y - shape.cy, shape.size / 2
@@ -26,37 +22,19 @@ def _distance(shape: Shape) -> np.ndarray:
     if shape.kind == "ring":
         stroke = max(MIN_STROKE, 0.25 * shape.size)
         return np.abs(np.hypot(x, y) - (half - stroke / 2)) - stroke / 2
+    if shape.kind == "triangle":  # apex at the top centre of the bounding square, base along its lower edge
+        return np.maximum((np.abs(x) * 2 - (y + half)) / np.sqrt(5.0), y - half)
+    x, y = np.abs(x), np.abs(y)
     if shape.kind == "square":
-        return _box_distance(x, y, half, half)
-    if shape.kind == "cross":
-        arm = max(MIN_STROKE, 0.32 * shape.size) / 2
-        return np.minimum(_box_distance(x, y, half, arm), _box_distance(x, y, arm, half))
-    # Triangle: apex at the top centre of the bounding square, base along its lower edge.
-    slant = (np.abs(x) * 2 - (y + half)) / np.sqrt(5.0)
-    return np.maximum(slant, y - half)
-
-
-def _coverage(shape: Shape) -> np.ndarray:
-    return np.clip(0.5 - _distance(shape), 0.0, 1.0)
+        return np.maximum(x - half, y - half)
+    arm = max(MIN_STROKE, 0.32 * shape.size) / 2  # of a cross: the nearer of two bars
+    return np.minimum(np.maximum(x - half, y - arm), np.maximum(x - arm, y - half))
 
 
 def render_masks(scene: Scene) -> np.ndarray:
     """Exact coverage of each object: float32 [n, 64, 64] in 0..1, in the order of `scene.shapes`."""
-    masks = np.zeros((len(scene.shapes), IMAGE_SIZE, IMAGE_SIZE), np.float32)
-    for mask, shape in zip(masks, scene.shapes, strict=True):
-        mask[:] = _coverage(shape)
-    return masks
-
-
-def _background(scene: Scene, rng: np.random.Generator, amplitude: float) -> np.ndarray:
-    """The base tint plus three long waves: float32 [64, 64, 3] in 0..255."""
-    canvas = np.empty((IMAGE_SIZE, IMAGE_SIZE, 3), np.float32)
-    canvas[:] = BACKGROUNDS[scene.background]
-    waves = np.zeros((IMAGE_SIZE, IMAGE_SIZE), np.float32)
-    for kx, ky, phase in rng.uniform((-0.12, -0.12, 0.0), (0.12, 0.12, 2 * np.pi), size=(3, 3)):
-        waves += np.cos(np.float32(kx) * _X + np.float32(ky) * _Y + np.float32(phase))
-    canvas += (amplitude / 3 * waves)[..., None]
-    return canvas
+    masks = [np.clip(0.5 - _distance(shape), 0.0, 1.0) for shape in scene.shapes]
+    return np.asarray(masks, np.float32).reshape(-1, IMAGE_SIZE, IMAGE_SIZE)
 
 
 def render(scene: Scene, *, plain: bool = False) -> np.ndarray:
@@ -70,7 +48,13 @@ def render(scene: Scene, *, plain: bool = False) -> np.ndarray:
 def render_with_masks(scene: Scene, *, plain: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """`render` and `render_masks` in one pass: uint8 [64, 64, 3] and float32 [n, 64, 64]."""
     rng = np.random.default_rng(scene.seed)
-    canvas = _background(scene, rng, 0.0 if plain else TEXTURE_AMPLITUDE)
+    canvas = np.full((IMAGE_SIZE, IMAGE_SIZE, 3), BACKGROUNDS[scene.background], np.float32)
+    if not plain:  # three long waves
+        low, high = (-0.12, -0.12, 0.0), (0.12, 0.12, 2 * np.pi)
+        waves = np.zeros((IMAGE_SIZE, IMAGE_SIZE), np.float32)
+        for kx, ky, phase in rng.uniform(low, high, size=(3, 3)).astype(np.float32):
+            waves += np.cos(kx * _X + ky * _Y + phase)
+        canvas += (TEXTURE_AMPLITUDE / 3 * waves)[..., None]
     masks = render_masks(scene)
     for mask, shape in zip(masks, scene.shapes, strict=True):
         canvas += mask[..., None] * (np.asarray(COLORS[shape.color], np.float32) - canvas)

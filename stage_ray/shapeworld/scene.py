@@ -6,6 +6,7 @@ five pixels wide, every colour stands out from every (pale) background, and obje
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -40,6 +41,8 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
 SIZES_BY_COUNT: dict[int, tuple[float, float]] = {1: (22.0, 34.0), 2: (19.0, 27.0), 3: (17.0, 22.0), 4: (16.0, 20.0)}
 LATTICE = 4.0  # pixels: half a token's side
 LATTICE_SIZES: dict[int, tuple[float, ...]] = {1: (24.0, 32.0), 2: (20.0, 24.0), 3: (16.0, 20.0), 4: (16.0, 20.0)}
+
+Square = tuple[float, float, float]  # cx, cy, size in pixels
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,50 +86,43 @@ class Scene:
             raise ValueError(f"unknown background {self.background!r}; ShapeWorld has {', '.join(BACKGROUNDS)}")
 
 
-def boxes_apart(a: tuple[float, float, float], b: tuple[float, float, float], gap: float = MIN_GAP) -> bool:
-    """Whether two squares, each (cx, cy, size) in pixels, keep `gap` pixels between them."""
+def boxes_apart(a: Square, b: Square, gap: float = MIN_GAP) -> bool:
+    """Whether two squares keep `gap` pixels between them."""
     reach = (a[2] + b[2]) / 2 + gap
     return abs(a[0] - b[0]) >= reach or abs(a[1] - b[1]) >= reach
 
 
-def place_squares(
-    sizes: Sequence[float], rng: np.random.Generator, *, lattice: bool = False
-) -> list[tuple[float, float, float]]:
-    """Random places (cx, cy, size) for squares of these sizes, in pixels, keeping MIN_GAP and MIN_BORDER; with
-    `lattice`, centres are multiples of LATTICE.
+def place_squares(sizes: Sequence[float], rng: np.random.Generator, *, lattice: bool = False) -> list[Square]:
+    """Random places for squares of these sizes (pixels) that keep MIN_GAP and MIN_BORDER.
 
-    Starts over when the squares placed first leave no room for the rest.
+    With `lattice`, centres are multiples of LATTICE. Starts over when the first squares leave no room for the rest.
     """
     for _ in range(1000):
-        placed: list[tuple[float, float, float]] = []
+        placed: list[Square] = []
         for size in sizes:
             low, high = MIN_BORDER + size / 2, IMAGE_SIZE - MIN_BORDER - size / 2
             if lattice:
-                first, last = np.ceil(low / LATTICE), np.floor(high / LATTICE)
-                centres = LATTICE * rng.integers(int(first), int(last), size=(20, 2), endpoint=True)
+                first, last = math.ceil(low / LATTICE), math.floor(high / LATTICE)
+                centres = LATTICE * rng.integers(first, last, size=(20, 2), endpoint=True)
             else:
                 centres = rng.uniform(low, high, size=(20, 2))
-            for cx, cy in centres:
-                candidate = (float(cx), float(cy), float(size))
-                if all(boxes_apart(candidate, other) for other in placed):
-                    placed.append(candidate)
-                    break
-            else:
+            candidates = ((float(cx), float(cy), float(size)) for cx, cy in centres)
+            # The first of the twenty that keeps its distance from all placed before.
+            place = next((one for one in candidates if all(boxes_apart(one, other) for other in placed)), None)
+            if place is None:
                 break
-        if len(placed) == len(sizes):
+            placed.append(place)
+        else:  # all of them have found a place
             return placed
     raise ValueError(f"squares of {[round(size, 1) for size in sizes]} pixels do not fit a {IMAGE_SIZE}-pixel picture")
 
 
-def random_scene(rng: np.random.Generator, max_shapes: int = 4) -> Scene:
-    """A scene of 1..max_shapes random objects, of any composition: for training the tokenizer and the detector."""
-    count = int(rng.integers(1, max_shapes + 1))
-    low, high = SIZES_BY_COUNT[count]
-    kinds, colors = rng.choice(SHAPES, size=count), rng.choice(list(COLORS), size=count)
-    places = place_squares(rng.uniform(low, high, size=count).tolist(), rng)
-    shapes = tuple(
-        Shape(str(kind), str(color), *place) for kind, color, place in zip(kinds, colors, places, strict=True)
-    )
+def random_scene(rng: np.random.Generator) -> Scene:
+    """A scene of 1 to 4 random objects, of any composition: for training the tokenizer and the detector."""
+    count = int(rng.integers(1, 5))
+    kinds, colors = rng.choice(SHAPES, size=count).tolist(), rng.choice(list(COLORS), size=count).tolist()
+    places = place_squares(rng.uniform(*SIZES_BY_COUNT[count], size=count).tolist(), rng)
+    shapes = tuple(Shape(kind, color, *place) for kind, color, place in zip(kinds, colors, places, strict=True))
     return Scene(shapes, background=random_background(rng), seed=int(rng.integers(2**31)))
 
 

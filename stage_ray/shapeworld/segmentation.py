@@ -75,20 +75,26 @@ def segment(images: np.ndarray) -> list[Segment]:
     if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
         raise ValueError(f"images are {images.dtype} {list(images.shape)}; a detector takes uint8 [B, H, W, 3]")
     pixels = images.astype(np.float32)
-    background = np.stack([_background(image) for image in pixels]) if len(pixels) else np.zeros((0, 3), np.float32)
+    background = np.asarray([_background(image) for image in pixels], np.float32).reshape(-1, 3)
     offset = pixels - background[:, None, None]  # [B, H, W, 3]
     direction = PALETTE - background[:, None]  # [B, 8, 3]
-    nearest, off_color = _nearest_color(pixels)
+    squares = (pixels * pixels).sum(-1)[..., None] - 2.0 * (pixels @ PALETTE.T) + (PALETTE * PALETTE).sum(-1)
+    nearest = squares.argmin(-1)  # index into COLOR_NAMES of each pixel's nearest palette colour, [B, H, W]
+    off_color = np.sqrt(np.maximum(squares.min(-1), 0.0))
     steps = direction[np.arange(len(pixels))[:, None, None], nearest]  # [B, H, W, 3]
     foreground = (offset * steps).sum(-1) > FOREGROUND_ALPHA * (steps * steps).sum(-1)
     regions, _ = ndimage.label(foreground, _PLANE)
-    cores, colors = _cores(foreground, nearest)
     segments: list[Segment] = []
-    for index, (labels, found) in enumerate(zip(cores, colors, strict=True)):
-        owner = _owners(labels) if found else labels
+    for index, (labels, found) in enumerate(zip(*_cores(foreground, nearest), strict=True)):
+        if not found:
+            continue
+        # Every pixel near a core goes to its nearest core.
+        distance, (rows, columns) = ndimage.distance_transform_edt(labels == 0, return_indices=True)
+        owner = np.where(distance <= REACH, labels[rows, columns], 0)
         parts = []
         for label, color in found:
-            core = labels == label
+            core, step = labels == label, direction[index, color]
+            alpha = np.where(owner == label, offset[index] @ step / float(step @ step), 0.0)
             part = Segment(
                 image=index,
                 color=COLOR_NAMES[color],
@@ -96,7 +102,7 @@ def segment(images: np.ndarray) -> list[Segment]:
                 off_color=float(np.median(off_color[index][core])),
                 region=int(regions[index][core][0]),
                 core=int(core.sum()),
-                alpha=_alpha(offset[index], direction[index, color], owner == label),
+                alpha=np.clip(np.where(alpha < SPECKLE_ALPHA, 0.0, alpha), 0.0, 1.0).astype(np.float32),
             )
             parts += [part] if part.mask.any() else []
         segments += parts + _wholes(parts)
@@ -106,16 +112,8 @@ def segment(images: np.ndarray) -> list[Segment]:
 def _background(pixels: np.ndarray) -> np.ndarray:
     """Median of the pale pixels [3]; white where a picture has hardly any."""
     pale = pixels[pixels.min(-1) > PALE]
-    if len(pale) < 0.05 * pixels.shape[0] * pixels.shape[1]:
-        return np.asarray(BACKGROUNDS["white"], np.float32)
-    return np.asarray(np.median(pale, axis=0), np.float32)
-
-
-def _nearest_color(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Index into COLOR_NAMES of each pixel's nearest palette colour, int64 [B, H, W], and its distance, float32."""
-    squares = (pixels * pixels).sum(-1)[..., None] - 2.0 * (pixels @ PALETTE.T) + (PALETTE * PALETTE).sum(-1)
-    nearest = squares.argmin(-1)
-    return nearest, np.sqrt(np.maximum(squares.min(-1), 0.0))
+    enough = len(pale) >= 0.05 * pixels.shape[0] * pixels.shape[1]
+    return np.asarray(np.median(pale, axis=0) if enough else BACKGROUNDS["white"])
 
 
 def _cores(foreground: np.ndarray, nearest: np.ndarray) -> tuple[np.ndarray, list[list[tuple[int, int]]]]:
@@ -126,10 +124,10 @@ def _cores(foreground: np.ndarray, nearest: np.ndarray) -> tuple[np.ndarray, lis
     """
     inner = ndimage.binary_erosion(foreground, _PLANE)
     votes = np.zeros((len(COLOR_NAMES), *foreground.shape), np.float32)
-    for color in range(len(COLOR_NAMES)):
+    for color, vote in enumerate(votes):
         present = inner & (nearest == color)
         if present.any():
-            votes[color] = ndimage.uniform_filter(present.astype(np.float32), size=(0, 3, 3))
+            vote[:] = ndimage.uniform_filter(present.astype(np.float32), size=(0, 3, 3))
     winner = votes.argmax(0)  # the majority of the 3 x 3 inner neighbours: single odd pixels do not split an object
     layers = inner & (winner == np.arange(len(COLOR_NAMES))[:, None, None, None])  # [8, B, H, W]
     labels, count = ndimage.label(layers, _PLANES)
@@ -137,22 +135,10 @@ def _cores(foreground: np.ndarray, nearest: np.ndarray) -> tuple[np.ndarray, lis
     found: list[list[tuple[int, int]]] = [[] for _ in foreground]
     kept = np.zeros(count + 1, np.int32)
     for label, place in enumerate(ndimage.find_objects(labels), start=1):
-        if sizes[label] >= MIN_CORE and place is not None:
+        if sizes[label] >= MIN_CORE:
             kept[label] = label
             found[place[1].start].append((label, place[0].start))
     return kept[labels].max(axis=0), found
-
-
-def _owners(labels: np.ndarray) -> np.ndarray:
-    """Every pixel near a core to its nearest core: labels int32 [H, W]."""
-    distance, (rows, columns) = ndimage.distance_transform_edt(labels == 0, return_indices=True)
-    return np.where(distance <= REACH, labels[rows, columns], 0)
-
-
-def _alpha(offset: np.ndarray, step: np.ndarray, mine: np.ndarray) -> np.ndarray:
-    """Share of a colour in each pixel, float32 [H, W]; `step` is the colour minus the background."""
-    alpha = np.where(mine, offset @ step / float(step @ step), 0.0)
-    return np.clip(np.where(alpha < SPECKLE_ALPHA, 0.0, alpha), 0.0, 1.0).astype(np.float32)
 
 
 def _wholes(parts: list[Segment]) -> list[Segment]:
@@ -163,12 +149,11 @@ def _wholes(parts: list[Segment]) -> list[Segment]:
         if len(members) < 2:
             continue
         total = sum(part.core for part in members)
-        by_color: dict[str, float] = {}
+        shares: dict[str, float] = {}  # colour -> share of the region's core pixels
         for part in members:
-            by_color[part.color] = by_color.get(part.color, 0.0) + part.purity * part.core / total
-        color, purity = max(by_color.items(), key=lambda item: item[1])
+            shares[part.color] = shares.get(part.color, 0.0) + part.purity * part.core / total
+        color, purity = max(shares.items(), key=lambda share: share[1])
         off_color = sum(part.off_color * part.core for part in members) / total
-        # Each pixel has one owner, so the parts' alphas never overlap.
-        alpha = np.sum([part.alpha for part in members], axis=0)
+        alpha = np.sum([part.alpha for part in members], axis=0)  # each pixel has one owner, so alphas never overlap
         wholes.append(Segment(members[0].image, color, purity, off_color, region, total, alpha, whole=True))
     return wholes

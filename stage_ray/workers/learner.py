@@ -37,8 +37,9 @@ class LearnerWorker(Worker):
 
     def setup(self, address: str = "") -> None:
         """Load the model, or this rank's share of it after it has met the others at ``address``."""
-        from stage_ray.learner import Learner, Ranks
-        from stage_ray.policies.base import device_for
+        from stage_ray.learner.learner import Learner
+        from stage_ray.learner.ranks import Ranks
+        from stage_ray.policies.devices import device_for
 
         learner = self._run.learner
         device = device_for(learner.gpus, "learner.gpus")

@@ -9,6 +9,8 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -51,6 +53,12 @@ def steps(run_dir: Path) -> list[int]:
 
 def submit(head: Head, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     return head.command("stage-ray", "submit", CONFIG, "--address", head.address, *arguments, **variables)
+
+
+def together(*calls: Callable[[], subprocess.CompletedProcess[str]]) -> list[subprocess.CompletedProcess[str]]:
+    """Commands that do not depend on each other, at the same time: most of their seconds are imports and waiting."""
+    with ThreadPoolExecutor(len(calls)) as threads:
+        return [future.result() for future in [threads.submit(call) for call in calls]]
 
 
 def until(what: Callable[[], object], seconds: float = 120) -> None:
@@ -103,16 +111,19 @@ def changed(tmp_path: Path) -> Path:
 
 
 def test_submit_sends_code_files_and_scorers_follows_the_run_and_does_not_repeat_it(head, changed):
-    waits = ["--id", "waits", "--entrypoint-resources", "{driver: 2}", "--no-wait"]  # the cluster has one
-    assert submit(head, "--run-dir", "/shared/runs/waits", *waits).returncode == 0
+    waits = ["--run-dir", "/shared/runs/waits", "--id", "waits", "--no-wait"]
+    waits += ["--entrypoint-resources", "{driver: 2}"]  # the cluster has one
     run_dir, more = changed / "run", changed / "more.yaml"
     more.write_text(json.dumps({"py_modules": [str(changed / "my_scorers")], "env_vars": {"A_SETTING": "1"}}))
     arguments = ["--run-dir", str(run_dir), "--env", "A_TOKEN", "--runtime-env", str(more), "--entrypoint-cpus", "0.5"]
     arguments += ["--set", "rewards=[{type: my_scorers.Brightness, options: {licence: LICENSE}}]", *settings()]
     secret = {"A_TOKEN": "hush-hush", "PYTHONPATH": str(changed)}  # the latter, that the command is the changed one
 
-    done = submit(head, *arguments, "--id", "sent", "--entrypoint-resources", "{driver: 1}", **secret)
-    assert done.returncode == 0, done.stdout + done.stderr
+    done, waiting = together(
+        lambda: submit(head, *arguments, "--id", "sent", "--entrypoint-resources", "{driver: 1}", **secret),
+        lambda: submit(head, *waits),
+    )
+    assert waiting.returncode == 0 and done.returncode == 0, done.stdout + done.stderr
     assert "this is the code that was sent" in done.stdout
     assert steps(run_dir) == [1] and not (run_dir / "logs" / "ray").exists()
     assert str(run_dir / "report.html") in done.stdout, "the job's log was not followed"
@@ -123,21 +134,24 @@ def test_submit_sends_code_files_and_scorers_follows_the_run_and_does_not_repeat
     assert head.reserved("sent") == {"CPU": 0.5, "driver": 1.0}
     assert head.jobs()["waits"]["status"] == "PENDING", "a driver does not wait for what it asked for"
 
-    again = submit(head, *arguments, "--id", "sent", **secret)
+    again, other, listed = together(
+        lambda: submit(head, *arguments, "--id", "sent", **secret),
+        lambda: submit(head, *arguments, "--id", "sent", "--set", "seed=1", **secret),
+        lambda: head.command("ray", "job", "list", "--address", head.address),
+    )
     assert again.returncode == 0 and "has succeeded already" in again.stderr
-    other = submit(head, *arguments, "--id", "sent", "--set", "seed=1", **secret)
     assert other.returncode == 1 and "--id sent: job sent (succeeded) had another config" in other.stderr
-    listed = head.command("ray", "job", "list", "--address", head.address)
     assert listed.returncode == 0 and "'sent'" in listed.stdout and "sent.2" not in listed.stdout, listed.stdout
 
 
 def test_what_only_the_cluster_can_find_wrong_has_the_exit_code_of_the_run(head, tmp_path):
-    installed = ["--image-has-code"]  # the code is there already
-    wrong = submit(head, "--run-dir", str(tmp_path / "a"), *installed, *settings(policy__path="/nowhere/janus"))
-    assert wrong.returncode == 2 and "/nowhere/janus does not exist" in wrong.stdout, wrong.stdout + wrong.stderr
-
+    nowhere = ["--run-dir", str(tmp_path / "a"), *settings(policy__path="/nowhere/janus")]
     too_much = ["--run-dir", str(tmp_path / "b"), *settings(rollout__cpus="1000", cluster__start_timeout_s="5")]
-    failed = submit(head, *too_much, "--id", "too-much")
+    wrong, failed = together(
+        lambda: submit(head, *nowhere, "--image-has-code"),  # the code is there already
+        lambda: submit(head, *too_much, "--id", "too-much"),
+    )
+    assert wrong.returncode == 2 and "/nowhere/janus does not exist" in wrong.stdout, wrong.stdout + wrong.stderr
     assert failed.returncode == 1 and "1000" in failed.stdout, failed.stdout + failed.stderr
     again = submit(head, *too_much, "--id", "too-much", "--no-wait")
     assert again.returncode == 0 and "too-much.2" in again.stderr and "--follow too-much.2" in again.stderr
@@ -146,7 +160,7 @@ def test_what_only_the_cluster_can_find_wrong_has_the_exit_code_of_the_run(head,
 
 def test_a_job_is_joined_left_stopped_killed_and_goes_on_without_losing_a_group(head, tmp_path):
     run_dir = tmp_path / "long"
-    long = settings(steps="60", checkpoint__every="4")
+    long = settings(steps="24", checkpoint__every="4")
     arguments = ["--run-dir", str(run_dir), "--id", "long", *long]
     words = [str(BIN / "stage-ray"), "submit", CONFIG, "--address", head.address, *arguments]
 
@@ -158,6 +172,8 @@ def test_a_job_is_joined_left_stopped_killed_and_goes_on_without_losing_a_group(
     assert submit(head, *arguments, "--no-wait").returncode == 0
     until(lambda: len(steps(run_dir)) >= 2)
 
+    (driver,) = drivers(str(run_dir))
+    os.kill(driver, signal.SIGSTOP)  # the run must not end while the other commands start; its log stands still
     left = follow()
     assert left.stdout is not None
     until(lambda: "step" in left.stdout.readline())  # it shows the log of the job that another command started
@@ -166,18 +182,15 @@ def test_a_job_is_joined_left_stopped_killed_and_goes_on_without_losing_a_group(
     assert left.returncode == 130 and f"ray job stop long --address {head.address}" in said
     assert head.jobs()["long"]["status"] == "RUNNING" and "long.2" not in head.jobs()
 
-    (driver,) = drivers(str(run_dir))
-    os.kill(driver, signal.SIGSTOP)  # the run must not end while the other commands start
+    stayed = follow()
     other = submit(head, "--run-dir", str(run_dir), *long, "--set", "seed=1")
     assert other.returncode == 1 and "job long is writing into" in other.stderr
-
-    stayed = follow()
     os.kill(driver, signal.SIGCONT)
     assert head.command("ray", "job", "stop", "long", "--address", head.address).returncode == 0
     said = stayed.communicate(timeout=120)[0]
     assert stayed.returncode == 143 and "stopped by SIGTERM after step" in said, said  # it had time to save
     before = steps(run_dir)
-    assert len(before) < 60, "the run was over before it could be stopped"
+    assert len(before) < 24, "the run was over before it could be stopped"
 
     second = follow()
     until(lambda: len(steps(run_dir)) > len(before))
@@ -188,9 +201,9 @@ def test_a_job_is_joined_left_stopped_killed_and_goes_on_without_losing_a_group(
 
     third = submit(head, *arguments)
     assert third.returncode == 0, third.stdout + third.stderr
-    assert "long.3" in third.stderr and steps(run_dir) == list(range(1, 61))
+    assert "long.3" in third.stderr and steps(run_dir) == list(range(1, 25))
     found = audited(run_dir, ended=True)
-    assert found.sound and (found.steps, found.trained) == (60, 120), found
+    assert found.sound and (found.steps, found.trained) == (24, 48), found
 
 
 def drivers(run_dir: str) -> list[int]:
@@ -204,11 +217,13 @@ def drivers(run_dir: str) -> list[int]:
 
 
 def test_a_cluster_that_wants_a_token_says_so_in_one_sentence(head, tmp_path):
-    for variables, sentence in (
+    expected: list[tuple[dict[str, str], str]] = [
         ({"RAY_AUTH_MODE": "disabled"}, "wants a token"),
         ({"RAY_AUTH_TOKEN": "f" * 64}, "refuses this token"),
         ({"RAY_AUTH_TOKEN_PATH": str(tmp_path / "none"), "HOME": str(tmp_path)}, "token"),
-    ):
-        done = submit(head, "--run-dir", "/shared/runs/first", **variables)
+    ]
+    run_dir = "/shared/runs/first"
+    answers = together(*(partial(submit, head, "--run-dir", run_dir, **variables) for variables, _ in expected))
+    for done, (_, sentence) in zip(answers, expected, strict=True):
         assert done.returncode == 1 and sentence in done.stderr, done.stderr
         assert done.stderr.startswith("stage-ray: ") and done.stderr.count("\n") == 1, done.stderr

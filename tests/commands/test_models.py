@@ -10,7 +10,8 @@ import torch
 from safetensors import safe_open
 from transformers import JanusConfig, JanusForConditionalGeneration, JanusVisionConfig, JanusVQVAEConfig, LlamaConfig
 
-from stage_ray.commands.memory import KNOWN, ModelSizes, model_sizes
+from stage_ray.commands.plan import model_sizes
+from stage_ray.config.model_sizes import KNOWN, ModelSizes
 from stage_ray.config.paths import resolve_path
 from stage_ray.errors import ConfigError
 from tests.tiny import tiny_janus

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 
 from stage_ray.cli import main
-from stage_ray.commands.memory import KNOWN, learner_loading, room
-from stage_ray.commands.plan import GPUS, make_plan
+from stage_ray.commands.plan import GPUS, make_plan, room
 from stage_ray.config.load import load_config, validate_config
+from stage_ray.config.model_sizes import KNOWN
 from stage_ray.errors import ConfigError
+from stage_ray.learner.memory import loading_bytes
 
 PLANS = (Path(__file__).parents[2] / "deploy" / "PLANS.md").read_text(encoding="utf-8")
 COMMAND = re.compile(r"```console\n\$ stage-ray (plan [^\n]+)\n(.*?)```", flags=re.DOTALL)
@@ -33,7 +34,7 @@ def test_a_plan_never_fills_a_gpu_beyond_its_memory(model, gpu, dtype, gpus):
     for role, lines in plan.memory.items():
         assert sum(lines.values()) <= room(GPUS[gpu]), role
         assert plan.least[role] <= plan.split[role]
-    assert learner_loading(KNOWN[model]) <= room(GPUS[gpu])
+    assert loading_bytes(KNOWN[model]) <= room(GPUS[gpu])
     assert plan.images_per_batch <= plan.in_flight and plan.used <= gpus
     assert plan.groups % plan.split["learner"] == 0
 

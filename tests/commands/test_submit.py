@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from aiohttp import web
 from ray._private.ray_constants import DASHBOARD_CLIENT_MAX_SIZE
 from ray._private.runtime_env.packaging import GCS_STORAGE_MAX_SIZE, create_package, get_uri_for_directory
 from ray.job_submission import JobDetails
 
 from stage_ray.cli import main
 from stage_ray.commands.job import CAP_MIB, Job, job_name, plan_job, stage_files
-from stage_ray.commands.submit import _exit_code, _last_attempt
+from stage_ray.commands.submit import _exit_code, _last_attempt, submit_job
 from stage_ray.config.load import load_config
 from stage_ray.errors import ConfigError, Interrupted, RunError
 
@@ -35,7 +42,7 @@ def package(job: Job, target: Path) -> Path:
     """The zip that Ray's client makes of a job's files and uploads."""
     with tempfile.TemporaryDirectory() as directory:
         staged = stage_files(job, Path(directory))
-        excludes = [".git", ".venv", "venv", "__pycache__", *job.environment["excludes"]]
+        excludes = [".git", ".venv", "venv", "__pycache__", *job.runtime_env["excludes"]]
         create_package(str(staged), target, include_gitignore=True, excludes=excludes)
     return target
 
@@ -91,7 +98,7 @@ def test_the_driver_gets_the_overrides_as_they_were_written():
 
 
 def test_a_stopped_job_has_time_to_save():
-    assert int(plan_job(CONFIG, run_dir=SHARED).variables["RAY_JOB_STOP_WAIT_TIME_S"]) >= 60
+    assert int(plan_job(CONFIG, run_dir=SHARED).runtime_env["env_vars"]["RAY_JOB_STOP_WAIT_TIME_S"]) >= 60
 
 
 @pytest.mark.parametrize(
@@ -124,10 +131,10 @@ def test_a_value_that_was_given_with_its_name_is_refused_and_not_repeated(capsys
 def test_a_variable_is_taken_by_its_name_and_never_shown(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hush-hush")
     planned = plan_job(CONFIG, run_dir=SHARED, env=["HF_TOKEN"])
-    assert planned.variables["HF_TOKEN"] == "hush-hush" and "hush" not in repr(planned)
+    assert planned.runtime_env["env_vars"]["HF_TOKEN"] == "hush-hush" and "hush" not in repr(planned)
 
 
-def test_where_nobody_listens_one_sentence_names_the_address(capsys):
+def test_without_a_dashboard_one_sentence_names_the_address(capsys):
     assert main(["submit", str(CONFIG), "--run-dir", "/s/a", "--address", "http://127.0.0.1:9"]) == 1
     assert "no Ray dashboard answers at http://127.0.0.1:9" in capsys.readouterr().err
 
@@ -193,8 +200,9 @@ def test_more_of_rays_environment_comes_from_a_file(here, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hush-hush")
     (here / "more.yaml").write_text("{env_vars: {MODE: fast}, py_modules: [lib], config: {setup_timeout_seconds: 60}}")
     planned = plan_job(Path("configs/mine.yaml"), run_dir=SHARED, env=["HF_TOKEN"], runtime_env=Path("more.yaml"))
-    assert planned.environment == {"excludes": [], "py_modules": ["lib"], "config": {"setup_timeout_seconds": 60}}
-    assert planned.variables.keys() == {"MODE", "HF_TOKEN", "RAY_JOB_STOP_WAIT_TIME_S"}
+    variables = planned.runtime_env.pop("env_vars")
+    assert planned.runtime_env == {"excludes": [], "py_modules": ["lib"], "config": {"setup_timeout_seconds": 60}}
+    assert variables.keys() == {"MODE", "HF_TOKEN", "RAY_JOB_STOP_WAIT_TIME_S"}
 
 
 @pytest.mark.parametrize(
@@ -318,3 +326,61 @@ def test_the_exit_code_is_the_drivers_own():
 def test_an_option_that_the_recipe_does_not_have_is_refused_before_anything_is_sent():
     with pytest.raises(ConfigError, match=r"algorithm\.betta.*algorithm\.beta"):
         plan_job(CONFIG, ["algorithm.betta=1"], SHARED)
+
+
+@contextlib.contextmanager
+def silent_dashboard(*, log_ends: bool) -> Iterator[str]:
+    """A dashboard whose job ``first`` runs. While it owes an answer it interrupts this process; its address."""
+    loop, over = asyncio.new_event_loop(), asyncio.Event()
+
+    async def version(_: web.Request) -> web.Response:
+        return web.json_response({"version": "4", "ray_version": "2.60.0", "ray_commit": "", "session_name": ""})
+
+    async def jobs(_: web.Request) -> web.Response:
+        found = {"type": "SUBMISSION", "submission_id": "first", "status": "RUNNING", "entrypoint": ""}
+        return web.json_response([found])
+
+    async def log(request: web.Request) -> web.WebSocketResponse:
+        socket = web.WebSocketResponse()
+        await socket.prepare(request)
+        await socket.send_str("step 1\n")
+        if not log_ends:
+            await asyncio.sleep(0.3)
+            signal.pthread_kill(threading.get_ident(), signal.SIGINT)  # another thread than the one that waits
+            await asyncio.wait_for(over.wait(), 20)
+        return socket
+
+    async def status(_: web.Request) -> web.Response:
+        await asyncio.sleep(0.3)
+        os.kill(os.getpid(), signal.SIGINT)
+        await asyncio.wait_for(over.wait(), 20)
+        return web.Response()
+
+    app = web.Application()
+    handlers = {"version": version, "jobs/": jobs, "jobs/first/logs/tail": log, "jobs/first": status}
+    app.add_routes([web.get(f"/api/{path}", handler) for path, handler in handlers.items()])
+    runner = web.AppRunner(app, shutdown_timeout=0)
+    loop.run_until_complete(runner.setup())
+    loop.run_until_complete(web.TCPSite(runner, "127.0.0.1", 0).start())
+    server = threading.Thread(target=loop.run_forever, daemon=True)
+    server.start()
+    try:
+        yield f"http://127.0.0.1:{runner.addresses[0][1]}"
+    finally:
+        loop.call_soon_threadsafe(over.set)
+        asyncio.run_coroutine_threadsafe(runner.cleanup(), loop).result(30)
+        loop.call_soon_threadsafe(loop.stop)
+        server.join(30)
+        loop.close()
+
+
+@pytest.mark.parametrize("log_ends", [False, True], ids=["the next line", "the status"])
+def test_ctrl_c_ends_a_wait_for_a_cluster_that_says_nothing_at_once(log_ends, capsys, monkeypatch):
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "")  # the command sets it
+    with silent_dashboard(log_ends=log_ends) as address:
+        began = time.monotonic()
+        with pytest.raises(Interrupted, match=f"ray job stop first --address {address}") as stopped:
+            submit_job(Job("first", "/shared/first", "", {}), address)
+        assert time.monotonic() - began < 10 and stopped.value.exit_code == 130
+    assert "step 1\n" in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

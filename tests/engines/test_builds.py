@@ -13,7 +13,7 @@ from stage_ray.config import PolicyConfig, RolloutConfig
 from stage_ray.engines import build_engine
 from stage_ray.engines.vllm.environment import ON_A_GPU, needs_gpu, require_fitting_build
 from stage_ray.errors import ConfigError
-from stage_ray.policies.base import device_for
+from stage_ray.policies.devices import device_for
 
 DEFAULT_JOB = str(Path(__file__).parents[2] / "configs" / "stage_shapeworld.yaml")
 

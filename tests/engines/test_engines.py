@@ -91,7 +91,7 @@ def weights_of(policy: JanusPolicy) -> list[tuple[str, torch.Tensor]]:
 
 def assert_statistics_match(group: RolloutGroup, policy: JanusPolicy, params: SamplingParams) -> None:
     """What an engine recorded is what a teacher-forced forward of transformers says of the same tokens."""
-    ids = policy.encode_prompt(group.prompt.text)
+    ids = policy.codec.encode_prompt(group.prompt.text)
     tokens = torch.from_numpy(group.tokens).long()
     with torch.no_grad():
         conditional = policy.image_logits([ids.conditional] * len(tokens), tokens)
@@ -170,7 +170,7 @@ def test_more_images_than_a_batch_holds_are_cut_and_groups_keep_their_order(at_v
 def test_pictures_are_the_policys_decoding_of_the_tokens(at_version_0: ImageEngine, policy: JanusPolicy) -> None:
     group = at_version_0.generate([request(TEXTS[0], (1, 2))])[0]
     assert group.images.shape == (2, IMAGE_SIZE, IMAGE_SIZE, 3) and group.images.dtype == np.uint8
-    expected = policy.decode(torch.from_numpy(group.tokens).long()).numpy()
+    expected = policy.codec.decode(torch.from_numpy(group.tokens).long()).numpy()
     assert np.abs(group.images.astype(int) - expected.astype(int)).max() <= 1
 
 

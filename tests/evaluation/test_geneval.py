@@ -7,12 +7,13 @@ import json
 import math
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from stage_ray.errors import ConfigError
-from stage_ray.evaluation.base import EvaluationResult, MetricValue, find_benchmark
+from stage_ray.errors import ConfigError, RunError
+from stage_ray.evaluation.base import EvaluationResult, MetricValue, find_benchmark, read_result
 from stage_ray.evaluation.base import summarise as summarise_with
 from stage_ray.evaluation.loop import EngineBackend, JudgedGroup, evaluate, judge_in_batches, requests_for
 from stage_ray.records import Prompt, RolloutGroup, RolloutRequest, ScoredGroup
@@ -98,12 +99,18 @@ def test_every_prompt_needs_exactly_one_group(groups: list[ScoredGroup]):
         summarise(PROMPTS, groups)
 
 
-def test_a_result_survives_json_exactly_and_holds_no_nan():
+def test_a_result_survives_json_exactly_and_holds_no_nan(tmp_path: Path):
     odd = scored(2, [None, False])
     odd.details[0]["eyes"]["distance"] = math.nan
     result = summarise(PROMPTS, [GROUPS[0], GROUPS[1], odd])
-    text = json.dumps({**result.to_json(), "policy_version": 3}, allow_nan=False)
-    assert EvaluationResult.from_json(json.loads(text)) == result
+    path = tmp_path / "after.json"
+    path.write_text(json.dumps({**result.to_json(), "policy_version": 3}, allow_nan=False))
+    assert read_result(path) == result
+    path.write_text('{"benchmark": "geneval", "score": 0.5}')
+    with pytest.raises(
+        RunError, match=r"after.json is not an evaluation \(headline: .*; remove it to go on without it"
+    ):
+        read_result(path)
 
 
 def test_seeds_depend_on_the_prompt_and_not_on_its_company():
@@ -149,8 +156,7 @@ def test_evaluate_draws_judges_and_sums_up_every_prompt_in_batches():
     finished: list[int] = []
     backend = EngineBackend(EvenSeeds(), [("eyes", Eyes())])
     benchmark = find_benchmark("geneval")
-    evaluation = evaluate(backend, benchmark, prompts, images_per_prompt=3, seed=1, advance=finished.append)
-    result = asyncio.run(evaluation)
+    result = asyncio.run(evaluate(backend, benchmark, requests_for(prompts, 3, seed=1), finished.append))
     even = [seed % 2 == 0 for request in requests_for(prompts, 3, 1) for seed in request.seeds]
     assert [image["details"]["eyes"]["verdict"] for image in result.images] == even
     assert sum(finished) == 40 and len(finished) > 1 and len(result.images) == 120
@@ -161,11 +167,13 @@ def test_pictures_are_handed_over_batch_by_batch_where_they_are_wanted():
     requests = requests_for(PROMPTS, 4, seed=1)
     backend = EngineBackend(EvenSeeds(), [("eyes", Eyes())], images_per_batch=8)
 
-    def look(groups: list[JudgedGroup]) -> list[bool]:
-        return [group.verdict(i) == bool(group.images[i, 0, 0, 0]) for group in groups for i in range(4)]
+    def look(group: JudgedGroup) -> list[bool]:
+        return [group.verdict(i) == bool(group.images[i, 0, 0, 0]) for i in range(4)]
 
-    assert asyncio.run(judge_in_batches(backend, requests, look, images=True)) == [[True] * 8, [True] * 4]
-    (without,) = asyncio.run(judge_in_batches(EngineBackend(EvenSeeds()), requests, lambda groups: groups))
+    sizes: list[int] = []
+    judged = judge_in_batches(backend, requests, look, images=True, advance=sizes.append)
+    assert asyncio.run(judged) == [[True] * 4] * 3 and sizes == [2, 1]
+    without = asyncio.run(judge_in_batches(EngineBackend(EvenSeeds()), requests, lambda group: group))
     assert [(group.images, group.verdict(0)) for group in without] == [(None, None)] * 3
 
 

@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from transformers import JanusForConditionalGeneration
 
 from stage_ray.config import LearnerConfig
-from stage_ray.learner import Learner, LearnerError
-from stage_ray.learner.learner import learning_rate
-from stage_ray.policies.base import hardware_has_bfloat16
+from stage_ray.learner.batch import LearnerError
+from stage_ray.learner.learner import Learner, learning_rate
+from stage_ray.policies.devices import hardware_has_bfloat16
 from stage_ray.policies.logprobs import SamplingParams
 from stage_ray.records import RolloutGroup, ScoredGroup
 from stage_ray.weights.manifest import pack, unpack
@@ -357,7 +357,7 @@ def test_the_guided_ratio_is_that_of_what_was_sampled_and_still_trains_the_condi
     learner, (groups, scores) = one_update_late(model, scored, ratio_on="guided")
     rule, older = SamplingParams(guidance_scale=3.0), []
     for group in groups:
-        prompts = [learner.policy.encode_prompt(group.prompt.text)] * len(group.tokens)
+        prompts = [learner.policy.codec.encode_prompt(group.prompt.text)] * len(group.tokens)
         now = learner.policy.guided_token_logprobs(prompts, torch.from_numpy(group.tokens).long(), rule).guided_logprobs
         assert now is not None
         older.append(
@@ -405,7 +405,7 @@ def test_whether_the_hardware_has_bfloat16_is_asked_of_torch() -> None:
 def test_it_uses_as_many_threads_as_it_is_told(model: Path) -> None:
     """In a process of its own: once vLLM is imported on a CPU, torch's number of threads is fixed."""
     script = (
-        "import sys, torch; from pathlib import Path; from stage_ray.learner import Learner;"
+        "import sys, torch; from pathlib import Path; from stage_ray.learner.learner import Learner;"
         "from tests.learner_case import tiny_run\n"
         "for threads in (2, 1):\n"
         "    Learner(tiny_run(Path(sys.argv[1])), threads=threads)\n"

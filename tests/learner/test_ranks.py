@@ -16,7 +16,9 @@ from safetensors.torch import load_file, save_file
 from transformers import JanusForConditionalGeneration
 
 from stage_ray.actors.client import free_address
-from stage_ray.learner import Learner, LearnerError, Ranks
+from stage_ray.learner.batch import LearnerError
+from stage_ray.learner.learner import Learner
+from stage_ray.learner.ranks import Ranks
 from tests.learner_case import PROMPTS, sample_groups, score, tiny_run
 from tests.tiny import tiny_janus
 

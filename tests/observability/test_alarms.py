@@ -12,8 +12,8 @@ import torch
 from rich.console import Console
 
 from stage_ray.config import RunConfig
-from stage_ray.learner import Learner
 from stage_ray.learner.batch import LearnerError
+from stage_ray.learner.learner import Learner
 from stage_ray.observability.alarms import alarms
 from stage_ray.observability.progress import Progress
 from stage_ray.records import RolloutGroup

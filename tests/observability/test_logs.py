@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import logging
@@ -30,7 +31,8 @@ BIN = Path(sys.executable).parent
 @pytest.fixture
 def out():
     stream = io.StringIO()
-    start_logs("json", "my-run", stream)
+    with contextlib.redirect_stdout(stream):
+        start_logs("json", "my-run")
     yield stream
     start_logs("text", "my-run")
 
@@ -125,12 +127,12 @@ def test_workers_are_told_the_format_and_the_run(tmp_path, monkeypatch):
     for where in (str(log), ""):  # of a local run; of a cluster that the run joined, where Ray keeps the output
         options = {"capture_output": True, "text": True, "timeout": 100, "env": dict(os.environ)}
         done = subprocess.run([*command, where], check=True, cwd=tmp_path, **options)
-        (facts,) = objects(done.stdout or log.read_text())
-        assert (facts["run"], facts["role"], facts["worker"]) == ("seed-20", "reward", "reward-1")
+        (line,) = objects(done.stdout or log.read_text())
+        assert (line["run"], line["role"], line["worker"]) == ("seed-20", "reward", "reward-1")
         assert bool(done.stdout) == (not where)
 
 
-def test_an_error_that_nobody_expected_is_a_line_too():
+def test_an_unexpected_error_is_a_line_too():
     code = "from stage_ray.observability.logs import start_logs; start_logs('json', 'r'); [][1]"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
     (line,) = objects(done.stdout)
@@ -153,7 +155,9 @@ def test_a_run_whose_scorer_never_works_says_why_in_json_in_its_alarms_and_in_it
     config.write_text(yaml.safe_dump(run.model_dump(mode="json")))
     assert validate_config(yaml.safe_load(config.read_text())) == run
     command = [str(BIN / "stage-ray"), "train", str(config)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=250, cwd=Path(__file__).parents[2])
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(root)}  # where the family and the scorer of the run are
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250, cwd=root, env=environment)
     assert done.returncode == 1 and done.stderr == ""
     *_, alarm, error = objects(done.stdout)
     assert alarm["alarm"] == "no_valid_reward" and error["level"] == "ERROR"

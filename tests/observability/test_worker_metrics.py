@@ -1,4 +1,4 @@
-"""What the actors of a run report through Ray is on the node's metrics endpoint, as the catalogue names it."""
+"""What the actors of a run report through Ray is on the node's metrics endpoint, as the metric registry names it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Series = dict[tuple[str, str, str], float]
 
 @pytest.fixture(scope="module")
 def reported(tmp_path_factory) -> Series:
-    """(metric, role, worker) -> value, after a wave of two groups of four, its scores and an update by two ranks."""
+    """(metric, role, worker) -> value, after two groups of four were drawn, scored and trained by two ranks."""
     directory = tmp_path_factory.mktemp("run")
     run = tiny_run(
         directory, plain_checkpoint(directory / "plain"), evaluation={"enabled": False}, learner={"ranks": 2}
@@ -73,7 +73,7 @@ def draw_score_train(run: Any, directory: Path) -> list[Any]:
 def scrape(held: list[Any]) -> Series:
     """What the endpoint says once all workers are on it and nothing new has come for a while.
 
-    ``held``: the workers: Ray ends those that nobody holds.
+    ``held``: the workers: Ray ends those without a handle.
     """
     names = {name for workers in WORKERS.values() for name in workers}
     node = ray.nodes()[0]
@@ -95,7 +95,7 @@ def scrape(held: list[Any]) -> Series:
 
 
 @pytest.mark.slow
-def test_every_worker_reports_every_metric_of_the_catalogue_and_no_other(reported):
+def test_every_worker_reports_every_metric_of_the_registry_and_no_other(reported):
     names = {metric.prometheus for metric in WORKER} - {ON_A_GPU}
     workers = [(role, worker) for role, names in WORKERS.items() for worker in names]
     without_version = {("ray_stage_ray_worker_policy_version", "reward", "reward-9")}

@@ -25,7 +25,7 @@ def test_resuming_forgets_what_happened_after_the_checkpoint(tmp_path):
     ledger.note("admitted", [2], step=1)
     ledger.close()
     again = Ledger(path, keep_bytes=kept)
-    assert (again.trained, again.open_groups()) == (2, {})
+    assert again.open_groups() == {} and path.read_text().count('"trained"') == 2
     again.note("admitted", [2], step=1)
     events = [json.loads(line) for line in path.read_text().splitlines()]
     assert [e["group_id"] for e in events if e["event"] == "admitted"] == [0, 1, 2]

@@ -48,12 +48,12 @@ def test_prompt_ids_are_what_the_processor_of_transformers_makes(directory: Path
         messages = [{"role": "user", "content": [{"type": "text", "text": text}]}]
         chat = processor.apply_chat_template(messages, add_generation_prompt=True)
         expected = processor(text=[chat], generation_mode="image")["input_ids"][0].tolist()
-        assert list(policy.encode_prompt(text).conditional) == expected
+        assert list(policy.codec.encode_prompt(text).conditional) == expected
 
 
 def test_the_unconditional_branch_keeps_bos_and_boi_and_blanks_the_rest(policy: JanusPolicy) -> None:
     tokenizer = policy.codec.processor.tokenizer
-    ids = policy.encode_prompt(TEXTS[0])
+    ids = policy.codec.encode_prompt(TEXTS[0])
     boi = tokenizer.convert_tokens_to_ids(tokenizer.boi_token)
     inner = [tokenizer.pad_token_id] * (len(ids.conditional) - 2)
     assert list(ids.unconditional) == [tokenizer.bos_token_id, *inner, boi]
@@ -61,15 +61,15 @@ def test_the_unconditional_branch_keeps_bos_and_boi_and_blanks_the_rest(policy: 
 
 def test_the_papers_template_writes_roles_as_plain_words(directory: Path) -> None:
     tokenizer = AutoProcessor.from_pretrained(directory).tokenizer
-    official = tokenizer.convert_ids_to_tokens(load(directory).encode_prompt("circle").conditional)
-    paper = tokenizer.convert_ids_to_tokens(load(directory, template="paper").encode_prompt("circle").conditional)
+    official = tokenizer.convert_ids_to_tokens(load(directory).codec.encode_prompt("circle").conditional)
+    paper = tokenizer.convert_ids_to_tokens(load(directory, template="paper").codec.encode_prompt("circle").conditional)
     assert [{"<|User|>": "User", "<|Assistant|>": "Assistant"}.get(token, token) for token in official] == paper
 
 
 def test_logits_are_those_of_transformers_for_each_prompt_alone(policy: JanusPolicy) -> None:
     """A reference written with transformers' own calls, one row at a time: no padding anywhere."""
     model, tokens = policy.model, some_tokens(3)
-    prompts = [policy.encode_prompt(text).conditional for text in TEXTS]
+    prompts = [policy.codec.encode_prompt(text).conditional for text in TEXTS]
     found = policy.image_logits(prompts, tokens)
     for row, prompt in enumerate(prompts):
         text = model.get_input_embeddings()(torch.tensor([prompt]))
@@ -80,7 +80,7 @@ def test_logits_are_those_of_transformers_for_each_prompt_alone(policy: JanusPol
 
 
 def test_statistics_are_the_log_probability_and_entropy_of_the_logits_and_carry_gradients(policy: JanusPolicy) -> None:
-    prompts, tokens = [policy.encode_prompt(text).conditional for text in TEXTS], some_tokens(3)
+    prompts, tokens = [policy.codec.encode_prompt(text).conditional for text in TEXTS], some_tokens(3)
     statistics = policy.token_logprobs(prompts, tokens)
     categorical = torch.distributions.Categorical(logits=policy.image_logits(prompts, tokens))
     torch.testing.assert_close(statistics.logprobs, categorical.log_prob(tokens), atol=1e-5, rtol=1e-5)
@@ -91,7 +91,7 @@ def test_statistics_are_the_log_probability_and_entropy_of_the_logits_and_carry_
 def test_statistics_in_pieces_are_the_statistics_at_once_gradients_too(
     policy: JanusPolicy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prompts, tokens = [policy.encode_prompt(text).conditional for text in TEXTS], some_tokens(3)
+    prompts, tokens = [policy.codec.encode_prompt(text).conditional for text in TEXTS], some_tokens(3)
     parameter = policy.trained_parameters()["model.language_model.layers.0.mlp.down_proj.weight"]
 
     def measure() -> tuple[torch.Tensor, torch.Tensor]:
@@ -124,14 +124,14 @@ def test_the_codebook_is_what_the_decoder_is_given(policy: JanusPolicy) -> None:
     side = int(IMAGE_TOKENS**0.5)
     tokens = some_tokens(1)
     given = policy.model.model.vqmodel.quantize.get_codebook_entry(tokens)  # [1, D, side, side]
-    expected = policy.codebook()[tokens].view(1, side, side, -1).permute(0, 3, 1, 2)
+    expected = policy.codec.codebook()[tokens].view(1, side, side, -1).permute(0, 3, 1, 2)
     torch.testing.assert_close(given, expected)
-    torch.testing.assert_close(policy.codebook(), F.normalize(policy.codebook(), dim=-1))
+    torch.testing.assert_close(policy.codec.codebook(), F.normalize(policy.codec.codebook(), dim=-1))
 
 
 def test_pictures_are_those_of_transformers(directory: Path, policy: JanusPolicy) -> None:
     tokens = some_tokens(20)
-    images = policy.decode(tokens)
+    images = policy.codec.decode(tokens)
     assert images.shape == (20, IMAGE_SIZE, IMAGE_SIZE, 3) and images.dtype == torch.uint8
     processor = AutoProcessor.from_pretrained(directory)
     with torch.no_grad():

@@ -157,7 +157,7 @@ def test_guided_log_probabilities_are_those_that_the_engines_draw_from(
 ) -> None:
     monkeypatch.setattr("stage_ray.policies.base.LOGITS_AT_ONCE", 10 * CODES)
     texts = ("a photo of a red circle", "a photo of a square left of a triangle")
-    prompts = [policy.encode_prompt(text) for text in texts]
+    prompts = [policy.codec.encode_prompt(text) for text in texts]
     tokens = torch.randint(0, CODES, (2, IMAGE_TOKENS), generator=torch.Generator().manual_seed(1))
     found = policy.guided_token_logprobs(prompts, tokens, params)
     assert found.guided_logprobs is not None and not found.guided_logprobs.requires_grad

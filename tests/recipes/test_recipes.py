@@ -14,7 +14,7 @@ from stage_ray.cli import main
 from stage_ray.config import RunConfig
 from stage_ray.config.load import load_config, validate_config
 from stage_ray.errors import ConfigError
-from stage_ray.learner import Learner
+from stage_ray.learner.learner import Learner
 from stage_ray.recipes import RECIPES, load_recipe, resolve_recipe
 from stage_ray.recipes.grpo import GrpoRecipe
 from stage_ray.recipes.stage import StageRecipe

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from stage_ray.errors import ConfigError, RunError
-from stage_ray.report.comparison import changes
-from stage_ray.report.report import write_report
+from stage_ray.report.report import changes, write_report
 from tests.fake_run import PROMPTS, TASKS, result, scored, write_fake_run
 
 
@@ -47,6 +46,11 @@ def test_it_shows_score_tasks_pictures_alarms_curves_and_config(finished: str) -
     assert "entropy_collapse" in finished and "<td>3</td><td>7</td><td>30</td>" in finished
     for text in ("Each scorer", "Seconds a step, by stage", "steps: 60", "torch"):
         assert text in finished
+
+
+def test_only_changes_of_which_more_is_better_are_coloured(finished: str) -> None:
+    tones = dict(re.findall(r'<td>([^<]+)</td>(?:<td>[^<]*</td>){3}<td class="(\w*)">[+-]', finished))
+    assert tones["GenEval"] == "good" and tones["soft score"] == ""
 
 
 def test_what_models_and_people_wrote_is_escaped(finished: str) -> None:

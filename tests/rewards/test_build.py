@@ -1,4 +1,4 @@
-"""Scorers from a config: names, dotted paths, options; every mistake is one sentence that names its mend."""
+"""Scorers from a config: names, dotted paths, options; every mistake is one sentence that names its fix."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_a_number_that_yaml_reads_as_text_reaches_the_scorer_as_a_number():
     ("type_", "options", "complaint"),
     [
         ("genevall", {}, "did you mean 'geneval'"),
-        ("whatever", {}, "known: clip, geneval"),
+        ("whatever", {}, "known here: clip, geneval"),
         ("nowhere.Scorer", {}, "no module named"),
         ("my_scorers.Nothing", {}, "has no 'Nothing'"),
         ("my_scorers.Mute", {}, "method score"),

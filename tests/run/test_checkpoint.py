@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ def save(store: CheckpointStore, step: int, write: Callable[[Path], None], metad
         write(directory)
         store.finish(step, directory, metadata)
     except BaseException:
-        store.abandon(directory)
+        shutil.rmtree(directory)
         raise
 
 
@@ -52,7 +53,7 @@ def latest(store: CheckpointStore) -> tuple[int | None, list[str]]:
     return (found.step if found else None), problems
 
 
-def test_the_newest_checkpoint_is_found_with_its_files_and_facts(store: CheckpointStore) -> None:
+def test_the_newest_checkpoint_is_found_with_its_files_and_metadata(store: CheckpointStore) -> None:
     found = store.latest()
     assert found is not None
     assert (found.step, found.metadata) == (2, {"cursor": 2})
@@ -108,13 +109,13 @@ def test_other_damage_is_named(store: CheckpointStore, spoil: Callable[[Path], o
     assert message in problems[0]
 
 
-def test_facts_that_were_edited_are_not_believed(store: CheckpointStore) -> None:
+def test_metadata_that_was_edited_is_not_believed(store: CheckpointStore) -> None:
     file = store.root / "step-000002" / "manifest.json"
     body = json.loads(file.read_text())
     body["metadata"]["cursor"] = 3
     file.write_text(json.dumps(body))
     with pytest.raises(CheckpointError, match="its own checksum"):
-        verify(file.parent)
+        verify(file.parent, 2)
 
 
 def test_a_checkpoint_under_another_steps_name_is_not_believed(store: CheckpointStore) -> None:
@@ -177,7 +178,7 @@ def test_older_checkpoints_go_only_after_the_new_one_is_complete(store: Checkpoi
     assert names(store) == ["step-000002", "step-000003"]
 
 
-def test_facts_that_are_not_json_are_refused_before_anything_is_kept(store: CheckpointStore) -> None:
+def test_metadata_that_is_not_json_is_refused_before_anything_is_kept(store: CheckpointStore) -> None:
     with pytest.raises(TypeError):
         save(store, 3, writer("x"), {"bad": object()})
     assert names(store) == ["step-000001", "step-000002"]

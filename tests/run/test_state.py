@@ -5,17 +5,20 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from stage_ray.errors import RunError
+from stage_ray.errors import GroupsLostError, LearnerLostError, RunError
 from stage_ray.pipeline.ledger import Ledger
 from stage_ray.records import GroupRefs, Update
 from stage_ray.run import checkpoint
 from stage_ray.run.checkpoint import Checkpoint, CheckpointStore
-from tests.flaky import FlakyCluster, drive, run_state, timed_run, until
+from tests.audit import read_ledger
+from tests.flaky import FlakyCluster, drive, history, run_state, timed_run, until
 
 
 def saved(directory: Path) -> Checkpoint:
@@ -31,15 +34,15 @@ class Slow:
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.reached, self.go_on = threading.Event(), threading.Event()
-        self._sync, self._calls = checkpoint._sync_tree, 0
-        patch.setattr(checkpoint, "_sync_tree", self._watched)
+        self._sync, self._calls = checkpoint._sync, 0
+        patch.setattr(checkpoint, "_sync", self._watched)
 
-    def _watched(self, directory: Path) -> None:
-        self._calls += 1
+    def _watched(self, path: Path) -> None:
+        self._calls += path.name == checkpoint.MANIFEST
         if self._calls == 2:
             self.reached.set()
             assert self.go_on.wait(30)
-        self._sync(directory)
+        self._sync(path)
 
 
 @pytest.mark.parametrize("how", ["another part of the run fails", "the run is cancelled"])
@@ -78,14 +81,14 @@ def test_a_run_that_ends_while_a_checkpoint_is_finished_waits_for_it_and_leaves_
 
 def test_a_disk_that_fails_while_a_checkpoint_is_finished_leaves_the_one_before_it(tmp_path, monkeypatch):
     run = timed_run(tmp_path)
-    write = checkpoint._write_manifest
+    sync = checkpoint._sync
 
-    def full(directory: Path, step: int, metadata: Any) -> None:
-        if step == 4:
+    def full(path: Path) -> None:
+        if "step-000004" in str(path):
             raise OSError(28, "No space left on device")
-        write(directory, step, metadata)
+        sync(path)
 
-    monkeypatch.setattr(checkpoint, "_write_manifest", full)
+    monkeypatch.setattr(checkpoint, "_sync", full)
     with pytest.raises(RunError, match=r"checkpoint of step 4 could not be written \(.*No space left.*are whole"):
         asyncio.run(drive(run, FlakyCluster(run)))
     assert saved(tmp_path).step == 2
@@ -166,3 +169,37 @@ def test_a_group_that_is_trained_while_its_checkpoint_waits_for_another_is_in_it
     _, overtook = asyncio.run(scenario())
     assert overtook > 0
     assert saved(tmp_path).metadata["groups"] == [0, overtook]
+
+
+def test_a_learner_that_is_lost_again_and_again_without_a_new_checkpoint_ends_the_run(tmp_path):
+    run, lost = timed_run(tmp_path), LearnerLostError("learner died")
+    with closing(run_state(run)) as state:
+        state.rewind(lost)
+        state.rewind(lost)
+        directory = state._store.begin(4)
+        state._store.finish(4, directory, asdict(state._position))
+        state.rewind(lost)
+        assert state.step == 4, "the count begins anew with a new checkpoint"
+        state.rewind(lost)
+        with pytest.raises(RunError, match="^the learner was lost 3 times since step 4; learner died$"):
+            state.rewind(lost)
+
+
+def test_a_group_that_is_lost_while_its_checkpoint_is_written_is_generated_again_and_then_in_it(tmp_path):
+    run = timed_run(tmp_path, staleness=2)
+    cluster, lost = FlakyCluster(run), list[int]()
+    save = cluster.save_groups
+
+    async def loses_one(directory: Path, groups: Sequence[GroupRefs]) -> None:
+        if not lost:
+            lost.append(groups[-1].group_id)  # no update has taken it yet
+            raise GroupsLostError(lost)
+        await save(directory, groups)
+
+    cluster.save_groups = loses_one  # type: ignore[method-assign]
+    asyncio.run(drive(run, cluster, until=9))
+    events = [event for event in read_ledger(tmp_path / "ledger.jsonl") if event["group_id"] == lost[0]]
+    assert [event["event"] for event in events].count("reissued") == 1
+    asyncio.run(drive(run, FlakyCluster(run), resume=True))
+    assert saved(tmp_path).step == 9
+    assert len(history(run)) == len({group for group, _, _ in history(run)}) == 18

@@ -91,4 +91,7 @@ def test_ctrl_c_after_another_signal_leaves_at_once_and_takes_everything_along(d
     time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     assert left(process) == [] and process.returncode == 128 + signal.SIGINT
-    assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
+    deadline = time.monotonic() + 10  # a killed process may take a moment to go
+    while child.is_running() and child.status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)

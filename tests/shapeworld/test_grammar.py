@@ -7,23 +7,22 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from stage_ray.rewards.detection import Detection
+from stage_ray.rewards.geneval import RELATIONS, relations
 from stage_ray.shapeworld.grammar import (
     MIRROR,
     NUMBERS,
-    RELATIONS,
     TASKS,
     TRAIN_REPEATS,
     Record,
     held_out,
-    heldout_prompts,
     item,
     make_record,
     mentions_held_out,
-    relation_margin,
+    prompts,
     sample_mixture,
     sample_record,
     sample_scene,
-    training_prompts,
 )
 from stage_ray.shapeworld.scene import (
     COLORS,
@@ -57,30 +56,33 @@ def compositions(records: list[Record]) -> set[object]:
 
 
 def held_out_compositions() -> set[object]:
-    held = held_out()
-    return {*held.shape_colors, *held.shape_pairs, *held.triples, *held.shape_counts}
+    return set(held_out())
 
 
 def test_no_training_prompt_or_caption_mentions_a_held_out_composition():
     rng = np.random.default_rng(0)
     captions = [sample_record(rng, dict.fromkeys(TASKS, 1.0)) for _ in range(4000)]
-    assert compositions(training_prompts() + captions).isdisjoint(held_out_compositions())
+    assert compositions(prompts("train") + captions).isdisjoint(held_out_compositions())
 
 
 def test_every_held_out_prompt_asks_for_a_held_out_composition_except_those_that_compose_nothing():
-    for record in heldout_prompts():
+    for record in prompts("heldout"):
         asked = bool(compositions([record]) & held_out_compositions())
         assert asked == mentions_held_out(record) == (record["tag"] != "single_object")
 
 
 def test_about_a_fifth_of_each_kind_of_composition_is_held_out():
     held = held_out()
-    assert len(held.shape_colors) == 7 and len(held.shape_pairs) == 2 and len(held.shape_counts) == 3
-    assert len(held.triples) == 32 and all((b, MIRROR[r], a) in held.triples for a, r, b in held.triples)
+    triples = {one for one in held if isinstance(one, tuple) and len(one) == 3}
+    assert sum(isinstance(one, frozenset) for one in held) == 2  # of ten pairs of shapes
+    assert sum(isinstance(one, tuple) and one[1] in COLORS for one in held) == 7  # of 40 (shape, colour)
+    assert sum(isinstance(one, tuple) and one[1] in NUMBERS for one in held) == 3  # of 15 (shape, count)
+    assert len(triples) == 32 and all((b, MIRROR[r], a) in triples for a, r, b in triples)
+    assert len(held) == 2 + 7 + 3 + 32
 
 
 def test_every_shape_color_relation_and_count_is_frequent_in_training():
-    words = Counter(word for record in training_prompts() for word in record["prompt"].split())
+    words = Counter(word for record in prompts("train") for word in record["prompt"].split())
     for color in COLORS:
         assert words[color] >= 15
     for shape in SHAPES:
@@ -90,11 +92,12 @@ def test_every_shape_color_relation_and_count_is_frequent_in_training():
 
 
 def test_prompt_lists_are_the_same_every_time_and_repeat_only_what_they_mean_to():
-    for prompts, repeats in ((training_prompts, TRAIN_REPEATS), (heldout_prompts, {})):
-        assert prompts() == prompts()
-        assert {record["tag"] for record in prompts()} == set(TASKS)
-        times = Counter(record["prompt"] for record in prompts())
-        assert all(times[record["prompt"]] == repeats.get(record["tag"], 1) for record in prompts())
+    for split, repeats in (("train", TRAIN_REPEATS), ("heldout", {})):
+        records = prompts(split)
+        assert records == prompts(split)
+        assert {record["tag"] for record in records} == set(TASKS)
+        times = Counter(record["prompt"] for record in records)
+        assert all(times[record["prompt"]] == repeats.get(record["tag"], 1) for record in records)
 
 
 def test_captions_beyond_the_six_tasks_mention_nothing_held_out_and_can_be_drawn():
@@ -138,13 +141,13 @@ def satisfies(scene: Scene, record: Record) -> bool:
     for clause in record["include"]:
         if "position" in clause:
             relation, target = clause["position"]
-            box = {shape.kind: shape.box for shape in scene.shapes}
-            if relation_margin(box[clause["class"]], box[record["include"][target]["class"]], relation) <= 0.5:
+            seen = {shape.kind: Detection(shape.kind, 1.0, shape.box) for shape in scene.shapes}
+            if relation not in relations(seen[clause["class"]], seen[record["include"][target]["class"]]):
                 return False
     return True
 
 
-@pytest.mark.parametrize("record", heldout_prompts()[::3] + training_prompts()[::12], ids=lambda r: r["prompt"][11:])
+@pytest.mark.parametrize("record", prompts("heldout")[::3] + prompts("train")[::12], ids=lambda r: r["prompt"][11:])
 def test_a_sampled_scene_shows_what_its_record_asks_and_nothing_else(record: Record):
     rng = np.random.default_rng(1)
     assert all(satisfies(sample_scene(record, rng), record) for _ in range(10))
@@ -154,7 +157,7 @@ def test_training_scenes_show_no_held_out_shape_and_color_even_where_the_caption
     rng = np.random.default_rng(2)
     for _ in range(500):
         scene = sample_scene(sample_record(rng, dict.fromkeys(TASKS, 1.0)), rng)
-        assert all((shape.kind, shape.color) not in held_out().shape_colors for shape in scene.shapes)
+        assert all((shape.kind, shape.color) not in held_out() for shape in scene.shapes)
 
 
 def test_objects_keep_their_distance_from_each_other_and_from_the_border():

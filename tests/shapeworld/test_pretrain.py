@@ -58,10 +58,12 @@ def test_an_unknown_stage_is_refused(tmp_path: Path):
 
 @pytest.mark.slow
 def test_a_smoke_run_builds_every_model_in_a_form_that_transformers_loads(tmp_path: Path):
-    pretrain(tmp_path, stages=["prompts", "tokenizer", "language-model", "detector", "clip"], smoke=True)
+    pretrain(tmp_path, smoke=True)
     assert JanusForConditionalGeneration.from_pretrained(tmp_path / "janus").dtype == torch.bfloat16
     assert JanusProcessor.from_pretrained(tmp_path / "janus").num_image_tokens == 64
     assert CLIPModel.from_pretrained(tmp_path / "clip").config.projection_dim == 128
     assert len(ShapeDetector(tmp_path / "detector").detect(np.zeros((2, 64, 64, 3), np.uint8))) == 2
     assert "| rendered |" in (tmp_path / "detector" / "README.md").read_text()
+    assert "2 steps in" in (tmp_path / "janus" / "README.md").read_text()
+    assert "2 steps in" in (tmp_path / "clip" / "README.md").read_text()
     assert len((tmp_path / "prompts" / "heldout.jsonl").read_text().splitlines()) == 100

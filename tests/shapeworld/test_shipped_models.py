@@ -11,9 +11,8 @@ from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, JanusForC
 from stage_ray.config import PolicyConfig
 from stage_ray.config.paths import resolve_path
 from stage_ray.policies.janus.codec import JanusCodec
-from stage_ray.policies.janus.prompts import JanusPrompts
-from stage_ray.shapeworld.grammar import heldout_prompts, item, make_record, sample_scene, training_prompts
-from stage_ray.shapeworld.pretrain.text import chat
+from stage_ray.shapeworld import grammar
+from stage_ray.shapeworld.grammar import item, make_record, sample_scene
 from stage_ray.shapeworld.render import render, render_with_masks
 from stage_ray.shapeworld.scene import random_scene
 
@@ -31,8 +30,8 @@ def processor() -> JanusProcessor:
 
 
 @pytest.fixture(scope="module")
-def prompts() -> JanusPrompts:
-    return JanusPrompts(JanusCodec.load(PolicyConfig(path=JANUS)).processor, "official")
+def codec() -> JanusCodec:
+    return JanusCodec.load(PolicyConfig(path=JANUS))
 
 
 def test_the_tokenizer_keeps_objects_recognisable(model: JanusForConditionalGeneration):
@@ -53,8 +52,9 @@ def test_plain_transformers_draws_pictures_in_colors_that_were_asked(
 ):
     torch.manual_seed(0)
     prompts = ["a photo of a red square"] * 4 + ["a photo of a blue triangle"] * 4
+    chats = [[{"role": "user", "content": [{"type": "text", "text": prompt}]}] for prompt in prompts]
     inputs = processor(
-        text=[chat(processor, prompt) for prompt in prompts],
+        text=[processor.apply_chat_template(chat, add_generation_prompt=True) for chat in chats],
         generation_mode="image",
         padding=True,
         return_tensors="pt",
@@ -71,9 +71,9 @@ def test_plain_transformers_draws_pictures_in_colors_that_were_asked(
 
 
 def test_the_unconditional_branch_is_the_prompt_with_pads_between_its_first_and_last_token(
-    processor: JanusProcessor, prompts: JanusPrompts
+    processor: JanusProcessor, codec: JanusCodec
 ):
-    encoded = prompts.encode("a photo of a red ring")
+    encoded = codec.encode_prompt("a photo of a red ring")
     ids = encoded.conditional
     pad = processor.tokenizer.pad_token_id
     assert encoded.unconditional == (ids[0], *[pad] * (len(ids) - 2), ids[-1])
@@ -83,10 +83,10 @@ def test_the_unconditional_branch_is_the_prompt_with_pads_between_its_first_and_
     ]
 
 
-def test_every_word_of_every_prompt_is_known(processor: JanusProcessor, prompts: JanusPrompts):
+def test_every_word_of_every_prompt_is_known(processor: JanusProcessor, codec: JanusCodec):
     unknown = processor.tokenizer.unk_token_id
-    for record in training_prompts() + heldout_prompts():
-        assert unknown not in prompts.encode(record["prompt"]).conditional
+    for record in grammar.prompts("train") + grammar.prompts("heldout"):
+        assert unknown not in codec.encode_prompt(record["prompt"]).conditional
 
 
 def test_plain_clip_prefers_the_caption_that_is_true():

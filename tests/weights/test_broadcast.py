@@ -16,8 +16,6 @@ import torch
 
 from stage_ray.actors.client import Client
 from stage_ray.actors.supervised import SupervisedActor
-from stage_ray.bench.sync import run_of
-from stage_ray.bench.sync_actors import ROW, SyncActors, SyncCluster, SyncLearner, SyncRolloutWorker
 from stage_ray.cluster.placement import actor_of
 from stage_ray.cluster.transport import Broadcast
 from stage_ray.config import RunConfig
@@ -27,6 +25,7 @@ from stage_ray.records import TensorSpec, WeightManifest
 from stage_ray.weights.manifest import WeightError
 from stage_ray.weights.process_groups import BroadcastGroup, GroupMember
 from stage_ray.workers.rollout import RolloutClient
+from tests.weights_case import ROW, SyncActors, SyncCluster, SyncLearner, SyncRolloutWorker, run_of
 
 SIZE = 200 * ROW
 SOON = 4.0  # cluster.sync_timeout_s
@@ -104,7 +103,7 @@ class TrappedCluster(SyncCluster):
         """What each worker that can be asked holds."""
         found = []
         for actor in self.rollouts.open:
-            _, values = await actor.call(lambda worker: worker.ask(Worker.loaded), 60)
+            values = await actor.call(lambda worker: worker.ask(Worker.loaded), 60)
             assert len(values) == 1, f"{actor.name} holds {values}"
             found += values
         return found

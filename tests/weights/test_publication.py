@@ -10,9 +10,10 @@ import ray
 from ray.exceptions import ObjectLostError
 
 from stage_ray.actors.supervised import LOST_PAUSE_S
-from stage_ray.bench.sync import QUICK_BYTES, run_of
-from stage_ray.bench.sync_actors import SyncCluster, SyncLearner, SyncRolloutWorker
 from stage_ray.cluster.runtime import start_ray
+from tests.weights_case import ROW, SyncCluster, SyncLearner, SyncRolloutWorker, run_of
+
+BYTES = 500 * ROW
 
 
 @ray.remote(num_cpus=0)
@@ -38,7 +39,7 @@ async def lost_objects(count: int) -> tuple:
 
 async def publish_lose_publish(cluster: SyncCluster) -> None:
     async def served() -> list[list[float]]:
-        return [(await a.call(lambda w: w.ask(SyncRolloutWorker.loaded), 60))[1] for a in cluster.rollouts.actors]
+        return [await a.call(lambda w: w.ask(SyncRolloutWorker.loaded), 60) for a in cluster.rollouts.actors]
 
     async def next_version() -> None:
         await cluster.publish(await cluster.learner.call(lambda learner: learner.ask(SyncLearner.advance)))
@@ -66,9 +67,9 @@ async def publish_lose_publish(cluster: SyncCluster) -> None:
 
 @pytest.mark.slow
 def test_no_worker_serves_a_version_that_is_not_whole_and_the_next_one_reaches_all(tmp_path):
-    run = run_of(QUICK_BYTES, "object_store")
+    run = run_of(BYTES, "object_store")
     start_ray(run, tmp_path)
     try:
-        asyncio.run(publish_lose_publish(SyncCluster(run, None, QUICK_BYTES, "cpu")))
+        asyncio.run(publish_lose_publish(SyncCluster(run, None, BYTES)))
     finally:
         ray.shutdown()

@@ -12,16 +12,16 @@ from torch import Tensor
 
 from stage_ray.config import PolicyConfig, RolloutConfig
 from stage_ray.engines.base import ImageEngine, ImageSequence, Rollouts
+from stage_ray.engines.memory import LONGEST_PROMPT
 from stage_ray.engines.sampling import SamplingParams
 from stage_ray.engines.vllm.environment import require_fitting_build, set_environment
 from stage_ray.engines.vllm.plugin import architecture, register_family
 from stage_ray.engines.vllm.ranks import TensorRanks
 from stage_ray.errors import ConfigError
 from stage_ray.policies import policy_class
-from stage_ray.policies.base import PromptIds, compute_dtype, device_for
+from stage_ray.policies.base import PromptIds
 from stage_ray.policies.checkpoint_files import link_weights, read_tensors, tensor_shapes
-
-LONGEST_PROMPT = 256  # tokens; the memory of a batch is reserved for prompts of this length
+from stage_ray.policies.devices import compute_dtype, device_for
 
 
 class VllmEngine(ImageEngine):
@@ -45,11 +45,11 @@ class VllmEngine(ImageEngine):
         self._device = device_for(rollout.gpus, "rollout.gpus")
         self.codec = family.load_codec(policy, device=self._device if rank == 0 else None)
         spec = self.codec.vllm_spec()
-        self._ranks.check_heads(spec.heads, spec.kv_heads)
+        self._ranks.check_heads(spec.config["num_attention_heads"], spec.config["num_key_value_heads"])
         self._prompt_shift = spec.prompt_shift
         self._shapes = tensor_shapes(self.codec.location, (family.trained_prefix,))
         self._frozen = read_tensors(self.codec.location, spec.frozen)
-        self._longest_prompt = min(LONGEST_PROMPT, spec.max_positions - self.codec.image_tokens)
+        self._longest_prompt = min(LONGEST_PROMPT, spec.config["max_position_embeddings"] - self.codec.image_tokens)
         self._directory = tempfile.TemporaryDirectory(prefix="stage-ray-vllm-")
         directory = Path(self._directory.name)
         config = spec.config | {"architectures": [architecture(family)], "image_tokens": self.codec.image_tokens}
@@ -68,7 +68,7 @@ class VllmEngine(ImageEngine):
         from stage_ray.engines.vllm.guidance import PairedGuidance, RecordsExtension
 
         on_cpu = self._device.type == "cpu"
-        requests = 2 * rollout.images_per_batch
+        requests = 2 * rollout.images_per_batch  # conditional and unconditional
         try:
             self._llm = LLM(
                 self._directory.name,
@@ -97,7 +97,7 @@ class VllmEngine(ImageEngine):
         """Raise a `ConfigError` unless the key-value cache holds a whole generation batch."""
         cache = self._llm.llm_engine.vllm_config.cache_config
         longest = self._longest_prompt + self.codec.image_tokens
-        needed = 2 * rollout.images_per_batch * -(-longest // cache.block_size)
+        needed = 2 * rollout.images_per_batch * -(-longest // cache.block_size)  # rounded up to blocks
         if cache.num_gpu_blocks <= needed:  # vLLM keeps one block for itself
             self.close()
             key = "kv_cache_gib" if self._device.type == "cpu" else "gpu_memory_utilization"
@@ -163,8 +163,10 @@ class VllmEngine(ImageEngine):
                 prompts.append({"prompt_token_ids": [token + self._prompt_shift for token in ids]})
                 request_params.append(image_params(self.codec.image_tokens, image, branch, sequence.seed, params))
         outputs = self._llm.generate(prompts, request_params, use_tqdm=False)
+        # One answer for each worker of this process, which has one.
         drawn: Rollouts = self._llm.collective_rpc("recorded_batch", args=(len(sequences),))[0]
         served = torch.tensor([output.outputs[0].token_ids for output in outputs])
+        # Every token comes back once for each branch.
         if not torch.equal(served, drawn.tokens.repeat_interleave(len(prompts) // len(sequences), dim=0)):
             raise RuntimeError("vLLM served tokens that were not drawn; do not trust this batch")
         self._ranks.check_agreement(drawn.tokens)

@@ -82,7 +82,7 @@ class PairedGuidance(LogitsProcessor):
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
         """Follow requests as vLLM adds, moves and removes them."""
-        if process_dict_updates(self._rows, batch_update, _row):
+        if process_dict_updates(self._rows, batch_update, _row):  # true where a row was added, moved or removed
             self._layout = None
 
     def apply(self, logits: Tensor) -> Tensor:
@@ -93,7 +93,7 @@ class PairedGuidance(LogitsProcessor):
             self._layout = _lay_out(self._rows, self._device)
         layout = self._layout
         done = [len(output) for output in layout.outputs]
-        if min(done) == max(done):
+        if min(done) == max(done):  # the usual case needs no copy to the device
             positions = torch.full_like(layout.seeds, done[0])
         else:
             positions = torch.tensor(done, device=self._device)
@@ -101,7 +101,7 @@ class PairedGuidance(LogitsProcessor):
         drawn = sample(logits[layout.conditional], unconditional, layout.seeds, positions, layout.params)
         self._tokens[layout.images, positions] = drawn.tokens
         self._records[:, layout.images, positions] = torch.stack((drawn.logprobs, drawn.guided_logprobs, drawn.entropy))
-        logits.fill_(-torch.inf)
+        logits.fill_(-torch.inf)  # what is left to vLLM's greedy sampler is one token a row
         logits[layout.conditional, drawn.tokens] = 0.0
         if layout.unconditional is not None:
             logits[layout.unconditional, drawn.tokens] = 0.0
@@ -126,7 +126,7 @@ class RecordsExtension:
 
 def _row(params: VllmSamplingParams, prompt_ids: list[int] | None, output: list[int]) -> _Row | None:
     arguments = params.extra_args or {}
-    if "image" not in arguments:
+    if "image" not in arguments:  # a request that is not ours
         return None
     drawn_from = SamplingParams(*arguments["params"])
     return _Row(arguments["image"], arguments["branch"], arguments["seed"], drawn_from, output)
@@ -140,10 +140,11 @@ def _lay_out(rows: dict[int, _Row], device: torch.device) -> _Layout:
     """
     branches: tuple[dict[int, int], dict[int, int]] = ({}, {})
     for index, row in rows.items():
-        branches[row.branch][row.image] = index
+        branches[row.branch][row.image] = index  # image -> row of logits
     conditional, unconditional = branches
     paired = [rows[index] for index in conditional.values()]
     params = next(iter(rows.values())).params  # one batch, one way to sample: any request's
+    # Images of which only one branch is in the batch.
     alone = conditional.keys() ^ unconditional.keys() if params.guided else unconditional.keys()
     if alone:
         raise RuntimeError(

@@ -81,10 +81,10 @@ class TensorRanks:
         broadcaster = get_tp_group().mq_broadcaster
         if self.rank == 0 and broadcaster is not None:
             broadcaster.buffer.shared_memory.unlink()
-            broadcaster.buffer.is_creator = False
+            broadcaster.buffer.is_creator = False  # else it would unlink it again at its end
 
     def _unlink_segments(self) -> None:
-        port = self.address.rpartition(":")[2]
+        port = self.address.rpartition(":")[2]  # vLLM names its segments by the port
         for segment in Path("/dev/shm").glob(f"{port}-*-cpushm_{self.rank}"):
             segment.unlink(missing_ok=True)
 

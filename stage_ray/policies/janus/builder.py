@@ -1,7 +1,8 @@
-"""A Janus model of any size with random weights: for pretraining, benchmarks, memory plans and tests.
+"""A Janus model of any size with random weights, for pretraining, benchmarks and tests.
 
 `JanusSizes` holds the numbers, `build_config` and `build_model` turn them into transformers' own classes, and
-`write_checkpoint` makes a directory that plain transformers (and `JanusPolicy`) loads.
+`write_checkpoint` makes a directory that plain transformers (and `JanusPolicy`) loads. `checkpoint_sizes` counts what
+a checkpoint's model is made of.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import torch
 from transformers import (
+    AutoConfig,
     GenerationConfig,
     JanusConfig,
     JanusForConditionalGeneration,
@@ -22,6 +24,10 @@ from transformers import (
     LlamaConfig,
     PreTrainedTokenizerFast,
 )
+
+from stage_ray.config.model_sizes import KNOWN, ModelSizes
+from stage_ray.config.paths import PACKAGE, resolve_path
+from stage_ray.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +43,8 @@ class JanusSizes:
         codes: V, entries of the image codebook.
         side: image tokens along one side of the square image, T = side**2.
         channel_multiplier: width of each level of the image tokenizer; every level but one halves the resolution.
-        vision_hidden, vision_layers, vision_heads, vision_mlp_ratio: the image encoder, which generation never runs.
-        aligner_layers: of the projection behind it.
+        latent_channels: of the image tokenizer.
+        aligner_layers: of the projection behind the image encoder, which generation never runs.
 
     Example:
         >>> JanusSizes(hidden=64, layers=2, heads=2, intermediate=128, codes=48, side=4).image_pixels
@@ -57,24 +63,13 @@ class JanusSizes:
     prompt_tokens: int = 64
     tied: bool = True
     channel_multiplier: tuple[int, ...] = (1, 1, 2, 2)
-    base_channels: int = 32
     latent_channels: int = 64
-    res_blocks: int = 1
-    vision_hidden: int = 32
-    vision_layers: int = 1
-    vision_heads: int = 2
-    vision_mlp_ratio: float = 1.0
     aligner_layers: int = 1
-
-    @property
-    def patch(self) -> int:
-        """Pixels along one side of a token."""
-        return int(2 ** (len(self.channel_multiplier) - 1))
 
     @property
     def image_pixels(self) -> int:
         """Pixels along one side of the image."""
-        return self.side * self.patch
+        return self.side * 2 ** (len(self.channel_multiplier) - 1)
 
 
 def build_vq_config(sizes: JanusSizes) -> JanusVQVAEConfig:
@@ -83,49 +78,12 @@ def build_vq_config(sizes: JanusSizes) -> JanusVQVAEConfig:
         embed_dim=8,
         num_embeddings=sizes.codes,
         latent_channels=sizes.latent_channels,
-        base_channels=sizes.base_channels,
+        base_channels=32,
         channel_multiplier=list(sizes.channel_multiplier),
-        num_res_blocks=sizes.res_blocks,
+        num_res_blocks=1,
         num_patches=sizes.side,
         projection_dim=sizes.hidden,
         image_token_embed_dim=sizes.hidden,
-    )
-
-
-def build_config(sizes: JanusSizes, tokenizer: PreTrainedTokenizerFast | None = None) -> JanusConfig:
-    """The model's config. Without a tokenizer token ids are transformers' defaults, which do for counting parameters.
-
-    Example:
-        with torch.device("meta"):
-            JanusForConditionalGeneration(build_config(sizes)).num_parameters()
-    """
-    image = {} if tokenizer is None else {"image_token_id": tokenizer.convert_tokens_to_ids(tokenizer.image_token)}
-    return JanusConfig(
-        text_config=LlamaConfig(
-            vocab_size=sizes.vocabulary,
-            hidden_size=sizes.hidden,
-            intermediate_size=sizes.intermediate,
-            num_hidden_layers=sizes.layers,
-            num_attention_heads=sizes.heads,
-            num_key_value_heads=sizes.kv_heads or sizes.heads,
-            head_dim=sizes.head_dim or sizes.hidden // sizes.heads,
-            max_position_embeddings=sizes.side**2 + sizes.prompt_tokens,
-            tie_word_embeddings=sizes.tied,
-            **_special_ids(tokenizer),
-        ),
-        vision_config=JanusVisionConfig(
-            hidden_size=sizes.vision_hidden,
-            num_hidden_layers=sizes.vision_layers,
-            num_attention_heads=sizes.vision_heads,
-            image_size=sizes.image_pixels,
-            patch_size=sizes.patch,
-            mlp_ratio=sizes.vision_mlp_ratio,
-            projection_dim=sizes.hidden,
-            depth=sizes.aligner_layers,
-            num_image_tokens=sizes.side**2,
-        ),
-        vq_config=build_vq_config(sizes),
-        **image,
     )
 
 
@@ -138,16 +96,43 @@ def build_model(
         tokenizer: has ``bos``, ``eos``, ``pad``, ``image`` and ``boi`` tokens.
         seed: of the weights; None draws them from torch's global generator.
     """
+    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    text = LlamaConfig(
+        vocab_size=sizes.vocabulary,
+        hidden_size=sizes.hidden,
+        intermediate_size=sizes.intermediate,
+        num_hidden_layers=sizes.layers,
+        num_attention_heads=sizes.heads,
+        num_key_value_heads=sizes.kv_heads or sizes.heads,
+        head_dim=sizes.head_dim or sizes.hidden // sizes.heads,
+        max_position_embeddings=sizes.side**2 + sizes.prompt_tokens,
+        tie_word_embeddings=sizes.tied,
+        **special,
+    )
+    vision = JanusVisionConfig(
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=sizes.image_pixels,
+        patch_size=sizes.image_pixels // sizes.side,
+        mlp_ratio=1.0,
+        projection_dim=sizes.hidden,
+        depth=sizes.aligner_layers,
+        num_image_tokens=sizes.side**2,
+    )
+    image, boi = (tokenizer.convert_tokens_to_ids(token) for token in (tokenizer.image_token, tokenizer.boi_token))
+    vq = build_vq_config(sizes)
+    config = JanusConfig(text_config=text, vision_config=vision, vq_config=vq, image_token_id=image)
     with torch.random.fork_rng() if seed is not None else nullcontext():
         if seed is not None:
             torch.manual_seed(seed)
-        model = JanusForConditionalGeneration(build_config(sizes, tokenizer))
+        model = JanusForConditionalGeneration(config)
     model.generation_config = GenerationConfig(
         do_sample=True,
         temperature=1.0,
         guidance_scale=guidance_scale,
-        generation_kwargs={"boi_token_id": tokenizer.convert_tokens_to_ids(tokenizer.boi_token)},
-        **_special_ids(tokenizer),
+        generation_kwargs={"boi_token_id": boi},
+        **special,
     )
     return model.eval()
 
@@ -169,6 +154,49 @@ def write_checkpoint(directory: Path, model: JanusForConditionalGeneration, proc
     model.save_pretrained(directory)
     processor.save_pretrained(directory)
     return directory
+
+
+def checkpoint_sizes(model: str) -> ModelSizes:
+    """Sizes of a local checkpoint directory (or package:MODULE/DIR), whose ``config.json`` is enough.
+
+    Raises:
+        ConfigError: there is none, or it holds no Janus config.
+    """
+    directory = resolve_path(model) if model.startswith(PACKAGE) else Path(model).expanduser()
+    if not (directory / "config.json").is_file():
+        raise ConfigError(
+            f"--model {model} is neither known ({', '.join(KNOWN)}) nor a local directory: no config.json is in it"
+        )
+    try:
+        config = AutoConfig.from_pretrained(directory)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--model {model}: its config.json is not readable: {error}") from error
+    if not isinstance(config, JanusConfig):
+        raise ConfigError(f"--model {model} is a {config.model_type!r} model; plans are for Janus models")
+    with torch.device("meta"):  # shapes alone, no memory
+        core = JanusForConditionalGeneration(config)
+    parts = {name: sum(p.numel() for p in part.parameters()) for name, part in core.model.named_children()}
+    text, vq, llama = config.text_config, config.vq_config, core.model.language_model
+    return ModelSizes(
+        name=directory.name,
+        path=model,
+        hidden=text.hidden_size,
+        intermediate=text.intermediate_size,
+        layers=text.num_hidden_layers,
+        heads=text.num_attention_heads,
+        kv_heads=text.num_key_value_heads,
+        head_dim=text.head_dim,
+        codes=vq.num_embeddings,
+        image_tokens=vq.num_patches**2,
+        side_pixels=config.vision_config.image_size,
+        base_channels=vq.base_channels,
+        layer=sum(p.numel() for p in llama.layers[0].parameters()),
+        embedding=llama.embed_tokens.weight.numel(),
+        head=parts["generation_head"],
+        image_embedding=parts["generation_embeddings"] + parts["generation_aligner"],
+        vqmodel=parts["vqmodel"],
+        frozen=sum(p.numel() for p in core.parameters()) - parts["language_model"],
+    )
 
 
 def _special_ids(tokenizer: PreTrainedTokenizerFast | None) -> dict[str, int]:

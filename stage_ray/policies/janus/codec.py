@@ -5,8 +5,9 @@ transformers' Janus classes take seconds to import, so that waits until a checkp
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -16,13 +17,13 @@ from stage_ray.config import PolicyConfig
 from stage_ray.errors import ConfigError
 from stage_ray.policies.base import ImageCodec, PromptIds, VllmSpec
 from stage_ray.policies.checkpoint_files import local_checkpoint, read_tensors
-from stage_ray.policies.janus.prompts import JanusPrompts
 
 if TYPE_CHECKING:
     from transformers import JanusConfig, JanusProcessor, JanusVQVAE
 
 MODEL_TYPE = "janus"
 TRAINED_PREFIX, VQ_PREFIX = "model.language_model.", "model.vqmodel."
+PAPER_ROLES = {"<|User|>": "User", "<|Assistant|>": "Assistant"}
 DECODE_CHUNK = 16  # images decoded at once: bounds the memory of full-size feature maps
 # What vLLM's flat config must not inherit from the text config: names, dtypes and tokens that mean something else here.
 LEFT_OUT = ("architectures", "model_type", "dtype", "bos_token_id", "eos_token_id", "pad_token_id", "_name_or_path")
@@ -36,21 +37,32 @@ class JanusCodec(ImageCodec):
         vqmodel: the image tokenizer; None where nothing is decoded here.
 
     Example:
-        codec = JanusCodec.load(PolicyConfig(path="deepseek-community/Janus-Pro-1B"))
-        codec.load_decoder(torch.device("cpu"))
+        JanusCodec.load(PolicyConfig(path="deepseek-community/Janus-Pro-1B"), torch.device("cpu")).codebook()
     """
 
     vqmodel: JanusVQVAE | None = None
 
-    def __init__(self, location: Path, config: JanusConfig, processor: JanusProcessor, prompts: JanusPrompts) -> None:
-        self.location, self.config, self.processor, self._prompts = location, config, processor, prompts
+    def __init__(self, location: Path, config: JanusConfig, processor: JanusProcessor, template: str) -> None:
+        """``template`` is a config's ``policy.template``: the official roles or the paper's.
+
+        Raises:
+            ConfigError: the processor has no chat template.
+        """
+        chat_template: Any = processor.chat_template
+        if not isinstance(chat_template, str):
+            where = processor.tokenizer.name_or_path
+            raise ConfigError(f"policy.path: {where} has no chat template (chat_template.jinja)")
+        for official, paper in PAPER_ROLES.items() if template == "paper" else ():
+            chat_template = chat_template.replace(official, paper)  # the roles are plain text in it
+        self.location, self.config, self.processor, self._chat_template = location, config, processor, chat_template
         side = int(config.vq_config.num_patches)
         self.grid = (side, side)
         self.codebook_size = int(config.vq_config.num_embeddings)
+        self._cached_ids = lru_cache(maxsize=4096)(self._prompt_ids)  # one prompt is asked for many times
 
     @classmethod
-    def load(cls, policy: PolicyConfig) -> JanusCodec:
-        """Read configs, tokenizer and template, and no weights.
+    def load(cls, policy: PolicyConfig, device: torch.device | None = None) -> JanusCodec:
+        """Read configs, tokenizer and template; where a device is given, the image tokenizer too, frozen, in float32.
 
         Raises:
             ConfigError: the checkpoint is missing, incomplete, or not Janus.
@@ -65,29 +77,36 @@ class JanusCodec(ImageCodec):
             raise ConfigError(f"policy.path: {location} does not load as a Janus model: {error}") from error
         if not isinstance(config, JanusConfig) or not isinstance(processor, JanusProcessor):
             raise ConfigError(f"policy.path: {location} is not a Janus model with its processor")
-        return cls(location, config, processor, JanusPrompts(processor, policy.template))
+        codec = cls(location, config, processor, policy.template)
+        if device is not None:
+            from transformers import JanusVQVAE
 
-    def load_decoder(self, device: torch.device) -> None:
-        """Load the image tokenizer alone, frozen, in float32.
-
-        Raises:
-            ConfigError: the checkpoint lacks some of its tensors.
-        """
-        from transformers import JanusVQVAE
-
-        vqmodel = JanusVQVAE(self.config.vq_config)
-        tensors = read_tensors(self.location, (VQ_PREFIX,))
-        missing, _ = vqmodel.load_state_dict(
-            {name.removeprefix(VQ_PREFIX): tensor for name, tensor in tensors.items()}, strict=False
-        )
-        if missing:
-            lacking = f"{len(missing)} tensors, the first is {VQ_PREFIX}{missing[0]}"
-            raise ConfigError(f"policy.path: {self.location} lacks {lacking}")
-        self.vqmodel = for_sampling(vqmodel.to(device).requires_grad_(False))
+            vqmodel = JanusVQVAE(config.vq_config)
+            tensors = {k.removeprefix(VQ_PREFIX): v for k, v in read_tensors(location, (VQ_PREFIX,)).items()}
+            missing, _ = vqmodel.load_state_dict(tensors, strict=False)  # unexpected names do no harm
+            if missing:
+                lacking = f"{len(missing)} tensors, the first is {VQ_PREFIX}{missing[0]}"
+                raise ConfigError(f"policy.path: {location} lacks {lacking}")
+            codec.vqmodel = for_sampling(vqmodel.to(device).requires_grad_(False))
+        return codec
 
     def encode_prompt(self, text: str) -> PromptIds:
         """Both branches of a prompt, chat template applied, ending in the token that begins an image."""
-        return self._prompts.encode(text)
+        return self._cached_ids(text)
+
+    def _prompt_ids(self, text: str) -> PromptIds:
+        """The chat with the image to begin, and the same with every token but bos and boi replaced by pad.
+
+        The unconditional branch attends to its pads, as ``generate`` of transformers does (and the paper's code, arXiv
+        2509.25027).
+        """
+        messages, tokenizer = [{"role": "user", "content": [{"type": "text", "text": text}]}], self.processor.tokenizer
+        template = self._chat_template
+        chat = self.processor.apply_chat_template(messages, add_generation_prompt=True, chat_template=template)
+        encoded = self.processor(text=[chat], generation_mode="image")
+        conditional = tuple(int(token) for token in encoded["input_ids"][0])  # hashable, and no array of NumPy
+        kept = {tokenizer.bos_token_id, int(tokenizer.convert_tokens_to_ids(tokenizer.boi_token))}
+        return PromptIds(conditional, tuple(i if i in kept else int(tokenizer.pad_token_id) for i in conditional))
 
     def codebook(self) -> Tensor:
         """Codebook vectors as the decoder gets them, float32 [V, D]: ``get_codebook_entry`` scales each to length 1."""
@@ -98,7 +117,7 @@ class JanusCodec(ImageCodec):
         """Tokens int64 [B, T] -> images uint8 [B, H, W, 3] on the CPU; the decoder speaks -1..1."""
         vqmodel = self._tokenizer()
         device = vqmodel.quantize.embedding.weight.device
-        chunks = [vqmodel.decode(chunk.to(device)) for chunk in tokens.split(DECODE_CHUNK)]
+        chunks = [vqmodel.decode(chunk.to(device)) for chunk in tokens.split(DECODE_CHUNK)]  # [chunk, 3, H, W], -1..1
         pixels = torch.cat([((chunk.float() + 1) * 127.5).clamp(0, 255).to(torch.uint8).cpu() for chunk in chunks])
         return pixels.permute(0, 2, 3, 1).contiguous()
 
@@ -116,14 +135,7 @@ class JanusCodec(ImageCodec):
             "tie_word_embeddings": False,
             "janus": {"vq_config": vq.to_dict(), "text_vocab_size": text.vocab_size},
         }
-        return VllmSpec(
-            config=flat,
-            prompt_shift=self.codebook_size,
-            max_positions=text.max_position_embeddings,
-            heads=text.num_attention_heads,
-            kv_heads=text.num_key_value_heads,
-            frozen=("model.generation_",),
-        )
+        return VllmSpec(config=flat, prompt_shift=self.codebook_size, frozen=("model.generation_",))
 
     def _tokenizer(self) -> JanusVQVAE:
         if self.vqmodel is None:

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from stage_ray.config import PolicyConfig
 from stage_ray.errors import ConfigError
-from stage_ray.policies.backbone import Backbone
-from stage_ray.policies.base import Policy
+from stage_ray.policies.base import Backbone, Policy
 from stage_ray.policies.janus.codec import MODEL_TYPE, TRAINED_PREFIX, JanusCodec, for_sampling
 from stage_ray.policies.static_decoder import StaticDecoder
 
@@ -36,7 +35,7 @@ class JanusPolicy(Policy):
         model.model.generation_head.float()  # see `head`
         if not trainable:
             for_sampling(model.model.vqmodel)
-        codec.vqmodel = model.model.vqmodel
+        codec.vqmodel = model.model.vqmodel  # one tokenizer for both
         super().__init__(model, Backbone(model.model.language_model), codec, trainable=trainable)
 
     @classmethod
@@ -62,10 +61,7 @@ class JanusPolicy(Policy):
     @classmethod
     def load_codec(cls, config: PolicyConfig, *, device: torch.device | None) -> JanusCodec:
         """Load prompts and image tokenizer; see `Policy.load_codec`."""
-        codec = JanusCodec.load(config)
-        if device is not None:
-            codec.load_decoder(device)
-        return codec
+        return JanusCodec.load(config, device)
 
     def embed_image_tokens(self, tokens: Tensor) -> Tensor:
         """Image tokens int64 [...] -> float [..., hidden], through codebook and generation aligner."""

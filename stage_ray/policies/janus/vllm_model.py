@@ -27,9 +27,9 @@ class ImageFirstEmbedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Ids [N] -> embeddings [N, width]."""
-        image = self.aligner(self.image(ids.clamp(max=self.codes - 1)))
+        image = self.aligner(self.image(ids.clamp(max=self.codes - 1)))  # of text ids too, and not used
         text = self.text((ids - self.codes).clamp(min=0))
-        return torch.where((ids < self.codes).unsqueeze(-1), image, text)
+        return torch.where((ids < self.codes).unsqueeze(-1), image, text)  # no branch: CUDA graphs take none
 
 
 class JanusForImageGeneration(nn.Module):
@@ -55,7 +55,7 @@ class JanusForImageGeneration(nn.Module):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
-        config = vllm_config.model_config.hf_config
+        config = vllm_config.model_config.hf_config  # of `JanusCodec.vllm_spec`
         vq_config = JanusVQVAEConfig(**config.janus["vq_config"])
         self.config = config
         self.language_model = LlamaModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "language_model"))

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from stage_ray.shapeworld.pretrain.clip import train_clip
@@ -14,8 +14,7 @@ from stage_ray.shapeworld.pretrain.detector import train_detector
 from stage_ray.shapeworld.pretrain.export import export_clip, export_detector, export_janus, write_cards, write_prompts
 from stage_ray.shapeworld.pretrain.language_model import train_language_model
 from stage_ray.shapeworld.pretrain.loop import Budget, console
-from stage_ray.shapeworld.pretrain.tokenizer import train_tokenizer
-from stage_ray.shapeworld.pretrain.tokenizer_view import TokenizerView
+from stage_ray.shapeworld.pretrain.tokenizer import load_exported, train_tokenizer
 
 # Steps, or minutes of wall clock if those pass first.
 BUDGETS = {
@@ -25,9 +24,8 @@ BUDGETS = {
     "clip": Budget(steps=1200, seconds=10 * 60),
 }
 STAGES = ("prompts", "tokenizer", "language-model", "detector", "clip", "cards")
-PICTURES = 56_000  # captioned scenes that the language model sees
-DETECTOR_PICTURES = 4096
-SMOKE_STEPS, SMOKE_PICTURES, SMOKE_CASES = 2, 64, 12
+PICTURES, DETECTOR_PICTURES = 56_000, 4096  # captioned scenes for the language model; pictures for the detector
+SMOKE_STEPS, SMOKE_PICTURES = 2, 64
 
 
 def pretrain(out: Path, *, stages: Sequence[str] | None = None, seed: int = 0, smoke: bool = False) -> None:
@@ -40,37 +38,25 @@ def pretrain(out: Path, *, stages: Sequence[str] | None = None, seed: int = 0, s
     """
     if unknown := set(stages or ()) - set(STAGES):
         raise ValueError(f"no stage is called {', '.join(sorted(unknown))}; there are {', '.join(STAGES)}")
-    work = out / "work"
-    work.mkdir(parents=True, exist_ok=True)
+    work, janus = out / "work", out / "janus"
     budgets = dict.fromkeys(BUDGETS, Budget(SMOKE_STEPS)) if smoke else BUDGETS
-
-    def tokenizer() -> None:
-        train_tokenizer(work, budgets["tokenizer"], seed)
-        export_janus(out, work)
-
-    def language_model() -> None:
-        pictures = SMOKE_PICTURES if smoke else PICTURES
-        train_language_model(out / "janus", work, budgets["language-model"], pictures, seed)
-        export_janus(out, work)
-
-    def detector() -> None:
-        pictures = SMOKE_PICTURES if smoke else DETECTOR_PICTURES
-        train_detector(work, TokenizerView.load(out / "janus"), budgets["detector"], pictures, seed)
-        export_detector(out, work, seed, **({"cases": SMOKE_CASES} if smoke else {}))
-
-    def clip() -> None:
-        train_clip(work, budgets["clip"], seed)
-        export_clip(out, work)
-
-    actions: dict[str, Callable[[], None]] = {
-        "prompts": lambda: write_prompts(out),
-        "tokenizer": tokenizer,
-        "language-model": language_model,
-        "detector": detector,
-        "clip": clip,
-        "cards": lambda: write_cards(out, work, repeats=1 if smoke else 4),
-    }
-    for stage in STAGES:
-        if stages is None or stage in stages:
-            console.print(f"[bold]{stage}[/bold]")
-            actions[stage]()
+    for stage in (stage for stage in STAGES if stages is None or stage in stages):
+        console.print(f"[bold]{stage}[/bold]")
+        match stage:
+            case "prompts":
+                write_prompts(out)
+            case "tokenizer":
+                train_tokenizer(work, budgets[stage], seed)
+                export_janus(out, work)
+            case "language-model":
+                train_language_model(janus, work, budgets[stage], SMOKE_PICTURES if smoke else PICTURES, seed)
+                export_janus(out, work)
+            case "detector":
+                pictures = SMOKE_PICTURES if smoke else DETECTOR_PICTURES
+                train_detector(work, load_exported(janus), budgets[stage], pictures, seed)
+                export_detector(out, work, seed, count=12 if smoke else 600)
+            case "clip":
+                train_clip(work, budgets[stage], seed)
+                export_clip(out, work)
+            case "cards":
+                write_cards(out, work)

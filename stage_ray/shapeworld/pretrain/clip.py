@@ -11,14 +11,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from transformers import (
-    CLIPConfig,
-    CLIPImageProcessorPil,
-    CLIPModel,
-    CLIPTextConfig,
-    CLIPVisionConfig,
-    PreTrainedTokenizerFast,
-)
+from torch import Tensor
+from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
 
 from stage_ray.shapeworld.grammar import Record, Split, sample_record, sample_scene
 from stage_ray.shapeworld.pretrain.language_model import TASK_WEIGHTS
@@ -34,62 +28,30 @@ PEAK_LR = 1.5e-3
 CONTEXT = 24  # text tokens; the longest caption takes 13
 
 
-def clip_image_processor() -> CLIPImageProcessorPil:
-    """64x64 pictures, pixels to -1..1."""
-    return CLIPImageProcessorPil(
-        size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
-        do_center_crop=False,
-        image_mean=[0.5, 0.5, 0.5],
-        image_std=[0.5, 0.5, 0.5],
-    )
-
-
 def new_clip(tokenizer: PreTrainedTokenizerFast) -> CLIPModel:
     """An untrained CLIP of about 0.9 M parameters: vision 128 wide and 4 deep, text 96 wide and 3 deep."""
     ids = tokenizer.convert_tokens_to_ids
-    text = CLIPTextConfig(
-        vocab_size=SIZES.vocabulary,
-        hidden_size=96,
-        intermediate_size=192,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        max_position_embeddings=CONTEXT,
-        projection_dim=128,
-        bos_token_id=ids(BOS),
-        eos_token_id=ids(EOS),
-        pad_token_id=ids(PAD),
-    )
-    vision = CLIPVisionConfig(
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        image_size=IMAGE_SIZE,
-        patch_size=8,
-        projection_dim=128,
-    )
-    return CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=128))
+    special = {"bos_token_id": ids(BOS), "eos_token_id": ids(EOS), "pad_token_id": ids(PAD)}
+    both = {"num_attention_heads": 4, "projection_dim": 128}
+    text = {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 3, "vocab_size": SIZES.vocabulary}
+    text |= {"max_position_embeddings": CONTEXT, **special, **both}
+    vision = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, **both}
+    vision |= {"image_size": IMAGE_SIZE, "patch_size": 8}
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=128))
 
 
 def _batch(
     rng: np.random.Generator, tokenizer: PreTrainedTokenizerFast, count: int, split: Split = "train"
-) -> dict[str, torch.Tensor]:
+) -> dict[str, Tensor]:
     """`input_ids` and `attention_mask` int64 [B, L], `pixel_values` float32 [B, 3, 64, 64]."""
-    by_prompt: dict[str, Record] = {}
-    while len(by_prompt) < count:  # no two captions of a batch are the same
+    records: dict[str, Record] = {}  # by prompt: no two captions of a batch are the same
+    while len(records) < count:
         record = sample_record(rng, TASK_WEIGHTS, split)
-        by_prompt.setdefault(record["prompt"], record)
-    records = list(by_prompt.values())
-    images = np.stack([render(sample_scene(r, rng, avoid_held_out=split == "train")) for r in records])
-    text = tokenizer([r["prompt"] for r in records], padding=True, return_tensors="pt").to(device())
-    return {"input_ids": text["input_ids"], "attention_mask": text["attention_mask"], "pixel_values": to_pixels(images)}
-
-
-def _loss(model: CLIPModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    with autocast():
-        logits = model(**batch).logits_per_image.float()
-    answers = torch.arange(len(logits), device=logits.device)
-    return (F.cross_entropy(logits, answers) + F.cross_entropy(logits.T, answers)) / 2
+        records.setdefault(record["prompt"], record)
+    images = [render(sample_scene(record, rng, avoid_held_out=split == "train")) for record in records.values()]
+    text = tokenizer(list(records), padding=True, return_tensors="pt").to(device())
+    inputs = {"input_ids": text["input_ids"], "attention_mask": text["attention_mask"]}
+    return inputs | {"pixel_values": to_pixels(np.stack(images))}
 
 
 def train_clip(work: Path, budget: Budget, seed: int = 0) -> None:
@@ -100,9 +62,11 @@ def train_clip(work: Path, budget: Budget, seed: int = 0) -> None:
     model.set_attn_implementation("eager")  # a CPU trains faster without fused bfloat16 attention
     run = TrainingRun(work / CHECKPOINT, model, PEAK_LR, budget, weight_decay=0.05)
     for step, _ in run:
-        loss = _loss(model, _batch(np.random.default_rng([seed, 3, step]), tokenizer, BATCH))
-        run.descend(loss)
-        run.report(loss=loss.item())
+        batch = _batch(np.random.default_rng([seed, 3, step]), tokenizer, BATCH)
+        with autocast():
+            logits = model(**batch).logits_per_image.float()
+        answers = torch.arange(BATCH, device=logits.device)
+        run.descend((F.cross_entropy(logits, answers) + F.cross_entropy(logits.T, answers)) / 2)
 
 
 def load_clip(work: Path) -> CLIPModel:
@@ -113,7 +77,7 @@ def load_clip(work: Path) -> CLIPModel:
 
 
 @torch.no_grad()
-def retrieval_accuracy(model: CLIPModel, split: Split = "heldout", ways: int = 64, batches: int = 16) -> float:
+def retrieval_accuracy(model: CLIPModel, split: Split, ways: int = 64, batches: int = 16) -> float:
     """How often a picture's own caption is the nearest of `ways` distinct captions of the split."""
     tokenizer, hits = text_tokenizer(append_eos=True), 0
     for index in range(batches):

@@ -1,92 +1,207 @@
-"""Trains the detector's shape classifier, on renders and on what the tokenizer makes of them."""
+"""Trains the detector's shape classifier, on renders and on what the tokenizer makes of them.
+
+A policy under training draws things between a clear shape and a smear. The classifier must not be fooled by them, so it
+also learns from wrong objects: turned, squeezed, cut, merged, broken, half-way between two shapes, and plain blobs.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy import ndimage
 from torch import Tensor
+from transformers import JanusVQVAE
 
-from stage_ray.shapeworld.detector import CLASSES, CROP_SIZE, NONE, ShapeClassifier, crop_segments
-from stage_ray.shapeworld.pretrain.detector_examples import Example, degrade, draw_example, label_segment
+from stage_ray.shapeworld.detector import CLASSES, CROP_SIZE, NONE, build_classifier, crop_segments
 from stage_ray.shapeworld.pretrain.loop import Budget, TrainingRun
-from stage_ray.shapeworld.pretrain.tokenizer_view import TokenizerView
-from stage_ray.shapeworld.segmentation import segment
+from stage_ray.shapeworld.pretrain.tokenizer import random_images, reconstruct
+from stage_ray.shapeworld.render import render, render_masks
+from stage_ray.shapeworld.scene import COLORS, IMAGE_SIZE, SHAPES, Scene, Shape, place_squares, random_background
+from stage_ray.shapeworld.segmentation import Segment, segment
 
 CHECKPOINT = "training/detector.safetensors"
 BATCH = 256
 PEAK_LR = 2e-3
 CHUNK = 64  # pictures segmented at once
 RANDOM_SHARE = 3 / 16  # pictures decoded from random tokens, as a share of the drawn ones
+WRONG_SHARE = 0.5  # of the drawn objects
+WRONG = ("turned", "squeezed", "cut", "bitten", "merged", "between", "wobbly", "blob", "washed")
+
+_Y, _X = np.indices((IMAGE_SIZE, IMAGE_SIZE)) + 0.5  # centres of pixels
 
 
-def train_detector(work: Path, tokenizer: TokenizerView, budget: Budget, pictures: int, seed: int = 0) -> None:
+def train_detector(work: Path, tokenizer: JanusVQVAE, budget: Budget, pictures: int, seed: int = 0) -> None:
     """Train (or resume) the classifier on the CPU; writes `work/training/detector.safetensors`.
 
-    Args:
-        work: directory of the working files.
-        tokenizer: makes half of the pictures less regular than rendered ones.
-        budget: steps of `BATCH` crops.
-        pictures: pictures drawn, a multiple of `CHUNK`; each is seen twice, as drawn or degraded, and as the
-            tokenizer's reconstruction.
-        seed: fixes the pictures and the training.
+    `pictures`, a multiple of `CHUNK`, are drawn; each is seen twice: as drawn or degraded, and as the tokenizer's
+    reconstruction.
     """
     torch.manual_seed(seed)
     crops, labels = _dataset(np.random.default_rng(seed), tokenizer, pictures // CHUNK)
     # Gentler than 1 / frequency: "none" has the most crops, and it is also the most varied class.
     weight = (torch.bincount(labels, minlength=len(CLASSES)) / len(labels)).clamp(min=1e-3).rsqrt()
-    model = ShapeClassifier()
+    model = build_classifier()
     run = TrainingRun(work / CHECKPOINT, model, PEAK_LR, budget, warmup=0.3)
     for step, _ in run:
         generator = torch.Generator().manual_seed(2**20 * seed + step)
         chosen = torch.randint(len(crops), (BATCH,), generator=generator)
-        loss = F.cross_entropy(model(_augment(crops[chosen], generator)), labels[chosen], weight=weight / weight.mean())
-        run.descend(loss)
-        run.report(loss=loss.item())
+        logits = model(_augment(crops[chosen], generator) - 0.5)
+        run.descend(F.cross_entropy(logits, labels[chosen], weight=weight / weight.mean()))
 
 
-def _dataset(rng: np.random.Generator, tokenizer: TokenizerView, chunks: int) -> tuple[Tensor, Tensor]:
-    """Crops float32 [K, 24, 24] and labels int64 [K]."""
-    crops: list[np.ndarray] = []
+def _dataset(rng: np.random.Generator, tokenizer: JanusVQVAE, chunks: int) -> tuple[Tensor, Tensor]:
+    """Crops float32 [K, 1, 24, 24] and labels int64 [K]: drawn pictures, half of them as reconstructed, and pictures
+    of random tokens, in which nothing is a shape."""
+    crops: list[Tensor] = []
     labels: list[int] = []
-    for images, examples in _pictures(rng, tokenizer, chunks):
-        segments = segment(images)
-        answers = [NONE if examples is None else label_segment(piece, examples[piece.image]) for piece in segments]
-        crops.append(
-            crop_segments([piece for piece, answer in zip(segments, answers, strict=True) if answer is not None])
-        )
-        labels += [answer for answer in answers if answer is not None]
-    return torch.from_numpy(np.concatenate(crops)), torch.tensor(labels)
 
+    def add(images: np.ndarray, examples: list[Example] | None) -> None:
+        pieces = segment(images)
+        answers = [NONE if examples is None else _label(piece, examples[piece.image]) for piece in pieces]
+        crops.append(crop_segments([one for one, answer in zip(pieces, answers, strict=True) if answer is not None]))
+        labels.extend(answer for answer in answers if answer is not None)
 
-def _pictures(
-    rng: np.random.Generator, tokenizer: TokenizerView, chunks: int
-) -> Iterator[tuple[np.ndarray, list[Example] | None]]:
-    """Chunks of pictures with their truth; None where nothing in them is a shape."""
     for _ in range(chunks):
-        examples = [draw_example(rng) for _ in range(CHUNK)]
+        examples = [_draw(rng) for _ in range(CHUNK)]
         drawn = np.stack([example.image for example in examples])
-        yield np.stack([degrade(image, rng) if rng.random() < 0.6 else image for image in drawn]), examples
-        yield tokenizer.reconstruct(drawn), examples
+        add(np.stack([_degrade(image, rng) if rng.random() < 0.6 else image for image in drawn]), examples)
+        add(reconstruct(tokenizer, drawn), examples)
     for _ in range(int(RANDOM_SHARE * chunks)):
-        yield tokenizer.random_images(CHUNK, rng), None
+        add(random_images(tokenizer, CHUNK, rng), None)
+    return torch.cat(crops), torch.tensor(labels)
 
 
 def _augment(crops: Tensor, generator: torch.Generator) -> Tensor:
     """Mirror, shift and scale by a pixel or so, and change the opacity a little."""
-    count = len(crops)
 
     def uniform(low: float, high: float) -> Tensor:
-        return low + (high - low) * torch.rand(count, generator=generator)
+        return low + (high - low) * torch.rand(len(crops), generator=generator)
 
-    theta = torch.zeros(count, 2, 3)
+    theta = torch.zeros(len(crops), 2, 3)
     zoom = uniform(0.94, 1.06)
     theta[:, 0, 0] = zoom * torch.where(uniform(0, 1) < 0.5, -1.0, 1.0)
     theta[:, 1, 1] = zoom
     theta[:, 0, 2], theta[:, 1, 2] = uniform(-1, 1) * 2 / CROP_SIZE, uniform(-1, 1) * 2 / CROP_SIZE
-    grid = F.affine_grid(theta, [count, 1, CROP_SIZE, CROP_SIZE], align_corners=False)
-    moved = F.grid_sample(crops[:, None], grid, align_corners=False)[:, 0]
-    return (moved * uniform(0.9, 1.1)[:, None, None]).clamp(0, 1)
+    moved = F.grid_sample(crops, F.affine_grid(theta, list(crops.shape), align_corners=False), align_corners=False)
+    return (moved * uniform(0.9, 1.1)[:, None, None, None]).clamp(0, 1)
+
+
+class Example(NamedTuple):
+    """A picture uint8 [64, 64, 3], where each object is, bool [n, 64, 64], and what it is: indices into CLASSES."""
+
+    image: np.ndarray
+    masks: np.ndarray
+    labels: list[int]
+
+
+def _draw(rng: np.random.Generator) -> Example:
+    """One picture of 1 to 4 objects, `WRONG_SHARE` of them wrong ("none")."""
+    count = int(rng.choice([1, 2, 3, 4], p=[0.2, 0.3, 0.25, 0.25]))
+    # Smaller and larger than in the world: generated objects are not as regular as rendered ones.
+    low, high = {1: (16.0, 42.0), 2: (15.0, 27.0), 3: (15.0, 22.0), 4: (15.0, 20.0)}[count]
+    canvas = render(Scene((), background=random_background(rng), seed=int(rng.integers(2**31)))).astype(np.float32)
+    masks, labels = [], []
+    for place in place_squares(rng.uniform(low, high, size=count).tolist(), rng):
+        shape = Shape(str(rng.choice(SHAPES)), str(rng.choice(list(COLORS))), *place)
+        wrong = rng.random() < WRONG_SHARE
+        coverage = _spoil(WRONG[int(rng.integers(len(WRONG)))], shape, rng) if wrong else _mild(shape, rng)
+        paint = np.asarray(COLORS[shape.color], np.float32) + rng.normal(0, 4, 3)
+        canvas += coverage[..., None] * (paint + rng.normal(0, 3, canvas.shape) - canvas)
+        masks.append(coverage >= 0.5)
+        labels.append(NONE if wrong else CLASSES.index(shape.kind))
+    return Example(np.clip(canvas + 0.5, 0, 255).astype(np.uint8), np.stack(masks), labels)
+
+
+def _label(piece: Segment, example: Example) -> int | None:
+    """The class of a segment found in (a version of) an example's picture; None where the truth is unclear."""
+    overlap = (example.masks & piece.mask).sum((1, 2))
+    if (overlap > 0.5 * example.masks.sum((1, 2))).sum() > 1:
+        return NONE  # several objects at once
+    union = (example.masks | piece.mask).sum((1, 2))
+    share = overlap / np.maximum(union, 1)
+    best = int(share.argmax())
+    if share[best] >= 0.65:
+        return example.labels[best]
+    # A fragment of a good shape is none; something in between is left out of training.
+    return NONE if share[best] < 0.4 or example.labels[best] == NONE else None
+
+
+def _degrade(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """What a lossy tokenizer does, simulated: blur, drifting colours, a contrast change, noise. uint8 [64, 64, 3]."""
+    pixels = image.astype(np.float32)
+    pixels = ndimage.gaussian_filter(pixels, sigma=(*([rng.uniform(0.3, 1.2)] * 2), 0))
+    drift = ndimage.gaussian_filter(rng.normal(0, 1, pixels.shape), sigma=(6, 6, 0))
+    pixels += drift / max(float(np.abs(drift).max()), 1e-6) * rng.uniform(0, 24)
+    pixels = 255 - (255 - pixels) * rng.uniform(0.85, 1.05) + rng.normal(0, rng.uniform(0, 4), pixels.shape)
+    return np.clip(pixels + 0.5, 0, 255).astype(np.uint8)
+
+
+def _coverage(shape: Shape) -> np.ndarray:
+    return np.asarray(render_masks(Scene((shape,)))[0])
+
+
+def _transform(shape: Shape, angle: float, stretch: tuple[float, float]) -> np.ndarray:
+    """The shape's coverage, turned by `angle` (radians) and stretched (x, y) about its centre."""
+    cosine, sine = np.cos(angle), np.sin(angle)
+    inverse = np.asarray([[cosine, sine], [-sine, cosine]]) / np.asarray([[stretch[1]], [stretch[0]]])
+    centre = np.asarray([shape.cy, shape.cx]) - 0.5
+    moved = ndimage.affine_transform(_coverage(shape), inverse, offset=centre - inverse @ centre, order=1)
+    return np.clip(moved, 0.0, 1.0)
+
+
+def _elastic(coverage: np.ndarray, rng: np.random.Generator, pixels: float) -> np.ndarray:
+    """Push pixels about by a smooth random field of at most `pixels`."""
+    field = ndimage.gaussian_filter(rng.normal(0, 1, (2, IMAGE_SIZE, IMAGE_SIZE)), sigma=(0, 4, 4))
+    field *= pixels / max(float(np.abs(field).max()), 1e-6)
+    return np.asarray(ndimage.map_coordinates(coverage, np.indices(coverage.shape) + field, order=1))
+
+
+def _mild(shape: Shape, rng: np.random.Generator) -> np.ndarray:
+    """What still counts as the shape: 7 degrees, a tenth of stretch, a pixel of wobble."""
+    if rng.random() < 0.5:
+        return _coverage(shape)
+    stretch = (rng.uniform(0.9, 1.1), rng.uniform(0.9, 1.1))
+    return _elastic(_transform(shape, rng.uniform(-0.12, 0.12), stretch), rng, rng.uniform(0, 1.0))
+
+
+def _spoil(how: str, shape: Shape, rng: np.random.Generator) -> np.ndarray:
+    """Coverage [64, 64] in 0..1 of what must count as "none": the shape made wrong in a way of WRONG."""
+    x, y, radius, whole = _X - shape.cx, _Y - shape.cy, shape.size / 2, _coverage(shape)
+    if how == "squeezed" or (how == "turned" and shape.kind in ("circle", "ring")):
+        factor = rng.uniform(0.4, 0.66)
+        return _transform(shape, 0.0, (factor, 1.0) if rng.random() < 0.5 else (1.0, factor))
+    if how == "turned":
+        low, high = (0.7, 5.6) if shape.kind == "triangle" else (0.45, 1.12)
+        return _transform(shape, rng.uniform(low, high), (0.9, 0.9))
+    if how == "cut":
+        angle, reach = rng.uniform(0, 2 * np.pi), rng.uniform(-0.3, 0.35) * radius
+        return whole * (x * np.cos(angle) + y * np.sin(angle) < reach)
+    if how == "bitten":
+        angle, bite, away = rng.uniform(0, 2 * np.pi), rng.uniform(0.35, 0.6) * radius, rng.uniform(0.5, 0.85) * radius
+        left = whole * (np.hypot(x - away * np.cos(angle), y - away * np.sin(angle)) >= bite)
+        # A bite beside the shape leaves it whole; then cut it instead.
+        return left if left.sum() < 0.85 * whole.sum() else _spoil("cut", shape, rng)
+    if how == "merged":  # two shapes of one colour that touch or overlap
+        angle, away = rng.uniform(0, 2 * np.pi), rng.uniform(0.35, 0.8) * shape.size
+        kind = str(rng.choice(SHAPES))
+        cx, cy = shape.cx + float(away * np.cos(angle)), shape.cy + float(away * np.sin(angle))
+        return np.maximum(whole, _coverage(Shape(kind, shape.color, cx, cy, shape.size * rng.uniform(0.7, 1.0))))
+    if how == "between":  # half-way between two shapes: blend the blurred outlines and cut at one half
+        other = _coverage(replace(shape, kind=str(rng.choice([kind for kind in SHAPES if kind != shape.kind]))))
+        share = rng.uniform(0.4, 0.6)
+        mixed = ndimage.gaussian_filter((1 - share) * whole + share * other, sigma=rng.uniform(1.0, 2.0))
+        return np.clip((mixed - 0.45) * 6 + 0.5, 0.0, 1.0)
+    if how == "wobbly":
+        return _elastic(whole, rng, rng.uniform(0.25, 0.4) * shape.size)
+    if how == "blob":
+        noise = ndimage.gaussian_filter(rng.normal(0, 1, whole.shape), sigma=rng.uniform(2.0, 5.0))
+        falloff = np.hypot(x, y) / (0.6 * shape.size)
+        return np.clip((noise / noise.std() - 1.6 * (falloff - 0.6)) * 2, 0, 1) * (falloff < 1.6)
+    # Washed out: blurred beyond recognition.
+    blurred = ndimage.gaussian_filter(whole, sigma=rng.uniform(0.18, 0.28) * shape.size)
+    return np.clip(blurred / max(float(blurred.max()), 1e-6) * rng.uniform(0.8, 1.1), 0, 1)

@@ -1,59 +1,67 @@
-"""From working files to what ships: directories that plain transformers loads, with measured model cards.
-
-Only plain transformers draws the pictures that are measured here, no engine.
-"""
+"""From working files to what ships: directories that plain transformers loads, with measured model cards."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import JanusForConditionalGeneration, JanusProcessor
+from safetensors.torch import save_file
+from scipy import ndimage
+from transformers import CLIPImageProcessorPil, JanusVQVAE
 
 from stage_ray.policies.janus.builder import write_checkpoint
-from stage_ray.shapeworld.detector import CLASSES, ShapeClassifier, ShapeDetector
-from stage_ray.shapeworld.grammar import heldout_prompts, training_prompts
+from stage_ray.rewards.detection import Detection, Detector
+from stage_ray.rewards.geneval import requirements, strict_verdict
+from stage_ray.shapeworld.detector import CLASSES, WEIGHTS_FILE, ShapeDetector, build_classifier
+from stage_ray.shapeworld.grammar import TASKS, Record, prompts, sample_record, sample_scene
 from stage_ray.shapeworld.pretrain import clip, detector, language_model, tokenizer
-from stage_ray.shapeworld.pretrain.detector_evaluation import evaluate_detector, is_correct
-from stage_ray.shapeworld.pretrain.loop import console, device, load_weights, read_progress
-from stage_ray.shapeworld.pretrain.text import chat, janus_processor, text_tokenizer
-from stage_ray.shapeworld.pretrain.tokenizer_view import TokenizerView
-from stage_ray.shapeworld.render import render_with_masks
-from stage_ray.shapeworld.scene import random_scene
+from stage_ray.shapeworld.pretrain.loop import load_weights, read_progress
+from stage_ray.shapeworld.pretrain.text import janus_processor, text_tokenizer
+from stage_ray.shapeworld.render import render
+from stage_ray.shapeworld.scene import COLORS, IMAGE_SIZE, SHAPES, Scene, Shape, random_scene
 
-TEMPLATES = Path(__file__).parent / "cards"
-CONFIDENCE = 0.5  # threshold of the ShapeWorld suite and configs, for counting too
+CONFIDENCE = 0.5  # above which a detection counts: of the ShapeWorld suite and configs, for counting too
+Case = tuple[Scene, Record]  # a picture and a prompt's record
 
 
 def write_prompts(out: Path) -> None:
     """Writes `prompts/train.jsonl` and `prompts/heldout.jsonl`, one GenEval record a line."""
-    folder = out / "prompts"
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, records in (("train", training_prompts()), ("heldout", heldout_prompts())):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (out / "prompts").mkdir(parents=True, exist_ok=True)
+    for split in ("train", "heldout"):
+        (out / "prompts" / f"{split}.jsonl").write_text("".join(json.dumps(one) + "\n" for one in prompts(split)))
 
 
 def export_janus(out: Path, work: Path) -> None:
     """Writes `janus/` in bfloat16; its policy is untrained while only the tokenizer is trained."""
-    processor = janus_processor()
-    write_checkpoint(out / "janus", language_model.load_policy(work, processor).to(torch.bfloat16), processor)
+    write_checkpoint(out / "janus", language_model.load_policy(work).to(torch.bfloat16), janus_processor())
 
 
 def export_clip(out: Path, work: Path) -> None:
-    """Writes `clip/`: bfloat16 weights, tokenizer, image processor."""
-    for part in (clip.load_clip(work).to("cpu", torch.bfloat16), text_tokenizer(append_eos=True)):
+    """Writes `clip/`: bfloat16 weights, tokenizer, image processor (64x64 pictures, pixels to -1..1)."""
+    size, middle = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}, [0.5, 0.5, 0.5]
+    images = CLIPImageProcessorPil(size=size, do_center_crop=False, image_mean=middle, image_std=middle)
+    for part in (clip.load_clip(work).to("cpu", torch.bfloat16), text_tokenizer(append_eos=True), images):
         part.save_pretrained(out / "clip")
-    clip.clip_image_processor().save_pretrained(out / "clip")
 
 
-def export_detector(out: Path, work: Path, seed: int, cases: int = 600) -> None:
-    """Writes `detector/`, and its card with verdicts on that many cases."""
-    model = ShapeClassifier()
+def export_detector(out: Path, work: Path, seed: int, count: int) -> None:
+    """Writes `detector/`, and its card with verdicts on `count` cases and objects seen in non-objects."""
+    model = build_classifier()
     load_weights(work / detector.CHECKPOINT, model)
-    model.save(out / "detector")
+    (out / "detector").mkdir(parents=True, exist_ok=True)
+    save_file(model.state_dict(), out / "detector" / WEIGHTS_FILE, metadata={"classes": ",".join(CLASSES)})
+    found, codes = ShapeDetector(out / "detector"), tokenizer.load_exported(out / "janus")
+    cases = draw_cases(count, seed=7)
+    images = np.stack([render(scene) for scene, _ in cases])
+    verdicts = []
+    for name, shown in (("rendered", images), ("reconstructed", tokenizer.reconstruct(codes, images))):
+        right = judge_cases(found, cases, shown)
+        verdicts.append(f"| {name} | {right.mean():.3f} | {right[::2].mean():.3f} | {right[1::2].mean():.3f} |")
+    shares = {kind: share_with_objects(found, shown) for kind, shown in draw_non_objects(count // 3, 7, codes).items()}
     _write_card(
         out / "detector",
         classes=", ".join(CLASSES),
@@ -61,34 +69,104 @@ def export_detector(out: Path, work: Path, seed: int, cases: int = 600) -> None:
         steps=read_progress(work / detector.CHECKPOINT)["step"],
         batch=detector.BATCH,
         threshold=CONFIDENCE,
-        **evaluate_detector(
-            ShapeDetector(out / "detector"), TokenizerView.load(out / "janus"), count=cases, threshold=CONFIDENCE
-        ),
+        verdicts="\n".join(verdicts),
+        non_objects="\n".join(f"| {kind} | {share:.3f} |" for kind, share in shares.items()),
     )
 
 
-def write_cards(out: Path, work: Path, *, repeats: int = 4) -> None:
-    """Measures the models in `out` and writes their README.md; GenEval with `repeats` pictures a prompt."""
+def _is_correct(record: Record, detections: Sequence[Detection]) -> bool:
+    """GenEval's strict verdict of a record over the detections of one picture that are surer than CONFIDENCE."""
+    objects: dict[str, list[Detection]] = {}
+    for one in detections:
+        if one.confidence > CONFIDENCE:
+            objects.setdefault(one.label, []).append(one)
+    return strict_verdict(requirements(record), requirements(record, "exclude"), objects)[0]
+
+
+def draw_cases(count: int, seed: int) -> list[Case]:
+    """Pictures and prompts, of all six tasks equally often: the 1st, 3rd, 5th... prompt is true of its picture, the
+    others are wrong by a shape, a colour, a number or a place."""
+    rng = np.random.default_rng(seed)
+    cases: list[Case] = []
+    while len(cases) < count:
+        tag, true = TASKS[len(cases) // 2 % len(TASKS)], len(cases) % 2 == 0
+        record = sample_record(rng, {tag: 1.0}, "heldout" if rng.random() < 0.3 else "train")
+        scene = sample_scene(record, rng, avoid_held_out=False)
+        if not true:
+            scene = _spoiled(scene, rng)
+        exact = [Detection(shape.kind, 1.0, shape.box, shape.color, 1.0) for shape in scene.shapes]
+        if _is_correct(record, exact) == true:
+            cases.append((scene, record))
+    return cases
+
+
+def _spoiled(scene: Scene, rng: np.random.Generator) -> Scene:
+    """The scene with one thing changed: a shape, a colour, an object gone, or two objects in each other's place."""
+    shapes = list(scene.shapes)
+    index, change = int(rng.integers(len(shapes))), int(rng.integers(4))
+    one = shapes[index]
+    if change == 0:
+        shapes[index] = replace(one, kind=str(rng.choice([kind for kind in SHAPES if kind != one.kind])))
+    elif change == 1:
+        shapes[index] = replace(one, color=str(rng.choice([color for color in COLORS if color != one.color])))
+    elif change == 2:
+        del shapes[index]
+    elif len(shapes) == 2:
+        first, second = ((shape.kind, shape.color) for shape in shapes)
+        places = [(shape.cx, shape.cy, shape.size) for shape in shapes]
+        shapes = [Shape(*first, *places[1]), Shape(*second, *places[0])]
+    return replace(scene, shapes=tuple(shapes))
+
+
+def judge_cases(detector: Detector, cases: Sequence[Case], images: np.ndarray) -> np.ndarray:
+    """Which of `draw_cases`'s cases get the right verdict by what the detector finds in their pictures, bool [n]."""
+    found = zip(cases, detector.detect(images), strict=True)
+    true = np.arange(len(cases)) % 2 == 0
+    return np.asarray([_is_correct(record, seen) for (_, record), seen in found]) == true
+
+
+def draw_non_objects(count: int, seed: int, model: JanusVQVAE) -> dict[str, np.ndarray]:
+    """Pictures without a clear object, by kind, as the card names it: uint8 [count, 64, 64, 3] each."""
+    rng = np.random.default_rng(seed)
+    first, second = (np.stack([render(random_scene(rng)) for _ in range(count)]) for _ in range(2))
+    noise = ndimage.gaussian_filter(rng.normal(size=first.shape), sigma=(0, 4, 4, 0))
+    random = tokenizer.random_images(model, count, rng)
+    shuffled = tokenizer.encode(model, first).cpu().clone()
+    for tokens in shuffled.numpy():  # in place
+        places = rng.permutation(len(tokens))[: len(tokens) // 2]
+        tokens[places] = tokens[rng.permutation(places)]
+    return {
+        "smooth coloured noise": np.clip(160 + 70 * noise / noise.std(), 0, 255).astype(np.uint8),
+        "two scenes at half strength each": ((first.astype(np.float32) + second) / 2).astype(np.uint8),
+        "decoded from random tokens": random,
+        "a scene with half of its tokens in each other's places (an object may well survive that)": tokenizer.decode(
+            model, shuffled
+        ),
+    }
+
+
+def share_with_objects(detector: Detector, images: np.ndarray) -> float:
+    """Share of pictures with at least one detection above CONFIDENCE."""
+    return float(np.mean([any(one.confidence > CONFIDENCE for one in found) for found in detector.detect(images)]))
+
+
+def write_cards(out: Path, work: Path) -> None:
+    """Measures the image model and CLIP, where `out` holds them, and writes their README.md."""
     if (out / "janus" / "config.json").exists():
-        geneval = ""
-        if (out / "detector").exists() and (work / language_model.CHECKPOINT).exists():
-            shares = measure_geneval(out / "janus", out / "detector", repeats=repeats)
-            listed = ", ".join(f"{tag} {share:.2f}" for tag, share in shares.items())
-            geneval = f"\nStrict GenEval on the held-out prompts, guidance 3, {repeats} pictures a prompt: {listed}.\n"
-            console.print(geneval.strip())
+        codes, rng = tokenizer.load_exported(out / "janus"), np.random.default_rng(11)
+        images = np.stack([render(random_scene(rng)) for _ in range(256)])
         _write_card(
             out / "janus",
             size=(out / "janus" / "model.safetensors").stat().st_size / 1e6,
             tokenizer=_history(work / tokenizer.CHECKPOINT),
             language_model=_history(work / language_model.CHECKPOINT),
-            geneval=geneval,
-            **measure_reconstruction(out / "janus"),
+            error=np.abs(tokenizer.reconstruct(codes, images).astype(np.float32) - images).mean(),
         )
-    if (work / clip.CHECKPOINT).exists():
+    if (out / "clip" / "config.json").exists():
         model = clip.load_clip(work)
         _write_card(
             out / "clip",
-            parameters=sum(p.numel() for p in model.parameters()) / 1e6,
+            parameters=model.num_parameters() / 1e6,
             clip=_history(work / clip.CHECKPOINT),
             heldout=clip.retrieval_accuracy(model, "heldout"),
             train=clip.retrieval_accuracy(model, "train"),
@@ -96,7 +174,7 @@ def write_cards(out: Path, work: Path, *, repeats: int = 4) -> None:
 
 
 def _write_card(model: Path, **figures: object) -> None:
-    template = (TEMPLATES / f"{model.name}.md").read_text(encoding="utf-8")
+    template = (Path(__file__).parent / "cards" / f"{model.name}.md").read_text(encoding="utf-8")
     (model / "README.md").write_text(template.format(**figures), encoding="utf-8")
 
 
@@ -108,44 +186,3 @@ def _history(checkpoint: Path) -> str:
     losses = [row["loss"] for row in progress["history"]]
     last, minutes = float(np.mean(losses[-10:])), progress["elapsed_s"] / 60
     return f"{progress['step']} steps in {minutes:.0f} minutes, loss {losses[0]:.2f} at first, {last:.2f} at the end"
-
-
-@torch.inference_mode()
-def draw(path: Path, prompts: Sequence[str], guidance_scale: float, seed: int = 0, batch: int = 100) -> np.ndarray:
-    """One picture a prompt, uint8 [B, 64, 64, 3], by transformers' own `generate` in float32."""
-    processor = JanusProcessor.from_pretrained(path)
-    model = JanusForConditionalGeneration.from_pretrained(path, dtype=torch.float32).to(device()).eval()
-    torch.manual_seed(seed)
-    tokens = []
-    for start in range(0, len(prompts), batch):
-        texts = [chat(processor, prompt) for prompt in prompts[start : start + batch]]
-        inputs = processor(text=texts, generation_mode="image", padding=True, return_tensors="pt").to(device())
-        options = {"generation_mode": "image", "do_sample": True, "guidance_scale": guidance_scale, "use_cache": True}
-        tokens.append(model.generate(**inputs, **options).cpu())
-    return TokenizerView(model.cpu().model.vqmodel).decode(torch.cat(tokens))
-
-
-def measure_geneval(path: Path, detector_dir: Path, repeats: int = 4) -> dict[str, float]:
-    """Share of strictly correct pictures by held-out task, and `overall`: the tasks' mean, as GenEval counts."""
-    records = heldout_prompts() * repeats
-    found = ShapeDetector(detector_dir).detect(draw(path, [record["prompt"] for record in records], 3.0))
-    verdicts: dict[str, list[bool]] = {}
-    for record, detections in zip(records, found, strict=True):
-        verdicts.setdefault(record["tag"], []).append(is_correct(record, detections, CONFIDENCE))
-    shares = {tag: float(np.mean(answers)) for tag, answers in verdicts.items()}
-    return {**shares, "overall": float(np.mean(list(shares.values())))}
-
-
-def measure_reconstruction(path: Path, count: int = 256, seed: int = 11) -> dict[str, float]:
-    """Mean absolute error of the tokenizer's reconstructions on random scenes, in grey levels of 255, over all pixels
-    and over objects alone, and how many codes `count` pictures use."""
-    view, rng = TokenizerView.load(path), np.random.default_rng(seed)
-    images, masks = zip(*(render_with_masks(random_scene(rng)) for _ in range(count)), strict=True)
-    objects = np.stack([mask.max(axis=0) for mask in masks]) > 0.5
-    tokens = view.encode(np.stack(images))
-    error = np.abs(view.decode(tokens).astype(np.float32) - np.stack(images)).mean(axis=-1)
-    return {
-        "error_all": float(error.mean()),
-        "error_objects": float(error[objects].mean()),
-        "codes_used": float(tokens.unique().numel()),
-    }

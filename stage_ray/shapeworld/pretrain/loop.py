@@ -1,10 +1,11 @@
-"""The training loop that the stages share: learning rate, time budget, progress bar, resumable checkpoints."""
+"""The training loop that the stages share: learning rate, time budget, resumable checkpoints."""
 
 from __future__ import annotations
 
 import json
 import math
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,15 +13,16 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import nn
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
-from stage_ray.policies.base import hardware_has_bfloat16
+from stage_ray.policies.devices import hardware_has_bfloat16
 
-console = Console(width=120)
+CHECKPOINT_EVERY_S = 240.0
+REPORT_EVERY = 50  # steps
 WEIGHTS = "module."  # what the names of a checkpoint's weights begin with
+console = Console(width=120)
 
 
 def device() -> torch.device:
@@ -35,9 +37,8 @@ def autocast() -> torch.autocast:
 
 def load_weights(path: Path, module: nn.Module) -> None:
     """Fill a module with the weights in a `TrainingRun`'s checkpoint."""
-    with safe_open(path, "pt") as file:
-        names = [name for name in file.keys() if name.startswith(WEIGHTS)]  # noqa: SIM118
-        module.load_state_dict({name.removeprefix(WEIGHTS): file.get_tensor(name) for name in names})
+    tensors = load_file(path)
+    module.load_state_dict({k.removeprefix(WEIGHTS): v for k, v in tensors.items() if k.startswith(WEIGHTS)})
 
 
 def read_progress(path: Path) -> dict[str, Any]:
@@ -66,8 +67,6 @@ class TrainingRun:
     run that is started again on it goes on as if never interrupted (each step's data depends on seed and step only).
     """
 
-    CHECKPOINT_EVERY_S = 240.0
-
     def __init__(
         self,
         path: Path,
@@ -84,10 +83,9 @@ class TrainingRun:
         matrices = [p for p in hidden.parameters() if p.requires_grad and p.dim() == 2] if hidden else []
         taken = {id(p) for p in matrices}
         rest = [p for p in module.parameters() if p.requires_grad and id(p) not in taken]
-        groups = [
-            {"params": [p for p in rest if p.dim() >= 2], "weight_decay": weight_decay},
-            {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
-        ]
+        # Biases and norms do not decay.
+        decayed = {"params": [p for p in rest if p.dim() >= 2], "weight_decay": weight_decay}
+        groups = [decayed, {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0}]
         self.optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=peak_lr, betas=(0.9, 0.95))]
         if matrices:
             muon = torch.optim.Muon(matrices, lr=peak_lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
@@ -97,33 +95,31 @@ class TrainingRun:
         if path.exists():
             self._resume()
 
-    def learning_rate(self, progress: float) -> float:
-        """Linear warm-up, then a cosine to a hundredth of the peak."""
-        if progress < self.warmup:
-            return self.peak_lr * (progress + 1e-3) / (self.warmup + 1e-3)
-        phase = (progress - self.warmup) / (1 - self.warmup)
-        return self.peak_lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * phase)))
-
     def __iter__(self) -> Iterator[tuple[int, float]]:
-        columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
         started = time.monotonic() - self.elapsed_s
         saved_at = time.monotonic()
-        with Progress(*columns, console=console, transient=True) as bar:
-            task = bar.add_task(self.path.stem, total=1.0)
-            while (progress := self.budget.progress(self.step, self.elapsed_s)) < 1.0:
-                for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
-                    group["lr"] = self.learning_rate(progress)
-                yield self.step, progress
-                self.step += 1
-                self.elapsed_s = time.monotonic() - started
-                bar.update(task, completed=progress)
-                if time.monotonic() - saved_at > self.CHECKPOINT_EVERY_S:
-                    self.save()
-                    saved_at = time.monotonic()
+        while (progress := self.budget.progress(self.step, self.elapsed_s)) < 1.0:
+            # A linear warm-up, then a cosine to a hundredth of the peak.
+            rate = self.peak_lr * (progress + 1e-3) / (self.warmup + 1e-3)
+            if progress >= self.warmup:
+                phase = (progress - self.warmup) / (1 - self.warmup)
+                rate = self.peak_lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * phase)))
+            for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
+                group["lr"] = rate
+            yield self.step, progress
+            self.step += 1
+            self.elapsed_s = time.monotonic() - started
+            if time.monotonic() - saved_at > CHECKPOINT_EVERY_S:
+                self.save()
+                saved_at = time.monotonic()
         self.save()
 
-    def descend(self, loss: torch.Tensor) -> None:
-        """One clipped step; a loss that is not finite stops the run rather than spoil the weights."""
+    def descend(self, loss: Tensor, report: Tensor | None = None) -> None:
+        """One clipped step. Every `REPORT_EVERY` steps prints and keeps the loss, or of its terms the one to `report`.
+
+        Raises:
+            FloatingPointError: the gradient is not finite; the weights are unspoiled.
+        """
         self.module.zero_grad(set_to_none=True)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
@@ -131,14 +127,11 @@ class TrainingRun:
             raise FloatingPointError(f"{self.path.stem}: gradient norm {norm} at step {self.step}")
         for optimizer in self.optimizers:
             optimizer.step()
-
-    def report(self, every: int = 50, **values: float) -> None:
-        """Logs named values every so many steps and keeps them for the model card."""
-        if self.step % every == 0:
-            self.history.append({"step": self.step, "elapsed_s": round(self.elapsed_s, 1), **values})
-            shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
-            pace = self.elapsed_s / max(self.step, 1)
-            console.print(f"{self.path.stem} {self.step:5d}  {shown}  {pace:.3f} s/step  {self.elapsed_s:.0f} s")
+        if self.step % REPORT_EVERY == 0:
+            value = float(loss if report is None else report)
+            self.history.append({"step": self.step, "elapsed_s": round(self.elapsed_s, 1), "loss": value})
+            done = self.budget.progress(self.step, self.elapsed_s)
+            console.print(f"{self.path.stem} {self.step:5d}  {done:4.0%}  loss {value:.4f}  {self.elapsed_s:.0f} s")
 
     def save(self) -> None:
         """Write the checkpoint under a temporary name, then rename it: there is always the old file or the new one."""
@@ -158,12 +151,11 @@ class TrainingRun:
         load_weights(self.path, self.module)
         progress = read_progress(self.path)
         self.step, self.elapsed_s, self.history = progress["step"], progress["elapsed_s"], progress["history"]
-        with safe_open(self.path, "pt") as file:
-            for number, optimizer in enumerate(self.optimizers):
-                prefix, state = f"optimizer.{number}.", dict[int, dict[str, torch.Tensor]]()
-                for name in (name for name in file.keys() if name.startswith(prefix)):  # noqa: SIM118
-                    index, key = name.removeprefix(prefix).split(".")
-                    state.setdefault(int(index), {})[key] = file.get_tensor(name)
-                if state:
-                    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+        states: dict[int, dict[int, dict[str, Tensor]]] = defaultdict(lambda: defaultdict(dict))
+        for name, tensor in load_file(self.path).items():
+            if name.startswith("optimizer."):
+                _, which, parameter, key = name.split(".")
+                states[int(which)][int(parameter)][key] = tensor
+        for number, optimizer in enumerate(self.optimizers):
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": states[number]})
         console.print(f"{self.path.stem}: resumed at step {self.step}")

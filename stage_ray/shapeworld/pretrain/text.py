@@ -21,19 +21,14 @@ USER, ASSISTANT, UNKNOWN = "<|User|>", "<|Assistant|>", "<unk>"
 SPECIAL = (PAD, BOS, BOI, EOI, IMAGE, EOS, USER, ASSISTANT, UNKNOWN)
 
 
-def words() -> list[str]:
-    """Every word of the prompt grammar, in a fixed order."""
-    kinds = [*SHAPES, *map(plural, SHAPES)]
-    relations = [word for relation in RELATIONS for word in relation.split()]
-    return list(dict.fromkeys([":", "a", "an", "photo", "of", "and", *NUMBERS.values(), *kinds, *COLORS, *relations]))
-
-
 def text_tokenizer(append_eos: bool = False, **special: str) -> PreTrainedTokenizerFast:
     """A word-level tokenizer of the grammar: lower-cased, split at white space and punctuation, unknown words `<unk>`.
 
     `append_eos` ends every text in EOS, whose state CLIP reads. `special` names further special tokens (Janus wants
     `image_token`, `boi_token`, `eoi_token`)."""
-    vocabulary = {word: index for index, word in enumerate((*SPECIAL, *words()))}
+    names = (*SHAPES, *map(plural, SHAPES), *COLORS)
+    words = (":", "a", "an", "photo", "of", "and", *NUMBERS.values(), *names, *" ".join(RELATIONS).split())
+    vocabulary = {word: index for index, word in enumerate(dict.fromkeys((*SPECIAL, *words)))}  # each word once
     if len(vocabulary) > SIZES.vocabulary:
         raise ValueError(f"{len(vocabulary)} words do not fit {SIZES.vocabulary} embedding rows")
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
@@ -63,9 +58,3 @@ def janus_processor() -> JanusProcessor:
     tokenizer = text_tokenizer(image_token=IMAGE, boi_token=BOI, eoi_token=EOI)
     tokenizer.chat_template = resolve_path(CHAT_TEMPLATE).read_text(encoding="utf-8")
     return build_processor(SIZES, tokenizer, tokenizer.chat_template)
-
-
-def chat(processor: JanusProcessor, prompt: str) -> str:
-    """The prompt in Janus' chat template: what `processor(text=[...], generation_mode="image")` wants to see."""
-    message = [{"role": "user", "content": [{"type": "text", "text": prompt}]}]
-    return str(processor.apply_chat_template(message, add_generation_prompt=True))

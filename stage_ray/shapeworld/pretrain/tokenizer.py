@@ -1,32 +1,30 @@
 """Trains the image tokenizer: a `JanusVQVAE` that turns 64x64 pictures into 8x8 tokens of a 512-entry codebook.
 
 It is a tokenizer, not a policy: it trains on random scenes of *all* compositions, each rendered once. Encoder outputs
-and codes have unit length (`JanusVQVAE.decode` normalises codes, so training must), gradients pass straight through,
-and unused codes are restarted from the encoder outputs that the codebook serves worst. A short warm-up without codes
-gives them something to start from. The loss counts objects, and most of all their edges, several times
-as much as background: shape, colour and number must survive, the tint of the paper need not.
+and codes have unit length (`JanusVQVAE.decode` normalises codes, so training must), and unused codes are restarted. The
+loss counts objects, and most of all their edges, several times as much as background: shape, colour and number must
+survive, the tint of the paper need not.
 
 Two requirements make its tokens easy to predict. It reads pictures with grain and draws them without, so that no code
 is spent on noise. And codes are *local*: pictures come in twins that differ in some objects, and where twins look alike
-their latents must agree. Without this, normalisation over the whole picture writes every object into every patch of
-empty paper, and a language model learns next to nothing of its captions.
+their latents must agree. Without this, every object is written into every patch of empty paper (see the README).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from transformers import JanusVQVAE
+from torch import Tensor
+from transformers import JanusForConditionalGeneration, JanusVQVAE
 
 from stage_ray.policies.janus.builder import build_vq_config
 from stage_ray.shapeworld.pretrain.loop import Budget, TrainingRun, autocast, device, load_weights
 from stage_ray.shapeworld.pretrain.text import SIZES
 from stage_ray.shapeworld.render import render, render_with_masks
-from stage_ray.shapeworld.scene import IMAGE_SIZE, Scene, random_scene
+from stage_ray.shapeworld.scene import Scene, random_scene
 
 CHECKPOINT = "training/tokenizer.safetensors"
 BATCH = 16  # pictures, so half as many twins
@@ -37,43 +35,36 @@ SHARE_ROUNDS = 8  # until the shares of codes no longer move
 PEAK_LR = 1e-3
 COMMITMENT = 0.25
 PATCH = 8  # pixels, a token's side
+BATCH_IMAGES = 64  # encoded or decoded at once
 WARMUP = 0.04  # fraction of the training before codes come in: quantising untrained outputs collapses them onto one
 RESTART_EVERY, RESTART_UNTIL = 50, 0.6  # steps; fraction of the training
 OBJECT_WEIGHT, EDGE_WEIGHT = 2.0, 2.0  # on top of 1 for every pixel
 
 
-def to_pixels(images: np.ndarray) -> torch.Tensor:
+def to_pixels(images: np.ndarray | Tensor) -> Tensor:
     """uint8 [B, 64, 64, 3] to float32 [B, 3, 64, 64] in -1..1, on `device()`."""
-    return torch.from_numpy(images).to(device()).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0).contiguous()
-
-
-@dataclass(frozen=True, slots=True)
-class Twins:
-    """Fresh pictures: row i and row i + B/2 show the same paper, the second without some of the first's objects.
-
-    `pixels`: float32 [B, 3, 64, 64] in -1..1, with grain; `clean`: the same without; `weights`: float32
-    [B, 1, 64, 64], loss weights of mean 1; `alike`: bool [B/2, 8, 8], patches that look the same in both twins.
-    """
-
-    pixels: torch.Tensor
-    clean: torch.Tensor
-    weights: torch.Tensor
-    alike: torch.Tensor
+    return torch.as_tensor(images, device=device()).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0).contiguous()
 
 
 def _twin(scene: Scene, rng: np.random.Generator) -> Scene:
+    """The scene without some of its objects, on other paper's grain."""
     kept = rng.permutation(len(scene.shapes))[: rng.integers(len(scene.shapes))]
     shapes = tuple(scene.shapes[index] for index in sorted(kept))
     return Scene(shapes, scene.background, seed=int(rng.integers(2**31)))
 
 
-def _batch(rng: np.random.Generator) -> Twins:
+def _batch(rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Fresh pictures: row i and row i + B/2 show the same paper, the second without some of the first's objects.
+
+    With grain and without, float32 [B, 3, 64, 64] in -1..1; loss weights of mean 1, float32 [B, 1, 64, 64]; and which
+    patches look the same in both twins, bool [B/2, 8, 8].
+    """
     scenes = [random_scene(rng) for _ in range(BATCH // 2)]
     scenes += [_twin(scene, rng) for scene in scenes]
     rendered = [render_with_masks(scene) for scene in scenes]
     clean = to_pixels(np.stack([render(scene, plain=True) for scene in scenes]))
-    empty = np.zeros((1, IMAGE_SIZE, IMAGE_SIZE), np.float32)
-    objects = torch.from_numpy(np.stack([np.concatenate([masks, empty]).max(axis=0) for _, masks in rendered]))
+    # Where any object is, [B, 1, 64, 64]; 0 in empty scenes.
+    objects = torch.from_numpy(np.stack([masks.max(axis=0, initial=0.0) for _, masks in rendered]))
     objects = objects[:, None].to(clean.device)
     wide = F.max_pool2d(objects, 5, stride=1, padding=2)
     edges = F.max_pool2d(objects, 3, stride=1, padding=1) + F.max_pool2d(-objects, 3, stride=1, padding=1)
@@ -82,45 +73,61 @@ def _batch(rng: np.random.Generator) -> Twins:
     apart = (first - second).abs().amax(dim=1, keepdim=True)
     apart = F.max_pool2d(apart, PATCH + 2 * MARGIN, stride=PATCH, padding=MARGIN)[:, 0]
     pixels = to_pixels(np.stack([image for image, _ in rendered]))
-    return Twins(pixels, clean, weights / weights.mean(), apart == 0)
+    return pixels, clean, weights / weights.mean(), apart == 0
 
 
-def disagreement(outputs: torch.Tensor, alike: torch.Tensor) -> torch.Tensor:
-    """1 - cosine of the twins' latents where they look alike, mean: scalar, from unit-length outputs [B * 64, 8]."""
-    first, second = outputs.view(2, -1, outputs.shape[-1])
-    return 1 - (first * second).sum(dim=-1)[alike.flatten()].mean()
-
-
-def quantised_pass(
-    model: JanusVQVAE, pixels: torch.Tensor, quantise: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A forward pass with the unit-length quantiser that `JanusVQVAE` was designed for.
-
-    Pictures [B, 3, 64, 64] to reconstructions, the quantiser's loss, code ids [B * 64] and unit-length encoder outputs
-    [B * 64, 8]. Without `quantise` the decoder sees the encoder's outputs themselves.
-    """
+def _latents(model: JanusVQVAE, pixels: Tensor) -> Tensor:
+    """Encoder outputs of unit length: [B, 3, 64, 64] to float32 [B, 8, 8, 8], dimensions second."""
     with autocast():
         latent = model.quant_conv(model.encoder(pixels))
-    grid = F.normalize(latent.float(), dim=1)  # [B, 8, 8, 8]
-    outputs = grid.permute(0, 2, 3, 1).reshape(-1, grid.shape[1])
-    codes = F.normalize(model.quantize.embedding.weight, dim=1)
-    ids = (outputs.detach() @ codes.detach().T).argmax(dim=1)
-    chosen = codes[ids].view(grid.shape[0], *grid.shape[2:], -1).permute(0, 3, 1, 2)
-    quantiser_loss = (chosen - grid.detach()).square().mean()
-    if quantise:
-        quantiser_loss = quantiser_loss + COMMITMENT * (chosen.detach() - grid).square().mean()
-    # Forwards the codes, backwards the identity: gradients pass straight through to the encoder.
-    straight_through = grid + (chosen - grid).detach() if quantise else grid
-    with autocast():
-        decoded = model.decoder(model.post_quant_conv(straight_through))
-    return decoded.float(), quantiser_loss, ids, outputs
+    return F.normalize(latent.float(), dim=1)
 
 
-@torch.no_grad()
-def restart_codes(
-    codebook: torch.Tensor, unused: torch.Tensor, outputs: torch.Tensor, generator: torch.Generator
-) -> int:
-    """Move the unused codes (bool [512]) of a codebook [512, 8] onto encoder outputs [B * 64, 8]; how many moved.
+def train_tokenizer(work: Path, budget: Budget, seed: int = 0) -> None:
+    """Trains (or resumes) the tokenizer; writes `work/training/tokenizer.safetensors`."""
+    torch.manual_seed(seed)
+    model = JanusVQVAE(build_vq_config(SIZES)).to(device()).train()
+    codebook = model.quantize.embedding.weight
+    codebook.data.copy_(F.normalize(torch.randn_like(codebook), dim=1))
+    _spread_latents(model, _batch(np.random.default_rng([seed, 2**31]))[0])
+    run = TrainingRun(work / CHECKPOINT, model, PEAK_LR, budget)
+    generator = torch.Generator().manual_seed(seed)
+    used = torch.zeros(len(codebook), dtype=torch.bool, device=codebook.device)
+    for step, progress in run:
+        pixels, clean, weights, alike = _batch(np.random.default_rng([seed, step]))
+        quantise = progress >= WARMUP
+        latents = _latents(model, pixels)
+        outputs = latents.movedim(1, -1).flatten(0, 2)  # [B * 64, 8]
+        codes = F.normalize(codebook, dim=1)
+        ids = (outputs.detach() @ codes.detach().T).argmax(dim=1)
+        chosen = codes[ids].view_as(latents.movedim(1, -1)).movedim(-1, 1)  # [B, 8, 8, 8], as the latents
+        quantiser_loss = (chosen - latents.detach()).square().mean()
+        shown = latents  # without codes the decoder sees the encoder's outputs themselves
+        if quantise:
+            quantiser_loss = quantiser_loss + COMMITMENT * (chosen.detach() - latents).square().mean()
+            # Forwards the codes, backwards the identity: gradients pass straight through to the encoder.
+            shown = latents + (chosen - latents).detach()
+        with autocast():
+            decoded = model.decoder(model.post_quant_conv(shown))
+        error = decoded.float() - clean
+        reconstruction = (weights * (error.abs() + error.square())).mean()
+        first, second = outputs.view(2, -1, outputs.shape[-1])  # the twins'
+        disagreement = 1 - (first * second).sum(dim=-1)[alike.flatten()].mean()
+        run.descend(reconstruction + quantiser_loss + LOCALITY * disagreement, report=reconstruction)
+        outputs = outputs.detach()
+        used[ids] = True
+        if not quantise:  # every code onto a random encoder output
+            picks = torch.randint(len(outputs), (len(codebook),), generator=generator)
+            codebook.data.copy_(outputs[picks.to(outputs.device)])
+            used.fill_(False)
+        elif step % RESTART_EVERY == RESTART_EVERY - 1:
+            if progress < RESTART_UNTIL:
+                _restart_codes(codebook.data, ~used, outputs, generator)
+            used.fill_(False)
+
+
+def _restart_codes(codebook: Tensor, unused: Tensor, outputs: Tensor, generator: torch.Generator) -> None:
+    """Move the unused codes (bool [512]) of a codebook [512, 8] onto encoder outputs [B * 64, 8].
 
     Outputs are drawn in proportion to their squared distance from their nearest code: rare shapes and colours get
     codes, empty paper does not get them all.
@@ -130,49 +137,10 @@ def restart_codes(
     count = int(unused.sum())
     picks = torch.multinomial(misfit, max(1, count), replacement=True, generator=generator)[:count]
     codebook[unused] = outputs[picks.to(outputs.device)]
-    return count
-
-
-def train_tokenizer(work: Path, budget: Budget, seed: int = 0) -> None:
-    """Trains (or resumes) the tokenizer; writes `work/training/tokenizer.safetensors`."""
-    torch.manual_seed(seed)
-    model = JanusVQVAE(build_vq_config(SIZES)).to(device()).train()
-    codebook = model.quantize.embedding.weight
-    with torch.no_grad():
-        codebook.copy_(F.normalize(torch.randn_like(codebook), dim=1))
-    _spread_latents(model, _batch(np.random.default_rng([seed, 2**31])).pixels)
-    run = TrainingRun(work / CHECKPOINT, model, PEAK_LR, budget)
-    generator = torch.Generator().manual_seed(seed)
-    used = torch.zeros(len(codebook), dtype=torch.bool, device=codebook.device)
-    restarted = 0
-    for step, progress in run:
-        twins = _batch(np.random.default_rng([seed, step]))
-        quantise = progress >= WARMUP
-        decoded, quantiser_loss, ids, outputs = quantised_pass(model, twins.pixels, quantise)
-        error = decoded - twins.clean
-        reconstruction = (twins.weights * (error.abs() + error.square())).mean()
-        run.descend(reconstruction + quantiser_loss + LOCALITY * disagreement(outputs, twins.alike))
-        outputs = outputs.detach()
-        used[ids] = True
-        if not quantise:  # every code onto a random encoder output
-            picks = torch.randint(len(outputs), (len(codebook),), generator=generator)
-            codebook.data.copy_(outputs[picks.to(outputs.device)])
-            used.fill_(False)
-        elif step % RESTART_EVERY == RESTART_EVERY - 1:
-            restarted = restart_codes(codebook, ~used, outputs, generator) if progress < RESTART_UNTIL else 0
-            used.fill_(False)
-        first, second = ids.view(2, -1)
-        run.report(
-            loss=reconstruction.item(),
-            l1=error.abs().mean().item(),
-            quantiser=quantiser_loss.item(),
-            same_codes=(first == second)[twins.alike.flatten()].float().mean().item(),
-            dead=restarted,
-        )
 
 
 @torch.no_grad()
-def _spread_latents(model: JanusVQVAE, pixels: torch.Tensor) -> None:
+def _spread_latents(model: JanusVQVAE, pixels: Tensor) -> None:
     """Shifts and scales the untrained `quant_conv` so that its outputs have mean 0 and variance 1 in every dimension.
 
     Without this all latents point nearly the same way: unit length then leaves the decoder next to nothing to read.
@@ -197,36 +165,52 @@ def load_tokenizer(work: Path) -> JanusVQVAE:
 
 
 @torch.no_grad()
-def cosines(model: JanusVQVAE, images: np.ndarray, batch: int = 64) -> torch.Tensor:
+def cosines(model: JanusVQVAE, images: np.ndarray) -> Tensor:
     """How well each code fits each place: uint8 [B, 64, 64, 3] to float32 [B, 64, 512], cosines, row by row."""
     codes = F.normalize(model.quantize.embedding.weight, dim=1)
-    fits = []
-    for start in range(0, len(images), batch):
-        with autocast():
-            latent = model.quant_conv(model.encoder(to_pixels(images[start : start + batch])))
-        outputs = F.normalize(latent.float(), dim=1).permute(0, 2, 3, 1)  # [B, 8, 8, 8]
-        fits.append((outputs @ codes.T).flatten(1, 2))
-    return torch.cat(fits)
+    batches = torch.from_numpy(images).split(BATCH_IMAGES)
+    return torch.cat([(_latents(model, to_pixels(b)).permute(0, 2, 3, 1) @ codes.T).flatten(1, 2) for b in batches])
 
 
-class ThriftyCodes:
-    """Image ids that cost a language model little: of codes that fit nearly alike, the frequent one.
+def thrifty_bonus(fits: Tensor) -> Tensor:
+    """What to add to each code's cosine [512], so that of codes that fit nearly alike the frequent one is taken.
 
-    Entropy-constrained vector quantisation (Chou, Lookabaugh and Gray, 1989): the code of a place is the one with the
-    greatest ``cosine + THRIFT * log(share of the code)``, the shares being those of the ids it gives. Empty paper then
-    has a few codes and not dozens; what a picture shows stays the same.
+    Entropy-constrained vector quantisation (Chou, Lookabaugh and Gray, 1989): ``THRIFT * log(share of the code)``, the
+    shares being those of the ids that it leads to, for the `cosines` of a few hundred pictures or more. Empty paper
+    then has a few codes and not dozens, which cost a language model little; what a picture shows stays the same.
     """
+    bonus = torch.zeros(fits.shape[-1], device=fits.device)
+    for _ in range(SHARE_ROUNDS):
+        counts = torch.bincount((fits + bonus).argmax(-1).flatten(), minlength=len(bonus)) + 0.5
+        bonus = THRIFT * (counts / counts.sum()).log()
+    return bonus
 
-    def __init__(self, model: JanusVQVAE, sample: np.ndarray) -> None:
-        """Find the shares on a sample, uint8 [B, 64, 64, 3], a few hundred pictures or more."""
-        self._model = model
-        fits = cosines(model, sample)
-        self._bonus = torch.zeros(fits.shape[-1], device=fits.device)
-        for _ in range(SHARE_ROUNDS):
-            ids = (fits + self._bonus).argmax(-1)
-            counts = torch.bincount(ids.flatten(), minlength=fits.shape[-1]) + 0.5
-            self._bonus = THRIFT * (counts / counts.sum()).log()
 
-    def encode(self, images: np.ndarray) -> torch.Tensor:
-        """uint8 [B, 64, 64, 3] to image ids int16 [B, 64], on the CPU."""
-        return (cosines(self._model, images) + self._bonus).argmax(-1).to("cpu", torch.int16)
+def load_exported(janus: Path) -> JanusVQVAE:
+    """The tokenizer of a checkpoint directory that transformers wrote, float32, on `device()`."""
+    model = JanusForConditionalGeneration.from_pretrained(janus, local_files_only=True, dtype=torch.float32)
+    return model.model.vqmodel.to(device()).eval()
+
+
+@torch.inference_mode()
+def encode(model: JanusVQVAE, images: np.ndarray) -> Tensor:
+    """Images uint8 [B, 64, 64, 3] -> tokens int64 [B, 64], as transformers encodes them."""
+    batches = torch.from_numpy(images).split(BATCH_IMAGES)
+    return torch.cat([model.encode(to_pixels(batch)).image_tokens.view(len(batch), -1) for batch in batches])
+
+
+@torch.inference_mode()
+def decode(model: JanusVQVAE, tokens: Tensor) -> np.ndarray:
+    """Tokens int64 [B, 64] -> images uint8 [B, 64, 64, 3]."""
+    pixels = torch.cat([model.decode(batch) for batch in tokens.to(device()).split(BATCH_IMAGES)])
+    return ((pixels.permute(0, 2, 3, 1) + 1) * 127.5 + 0.5).clamp(0, 255).to("cpu", torch.uint8).numpy()
+
+
+def reconstruct(model: JanusVQVAE, images: np.ndarray) -> np.ndarray:
+    """Images uint8 [B, 64, 64, 3] -> what is left of them after encoding and decoding."""
+    return decode(model, encode(model, images))
+
+
+def random_images(model: JanusVQVAE, count: int, rng: np.random.Generator) -> np.ndarray:
+    """Pictures uint8 [count, 64, 64, 3] decoded from tokens drawn uniformly and independently: they mean nothing."""
+    return decode(model, torch.from_numpy(rng.integers(SIZES.codes, size=(count, SIZES.side**2))))

@@ -1,4 +1,4 @@
-"""The formulas of memory against what real tensors take."""
+"""The memory of an update: the formulas against what real tensors take."""
 
 from __future__ import annotations
 
@@ -9,27 +9,26 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaModel
 
-from stage_ray.bench.models import FIFTY_MILLION, write_model
-from stage_ray.bench.timing import Variant, interleave
-from stage_ray.commands import memory
-from stage_ray.commands.memory import KNOWN, model_sizes
-from stage_ray.commands.plan import GPUS
-from stage_ray.engines.vllm import engine
-from stage_ray.learner import Learner
+from stage_ray.bench.base import Measurement, Variant, interleave
+from stage_ray.bench.inputs import FIFTY_MILLION, write_model
+from stage_ray.commands.plan import model_sizes
+from stage_ray.config.model_sizes import BFLOAT16, FLOAT32, KNOWN, ModelSizes
+from stage_ray.learner import memory
+from stage_ray.learner.learner import Learner
 from stage_ray.observability.progress import Progress
 from stage_ray.policies import base
-from stage_ray.policies.base import hardware_has_bfloat16
-from stage_ray.policies.janus import codec as janus_parts
-from stage_ray.policies.static_decoder import StaticDecoder
+from stage_ray.policies.devices import hardware_has_bfloat16
 from stage_ray.weights.manifest import pack
-from tests.commands.measured import peak_side
+from tests.learner.measured import peak_of_each_form
 from tests.learner_case import PROMPTS, sample_groups, score, tiny_run
 from tests.tiny import tiny_janus
 
 NATIVE_BFLOAT16 = pytest.mark.skipif(
     not hardware_has_bfloat16(torch.device("cpu")), reason="this CPU has no bfloat16 products: minutes without them"
 )
-PEAK = {False: (0.97, 1.1), True: (0.97, 1.4)}  # foreseen by measured, without and with checkpointing
+IMAGES = 6
+PEAK = {(False, False): (0.97, 1.1), (False, True): (0.97, 1.4), (True, False): (0.97, 1.1)}
+"""(bfloat16, checkpointing) -> least and most that the foreseen peak may be of the measured one."""
 
 
 @pytest.fixture(scope="module")
@@ -45,54 +44,27 @@ def test_weights_optimizer_and_published_bytes_are_those_of_a_learner_after_a_st
     learner = Learner(tiny_run(tiny))
     groups = sample_groups(learner.policy, PROMPTS[:1], group_size=2)
     learner.update(groups, score(groups))
-    lines = memory.learner_lines(model_sizes(str(tiny)), ranks=1, rows=2, dtype="float32", checkpointing=False)
+    lines = memory.learner_memory(
+        model_sizes(str(tiny)), ranks=1, images=2, prompt=256, dtype="float32", checkpointing=False
+    )
     policy, parameters = learner.policy.model, learner.policy.trained_parameters()
     moments = [t for state in learner._optimizer.state.values() for t in state.values() if t.dim() > 0]
     assert lines["weights"] == lines["reference"] == lines["gradients"] == bytes_of(parameters.values())
     assert lines["optimizer"] == bytes_of(moments)
     assert lines["frozen parts"] == 2 * (bytes_of(policy.parameters()) - bytes_of(parameters.values()))
     manifest, _ = pack(1, learner.weights())
-    assert memory.weight_bytes(model_sizes(str(tiny))) == sum(spec.nbytes for spec in manifest.tensors)
+    assert FLOAT32 * model_sizes(str(tiny)).trained == sum(spec.nbytes for spec in manifest.tensors)
 
 
 def test_ranks_share_what_is_trained_and_nothing_else():
     model = KNOWN["janus-pro-7b"]
     one, eight = (
-        memory.learner_lines(model, ranks=ranks, rows=8, dtype="bfloat16", checkpointing=True) for ranks in (1, 8)
+        memory.learner_memory(model, ranks=ranks, images=8, prompt=256, dtype="bfloat16", checkpointing=True)
+        for ranks in (1, 8)
     )
     for name in ("weights", "reference", "gradients", "optimizer"):
         assert eight[name] == pytest.approx(one[name] / 8, rel=1e-6)
     assert eight["frozen parts"] == one["frozen parts"]
-
-
-@pytest.mark.parametrize("heads", [(2, 1), (4, 4)])
-def test_the_cache_is_as_large_as_the_torch_engine_makes_it(heads):
-    sizes = KNOWN["janus-pro-1b"]
-    llama = LlamaModel(
-        LlamaConfig(
-            vocab_size=8,
-            hidden_size=64,
-            intermediate_size=32,
-            num_hidden_layers=3,
-            num_attention_heads=heads[0],
-            num_key_value_heads=heads[1],
-        )
-    )
-    small = replace(sizes, layers=3, hidden=64, heads=heads[0], kv_heads=heads[1], head_dim=64 // heads[0])
-    length = 2 * memory.CACHE_BLOCK
-    cache = StaticDecoder(llama, 2, length)._new_cache(2, length)
-    assert bytes_of([cache]) == 2 * memory.cache_bytes(small, tokens=length, dtype="float32")
-
-
-def test_the_cache_is_vllms_blocks_times_its_page():
-    interface = pytest.importorskip("vllm.v1.kv_cache_interface")
-    model = KNOWN["janus-pro-7b"]
-    page = interface.FullAttentionSpec(
-        block_size=memory.CACHE_BLOCK, num_kv_heads=model.kv_heads, head_size=model.head_dim, dtype=torch.bfloat16
-    ).page_size_bytes
-    blocks = -(-(memory.LONGEST_PROMPT + model.image_tokens) // memory.CACHE_BLOCK)
-    tokens = memory.LONGEST_PROMPT + model.image_tokens
-    assert memory.cache_bytes(model, tokens=tokens, dtype="bfloat16") == blocks * page * model.layers
 
 
 @pytest.mark.parametrize(
@@ -141,6 +113,18 @@ def _kept(sizes, layers: int, form: str, rows: int, length: int) -> int:
     return sum(storage.nbytes() for storage in kept.values())
 
 
+@pytest.fixture(scope="module")
+def peaks(tmp_path_factory: pytest.TempPathFactory) -> tuple[ModelSizes, Measurement]:
+    """Sizes of a model of 27 million parameters, and the peak of its update in every form that this machine can do."""
+    path = write_model(tmp_path_factory.mktemp("models") / "27m", replace(FIFTY_MILLION, layers=6))
+    native = hardware_has_bfloat16(torch.device("cpu"))
+    options = {"model": str(path), "images": IMAGES, "forms": [form for form in PEAK if native or not form[0]]}
+    variant = Variant("peak", peak_of_each_form, options)
+    with Progress() as progress:
+        (measured,) = interleave([variant], repeats=1, warmups=0, progress=progress, title="peak")["peak"]
+    return model_sizes(str(path)), measured
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("bfloat16", "checkpointing"),
@@ -150,34 +134,18 @@ def _kept(sizes, layers: int, form: str, rows: int, length: int) -> int:
         pytest.param(True, False, id="autocast", marks=NATIVE_BFLOAT16),
     ],
 )
-def test_the_peak_of_a_real_update_of_50_million_parameters_is_foreseen(tmp_path, bfloat16, checkpointing):
-    path, rows = write_model(tmp_path / "50m", FIFTY_MILLION), 6
-    options = {"model": str(path), "rows": rows, "bfloat16": bfloat16, "checkpointing": checkpointing}
-    with Progress() as progress:
-        (facts,) = interleave(
-            [Variant("peak", peak_side, options)], repeats=1, warmups=0, progress=progress, title="peak"
-        )["peak"]
-    sizes, dtype = model_sizes(str(path)), "bfloat16" if bfloat16 else "float32"
-    batch = {"prompt": facts["prompt"], "dtype": dtype, "sharded": False, "checkpointing": checkpointing}
-    expected = memory.kept_bytes(sizes, rows=rows, **batch) + memory.working_bytes(sizes, rows=rows, **batch)
+def test_the_peak_of_a_real_update_of_27_million_parameters_is_foreseen(peaks, bfloat16, checkpointing):
+    sizes, measured = peaks
+    rise = measured["rises"][bfloat16, checkpointing]
+    dtype = "bfloat16" if bfloat16 else "float32"
+    batch = {"prompt": measured["prompt"], "dtype": dtype, "sharded": False, "checkpointing": checkpointing}
+    expected = memory.kept_bytes(sizes, images=IMAGES, **batch) + memory.working_bytes(sizes, images=IMAGES, **batch)
     if bfloat16:
-        expected += memory.BFLOAT16 * sizes.layers * sizes.layer  # what autocast keeps of the weights
-    print(f"peak {facts['rise'] / 2**20:.0f} MiB, foreseen {expected / 2**20:.0f} MiB")
-    least, most = PEAK[checkpointing]
-    assert least <= expected / facts["rise"] <= most
+        expected += BFLOAT16 * sizes.layers * sizes.layer  # what autocast keeps of the weights
+    print(f"peak {rise / 2**20:.0f} MiB, foreseen {expected / 2**20:.0f} MiB")
+    least, most = PEAK[bfloat16, checkpointing]
+    assert least <= expected / rise <= most
 
 
-def test_the_constants_are_those_of_the_program():
-    assert memory.LONGEST_PROMPT == engine.LONGEST_PROMPT
+def test_logits_are_made_in_chunks_of_the_policys_size():
     assert memory.LOGITS_AT_ONCE == base.LOGITS_AT_ONCE
-    assert memory.DECODE_CHUNK == janus_parts.DECODE_CHUNK
-
-
-@pytest.mark.parametrize("gpu", GPUS)
-@pytest.mark.parametrize("model", KNOWN)
-def test_the_images_in_flight_fit_and_one_more_would_not(model, gpu):
-    sizes, card = KNOWN[model], GPUS[gpu]
-    images = memory.images_in_flight(sizes, card, dtype="bfloat16")
-    used = [sum(memory.rollout_lines(sizes, images=n, dtype="bfloat16").values()) for n in (images, images + 1)]
-    assert images == 0 or used[0] <= memory.room(card)
-    assert used[1] > memory.room(card)

@@ -1,0 +1,90 @@
+"""How large the published Janus models are: all that a plan of memory needs to know, without loading anything.
+
+From arXiv 2501.17811, table 1, and ``config.json`` of deepseek-ai/Janus-Pro-1B and -7B (the latter leaves Llama's
+defaults unsaid). Both draw 24 x 24 tokens of 16384 codes in 8 dimensions, 384 x 384 pixels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSizes:
+    """What the formulas of `stage_ray.engines.memory` and `stage_ray.learner.memory` need of a model.
+
+    Attributes:
+        path: what ``policy.path`` of a config takes.
+        base_channels: channels of the image decoder's feature maps at full size, ``side_pixels`` squared.
+        layer, embedding, head, image_embedding, vqmodel: parameters of one decoder layer, the text embeddings, the
+            image head, codebook and aligner of the image tokens, and the image tokenizer.
+        frozen: parameters that are loaded and not trained.
+
+    Example:
+        >>> round(KNOWN["janus-pro-7b"].trained / 1e9, 2), KNOWN["janus-pro-7b"].image_tokens
+        (6.49, 576)
+    """
+
+    name: str
+    path: str
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    codes: int
+    image_tokens: int
+    side_pixels: int
+    base_channels: int
+    layer: int
+    embedding: int
+    head: int
+    image_embedding: int
+    vqmodel: int
+    frozen: int
+
+    @property
+    def trained(self) -> int:
+        """Parameters that are trained and published: layers, text embeddings, last norm."""
+        return self.layers * self.layer + self.embedding + self.hidden
+
+    @property
+    def total(self) -> int:
+        """Every parameter, a tied one once."""
+        return self.trained + self.frozen
+
+
+def _published(name: str, hub: str, hidden: int, intermediate: int, layers: int, heads: int) -> ModelSizes:
+    aligner = (hidden + 1) * hidden
+    head, image_embedding = aligner + (hidden + 1) * 16_384, 16_384 * 8 + 9 * hidden + aligner
+    vqmodel, vision = 71_883_403, 303_688_704 + 1025 * hidden + aligner  # counted in transformers' own classes
+    return ModelSizes(
+        name=name,
+        path=hub,
+        hidden=hidden,
+        intermediate=intermediate,
+        layers=layers,
+        heads=heads,
+        kv_heads=heads,
+        head_dim=hidden // heads,
+        codes=16_384,
+        image_tokens=576,
+        side_pixels=384,
+        base_channels=128,
+        layer=4 * hidden**2 + 3 * hidden * intermediate + 2 * hidden,  # attention, MLP, two norms
+        embedding=102_400 * hidden,
+        head=head,
+        image_embedding=image_embedding,
+        vqmodel=vqmodel,
+        frozen=head + image_embedding + vision + vqmodel,
+    )
+
+
+KNOWN = {
+    "janus-pro-1b": _published("janus-pro-1b", "deepseek-community/Janus-Pro-1B", 2048, 5632, 24, 16),
+    "janus-pro-7b": _published("janus-pro-7b", "deepseek-community/Janus-Pro-7B", 4096, 11_008, 30, 32),
+}
+FLOAT32, BFLOAT16 = 4, 2
+WIDTH = {"float32": FLOAT32, "bfloat16": BFLOAT16}
+"""Bytes of a number."""

@@ -1,0 +1,48 @@
+"""Bytes that a vLLM rollout worker needs on its GPU, as a function of counts; tests hold it against real tensors."""
+
+from __future__ import annotations
+
+from stage_ray.config.model_sizes import FLOAT32, WIDTH, ModelSizes
+
+LONGEST_PROMPT = 256  # tokens; the memory of a batch is reserved for prompts of this length
+CACHE_BLOCK = 16  # tokens; vLLM's default on GPUs
+CUDA_GRAPHS = int(1.5 * 2**30)  # reserved for vLLM's captured decode steps
+DECODER_MAPS = 4  # full-size feature maps alive at once: input, normed, convolved, shortcut
+DECODE_CHUNK = 16  # that of `stage_ray.policies.janus.codec`, which imports torch; a test compares them
+
+
+def cache_bytes(model: ModelSizes, *, tokens: int, dtype: str) -> int:
+    """Key-value cache of one sequence in vLLM's whole blocks: two tensors a layer [kv heads, tokens, head dim].
+
+    Example:
+        >>> from stage_ray.config.model_sizes import KNOWN
+        >>> cache_bytes(KNOWN["janus-pro-7b"], tokens=832, dtype="bfloat16") // 2**20
+        390
+    """
+    token = 2 * model.layers * model.kv_heads * model.head_dim * WIDTH[dtype]
+    return -(-tokens // CACHE_BLOCK) * CACHE_BLOCK * token  # whole blocks, rounded up
+
+
+def rollout_memory(model: ModelSizes, *, images: int, dtype: str) -> dict[str, int]:
+    """Bytes by what they hold, with ``images`` in flight, each a conditional and an unconditional sequence.
+
+    Memory is kept for prompts of `LONGEST_PROMPT` tokens, as the engine itself does: the cache holds a whole batch, and
+    vLLM tries out a prefill of every prompt at once (states and residual, MLP's gate, up and product).
+    """
+    size, sequences = WIDTH[dtype], 2 * images
+    prefill = sequences * LONGEST_PROMPT * size * (4 * model.hidden + 3 * model.intermediate)
+    logits = 5 * sequences * model.codes * FLOAT32  # both branches, guided, their softmax and noise
+    maps = min(images, DECODE_CHUNK) * DECODER_MAPS * model.base_channels * model.side_pixels**2 * FLOAT32
+    return {
+        "weights": (model.trained + model.image_embedding) * size + model.head * FLOAT32,
+        "KV cache": sequences * cache_bytes(model, tokens=LONGEST_PROMPT + model.image_tokens, dtype=dtype),
+        "prefill, logits": max(prefill, logits),
+        "CUDA graphs": CUDA_GRAPHS,
+        "image decoder": model.vqmodel * FLOAT32 + maps,
+    }
+
+
+def images_in_flight(model: ModelSizes, space: int, *, dtype: str, most: int = 1024) -> int:
+    """The most images of a batch that fit ``space`` bytes, up to ``most``; 0 where not even the weights do."""
+    counts = range(most, 0, -1)  # from above, so that the first that fits is the most
+    return next((n for n in counts if sum(rollout_memory(model, images=n, dtype=dtype).values()) <= space), 0)
