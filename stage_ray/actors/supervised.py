@@ -192,7 +192,8 @@ class SupervisedActor(Generic[C]):
             raise WorkerFailed(f"{self.name} failed: {type(cause).__name__}: {first_line(cause)}") from error
         except RayActorError as error:
             cause = error.__cause__ or getattr(error, "cause", None) or error
-            raise WorkerDied(f"{self.name} died: {str(cause).strip().rpartition('\n')[2]}") from error
+            _, _, last_line = str(cause).strip().rpartition("\n")
+            raise WorkerDied(f"{self.name} died: {last_line}") from error
 
 
 class Pool(Generic[C]):

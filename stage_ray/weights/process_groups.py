@@ -24,7 +24,6 @@ from stage_ray.records import WeightManifest
 from stage_ray.weights.manifest import DTYPES, WeightError, verify
 
 Backend = Literal["gloo", "nccl"]
-BLOCKING = "TORCH_NCCL_BLOCKING_WAIT"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +39,7 @@ class GroupMember:
 
 
 def init_process_group(rank: int, count: int, address: str, device: torch.device, timeout_s: float) -> None:
-    """Make torch's default process group; blocks until all are there. gloo on a CPU, NCCL on GPUs.
+    """Make torch's default process group, gloo on a CPU and NCCL on GPUs; blocks until all are there.
 
     Whatever this process opens for that, now or in groups that are made of this one, is on the network of ``address``
     (HOST:PORT), where rank 0 listens. A rank waits ``timeout_s`` for another, here and in every exchange.
@@ -125,11 +124,9 @@ class BroadcastGroup:
             raise RuntimeError(f"a version took longer than {member.timeout_s:g} s")
         options = dist.BroadcastOptions()
         options.rootRank, options.timeout = 0, timedelta(seconds=seconds)
-        work = self._group.broadcast([data], options)
-        if member.backend == "gloo":
-            work.wait()  # given a limit, it would leave the operation pending, and the group's end wait for that
-        else:
-            work.wait(options.timeout)
+        # gloo, given a limit here, would leave the operation pending, and the group's end wait for that.
+        limit = () if member.backend == "gloo" else (options.timeout,)
+        self._group.broadcast([data], options).wait(*limit)
 
 
 def device_of(backend: str) -> torch.device:
@@ -151,21 +148,18 @@ def _join(member: GroupMember, opened: dist.TCPStore | None) -> Any:
         return dist.ProcessGroupGloo(*place, limit)
     options = dist.ProcessGroupNCCL.Options()
     options._timeout = limit
-    # Read once, here: a deadline is then an error in `wait`, and not the end of the process.
-    before = os.environ.get(BLOCKING)
-    os.environ[BLOCKING] = "1"
+    variable = "TORCH_NCCL_BLOCKING_WAIT"
+    before = os.environ.get(variable)
+    os.environ[variable] = "1"  # read once, here: a deadline is then an error in `wait`, and not the end of the process
     try:
         return dist.ProcessGroupNCCL(*place, options)
     finally:
-        os.environ.pop(BLOCKING)
-        os.environ |= {BLOCKING: before} if before is not None else {}
+        del os.environ[variable]
+        os.environ |= {variable: before} if before is not None else {}
 
 
 def _store(address: str, rank: int, count: int, timeout_s: float) -> dist.TCPStore:
-    """Where processes find each other. Rank 0 listens at that address alone: left to itself it would on every one.
-
-    Port 0 there is one that is free.
-    """
+    """Where processes find each other. Rank 0 listens at that address alone, not on every one; port 0 is a free one."""
     host, _, port = address.rpartition(":")
     limit = timedelta(seconds=timeout_s)
     if rank > 0:

@@ -42,14 +42,7 @@ class RewardWorker(Worker):
 
 
 def score_error(group: ScoredGroup) -> str:
-    """Why not every score of a group may be used, the first reason; "" where all may.
-
-    Example:
-        >>> import numpy as np
-        >>> bad = ScoredGroup(4, ("clip",), np.array([[np.nan]], np.float32), np.array([[False]]), ({},), 0.1)
-        >>> score_error(bad)
-        'clip: 1 of 1 scores failed'
-    """
+    """Why not every score of a group may be used, the first reason; "" where all may."""
     for column, name in enumerate(group.names):
         failed = int((~group.valid[:, column]).sum())
         if failed:
