@@ -26,8 +26,7 @@ from stage_ray.workers.rollout import RolloutWorker
 class Cluster:
     """Rollout workers, reward workers and the learner, each supervised.
 
-    Invariant: a rollout worker gets the newest published version before its first request (promise 6), from
-    ``transport``.
+    Invariant: a rollout worker gets the newest published version before its first request (promise 6).
     """
 
     def __init__(self, run: RunConfig, logs: Path | None, start: Actors | None = None) -> None:

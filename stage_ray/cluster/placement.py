@@ -13,15 +13,15 @@ from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from stage_ray.actors.client import Client, Worker
-from stage_ray.config import LearnerConfig, RolloutConfig, RunConfig
+from stage_ray.config import LearnerConfig, RolloutConfig, RunConfig, ScoringConfig
 from stage_ray.engines.vllm.environment import vllm_environment
 from stage_ray.observability.logs import worker_environment
 from stage_ray.workers.learner import LearnerWorker
 from stage_ray.workers.reward import RewardClient, RewardWorker
 from stage_ray.workers.rollout import RolloutClient, RolloutWorker
 
-Share = RolloutConfig | LearnerConfig  # what one rank of a role reserves
-Place: TypeAlias = PlacementGroupSchedulingStrategy | None  # a bundle of a placement group; None leaves the choice to Ray
+Share = RolloutConfig | ScoringConfig | LearnerConfig  # what one rank of a role reserves
+Place: TypeAlias = PlacementGroupSchedulingStrategy | None  # a bundle of a placement group; None: where Ray wants
 
 
 class Actors:
@@ -46,9 +46,7 @@ class Actors:
 
     def reward(self, name: str) -> RewardClient:
         """A reward worker."""
-        scoring = self._run.scoring
-        make = actor_of(RewardWorker, scoring.cpus, scoring.gpus, {"OMP_NUM_THREADS": "1"}, scoring.resources)
-        return RewardClient(make.remote(name, list(self._run.rewards), self._log(name)))
+        return RewardClient(*self._ranks(RewardWorker, name, self._run.scoring, {}, [None]))
 
     def learner(self, name: str) -> Client:
         """The learner: one actor, or ranks as close together as may be, each with room for a colocated worker."""
@@ -68,16 +66,14 @@ class Actors:
         cores = os.cpu_count() or 1
         if self._run.pipeline.max_staleness > 0:  # rollout worker and learner work at once, and share the cores
             cores = max(1, cores // 2)
-        env = {**env, "OMP_NUM_THREADS": str(share.threads or max(1, cores // len(places)))}
-        actors = []
+        threads = 1 if isinstance(share, ScoringConfig) else share.threads or max(1, cores // len(places))
+        env, actors = {**env, "OMP_NUM_THREADS": str(threads)}, []
         for rank, place in enumerate(places):
             make = actor_of(role, share.cpus, share.gpus, env, share.resources, place)
             own = f"{name}-rank-{rank}" if len(places) > 1 else name
-            actors.append(make.remote(own, self._run, self._log(own), rank))
+            log = str((self._logs / f"{own}.log").resolve()) if self._logs else None
+            actors.append(make.remote(own, self._run, log, rank))
         return actors
-
-    def _log(self, name: str) -> str | None:
-        return str((self._logs / f"{name}.log").resolve()) if self._logs else None
 
 
 def _places(group: PlacementGroup | None, count: int, first: int = 0) -> list[Place]:

@@ -68,11 +68,7 @@ def describe(version: int, tensors: Iterable[tuple[str, Tensor]], device: torch.
 
 
 def verify(manifest: WeightManifest, tensors: Sequence[Tensor]) -> None:
-    """Compare tensors, in the order of the manifest, with its checksums, which were made on the same kind of device.
-
-    Raises:
-        WeightError: a tensor's bytes changed.
-    """
+    """Raise a WeightError unless tensors, in the manifest's order, have its checksums, made on that kind of device."""
     checksums = _checksums(tensors, tensors[0].device) if tensors else []
     for spec, checksum in zip(manifest.tensors, checksums, strict=True):
         if checksum != spec.checksum:

@@ -67,7 +67,11 @@ def keep_to_network_of(address: str) -> None:
 
 
 class BroadcastGroup:
-    """This process's end of a weight broadcast group. It stays connected for as long as it is the same member."""
+    """This process's end of a weight broadcast group. It stays connected for as long as it is the same member.
+
+    `send` and `receive` raise a WeightError where a member died, hung or was too slow, or had no memory for a version:
+    which members have it is unknown then, and the group must be built again.
+    """
 
     def __init__(self) -> None:
         self._member: GroupMember | None = None
@@ -80,20 +84,12 @@ class BroadcastGroup:
         return f"{host}:{self._store.port}"
 
     def send(self, member: GroupMember, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """Pass a version on, tensors in the order of its manifest.
-
-        Raises:
-            WeightError: a member died, hung or was too slow: which ones have it is unknown; build the group again.
-        """
+        """Pass a version on, tensors in the order of its manifest."""
         device = device_of(member.backend)
         self._pass(member, (tensor.detach().to(device).contiguous() for _, tensor in tensors))
 
     def receive(self, member: GroupMember, manifest: WeightManifest) -> list[tuple[str, Tensor]]:
-        """All tensors of a version, in memory of their own, verified.
-
-        Raises:
-            WeightError: as `send`, or there is no memory for it, or what arrived is not what the manifest says.
-        """
+        """All tensors of a version, in memory of their own; a WeightError too where they are not the manifest's."""
         device = device_of(member.backend)
         tensors: list[Tensor] = []
 

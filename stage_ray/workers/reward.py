@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from stage_ray.actors.client import Client, Worker
-from stage_ray.config import RewardConfig
+from stage_ray.config import RunConfig
 from stage_ray.observability.logs import redirect_output
 from stage_ray.observability.worker_metrics import WorkerMetrics
 from stage_ray.records import GroupRefs, RolloutGroup, ScoredGroup
@@ -16,11 +16,11 @@ from stage_ray.records import GroupRefs, RolloutGroup, ScoredGroup
 class RewardWorker(Worker):
     """Every scorer of the run, called on whole batches of groups."""
 
-    def __init__(self, name: str, rewards: Sequence[RewardConfig], log: str | None) -> None:
+    def __init__(self, name: str, run: RunConfig, log: str | None, rank: int = 0) -> None:
         """Load nothing yet: `setup` does."""
         redirect_output(log, "reward", name)
         self._metrics = WorkerMetrics("reward", name)
-        self._rewards = rewards
+        self._rewards = run.rewards
 
     def setup(self, address: str = "") -> None:
         """Make every scorer."""
