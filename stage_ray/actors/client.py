@@ -101,13 +101,7 @@ class Client:
             remove_placement_group(self._placement)
 
     async def _together(self, answers: Sequence[Awaitable[Result]]) -> Result:
-        """The first rank's answer, once all are there.
-
-        Raises:
-            RayActorError: a rank died, whatever the others say about missing it.
-            WorkerLost: a rank failed, and another one waits for it.
-            RayTaskError: every rank refused, or failed; the first one's reason.
-        """
+        """The first rank's answer, once all are there, or the error of one."""
         tasks = [asyncio.ensure_future(answer) for answer in answers]
         try:
             _, waiting = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
@@ -115,12 +109,12 @@ class Client:
                 _, waiting = await asyncio.wait(tasks, timeout=RANKS_GRACE_S)
             errors = [error for task in tasks if task.done() and (error := task.exception()) is not None]
             for error in errors:
-                if isinstance(error, RayActorError):
+                if isinstance(error, RayActorError):  # a rank died, whatever the others say about missing it
                     raise error
-            if waiting:
+            if waiting:  # a rank failed, and another one waits for it
                 lost = f"{self._name}: {len(errors)} of {len(tasks)} ranks failed: {errors[0]}"
                 raise WorkerLost(lost) from errors[0]
-            if errors:
+            if errors:  # every rank refused, or failed
                 raise errors[0]
             return tasks[0].result()
         finally:

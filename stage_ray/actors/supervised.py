@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import os
 import signal
@@ -227,7 +228,7 @@ class Pool(Generic[C]):
         self._changed = asyncio.Event()
         self._failure: WorkerLost | ConfigError | None = None  # of the last start
         self._fault: BaseException | None = None  # a bug in the refilling itself
-        self._calls = 0
+        self._turns = itertools.count(1)
         self.actors = [
             SupervisedActor(f"{role}-{i}", start, start_timeout_s=start_timeout_s, sync=sync, on_loss=self.refill)
             for i in range(most or least)
@@ -266,8 +267,7 @@ class Pool(Generic[C]):
             await self.wait_any()
             actors = self.open
             if turn is None:
-                self._calls += 1
-                first = self._calls % len(actors)  # of equal queues the first in this order: they take turns
+                first = next(self._turns) % len(actors)  # of equal queues the first in this order: they take turns
                 actor = min(actors[first:] + actors[:first], key=lambda actor: actor.waiting)
             else:
                 actor = actors[turn % len(actors)]

@@ -1,7 +1,4 @@
-"""How a policy version gets from the learner to the rollout workers: through Ray's object store, or by a broadcast.
-
-A worker gets the newest version before its first request, and a version whole or not at all (promise 6).
-"""
+"""How a policy version gets from the learner to the rollout workers: through Ray's object store, or by a broadcast."""
 
 from __future__ import annotations
 
@@ -13,7 +10,7 @@ from collections.abc import Awaitable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import ray
 
@@ -27,7 +24,6 @@ from stage_ray.workers.learner import LearnerWorker
 from stage_ray.workers.rollout import RolloutClient, RolloutWorker
 
 log = logging.getLogger(__name__)
-Result = TypeVar("Result")
 RolloutActor = SupervisedActor[RolloutClient]
 GRACE_S = 15.0  # for members to give up by themselves, after `GroupMember.timeout_s`, twice if they have to connect
 
@@ -45,7 +41,7 @@ class ObjectStore:
     """The learner puts a version into Ray's object store; each worker takes it from there in its own time."""
 
     def __init__(self, learner: ClusterLearner, timeout_s: float) -> None:
-        """``timeout_s``: seconds in which a worker must take a version (`cluster.sync_timeout_s`)."""
+        """``timeout_s``: seconds in which a worker must connect, and take a version (`cluster.sync_timeout_s`)."""
         self.version: int | None = None  # the newest one; None before the first `publish`
         self.published: Publication | None = None  # the one that is stored
         self._learner, self._timeout_s = learner, timeout_s
@@ -66,7 +62,7 @@ class ObjectStore:
         """Bring the newest version, if there is one, to a worker whose turn it is; WorkerLate if it takes too long."""
         if (stored := self.published) is not None:
             loading = worker.ask(RolloutWorker.load_weights, stored.manifest, *stored.chunks)
-            await self._in_time(loading, name, stored.version, self._timeout_s)
+            await in_time(loading, self._timeout_s, self._late(name, stored.version))
 
     async def load(self, actor: RolloutActor, *, held: bool = False) -> None:
         """Let a worker take what is newest, in its turn if it is not ``held``; of a lost one the successor takes it."""
@@ -83,9 +79,8 @@ class ObjectStore:
         self.published = Publication(manifest.version, ray.put(manifest), tuple(chunks))
         return manifest.version
 
-    def _in_time(self, loading: Awaitable[Result], name: str, version: int, limit_s: float) -> Awaitable[Result]:
-        late = f"{name} did not take version {version} within cluster.sync_timeout_s = {self._timeout_s:g} s"
-        return in_time(loading, limit_s, late)
+    def _late(self, name: str, version: int) -> str:
+        return f"{name} did not take version {version} within cluster.sync_timeout_s = {self._timeout_s:g} s"
 
 
 class Broadcast(ObjectStore):
@@ -98,7 +93,6 @@ class Broadcast(ObjectStore):
     """
 
     def __init__(self, learner: ClusterLearner, timeout_s: float, backend: Backend) -> None:
-        """``timeout_s``: to connect, and again for each version (`cluster.sync_timeout_s`)."""
         super().__init__(learner, timeout_s)
         self._backend = backend
         self._superseded = asyncio.Event()
@@ -185,7 +179,7 @@ class Broadcast(ObjectStore):
         def receive(actor: RolloutActor, member: GroupMember) -> Awaitable[str]:
             def ask(worker: Client) -> Awaitable[str]:
                 receiving = worker.ask(RolloutWorker.receive, manifest, member)
-                return self._in_time(receiving, actor.name, manifest.version, limit_s)
+                return in_time(receiving, limit_s, self._late(actor.name, manifest.version))
 
             return actor.ask(ask, None)
 

@@ -21,8 +21,7 @@ from torch import Tensor
 from stage_ray.records import TensorSpec, WeightManifest
 
 CHUNK_BYTES = 256 * 2**20  # Ray needs milliseconds for each object
-Chunk = tuple[np.ndarray, ...]
-"""The bytes of a few tensors, uint8 [bytes] each: one Ray object, in which every array starts at a multiple of 64."""
+Chunk = tuple[np.ndarray, ...]  # a few tensors' bytes, uint8 [bytes] each: one Ray object, each array 64-aligned in it
 
 DTYPES: dict[str, torch.dtype] = {
     str(dtype).removeprefix("torch."): dtype
@@ -46,8 +45,7 @@ def pack(
         WeightError: a name that comes twice, a dtype that cannot travel, or values that are not finite.
     """
     named = list(tensors)
-    cpu = torch.device("cpu")
-    arrays = [_flat(tensor.to(cpu)) for _, tensor in named]
+    arrays = [_flat(tensor.cpu()) for _, tensor in named]
     chunks: list[list[np.ndarray]] = []
     places: list[tuple[int, int]] = []
     room = 0
@@ -58,7 +56,8 @@ def pack(
         places.append((len(chunks) - 1, len(chunks[-1])))
         chunks[-1].append(data.numpy())
         room -= data.nbytes
-    return _manifest(version, named, _checksums(arrays, cpu), places), [tuple(chunk) for chunk in chunks]
+    checksums = _checksums(arrays, torch.device("cpu"))
+    return _manifest(version, named, checksums, places), [tuple(chunk) for chunk in chunks]
 
 
 def describe(version: int, tensors: Iterable[tuple[str, Tensor]], device: torch.device) -> WeightManifest:
@@ -125,10 +124,7 @@ def _checksums(tensors: Iterable[Tensor], device: torch.device) -> list[str]:
 
 
 def _manifest(
-    version: int,
-    named: Sequence[tuple[str, Tensor]],
-    checksums: Sequence[str],
-    places: Sequence[tuple[int, int]] | None = None,
+    version: int, named: Sequence[tuple[str, Tensor]], checksums: Sequence[str], places: Sequence[tuple[int, int]] = ()
 ) -> WeightManifest:
     """The manifest of tensors that may travel; without ``places`` (chunk and number in it) of each in no chunk."""
     specs = []

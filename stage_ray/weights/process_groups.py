@@ -24,6 +24,7 @@ from stage_ray.records import WeightManifest
 from stage_ray.weights.manifest import DTYPES, WeightError, verify
 
 Backend = Literal["gloo", "nccl"]
+DEVICES = {"gloo": torch.device("cpu"), "nccl": torch.device("cuda")}  # where the bytes lie that each carries
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,12 +86,12 @@ class BroadcastGroup:
 
     def send(self, member: GroupMember, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Pass a version on, tensors in the order of its manifest."""
-        device = device_of(member.backend)
+        device = DEVICES[member.backend]
         self._pass(member, (tensor.detach().to(device).contiguous() for _, tensor in tensors))
 
     def receive(self, member: GroupMember, manifest: WeightManifest) -> list[tuple[str, Tensor]]:
         """All tensors of a version, in memory of their own; a WeightError too where they are not the manifest's."""
-        device = device_of(member.backend)
+        device = DEVICES[member.backend]
         tensors: list[Tensor] = []
 
         def rooms() -> Iterator[Tensor]:  # where `_pass` finds it out if there is none: one more copy may not fit
@@ -123,11 +124,6 @@ class BroadcastGroup:
         # gloo, given a limit here, would leave the operation pending, and the group's end wait for that.
         limit = () if member.backend == "gloo" else (options.timeout,)
         self._group.broadcast([data], options).wait(*limit)
-
-
-def device_of(backend: str) -> torch.device:
-    """Where the bytes must lie that a backend carries."""
-    return torch.device("cuda" if backend == "nccl" else "cpu")
 
 
 def _join(member: GroupMember, opened: dist.TCPStore | None) -> Any:

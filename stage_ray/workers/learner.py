@@ -15,7 +15,7 @@ from stage_ray.observability.logs import redirect_output
 from stage_ray.observability.worker_metrics import WorkerMetrics
 from stage_ray.records import Update, WeightManifest
 from stage_ray.weights.manifest import Chunk, WeightError, describe, pack
-from stage_ray.weights.process_groups import BroadcastGroup, GroupMember, device_of
+from stage_ray.weights.process_groups import DEVICES, BroadcastGroup, GroupMember
 from stage_ray.workers.group_files import group_file, load_group, save_group
 
 
@@ -69,7 +69,7 @@ class LearnerWorker(Worker):
 
     def offer(self) -> WeightManifest:
         """Describe the current version, which waits for `send` before the next update."""
-        device = device_of(self._run.cluster.weight_transport)
+        device = DEVICES[self._run.cluster.weight_transport]
         self._offered = self._learner.weights(in_place=device.type == "cuda")
         return describe(self._learner.version, self._offered, device)
 

@@ -11,6 +11,7 @@ from stage_ray.config import RunConfig
 from stage_ray.observability.logs import redirect_output
 from stage_ray.observability.worker_metrics import WorkerMetrics
 from stage_ray.records import GroupRefs, RolloutGroup, ScoredGroup
+from stage_ray.rewards import build_rewards, score_groups
 
 
 class RewardWorker(Worker):
@@ -24,14 +25,10 @@ class RewardWorker(Worker):
 
     def setup(self, address: str = "") -> None:
         """Make every scorer."""
-        from stage_ray.rewards import build_rewards
-
         self._scorers = build_rewards(self._rewards)
 
     def score(self, *objects: Any) -> tuple[Any, ...]:
         """Groups and pictures, alternating, as a rollout worker returned them -> `score_error`s, then scored groups."""
-        from stage_ray.rewards import score_groups
-
         groups: list[RolloutGroup] = [
             replace(group, images=images) for group, images in zip(objects[::2], objects[1::2], strict=True)
         ]
@@ -44,8 +41,7 @@ class RewardWorker(Worker):
 def score_error(group: ScoredGroup) -> str:
     """Why not every score of a group may be used, the first reason; "" where all may."""
     for column, name in enumerate(group.names):
-        failed = int((~group.valid[:, column]).sum())
-        if failed:
+        if failed := int((~group.valid[:, column]).sum()):
             # The first image's error that this scorer gave, where it gave any.
             why = next((str(d[name]["error"]) for d in group.details if "error" in d.get(name, {})), "")
             return f"{name}: {failed} of {len(group.valid)} scores failed" + (f" ({why})" if why else "")

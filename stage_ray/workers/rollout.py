@@ -36,9 +36,8 @@ class RolloutWorker(Worker):
         """Start the engine, or this rank's share of it after it has met the others at ``address``."""
         from stage_ray.engines import build_engine  # after the redirection: importing vLLM talks
 
-        self._engine = build_engine(
-            self._run.policy, self._run.rollout, worker=self._name, rank=self._rank, address=address
-        )
+        run = self._run
+        self._engine = build_engine(run.policy, run.rollout, worker=self._name, rank=self._rank, address=address)
 
     def generate(self, *requests: RolloutRequest) -> tuple[Any, ...]:
         """Policy version and seconds, then for each request its group (``images`` empty) and its pictures.
