@@ -131,12 +131,10 @@ class SyncActors(Actors):
 class SyncCluster(Cluster):
     """A run's cluster with its own `publish`, around `SyncActors`."""
 
-    def __init__(self, run: RunConfig, logs: Path | None, nbytes: int) -> None:
-        self._size = (nbytes,)
-        super().__init__(run, logs)
+    actors_class: type[SyncActors] = SyncActors
 
-    def _actors(self, logs: Path | None) -> Actors:
-        return SyncActors(self.run, *self._size)
+    def __init__(self, run: RunConfig, logs: Path | None, nbytes: int) -> None:
+        super().__init__(run, logs, self.actors_class(run, nbytes))
 
     async def setup(self) -> None:
         """Wait until learner and workers have started."""
