@@ -4,13 +4,14 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
 from PIL import Image
 
 from stage_ray.cli import main
-from stage_ray.commands.pretrain import PretrainStage
+from stage_ray.commands.tools import PretrainStage
 from stage_ray.config.load import load_config
 from stage_ray.recipes import resolve_recipe
 from tests.fake_run import write_fake_run
@@ -197,7 +198,7 @@ def test_report_prints_the_path_of_the_page(tmp_path: Path, capsys: pytest.Captu
 def test_pretrain_offers_every_stage_there_is(capsys: pytest.CaptureFixture[str]) -> None:
     from stage_ray.shapeworld.pretrain import STAGES
 
-    assert tuple(PretrainStage) == STAGES
+    assert get_args(PretrainStage) == STAGES
     assert main(["pretrain", "--out", "world", "--stage", "clop"]) == 2
     assert "'clop' is not one of" in said(capsys)
 

@@ -22,7 +22,7 @@ import yaml
 
 import stage_ray
 from stage_ray.config import RunConfig
-from stage_ray.config.load import load_config
+from stage_ray.config.load import load_config, read_mapping
 from stage_ray.config.paths import PACKAGE
 from stage_ray.errors import ConfigError
 
@@ -63,13 +63,7 @@ class Job:
     runtime_env: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def attempt(self, submission_id: str | None) -> int | None:
-        """Which attempt at this job a submission id means, from 1; None if it belongs to another job.
-
-        Example:
-            >>> job = Job("first", "/shared/first", "", {})
-            >>> [job.attempt(name) for name in ("first", "first.3", "firsts", None)]
-            [1, 3, None, None]
-        """
+        """Which attempt at this job a submission id means: ``first`` 1, ``first.3`` 3; None if it is of another job."""
         found = re.fullmatch(re.escape(self.name) + r"(?:\.(\d+))?", submission_id or "")
         return int(found[1] or 1) if found else None
 
@@ -93,10 +87,6 @@ def plan_job(
 
     Raises:
         ConfigError: a wrong config, a run directory that would be lost, a variable that is not set, a wrong option.
-
-    Example:
-        plan_job(Path("configs/stage_shapeworld.yaml"), run_dir=Path("/shared/runs/first")).name
-        # 'stage-ray-first-' and eight digits of a hash
     """
     run = load_config(config, list(overrides), run_dir)
     if "." not in run.recipe:  # a recipe of the user's own may be importable on the cluster only
@@ -116,14 +106,16 @@ def plan_job(
     command = ["python", "-m", "stage_ray", "train", inside]
     command += [part for override in overrides for part in ("--set", override)]
     command += ["--run-dir", str(run_dir)] * (run_dir is not None) + ["--auto-resume"] * auto_resume
+    end = re.sub(r"[^A-Za-z0-9]+", "-", Path(run.run_dir).name).strip("-")[:40]
+    digest = hashlib.sha256(json.dumps(run.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
     return Job(
-        name=name or job_name(run),
+        name=name or f"stage-ray-{end or 'run'}-{digest[:8]}",  # the same on every machine
         run_dir=run.run_dir,
         entrypoint=shlex.join(command),
         files=files,
         cpus=cpus,
         resources=_resources(resources),
-        digest=_digest(run),
+        digest=digest,
         runtime_env=_runtime_env(runtime_env, env) | {"excludes": [HIDDEN] if working_dir else []},
     )
 
@@ -139,20 +131,6 @@ def stage_files(job: Job, directory: Path) -> Path:
         (directory / name).symlink_to(path.resolve())
     (directory / "submission").write_text(uuid.uuid4().hex, encoding="utf-8")
     return directory
-
-
-def job_name(run: RunConfig) -> str:
-    """Name of a run's job: the end of its run directory, and a hash of the directory and the whole config.
-
-    Example:
-        a run in /shared/runs/first is ``stage-ray-first-6d0c1a52``, and stays it on every machine
-    """
-    end = re.sub(r"[^A-Za-z0-9]+", "-", Path(run.run_dir).name).strip("-")[:40]
-    return f"stage-ray-{end or 'run'}-{_digest(run)[:8]}"
-
-
-def _digest(run: RunConfig) -> str:
-    return hashlib.sha256(json.dumps(run.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
 
 
 def _files(config: Path, run: RunConfig, *, code: bool, working_dir: Path | None) -> tuple[str, dict[str, Path]]:
@@ -187,10 +165,9 @@ def _named_files(run: RunConfig, root: Path, called: str) -> dict[str, Path]:
     Raises a `ConfigError` where the job would not find one: it leads out of what is sent, is missing, or is too large.
     """
     fix = "move it there, or put it on storage that the cluster shares and give its absolute path"
-    prompts = {"train": run.prompts.train, "heldout": run.prompts.heldout}
-    options = [{"options": reward.options} for reward in run.rewards]
+    may_name_files = {"prompts": {"train", "heldout"}, "policy": {"path"}, "rewards": {"__all__": {"options"}}}
     found = {}
-    for key, name in _relative_paths({"prompts": prompts, "policy": {"path": run.policy.path}, "rewards": options}):
+    for key, name in _relative_paths(run.model_dump(include=may_name_files)):
         inside = os.path.normpath(name)  # not resolved: the job looks it up by its name, so a link stays a link
         path = root / inside
         if inside.startswith("..") and (path.exists() or key.startswith("prompts.")):
@@ -233,13 +210,8 @@ def _runtime_env(path: Path | None, names: Sequence[str]) -> dict[str, Any]:
 
 
 def _read_runtime_env(path: Path) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"--runtime-env {path} is not readable YAML: {' '.join(str(error).split())}") from error
     known = f"known in it: {', '.join(ENVIRONMENT)}"
-    if not isinstance(values, dict):
-        raise ConfigError(f"--runtime-env {path} holds no mapping; {known}")
+    values = read_mapping(path, f"--runtime-env {path}", f"; {known}")
     for key in sorted(values.keys() - set(ENVIRONMENT), key=str):
         ours = f"{key} is set by this command; use --working-dir DIR, and a .rayignore in it"
         unknown = f"unknown key {key!r}; {known}"

@@ -27,17 +27,27 @@ def load_config(path: Path, overrides: list[str] | None = None, run_dir: Path | 
     """
     if not path.is_file():
         raise ConfigError(f"config file {path} does not exist")
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path} holds no mapping of keys to values")
+    data = read_mapping(path, str(path), " of keys to values")
     for override in overrides or []:
         _apply_override(data, override)
     if run_dir is not None:
         data["run_dir"] = str(run_dir)
     return validate_config(data, source=str(path))
+
+
+def read_mapping(path: Path, what: str, known: str) -> dict[str, Any]:
+    """The mapping that a YAML file holds; ``what`` names the file in errors, ``known`` ends the one of another value.
+
+    Raises:
+        ConfigError: it is missing, no YAML or no mapping.
+    """
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{what} is not readable YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"{what} holds no mapping{known}")
+    return data
 
 
 def validate_config(data: dict[str, Any], source: str = "config") -> RunConfig:
