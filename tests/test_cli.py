@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import get_args
 
 import pytest
 import yaml
@@ -198,7 +197,7 @@ def test_report_prints_the_path_of_the_page(tmp_path: Path, capsys: pytest.Captu
 def test_pretrain_offers_every_stage_there_is(capsys: pytest.CaptureFixture[str]) -> None:
     from stage_ray.shapeworld.pretrain import STAGES
 
-    assert get_args(PretrainStage) == STAGES
+    assert tuple(PretrainStage) == STAGES
     assert main(["pretrain", "--out", "world", "--stage", "clop"]) == 2
     assert "'clop' is not one of" in said(capsys)
 

@@ -165,7 +165,11 @@ def _named_files(run: RunConfig, root: Path, called: str) -> dict[str, Path]:
     Raises a `ConfigError` where the job would not find one: it leads out of what is sent, is missing, or is too large.
     """
     fix = "move it there, or put it on storage that the cluster shares and give its absolute path"
-    may_name_files = {"prompts": {"train", "heldout"}, "policy": {"path"}, "rewards": {"__all__": {"options"}}}
+    may_name_files: dict[str, Any] = {
+        "prompts": {"train", "heldout"},
+        "policy": {"path"},
+        "rewards": {"__all__": {"options"}},
+    }
     found = {}
     for key, name in _relative_paths(run.model_dump(include=may_name_files)):
         inside = os.path.normpath(name)  # not resolved: the job looks it up by its name, so a link stays a link

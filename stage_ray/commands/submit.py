@@ -21,13 +21,12 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Exit, Option
 
+from stage_ray.commands.job import Job, plan_job, stage_files
 from stage_ray.commands.train import OverridesOption
 from stage_ray.errors import ConfigError, Interrupted, RunError
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
-
-    from stage_ray.commands.job import Job
 
 RUN_DIR = "stage_ray_run_dir"
 """Key of a job's metadata: where it writes."""
@@ -75,8 +74,6 @@ def submit(
 
     Example: stage-ray submit configs/stage_shapeworld.yaml --run-dir /shared/runs/first
     """
-    from stage_ray.commands.job import plan_job
-
     job = plan_job(
         config,
         overrides or [],
@@ -114,15 +111,13 @@ def submit_job(job: Job, address: str, *, wait: bool = True) -> int:
         from ray.job_submission import JobSubmissionClient
 
         for module in ("ray", "ray.dashboard.modules.job.sdk", "ray.dashboard.modules.dashboard_sdk"):
-            logging.getLogger(module).setLevel(
-                logging.ERROR
-            )  # they say what they upload where, and what they leave out
+            logging.getLogger(module).setLevel(logging.ERROR)  # else they say what they upload where, and leave out
         with _one_sentence(address):
             client = JobSubmissionClient(address)
             last = _last_attempt(job, client.list_jobs(), address)
             if last is not None and last.status == "SUCCEEDED":
                 _note(
-                    f"job {last.submission_id} has succeeded already ({job.run_dir}); to run it again, name a new --id"
+                    f"job {last.submission_id} has succeeded already ({job.run_dir}); name a new --id to run it again"
                 )
                 return 0
             if last is not None and last.status in ACTIVE:
@@ -177,8 +172,6 @@ def _last_attempt(job: Job, jobs: Iterable[JobDetails], address: str) -> JobDeta
 
 def _start(client: JobSubmissionClient, job: Job, attempt: int) -> str:
     """Send the files and hand the job over; its submission id."""
-    from stage_ray.commands.job import stage_files
-
     name = job.name if attempt == 1 else f"{job.name}.{attempt}"
     with tempfile.TemporaryDirectory(prefix="stage-ray-") as directory:
         working_dir = str(stage_files(job, Path(directory)))

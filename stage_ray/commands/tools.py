@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -9,8 +10,16 @@ from typer import Argument, Option, echo
 
 from stage_ray.bench import bench_names
 
-PretrainStage = Literal["prompts", "tokenizer", "language-model", "detector", "clip", "cards"]
-"""The stages of ``pretrain``, named here because importing them takes seconds."""
+
+class PretrainStage(StrEnum):
+    """The stages of ``pretrain``, named here because importing them takes seconds."""
+
+    prompts = "prompts"
+    tokenizer = "tokenizer"
+    language_model = "language-model"
+    detector = "detector"
+    clip = "clip"
+    cards = "cards"
 
 
 def bench(
