@@ -165,13 +165,9 @@ def _named_files(run: RunConfig, root: Path, called: str) -> dict[str, Path]:
     Raises a `ConfigError` where the job would not find one: it leads out of what is sent, is missing, or is too large.
     """
     fix = "move it there, or put it on storage that the cluster shares and give its absolute path"
-    may_name_files: dict[str, Any] = {
-        "prompts": {"train", "heldout"},
-        "policy": {"path"},
-        "rewards": {"__all__": {"options"}},
-    }
+    parts: dict[str, Any] = {"prompts": True, "policy": {"path"}, "rewards": {"__all__": {"options"}}}
     found = {}
-    for key, name in _relative_paths(run.model_dump(include=may_name_files)):
+    for key, name in _relative_paths(run.model_dump(include=parts)):
         inside = os.path.normpath(name)  # not resolved: the job looks it up by its name, so a link stays a link
         path = root / inside
         if inside.startswith("..") and (path.exists() or key.startswith("prompts.")):
@@ -218,8 +214,8 @@ def _read_runtime_env(path: Path) -> dict[str, Any]:
     values = read_mapping(path, f"--runtime-env {path}", f"; {known}")
     for key in sorted(values.keys() - set(ENVIRONMENT), key=str):
         ours = f"{key} is set by this command; use --working-dir DIR, and a .rayignore in it"
-        unknown = f"unknown key {key!r}; {known}"
-        raise ConfigError(f"--runtime-env {path}: {ours if key in ('working_dir', 'excludes') else unknown}")
+        why = ours if key in ("working_dir", "excludes") else f"unknown key {key!r}; {known}"
+        raise ConfigError(f"--runtime-env {path}: {why}")
     variables = values.get("env_vars", {})
     if not isinstance(variables, dict) or not all(isinstance(value, str) for value in variables.values()):
         raise ConfigError(f'--runtime-env {path}: env_vars is no mapping of names to texts, such as {{DEBUG: "1"}}')

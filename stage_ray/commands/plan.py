@@ -42,9 +42,7 @@ HEAD = """\
 
 
 def plan(
-    model: Annotated[
-        str, Option(help="janus-pro-1b, janus-pro-7b, or a directory with a config.json")
-    ] = "janus-pro-7b",
+    model: Annotated[str, Option(help=f"{', '.join(KNOWN)}, or a directory with a config.json")] = "janus-pro-7b",
     gpu: Annotated[str, Option(help=f"{', '.join(GPUS)}, or the GiB of another one, such as 47")] = "h100",
     gpus: Annotated[int, Option(help="GPUs of the whole cluster", min=1)] = 8,
     group_size: Annotated[int, Option(help="Images of one prompt", min=2)] = 8,

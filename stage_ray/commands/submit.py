@@ -43,9 +43,7 @@ def submit(
     config: Annotated[Path, Argument(metavar="CONFIG", help="A YAML file; checked here before anything is sent")],
     address: Annotated[str, Option(envvar="RAY_API_SERVER_ADDRESS", help="The cluster's dashboard")] = LOCAL,
     overrides: OverridesOption = None,
-    run_dir: Annotated[
-        Path | None, Option(help="Where the run writes: absolute, on the cluster's shared storage")
-    ] = None,
+    run_dir: Annotated[Path | None, Option(help="Absolute, on the cluster's shared storage")] = None,
     scratch: Annotated[bool, Option("--scratch", help="Take a relative run directory: lost with the job")] = False,
     auto_resume: Annotated[bool, Option(help="Go on if there is a run, else begin; without, begin or fail")] = True,
     job_id: Annotated[str | None, Option("--id", help="Name; by default made of run directory and config")] = None,
@@ -53,18 +51,12 @@ def submit(
     working_dir: Annotated[
         Path | None, Option(metavar="DIR", help="Send this directory, minus .gitignore, .rayignore; not our code")
     ] = None,
-    image_has_code: Annotated[
-        bool, Option("--image-has-code", help="Send only the config: the cluster has stage_ray installed")
-    ] = False,
+    image_has_code: Annotated[bool, Option("--image-has-code", help="Send no code: stage_ray is there")] = False,
     env: Annotated[list[str] | None, Option(metavar="NAME", help=PASSED_ON)] = None,
-    runtime_env: Annotated[
-        Path | None, Option(metavar="FILE", help="YAML of Ray's runtime_env: pip, uv, py_modules, env_vars")
-    ] = None,
-    entrypoint_cpus: Annotated[
-        float, Option(help="CPUs reserved for the driver; more than 0 lets it leave the head node", min=0)
-    ] = 0.0,
+    runtime_env: Annotated[Path | None, Option(metavar="FILE", help="YAML of Ray's runtime_env: pip, env_vars")] = None,
+    entrypoint_cpus: Annotated[float, Option(help="CPUs of the driver; above 0 it may leave the head", min=0)] = 0.0,
     entrypoint_resources: Annotated[
-        str | None, Option(metavar="MAPPING", help="Custom resources reserved for the driver, as {driver: 1}")
+        str | None, Option(metavar="MAPPING", help="For the driver, as {driver: 1}")
     ] = None,
 ) -> None:
     """Train as a job of a Ray cluster: start it, or follow it if it runs, or go on with it if it failed.

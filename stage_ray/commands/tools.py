@@ -25,9 +25,7 @@ class PretrainStage(StrEnum):
 def bench(
     name: Annotated[str, Argument(metavar="NAME", help=f"{', '.join(bench_names())}, or all")],
     json_file: Annotated[Path | None, Option("--json", help="Also write the rows here, as a list")] = None,
-    device: Annotated[
-        Literal["auto", "cpu", "cuda"], Option(help="What computes; auto is a GPU where there is one")
-    ] = "auto",
+    device: Annotated[Literal["auto", "cpu", "cuda"], Option(help="Auto is a GPU where there is one")] = "auto",
     quick: Annotated[bool, Option("--quick", help="Small and few, to see that it works; ratios say nothing")] = False,
 ) -> None:
     """Measure how fast this is: ratios against plain code run in turn with ours, and the limit of each.
@@ -48,9 +46,7 @@ def pretrain(
     out: Annotated[Path, Option(help="Directory of the results; a run that was cut off goes on in it")],
     stages: Annotated[list[PretrainStage] | None, Option("--stage", help="This stage alone; may be repeated")] = None,
     seed: Annotated[int, Option(help="Fixes the pictures and the weights at the start", min=0)] = 0,
-    smoke: Annotated[
-        bool, Option("--smoke", help="A few steps each, to see that it works; models are useless")
-    ] = False,
+    smoke: Annotated[bool, Option("--smoke", help="A few steps each, to see that it works")] = False,
 ) -> None:
     """Rebuild what ships with the package: prompts, tokenizer, policy, detector, CLIP. About 75 minutes on two cores.
 

@@ -25,14 +25,9 @@ def train(
     overrides: OverridesOption = None,
     run_dir: Annotated[Path | None, Option(help="Where the run writes; run_dir of the config by default")] = None,
     resume: Annotated[bool, Option("--resume", help="Go on from the run directory's newest checkpoint")] = False,
-    auto_resume: Annotated[
-        bool, Option("--auto-resume", help="Go on if there is a run, else begin; for retries")
-    ] = False,
+    auto_resume: Annotated[bool, Option("--auto-resume", help="Go on if there is a run, else begin")] = False,
     replay: Annotated[
-        Path | None,
-        Option(
-            metavar="RUN_DIR", help="Train the learner alone on groups that RUN_DIR recorded (pipeline.record=true)"
-        ),
+        Path | None, Option(metavar="RUN_DIR", help="Train the learner alone on groups of pipeline.record=true there")
     ] = None,
     dry_run: Annotated[bool, Option("--dry-run", help="Check everything, print the config, start nothing")] = False,
 ) -> None:

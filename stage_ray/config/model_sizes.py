@@ -19,10 +19,6 @@ class ModelSizes:
         layer, embedding, head, image_embedding, vqmodel: parameters of one decoder layer, the text embeddings, the
             image head, codebook and aligner of the image tokens, and the image tokenizer.
         frozen: parameters that are loaded and not trained.
-
-    Example:
-        >>> round(KNOWN["janus-pro-7b"].trained / 1e9, 2), KNOWN["janus-pro-7b"].image_tokens
-        (6.49, 576)
     """
 
     name: str

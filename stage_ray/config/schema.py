@@ -233,18 +233,14 @@ class RunConfig(Section):
         if all(reward.weight == 0 for reward in self.rewards):
             raise ValueError("rewards: every weight is 0, so nothing would be trained")
         if self.evaluation.enabled and self.prompts.heldout is None:
-            raise ValueError(
-                "evaluation.enabled is true but prompts.heldout is not set; set it, or evaluation.enabled=false"
-            )
+            raise ValueError("prompts.heldout is not set; set it, or evaluation.enabled=false")
         for name, pool in (("rollout", rollout), ("scoring", self.scoring)):
             if pool.max_workers is not None and pool.max_workers < pool.workers:
-                most, least = f"{name}.max_workers = {pool.max_workers}", f"{name}.workers = {pool.workers}"
-                raise ValueError(f"{most} is less than {least}")
+                raise ValueError(
+                    f"{name}.max_workers = {pool.max_workers} is less than {name}.workers = {pool.workers}"
+                )
         if rollout.tensor_parallel > 1 and rollout.engine != "vllm":
-            raise ValueError(
-                f"rollout.tensor_parallel = {rollout.tensor_parallel} needs rollout.engine = vllm; "
-                f"the {rollout.engine} engine is one process"
-            )
+            raise ValueError(f"rollout.tensor_parallel = {rollout.tensor_parallel} needs rollout.engine = vllm")
         if rollout.colocated:
             self._check_colocated()
         if transport != "object_store" and (rollout.tensor_parallel > 1 or rollout.colocated):
