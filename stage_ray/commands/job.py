@@ -26,12 +26,8 @@ from stage_ray.config.load import load_config, read_mapping
 from stage_ray.config.paths import PACKAGE
 from stage_ray.errors import ConfigError
 
-STOP_WAIT_S = 300
-"""After `ray job stop` a step may end and be saved before the job is killed; Ray's own default is 3 s."""
 CAP_MIB = 100
 """Ray's dashboard takes no larger upload (its ``DASHBOARD_CLIENT_MAX_SIZE``)."""
-HIDDEN = ".[!.]*"
-"""Of a user's directory no hidden file is sent, such as ``.env``, whatever the ignore files say."""
 ENVIRONMENT = ("conda", "config", "env_vars", "pip", "py_modules", "uv")
 """Keys of Ray's runtime environment that --runtime-env takes; the others say where the code is, which we do."""
 
@@ -45,8 +41,7 @@ class Job:
         run_dir: where the run writes, as the cluster's machines see it.
         entrypoint: shell command of the driver.
         files: what the job carries, name in its working directory to file or directory here.
-        cpus: reserved for the driver; anything but 0 lets it leave the head node.
-        resources: custom resources reserved for the driver, such as ``{"driver": 1}``.
+        cpus, resources: reserved for the driver; CPUs let it leave the head node.
         digest: of the run directory and the whole config; a name stands for one of them. Not of the code, so that a
             fixed scorer goes on with the run that it broke.
         runtime_env: Ray's, all but the working directory. ``env_vars`` are those of the driver and all workers; they
@@ -116,7 +111,8 @@ def plan_job(
         cpus=cpus,
         resources=_resources(resources),
         digest=digest,
-        runtime_env=_runtime_env(runtime_env, env) | {"excludes": [HIDDEN] if working_dir else []},
+        # Of a user's directory no hidden file is sent, such as .env, whatever the ignore files say.
+        runtime_env=_runtime_env(runtime_env, env) | {"excludes": [".[!.]*"] if working_dir else []},
     )
 
 
@@ -205,7 +201,7 @@ def _runtime_env(path: Path | None, names: Sequence[str]) -> dict[str, Any]:
     theirs = values.get("env_vars", {})
     if twice := sorted(theirs.keys() & set(names)):
         raise ConfigError(f"{twice[0]} is given by --env and by env_vars of {path}; leave one of them out")
-    stop_wait = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)}
+    stop_wait = {"RAY_JOB_STOP_WAIT_TIME_S": "300"}  # time to end and save a step; Ray's own default is 3 s
     return values | {"env_vars": stop_wait | theirs | {name: os.environ[name] for name in names}}
 
 

@@ -108,9 +108,7 @@ def submit_job(job: Job, address: str, *, wait: bool = True) -> int:
             client = JobSubmissionClient(address)
             last = _last_attempt(job, client.list_jobs(), address)
             if last is not None and last.status == "SUCCEEDED":
-                _note(
-                    f"job {last.submission_id} has succeeded already ({job.run_dir}); name a new --id to run it again"
-                )
+                _note(f"job {last.submission_id} has succeeded already ({job.run_dir}); a new --id runs it again")
                 return 0
             if last is not None and last.status in ACTIVE:
                 name = last.submission_id

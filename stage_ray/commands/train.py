@@ -63,14 +63,10 @@ def train(
 
 
 def replay_run(run: RunConfig, source: Path, progress: Progress) -> Path:
-    """Repeat the updates of a run of ``pipeline.record=true`` by the learner alone; the new run directory.
+    """Repeat the updates of a run of ``pipeline.record=true``, in ``source``, by the learner alone; the new run_dir.
 
     With the same config the metrics of every step are those of the recorded run, clocks apart; with another learner or
     algorithm they show what it would have made of the same images. ``metrics.jsonl`` and ``final/`` are written.
-
-    Args:
-        run: its ``run_dir`` is the new one.
-        source: the recorded run's directory.
 
     Raises:
         ConfigError: ``source`` holds no recorded groups.
@@ -82,10 +78,9 @@ def replay_run(run: RunConfig, source: Path, progress: Progress) -> Path:
     from stage_ray.run.run_dir import open_run_dir
     from stage_ray.workers.group_files import load_group
 
-    steps = sorted(path for path in (source / GROUPS).glob("step-*") if path.is_dir())
-    if not steps:
+    recorded = {step: sorted(step.glob("group-*.safetensors")) for step in sorted((source / GROUPS).glob("step-*"))}
+    if not recorded:
         raise ConfigError(f"--replay {source}: it holds no {GROUPS}/step-*; record a run with pipeline.record=true")
-    recorded = {step: sorted(step.glob("group-*.safetensors")) for step in steps}
     for directory, files in recorded.items():
         if len(files) != run.rollout.groups_per_step:  # a step of fewer groups would be another update, and say nothing
             raise RunError(
@@ -95,7 +90,7 @@ def replay_run(run: RunConfig, source: Path, progress: Progress) -> Path:
     with open_run_dir(run, resume=False) as run_dir:
         progress.stage("loading the learner")
         learner = Learner(run, threads=run.learner.threads)
-        with closing(StepRecorder(run, run_dir, len(steps), progress)) as recorder:
+        with closing(StepRecorder(run, run_dir, len(recorded), progress)) as recorder:
             for step, (directory, files) in enumerate(recorded.items(), start=1):
                 groups, scored = zip(*map(load_group, files), strict=True)
                 began = time.perf_counter()

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSizes:
     """What the formulas of `stage_ray.engines.memory` and `stage_ray.learner.memory` need of a model.
 
@@ -29,10 +29,10 @@ class ModelSizes:
     heads: int
     kv_heads: int
     head_dim: int
-    codes: int
-    image_tokens: int
-    side_pixels: int
-    base_channels: int
+    codes: int = 16_384
+    image_tokens: int = 576
+    side_pixels: int = 384
+    base_channels: int = 128
     layer: int
     embedding: int
     head: int
@@ -64,10 +64,6 @@ def _published(name: str, hub: str, hidden: int, intermediate: int, layers: int,
         heads=heads,
         kv_heads=heads,
         head_dim=hidden // heads,
-        codes=16_384,
-        image_tokens=576,
-        side_pixels=384,
-        base_channels=128,
         layer=4 * hidden**2 + 3 * hidden * intermediate + 2 * hidden,  # attention, MLP, two norms
         embedding=102_400 * hidden,
         head=head,

@@ -54,9 +54,7 @@ class RolloutConfig(PoolConfig):
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 if the hardware has it")
     tensor_parallel: int = Field(1, ge=1, description="Processes of one machine that share a worker's model (vLLM)")
     colocated: bool = Field(
-        False,
-        description="Each worker shares a GPU with a rank of the learner and gives its memory back while that works; "
-        "needs pipeline.max_staleness 0, workers = learner.ranks, and gpus of both that add up to 1",
+        False, description="A worker and a rank of the learner take turns on one GPU; as many of both, max_staleness 0"
     )
     cpus: float = Field(1.0, gt=0, description="CPUs reserved for one worker, or each of its processes")
     gpus: float = Field(0.0, ge=0, description="GPUs reserved for one worker, or each of its processes")
@@ -177,9 +175,7 @@ class EvaluationConfig(Section):
 class ClusterConfig(Section):
     """Where Ray runs."""
 
-    address: str | None = Field(
-        None, description="null: as a Ray job the cluster it runs in, else a new local one; auto or HOST:PORT attaches"
-    )
+    address: str | None = Field(None, description="null: this Ray job's cluster, or a new one; auto, HOST:PORT: attach")
     num_cpus: int | None = Field(
         None, ge=1, description="CPUs of a local cluster; null: the machine's, or more if asked"
     )
