@@ -265,25 +265,9 @@ def print_plan(made: Plan) -> None:
     rows.append(["while it loads", "", "", gib(loading_bytes(made.model))])
     rows.append([f"of {made.gpu_gib:g}, to fill", *[gib(room(made.gpu_gib))] * len(roles)])
     console.print(" ", _table(["GiB on one GPU", *made.memory], rows), " ", sep="\n")
-    for line in _sentences(made):
-        console.print(textwrap.fill(line, console.width - 1, initial_indent="- ", subsequent_indent="  "))
-
-
-def _table(columns: list[str], rows: list[list[str]]) -> Table:
-    from rich.table import Column, Table
-
-    numbers = [Column(name, justify="right") for name in columns[1:]]
-    table = Table(columns[0], *numbers, box=None, pad_edge=False, header_style="bold")
-    for row in rows:
-        table.add_row(*row)
-    return table
-
-
-def _sentences(made: Plan) -> list[str]:
-    """What the tables do not say, a sentence or two each."""
     trained, whole = made.model.trained * FLOAT32 / 1e9, made.model.total * FLOAT32 / 1e9
     images = "a whole group" if made.micro_batch == made.group_size else "part of a group"
-    found = [
+    sentences = [
         f"rollout: each image in flight is two sequences, with and without the prompt. {made.in_flight} fit on a GPU, "
         f"{made.images_per_batch} are planned.",
         f"learner: micro-batches of {made.micro_batch} images, {images}, with {'' if made.checkpointing else 'no '}"
@@ -295,8 +279,19 @@ def _sentences(made: Plan) -> list[str]:
         "--yaml prints the config of this split, --json the numbers.",
     ]
     if idle := made.gpus - made.used:
-        found.append(
+        sentences.append(
             f"idle: {idle} of {made.gpus} GPUs, for want of groups: give a larger --groups-per-step, more reward "
             "workers (scoring.workers), or another run."
         )
-    return found
+    for line in sentences:
+        console.print(textwrap.fill(line, console.width - 1, initial_indent="- ", subsequent_indent="  "))
+
+
+def _table(columns: list[str], rows: list[list[str]]) -> Table:
+    from rich.table import Column, Table
+
+    numbers = [Column(name, justify="right") for name in columns[1:]]
+    table = Table(columns[0], *numbers, box=None, pad_edge=False, header_style="bold")
+    for row in rows:
+        table.add_row(*row)
+    return table

@@ -51,11 +51,7 @@ def read_mapping(path: Path, what: str, known: str) -> dict[str, Any]:
 
 
 def validate_config(data: dict[str, Any], source: str = "config") -> RunConfig:
-    """Validate plain data into a `RunConfig`; errors name the key, the value and the fix.
-
-    Raises:
-        ConfigError: as `load_config`.
-    """
+    """Validate plain data into a `RunConfig`; raises a `ConfigError` as `load_config` does."""
     try:
         return RunConfig.model_validate(data)
     except ValidationError as error:

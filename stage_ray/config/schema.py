@@ -38,6 +38,8 @@ class PoolConfig(Section):
 
     workers: int = Field(1, ge=1, description="Actors that the run needs")
     max_workers: int | None = Field(None, ge=1, description="Most actors, where the cluster has room; null: as workers")
+    gpus: float = Field(0.0, ge=0, description="GPUs reserved for one worker, or each of its processes")
+    resources: dict[str, float] = Field({}, description="Custom Ray resources of one worker (or process): {rollout: 1}")
 
 
 class RolloutConfig(PoolConfig):
@@ -57,8 +59,6 @@ class RolloutConfig(PoolConfig):
         False, description="A worker and a rank of the learner take turns on one GPU; as many of both, max_staleness 0"
     )
     cpus: float = Field(1.0, gt=0, description="CPUs reserved for one worker, or each of its processes")
-    gpus: float = Field(0.0, ge=0, description="GPUs reserved for one worker, or each of its processes")
-    resources: dict[str, float] = Field({}, description="Custom Ray resources of one worker (or process): {rollout: 1}")
     threads: int | None = Field(None, ge=1, description="Threads of a worker; null: all if synchronous, else half")
     kv_cache_gib: float = Field(1.0, gt=0, description="vLLM's key-value cache on a CPU, GiB")
     gpu_memory_utilization: float = Field(0.5, gt=0, le=1, description="vLLM's share of a GPU's memory")
@@ -86,8 +86,6 @@ class ScoringConfig(PoolConfig):
     timeout_s: float = Field(120.0, gt=0, description="Seconds a call may take before its groups are scored again")
     attempts: int = Field(2, ge=1, description="Times a group is scored, dead workers apart, before it is replaced")
     cpus: float = Field(0.5, gt=0, description="CPUs reserved for one worker")
-    gpus: float = Field(0.0, ge=0, description="GPUs reserved for one worker")
-    resources: dict[str, float] = Field({}, description="Custom Ray resources of one worker")
 
 
 class AlgorithmConfig(Section):
