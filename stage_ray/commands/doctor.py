@@ -53,14 +53,13 @@ class Finding:
 def examine(console: Console | None = None) -> bool:
     """Print the table; True when the default job can run here."""
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     console = console or Console()
     with console.status("looking at this machine"):
         findings = [finding for check in CHECKS for finding in check()]
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    for column in ("", "what", "found", "what to do"):
-        table.add_column(column, overflow="fold")
+    columns = [Column(name, overflow="fold") for name in ("", "what", "found", "what to do")]
+    table = Table(*columns, box=None, pad_edge=False, header_style="dim")
     for finding in findings:
         table.add_row(f"[{STYLES[finding.state]}]{finding.state}[/]", finding.subject, finding.found, finding.fix)
     console.print(table)
@@ -106,7 +105,7 @@ def _imports(subject: str, distribution: str, code: str | None = None, fix: str 
         done = subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)
     except subprocess.TimeoutExpired:
         return Finding(
-            subject, "note", f"{version}, not imported after three minutes", "look again when it is less busy"
+            subject, "note", f"{version}, not imported after three minutes", "the machine is busy: try later"
         )
     if done.returncode == 0:
         return Finding(subject, "ok", version)

@@ -111,14 +111,14 @@ def generate(
             if len(sheet) < SHEET_IMAGES:
                 sheet.append((image, group.request.prompt.text))
 
-    with Progress() as progress:
-        with (
-            _engine(model, engine, guidance, progress) as loaded,
-            progress.bar("drawing", total=len(asked)) as advance,
-        ):
-            out.mkdir(parents=True, exist_ok=True)
-            requests = requests_for(asked, images, seed)
-            asyncio.run(judge_in_batches(EngineBackend(loaded), requests, save, images=True, advance=advance))
+    with (
+        Progress() as progress,
+        _engine(model, engine, guidance, progress) as loaded,
+        progress.bar("drawing", total=len(asked)) as advance,
+    ):
+        out.mkdir(parents=True, exist_ok=True)
+        requests = requests_for(asked, images, seed)
+        asyncio.run(judge_in_batches(EngineBackend(loaded), requests, save, images=True, advance=advance))
         drawn, captions = zip(*sheet, strict=True)
         contact_sheet(np.stack(drawn), captions, [None] * len(sheet), out / "sheet.png")
         progress.note(f"contact sheet: {out / 'sheet.png'}")

@@ -26,10 +26,8 @@ from stage_ray.config.load import load_config, read_mapping
 from stage_ray.config.paths import PACKAGE
 from stage_ray.errors import ConfigError
 
-CAP_MIB = 100
-"""Ray's dashboard takes no larger upload (its ``DASHBOARD_CLIENT_MAX_SIZE``)."""
-ENVIRONMENT = ("conda", "config", "env_vars", "pip", "py_modules", "uv")
-"""Keys of Ray's runtime environment that --runtime-env takes; the others say where the code is, which we do."""
+CAP_MIB = 100  # Ray's dashboard takes no larger upload (its ``DASHBOARD_CLIENT_MAX_SIZE``)
+ENVIRONMENT = ("conda", "config", "env_vars", "pip", "py_modules", "uv")  # the other keys of Ray say where the code is
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,21 +136,17 @@ def _files(config: Path, run: RunConfig, *, code: bool, working_dir: Path | None
     inside = config.resolve().is_relative_to(root)
     name = config.resolve().relative_to(root).as_posix() if inside else config.name
     if working_dir is None:
-        return name, files | (_own_code() if code else {}) | {name: config}
+        if code:  # the package that runs here, and its metadata: vLLM finds our plug-in as if it was installed
+            distribution = importlib.metadata.distribution("stage-ray")
+            metadata = Path(str(distribution.locate_file(f"stage_ray-{distribution.version}.dist-info")))
+            own = [metadata / "METADATA", metadata / "entry_points.txt"]
+            files["stage_ray"] = Path(stage_ray.__file__).parent
+            files |= {f"{metadata.name}/{path.name}": path for path in own if path.is_file()}
+        return name, files | {name: config}
     files = {path.name: path for path in working_dir.iterdir()}
     if not inside and files.setdefault(name, config) != config:
         raise ConfigError(f"--working-dir {working_dir} holds another {name}; move {config} into it, or rename it")
     return name, files
-
-
-def _own_code() -> dict[str, Path]:
-    """The package that runs here, and its metadata, in which vLLM finds our plug-in as if the package was installed."""
-    distribution = importlib.metadata.distribution("stage-ray")
-    directory = Path(str(distribution.locate_file(f"stage_ray-{distribution.version}.dist-info")))
-    metadata = [directory / "METADATA", directory / "entry_points.txt"]
-    return {"stage_ray": Path(stage_ray.__file__).parent} | {
-        f"{directory.name}/{path.name}": path for path in metadata if path.is_file()
-    }
 
 
 def _named_files(run: RunConfig, root: Path, called: str) -> dict[str, Path]:

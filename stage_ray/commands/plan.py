@@ -21,8 +21,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 Dtype = Literal["bfloat16", "float32"]
-Bytes = dict[str, int]
-"""What holds memory -> bytes."""
+Bytes = dict[str, int]  # what holds memory -> bytes
 GIB = 2**30
 GPUS = {"h100": 79.2, "h200": 139.8, "b200": 178.4, "a100-80gb": 79.1, "a100-40gb": 39.4, "l40s": 44.4, "l4": 22.0}
 """GiB that torch reports on a card, a little less than its name says."""

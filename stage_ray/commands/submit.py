@@ -28,12 +28,8 @@ from stage_ray.errors import ConfigError, Interrupted, RunError
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
 
-RUN_DIR = "stage_ray_run_dir"
-"""Key of a job's metadata: where it writes."""
-DIGEST = "stage_ray_digest"
-"""Key of a job's metadata: `Job.digest`, by which a name that is given again for something else is found out."""
-PATIENCE_S = 60.0
-"""So long the cluster may be out of reach while a job is followed (a head's restart, a cut port-forward)."""
+RUN_DIR, DIGEST = "stage_ray_run_dir", "stage_ray_digest"  # keys of a job's metadata: where it writes, `Job.digest`
+PATIENCE_S = 60.0  # the cluster may be out of reach for so long: a head's restart, a cut port-forward
 ACTIVE = ("PENDING", "RUNNING")
 LOCAL = "http://127.0.0.1:8265"
 PASSED_ON = "Pass this variable of yours on; may be repeated. The cluster's token lets others read it"
@@ -48,9 +44,7 @@ def submit(
     auto_resume: Annotated[bool, Option(help="Go on if there is a run, else begin; without, begin or fail")] = True,
     job_id: Annotated[str | None, Option("--id", help="Name; by default made of run directory and config")] = None,
     wait: Annotated[bool, Option(help="Follow the log until the job ends; its exit code is ours")] = True,
-    working_dir: Annotated[
-        Path | None, Option(metavar="DIR", help="Send this directory, minus .gitignore, .rayignore; not our code")
-    ] = None,
+    working_dir: Annotated[Path | None, Option(metavar="DIR", help="Send DIR minus .gitignore, not our code")] = None,
     image_has_code: Annotated[bool, Option("--image-has-code", help="Send no code: stage_ray is there")] = False,
     env: Annotated[list[str] | None, Option(metavar="NAME", help=PASSED_ON)] = None,
     runtime_env: Annotated[Path | None, Option(metavar="FILE", help="YAML of Ray's runtime_env: pip, env_vars")] = None,
@@ -86,8 +80,7 @@ def submit(
 def submit_job(job: Job, address: str, *, wait: bool = True) -> int:
     """Start the job, or its next attempt, or attach to it; follow its log on stdout; the exit code of its driver.
 
-    Args:
-        wait: False returns 0 as soon as the cluster has the job.
+    Without ``wait`` it returns 0 as soon as the cluster has the job.
 
     Raises:
         ConfigError: the address is not that of a dashboard.

@@ -26,9 +26,7 @@ def train(
     run_dir: Annotated[Path | None, Option(help="Where the run writes; run_dir of the config by default")] = None,
     resume: Annotated[bool, Option("--resume", help="Go on from the run directory's newest checkpoint")] = False,
     auto_resume: Annotated[bool, Option("--auto-resume", help="Go on if there is a run, else begin")] = False,
-    replay: Annotated[
-        Path | None, Option(metavar="RUN_DIR", help="Train the learner alone on groups of pipeline.record=true there")
-    ] = None,
+    replay: Annotated[Path | None, Option(metavar="RUN_DIR", help="Train the learner alone on recorded groups")] = None,
     dry_run: Annotated[bool, Option("--dry-run", help="Check everything, print the config, start nothing")] = False,
 ) -> None:
     """Train a model and write a run directory that ends with report.html.

@@ -12,8 +12,7 @@ from pydantic import BaseModel, ValidationError
 from stage_ray.config import RunConfig
 from stage_ray.errors import ConfigError, impossible, suggest
 
-RENAMED = {"rollout.images_per_wave": "rollout.images_per_batch"}
-"""Key of an earlier version -> what it is called now; the old one is refused, and the error names the new one."""
+RENAMED = {"rollout.images_per_wave": "rollout.images_per_batch"}  # key of an earlier version -> today's, for its error
 
 
 def load_config(path: Path, overrides: list[str] | None = None, run_dir: Path | None = None) -> RunConfig:

@@ -78,5 +78,4 @@ KNOWN = {
     "janus-pro-7b": _published("janus-pro-7b", "deepseek-community/Janus-Pro-7B", 4096, 11_008, 30, 32),
 }
 FLOAT32, BFLOAT16 = 4, 2
-WIDTH = {"float32": FLOAT32, "bfloat16": BFLOAT16}
-"""Bytes of a number."""
+WIDTH = {"float32": FLOAT32, "bfloat16": BFLOAT16}  # bytes of a number
