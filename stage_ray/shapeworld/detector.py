@@ -37,13 +37,6 @@ class ShapeDetector:
 
     The confidence of an object is the classifier's probability of its shape, lowered where the segment is tiny, of
     mixed colour, or pale.
-
-    Example:
-        >>> from stage_ray.shapeworld.render import render
-        >>> from stage_ray.shapeworld.scene import Scene, Shape
-        >>> picture = render(Scene((Shape("ring", "red", cx=32.0, cy=32.0, size=30.0),)))
-        >>> [(found.label, found.color) for found in ShapeDetector().detect(picture[None])[0]]
-        [('ring', 'red')]
     """
 
     def __init__(self, assets: str | Path = ASSETS) -> None:
@@ -91,13 +84,9 @@ def soundness(piece: Segment) -> float:
     """
     side = min(piece.box[2] - piece.box[0], piece.box[3] - piece.box[1])
     opacity = float(piece.alpha[piece.mask].mean())
-    factors = (
-        (side - 6.0) / 6.0,
-        (piece.purity - 0.3) / 0.3,
-        (100.0 - piece.off_color) / 35.0,
-        (opacity - 0.55) / 0.25,
-    )
-    return float(np.prod(np.clip(factors, 0.0, 1.0)))
+    size, purity = (side - 6.0) / 6.0, (piece.purity - 0.3) / 0.3
+    color, cover = (100.0 - piece.off_color) / 35.0, (opacity - 0.55) / 0.25
+    return float(np.prod(np.clip([size, purity, color, cover], 0.0, 1.0)))
 
 
 def build_classifier() -> nn.Sequential:

@@ -28,10 +28,8 @@ REACH = 3.0  # pixels from a core that still belong to its object
 SPECKLE_ALPHA = 0.1  # shares below this are the background's noise
 
 # Connectivity inside one plane of a stack: neighbours left, right, up and down; nothing across planes.
-_PLANE = np.zeros((3, 3, 3), bool)
-_PLANE[1] = ndimage.generate_binary_structure(2, 1)
-_PLANES = np.zeros((3, 3, 3, 3), bool)
-_PLANES[1] = _PLANE
+_PLANE = np.pad(ndimage.generate_binary_structure(2, 1)[None], ((1, 1), (0, 0), (0, 0)))
+_PLANES = np.pad(_PLANE[None], ((1, 1), (0, 0), (0, 0), (0, 0)))
 
 
 @dataclass(frozen=True)
