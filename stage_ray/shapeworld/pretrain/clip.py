@@ -26,29 +26,15 @@ PEAK_LR = 1.5e-3
 CONTEXT = 24  # text tokens; the longest caption takes 13
 
 
-def _new_clip(tokenizer: PreTrainedTokenizerFast) -> CLIPModel:
-    """An untrained CLIP of about 0.9 M parameters: vision 128 wide and 4 deep, text 96 wide and 3 deep."""
-    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    both = {"num_attention_heads": 4, "projection_dim": 128}
-    text = {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 3, "vocab_size": SIZES.vocabulary}
-    text |= {"max_position_embeddings": CONTEXT, **special, **both}
-    vision = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, **both}
-    vision |= {"image_size": IMAGE_SIZE, "patch_size": 8}
-    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=128))
-
-
-def _batch(
-    rng: np.random.Generator, tokenizer: PreTrainedTokenizerFast, count: int, split: Split = "train"
-) -> dict[str, Tensor]:
+def _batch(rng: np.random.Generator, tokenizer: PreTrainedTokenizerFast, count: int, split: Split) -> dict[str, Tensor]:
     """`input_ids` and `attention_mask` int64 [B, L], `pixel_values` float32 [B, 3, 64, 64]."""
     records: dict[str, Record] = {}  # by prompt: no two captions of a batch are the same
     while len(records) < count:
         record = sample_record(rng, TASK_WEIGHTS, split)
         records.setdefault(record["prompt"], record)
     images = [render(sample_scene(record, rng, avoid_held_out=split == "train")) for record in records.values()]
-    text = tokenizer(list(records), padding=True, return_tensors="pt").to(device())
-    inputs = {"input_ids": text["input_ids"], "attention_mask": text["attention_mask"]}
-    return inputs | {"pixel_values": to_pixels(np.stack(images))}
+    text = tokenizer(list(records), padding=True, return_tensors="pt", return_token_type_ids=False).to(device())
+    return {**text, "pixel_values": to_pixels(np.stack(images))}
 
 
 def train_clip(out: Path, work: Path, budget: Budget, seed: int = 0) -> None:
@@ -56,11 +42,18 @@ def train_clip(out: Path, work: Path, budget: Budget, seed: int = 0) -> None:
     pictures, pixels to -1..1)."""
     torch.manual_seed(seed)
     tokenizer = text_tokenizer(append_eos=True)
-    model = _new_clip(tokenizer).to(device()).train()
+    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    both = {"num_attention_heads": 4, "projection_dim": 128}
+    text = {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 3, "vocab_size": SIZES.vocabulary}
+    text |= {"max_position_embeddings": CONTEXT, **special, **both}
+    vision = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, **both}
+    vision |= {"image_size": IMAGE_SIZE, "patch_size": 8}
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=128))  # 0.9 M parameters
+    model.to(device()).train()
     model.set_attn_implementation("eager")  # a CPU trains faster without fused bfloat16 attention
     run = TrainingRun(work / CHECKPOINT, model, PEAK_LR, budget, weight_decay=0.05)
     for step, _ in run:
-        batch = _batch(np.random.default_rng([seed, 3, step]), tokenizer, BATCH)
+        batch = _batch(np.random.default_rng([seed, 3, step]), tokenizer, BATCH, "train")
         with autocast():
             logits = model(**batch).logits_per_image.float()
         answers = torch.arange(BATCH, device=logits.device)

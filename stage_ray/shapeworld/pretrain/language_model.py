@@ -86,8 +86,7 @@ def janus_processor() -> JanusProcessor:
 def build_corpus(work: Path, pictures: int, seed: int = 0) -> tuple[list[str], np.ndarray, Tensor]:
     """Draws `pictures` training scenes and tokenizes them.
 
-    Returns:
-        every distinct caption; the index of each picture's own, int64 [K]; its tokens int16 [K, 64], 0..511.
+    Every distinct caption; the index of each picture's own, int64 [K]; its tokens int16 [K, 64], 0..511.
     """
     tokenizer = load_tokenizer(work)
     rng = np.random.default_rng([seed, 1])

@@ -47,10 +47,8 @@ def write_detector_card(out: Path, work: Path, seed: int, count: int) -> None:
 
 def _is_correct(record: Record, detections: Sequence[Detection]) -> bool:
     """GenEval's strict verdict of a record over the detections of one picture that are surer than CONFIDENCE."""
-    objects: dict[str, list[Detection]] = {}
-    for one in detections:
-        if one.confidence > CONFIDENCE:
-            objects.setdefault(one.label, []).append(one)
+    sure = [one for one in detections if one.confidence > CONFIDENCE]
+    objects = {kind: [one for one in sure if one.label == kind] for kind in SHAPES}
     return strict_verdict(requirements(record), requirements(record, "exclude"), objects)[0]
 
 
@@ -83,11 +81,8 @@ def _spoiled(scene: Scene, rng: np.random.Generator) -> Scene:
     elif change == 2:
         del shapes[index]
     elif len(shapes) == 2:
-        first, second = shapes
-        shapes = [
-            replace(second, kind=first.kind, color=first.color),
-            replace(first, kind=second.kind, color=second.color),
-        ]
+        places = zip(shapes, shapes[::-1], strict=True)  # each object, and the one whose place it takes
+        shapes = [replace(place, kind=look.kind, color=look.color) for look, place in places]
     return replace(scene, shapes=tuple(shapes))
 
 
