@@ -173,8 +173,7 @@ class GenEvalReward:
 
     Example:
         >>> import numpy as np
-        >>> from stage_ray.shapeworld.render import render
-        >>> from stage_ray.shapeworld.scene import Scene, Shape
+        >>> from stage_ray.shapeworld.scene import Scene, Shape, render
         >>> reward = GenEvalReward("stage_ray.shapeworld.detector.ShapeDetector")
         >>> picture = render(Scene((Shape("ring", "red", cx=32.0, cy=32.0, size=30.0),)))
         >>> record = {"tag": "single_object", "include": [{"class": "ring", "count": 1}]}
