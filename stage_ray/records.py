@@ -22,10 +22,6 @@ class Prompt:
 
     ``record`` is the whole line as read (GenEval's format: ``tag``, ``include``, ``exclude``, ``prompt``); scorers that
     need only text read ``text``.
-
-    Example:
-        >>> Prompt(index=0, text="a photo of a circle", record={"tag": "single_object"}).text
-        'a photo of a circle'
     """
 
     index: int
@@ -59,13 +55,6 @@ class RolloutGroup:
         entropy: float32 [G, T], entropy of the conditional branch at temperature 1.
         images: uint8 [G, H, W, 3], decoded; H = W = 0 where the pictures travel apart, to scorers only.
         policy_version: the version of the weights that sampled every token.
-
-    Example:
-        >>> a = np.zeros((1, 2), np.float32)
-        >>> tokens, images = a.astype(np.int32), np.zeros((1, 4, 4, 3), np.uint8)
-        >>> g = RolloutGroup(0, Prompt(0, "x"), (7,), tokens, a, a, a, images, 5, "rollout-0", 0.1)
-        >>> g.policy_version
-        5
     """
 
     group_id: int
@@ -90,11 +79,6 @@ class ScoredGroup:
         scores: float32 [G, R].
         valid: bool [G, R]; ``scores`` is finite wherever it is True.
         details: per image, what each scorer said of it (``details[i][name]``); JSON-able.
-
-    Example:
-        >>> s = ScoredGroup(0, ("geneval",), np.ones((2, 1), np.float32), np.ones((2, 1), bool), ({}, {}), 0.01)
-        >>> bool(s.valid.all())
-        True
     """
 
     group_id: int
@@ -157,10 +141,5 @@ class WeightManifest:
 
 
 def image_seeds(seed: int, group_id: int, count: int) -> tuple[int, ...]:
-    """Seeds of a group's images, each in [0, 2**63): a hash of (run, group, image), whatever ran before.
-
-    Example:
-        >>> image_seeds(1, 2, 3) == image_seeds(1, 2, 4)[:3]
-        True
-    """
+    """Seeds of a group's images, each in [0, 2**63): a hash of (run, group, image), whatever ran before."""
     return tuple(xxhash.xxh3_64_intdigest(f"{seed}:{group_id}:{i}".encode()) >> 1 for i in range(count))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from stage_ray.cluster.cluster import Cluster
 from stage_ray.config import RunConfig
-from stage_ray.errors import ConfigError, GroupsLostError, LearnerLostError, RunError
+from stage_ray.errors import GroupsLostError, LearnerLostError
 from stage_ray.files import name_disk_errors
 from stage_ray.observability.progress import Progress
 from stage_ray.pipeline.stream import NoValidRewardError
@@ -21,8 +21,6 @@ from stage_ray.run.recording import StepClock, StepRecorder
 from stage_ray.run.run_dir import Resume, open_run_dir
 from stage_ray.run.state import RunState
 from stage_ray.run.stop import StopSignal
-
-__all__ = ["ConfigError", "RunError", "RunSummary", "train"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,16 +61,11 @@ def train(run: RunConfig, *, resume: Resume = False, progress: Progress | None =
 
 
 async def _train(
-    run: RunConfig,
-    run_dir: Path,
-    state: RunState,
-    recorder: StepRecorder,
-    heldout_prompts: list[Prompt],
-    progress: Progress,
+    run: RunConfig, run_dir: Path, state: RunState, recorder: StepRecorder, prompts: list[Prompt], progress: Progress
 ) -> tuple[float | None, float | None]:
     progress.stage("starting Ray, the rollout engine, the scorers and the learner")
     async with StopSignal(progress) as stop, Cluster.start(run, run_dir) as cluster:  # warm, all at one version
-        heldout = HeldOutEvaluation(cluster, run, heldout_prompts, run_dir, progress)
+        heldout = HeldOutEvaluation(cluster, run, prompts, run_dir, progress)
         while True:
             try:
                 await state.restore(cluster)

@@ -1,13 +1,12 @@
 """A run directory as a run leaves it, made of invented numbers: for tests of what reads one, and for nothing else."""
 
-import json
 import math
 from pathlib import Path
 
 import numpy as np
 import yaml
 
-from stage_ray.evaluation.base import EvaluationResult, find_benchmark, summarise
+from stage_ray.evaluation.base import EvaluationResult, find_benchmark, summarise, write_result
 from stage_ray.observability.metrics_logger import MetricsLogger
 from stage_ray.records import Prompt, ScoredGroup
 from stage_ray.report.samples import contact_sheet
@@ -39,7 +38,7 @@ def write_fake_run(
     for name in examined:
         chance = 0.55 if name == "before" else 0.7
         groups = [scored(i, prompt, chance, noise) for i, prompt in enumerate(PROMPTS)]
-        (run_dir / "evaluation" / f"{name}.json").write_text(json.dumps(result(groups).to_json()))
+        write_result(run_dir / "evaluation" / f"{name}.json", result(groups))
         draw(run_dir / "evaluation" / f"{name}.png", chance, noise)
     for step in range(10, steps + 1, 10):
         draw(run_dir / "samples" / f"step-{step:06d}.png", 0.5 + step / 200, noise)

@@ -34,13 +34,7 @@ REST_S = 0.3  # OpenMP's threads spin for a while after their last work; the nex
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One claim: a ratio against a named baseline of the same run, its target, and how far the limit is. Never fails.
-
-    Example:
-        >>> row = Row("a/b", 2.0, 3.0, 2.0, "times as fast", "a loop", limit=1.0, limit_is="a copy")
-        >>> row.ratio, row.met, row.share_of_limit
-        (1.5, False, 0.5)
-    """
+    """One claim: a ratio against a named baseline of the same run, its target, and how far the limit is."""
 
     name: str  # bench/case/what, unique in a run
     target: float  # the ratio that was aimed for; reached from above or from below, as `better` says

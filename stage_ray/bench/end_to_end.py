@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import tempfile
-from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
@@ -15,6 +13,7 @@ from stage_ray.bench.baselines import SingleProcessTrainer
 from stage_ray.bench.machine import best, dtype_name, machine, sampling_limit, timed, update_limit
 from stage_ray.config.load import load_config
 from stage_ray.errors import ConfigError, RunError
+from stage_ray.observability.metrics_logger import METRICS_FILE, read_steps
 from stage_ray.policies.devices import device_for
 from stage_ray.policies.janus.builder import checkpoint_sizes
 
@@ -42,9 +41,8 @@ class EndToEndBench(Bench):
         variants = [Variant("plain", single_process, options), Variant("ours", train_command, options)]
         variants.append(machine(self.device, *dtypes))
         trials = interleave(variants, repeats=repeats, warmups=0, progress=self.progress, title="end-to-end")
-        plain_s, ours_s, clock_s = (
-            median(seconds for trial in trials[name] for seconds in trial[key])
-            for name, key in (("plain", "step_s"), ("ours", "step_s"), ("ours", "clock_s"))
+        plain_s, ours_s = (
+            median(seconds for trial in trials[name] for seconds in trial["step_s"]) for name in ("plain", "ours")
         )
         images, model = run.rollout.group_size * run.rollout.groups_per_step, checkpoint_sizes(run.policy.path)
         # Sampling and the update one after the other at the machine's best; scoring and decoding not counted.
@@ -60,12 +58,7 @@ class EndToEndBench(Bench):
             baseline_is=PLAIN,
             limit=sampling + update,
             limit_is=f"sampling {sampling:.3g} s, then the update {update:.3g} s, at the machine's best",
-            details={
-                "baseline_images_per_s": images / plain_s,
-                "images_per_s": images / ours_s,
-                "images_per_s_by_the_clock": images / clock_s,
-                "ratio_by_the_clock": plain_s / clock_s,
-            },
+            details={"baseline_images_per_s": images / plain_s, "images_per_s": images / ours_s},
             notes=(f"seconds a step of {images} images; pipeline.{setting}",),
         )
         return [row]
@@ -91,16 +84,9 @@ def train_command(overrides: list[str], skipped: int) -> Trials:
             if done.returncode:
                 last = (done.stderr.strip().splitlines() or [""])[-1]
                 raise RunError(f"stage-ray train ended with exit code {done.returncode}: {last}")
-            yield step_times(Path(scratch), skipped)
+            yield {"step_s": step_times(Path(scratch))[skipped:]}
 
 
-def step_times(run_dir: Path, skipped: int) -> dict[str, list[float]]:
-    """Seconds of a run's steps but the first ones: ``step_s`` by its metrics, ``clock_s`` by its ledger's clock."""
-    metrics, events = (
-        [json.loads(line) for line in (run_dir / name).read_text(encoding="utf-8").splitlines()]
-        for name in ("metrics.jsonl", "ledger.jsonl")
-    )
-    step_s = [line["images"] / line["images_per_s"] for line in metrics if "images_per_s" in line]
-    ends = {event["step"]: event["time"] for event in events if event["event"] == "trained"}  # the last of each step
-    clock_s = [end - start for start, end in pairwise(ends[step] for step in sorted(ends))]
-    return {"step_s": step_s[skipped:], "clock_s": clock_s[skipped - 1 :]}
+def step_times(run_dir: Path) -> list[float]:
+    """Seconds of each of a run's steps, by its metrics."""
+    return [row["images"] / row["images_per_s"] for row in read_steps(run_dir / METRICS_FILE)]

@@ -8,17 +8,12 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from transformers import AutoProcessor
 from transformers.utils.logging import disable_progress_bar
 
-from stage_ray.config import PolicyConfig, RolloutConfig
-from stage_ray.config.hardware import usable_cpus
 from stage_ray.config.paths import resolve_path
-from stage_ray.engines import build_engine
-from stage_ray.engines.base import ImageEngine
 from stage_ray.pipeline.prompts import load_prompts
 from stage_ray.policies.base import PromptIds
 from stage_ray.policies.janus.builder import JanusSizes, build_model, write_checkpoint
@@ -46,13 +41,6 @@ def model_of(sizes: JanusSizes | None) -> Iterator[str]:
         return
     with tempfile.TemporaryDirectory(prefix="stage-ray-bench-model-") as directory:
         yield str(write_model(Path(directory), sizes))
-
-
-def engine_of(model: str, device: str, **settings: Any) -> ImageEngine:
-    """An engine with every core and, on ``cuda``, a GPU; the settings are those of ``rollout``."""
-    settings |= {"cpus": usable_cpus(), "gpus": float(device == "cuda")}
-    rollout, policy = RolloutConfig.model_validate(settings), PolicyConfig.model_validate({"path": model})
-    return build_engine(policy, rollout, worker="bench")
 
 
 def equal_prompts(encode: Callable[[str], PromptIds], path: str = TRAIN) -> list[tuple[Prompt, PromptIds]]:

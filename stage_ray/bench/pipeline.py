@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,21 +26,19 @@ class PipelineBench(Bench):
     """Step time against the slowest stage, then the driver's cost with many workers; the device plays no part."""
 
     def rows(self) -> list[Row]:
-        """A row for each staleness bound, then three of the driver's cost."""
+        """A row for each staleness bound, then one of the driver's cost."""
         stages = [seconds / 10 if self.quick else seconds for seconds in STAGES]
-        steps, few, many, repeats = (6, 50, 250, 3) if self.quick else (20, 200, 1000, 9)
+        steps, held, repeats = (6, 250, 3) if self.quick else (20, 1000, 9)
         timed = [
             Variant(f"k{k}", driven, {"stages": stages, "staleness": k, "steps": steps + k + 2, "groups": 8})
             for k in STALENESS
         ]
         found = interleave(timed, repeats=1, warmups=0, progress=self.progress, title="pipeline, timed stages")
         rows = [overlap_row(k, stages, found[f"k{k}"]) for k in STALENESS]
-        pools = {"stages": (0.0, 0.0, 0.0), "staleness": 1, "rollouts": ROLLOUTS, "rewards": REWARDS}
-        # Case -> steps and groups a step, half of those that the buffer holds.
-        cases = {"few": (2, few // 2), "many": (2 * many // few, few // 2), "many_slots": (2, many // 2)}
-        costs = [Variant(name, driven, {**pools, "steps": n, "groups": groups}) for name, (n, groups) in cases.items()]
+        pools = {"staleness": 1, "steps": 2, "groups": held // 2, "rollouts": ROLLOUTS, "rewards": REWARDS}
+        costs = [Variant("driver", driven, {"stages": (0.0, 0.0, 0.0), **pools})]
         found = interleave(costs, repeats=repeats, progress=self.progress, title="pipeline, driver")
-        return rows + cost_rows(found, few, many)
+        return [*rows, cost_row(found["driver"], held)]
 
 
 def overlap_row(staleness: int, stages: Sequence[float], trials: Sequence[Measurement]) -> Row:
@@ -59,20 +57,20 @@ def overlap_row(staleness: int, stages: Sequence[float], trials: Sequence[Measur
     )
 
 
-def cost_rows(trials: Mapping[str, Sequence[Measurement]], few: int, many: int) -> list[Row]:
-    """What the driver's own work takes of its one core for a group, and whether that grows."""
-    cost = {name: 1e3 * median(found, "group_s") for name, found in trials.items()}
-    limit = 1e3 * min(median(found, "ledger_s") for found in trials.values())
-    workers = f"{ROLLOUTS} rollout and {REWARDS} reward workers"
-    note = f"processor time of stream, buffer and ledger with {workers}; without what Ray's own calls cost"
-    shared: Any = {"unit": "ms", "better": "lower", "limit": limit, "limit_is": "the ledger's four lines a group"}
-    words = "cost of a group by the allowance, the worst case of those below", f"an allowance of {ALLOWANCE_MS:g} ms"
-    rows = [Row("pipeline/driver/cost", 1.0, ALLOWANCE_MS, max(cost.values()), *words, notes=(note,), **shared)]
-    for name, case, where in (("run", "many", "in a run"), ("slots", "many_slots", "held at once")):
-        words = f"cost of a group with {many} by that with {few} groups {where}", f"{few} groups {where}"
-        claim = (f"pipeline/driver/flat-over-{name}", 1.25, cost["few"], cost[case])
-        rows.append(Row(*claim, *words, notes=(note,), **shared))
-    return rows
+def cost_row(trials: Sequence[Measurement], held: int) -> Row:
+    """What the driver's own work takes of its one core for a group, with ``held`` groups in the buffer."""
+    workers = f"{held} groups, {ROLLOUTS} rollout and {REWARDS} reward workers"
+    return Row(
+        "pipeline/driver/cost",
+        *(1.0, ALLOWANCE_MS, 1e3 * median(trials, "group_s")),
+        ratio_is="cost of a group by the allowance",
+        baseline_is=f"an allowance of {ALLOWANCE_MS:g} ms",
+        unit="ms",
+        better="lower",
+        limit=1e3 * median(trials, "ledger_s"),
+        limit_is="the ledger's four lines a group",
+        notes=(f"processor time of stream, buffer and ledger with {workers}; without what Ray's own calls cost",),
+    )
 
 
 def driven(

@@ -12,8 +12,11 @@ import torch
 
 from stage_ray.bench.base import Bench, Row, Trials, Variant, interleave, median
 from stage_ray.bench.baselines import plain_logprobs, plain_policy, plain_tokens
-from stage_ray.bench.inputs import FIFTY_MILLION, SMALL, engine_of, equal_prompts, model_of
+from stage_ray.bench.inputs import FIFTY_MILLION, SMALL, equal_prompts, model_of
 from stage_ray.bench.machine import best, dtype_name, machine, sampling_limit, timed
+from stage_ray.config import PolicyConfig, RolloutConfig
+from stage_ray.config.hardware import usable_cpus
+from stage_ray.engines import build_engine
 from stage_ray.engines.base import ImageSequence
 from stage_ray.policies.base import PromptIds
 from stage_ray.policies.janus.builder import JanusSizes, checkpoint_sizes
@@ -82,7 +85,6 @@ class RolloutBench(Bench):
                     "ratio_without_second_forward": alone / ours_s,
                     "loop_alone_s": alone,
                     "second_forward_s": whole - alone,
-                    "images_per_s": case.images / ours_s,
                     "ms_per_step": 1e3 * ours_s / model.image_tokens,
                 }
                 name = f"rollout/{case.name}/{claim}"
@@ -110,7 +112,9 @@ def plain_loop(model: str, images: int, device: str, dtype: str) -> Trials:
 def engine_loop(model: str, images: int, device: str, dtype: str, engine: str) -> Trials:
     """Ours: an engine's own sampling of one batch, which records log-probabilities and entropies as it goes."""
     settings = {"engine": engine, "guidance_scale": GUIDANCE, "images_per_batch": images, "dtype": dtype}
-    built = engine_of(model, device, **settings)
+    settings |= {"cpus": usable_cpus(), "gpus": float(device == "cuda")}
+    policy = PolicyConfig.model_validate({"path": model})
+    built = build_engine(policy, RolloutConfig.model_validate(settings), worker="bench")
     sequences = [ImageSequence(ids, seed) for seed, ids in enumerate(prompts_of(built.encode_prompt, images))]
     while True:
         seconds, _ = timed(torch.device(device), built.sample, sequences, built.params)

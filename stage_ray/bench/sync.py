@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -16,7 +15,7 @@ import xxhash
 
 from stage_ray.actors.client import Client
 from stage_ray.bench.base import Bench, Measurement, Row, Trials, Variant, bench_run, interleave, median
-from stage_ray.bench.inputs import GIGABYTE, SMALL, engine_of, model_of
+from stage_ray.bench.inputs import GIGABYTE, SMALL, model_of
 from stage_ray.bench.machine import timed
 from stage_ray.cluster.cluster import Cluster
 from stage_ray.cluster.runtime import start_ray
@@ -31,22 +30,18 @@ CPU = torch.device("cpu")
 
 
 class SyncBench(Bench):
-    """One publish of a gigabyte by each transport, and apart from it what vLLM does to weights that have arrived."""
+    """One publish of a gigabyte by each transport."""
 
     def rows(self) -> list[Row]:
-        """A row for each transport; vLLM's repacking is in the first one's details."""
-        repeats, trials, more = 3 if self.quick else 9, dict[str, Any](), dict[str, float]()
+        """A row for each transport."""
+        repeats, rows = 3 if self.quick else 9, list[Row]()
         with model_of(SMALL if self.quick else GIGABYTE) as model:
-            options = {"model": model, "device": self.device}
             for name in available(self.device):  # one after the other: each needs ten times the model's memory
-                variants = [Variant(name, publish, options | {"transport": name})]
+                variant = Variant(name, publish, {"model": model, "device": self.device, "transport": name})
                 title = f"sync, {name}"
-                trials |= interleave(variants, repeats=repeats, warmups=FRESH, progress=self.progress, title=title)
-            if importlib.util.find_spec("vllm"):
-                variants = [Variant("vllm", repack, options)]
-                found = interleave(variants, repeats=3, progress=self.progress, title="vLLM's repacking")["vllm"]
-                more = {"vllm_repacking_s_per_gb": 1e9 * median(found, "seconds") / found[0]["nbytes"]}
-        return [row_of(name, found, {} if number else more) for number, (name, found) in enumerate(trials.items())]
+                trials = interleave([variant], repeats=repeats, warmups=FRESH, progress=self.progress, title=title)
+                rows.append(row_of(name, trials[name]))
+        return rows
 
 
 def available(device: str) -> list[str]:
@@ -55,7 +50,7 @@ def available(device: str) -> list[str]:
     return ["object_store", "gloo", *(["nccl"] if nccl else [])]
 
 
-def row_of(transport: str, trials: Sequence[Measurement], more: dict[str, float]) -> Row:
+def row_of(transport: str, trials: Sequence[Measurement]) -> Row:
     """What the trials of one transport say.
 
     The limit: every byte is copied once into shared memory, or once into each worker, and read by each worker, with
@@ -64,7 +59,6 @@ def row_of(transport: str, trials: Sequence[Measurement], more: dict[str, float]
     copy_s, read_s, seconds = (median(trials, name) for name in ("copy_s", "read_s", "seconds"))
     stages = {name: median(trials, name) for name in ("pack_s", "store_s", "load_s", "first_s")}
     stored, workers, gigabytes = transport == "object_store", trials[0]["workers"], trials[0]["nbytes"] / 1e9
-    speeds = {"gb_per_s_per_worker": gigabytes / seconds, "copy_gb_per_s": gigabytes / copy_s}
     return Row(
         "sync/publish" if stored else f"sync/publish/{transport}",
         *(0.5, copy_s, seconds),
@@ -73,7 +67,7 @@ def row_of(transport: str, trials: Sequence[Measurement], more: dict[str, float]
         limit=((1 if stored else workers) * copy_s + workers * read_s) / usable_cpus(),
         limit_is=f"one copy into {'shared memory' if stored else 'each worker'}, checksummed on its way, and one "
         f"checksum in each worker ({read_s:.3g} s on a core), all spread evenly over the cores",
-        details={**stages, **speeds, **more},
+        details=stages,
         notes=(f"{gigabytes:.3g} GB of a float32 model to {workers} workers; vLLM's repacking is not in it",),
     )
 
@@ -84,14 +78,13 @@ def publish(model: str, device: str, transport: str) -> Trials:
     target, nccl = np.zeros_like(source), transport == "nccl"
     gpus = 0.0 if device == "cpu" else 1.0 if nccl else 0.3
     workers = min(WORKERS, torch.cuda.device_count() - 1) if nccl else WORKERS
-    versions_mb = 3 * source.nbytes // 2**20  # room for three in the object store
-    cluster_options = {"object_store_mb": 200 + versions_mb, "num_cpus": WORKERS + 2, "weight_transport": transport}
+    store_mb = 200 + 3 * source.nbytes // 2**20  # room for three versions
     run = bench_run(
         model,
         rollout={"workers": workers, "gpus": gpus, "dtype": "float32"},
         learner={"gpus": gpus},
         scoring={"resources": {"none": 1.0}},  # no node has it, so no scorer is started
-        cluster=cluster_options,
+        cluster={"object_store_mb": store_mb, "num_cpus": WORKERS + 2, "weight_transport": transport},
     )
     with tempfile.TemporaryDirectory(prefix="stage-ray-bench-") as scratch:
         start_ray(run, Path(scratch))
@@ -132,12 +125,3 @@ def watch(client: Client) -> dict[str, float]:
 
     client.__dict__["ask"] = watched  # in place of the method
     return seconds
-
-
-def repack(model: str, device: str) -> Trials:
-    """A vLLM engine that is given its own weights again and again."""
-    engine = engine_of(model, device, engine="vllm", images_per_batch=2)
-    tensors = {name: torch.zeros(shape) for name, shape in engine.weight_shapes().items()}
-    nbytes = sum(tensor.nbytes for tensor in tensors.values())
-    while True:
-        yield {"seconds": timed(torch.device(device), engine.install, tensors)[0], "nbytes": nbytes}

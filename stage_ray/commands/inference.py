@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -44,10 +43,9 @@ def evaluate(
 
     Example: stage-ray evaluate runs/stage_shapeworld/final --suite geneval --json after.json
     """
-    from stage_ray.evaluation.base import find_benchmark
+    from stage_ray.evaluation.base import find_benchmark, write_result
     from stage_ray.evaluation.loop import EngineBackend, requests_for
     from stage_ray.evaluation.loop import evaluate as run_benchmark
-    from stage_ray.files import atomic_write
     from stage_ray.observability.progress import Progress
     from stage_ray.pipeline.prompts import load_prompts
     from stage_ray.rewards import build_rewards
@@ -64,7 +62,7 @@ def evaluate(
         backend = EngineBackend(loaded, scorers)
         result = asyncio.run(run_benchmark(backend, benchmark, requests_for(asked, images, seed), advance))
     if json_file is not None:
-        atomic_write(json_file, json.dumps(result.to_json(), indent=1))
+        write_result(json_file, result)
     width = max(map(len, result.metrics), default=0)
     for name, metric in result.metrics.items():
         echo(f"{name:<{width}}  {metric}  ({metric.images} images)")

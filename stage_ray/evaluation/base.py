@@ -14,7 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from stage_ray.config import RewardConfig
 from stage_ray.errors import ConfigError, RunError
-from stage_ray.files import read_json
+from stage_ray.files import atomic_write, read_json
 from stage_ray.records import Prompt, ScoredGroup
 from stage_ray.registry import Registry
 
@@ -77,10 +77,6 @@ def find_benchmark(name: str, key: str = "evaluation.benchmark") -> Benchmark:
 
     Raises:
         ConfigError: there is none (with the nearest name), or it has no method `aggregate`.
-
-    Example:
-        >>> find_benchmark("geneval").headline
-        'GenEval'
     """
     kind = BENCHMARKS.find(name, key)
     if not callable(kind) or not callable(getattr(kind, "aggregate", None)):
@@ -118,7 +114,7 @@ def mean_of_metrics(metrics: Mapping[str, MetricValue]) -> MetricValue | None:
 
 @dataclass(frozen=True, slots=True)
 class EvaluationResult:
-    """The result of one evaluation; JSON-able.
+    """The result of one evaluation; JSON-able, see `write_result`.
 
     Attributes:
         benchmark: its name.
@@ -126,11 +122,6 @@ class EvaluationResult:
         metrics: as `Benchmark.aggregate` gives them.
         scores: mean of every scorer, by its column; None where it scored nothing.
         images: for each image ``prompt_index``, ``prompt``, ``image``, ``scores`` (None where invalid) and ``details``.
-
-    Example:
-        >>> result = EvaluationResult("geneval", "GenEval", {"GenEval": MetricValue(0.5, 0.1, 32, {7: 0.5})})
-        >>> result.headline_value
-        0.5
     """
 
     benchmark: str
@@ -144,13 +135,14 @@ class EvaluationResult:
         """Value of the headline metric; None where no image could be judged."""
         return self.metrics[self.headline].value if self.headline in self.metrics else None
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain data without NaN, for ``json.dump``."""
-        return asdict(self)
+
+def write_result(path: Path, result: EvaluationResult, **more: Any) -> None:
+    """Write a result as JSON, whole or not at all; ``more`` are keys beside its own."""
+    atomic_write(path, json.dumps(asdict(result) | more, indent=1))
 
 
 def read_result(path: Path) -> EvaluationResult | None:
-    """Read a file of `EvaluationResult.to_json`, whose further keys are ignored; None if there is no file.
+    """Read a file of `write_result`, without its further keys; None if there is no file.
 
     Raises:
         RunError: the file is damaged, or another version wrote it.
@@ -179,14 +171,12 @@ def summarise(benchmark: Benchmark, prompts: Sequence[Prompt], scored: Sequence[
         # Details are a user's: a trip through JSON makes NaN null, and whatever JSON does not know a text.
         details = json.loads(json.dumps(group.details, default=str), parse_constant=lambda _: None)
         for image, said in enumerate(details):
-            scores: dict[str, float | None] = dict.fromkeys(group.names)  # None until a valid one is found
-            for name, score, valid in zip(group.names, group.scores[image], group.valid[image], strict=True):
-                if valid:
-                    scores[name] = float(score)
-                    columns[name].append(float(score))
-            images.append(
-                {"prompt_index": prompt.index, "prompt": prompt.text, "image": image, "scores": scores, "details": said}
-            )
+            judged = zip(group.names, group.scores[image], group.valid[image], strict=True)
+            scores = {name: float(score) if valid else None for name, score, valid in judged}
+            for name, score in scores.items():
+                columns[name] += [] if score is None else [score]
+            where = {"prompt_index": prompt.index, "prompt": prompt.text, "image": image}
+            images.append({**where, "scores": scores, "details": said})
     means = {name: sum(scores) / len(scores) if scores else None for name, scores in columns.items()}
     metrics = benchmark.aggregate(prompts, ordered)
     return EvaluationResult(benchmark.name, benchmark.headline, metrics, means, tuple(images))

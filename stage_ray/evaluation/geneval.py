@@ -8,7 +8,6 @@ from stage_ray.config import RewardConfig
 from stage_ray.evaluation.base import MetricValue, mean_of_metrics, mean_over_images
 from stage_ray.records import Prompt, ScoredGroup
 
-HEADLINE = "GenEval"
 DETECTOR = "stage_ray.shapeworld.detector.ShapeDetector"
 JUDGE = {"type": "geneval", "options": {"detector": DETECTOR, "threshold": 0.5, "counting_threshold": 0.5}}
 
@@ -19,14 +18,10 @@ class GenEvalBenchmark:
     Metrics, each 0..1: every task (the prompts' ``tag``; "all" for prompts without one), their mean ``GenEval``, and
     the mean ``soft score`` over images. A task counts the same however many prompts it has. The first scorer that
     gives a verdict for an image is its judge; an image without one counts in no metric.
-
-    Example:
-        >>> GenEvalBenchmark().images_per_prompt
-        4
     """
 
     name = "geneval"
-    headline = HEADLINE
+    headline = "GenEval"
     prompts = "package:stage_ray/shapeworld/assets/prompts/heldout.jsonl"
     rewards = (RewardConfig.model_validate(JUDGE),)
     images_per_prompt = 4
@@ -46,5 +41,5 @@ class GenEvalBenchmark:
                         soft.setdefault(prompt.index, []).append(float(judged["soft"]))
         # A task without any verdict is absent.
         tasks = {name: mean for name, by_prompt in strict.items() if (mean := mean_over_images(by_prompt))}
-        metrics = {**tasks, HEADLINE: mean_of_metrics(tasks), "soft score": mean_over_images(soft)}
+        metrics = {**tasks, self.headline: mean_of_metrics(tasks), "soft score": mean_over_images(soft)}
         return {name: metric for name, metric in metrics.items() if metric is not None}

@@ -19,9 +19,6 @@ def alarms(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
     Names and meanings are in `stage_ray.observability.registry.ALARMS`. ``no_valid_reward`` also rings where a run
     stops because no group can be scored (`stage_ray.pipeline.stream`), and ``learner_lost`` where the learner died and
     the run goes back to a checkpoint (`stage_ray.train`). A metric that is absent raises no alarm.
-
-    Example:
-        alarms({"grad_norm": 0.0})[0][0]  # 'zero_gradient'
     """
     policy, reference = metrics.get("entropy/policy", math.nan), metrics.get("entropy/reference", math.nan)
     kl, mismatch = metrics.get("kl", 0.0), metrics.get("mismatch/abs_logprob", 0.0)

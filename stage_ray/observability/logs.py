@@ -25,12 +25,7 @@ _handler: logging.Handler | None = None
 
 
 def start_logs(form: str, run_id: str) -> None:
-    """Let the driver's logging, and that of the workers it starts, be ``text`` (as Python does it) or ``json``.
-
-    Example:
-        start_logs("json", "stage_shapeworld")
-        log.warning("slow")  # {"level": "WARNING", "logger": "stage_ray", "message": "slow", "run": ..., "time": ...}
-    """
+    """Let the driver's logging, and that of the workers it starts, be ``text`` (as Python does it) or ``json``."""
     global _handler
     os.environ.pop(RUN, None)
     if _handler is not None:
@@ -53,12 +48,7 @@ def redirect_output(log_file: str | None, role: str = "worker", worker: str = "w
     """Send this worker's stdout and stderr, C++ included, to a file; None leaves them to Ray's own log files.
 
     Every actor begins with this, so from here on files of a run are also writable by their owner only: a worker of a
-    cluster that the run joined has that cluster's umask.
-
-    Args:
-        log_file: it need not exist.
-        role: rollout, reward or learner.
-        worker: what the driver and the metrics call this worker; its lines carry that name.
+    cluster that the run joined has that cluster's umask. JSON lines carry ``role`` and ``worker``.
     """
     deny_others_writing()
     if log_file is not None:

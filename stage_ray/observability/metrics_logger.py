@@ -24,7 +24,7 @@ MACHINE_FILE = "machine.json"
 
 
 class MetricsLogger:
-    """Writes one JSON object per step, and mirrors it to the trackers.
+    """Writes one JSON object per step, one scalar a metric and step for TensorBoard, and serves Prometheus.
 
     Invariant: ``metrics.jsonl`` holds whole lines with growing steps, whatever was killed when. A line is with the
     system before `step` returns; a half-written last line is dropped when a run goes on.
@@ -45,42 +45,51 @@ class MetricsLogger:
         Raises:
             RunError: the port is taken or the address is not this machine's.
         """
-        self._run_dir, self.port = run_dir, port
-        self._trackers: list[Tracker] = [TensorBoardTracker(run_dir)]
-        if port is not None:
-            prometheus = PrometheusTracker(host, port)
-            self._trackers.append(prometheus)
-            self.port = prometheus.port
+        self._run_dir = run_dir
+        self._prometheus = None if port is None else PrometheusEndpoint(host, port)
+        self.port = None if self._prometheus is None else self._prometheus.port
+        self._tensorboard: SummaryWriter | None = None
         atomic_write(run_dir / MACHINE_FILE, json.dumps(machine_metadata(), indent=1))
         self.rewind(resume_step)
 
     def step(self, step: int, metrics: Mapping[str, float | Sequence[str] | None]) -> None:
         """Record the metrics of one step. Numbers that are not finite become null; trackers get a list's length."""
+        assert self._tensorboard is not None
         row: dict[str, Any] = {"step": step, **metrics}
         row |= {name: None for name, it in row.items() if isinstance(it, numbers.Real) and not math.isfinite(it)}
         self._append(METRICS_FILE, row)
-        lengths = {name: len(value) for name, value in row.items() if isinstance(value, Sequence)}
-        for tracker in self._trackers:
-            tracker.step(step, row | lengths)
+        row |= {name: len(value) for name, value in row.items() if isinstance(value, Sequence)}
+        for name, number in row.items():
+            if number is not None and name != "step":
+                self._tensorboard.add_scalar(name, number, step)
+        self._tensorboard.flush()
+        if self._prometheus is not None:
+            self._prometheus.serve(row)
 
     def alarm(self, step: int, name: str, text: str) -> None:
-        """Record one alarm of a step in ``alarms.jsonl`` and the trackers."""
+        """Record one alarm of a step in ``alarms.jsonl``; Prometheus counts it."""
         self._append(ALARMS_FILE, {"step": step, "alarm": name, "text": text})
-        for tracker in self._trackers:
-            tracker.alarm(name)
+        if self._prometheus is not None:
+            self._prometheus.alarms.labels(name).inc()
 
     def rewind(self, step: int) -> None:
         """Forget the steps after ``step``, which will be trained again, and what a crash left half-written."""
         for path in (self._run_dir / METRICS_FILE, self._run_dir / ALARMS_FILE):
             kept = [row for row in read_steps(path) if row["step"] <= step]  # of steps that stay
             atomic_write(path, "".join(json.dumps(row) + "\n" for row in kept))
-        for tracker in self._trackers:
-            tracker.open(step)
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        # A purge hides the later steps that were written before.
+        self._tensorboard = SummaryWriter(str(self._run_dir / "tensorboard"), purge_step=step + 1 if step else None)
+        if self._prometheus is not None:
+            self._prometheus.set("step", step)  # before the first update too: a run that hangs there must be seen
 
     def close(self) -> None:
-        """Close the trackers."""
-        for tracker in self._trackers:
-            tracker.close()
+        """Close the files and free the port."""
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._prometheus is not None:
+            self._prometheus.close()
 
     def _append(self, name: str, row: Mapping[str, Any]) -> None:
         with (self._run_dir / name).open("a", encoding="utf-8") as file:
@@ -107,65 +116,19 @@ def read_steps(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-class Tracker:
-    """Built by `MetricsLogger`, before anything is written; nothing is tracked before the first `open`."""
-
-    def open(self, step: int) -> None:
-        """Begin, or begin again, after ``step``: what was tracked of later steps will be tracked anew."""
-
-    def step(self, step: int, numbers: Mapping[str, float | None]) -> None:
-        """Track one step; None where a number is not finite."""
-
-    def alarm(self, name: str) -> None:
-        """Count an alarm."""
-
-    def close(self) -> None:
-        """Free files and ports."""
-
-
-class TensorBoardTracker(Tracker):
-    """One scalar a metric and step, under ``RUN_DIR/tensorboard``; alarms only as their number in a step."""
-
-    def __init__(self, run_dir: Path) -> None:
-        self._directory = run_dir / "tensorboard"
-        self._writer: SummaryWriter | None = None
-
-    def open(self, step: int) -> None:
-        """As `Tracker.open`."""
-        self.close()
-        self._writer = SummaryWriter(str(self._directory), purge_step=step + 1 if step else None)
-
-    def step(self, step: int, numbers: Mapping[str, float | None]) -> None:
-        """As `Tracker.step`."""
-        assert self._writer is not None, "`open` comes first"
-        for name, number in numbers.items():
-            if number is not None and name != "step":
-                self._writer.add_scalar(name, number, step)
-        self._writer.flush()
-
-    def close(self) -> None:
-        """As `Tracker.close`."""
-        if self._writer is not None:
-            self._writer.close()
-
-
-class PrometheusTracker(Tracker):
+class PrometheusEndpoint:
     """One gauge a metric, such as ``stage_ray_reward_mean``, and the counter ``stage_ray_alarm_total{name="..."}``.
 
     The gauges serve the newest step; ``port`` says where.
     """
 
     def __init__(self, host: str, port: int) -> None:
-        """Bind the endpoint; port 0 picks a free one.
-
-        Raises:
-            RunError: the port is taken or the address is not this machine's.
-        """
+        """Bind the endpoint; port 0 picks a free one. Raises as `MetricsLogger` does."""
         self._registry = CollectorRegistry()
         self._gauges: dict[str, Gauge] = {}
-        self._alarms = Counter(f"{PREFIX}alarm", _help("alarm"), ["name"], registry=self._registry)
+        self.alarms = Counter(f"{PREFIX}alarm", _help("alarm"), ["name"], registry=self._registry)
         for name in ALARMS:  # at 0 from the start: Prometheus sees no increase in a counter that begins at 1
-            self._alarms.labels(name)
+            self.alarms.labels(name)
         try:
             self._server, _ = start_http_server(port, addr=host, registry=self._registry)
         except OSError as error:
@@ -175,29 +138,22 @@ class PrometheusTracker(Tracker):
             ) from error
         self.port = self._server.server_port
 
-    def open(self, step: int) -> None:
-        """Serve the step before the first update too: a run that hangs there must be seen."""
-        self._set("step", step)
-
-    def step(self, step: int, numbers: Mapping[str, float | None]) -> None:
-        """Serve these numbers; those that an earlier step measured and this one did not are NaN."""
+    def serve(self, numbers: Mapping[str, float | None]) -> None:
+        """Serve a step's numbers; those that an earlier step measured and this one did not are NaN."""
         for name in self._gauges.keys() | numbers.keys():
-            self._set(name, numbers.get(name))
+            self.set(name, numbers.get(name))
 
-    def alarm(self, name: str) -> None:
-        """As `Tracker.alarm`."""
-        self._alarms.labels(name).inc()
+    def set(self, name: str, number: float | None) -> None:
+        """Serve one number; None as NaN."""
+        if name not in self._gauges:
+            served = PREFIX + re.sub(r"\W", "_", name)  # Prometheus takes letters, digits and _ only
+            self._gauges[name] = Gauge(served, _help(name), registry=self._registry)
+        self._gauges[name].set(math.nan if number is None else number)
 
     def close(self) -> None:
         """Free the port."""
         self._server.shutdown()
         self._server.server_close()
-
-    def _set(self, name: str, number: float | None) -> None:
-        if name not in self._gauges:
-            served = PREFIX + re.sub(r"\W", "_", name)  # Prometheus takes letters, digits and _ only
-            self._gauges[name] = Gauge(served, _help(name), registry=self._registry)
-        self._gauges[name].set(math.nan if number is None else number)
 
 
 def _help(name: str) -> str:

@@ -34,13 +34,6 @@ class Progress:
     """Shows stages, steps, bars, notes and alarms; picks live or plain by whether the console is a terminal.
 
     Nothing is drawn before the first call, and leaving a ``with`` restores the terminal; the last state stays on it.
-
-    Example:
-        with Progress() as progress:
-            progress.stage("starting workers")
-            with progress.bar("evaluating", total=64) as advance:
-                advance(8)
-            progress.step(1, 100, {"reward/mean": 0.51, "kl": 0.0, "images_per_s": 21.0})
     """
 
     def __init__(self, console: Console | None = None) -> None:
@@ -120,11 +113,7 @@ class Progress:
 
 
 class LoggedProgress(Progress):
-    """The same as lines of the log, for ``logs.format: json``: every step, with its numbers in ``metrics``.
-
-    Example:
-        LoggedProgress().step(1, 100, {"kl": 0.01})  # {"message": "step 1 of 100", "metrics": {"kl": 0.01}, ...}
-    """
+    """The same as lines of the log, for ``logs.format: json``: every step, with its numbers in ``metrics``."""
 
     def __init__(self) -> None:
         super().__init__(Console(force_terminal=False))

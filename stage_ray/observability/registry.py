@@ -6,6 +6,7 @@ Help texts of the Prometheus endpoint, ``stage-ray metrics`` and ``deploy/grafan
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,10 +26,6 @@ class Metric:
         meaning: one sentence without its full stop.
         where: what records it.
         kind: gauge, or a counter, which only grows while its process lives.
-
-    Example:
-        >>> Metric("time/step_s", "s", "Seconds", "driver").prometheus
-        'stage_ray_time_step_s'
     """
 
     name: str
@@ -54,19 +51,18 @@ class Metric:
         return f"{self.meaning} [{self.unit}]"
 
 
-def _read_table() -> tuple[Metric, ...]:
+def _read_table() -> Iterator[Metric]:
     """The metrics of ``metrics.txt``, which says how it is to be read."""
-    metrics, where, kind = [], "", ""
+    where = kind = ""
     for line in TABLE.splitlines():
         if line.startswith("["):
             where, _, kind = line.strip("[]").partition(": ")
         elif not line.startswith("#"):
             name, unit, meaning = re.split(r" {2,}", line, maxsplit=2)
-            metrics.append(Metric(name, unit, meaning, where, kind or "gauge"))
-    return tuple(metrics)
+            yield Metric(name, unit, meaning, where, kind or "gauge")
 
 
-_METRICS = _read_table()
+_METRICS = tuple(_read_table())
 RECORDED = tuple(metric for metric in _METRICS if not metric.worker and metric.where != "alarms")
 """What a run records: ``metrics.jsonl``, TensorBoard and the driver's Prometheus endpoint."""
 WORKER = tuple(metric for metric in _METRICS if metric.worker)
@@ -76,12 +72,7 @@ ALARMS = {metric.name: metric.meaning for metric in _METRICS if metric.where == 
 
 
 def find(name: str) -> Metric | None:
-    """The entry of a recorded metric: its own before that of a family, None where there is none.
-
-    Example:
-        >>> find("reward/mean").unit, find("reward/clip").unit, find("reward") is None
-        ('reward', 'score', True)
-    """
+    """The entry of a recorded metric: its own before that of a family, None where there is none."""
 
     def matches(metric: Metric) -> bool:
         family = metric.name.replace("<scorer>", "[^/]+").replace("<updates>", r"\d+")

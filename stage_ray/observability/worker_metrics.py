@@ -16,14 +16,7 @@ from stage_ray.records import RolloutGroup
 
 
 class WorkerMetrics:
-    """Lives in an actor and nowhere else: an engine or a learner without an actor around it reports nothing.
-
-    Example:
-        metrics = WorkerMetrics("rollout", "rollout-0")
-        metrics.begin(request.group_id for request in requests)
-        groups = engine.generate(requests)
-        metrics.done(groups, version=engine.policy_version)  # ray_stage_ray_worker_images_total and its like grow
-    """
+    """Lives in an actor and nowhere else: an engine or a learner without an actor around it reports nothing."""
 
     def __init__(self, role: str, worker: str) -> None:
         labels = {"role": role, "worker": worker}

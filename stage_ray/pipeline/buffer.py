@@ -48,20 +48,7 @@ class GroupBuffer(Generic[Payload]):
     a free slot, so when it is admitted at version v at most ``(k + 1) N`` groups, itself among them, are to train.
     In ``strict`` order groups train as admitted, N a step, so it trains at version v + k at the latest: no group can be
     born stale. In ``arrival`` order a ready group may overtake one that is not, as long as every group can still train
-    by its last step.
-
-    Example: N = 2, k = 0: the third group waits until the first two are trained, even while they are being trained.
-        >>> buffer = GroupBuffer(groups_per_step=2, max_staleness=0)
-        >>> buffer.admit(0, 0), buffer.admit(1, 0), buffer.free
-        (None, None, 0)
-        >>> buffer.ready(0, "a", 0), buffer.ready(1, "b", 0)
-        (None, None)
-        >>> asyncio.run(buffer.take(step=0))
-        [(0, 'a'), (1, 'b')]
-        >>> buffer.free
-        0
-        >>> buffer.free_slots([0, 1]); buffer.free
-        2
+    by its last step. With N = 2 and k = 0 the third group waits until the first two are trained, not only taken.
     """
 
     def __init__(

@@ -27,14 +27,6 @@ class Ledger:
     """Append-only ``ledger.jsonl`` and the state it implies.
 
     Invariant: every group's events follow `FOLLOWS`; a breach (a group trained twice, say) raises at once.
-
-    Example:
-        >>> import tempfile
-        >>> ledger = Ledger(Path(tempfile.mkdtemp()) / "ledger.jsonl")
-        >>> ledger.note("admitted", [0, 1], step=0)
-        >>> ledger.note("generated", [0], step=0, policy_version=0)
-        >>> ledger.open_groups()
-        {0: 'generated', 1: 'admitted'}
     """
 
     def __init__(self, path: Path, keep_bytes: int | None = None) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from stage_ray.config.paths import resolve_path
 from stage_ray.errors import ConfigError
@@ -25,38 +24,29 @@ def load_prompts(location: str) -> list[Prompt]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
         raise ConfigError(f"prompt file {location} is not UTF-8 text: {error.reason}") from error
-    numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
-    if not numbered:
+    prompts: list[Prompt] = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        record = {"prompt": line.strip()}
+        if path.suffix in {".jsonl", ".json"}:
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ConfigError(f"{path}, line {number}: not a JSON object ({error.msg})") from error
+            text = record.get("prompt") if isinstance(record, dict) else None
+            if not isinstance(text, str) or not text.strip():
+                example = '{"prompt": "a photo of a circle"}'
+                raise ConfigError(f'{path}, line {number}: needs a non-empty "prompt", for example {example}')
+        prompts.append(Prompt(len(prompts), record["prompt"], record))
+    if not prompts:
         raise ConfigError(f"prompt file {location} holds no prompts; give it at least one line")
-    records = [_record(path, number, line) for number, line in numbered]
-    return [Prompt(index=i, text=record["prompt"], record=record) for i, record in enumerate(records)]
-
-
-def _record(path: Path, number: int, line: str) -> dict:
-    if path.suffix not in {".jsonl", ".json"}:
-        return {"prompt": line.strip()}
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path}, line {number}: not a JSON object ({error.msg})") from error
-    if not isinstance(record, dict) or not isinstance(record.get("prompt"), str) or not record["prompt"].strip():
-        raise ConfigError(
-            f'{path}, line {number}: needs a non-empty "prompt", for example {{"prompt": "a photo of a circle"}}'
-        )
-    return record
+    return prompts
 
 
 @dataclass(slots=True)
 class PromptCursor:
-    """Draws prompts for ever, a new order each epoch. ``position`` alone is its state, so resuming is exact.
-
-    Example:
-        >>> prompts = [Prompt(0, "a"), Prompt(1, "b")]
-        >>> cursor = PromptCursor(prompts, seed=1)
-        >>> first = [cursor.draw().text for _ in range(4)]
-        >>> PromptCursor(prompts, seed=1, position=3).draw().text == first[3]
-        True
-    """
+    """Draws prompts for ever, a new order each epoch. ``position`` alone is its state, so resuming is exact."""
 
     prompts: list[Prompt]
     seed: int

@@ -113,11 +113,7 @@ class GroupStream:
             self._replace(failed)
 
     def requeue(self, groups: Iterable[GroupRefs], lost: GroupsLostError) -> None:
-        """Take back the groups of `next_batch` that no update took, because some of them were ``lost`` with a node.
-
-        Raises:
-            LearnerLostError: of `reissue`.
-        """
+        """Take back the groups of `next_batch` that no update took, since some were ``lost``; raises as `reissue`."""
         self.reissue(lost)
         self._buffer.requeue(group.group_id for group in groups)
 

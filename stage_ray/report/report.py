@@ -61,6 +61,11 @@ def write_report(run_dir: Path) -> Path:
     sheets = sorted((run_dir / "samples").glob("step-*.png"))
     if len(sheets) > MOST_SAMPLES:  # spread evenly over the run, first and last among them
         sheets = [sheets[round(i * (len(sheets) - 1) / (MOST_SAMPLES - 1))] for i in range(MOST_SAMPLES)]
+    config = yaml.safe_load(config_text)
+    done, wanted = rows[-1]["step"] if rows else 0, config.get("steps", 0)
+    state = f"{done} steps" if done >= wanted else f"{done} of {wanted} steps so far"
+    if done >= wanted and after is None and config.get("evaluation", {}).get("enabled", True):
+        state += ", not evaluated afterwards"
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("stage_ray.report"),
         autoescape=jinja2.select_autoescape(["html", "j2"]),
@@ -69,7 +74,7 @@ def write_report(run_dir: Path) -> Path:
     )
     page = environment.get_template("report.html.j2").render(
         name=run_dir.resolve().name,
-        state=_state(rows, yaml.safe_load(config_text), after is not None),
+        state=state,
         cards=_cards(rows),
         before=before,
         after=after,
@@ -106,14 +111,6 @@ def changes(before: EvaluationResult, after: EvaluationResult) -> dict[str, Metr
         if change is not None:
             found[name] = change
     return found
-
-
-def _state(rows: Sequence[dict[str, Any]], config: dict[str, Any], evaluated: bool) -> str:
-    done, wanted = rows[-1]["step"] if rows else 0, config.get("steps", 0)
-    if done < wanted:
-        return f"{done} of {wanted} steps so far"
-    evaluates = config.get("evaluation", {}).get("enabled", True)
-    return f"{done} steps" + ("" if evaluated or not evaluates else ", not evaluated afterwards")
 
 
 def _tones(before: EvaluationResult | None, changed: Mapping[str, MetricValue]) -> dict[str, str]:

@@ -11,7 +11,6 @@ import hashlib
 import json
 import logging
 import os
-import re
 import shutil
 import uuid
 from collections.abc import Callable, Mapping
@@ -24,7 +23,6 @@ log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 FORMAT = 1
 UNFINISHED = ".unfinished-"
-STEP_NAME = re.compile(r"step-(\d{6,})")
 
 
 class CheckpointError(RuntimeError):
@@ -44,15 +42,6 @@ class CheckpointStore:
     """The checkpoints of one run, newest ``keep`` of them. One writer at a time.
 
     Invariant: a directory named ``step-*`` was complete when it got that name.
-
-    Example:
-        >>> import tempfile
-        >>> store = CheckpointStore(Path(tempfile.mkdtemp()), keep=2)
-        >>> directory = store.begin(5)
-        >>> (directory / "state.txt").write_text("five") and None
-        >>> path = store.finish(5, directory, {"note": 1})
-        >>> store.latest().step, store.latest().metadata, path.name
-        (5, {'note': 1}, 'step-000005')
     """
 
     def __init__(self, root: Path, keep: int) -> None:
@@ -96,13 +85,13 @@ class CheckpointStore:
         os.rename(directory, final)
         _sync(self.root)
         self._remove_unfinished()
-        for _, path in sorted(item for item in self._steps() if item[0] <= step)[: -self.keep]:  # all but the newest
+        for _, path in [found for found in self._steps() if found[0] <= step][: -self.keep]:  # all but the newest
             shutil.rmtree(path)
         return final
 
     def latest(self, on_problem: Callable[[str], None] = log.warning) -> Checkpoint | None:
         """The newest checkpoint that verifies, or None; ``on_problem`` is told of each damaged one."""
-        for step, path in sorted(self._steps(), reverse=True):
+        for step, path in reversed(self._steps()):
             try:
                 return Checkpoint(step, path, verify(path, step))
             except CheckpointError as error:
@@ -110,8 +99,9 @@ class CheckpointStore:
         return None
 
     def _steps(self) -> list[tuple[int, Path]]:
-        found = [(STEP_NAME.fullmatch(path.name), path) for path in self.root.glob("step-*") if path.is_dir()]
-        return [(int(match[1]), path) for match, path in found if match]
+        """The checkpoints with their steps, oldest first."""
+        found = [(path.name.removeprefix("step-"), path) for path in self.root.glob("step-*") if path.is_dir()]
+        return sorted((int(digits), path) for digits, path in found if digits.isdigit())
 
     def _remove_unfinished(self) -> None:
         for leftover in self.root.glob(f"{UNFINISHED}*"):

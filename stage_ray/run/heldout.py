@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,9 +11,8 @@ import numpy as np
 from stage_ray.cluster.cluster import Cluster
 from stage_ray.config import RunConfig
 from stage_ray.errors import GroupsLostError, RunError
-from stage_ray.evaluation.base import find_benchmark, read_result
+from stage_ray.evaluation.base import find_benchmark, read_result, write_result
 from stage_ray.evaluation.loop import JudgedGroup, evaluate, judge_in_batches, requests_for
-from stage_ray.files import atomic_write
 from stage_ray.observability.progress import Progress
 from stage_ray.records import Prompt, RolloutRequest
 from stage_ray.report.samples import contact_sheet
@@ -29,12 +27,9 @@ class HeldOutEvaluation:
     def __init__(
         self, cluster: Cluster, run: RunConfig, prompts: Sequence[Prompt], run_dir: Path, progress: Progress
     ) -> None:
-        self._cluster, self._attempts, self.images_per_batch = (
-            cluster,
-            run.cluster.attempts,
-            run.rollout.images_per_batch,
-        )
-        self._config, self._prompts, self._dir, self._progress = run.evaluation, list(prompts), run_dir, progress
+        self._cluster, self._config, self._attempts = cluster, run.evaluation, run.cluster.attempts
+        self.images_per_batch = run.rollout.images_per_batch
+        self._prompts, self._dir, self._progress = list(prompts), run_dir, progress
         self._benchmark = find_benchmark(run.evaluation.benchmark)
         self._wait_for_pictures = run.pipeline.max_staleness == 0
         self._drawing: asyncio.Task[None] | None = None
@@ -52,8 +47,8 @@ class HeldOutEvaluation:
         with self._progress.bar(f"evaluation {name}", len(self._prompts)) as advance:
             requests = requests_for(self._prompts, self._config.images_per_prompt, self._config.seed)
             result = await evaluate(self, self._benchmark, requests, advance)
-        atomic_write(path, json.dumps({**result.to_json(), "policy_version": policy_version}, indent=1))
-        await self._picture(self._dir / "evaluation" / f"{name}.png")
+        write_result(path, result, policy_version=policy_version)
+        await self._picture(path.with_suffix(".png"))
         shown = {result.headline: result.headline_value, **result.scores}
         told = ", ".join(f"{metric} {value:.3f}" for metric, value in shown.items() if value is not None)
         self._progress.note(f"evaluation {name}: held-out {told}")

@@ -19,12 +19,10 @@ from stage_ray.records import Prompt
 
 
 def preflight(run: RunConfig) -> tuple[list[Prompt], list[Prompt]]:
-    """Check the recipe's options and the model directory (a hub id is left to the workers), and read the prompts.
+    """Check the recipe's options and the model directory (a hub id is left to the workers); the prompts to train on,
+    and those held out.
 
     Where the workers will run on this machine, also that its vLLM is one for the hardware they reserve.
-
-    Returns:
-        The prompts to train on, and those held out.
 
     Raises:
         ConfigError: the recipe, the model family or the benchmark is unknown, the recipe has no such option or value,

@@ -19,13 +19,7 @@ GROUPS = "groups"
 
 
 class StepRecorder:
-    """Writes and shows the metrics and alarms of a run's steps, from the step on from which it resumes.
-
-    Example:
-        recorder = StepRecorder(run, run_dir, run.steps, progress)
-        recorder.step(1, {"loss": 0.5})
-        recorder.close()
-    """
+    """Writes and shows the metrics and alarms of a run's steps, from the step on from which it resumes."""
 
     def __init__(self, run: RunConfig, run_dir: Path, steps: int, progress: Progress, *, resume_step: int = 0) -> None:
         self._run, self._steps, self._progress = run, steps, progress

@@ -24,8 +24,8 @@ LOCK = ".lock"
 
 # Keys that a resumed run may change: placement, speed and logging, never what is computed.
 FREE_KEYS = {"run_dir", "cluster", "checkpoint", "evaluation", "scoring", "logs"}
-FREE_NAMES = {"workers", "max_workers", "ranks", "tensor_parallel", "cpus", "gpus", "resources", "timeout_s"}
-FREE_NAMES |= {"gpu_memory_utilization"}
+FREE_NAMES = {"workers", "max_workers", "ranks", "tensor_parallel", "cpus", "gpus", "gpu_memory_utilization"}
+FREE_NAMES |= {"resources", "timeout_s"}
 
 Resume = bool | Literal["auto"]
 """Go on with the run that a directory holds: it must hold one (True), must not (False), or either (auto)."""
@@ -69,11 +69,8 @@ def run_dir_lock(run_dir: Path, wait_s: float) -> Iterator[None]:
 
     The system frees the lock when this process ends, also by a kill. Storage without locks is used with a warning.
 
-    Args:
-        wait_s: seconds to wait for the driver that holds it.
-
     Raises:
-        ConfigError: another driver holds it; says which process of which machine.
+        ConfigError: another driver still holds it after ``wait_s`` seconds; says which process of which machine.
     """
     path = run_dir / LOCK
     lock = FileLock(path, timeout=wait_s, poll_interval=0.5, fallback_to_soft=False)  # a soft lock outlives a kill

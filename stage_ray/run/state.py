@@ -28,21 +28,13 @@ LEARNER_LIVES = 3
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """Where a run stands, as the metadata of a checkpoint; the weights and groups are files beside it.
+    """Where a run stands, as the metadata of a checkpoint; the weights and groups are files beside it."""
 
-    Attributes:
-        ledger_bytes: length of the ledger; a resume cuts it back to that.
-        cursor: prompts drawn so far.
-        next_group: id of the next group to admit.
-        groups: ids of the groups that were on their way, in the order of their slots.
-        failed: which of them could not be scored (the id as text, for JSON), and why.
-    """
-
-    ledger_bytes: int = 0
-    cursor: int = 0
-    next_group: int = 0
-    groups: Sequence[int] = ()
-    failed: Mapping[str, str] = field(default_factory=dict)
+    ledger_bytes: int = 0  # length of the ledger; a resume cuts it back to that
+    cursor: int = 0  # prompts drawn so far
+    next_group: int = 0  # id of the next group to admit
+    groups: Sequence[int] = ()  # ids of the groups that were on their way, in the order of their slots
+    failed: Mapping[str, str] = field(default_factory=dict)  # those that could not be scored (id as text) and why
 
 
 class RunState:
@@ -56,7 +48,6 @@ class RunState:
         self, run: RunConfig, run_dir: Path, prompts: list[Prompt], *, resume: bool, note: Callable[[str], None]
     ) -> None:
         self._run, self._prompts, self._note = run, prompts, note
-        self._synchronous = run.pipeline.max_staleness == 0
         self._ledger_file = run_dir / "ledger.jsonl"
         self._store = CheckpointStore(run_dir / "checkpoints", run.checkpoint.keep)
         self._saving: asyncio.Task[None] | None = None
@@ -128,7 +119,7 @@ class RunState:
         position = Position(self._ledger.position(), stream.cursor.position, stream.next_group)
         self._saving = asyncio.create_task(self._save(step, cluster, stream, held, position))
         await asyncio.sleep(0)  # queues `save_state` at the learner before the next update
-        if last or self._synchronous:
+        if last or self._run.pipeline.max_staleness == 0:
             await self.saved()
 
     async def saved(self) -> None:

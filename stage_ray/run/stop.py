@@ -22,12 +22,6 @@ class StopSignal:
 
     A second SIGINT ends the process at once. A second SIGTERM changes nothing: schedulers repeat it while they wait
     (Kubernetes sends one to a job that is deleted and one to its pod), and a save must survive that.
-
-    Example:
-        async with StopSignal(progress) as stop:
-            with stop.steps():
-                if stop.requested:
-                    raise stop.error(step)
     """
 
     def __init__(self, progress: Progress) -> None:

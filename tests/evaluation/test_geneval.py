@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from stage_ray.errors import ConfigError, RunError
-from stage_ray.evaluation.base import EvaluationResult, MetricValue, find_benchmark, read_result
+from stage_ray.evaluation.base import EvaluationResult, MetricValue, find_benchmark, read_result, write_result
 from stage_ray.evaluation.base import summarise as summarise_with
 from stage_ray.evaluation.loop import EngineBackend, JudgedGroup, evaluate, judge_in_batches, requests_for
 from stage_ray.records import Prompt, RolloutGroup, RolloutRequest, ScoredGroup
@@ -104,7 +104,8 @@ def test_a_result_survives_json_exactly_and_holds_no_nan(tmp_path: Path):
     odd.details[0]["eyes"]["distance"] = math.nan
     result = summarise(PROMPTS, [GROUPS[0], GROUPS[1], odd])
     path = tmp_path / "after.json"
-    path.write_text(json.dumps({**result.to_json(), "policy_version": 3}, allow_nan=False))
+    write_result(path, result, policy_version=3)
+    assert json.loads(path.read_text(), parse_constant=pytest.fail)["policy_version"] == 3
     assert read_result(path) == result
     path.write_text('{"benchmark": "geneval", "score": 0.5}')
     with pytest.raises(

@@ -106,7 +106,7 @@ def test_libraries_that_bring_a_terminal_of_their_own_and_warnings_come_along(ou
 
 def test_text_leaves_logging_and_the_workers_as_they_are(tmp_path, capsys):
     handlers = list(logging.getLogger().handlers)
-    run = tiny_run(tmp_path, tmp_path)
+    run = tiny_run(tmp_path, tmp_path / "janus")
     assert type(progress_for(run)) is Progress
     bind_context(step=3)
     log_error("stage-ray: no")
@@ -115,7 +115,7 @@ def test_text_leaves_logging_and_the_workers_as_they_are(tmp_path, capsys):
 
 
 def test_workers_are_told_the_format_and_the_run(tmp_path, monkeypatch):
-    progress_for(tiny_run(tmp_path, tmp_path, logs={"format": "json"}, run_dir=str(tmp_path / "seed-20")))
+    progress_for(tiny_run(tmp_path, tmp_path / "janus", logs={"format": "json"}, run_dir=str(tmp_path / "seed-20")))
     told = worker_environment()
     start_logs("text", "")
     for name, value in told.items():
@@ -142,7 +142,7 @@ def test_an_unexpected_error_is_a_line_too():
 
 def test_another_format_is_refused_by_name(tmp_path, capsys):
     with pytest.raises(ConfigError, match=r"logs\.format = 'xml'"):
-        tiny_run(tmp_path, tmp_path, logs={"format": "xml"})
+        tiny_run(tmp_path, tmp_path / "janus", logs={"format": "xml"})
     assert main(["train", str(Path("configs/stage_shapeworld.yaml")), "--set", "logs.format=xml"]) == 2
     assert "logs.format = 'xml'" in capsys.readouterr().err
 
