@@ -9,13 +9,11 @@ from __future__ import annotations
 import typer
 from typer.exceptions import TyperException
 
-from stage_ray.commands.bench import bench
 from stage_ray.commands.doctor import doctor
 from stage_ray.commands.inference import evaluate, generate
 from stage_ray.commands.plan import plan
-from stage_ray.commands.pretrain import pretrain
-from stage_ray.commands.report import metrics, report
 from stage_ray.commands.submit import submit
+from stage_ray.commands.tools import bench, metrics, pretrain, report
 from stage_ray.commands.train import train
 from stage_ray.errors import ConfigError, Interrupted, RunError
 

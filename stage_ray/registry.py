@@ -23,10 +23,6 @@ class Registry:
         room: package that holds one file (or folder) a name.
         suffix: what the class of each file ends in.
         what: the field's word for it, for messages.
-
-    Example:
-        >>> Registry("stage_ray.rewards", "Reward", "scorer").names()
-        ['clip', 'geneval']
     """
 
     room: str
@@ -41,15 +37,10 @@ class Registry:
         """The class of a name or dotted path.
 
         Args:
-            name: as the config has it.
-            key: the config's key, for messages.
+            key: the config's, for messages.
 
         Raises:
             ConfigError: no such file (with the nearest name), module or attribute.
-
-        Example:
-            >>> Registry("stage_ray.rewards", "Reward", "scorer").find("geneval", "rewards.0.type").__name__
-            'GenEvalReward'
         """
         files = self._files()
         if name in files:

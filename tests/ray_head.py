@@ -110,6 +110,7 @@ def joining(head: Head) -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_ADDRESS", head.gcs_address)
+        patch.setattr("ray._private.ray_constants.ENABLE_RAY_CLUSTER", False)  # else 127.0.0.1 becomes another address
         for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH"):
             patch.setenv(name, head.environment[name])
         read_again()

@@ -11,7 +11,6 @@ from stage_ray.observability.progress import Progress
 from tests.plain import FAMILY
 
 PROMPTS = ["a photo of a red circle", "a photo of two rings", "a photo of a blue square", "a photo of a triangle"]
-FAMILIES = {"janus": "janus", "plain": FAMILY}
 CLOCKS = ("time/", "images_per_s", "busy/", "queue/")
 
 
@@ -25,7 +24,7 @@ def tiny_run(directory: Path, model: Path, scorer: str = "Brightness", **changes
         "steps": 4,
         "run_dir": str(directory / "run"),
         "prompts": {"train": str(prompts), "heldout": str(prompts)},
-        "policy": {"path": str(model), "family": FAMILIES[model.name]},
+        "policy": {"path": str(model), "family": FAMILY if model.name == "plain" else "janus"},
         "rollout": {
             "engine": "torch",
             "group_size": 4,

@@ -16,7 +16,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from stage_ray.commands.replay import replay
+from stage_ray.commands.train import replay_run
 from stage_ray.errors import ConfigError, RunError
 from stage_ray.observability.progress import Progress
 from stage_ray.observability.registry import RECORDED, find
@@ -139,13 +139,13 @@ def test_a_replay_refuses_a_step_that_was_recorded_in_part(tmp_path):
         for group in range(groups):
             (directory / f"group-{group:08d}.safetensors").touch()
     with pytest.raises(RunError, match="step-000002 holds 1 groups, rollout.groups_per_step is 2"):
-        replay(tiny_run(tmp_path, tmp_path), tmp_path, Progress())
+        replay_run(tiny_run(tmp_path, tmp_path), tmp_path, Progress())
     assert not (tmp_path / "run").exists()
 
 
 def test_a_replay_without_recorded_groups_says_how_to_record_them(tmp_path, plain):
     with pytest.raises(ConfigError, match="record a run with pipeline.record=true"):
-        replay(tiny_run(tmp_path, plain), tmp_path, Progress())
+        replay_run(tiny_run(tmp_path, plain), tmp_path, Progress())
 
 
 def test_a_version_that_several_ranks_broadcast_is_the_one_that_vllm_serves(tmp_path, model):

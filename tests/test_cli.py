@@ -10,7 +10,7 @@ import yaml
 from PIL import Image
 
 from stage_ray.cli import main
-from stage_ray.commands.pretrain import PretrainStage
+from stage_ray.commands.tools import PretrainStage
 from stage_ray.config.load import load_config
 from stage_ray.recipes import resolve_recipe
 from tests.fake_run import write_fake_run

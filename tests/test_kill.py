@@ -33,7 +33,7 @@ from stage_ray.actors.client import Client
 from stage_ray.bench.pipeline import TimedCluster
 from stage_ray.cluster.cluster import Cluster
 from stage_ray.cluster.transport import ObjectStore
-from stage_ray.commands.replay import replay
+from stage_ray.commands.train import replay_run
 from stage_ray.config import RunConfig
 from stage_ray.config.load import load_config
 from stage_ray.errors import RunError
@@ -108,7 +108,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, plain: Path) -> RunCon
 
 def test_a_replay_of_recorded_groups_repeats_every_update(tmp_path, undisturbed):
     recorded = Path(undisturbed.run_dir)
-    again = replay(undisturbed.model_copy(update={"run_dir": str(tmp_path / "again")}), recorded, Progress())
+    again = replay_run(undisturbed.model_copy(update={"run_dir": str(tmp_path / "again")}), recorded, Progress())
     rows = [lines(directory / "metrics.jsonl") for directory in (recorded, again)]
     assert [row["loss"] for row in rows[0]] == [row["loss"] for row in rows[1]]
     weights = [load_file(directory / "final" / "model.safetensors") for directory in (recorded, again)]

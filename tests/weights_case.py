@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stage_ray.actors.client import Client
 from stage_ray.bench.base import bench_run
 from stage_ray.cluster.cluster import Cluster
 from stage_ray.cluster.placement import Actors, actor_of
 from stage_ray.config import RunConfig
 from stage_ray.engines.base import ImageEngine
 from stage_ray.engines.sampling import SamplingParams
-from stage_ray.workers.learner import LearnerClient, LearnerWorker
+from stage_ray.workers.learner import LearnerWorker
 from stage_ray.workers.reward import RewardClient
 from stage_ray.workers.rollout import RolloutClient, RolloutWorker
 
@@ -122,20 +123,18 @@ class SyncActors(Actors):
         """Never asked."""
         return RewardClient(actor_of(SyncRolloutWorker, 1, 0, {}).remote(0))
 
-    def learner(self, name: str) -> LearnerClient:
+    def learner(self, name: str) -> Client:
         """As the run's, around `Weights`."""
-        return LearnerClient(actor_of(SyncLearner, 1, 0, {}).remote(*self._size, self._run))
+        return Client(actor_of(SyncLearner, 1, 0, {}).remote(*self._size, self._run))
 
 
 class SyncCluster(Cluster):
     """A run's cluster with its own `publish`, around `SyncActors`."""
 
-    def __init__(self, run: RunConfig, logs: Path | None, nbytes: int) -> None:
-        self._size = (nbytes,)
-        super().__init__(run, logs)
+    actors_class: type[SyncActors] = SyncActors
 
-    def _actors(self, logs: Path | None) -> Actors:
-        return SyncActors(self.run, *self._size)
+    def __init__(self, run: RunConfig, logs: Path | None, nbytes: int) -> None:
+        super().__init__(run, logs, self.actors_class(run, nbytes))
 
     async def setup(self) -> None:
         """Wait until learner and workers have started."""

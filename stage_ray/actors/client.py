@@ -90,10 +90,8 @@ class Client:
 
     async def setup(self) -> None:
         """Let the worker load its model; several ranks meet first."""
-        if len(self._ranks) == 1:
-            await self.ask(Worker.setup)
-        else:
-            await self.ask(Worker.setup, await self.first.ask(Worker.address))
+        addresses = [await self.first.ask(Worker.address)] if len(self._ranks) > 1 else []
+        await self.ask(Worker.setup, *addresses)
 
     def kill(self) -> None:
         """End every rank, even one that is stopped: Ray ends what runs in a placement group that is removed."""
@@ -103,13 +101,7 @@ class Client:
             remove_placement_group(self._placement)
 
     async def _together(self, answers: Sequence[Awaitable[Result]]) -> Result:
-        """The first rank's answer, once all are there.
-
-        Raises:
-            RayActorError: a rank died, whatever the others say about missing it.
-            WorkerLost: a rank failed, and another one waits for it.
-            RayTaskError: every rank refused, or failed; the first one's reason.
-        """
+        """The first rank's answer, once all are there, or the error of one."""
         tasks = [asyncio.ensure_future(answer) for answer in answers]
         try:
             _, waiting = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
@@ -117,12 +109,12 @@ class Client:
                 _, waiting = await asyncio.wait(tasks, timeout=RANKS_GRACE_S)
             errors = [error for task in tasks if task.done() and (error := task.exception()) is not None]
             for error in errors:
-                if isinstance(error, RayActorError):
+                if isinstance(error, RayActorError):  # a rank died, whatever the others say about missing it
                     raise error
-            if waiting:
+            if waiting:  # a rank failed, and another one waits for it
                 lost = f"{self._name}: {len(errors)} of {len(tasks)} ranks failed: {errors[0]}"
                 raise WorkerLost(lost) from errors[0]
-            if errors:
+            if errors:  # every rank refused, or failed
                 raise errors[0]
             return tasks[0].result()
         finally:
@@ -131,22 +123,17 @@ class Client:
 
 
 async def in_time(answer: Awaitable[Result], timeout_s: float | None, late: str) -> Result:
-    """An answer, if it is there after ``timeout_s`` seconds; None waits for ever.
+    """An answer, if it is there after ``timeout_s`` seconds, else a WorkerLate that says ``late``; None waits for ever.
 
     `asyncio.wait_for` gives up an answer that came while the driver's own loop was blocked beyond the limit. Here the
     loop first gets to see it: a worker is not to be killed for what the driver did.
-
-    Raises:
-        WorkerLate: it is not there; says what ``late`` says.
     """
     task = asyncio.ensure_future(answer)
     try:
-        done, _ = await asyncio.wait({task}, timeout=timeout_s)
-        if not done:
-            done, _ = await asyncio.wait({task}, timeout=ANSWER_GRACE_S)
-        if not done:
-            raise WorkerLate(late)
-        return task.result()
+        for limit_s in (timeout_s, ANSWER_GRACE_S):
+            if (await asyncio.wait({task}, timeout=limit_s))[0]:  # it is done
+                return task.result()
+        raise WorkerLate(late)
     finally:
         if task.cancel():
             await asyncio.gather(task, return_exceptions=True)

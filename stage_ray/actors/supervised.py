@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import os
 import signal
@@ -33,32 +34,20 @@ log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 C = TypeVar("C", bound=Client)
 Ask = Callable[[C], Awaitable[Result]]  # from a worker's client to the answer to come
-Sync = Callable[[str, C], Awaitable[None]]
-"""What a worker must do before its first call, given the actor's name and the client; it sets limits of its own."""
+Sync = Callable[[str, C], Awaitable[None]]  # from the actor's name and the client; it sets limits of its own
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0  # between starts of one actor that fail: each is twice the one before
 LOST_PAUSE_S = 1.0  # between two looks whether there is something to sync with again
 
 
 class SupervisedActor(Generic[C]):
-    """One worker after another; one call at a time, in the order in which the calls came.
+    """One worker after another; one call at a time.
 
     Invariant: calls reach the worker in the order of `call`, across replacements too, because they queue at a fair
     lock. So a generation batch that was asked for before a weight update is drawn before it, and which version draws
-    which group is fixed when it is asked for. A caller may be cancelled: the worker works on, and stays taken until it
-    is done.
+    which group is fixed when it is asked for. A caller may be cancelled: the worker stays taken until it is done.
 
     Methods that ask the worker raise WorkerLate, WorkerFailed or WorkerDied where it is lost, ArgumentsLost where an
     object that it needs is gone (it is as good as before), and ConfigError for what it found wrong with the config.
-
-    Attributes:
-        client: the worker that is asked now.
-        restarts: workers replaced so far.
-        failed_starts: starts in a row that failed, as its pool counts them.
-        busy_s: seconds of answered calls, since this was last set to zero.
-        waiting: calls that are queued or under way.
-        started: the worker has loaded its model, and takes the newest of what ``sync`` gives it.
-        is_ready: it may be asked.
-        lock: a call's turn. While another holds it the worker is asked by `ask` only, and no successor is set up.
     """
 
     def __init__(
@@ -79,18 +68,22 @@ class SupervisedActor(Generic[C]):
             start: makes a worker, given its name, that answers pings as soon as there is room for it.
             start_timeout_s: seconds that ``setup`` may take.
             setup: what a worker does once (load its model).
-            sync: what it does then (load the newest weights).
+            sync: what it does then, before its first call (load the newest weights).
             keep_failed: a worker that raised is kept: its state is worth more than a fresh start.
             on_loss: called when a call lost the worker, though its caller be cancelled, and its successor is starting.
         """
         self.name = name
-        self.restarts, self.failed_starts, self.waiting, self.busy_s = 0, 0, 0, 0.0
-        self.started = self.is_ready = False
+        self.client = start(name)  # the worker that is asked now
+        self.lock = asyncio.Lock()  # while another holds it, only `ask` asks the worker, and no successor is set up
+        self.started = False  # it has loaded its model, and takes the newest of what ``sync`` gives it
+        self.is_ready = False  # it may be asked
+        self.waiting = 0  # calls that are queued or under way
+        self.restarts = 0
+        self.failed_starts = 0  # in a row, as its pool counts them
+        self.busy_s = 0.0  # of answered calls, since this was last set to zero
         self._start, self._start_timeout_s = start, start_timeout_s
         self._setup, self._sync, self._keep_failed, self._on_loss = setup, sync, keep_failed, on_loss
         self._pid: int | None = None
-        self.lock = asyncio.Lock()
-        self.client = start(name)
 
     async def ready(self, timeout_s: float | None) -> None:
         """Wait at most ``timeout_s`` until the worker has a process; then set it up and sync it, before later calls."""
@@ -119,10 +112,7 @@ class SupervisedActor(Generic[C]):
         Args:
             ask: from the worker's client to the answer to come.
             timeout_s: seconds the answer may take once it is this call's turn; None waits for ever.
-            if_ready: do not wait for a worker that is not ready when it is this call's turn.
-
-        Raises:
-            ActorNotReady: it was lost before, and ``if_ready``.
+            if_ready: raise ActorNotReady where the worker is not ready when it is this call's turn.
         """
         self.waiting += 1
         try:
@@ -203,7 +193,7 @@ class SupervisedActor(Generic[C]):
             raise WorkerFailed(f"{self.name} failed: {type(cause).__name__}: {first_line(cause)}") from error
         except RayActorError as error:
             cause = error.__cause__ or getattr(error, "cause", None) or error
-            last_line = (str(cause).strip().splitlines() or [""])[-1]
+            _, _, last_line = str(cause).strip().rpartition("\n")
             raise WorkerDied(f"{self.name} died: {last_line}") from error
 
 
@@ -226,12 +216,11 @@ class Pool(Generic[C]):
         attempts: int,
         sync: Sync[C] | None = None,
     ) -> None:
-        """Start every worker, without waiting for any.
+        """Start every worker, without waiting for any; ``start``, ``start_timeout_s``, ``sync``: as `SupervisedActor`.
 
         Args:
             least, most: workers that the run needs, and may have; None: no more than it needs.
             attempts: starts in a row that may fail in every actor before a run without any worker ends.
-            start, start_timeout_s, sync: as `SupervisedActor`.
         """
         self.role = role
         self._least, self._attempts, self._start_timeout_s = least, attempts, start_timeout_s
@@ -239,7 +228,7 @@ class Pool(Generic[C]):
         self._changed = asyncio.Event()
         self._failure: WorkerLost | ConfigError | None = None  # of the last start
         self._fault: BaseException | None = None  # a bug in the refilling itself
-        self._calls = 0
+        self._turns = itertools.count(1)
         self.actors = [
             SupervisedActor(f"{role}-{i}", start, start_timeout_s=start_timeout_s, sync=sync, on_loss=self.refill)
             for i in range(most or least)
@@ -266,23 +255,19 @@ class Pool(Generic[C]):
         retry: type[WorkerLost] = WorkerLost,
         on_retry: Callable[[], None] = lambda: None,
     ) -> Result:
-        """Ask one worker, and where it is lost another one, up to ``attempts`` times in all.
+        """Ask one worker, and where it is lost another one, up to ``attempts`` times in all; raises as `wait_any` too.
 
         Args:
             ask, timeout_s: as `SupervisedActor.call`.
             turn: which of the open actors, modulo their number; None takes the one with the shortest queue.
             retry: which losses another attempt follows.
             on_retry: called before each further attempt.
-
-        Raises:
-            WorkerLost: the last attempt failed too, or as `wait_any`.
         """
         while True:
             await self.wait_any()
             actors = self.open
             if turn is None:
-                self._calls += 1
-                first = self._calls % len(actors)  # of equal queues the first in this order: they take turns
+                first = next(self._turns) % len(actors)  # of equal queues the first in this order: they take turns
                 actor = min(actors[first:] + actors[:first], key=lambda actor: actor.waiting)
             else:
                 actor = actors[turn % len(actors)]
@@ -301,7 +286,7 @@ class Pool(Generic[C]):
 
         Raises:
             NoWorkersLeft: none came in ``start_timeout_s``, or ``attempts`` starts in a row failed in every actor.
-            ConfigError: what the worker that tried last found wrong with the config.
+            ConfigError: what the worker that tried last found wrong with the config, where those starts failed.
         """
         try:
             async with asyncio.timeout(self._start_timeout_s):
@@ -314,9 +299,9 @@ class Pool(Generic[C]):
             raise NoWorkersLeft(f"{where}: {why}") from self._failure
         if self._fault is not None:
             raise self._fault
+        if not self.open and isinstance(self._failure, ConfigError):
+            raise self._failure
         if not self.open:  # every actor failed too often
-            if isinstance(self._failure, ConfigError):
-                raise self._failure
             raise NoWorkersLeft(f"no {self.role} worker is left and none starts: {self._failure}") from self._failure
 
     def refill(self, actor: SupervisedActor[C]) -> None:

@@ -20,21 +20,20 @@ from stage_ray.cluster.transport import Broadcast, ObjectStore
 from stage_ray.config import RunConfig
 from stage_ray.errors import GroupsLostError, RunError
 from stage_ray.records import GroupRefs, RolloutRequest
-from stage_ray.workers.rollout import RolloutClient, RolloutWorker
+from stage_ray.workers.rollout import RolloutWorker
 
 
 class Cluster:
     """Rollout workers, reward workers and the learner, each supervised.
 
     Invariant: a rollout worker gets the newest published version before its first request (promise 6).
-
-    ``transport`` brings versions from the ``learner`` to the pool of ``rollouts``; ``rewards`` is the other pool.
     """
 
-    def __init__(self, run: RunConfig, logs: Path | None) -> None:
+    def __init__(self, run: RunConfig, logs: Path | None, start: Actors | None = None) -> None:
+        """Start every actor, with ``start`` in place of the run's own, without waiting for any."""
         self.run = run
         self._hint = f"its log is in {logs}" if logs else "see its log in Ray's dashboard or `ray logs`"
-        start = self._actors(logs)
+        start = start or Actors(run, logs)
         backend, timeout_s = run.cluster.weight_transport, run.cluster.sync_timeout_s
         # The learner first: colocated rollout workers are placed beside its ranks.
         self.learner = ClusterLearner(run, start.learner, self._without_rollouts, self._hint)
@@ -46,6 +45,11 @@ class Cluster:
         workers, more = run.rollout.workers, run.rollout.max_workers
         self.rollouts = Pool("rollout", workers, more, start.rollout, sync=self.transport.newest, **limits)
         self.rewards = Pool("reward", run.scoring.workers, run.scoring.max_workers, start.reward, **limits)
+        self._roles: dict[str, Sequence[SupervisedActor[Any]]] = {
+            "rollout": self.rollouts.actors,
+            "reward": self.rewards.actors,
+            "learner": [self.learner.actor],
+        }
 
     @classmethod
     @asynccontextmanager
@@ -112,8 +116,7 @@ class Cluster:
             raise GroupsLostError(await missing(groups)) from lost
 
     async def publish(self, version: int) -> None:
-        """Bring the learner's version to the rollout workers: every batch that is asked for from now on is drawn with
-        it.
+        """Bring the learner's version to the rollout workers, which draw every batch that is asked for later with it.
 
         In a synchronous run it returns when all workers serve it; else they load it between batches while the run goes
         on, and the next `publish` or `settle` says if one could not.
@@ -150,23 +153,18 @@ class Cluster:
 
     def busy(self) -> dict[str, float]:
         """Seconds that each role's workers have worked since the last call, added up over a role."""
-        roles: dict[str, Sequence[SupervisedActor[Any]]] = {
-            "rollout": self.rollouts.actors,
-            "reward": self.rewards.actors,
-            "learner": [self.learner.actor],
-        }
-        seconds = {role: sum(actor.busy_s for actor in actors) for role, actors in roles.items()}
+        seconds = {role: sum(actor.busy_s for actor in actors) for role, actors in self._roles.items()}
         for actor in self.actors():
             actor.busy_s = 0.0
         return seconds
 
     def workers(self) -> dict[str, int]:
         """Workers of each role that can be asked now."""
-        return {"rollout": len(self.rollouts.open), "reward": len(self.rewards.open), "learner": 1}
+        return {role: sum(actor.is_ready for actor in actors) for role, actors in self._roles.items()}
 
     def actors(self) -> list[SupervisedActor[Any]]:
         """Every supervised actor of the run."""
-        return [*self.rollouts.actors, *self.rewards.actors, self.learner.actor]
+        return [actor for actors in self._roles.values() for actor in actors]
 
     def restarts(self) -> int:
         """Workers replaced so far."""
@@ -191,7 +189,7 @@ class Cluster:
         actors = self.rollouts.actors if self.run.rollout.colocated else []
         async with AsyncExitStack() as held:
 
-            async def hold(actor: SupervisedActor[RolloutClient]) -> None:
+            async def hold(actor: SupervisedActor[Any]) -> None:
                 await held.enter_async_context(actor.lock)
                 if actor.started:
                     with suppress(WorkerLost):  # a successor waits as well
@@ -199,9 +197,6 @@ class Cluster:
 
             await asyncio.gather(*map(hold, actors))
             yield
-
-    def _actors(self, logs: Path | None) -> Actors:
-        return Actors(self.run, logs)
 
     @contextmanager
     def _fatal(self, kind: type[WorkerLost]) -> Iterator[None]:

@@ -18,6 +18,7 @@ from stage_ray.records import GroupRefs, Update
 from stage_ray.workers.learner import LearnerWorker
 
 Result = TypeVar("Result")
+Alone = Callable[[], AbstractAsyncContextManager[None]]  # while it lasts, colocated workers leave their GPUs
 
 
 class ClusterLearner:
@@ -29,17 +30,8 @@ class ClusterLearner:
     nothing before `accept`; its caller gives it its state back.
     """
 
-    def __init__(
-        self,
-        run: RunConfig,
-        start: Callable[[str], Client],
-        alone: Callable[[], AbstractAsyncContextManager[None]],
-        hint: str,
-    ) -> None:
-        """Start the learner, named by ``start``'s argument, without waiting for it.
-
-        ``alone``: a context in which colocated rollout workers leave their GPUs to it; ``hint``: where its log is.
-        """
+    def __init__(self, run: RunConfig, start: Callable[[str], Client], alone: Alone, hint: str) -> None:
+        """Start the learner, named by ``start``'s argument, without waiting for it; ``hint``: where its log is."""
         self._timeout_s, self._alone, self._hint = run.learner.timeout_s, alone, hint
         self._accepted = 0
 
@@ -72,7 +64,7 @@ class ClusterLearner:
 
     async def save_batch(self, directory: Path) -> None:
         """Write the groups of the last update."""
-        await self.call(lambda client: client.first.ask(LearnerWorker.save_batch, directory.resolve()))
+        await self.call(lambda client: client.first.ask(LearnerWorker.save_groups, directory.resolve()))
 
     async def save_groups(self, directory: Path, groups: Sequence[GroupRefs]) -> None:
         """Write groups."""

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from stage_ray.actors.client import Client, Worker
-from stage_ray.config import LearnerConfig, RolloutConfig, RunConfig
+from stage_ray.config import LearnerConfig, RolloutConfig, RunConfig, ScoringConfig
 from stage_ray.engines.vllm.environment import vllm_environment
 from stage_ray.observability.logs import worker_environment
 from stage_ray.workers.learner import LearnerWorker
 from stage_ray.workers.reward import RewardClient, RewardWorker
 from stage_ray.workers.rollout import RolloutClient, RolloutWorker
+
+Share = RolloutConfig | ScoringConfig | LearnerConfig  # what one rank of a role reserves
+Place: TypeAlias = PlacementGroupSchedulingStrategy | None  # a bundle of a placement group; None: where Ray wants
 
 
 class Actors:
@@ -38,57 +41,47 @@ class Actors:
             first = int(name.split("-")[1])  # beside the learner's rank of the same number
         elif ranks > 1:
             group = placement_group([_bundle(rollout)] * ranks, strategy="STRICT_PACK")
-        actors = self._ranks(RolloutWorker, name, rollout, ranks, env, group, first)
+        actors = self._ranks(RolloutWorker, name, rollout, env, _places(group, ranks, first))
         return RolloutClient(*actors, name=name, placement=None if self._learners else group)
 
     def reward(self, name: str) -> RewardClient:
         """A reward worker."""
-        scoring = self._run.scoring
-        make = actor_of(RewardWorker, scoring.cpus, scoring.gpus, {"OMP_NUM_THREADS": "1"}, scoring.resources)
-        return RewardClient(make.remote(name, list(self._run.rewards), self._log(name)))
+        return RewardClient(*self._ranks(RewardWorker, name, self._run.scoring, {}, [None]))
 
     def learner(self, name: str) -> Client:
-        """The learner: one actor, or ranks as close together as there is room, each with room for a colocated worker.
-
-        Ray places all of them or none (a placement group).
-        """
+        """The learner: one actor, or ranks as close together as may be, each with room for a colocated worker."""
         learner, rollout = self._run.learner, self._run.rollout
         group = None
         if learner.ranks > 1 or rollout.colocated:
             bundle = _bundle(learner, rollout) if rollout.colocated else _bundle(learner)
-            group = placement_group([bundle] * learner.ranks, strategy="PACK")
+            group = placement_group([bundle] * learner.ranks, strategy="PACK")  # all of them or none
         self._learners = group if rollout.colocated else None
-        actors = self._ranks(LearnerWorker, name, learner, learner.ranks, {}, group)
+        actors = self._ranks(LearnerWorker, name, learner, {}, _places(group, learner.ranks))
         return Client(*actors, name=name, placement=group)
 
     def _ranks(
-        self,
-        role: type[Worker],
-        name: str,
-        share: RolloutConfig | LearnerConfig,
-        count: int,
-        env: Mapping[str, str],
-        group: PlacementGroup | None,
-        first: int = 0,
+        self, role: type[Worker], name: str, share: Share, env: Mapping[str, str], places: Sequence[Place]
     ) -> list[Any]:
-        """A worker's actors, each in a bundle of the group where there is one, from the ``first`` on."""
+        """A worker's actors, one for each place."""
         cores = os.cpu_count() or 1
         if self._run.pipeline.max_staleness > 0:  # rollout worker and learner work at once, and share the cores
             cores = max(1, cores // 2)
-        threads = str(share.threads or max(1, cores // count))
-        actors = []
-        for rank in range(count):
-            where = PlacementGroupSchedulingStrategy(group, first + rank) if group else None
-            make = actor_of(role, share.cpus, share.gpus, {**env, "OMP_NUM_THREADS": threads}, share.resources, where)
-            own = f"{name}-rank-{rank}" if count > 1 else name
-            actors.append(make.remote(own, self._run, self._log(own), rank))
+        threads = 1 if isinstance(share, ScoringConfig) else share.threads or max(1, cores // len(places))
+        env, actors = {**env, "OMP_NUM_THREADS": str(threads)}, []
+        for rank, place in enumerate(places):
+            make = actor_of(role, share.cpus, share.gpus, env, share.resources, place)
+            own = f"{name}-rank-{rank}" if len(places) > 1 else name
+            log = str((self._logs / f"{own}.log").resolve()) if self._logs else None
+            actors.append(make.remote(own, self._run, log, rank))
         return actors
 
-    def _log(self, name: str) -> str | None:
-        return str((self._logs / f"{name}.log").resolve()) if self._logs else None
+
+def _places(group: PlacementGroup | None, count: int, first: int = 0) -> list[Place]:
+    """The places of so many ranks: bundles of the group, where there is one, from the ``first`` on."""
+    return [PlacementGroupSchedulingStrategy(group, first + rank) if group else None for rank in range(count)]
 
 
-def _bundle(*shares: RolloutConfig | LearnerConfig) -> dict[str, float]:
+def _bundle(*shares: Share) -> dict[str, float]:
     """What one place reserves for the actors that share it."""
     bundle: Counter[str] = Counter()
     for share in shares:
@@ -102,12 +95,9 @@ def actor_of(
     gpus: float,
     env: Mapping[str, str],
     resources: Mapping[str, float] | None = None,
-    where: PlacementGroupSchedulingStrategy | None = None,
+    place: Place = None,
 ) -> Any:
-    """The actor class of a role, with what it reserves and its environment. Its ``.remote(...)`` starts one.
-
-    An actor that lives in a bundle of a placement group (``where``) ends with it.
-    """
+    """The actor class of a role, with what it reserves and its environment. Its ``.remote(...)`` starts one."""
     # Ray shows a process without a GPU of its own every GPU of the node, and a process that sees one takes it.
     hidden = {} if gpus else {"CUDA_VISIBLE_DEVICES": ""}
     # Pings are answered by a thread of their own, also while the actor works.
@@ -116,5 +106,5 @@ def actor_of(
         num_gpus=gpus,
         resources=dict(resources or {}),
         runtime_env={"env_vars": {**env, **hidden, **worker_environment()}},
-        scheduling_strategy=where,
+        scheduling_strategy=place,
     )

@@ -46,10 +46,8 @@ def start_ray(run: RunConfig, run_dir: Path) -> bool:
         return False
     free_mb = psutil.virtual_memory().available // 2**20
     if cluster.object_store_mb > free_mb:
-        raise RunError(
-            f"cluster.object_store_mb = {cluster.object_store_mb} is more than the {free_mb} MB of memory "
-            "that are free; lower it"
-        )
+        more = f"is more than the {free_mb} MB of memory that are free; lower it"
+        raise RunError(f"cluster.object_store_mb = {cluster.object_store_mb} {more}")
     cpus = rollout.workers * rollout.tensor_parallel * rollout.cpus + scoring.workers * scoring.cpus
     cpus += learner.ranks * learner.cpus
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # vLLM's torch.distributed, which knows no token
@@ -73,19 +71,15 @@ def start_ray(run: RunConfig, run_dir: Path) -> bool:
             )
     except Exception as error:  # Ray raises a bare Exception when a node does not come up in time
         raise RunError(f"Ray did not start on this machine: {first_line(error)}") from error
-    logs = run_dir / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
-    link = logs / "ray"
+    link = run_dir / "logs" / "ray"
+    link.parent.mkdir(parents=True, exist_ok=True)
     link.unlink(missing_ok=True)
     link.symlink_to(Path(context.address_info["session_dir"]) / "logs")
     return True
 
 
 def _demand_token() -> None:
-    """Demand the user's token of every client; a user without one is given one, as Ray would.
-
-    Ray's own way leaves the file readable by all users, and worse under a lax umask.
-    """
+    """Demand the user's token of every client; one without is given one, which Ray would leave readable by all."""
     os.environ["RAY_AUTH_MODE"] = "token"
     Config.initialize("")  # Ray read the variable when it was imported
     loader = AuthenticationTokenLoader.instance()
@@ -105,11 +99,7 @@ def _demand_token() -> None:
 
 
 def _private_directory() -> Path:
-    """Where Ray keeps its session: Ray opens its own directories, and the sockets in them, to every user (0777).
-
-    Raises:
-        PermissionError: the directory belongs to another user.
-    """
+    """Where Ray keeps its session: Ray opens its own directories, and the sockets in them, to every user (0777)."""
     directory = Path(get_default_system_temp_dir()) / f"stage-ray-{os.getuid()}"
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     if directory.is_symlink() or directory.stat().st_uid != os.getuid():

@@ -1,7 +1,4 @@
-"""How a policy version gets from the learner to the rollout workers: through Ray's object store, or by a broadcast.
-
-A worker gets the newest version before its first request, and a version whole or not at all (promise 6).
-"""
+"""How a policy version gets from the learner to the rollout workers: through Ray's object store, or by a broadcast."""
 
 from __future__ import annotations
 
@@ -13,7 +10,7 @@ from collections.abc import Awaitable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import ray
 
@@ -27,10 +24,8 @@ from stage_ray.workers.learner import LearnerWorker
 from stage_ray.workers.rollout import RolloutClient, RolloutWorker
 
 log = logging.getLogger(__name__)
-Result = TypeVar("Result")
 RolloutActor = SupervisedActor[RolloutClient]
-GRACE_S = 15.0
-"""Members give up by themselves after `GroupMember.timeout_s`, twice if they have to connect; then after so long."""
+GRACE_S = 15.0  # for members to give up by themselves, after `GroupMember.timeout_s`, twice if they have to connect
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,17 +38,12 @@ class Publication:
 
 
 class ObjectStore:
-    """The learner puts a version into Ray's object store; each worker takes it from there in its own time.
-
-    Attributes:
-        version: the newest version, None before the first `publish`.
-        published: the version that is stored.
-    """
+    """The learner puts a version into Ray's object store; each worker takes it from there in its own time."""
 
     def __init__(self, learner: ClusterLearner, timeout_s: float) -> None:
-        """``timeout_s``: seconds in which a worker must take a version (`cluster.sync_timeout_s`)."""
-        self.version: int | None = None
-        self.published: Publication | None = None
+        """``timeout_s``: seconds in which a worker must connect, and take a version (`cluster.sync_timeout_s`)."""
+        self.version: int | None = None  # the newest one; None before the first `publish`
+        self.published: Publication | None = None  # the one that is stored
         self._learner, self._timeout_s = learner, timeout_s
         self._loading: list[asyncio.Task[None]] = []
 
@@ -69,22 +59,17 @@ class ObjectStore:
         return bool(loading)
 
     async def newest(self, name: str, worker: Client) -> None:
-        """Bring the newest version, if there is one, to a worker whose turn it is.
-
-        Raises:
-            WorkerLate: it did not take it in time.
-        """
+        """Bring the newest version, if there is one, to a worker whose turn it is; WorkerLate if it takes too long."""
         if (stored := self.published) is not None:
             loading = worker.ask(RolloutWorker.load_weights, stored.manifest, *stored.chunks)
-            await self._in_time(loading, name, stored.version, self._timeout_s)
+            await in_time(loading, self._timeout_s, self._late(name, stored.version))
 
-    async def load(self, actor: RolloutActor) -> None:
-        """Let a worker take what is newest when it is its turn, unless it is lost.
-
-        Its successor takes it then; a version that went down with the learner's node is followed by the next one.
-        """
+    async def load(self, actor: RolloutActor, *, held: bool = False) -> None:
+        """Let a worker take what is newest, in its turn if it is not ``held``; of a lost one the successor takes it."""
+        # Arguments are lost where a version went down with the learner's node: the next version follows it.
         with contextlib.suppress(WorkerLost, ArgumentsLost):
-            await actor.call(partial(self.newest, actor.name), None, if_ready=True)
+            ask = partial(self.newest, actor.name)
+            await (actor.ask(ask, None) if held else actor.call(ask, None, if_ready=True))
 
     async def _store(self, learner: Client) -> int:
         """Store the version of a learner whose turn it is."""
@@ -94,9 +79,8 @@ class ObjectStore:
         self.published = Publication(manifest.version, ray.put(manifest), tuple(chunks))
         return manifest.version
 
-    def _in_time(self, loading: Awaitable[Result], name: str, version: int, limit_s: float) -> Awaitable[Result]:
-        late = f"{name} did not take version {version} within cluster.sync_timeout_s = {self._timeout_s:g} s"
-        return in_time(loading, limit_s, late)
+    def _late(self, name: str, version: int) -> str:
+        return f"{name} did not take version {version} within cluster.sync_timeout_s = {self._timeout_s:g} s"
 
 
 class Broadcast(ObjectStore):
@@ -109,7 +93,6 @@ class Broadcast(ObjectStore):
     """
 
     def __init__(self, learner: ClusterLearner, timeout_s: float, backend: Backend) -> None:
-        """``timeout_s``: to connect, and again for each version (`cluster.sync_timeout_s`)."""
         super().__init__(learner, timeout_s)
         self._backend = backend
         self._superseded = asyncio.Event()
@@ -133,10 +116,15 @@ class Broadcast(ObjectStore):
 
     async def newest(self, name: str, worker: Client) -> None:
         """As the store's; a version that was not stored before the learner moved on is followed by the next one."""
+
+        async def store(learner: Client) -> None:
+            if not self._stored and await learner.first.ask(LearnerWorker.version) == self.version:
+                await self._store(learner)
+
         while not self._stored:
             superseded = self._superseded
             with contextlib.suppress(LearnerLostError):
-                await self._learner.call(self._store_newest)
+                await self._learner.call(store)
             if not self._stored:
                 await superseded.wait()
         await super().newest(name, worker)
@@ -145,10 +133,6 @@ class Broadcast(ObjectStore):
     def _stored(self) -> bool:
         """Whether the store has the newest version, if there is one."""
         return self.version == (self.published and self.published.version)
-
-    async def _store_newest(self, learner: Client) -> None:
-        if not self._stored and await learner.first.ask(LearnerWorker.version) == self.version:
-            await self._store(learner)
 
     async def _hold(self, actor: RolloutActor, held: AsyncExitStack) -> RolloutActor | None:
         """Wait for an actor's turn and keep it until ``held`` is closed; None where the worker was lost before."""
@@ -163,7 +147,6 @@ class Broadcast(ObjectStore):
         self, held: AsyncExitStack, turns: asyncio.Future[list[RolloutActor | None]], manifest: WeightManifest
     ) -> None:
         """Hold the learner until every worker is held or lost, then let the version go from one to the others."""
-        load = super().newest
 
         async def send(learner: Client) -> tuple[list[RolloutActor], float]:
             came = time.perf_counter()
@@ -171,16 +154,12 @@ class Broadcast(ObjectStore):
             waited_s = time.perf_counter() - came
             return await self._send(learner, actors, manifest) if actors else [], waited_s
 
-        async def load_stored(actor: RolloutActor) -> None:
-            with contextlib.suppress(WorkerLost, ArgumentsLost):
-                await actor.ask(partial(load, actor.name), None)
-
         async with held:
             held.callback(turns.cancel)  # of a learner that was lost before its turn
             with contextlib.suppress(LearnerLostError):  # the next call of the learner says so
                 behind, waited_s = await self._learner.call(send, patient=True)
                 self._learner.actor.busy_s -= waited_s
-                await asyncio.gather(*map(load_stored, behind))
+                await asyncio.gather(*(self.load(actor, held=True) for actor in behind))
 
     async def _send(
         self, learner: Client, actors: Sequence[RolloutActor], manifest: WeightManifest
@@ -200,7 +179,7 @@ class Broadcast(ObjectStore):
         def receive(actor: RolloutActor, member: GroupMember) -> Awaitable[str]:
             def ask(worker: Client) -> Awaitable[str]:
                 receiving = worker.ask(RolloutWorker.receive, manifest, member)
-                return self._in_time(receiving, actor.name, manifest.version, limit_s)
+                return in_time(receiving, limit_s, self._late(actor.name, manifest.version))
 
             return actor.ask(ask, None)
 

@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+import psutil
 from typer import Exit
 
+from stage_ray.config.hardware import cpu_name, gpu_names, package_version, usable_cpus
 from stage_ray.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -40,12 +42,7 @@ def doctor() -> None:
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One line of the table. ``missing`` means the default job cannot run; ``fix`` says what to do.
-
-    Example:
-        >>> Finding("Python", "ok", "3.12.4").fix
-        ''
-    """
+    """One line of the table. ``missing`` means the default job cannot run; ``fix`` says what to do."""
 
     subject: str
     state: State
@@ -56,14 +53,13 @@ class Finding:
 def examine(console: Console | None = None) -> bool:
     """Print the table; True when the default job can run here."""
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     console = console or Console()
     with console.status("looking at this machine"):
         findings = [finding for check in CHECKS for finding in check()]
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    for column in ("", "what", "found", "what to do"):
-        table.add_column(column, overflow="fold")
+    columns = [Column(name, overflow="fold") for name in ("", "what", "found", "what to do")]
+    table = Table(*columns, box=None, pad_edge=False, header_style="dim")
     for finding in findings:
         table.add_row(f"[{STYLES[finding.state]}]{finding.state}[/]", finding.subject, finding.found, finding.fix)
     console.print(table)
@@ -80,7 +76,7 @@ def _judge(subject: str, good: bool, found: str, otherwise: State, fix: str) -> 
 
 
 def _libraries() -> Iterable[Finding]:
-    from stage_ray.config.hardware import package_version
+    from stage_ray.engines.vllm.environment import ON_A_GPU, needs_gpu
 
     locked = sys.version_info[:2] <= (3, 13)
     yield _judge("Python", locked, platform.python_version(), "note", "the CPU lock is for Python 3.11 to 3.13")
@@ -94,12 +90,6 @@ def _libraries() -> Iterable[Finding]:
     yield _judge("vLLM plug-in", registered, plugin, "missing", "pip install --no-deps -e . (make install does it)")
     if importlib.util.find_spec("torchvision") is not None:
         yield _imports("torchvision", "torchvision", fix="its build does not fit torch: pip uninstall torchvision")
-    yield from _vllm_build()
-
-
-def _vllm_build() -> Iterable[Finding]:
-    from stage_ray.engines.vllm.environment import ON_A_GPU, needs_gpu
-
     if needs_gpu():
         fix = f"stage-ray train configs/stage_shapeworld.yaml {ON_A_GPU}"
         yield Finding("vLLM build", "missing", "for GPUs, of which the default job reserves none", fix)
@@ -107,8 +97,6 @@ def _vllm_build() -> Iterable[Finding]:
 
 def _imports(subject: str, distribution: str, code: str | None = None, fix: str = REINSTALL) -> Finding:
     """Import in a process of its own: a broken library may print, crash or leave half of itself behind."""
-    from stage_ray.config.hardware import package_version
-
     version = package_version(distribution)
     if version is None:
         return Finding(subject, "missing", "not installed", fix)
@@ -116,8 +104,9 @@ def _imports(subject: str, distribution: str, code: str | None = None, fix: str 
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)
     except subprocess.TimeoutExpired:
-        slow = f"{version}, not imported after three minutes"
-        return Finding(subject, "note", slow, "this machine is busy: look again later")
+        return Finding(
+            subject, "note", f"{version}, not imported after three minutes", "the machine is busy: try later"
+        )
     if done.returncode == 0:
         return Finding(subject, "ok", version)
     last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]  # the traceback's exception
@@ -125,14 +114,11 @@ def _imports(subject: str, distribution: str, code: str | None = None, fix: str 
 
 
 def _processor() -> Iterable[Finding]:
-    from stage_ray.config.hardware import cpu_name, gpu_names, package_version, usable_cpus
-
     cpus, cpuinfo = usable_cpus(), Path("/proc/cpuinfo")
     flags = cpuinfo.read_text(encoding="utf-8") if cpuinfo.is_file() else ""
     bfloat16 = "avx512_bf16" in flags or "amx_bf16" in flags
-    found = f"{cpu_name()}, {cpus} cores, " + (
-        "computes in bfloat16" if bfloat16 else "no bfloat16 arithmetic: float32 is used"
-    )
+    computes = "computes in bfloat16" if bfloat16 else "no bfloat16 arithmetic: float32 is used"
+    found = f"{cpu_name()}, {cpus} cores, {computes}"
     yield _judge("CPU", cpus >= 2, found, "note", "the default job is made for two cores; expect twice the time")
     gpus = ", ".join(gpu_names())
     if gpus and "+cpu" in (package_version("torch") or ""):
@@ -142,8 +128,6 @@ def _processor() -> Iterable[Finding]:
 
 
 def _space() -> Iterable[Finding]:
-    import psutil
-
     free = psutil.virtual_memory().available / GIB
     more = "close other programs, or use a machine with at least 4 GiB free"
     yield _judge("memory", free >= 4, f"{free:.1f} GiB free", "missing", more)
@@ -158,15 +142,14 @@ def _space() -> Iterable[Finding]:
             probe.bind(("127.0.0.1", 0))
         yield Finding("ports", "ok", "127.0.0.1 can be bound")
     except OSError as error:
-        found, fix = f"127.0.0.1 cannot be bound: {error}", "allow local sockets; Ray talks through them"
-        yield Finding("ports", "missing", found, fix)
+        yield Finding("ports", "missing", f"127.0.0.1 cannot be bound: {error}", "allow local sockets, which Ray needs")
 
 
 def _assets() -> Iterable[Finding]:
+    from stage_ray.pipeline.prompts import load_prompts
+
     for name in ("train", "heldout"):
         try:
-            from stage_ray.pipeline.prompts import load_prompts
-
             count = len(load_prompts(f"{ASSETS}/prompts/{name}.jsonl"))
             yield Finding(f"prompts {name}", "ok", f"{count} prompts")
         except ConfigError as error:
@@ -179,8 +162,8 @@ def _assets() -> Iterable[Finding]:
 
         policy = load_policy(PolicyConfig(path=f"{ASSETS}/janus"), device=torch.device("cpu"))
         millions = sum(parameter.numel() for parameter in policy.model.parameters()) / 1e6
-        size = f"loads: {millions:.1f} M parameters, {policy.image_tokens} tokens an image"
-        yield Finding("shipped model", "ok", size)
+        found = f"loads: {millions:.1f} M parameters, {policy.image_tokens} tokens an image"
+        yield Finding("shipped model", "ok", found)
     except (ConfigError, ImportError) as error:
         yield Finding("shipped model", "missing", str(error), f"{CHECK_OUT}, or run: stage-ray pretrain")
 

@@ -32,12 +32,8 @@ SHEET_IMAGES = 120  # more make a picture that no viewer likes
 def evaluate(
     model: ModelArgument,
     suite: Annotated[str, Option(help="Which benchmark")] = "geneval",
-    prompts: Annotated[
-        str | None, Option(metavar="FILE", help="Prompts in the suite's format; else the suite's")
-    ] = None,
-    images_per_prompt: Annotated[
-        int | None, Option(metavar="COUNT", help="By default the suite's number", min=1)
-    ] = None,
+    prompts: Annotated[str | None, Option(metavar="FILE", help="By default the suite's; in its format")] = None,
+    images_per_prompt: Annotated[int | None, Option(metavar="COUNT", help="By default the suite's", min=1)] = None,
     engine: EngineOption = None,
     guidance: GuidanceOption = 3.0,
     seed: SeedOption = 20,
@@ -113,14 +109,14 @@ def generate(
             if len(sheet) < SHEET_IMAGES:
                 sheet.append((image, group.request.prompt.text))
 
-    with Progress() as progress:
-        with (
-            _engine(model, engine, guidance, progress) as loaded,
-            progress.bar("drawing", total=len(asked)) as advance,
-        ):
-            out.mkdir(parents=True, exist_ok=True)
-            requests = requests_for(asked, images, seed)
-            asyncio.run(judge_in_batches(EngineBackend(loaded), requests, save, images=True, advance=advance))
+    with (
+        Progress() as progress,
+        _engine(model, engine, guidance, progress) as loaded,
+        progress.bar("drawing", total=len(asked)) as advance,
+    ):
+        out.mkdir(parents=True, exist_ok=True)
+        requests = requests_for(asked, images, seed)
+        asyncio.run(judge_in_batches(EngineBackend(loaded), requests, save, images=True, advance=advance))
         drawn, captions = zip(*sheet, strict=True)
         contact_sheet(np.stack(drawn), captions, [None] * len(sheet), out / "sheet.png")
         progress.note(f"contact sheet: {out / 'sheet.png'}")
@@ -138,9 +134,8 @@ def _engine(model: str, name: str | None, guidance: float, progress: Progress) -
     transformers.utils.logging.disable_progress_bar()
     name = name or ("vllm" if importlib.util.find_spec("vllm") else "torch")
     rollout = RolloutConfig.model_validate({"engine": name, "guidance_scale": guidance, "cpus": usable_cpus()})
-    policy = PolicyConfig.model_validate({"path": model})
     progress.stage(f"loading {model} into the {name} engine")
-    engine = build_engine(policy, rollout, worker="local")
+    engine = build_engine(PolicyConfig(path=model), rollout, worker="local")
     try:
         yield engine
     finally:

@@ -22,18 +22,12 @@ import yaml
 
 import stage_ray
 from stage_ray.config import RunConfig
-from stage_ray.config.load import load_config
+from stage_ray.config.load import load_config, read_mapping
 from stage_ray.config.paths import PACKAGE
 from stage_ray.errors import ConfigError
 
-STOP_WAIT_S = 300
-"""After `ray job stop` a step may end and be saved before the job is killed; Ray's own default is 3 s."""
-CAP_MIB = 100
-"""Ray's dashboard takes no larger upload (its ``DASHBOARD_CLIENT_MAX_SIZE``)."""
-HIDDEN = ".[!.]*"
-"""Of a user's directory no hidden file is sent, such as ``.env``, whatever the ignore files say."""
-ENVIRONMENT = ("conda", "config", "env_vars", "pip", "py_modules", "uv")
-"""Keys of Ray's runtime environment that --runtime-env takes; the others say where the code is, which we do."""
+CAP_MIB = 100  # Ray's dashboard takes no larger upload (its ``DASHBOARD_CLIENT_MAX_SIZE``)
+ENVIRONMENT = ("conda", "config", "env_vars", "pip", "py_modules", "uv")  # the other keys of Ray say where the code is
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +39,7 @@ class Job:
         run_dir: where the run writes, as the cluster's machines see it.
         entrypoint: shell command of the driver.
         files: what the job carries, name in its working directory to file or directory here.
-        cpus: reserved for the driver; anything but 0 lets it leave the head node.
-        resources: custom resources reserved for the driver, such as ``{"driver": 1}``.
+        cpus, resources: reserved for the driver; CPUs let it leave the head node.
         digest: of the run directory and the whole config; a name stands for one of them. Not of the code, so that a
             fixed scorer goes on with the run that it broke.
         runtime_env: Ray's, all but the working directory. ``env_vars`` are those of the driver and all workers; they
@@ -63,13 +56,7 @@ class Job:
     runtime_env: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def attempt(self, submission_id: str | None) -> int | None:
-        """Which attempt at this job a submission id means, from 1; None if it belongs to another job.
-
-        Example:
-            >>> job = Job("first", "/shared/first", "", {})
-            >>> [job.attempt(name) for name in ("first", "first.3", "firsts", None)]
-            [1, 3, None, None]
-        """
+        """Which attempt at this job a submission id means: ``first`` 1, ``first.3`` 3; None if it is of another job."""
         found = re.fullmatch(re.escape(self.name) + r"(?:\.(\d+))?", submission_id or "")
         return int(found[1] or 1) if found else None
 
@@ -93,10 +80,6 @@ def plan_job(
 
     Raises:
         ConfigError: a wrong config, a run directory that would be lost, a variable that is not set, a wrong option.
-
-    Example:
-        plan_job(Path("configs/stage_shapeworld.yaml"), run_dir=Path("/shared/runs/first")).name
-        # 'stage-ray-first-' and eight digits of a hash
     """
     run = load_config(config, list(overrides), run_dir)
     if "." not in run.recipe:  # a recipe of the user's own may be importable on the cluster only
@@ -116,15 +99,18 @@ def plan_job(
     command = ["python", "-m", "stage_ray", "train", inside]
     command += [part for override in overrides for part in ("--set", override)]
     command += ["--run-dir", str(run_dir)] * (run_dir is not None) + ["--auto-resume"] * auto_resume
+    end = re.sub(r"[^A-Za-z0-9]+", "-", Path(run.run_dir).name).strip("-")[:40]
+    digest = hashlib.sha256(json.dumps(run.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
     return Job(
-        name=name or job_name(run),
+        name=name or f"stage-ray-{end or 'run'}-{digest[:8]}",  # the same on every machine
         run_dir=run.run_dir,
         entrypoint=shlex.join(command),
         files=files,
         cpus=cpus,
         resources=_resources(resources),
-        digest=_digest(run),
-        runtime_env=_runtime_env(runtime_env, env) | {"excludes": [HIDDEN] if working_dir else []},
+        digest=digest,
+        # Of a user's directory no hidden file is sent, such as .env, whatever the ignore files say.
+        runtime_env=_runtime_env(runtime_env, env) | {"excludes": [".[!.]*"] if working_dir else []},
     )
 
 
@@ -141,20 +127,6 @@ def stage_files(job: Job, directory: Path) -> Path:
     return directory
 
 
-def job_name(run: RunConfig) -> str:
-    """Name of a run's job: the end of its run directory, and a hash of the directory and the whole config.
-
-    Example:
-        a run in /shared/runs/first is ``stage-ray-first-6d0c1a52``, and stays it on every machine
-    """
-    end = re.sub(r"[^A-Za-z0-9]+", "-", Path(run.run_dir).name).strip("-")[:40]
-    return f"stage-ray-{end or 'run'}-{_digest(run)[:8]}"
-
-
-def _digest(run: RunConfig) -> str:
-    return hashlib.sha256(json.dumps(run.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
-
-
 def _files(config: Path, run: RunConfig, *, code: bool, working_dir: Path | None) -> tuple[str, dict[str, Path]]:
     """Name of the config in the job's directory, and all that lies there: code and named files, or a directory."""
     root = (working_dir or Path.cwd()).resolve()
@@ -164,21 +136,17 @@ def _files(config: Path, run: RunConfig, *, code: bool, working_dir: Path | None
     inside = config.resolve().is_relative_to(root)
     name = config.resolve().relative_to(root).as_posix() if inside else config.name
     if working_dir is None:
-        return name, files | (_own_code() if code else {}) | {name: config}
+        if code:  # the package that runs here, and its metadata: vLLM finds our plug-in as if it was installed
+            distribution = importlib.metadata.distribution("stage-ray")
+            metadata = Path(str(distribution.locate_file(f"stage_ray-{distribution.version}.dist-info")))
+            own = [metadata / "METADATA", metadata / "entry_points.txt"]
+            files["stage_ray"] = Path(stage_ray.__file__).parent
+            files |= {f"{metadata.name}/{path.name}": path for path in own if path.is_file()}
+        return name, files | {name: config}
     files = {path.name: path for path in working_dir.iterdir()}
     if not inside and files.setdefault(name, config) != config:
         raise ConfigError(f"--working-dir {working_dir} holds another {name}; move {config} into it, or rename it")
     return name, files
-
-
-def _own_code() -> dict[str, Path]:
-    """The package that runs here, and its metadata, in which vLLM finds our plug-in as if the package was installed."""
-    distribution = importlib.metadata.distribution("stage-ray")
-    directory = Path(str(distribution.locate_file(f"stage_ray-{distribution.version}.dist-info")))
-    metadata = [directory / "METADATA", directory / "entry_points.txt"]
-    return {"stage_ray": Path(stage_ray.__file__).parent} | {
-        f"{directory.name}/{path.name}": path for path in metadata if path.is_file()
-    }
 
 
 def _named_files(run: RunConfig, root: Path, called: str) -> dict[str, Path]:
@@ -187,10 +155,9 @@ def _named_files(run: RunConfig, root: Path, called: str) -> dict[str, Path]:
     Raises a `ConfigError` where the job would not find one: it leads out of what is sent, is missing, or is too large.
     """
     fix = "move it there, or put it on storage that the cluster shares and give its absolute path"
-    prompts = {"train": run.prompts.train, "heldout": run.prompts.heldout}
-    options = [{"options": reward.options} for reward in run.rewards]
+    parts: dict[str, Any] = {"prompts": True, "policy": {"path"}, "rewards": {"__all__": {"options"}}}
     found = {}
-    for key, name in _relative_paths({"prompts": prompts, "policy": {"path": run.policy.path}, "rewards": options}):
+    for key, name in _relative_paths(run.model_dump(include=parts)):
         inside = os.path.normpath(name)  # not resolved: the job looks it up by its name, so a link stays a link
         path = root / inside
         if inside.startswith("..") and (path.exists() or key.startswith("prompts.")):
@@ -228,22 +195,17 @@ def _runtime_env(path: Path | None, names: Sequence[str]) -> dict[str, Any]:
     theirs = values.get("env_vars", {})
     if twice := sorted(theirs.keys() & set(names)):
         raise ConfigError(f"{twice[0]} is given by --env and by env_vars of {path}; leave one of them out")
-    stop_wait = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)}
+    stop_wait = {"RAY_JOB_STOP_WAIT_TIME_S": "300"}  # time to end and save a step; Ray's own default is 3 s
     return values | {"env_vars": stop_wait | theirs | {name: os.environ[name] for name in names}}
 
 
 def _read_runtime_env(path: Path) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"--runtime-env {path} is not readable YAML: {' '.join(str(error).split())}") from error
     known = f"known in it: {', '.join(ENVIRONMENT)}"
-    if not isinstance(values, dict):
-        raise ConfigError(f"--runtime-env {path} holds no mapping; {known}")
+    values = read_mapping(path, f"--runtime-env {path}", f"; {known}")
     for key in sorted(values.keys() - set(ENVIRONMENT), key=str):
         ours = f"{key} is set by this command; use --working-dir DIR, and a .rayignore in it"
-        unknown = f"unknown key {key!r}; {known}"
-        raise ConfigError(f"--runtime-env {path}: {ours if key in ('working_dir', 'excludes') else unknown}")
+        why = ours if key in ("working_dir", "excludes") else f"unknown key {key!r}; {known}"
+        raise ConfigError(f"--runtime-env {path}: {why}")
     variables = values.get("env_vars", {})
     if not isinstance(variables, dict) or not all(isinstance(value, str) for value in variables.values()):
         raise ConfigError(f'--runtime-env {path}: env_vars is no mapping of names to texts, such as {{DEBUG: "1"}}')

@@ -21,8 +21,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 Dtype = Literal["bfloat16", "float32"]
-Bytes = dict[str, int]
-"""What holds memory -> bytes."""
+Bytes = dict[str, int]  # what holds memory -> bytes
 GIB = 2**30
 GPUS = {"h100": 79.2, "h200": 139.8, "b200": 178.4, "a100-80gb": 79.1, "a100-40gb": 39.4, "l40s": 44.4, "l4": 22.0}
 """GiB that torch reports on a card, a little less than its name says."""
@@ -42,9 +41,7 @@ HEAD = """\
 
 
 def plan(
-    model: Annotated[
-        str, Option(help="janus-pro-1b, janus-pro-7b, or a directory with a config.json")
-    ] = "janus-pro-7b",
+    model: Annotated[str, Option(help=f"{', '.join(KNOWN)}, or a directory with a config.json")] = "janus-pro-7b",
     gpu: Annotated[str, Option(help=f"{', '.join(GPUS)}, or the GiB of another one, such as 47")] = "h100",
     gpus: Annotated[int, Option(help="GPUs of the whole cluster", min=1)] = 8,
     group_size: Annotated[int, Option(help="Images of one prompt", min=2)] = 8,
@@ -62,7 +59,7 @@ def plan(
     made = make_plan(model_sizes(model), gpu, gpus, group_size=group_size, groups=groups_per_step, dtype=dtype)
     if as_json:
         more = {"used": made.used, "memory_room": room(made.gpu_gib), "learner_loading": loading_bytes(made.model)}
-        print(json.dumps(asdict(made) | more | {"config": config_of(made), "measured": False}, indent=1))
+        print(json.dumps({**asdict(made), **more, "config": config_of(made), "measured": False}, indent=1))
     elif as_yaml:
         import yaml
 
@@ -111,10 +108,6 @@ def model_sizes(model: str) -> ModelSizes:
 
     Raises:
         ConfigError: neither; or the directory holds no Janus config.
-
-    Example:
-        >>> model_sizes("Janus-Pro-1B").layers
-        24
     """
     if known := KNOWN.get(model.lower()):
         return known
@@ -135,12 +128,17 @@ def make_plan(
 
     Raises:
         ConfigError: an unknown GPU, too few of them, or a role that does not fit; names it and the fix.
-
-    Example:
-        make_plan(KNOWN["janus-pro-7b"], "h100", 64).split  # {'rollout': 16, 'reward': 1, 'learner': 16}
     """
-    gib = _check_roles(model, gpu, gpus, dtype)
+    gib = GPUS.get(gpu.lower()) or (float(gpu) if gpu.replace(".", "", 1).isdigit() else 0.0)
+    if not gib:
+        raise ConfigError(f"--gpu {gpu} is neither known ({', '.join(GPUS)}) nor a number of GiB, such as 47")
+    if gpus < 3:
+        raise ConfigError(
+            f"--gpus {gpus} is too few: rollout, reward and learner take one each; give --gpus 3 or more, "
+            f"or let roles share a GPU by hand (rollout.gpus and learner.gpus of 0.5)"
+        )
     space = room(gib)
+    _check_one_gpu(model, gpu, space, dtype)
     learner = partial(learner_memory, model, prompt=LONGEST_PROMPT, dtype=dtype)
     possible = [ranks for ranks in _divisors(groups) if ranks <= gpus - 2]
     fitting = {ranks: way for ranks in possible if (way := _first_way(learner, ranks, group_size, space))}
@@ -193,33 +191,21 @@ def _first_way(learner: Callable[..., Bytes], ranks: int, group_size: int, space
     return None
 
 
-def _check_roles(model: ModelSizes, gpu: str, gpus: int, dtype: str) -> float:
-    """GiB of a GPU; raises a `ConfigError` where a role fits on no number of them."""
-    if gpu.lower() not in GPUS and (not gpu.replace(".", "", 1).isdigit() or not float(gpu)):
-        raise ConfigError(f"--gpu {gpu} is neither known ({', '.join(GPUS)}) nor a number of GiB, such as 47")
-    gib = GPUS[gpu.lower()] if gpu.lower() in GPUS else float(gpu)
-    if gpus < 3:
-        raise ConfigError(
-            f"--gpus {gpus} is too few: rollout, reward and learner take one each; give --gpus 3 or more, "
-            f"or let roles share a GPU by hand (rollout.gpus and learner.gpus of 0.5)"
-        )
-    space = room(gib)
-    fill = f"{gpu} has {space / GIB:.1f} GiB to fill"
-    one, loading = sum(rollout_memory(model, images=1, dtype=dtype).values()), loading_bytes(model)
-    if one > space:
-        other = "" if dtype == "bfloat16" else ", or take --dtype bfloat16"
-        raise ConfigError(
-            f"rollout does not fit: {model.name} with one image in flight needs {one / GIB:.1f} GiB and {fill}; "
-            f"take a GPU with more memory or a smaller model{other}"
-        )
-    if loading > space:
-        raise ConfigError(
-            f"learner does not fit: every rank loads policy and reference of {model.name} whole in float32 before it "
-            f"cuts them, {loading / GIB:.1f} GiB, and {fill}; take a GPU with more memory or a smaller model"
-        )
-    if sum(REWARD.values()) > space:
-        raise ConfigError(f"reward does not fit: {fill}; take a larger GPU")
-    return gib
+def _check_one_gpu(model: ModelSizes, gpu: str, space: int, dtype: str) -> None:
+    """Raise a `ConfigError` where a role fits on no number of these GPUs."""
+    larger = "take a GPU with more memory or a smaller model"
+    narrower = "" if dtype == "bfloat16" else ", or take --dtype bfloat16"
+    loads = f"every rank loads policy and reference of {model.name} whole in float32 before it cuts them, which needs"
+    rollout = sum(rollout_memory(model, images=1, dtype=dtype).values())
+    for role, what, size, fix in (
+        ("rollout", f"{model.name} with one image in flight needs", rollout, larger + narrower),
+        ("learner", loads, loading_bytes(model), larger),
+        ("reward", "the scorers need", sum(REWARD.values()), "take a larger GPU"),
+    ):
+        if size > space:
+            raise ConfigError(
+                f"{role} does not fit: {what} {size / GIB:.1f} GiB and {gpu} has {space / GIB:.1f} GiB to fill; {fix}"
+            )
 
 
 def config_of(made: Plan) -> dict[str, Any]:
@@ -278,26 +264,9 @@ def print_plan(made: Plan) -> None:
     rows.append(["while it loads", "", "", gib(loading_bytes(made.model))])
     rows.append([f"of {made.gpu_gib:g}, to fill", *[gib(room(made.gpu_gib))] * len(roles)])
     console.print(" ", _table(["GiB on one GPU", *made.memory], rows), " ", sep="\n")
-    for line in _sentences(made):
-        console.print(textwrap.fill(line, console.width - 1, initial_indent="- ", subsequent_indent="  "))
-
-
-def _table(columns: list[str], rows: list[list[str]]) -> Table:
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for number, name in enumerate(columns):
-        table.add_column(name, justify="right" if number else "left")
-    for row in rows:
-        table.add_row(*row)
-    return table
-
-
-def _sentences(made: Plan) -> list[str]:
-    """What the tables do not say, a sentence or two each."""
     trained, whole = made.model.trained * FLOAT32 / 1e9, made.model.total * FLOAT32 / 1e9
     images = "a whole group" if made.micro_batch == made.group_size else "part of a group"
-    found = [
+    sentences = [
         f"rollout: each image in flight is two sequences, with and without the prompt. {made.in_flight} fit on a GPU, "
         f"{made.images_per_batch} are planned.",
         f"learner: micro-batches of {made.micro_batch} images, {images}, with {'' if made.checkpointing else 'no '}"
@@ -309,8 +278,19 @@ def _sentences(made: Plan) -> list[str]:
         "--yaml prints the config of this split, --json the numbers.",
     ]
     if idle := made.gpus - made.used:
-        found.append(
+        sentences.append(
             f"idle: {idle} of {made.gpus} GPUs, for want of groups: give a larger --groups-per-step, more reward "
             "workers (scoring.workers), or another run."
         )
-    return found
+    for line in sentences:
+        console.print(textwrap.fill(line, console.width - 1, initial_indent="- ", subsequent_indent="  "))
+
+
+def _table(columns: list[str], rows: list[list[str]]) -> Table:
+    from rich.table import Column, Table
+
+    numbers = [Column(name, justify="right") for name in columns[1:]]
+    table = Table(columns[0], *numbers, box=None, pad_edge=False, header_style="bold")
+    for row in rows:
+        table.add_row(*row)
+    return table

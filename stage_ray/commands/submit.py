@@ -21,20 +21,15 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Exit, Option
 
+from stage_ray.commands.job import Job, plan_job, stage_files
 from stage_ray.commands.train import OverridesOption
 from stage_ray.errors import ConfigError, Interrupted, RunError
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
 
-    from stage_ray.commands.job import Job
-
-RUN_DIR = "stage_ray_run_dir"
-"""Key of a job's metadata: where it writes."""
-DIGEST = "stage_ray_digest"
-"""Key of a job's metadata: `Job.digest`, by which a name that is given again for something else is found out."""
-PATIENCE_S = 60.0
-"""So long the cluster may be out of reach while a job is followed (a head's restart, a cut port-forward)."""
+RUN_DIR, DIGEST = "stage_ray_run_dir", "stage_ray_digest"  # keys of a job's metadata: where it writes, `Job.digest`
+PATIENCE_S = 60.0  # the cluster may be out of reach for so long: a head's restart, a cut port-forward
 ACTIVE = ("PENDING", "RUNNING")
 LOCAL = "http://127.0.0.1:8265"
 PASSED_ON = "Pass this variable of yours on; may be repeated. The cluster's token lets others read it"
@@ -44,28 +39,18 @@ def submit(
     config: Annotated[Path, Argument(metavar="CONFIG", help="A YAML file; checked here before anything is sent")],
     address: Annotated[str, Option(envvar="RAY_API_SERVER_ADDRESS", help="The cluster's dashboard")] = LOCAL,
     overrides: OverridesOption = None,
-    run_dir: Annotated[
-        Path | None, Option(help="Where the run writes: absolute, on the cluster's shared storage")
-    ] = None,
+    run_dir: Annotated[Path | None, Option(help="Absolute, on the cluster's shared storage")] = None,
     scratch: Annotated[bool, Option("--scratch", help="Take a relative run directory: lost with the job")] = False,
     auto_resume: Annotated[bool, Option(help="Go on if there is a run, else begin; without, begin or fail")] = True,
     job_id: Annotated[str | None, Option("--id", help="Name; by default made of run directory and config")] = None,
     wait: Annotated[bool, Option(help="Follow the log until the job ends; its exit code is ours")] = True,
-    working_dir: Annotated[
-        Path | None, Option(metavar="DIR", help="Send this directory, minus .gitignore, .rayignore; not our code")
-    ] = None,
-    image_has_code: Annotated[
-        bool, Option("--image-has-code", help="Send only the config: the cluster has stage_ray installed")
-    ] = False,
+    working_dir: Annotated[Path | None, Option(metavar="DIR", help="Send DIR minus .gitignore, not our code")] = None,
+    image_has_code: Annotated[bool, Option("--image-has-code", help="Send no code: stage_ray is there")] = False,
     env: Annotated[list[str] | None, Option(metavar="NAME", help=PASSED_ON)] = None,
-    runtime_env: Annotated[
-        Path | None, Option(metavar="FILE", help="YAML of Ray's runtime_env: pip, uv, py_modules, env_vars")
-    ] = None,
-    entrypoint_cpus: Annotated[
-        float, Option(help="CPUs reserved for the driver; more than 0 lets it leave the head node", min=0)
-    ] = 0.0,
+    runtime_env: Annotated[Path | None, Option(metavar="FILE", help="YAML of Ray's runtime_env: pip, env_vars")] = None,
+    entrypoint_cpus: Annotated[float, Option(help="CPUs of the driver; above 0 it may leave the head", min=0)] = 0.0,
     entrypoint_resources: Annotated[
-        str | None, Option(metavar="MAPPING", help="Custom resources reserved for the driver, as {driver: 1}")
+        str | None, Option(metavar="MAPPING", help="For the driver, as {driver: 1}")
     ] = None,
 ) -> None:
     """Train as a job of a Ray cluster: start it, or follow it if it runs, or go on with it if it failed.
@@ -75,8 +60,6 @@ def submit(
 
     Example: stage-ray submit configs/stage_shapeworld.yaml --run-dir /shared/runs/first
     """
-    from stage_ray.commands.job import plan_job
-
     job = plan_job(
         config,
         overrides or [],
@@ -97,8 +80,7 @@ def submit(
 def submit_job(job: Job, address: str, *, wait: bool = True) -> int:
     """Start the job, or its next attempt, or attach to it; follow its log on stdout; the exit code of its driver.
 
-    Args:
-        wait: False returns 0 as soon as the cluster has the job.
+    Without ``wait`` it returns 0 as soon as the cluster has the job.
 
     Raises:
         ConfigError: the address is not that of a dashboard.
@@ -114,16 +96,12 @@ def submit_job(job: Job, address: str, *, wait: bool = True) -> int:
         from ray.job_submission import JobSubmissionClient
 
         for module in ("ray", "ray.dashboard.modules.job.sdk", "ray.dashboard.modules.dashboard_sdk"):
-            logging.getLogger(module).setLevel(
-                logging.ERROR
-            )  # they say what they upload where, and what they leave out
+            logging.getLogger(module).setLevel(logging.ERROR)  # else they say what they upload where, and leave out
         with _one_sentence(address):
             client = JobSubmissionClient(address)
             last = _last_attempt(job, client.list_jobs(), address)
             if last is not None and last.status == "SUCCEEDED":
-                _note(
-                    f"job {last.submission_id} has succeeded already ({job.run_dir}); to run it again, name a new --id"
-                )
+                _note(f"job {last.submission_id} has succeeded already ({job.run_dir}); a new --id runs it again")
                 return 0
             if last is not None and last.status in ACTIVE:
                 name = last.submission_id
@@ -177,8 +155,6 @@ def _last_attempt(job: Job, jobs: Iterable[JobDetails], address: str) -> JobDeta
 
 def _start(client: JobSubmissionClient, job: Job, attempt: int) -> str:
     """Send the files and hand the job over; its submission id."""
-    from stage_ray.commands.job import stage_files
-
     name = job.name if attempt == 1 else f"{job.name}.{attempt}"
     with tempfile.TemporaryDirectory(prefix="stage-ray-") as directory:
         working_dir = str(stage_files(job, Path(directory)))

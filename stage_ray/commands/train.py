@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import time
+from contextlib import closing
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Option, echo
+
+from stage_ray.errors import ConfigError, RunError
+
+if TYPE_CHECKING:
+    from stage_ray.config import RunConfig
+    from stage_ray.observability.progress import Progress
 
 OverridesOption = Annotated[
     list[str] | None, Option("--set", metavar="KEY=VALUE", help="Override a key by its dotted name; may be repeated")
@@ -17,15 +25,8 @@ def train(
     overrides: OverridesOption = None,
     run_dir: Annotated[Path | None, Option(help="Where the run writes; run_dir of the config by default")] = None,
     resume: Annotated[bool, Option("--resume", help="Go on from the run directory's newest checkpoint")] = False,
-    auto_resume: Annotated[
-        bool, Option("--auto-resume", help="Go on if there is a run, else begin; for retries")
-    ] = False,
-    replay: Annotated[
-        Path | None,
-        Option(
-            metavar="RUN_DIR", help="Train the learner alone on groups that RUN_DIR recorded (pipeline.record=true)"
-        ),
-    ] = None,
+    auto_resume: Annotated[bool, Option("--auto-resume", help="Go on if there is a run, else begin")] = False,
+    replay: Annotated[Path | None, Option(metavar="RUN_DIR", help="Train the learner alone on recorded groups")] = None,
     dry_run: Annotated[bool, Option("--dry-run", help="Check everything, print the config, start nothing")] = False,
 ) -> None:
     """Train a model and write a run directory that ends with report.html.
@@ -43,8 +44,6 @@ def train(
     from stage_ray.observability.progress import progress_for
 
     if replay is not None:
-        from stage_ray.commands.replay import replay as replay_run
-
         with progress_for(run) as progress:
             progress.note(f"replayed into {replay_run(run, replay, progress)}")
         return
@@ -59,3 +58,46 @@ def train(
                 f"held-out {headline} {summary.before:.3f} before, {summary.after:.3f} after {summary.steps} steps"
             )
         progress.note(f"report: {summary.report}")
+
+
+def replay_run(run: RunConfig, source: Path, progress: Progress) -> Path:
+    """Repeat the updates of a run of ``pipeline.record=true``, in ``source``, by the learner alone; the new run_dir.
+
+    With the same config the metrics of every step are those of the recorded run, clocks apart; with another learner or
+    algorithm they show what it would have made of the same images. ``metrics.jsonl`` and ``final/`` are written.
+
+    Raises:
+        ConfigError: ``source`` holds no recorded groups.
+        RunError: a step is not recorded whole, a group cannot be read, or an update is refused.
+    """
+    from stage_ray.learner.batch import LearnerError
+    from stage_ray.learner.learner import Learner
+    from stage_ray.run.recording import GROUPS, StepRecorder
+    from stage_ray.run.run_dir import open_run_dir
+    from stage_ray.workers.group_files import load_group
+
+    recorded = {step: sorted(step.glob("group-*.safetensors")) for step in sorted((source / GROUPS).glob("step-*"))}
+    if not recorded:
+        raise ConfigError(f"--replay {source}: it holds no {GROUPS}/step-*; record a run with pipeline.record=true")
+    for directory, files in recorded.items():
+        if len(files) != run.rollout.groups_per_step:  # a step of fewer groups would be another update, and say nothing
+            raise RunError(
+                f"{directory} holds {len(files)} groups, rollout.groups_per_step is {run.rollout.groups_per_step}: the "
+                "run was stopped while it wrote them, or had another config; remove the directory to replay the others"
+            )
+    with open_run_dir(run, resume=False) as run_dir:
+        progress.stage("loading the learner")
+        learner = Learner(run, threads=run.learner.threads)
+        with closing(StepRecorder(run, run_dir, len(recorded), progress)) as recorder:
+            for step, (directory, files) in enumerate(recorded.items(), start=1):
+                groups, scored = zip(*map(load_group, files), strict=True)
+                began = time.perf_counter()
+                try:
+                    metrics = learner.update(groups, scored)
+                except LearnerError as error:
+                    raise RunError(f"replay of {directory}: {error}") from error
+                seconds = time.perf_counter() - began
+                metrics |= {"time/step_s": seconds, "images_per_s": metrics["images"] / seconds}
+                recorder.step(step, metrics)
+        learner.export(run_dir / "final")
+    return run_dir

@@ -3,17 +3,10 @@
 # ruff: noqa: F401  they are here for other rooms
 from stage_ray.config.schema import (
     AlgorithmConfig,
-    CheckpointConfig,
-    ClusterConfig,
-    EvaluationConfig,
     LearnerConfig,
-    LogsConfig,
-    PipelineConfig,
     PolicyConfig,
-    PromptsConfig,
     RewardConfig,
     RolloutConfig,
     RunConfig,
-    ScoringConfig,
     Section,
 )

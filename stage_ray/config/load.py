@@ -12,8 +12,7 @@ from pydantic import BaseModel, ValidationError
 from stage_ray.config import RunConfig
 from stage_ray.errors import ConfigError, impossible, suggest
 
-RENAMED = {"rollout.images_per_wave": "rollout.images_per_batch"}
-"""Key of an earlier version -> what it is called now; the old one is refused, and the error names the new one."""
+RENAMED = {"rollout.images_per_wave": "rollout.images_per_batch"}  # key of an earlier version -> today's, for its error
 
 
 def load_config(path: Path, overrides: list[str] | None = None, run_dir: Path | None = None) -> RunConfig:
@@ -27,12 +26,7 @@ def load_config(path: Path, overrides: list[str] | None = None, run_dir: Path | 
     """
     if not path.is_file():
         raise ConfigError(f"config file {path} does not exist")
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path} holds no mapping of keys to values")
+    data = read_mapping(path, str(path), " of keys to values")
     for override in overrides or []:
         _apply_override(data, override)
     if run_dir is not None:
@@ -40,12 +34,23 @@ def load_config(path: Path, overrides: list[str] | None = None, run_dir: Path | 
     return validate_config(data, source=str(path))
 
 
-def validate_config(data: dict[str, Any], source: str = "config") -> RunConfig:
-    """Validate plain data into a `RunConfig`; errors name the key, the value and the fix.
+def read_mapping(path: Path, what: str, known: str) -> dict[str, Any]:
+    """The mapping that a YAML file holds; ``what`` names the file in errors, ``known`` ends the one of another value.
 
     Raises:
-        ConfigError: as `load_config`.
+        ConfigError: it is missing, no YAML or no mapping.
     """
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{what} is not readable YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"{what} holds no mapping{known}")
+    return data
+
+
+def validate_config(data: dict[str, Any], source: str = "config") -> RunConfig:
+    """Validate plain data into a `RunConfig`; raises a `ConfigError` as `load_config` does."""
     try:
         return RunConfig.model_validate(data)
     except ValidationError as error:

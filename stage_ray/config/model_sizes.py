@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSizes:
     """What the formulas of `stage_ray.engines.memory` and `stage_ray.learner.memory` need of a model.
 
@@ -19,10 +19,6 @@ class ModelSizes:
         layer, embedding, head, image_embedding, vqmodel: parameters of one decoder layer, the text embeddings, the
             image head, codebook and aligner of the image tokens, and the image tokenizer.
         frozen: parameters that are loaded and not trained.
-
-    Example:
-        >>> round(KNOWN["janus-pro-7b"].trained / 1e9, 2), KNOWN["janus-pro-7b"].image_tokens
-        (6.49, 576)
     """
 
     name: str
@@ -33,10 +29,10 @@ class ModelSizes:
     heads: int
     kv_heads: int
     head_dim: int
-    codes: int
-    image_tokens: int
-    side_pixels: int
-    base_channels: int
+    codes: int = 16_384
+    image_tokens: int = 576
+    side_pixels: int = 384
+    base_channels: int = 128
     layer: int
     embedding: int
     head: int
@@ -68,10 +64,6 @@ def _published(name: str, hub: str, hidden: int, intermediate: int, layers: int,
         heads=heads,
         kv_heads=heads,
         head_dim=hidden // heads,
-        codes=16_384,
-        image_tokens=576,
-        side_pixels=384,
-        base_channels=128,
         layer=4 * hidden**2 + 3 * hidden * intermediate + 2 * hidden,  # attention, MLP, two norms
         embedding=102_400 * hidden,
         head=head,
@@ -86,5 +78,4 @@ KNOWN = {
     "janus-pro-7b": _published("janus-pro-7b", "deepseek-community/Janus-Pro-7B", 4096, 11_008, 30, 32),
 }
 FLOAT32, BFLOAT16 = 4, 2
-WIDTH = {"float32": FLOAT32, "bfloat16": BFLOAT16}
-"""Bytes of a number."""
+WIDTH = {"float32": FLOAT32, "bfloat16": BFLOAT16}  # bytes of a number

@@ -15,10 +15,6 @@ def resolve_path(location: str) -> Path:
 
     Raises:
         ConfigError: nothing is there.
-
-    Example:
-        >>> resolve_path("package:stage_ray/__init__.py").name
-        '__init__.py'
     """
     if location.startswith(PACKAGE):
         module, _, rest = location[len(PACKAGE) :].partition("/")

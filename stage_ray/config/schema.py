@@ -19,9 +19,7 @@ class Section(BaseModel):
 class PromptsConfig(Section):
     """Which prompts are trained on, and which are held out."""
 
-    train: str = Field(
-        description="JSON Lines (GenEval's format) or plain text, a prompt a line; or package:MODULE/FILE"
-    )
+    train: str = Field(description="JSON Lines (GenEval's format) or text, a prompt a line; or package:MODULE/FILE")
     heldout: str | None = Field(None, description="Prompts of the evaluation before and after; same formats")
     shuffle: bool = Field(True, description="A new order every epoch, fixed by the run's seed")
 
@@ -31,25 +29,23 @@ class PolicyConfig(Section):
 
     family: str = Field("janus", description="Model family, a folder in stage_ray/policies, or package.module.Class")
     path: str = Field(description="A Hugging Face directory, package:MODULE/DIR, or a hub id")
-    template: Literal["official", "paper"] = Field(
-        "official",
-        description='Chat roles: official is Janus-Pro\'s "<|User|>"/"<|Assistant|>", paper is "User"/"Assistant"',
-    )
+    template: Literal["official", "paper"] = Field("official", description="Roles: <|User|>, or User as in the paper")
     trust_remote_code: bool = Field(False, description="Run code that comes with a checkpoint. Off unless you wrote it")
 
 
-class RolloutConfig(Section):
+class PoolConfig(Section):
+    """A pool of actors that do the same work, each on groups of its own."""
+
+    workers: int = Field(1, ge=1, description="Actors that the run needs")
+    max_workers: int | None = Field(None, ge=1, description="Most actors, where the cluster has room; null: as workers")
+    gpus: float = Field(0.0, ge=0, description="GPUs reserved for one worker, or each of its processes")
+    resources: dict[str, float] = Field({}, description="Custom Ray resources of one worker (or process): {rollout: 1}")
+
+
+class RolloutConfig(PoolConfig):
     """How images are sampled."""
 
-    engine: Literal["vllm", "torch"] = Field(
-        "vllm", description="vllm: paged attention, scales; torch: static cache, best for tiny models"
-    )
-    workers: int = Field(1, ge=1, description="Rollout actors that the run needs")
-    max_workers: int | None = Field(
-        None,
-        ge=1,
-        description="Rollout actors where the cluster has room, now or later, to the end; null: no more than workers",
-    )
+    engine: Literal["vllm", "torch"] = Field("vllm", description="vllm scales; torch is best for tiny models")
     group_size: int = Field(8, ge=2, description="G, images of one prompt")
     groups_per_step: int = Field(8, ge=1, description="N, groups (prompts) of one update")
     guidance_scale: float = Field(5.0, ge=1.0, description="w in u + w (c - u); 1 is off")
@@ -57,23 +53,12 @@ class RolloutConfig(Section):
     top_k: int = Field(0, ge=0, description="Keep the k likeliest tokens; 0 is off")
     top_p: float = Field(1.0, gt=0.0, le=1.0, description="Keep the smallest set of tokens with this mass; 1 is off")
     images_per_batch: int = Field(64, ge=1, description="Images in flight at once on one worker")
-    dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="auto: bfloat16 where the hardware has it"
-    )
-    tensor_parallel: int = Field(
-        1, ge=1, description="Processes of one machine that share the model of one worker (vLLM), a part of it each"
-    )
+    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 if the hardware has it")
+    tensor_parallel: int = Field(1, ge=1, description="Processes of one machine that share a worker's model (vLLM)")
     colocated: bool = Field(
-        False,
-        description="Each worker shares a GPU with a rank of the learner and gives its memory back while that works; "
-        "needs pipeline.max_staleness 0, workers = learner.ranks, and gpus of both that add up to 1",
+        False, description="A worker and a rank of the learner take turns on one GPU; as many of both, max_staleness 0"
     )
     cpus: float = Field(1.0, gt=0, description="CPUs reserved for one worker, or each of its processes")
-    gpus: float = Field(0.0, ge=0, description="GPUs reserved for one worker, or each of its processes")
-    resources: dict[str, float] = Field(
-        default_factory=dict,
-        description="Custom Ray resources of one worker (or process), such as {rollout: 1}: which nodes it may use",
-    )
     threads: int | None = Field(None, ge=1, description="Threads of a worker; null: all if synchronous, else half")
     kv_cache_gib: float = Field(1.0, gt=0, description="vLLM's key-value cache on a CPU, GiB")
     gpu_memory_utilization: float = Field(0.5, gt=0, le=1, description="vLLM's share of a GPU's memory")
@@ -86,7 +71,7 @@ class RewardConfig(Section):
     type: str = Field(description="geneval, clip, or package.module.Class")
     name: str | None = Field(None, description="Column name in metrics; the type by default")
     weight: float = Field(1.0, description="Weight in the sum of scorers")
-    options: dict[str, Any] = Field(default_factory=dict, description="Keyword arguments of the scorer")
+    options: dict[str, Any] = Field({}, description="Keyword arguments of the scorer")
 
     @property
     def column(self) -> str:
@@ -94,25 +79,13 @@ class RewardConfig(Section):
         return self.name or self.type.rsplit(".", 1)[-1]
 
 
-class ScoringConfig(Section):
+class ScoringConfig(PoolConfig):
     """The pool of reward actors; each holds every scorer."""
 
-    workers: int = Field(1, ge=1, description="Reward actors that the run needs")
-    max_workers: int | None = Field(
-        None,
-        ge=1,
-        description="Reward actors where the cluster has room, now or later, to the end; null: no more than workers",
-    )
     groups_per_call: int = Field(8, ge=1, description="Groups scored in one batched call")
     timeout_s: float = Field(120.0, gt=0, description="Seconds a call may take before its groups are scored again")
-    attempts: int = Field(
-        2,
-        ge=1,
-        description="Times a group is scored before it is replaced by a fresh one; a worker that dies does not count",
-    )
+    attempts: int = Field(2, ge=1, description="Times a group is scored, dead workers apart, before it is replaced")
     cpus: float = Field(0.5, gt=0, description="CPUs reserved for one worker")
-    gpus: float = Field(0.0, ge=0, description="GPUs reserved for one worker")
-    resources: dict[str, float] = Field(default_factory=dict, description="Custom Ray resources of one worker")
 
 
 class AlgorithmConfig(Section):
@@ -129,8 +102,7 @@ class AlgorithmConfig(Section):
     ratio_cap: float = Field(2.0, ge=1, description="Greatest ratio of correction=truncate")
     ratio_range: tuple[float, float] = Field((0.5, 2.0), description="Ratios that correction=mask keeps, low and high")
     ratio_on: Literal["conditional", "guided"] = Field(
-        "conditional",
-        description="conditional: ratio of the branch that is trained; guided: of what was sampled, one more forward",
+        "conditional", description="Ratio of the branch that is trained, or of what was sampled: one more forward"
     )
 
     @model_validator(mode="after")
@@ -160,17 +132,13 @@ class LearnerConfig(Section):
     )
     gradient_checkpointing: bool = Field(False, description="Recompute activations to save memory")
     max_mismatch: float | None = Field(
-        0.5,
-        gt=0,
-        description="A synchronous run stops when mean |delta log p| of rollout and learner exceeds this; null is off",
+        0.5, gt=0, description="A synchronous run stops where mean |delta log p| to rollout exceeds this; null is off"
     )
     ranks: int = Field(1, ge=1, description="Actors that share one update (FSDP2), whole groups each")
     cpus: float = Field(1.0, gt=0, description="CPUs reserved for one rank")
-    threads: int | None = Field(
-        None, ge=1, description="Threads of a rank; null: every core in synchronous runs, else half"
-    )
+    threads: int | None = Field(None, ge=1, description="Threads of a rank; null: all if synchronous, else half")
     gpus: float = Field(0.0, ge=0, description="GPUs reserved for one rank")
-    resources: dict[str, float] = Field(default_factory=dict, description="Custom Ray resources of one rank")
+    resources: dict[str, float] = Field({}, description="Custom Ray resources of one rank")
     timeout_s: float = Field(3600.0, gt=0, description="Seconds an update may take before the learner is replaced")
 
 
@@ -179,9 +147,7 @@ class PipelineConfig(Section):
 
     max_staleness: int = Field(0, ge=0, description="Updates a group may lag behind the learner; 0 is synchronous")
     order: Literal["strict", "arrival"] = Field(
-        "strict",
-        description="strict: generation and training batches in a fixed order, so a run can be repeated bit for bit; "
-        "arrival: whatever is ready first, within the bound",
+        "strict", description="strict: a fixed order, repeatable bit for bit; arrival: what is ready, within the bound"
     )
     record: bool = Field(False, description="Keep every trained group in RUN_DIR/groups, for train --replay")
 
@@ -207,13 +173,9 @@ class EvaluationConfig(Section):
 class ClusterConfig(Section):
     """Where Ray runs."""
 
-    address: str | None = Field(
-        None, description="null: as a Ray job the cluster it runs in, else a new local one; auto or HOST:PORT attaches"
-    )
+    address: str | None = Field(None, description="null: this Ray job's cluster, or a new one; auto, HOST:PORT: attach")
     num_cpus: int | None = Field(
-        None,
-        ge=1,
-        description="Logical CPUs of a local cluster; what the roles ask for if that is more than the machine has",
+        None, ge=1, description="CPUs of a local cluster; null: the machine's, or more if asked"
     )
     object_store_mb: int = Field(512, ge=80, description="Object store of a local cluster, MB")
     dashboard: bool = Field(False, description="Ray's dashboard on a local cluster, on 127.0.0.1")
@@ -222,8 +184,7 @@ class ClusterConfig(Section):
     start_timeout_s: float = Field(300.0, gt=0, description="Seconds a worker may wait for its place, and to load")
     sync_timeout_s: float = Field(120.0, gt=0, description="Seconds a rollout worker may take to load a version")
     weight_transport: Literal["object_store", "gloo", "nccl"] = Field(
-        "object_store",
-        description="object_store: each worker loads when it is free; gloo (CPUs), nccl (GPUs): one broadcast to all",
+        "object_store", description="object_store: a worker loads when free; gloo (CPUs), nccl (GPUs): one broadcast"
     )
     attempts: int = Field(3, ge=1, description="Times a call is tried, each on a new worker, before the run stops")
     heartbeat_s: float = Field(5.0, gt=0, description="Seconds between pings of every worker")
@@ -233,9 +194,7 @@ class ClusterConfig(Section):
 class LogsConfig(Section):
     """What a run says of itself while it works."""
 
-    format: Literal["text", "json"] = Field(
-        "text", description="text: for people; json: one JSON object a line, of the driver and of every worker"
-    )
+    format: Literal["text", "json"] = Field("text", description="json: one object a line, of driver and workers")
 
 
 class RunConfig(Section):
@@ -268,18 +227,14 @@ class RunConfig(Section):
         if all(reward.weight == 0 for reward in self.rewards):
             raise ValueError("rewards: every weight is 0, so nothing would be trained")
         if self.evaluation.enabled and self.prompts.heldout is None:
-            raise ValueError(
-                "evaluation.enabled is true but prompts.heldout is not set; set it, or evaluation.enabled=false"
-            )
+            raise ValueError("prompts.heldout is not set; set it, or evaluation.enabled=false")
         for name, pool in (("rollout", rollout), ("scoring", self.scoring)):
             if pool.max_workers is not None and pool.max_workers < pool.workers:
-                most, least = f"{name}.max_workers = {pool.max_workers}", f"{name}.workers = {pool.workers}"
-                raise ValueError(f"{most} is less than {least}")
+                raise ValueError(
+                    f"{name}.max_workers = {pool.max_workers} is less than {name}.workers = {pool.workers}"
+                )
         if rollout.tensor_parallel > 1 and rollout.engine != "vllm":
-            raise ValueError(
-                f"rollout.tensor_parallel = {rollout.tensor_parallel} needs rollout.engine = vllm; "
-                f"the {rollout.engine} engine is one process"
-            )
+            raise ValueError(f"rollout.tensor_parallel = {rollout.tensor_parallel} needs rollout.engine = vllm")
         if rollout.colocated:
             self._check_colocated()
         if transport != "object_store" and (rollout.tensor_parallel > 1 or rollout.colocated):

@@ -12,13 +12,7 @@ DECODE_CHUNK = 16  # that of `stage_ray.policies.janus.codec`, which imports tor
 
 
 def cache_bytes(model: ModelSizes, *, tokens: int, dtype: str) -> int:
-    """Key-value cache of one sequence in vLLM's whole blocks: two tensors a layer [kv heads, tokens, head dim].
-
-    Example:
-        >>> from stage_ray.config.model_sizes import KNOWN
-        >>> cache_bytes(KNOWN["janus-pro-7b"], tokens=832, dtype="bfloat16") // 2**20
-        390
-    """
+    """Key-value cache of one sequence in vLLM's whole blocks: two tensors a layer [kv heads, tokens, head dim]."""
     token = 2 * model.layers * model.kv_heads * model.head_dim * WIDTH[dtype]
     return -(-tokens // CACHE_BLOCK) * CACHE_BLOCK * token  # whole blocks, rounded up
 

@@ -21,7 +21,9 @@ def learner_memory(
         checkpointing: of the layers' activations.
     """
     sharded = ranks > 1
-    batch = (model, images, prompt, dtype, sharded, checkpointing)
+    kept, working = batch_bytes(
+        model, images=images, prompt=prompt, dtype=dtype, sharded=sharded, checkpointing=checkpointing
+    )
     shard = -(-model.trained // ranks) * FLOAT32
     copies = WIDTH[dtype] * (2 * model.layer + model.embedding)
     reduced = (WIDTH[dtype] + FLOAT32) * max(model.layer, model.embedding)  # a gradient before and while it is summed
@@ -33,8 +35,8 @@ def learner_memory(
         "optimizer": 2 * shard,
         "frozen parts": 2 * model.frozen * FLOAT32,
         "gathered shards": copies + reduced if sharded else casts,
-        "activations": kept_bytes(*batch),
-        "backward, logits": working_bytes(*batch),
+        "activations": kept,
+        "backward, logits": working,
     }
 
 
@@ -56,29 +58,26 @@ def layer_activations(model: ModelSizes, *, dtype: str, sharded: bool) -> int:
     return FLOAT32 * 4 * hidden + BFLOAT16 * (5 * hidden + queries + attention_mlp) + small
 
 
-def kept_bytes(model: ModelSizes, images: int, prompt: int, dtype: str, sharded: bool, checkpointing: bool) -> int:
-    """What a micro-batch keeps from its forward to its backward pass.
+def batch_bytes(
+    model: ModelSizes, *, images: int, prompt: int, dtype: str, sharded: bool, checkpointing: bool
+) -> tuple[int, int]:
+    """What a micro-batch keeps from its forward to its backward pass, and what it works in beside that.
 
-    Every layer's activations, or with checkpointing its input alone; embeddings and last norm; and of the chunked head
-    one slope a state beside the state.
+    Kept are every layer's activations, or with checkpointing its input alone; embeddings and last norm; and of the
+    chunked head one slope a state beside the state.
+
+    It works in the larger of two that never meet. A chunk of the head has five times its logits: log-softmax, softmax,
+    slope and gradient beside them. A layer's backward holds gradients of the MLP's three wide states and of two narrow
+    ones; with checkpointing, its activations once more.
     """
+    tokens = images * (prompt + model.image_tokens - 1)
+    activations = layer_activations(model, dtype=dtype, sharded=sharded)
     stream = BFLOAT16 if dtype == "bfloat16" and sharded else FLOAT32
-    layer = stream * model.hidden if checkpointing else layer_activations(model, dtype=dtype, sharded=sharded)
-    ends = 3 * FLOAT32 * model.hidden
+    layer, ends = stream * model.hidden if checkpointing else activations, 3 * FLOAT32 * model.hidden
     slopes = images * model.image_tokens * 2 * FLOAT32 * model.hidden
-    return images * (prompt + model.image_tokens - 1) * (model.layers * layer + ends) + slopes
-
-
-def working_bytes(model: ModelSizes, images: int, prompt: int, dtype: str, sharded: bool, checkpointing: bool) -> int:
-    """The larger of two that never meet: a chunk of the head's logits, and the backward pass of one layer.
-
-    A chunk has five times its logits: log-softmax, softmax, slope and gradient beside them. A layer's backward holds
-    gradients of the MLP's three wide states and of two narrow ones; with checkpointing, its activations once more.
-    """
-    layer = WIDTH[dtype] * 3 * model.intermediate + 2 * FLOAT32 * model.hidden
-    if checkpointing:
-        layer += layer_activations(model, dtype=dtype, sharded=sharded)
-    return max(5 * LOGITS_AT_ONCE * FLOAT32, images * (prompt + model.image_tokens - 1) * layer)
+    kept = tokens * (model.layers * layer + ends) + slopes
+    backward = WIDTH[dtype] * 3 * model.intermediate + 2 * FLOAT32 * model.hidden + activations * checkpointing
+    return kept, max(5 * LOGITS_AT_ONCE * FLOAT32, tokens * backward)
 
 
 def loading_bytes(model: ModelSizes) -> int:

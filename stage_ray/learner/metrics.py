@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from stage_ray.algorithm.advantages import combine_rewards, informative_scorers
-from stage_ray.algorithm.entropy import entropy_closeness
-from stage_ray.algorithm.kl import k3_kl
+from stage_ray.algorithm.credit import entropy_closeness
+from stage_ray.algorithm.losses import k3_kl
 from stage_ray.algorithm.off_policy import (
     Correction,
     beyond,

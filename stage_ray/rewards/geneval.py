@@ -1,8 +1,14 @@
-"""GenEval as a reward: a detector looks at the picture, GenEval's rules judge what it saw."""
+"""GenEval as a reward: a detector looks at the picture, GenEval's rules judge what it saw.
+
+Strict verdict: GenEval's ``evaluate_images.py`` (arXiv 2310.11513). Soft score: the reward that Flow-GRPO
+(arXiv 2505.05470) made of it and STAGE (arXiv 2509.25027) trained on. The rules are pure functions over `Objects`: a
+class and its detections, most confident first, already cut by confidence.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -13,9 +19,149 @@ from stage_ray.records import Prompt
 from stage_ray.registry import import_dotted
 from stage_ray.rewards.base import RewardOutput
 from stage_ray.rewards.detection import Detection, Detector
-from stage_ray.rewards.geneval_rules import requirements, soft_score, strict_verdict
 
 Share = Annotated[float, Field(ge=0, le=1)]
+RELATIONS = ("left of", "right of", "above", "below")
+POSITION_SLACK = 0.1  # share of both boxes' sides by which centres must be apart to count
+Objects = Mapping[str, Sequence[Detection]]
+
+
+@dataclass(frozen=True, slots=True)
+class Requirement:
+    """One clause of a prompt's record.
+
+    Attributes:
+        label: the class.
+        count: how many; for `include` at least, for `exclude` fewer than.
+        color: every one of them in this colour, or None.
+        relation: where they are seen from the objects of clause `target`, or None.
+    """
+
+    label: str
+    count: int
+    color: str | None = None
+    relation: str | None = None
+    target: int = 0
+
+
+def requirements(record: Mapping[str, Any], key: str = "include") -> list[Requirement]:
+    """Read `include` or `exclude`. Missing and None-filled keys are the same; counts may be strings.
+
+    Raises:
+        ValueError: the clauses cannot be evaluated; says which and why.
+    """
+    clauses = record.get(key) or []  # null is none
+    if not isinstance(clauses, Sequence) or isinstance(clauses, str):
+        raise ValueError(f'"{key}" is not a list')
+    return [_requirement(clause, f"{key}[{index}]", index) for index, clause in enumerate(clauses)]
+
+
+def _requirement(clause: Any, where: str, index: int) -> Requirement:
+    if not isinstance(clause, Mapping) or not isinstance(clause.get("class"), str):
+        raise ValueError(f'{where} has no "class"')
+    count = clause.get("count")
+    try:
+        number = int(count) if count is not None else 1  # missing is one
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: count {count!r} is not a whole number") from error
+    if number < 1:
+        raise ValueError(f"{where}: count {number} is below 1")
+    color, position = clause.get("color"), clause.get("position")
+    if position is None:
+        return Requirement(clause["class"], number, color)
+    try:
+        relation, target = position[0], int(position[1])
+    except (TypeError, ValueError, IndexError, KeyError) as error:
+        raise ValueError(f'{where}: position {position!r} is not like ["left of", 0]') from error
+    if relation not in RELATIONS:
+        raise ValueError(f"{where}: relation {relation!r} is not one of {', '.join(RELATIONS)}")
+    if not 0 <= target < index:
+        raise ValueError(f"{where}: position refers to include[{target}], which does not come before it")
+    return Requirement(clause["class"], number, color, relation, target)
+
+
+def relations(a: Detection, b: Detection, slack: float = POSITION_SLACK) -> set[str]:
+    """Where `a` is, seen from `b`: none, one or two of RELATIONS.
+
+    The offset of the boxes' centres is shrunk by `slack` times both boxes' sides, then divided by its full length; an
+    axis counts where more than one half is left.
+    """
+    boxes = np.asarray([a.box, b.box], np.float64).reshape(2, 2, 2)  # [box, corner, axis]
+    offset = boxes[0].mean(axis=0) - boxes[1].mean(axis=0)  # from centre to centre, pixels
+    sides = np.ptp(boxes, axis=1).sum(axis=0)  # of both boxes, by axis
+    shrunk = np.maximum(np.abs(offset) - slack * sides, 0.0) * np.sign(offset)
+    if np.all(np.abs(shrunk) < 1e-3):  # one on top of the other
+        return set()
+    dx, dy = shrunk / np.linalg.norm(offset)
+    holds = {"left of": dx < -0.5, "right of": dx > 0.5, "above": dy < -0.5, "below": dy > 0.5}  # y grows downwards
+    return {name for name, true in holds.items() if true}
+
+
+def _misplaced(found: Sequence[Detection], relation: str, targets: Sequence[Detection]) -> bool:
+    return any(relation not in relations(one, target) for one in found for target in targets)
+
+
+def strict_verdict(
+    include: Sequence[Requirement], exclude: Sequence[Requirement], objects: Objects
+) -> tuple[bool, str]:
+    """GenEval's verdict and, where it is False, why: all of `include` and none of `exclude`.
+
+    Of each class only the `count` most confident detections are looked at; more are no fault of their own.
+    """
+    reasons: list[str] = []
+    matched: list[Sequence[Detection] | None] = []  # what each clause of `include` found; None where it is not met
+    for need in include:
+        found = objects.get(need.label, ())[: need.count]
+        targets = matched[need.target] if need.relation is not None else ()
+        fault = ""
+        if len(found) < need.count:
+            fault = f"expected {need.label}>={need.count}, found {len(found)}"
+        elif need.color is not None and any(one.color != need.color for one in found):
+            seen = ", ".join(str(one.color) for one in found)
+            fault = f"expected {need.color} {need.label}>={need.count}, found {seen}"
+        elif targets is None:
+            fault = f"no target for {need.label} to be {need.relation}"
+        elif need.relation is not None and _misplaced(found, need.relation, targets):
+            fault = f"expected {need.label} {need.relation} target"
+        matched.append(None if fault else found)
+        reasons += [fault] if fault else []
+    for need in exclude:
+        number = len(objects.get(need.label, ()))
+        if number >= need.count:
+            reasons.append(f"expected {need.label}<{need.count}, found {number}")
+    return not reasons, "; ".join(reasons)
+
+
+def soft_score(include: Sequence[Requirement], objects: Objects, *, published: bool = False) -> float:
+    """Mean over the parts of `include` that could be judged: counts, colours, positions. At most 1, may be below 0.
+
+    All detections of a class count here, and `exclude` is ignored, so "one" means exactly one. With `published` it is
+    the score as released: there a failed position check is given 0 *and* 1, so a wrong position costs half of what it
+    should. The default gives it 0 alone.
+    """
+    parts: list[float] = []
+    matched: list[Sequence[Detection] | None] = []
+    for need in include:
+        found = objects.get(need.label, ())
+        parts.append(1.0 - abs(need.count - len(found)) / need.count)  # below 0 for many too many
+        good = len(found) == need.count
+        if not good:
+            if need.color is not None or need.relation is not None:
+                parts.append(0.0)
+            matched.append(None)
+            continue
+        if need.color is not None:
+            colored = sum(one.color == need.color for one in found)
+            parts.append(1.0 - abs(need.count - colored) / need.count)
+            good = colored == need.count
+        if need.relation is not None and good:
+            targets = matched[need.target]
+            good = targets is not None and not _misplaced(found, need.relation, targets)
+            parts.append(1.0 if good else 0.0)
+            if published and targets is not None and not good:  # the released code's second append
+                parts.append(1.0)
+        matched.append(found if good else None)
+    return sum(parts) / len(parts)
 
 
 class GenEvalReward:
@@ -27,8 +173,7 @@ class GenEvalReward:
 
     Example:
         >>> import numpy as np
-        >>> from stage_ray.shapeworld.render import render
-        >>> from stage_ray.shapeworld.scene import Scene, Shape
+        >>> from stage_ray.shapeworld.scene import Scene, Shape, render
         >>> reward = GenEvalReward("stage_ray.shapeworld.detector.ShapeDetector")
         >>> picture = render(Scene((Shape("ring", "red", cx=32.0, cy=32.0, size=30.0),)))
         >>> record = {"tag": "single_object", "include": [{"class": "ring", "count": 1}]}

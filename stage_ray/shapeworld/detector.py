@@ -37,13 +37,6 @@ class ShapeDetector:
 
     The confidence of an object is the classifier's probability of its shape, lowered where the segment is tiny, of
     mixed colour, or pale.
-
-    Example:
-        >>> from stage_ray.shapeworld.render import render
-        >>> from stage_ray.shapeworld.scene import Scene, Shape
-        >>> picture = render(Scene((Shape("ring", "red", cx=32.0, cy=32.0, size=30.0),)))
-        >>> [(found.label, found.color) for found in ShapeDetector().detect(picture[None])[0]]
-        [('ring', 'red')]
     """
 
     def __init__(self, assets: str | Path = ASSETS) -> None:
@@ -83,20 +76,15 @@ class ShapeDetector:
 
 
 def soundness(piece: Segment) -> float:
-    """How much a segment looks like one painted object rather than a smear: 0..1, and 1 for every rendered object.
-
-    Falls from 1 to 0 as its shorter side goes from 12 to 6 pixels, as the share of pixels of its own colour goes from
-    0.6 to 0.3, as their distance from the palette goes from 65 to 100 grey levels, and as the mean opacity inside its
-    mask goes from 0.8 to 0.55.
-    """
+    """How much a segment looks like one painted object rather than a smear: 0..1, and 1 for every rendered object."""
     side = min(piece.box[2] - piece.box[0], piece.box[3] - piece.box[1])
     opacity = float(piece.alpha[piece.mask].mean())
-    factors = (
-        (side - 6.0) / 6.0,
+    factors = [
+        (side - 6.0) / 6.0,  # pixels: from 0 at 6 to 1 at 12
         (piece.purity - 0.3) / 0.3,
-        (100.0 - piece.off_color) / 35.0,
+        (100.0 - piece.off_color) / 35.0,  # grey levels: from 0 at 100 to 1 at 65
         (opacity - 0.55) / 0.25,
-    )
+    ]
     return float(np.prod(np.clip(factors, 0.0, 1.0)))
 
 

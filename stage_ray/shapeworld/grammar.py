@@ -18,17 +18,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from stage_ray.rewards.geneval_rules import RELATIONS
-from stage_ray.shapeworld.scene import (
-    COLORS,
-    LATTICE_SIZES,
-    SHAPES,
-    SIZES_BY_COUNT,
-    Scene,
-    Shape,
-    place_squares,
-    random_background,
-)
+from stage_ray.rewards.geneval import RELATIONS
+from stage_ray.shapeworld.scene import COLORS, SHAPES, Scene, Shape, on_random_paper, random_places
 
 Record = dict[str, Any]
 Split = Literal["train", "heldout"]
@@ -77,10 +68,6 @@ def make_record(tag: str, items: Sequence[Record], relation: str | None = None) 
 
     With a relation the second item comes first, since a position points back: "a ring left of a square" includes
     [square, ring], the ring with ``"position": ["left of", 0]``. Counting forbids one object more, as GenEval does.
-
-    Example:
-        >>> make_record("two_object", [item("ring"), item("square", color="orange")])["prompt"]
-        'a photo of a ring and an orange square'
     """
     record: Record = {"tag": tag, "include": list(items)}
     if relation is not None:
@@ -118,22 +105,16 @@ def mentions_held_out(record: Record) -> bool:
 def _compositions(split: Split) -> dict[str, list[Record]]:
     """Every record of each task, in the order of TASKS, that belongs to a split. `single_object` belongs to both."""
     colored = [item(kind, color=color) for kind, color in itertools.product(SHAPES, COLORS)]
+    # Only what is held out as a count: a held-out colour here would test two things at once.
+    counted = [one for one in itertools.product(SHAPES, NUMBERS, (None, *COLORS)) if one[::2] not in held_out()]
+    pairs = [(a, b) for a, b in itertools.permutations(colored, 2) if a["class"] != b["class"]]
     everything: dict[str, list[Record]] = {
         "single_object": [make_record("single_object", [item(kind)]) for kind in SHAPES],
         "two_object": [make_record("two_object", [item(a), item(b)]) for a, b in itertools.permutations(SHAPES, 2)],
-        "counting": [
-            make_record("counting", [item(kind, count, color)])
-            for kind, count, color in itertools.product(SHAPES, NUMBERS, (None, *COLORS))
-            # Only what is held out as a count: a held-out colour here would test two things at once.
-            if (kind, color) not in held_out()
-        ],
+        "counting": [make_record("counting", [item(*one)]) for one in counted],
         "colors": [make_record("colors", [one]) for one in colored],
         "position": [make_record("position", [item(a), item(b)], relation) for a, relation, b in _TRIPLES],
-        "color_attr": [
-            make_record("color_attr", [first, second])
-            for first, second in itertools.permutations(colored, 2)
-            if first["class"] != second["class"] and first["color"] != second["color"]
-        ],
+        "color_attr": [make_record("color_attr", [a, b]) for a, b in pairs if a["color"] != b["color"]],
     }
     return {
         tag: [one for one in records if tag == "single_object" or mentions_held_out(one) == (split == "heldout")]
@@ -180,7 +161,7 @@ def sample_mixture(rng: np.random.Generator) -> Record:
 
 
 def _margin(a: Shape, b: Shape, relation: str) -> float:
-    """How clearly `a` stands in `relation` to `b`: by GenEval's rule (`geneval_rules.relations`) it does above 0.5."""
+    """How clearly `a` stands in `relation` to `b`: by GenEval's rule (`geneval.relations`) it does above 0.5."""
     offset = np.asarray([a.cx - b.cx, a.cy - b.cy])
     shrunk = np.maximum(np.abs(offset) - 0.1 * (a.size + b.size), 0) * np.sign(offset)
     dx, dy = shrunk / max(float(np.linalg.norm(offset)), 1e-6)
@@ -206,10 +187,7 @@ def sample_scene(
         if "position" in clause:
             relation = (index, *clause["position"])
     while True:
-        sizes = rng.uniform(*SIZES_BY_COUNT[len(wanted)], size=len(wanted))
-        if lattice:
-            sizes = rng.choice(LATTICE_SIZES[len(wanted)], size=len(wanted))
-        places = place_squares(sizes.tolist(), rng, lattice=lattice)
-        shapes = tuple(Shape(*look, *place) for look, place in zip(wanted, places, strict=True))
+        places = random_places(len(wanted), rng, lattice=lattice)
+        shapes = [Shape(*look, *place) for look, place in zip(wanted, places, strict=True)]
         if relation is None or _margin(shapes[relation[0]], shapes[relation[2]], relation[1]) > 0.6:
-            return Scene(shapes, background=random_background(rng), seed=int(rng.integers(2**31)))
+            return on_random_paper(shapes, rng)

@@ -1,4 +1,4 @@
-"""What a ShapeWorld picture is made of: five shapes, eight colours, pale backgrounds.
+"""What a ShapeWorld picture is made of, five shapes, eight colours and pale backgrounds, and how it is drawn.
 
 Shapes and colours were chosen to stay apart after the 64-token tokenizer has blurred them: every stroke is at least
 five pixels wide, every colour stands out from every (pale) background, and objects keep a gap of five pixels.
@@ -15,6 +15,8 @@ import numpy as np
 IMAGE_SIZE = 64  # pixels, both sides
 MIN_GAP = 5.0  # pixels between the bounding boxes of two objects
 MIN_BORDER = 2.0  # pixels between an object and the picture's edge
+MIN_STROKE = 5.0  # pixels: arms of the cross, band of the ring
+NOISE_SIGMA, TEXTURE_AMPLITUDE = 3.0, 4.0  # grey levels of 255
 
 SHAPES: tuple[str, ...] = ("circle", "square", "triangle", "cross", "ring")
 
@@ -44,15 +46,12 @@ LATTICE_SIZES: dict[int, tuple[float, ...]] = {1: (24.0, 32.0), 2: (20.0, 24.0),
 
 Square = tuple[float, float, float]  # cx, cy, size in pixels
 
+_Y, _X = np.indices((IMAGE_SIZE, IMAGE_SIZE), np.float32) + np.float32(0.5)  # centres: pixel i covers [i, i + 1)
+
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """One object. `cx`, `cy` (pixels, x right, y down) are the centre of its `size` x `size` pixel bounding square.
-
-    Example:
-        >>> Shape("circle", "red", cx=20.0, cy=32.0, size=18.0).box
-        (11.0, 23.0, 29.0, 41.0)
-    """
+    """One object. `cx`, `cy` (pixels, x right, y down) are the centre of its `size` x `size` pixel bounding square."""
 
     kind: str
     color: str
@@ -117,15 +116,64 @@ def place_squares(sizes: Sequence[float], rng: np.random.Generator, *, lattice: 
     raise ValueError(f"squares of {[round(size, 1) for size in sizes]} pixels do not fit a {IMAGE_SIZE}-pixel picture")
 
 
+def on_random_paper(shapes: Sequence[Shape], rng: np.random.Generator) -> Scene:
+    """The scene of these shapes, with a random background and seed."""
+    return Scene(tuple(shapes), background=str(rng.choice(list(BACKGROUNDS))), seed=int(rng.integers(2**31)))
+
+
+def random_places(count: int, rng: np.random.Generator, *, lattice: bool = False) -> list[Square]:
+    """`place_squares` for so many objects of random sizes."""
+    sizes = rng.uniform(*SIZES_BY_COUNT[count], size=count)
+    if lattice:
+        sizes = rng.choice(LATTICE_SIZES[count], size=count)
+    return place_squares(sizes.tolist(), rng, lattice=lattice)
+
+
 def random_scene(rng: np.random.Generator) -> Scene:
     """A scene of 1 to 4 random objects, of any composition: for training the tokenizer and the detector."""
     count = int(rng.integers(1, 5))
     kinds, colors = rng.choice(SHAPES, size=count).tolist(), rng.choice(list(COLORS), size=count).tolist()
-    places = place_squares(rng.uniform(*SIZES_BY_COUNT[count], size=count).tolist(), rng)
-    shapes = tuple(Shape(kind, color, *place) for kind, color, place in zip(kinds, colors, places, strict=True))
-    return Scene(shapes, background=random_background(rng), seed=int(rng.integers(2**31)))
+    places = random_places(count, rng)
+    return on_random_paper([Shape(k, c, *place) for k, c, place in zip(kinds, colors, places, strict=True)], rng)
 
 
-def random_background(rng: np.random.Generator) -> str:
-    """One of BACKGROUNDS, uniformly."""
-    return str(rng.choice(list(BACKGROUNDS)))
+def _distance(shape: Shape) -> np.ndarray:
+    """Signed distance [64, 64] float32 in pixels to the shape's outline, negative inside."""
+    x, y, half = _X - shape.cx, _Y - shape.cy, shape.size / 2
+    if shape.kind == "circle":
+        return np.hypot(x, y) - half
+    if shape.kind == "ring":
+        stroke = max(MIN_STROKE, 0.25 * shape.size)
+        return np.abs(np.hypot(x, y) - (half - stroke / 2)) - stroke / 2
+    if shape.kind == "triangle":  # apex at the top centre of the bounding square, base along its lower edge
+        return np.maximum((np.abs(x) * 2 - (y + half)) / np.sqrt(5.0), y - half)
+    x, y = np.abs(x), np.abs(y)
+    if shape.kind == "square":
+        return np.maximum(x - half, y - half)
+    arm = max(MIN_STROKE, 0.32 * shape.size) / 2  # of a cross: the nearer of two bars
+    return np.minimum(np.maximum(x - half, y - arm), np.maximum(x - arm, y - half))
+
+
+def coverage(shape: Shape) -> np.ndarray:
+    """How much of each pixel the shape covers: float32 [64, 64] in 0..1."""
+    return np.clip(0.5 - _distance(shape), 0.0, 1.0).astype(np.float32)
+
+
+def render(scene: Scene, *, plain: bool = False) -> np.ndarray:
+    """The picture of a scene: uint8 [64, 64, 3], RGB. The same scene always gives the same pixels.
+
+    `plain` leaves out texture and noise: paper of one tint.
+    """
+    rng = np.random.default_rng(scene.seed)
+    canvas = np.full((IMAGE_SIZE, IMAGE_SIZE, 3), BACKGROUNDS[scene.background], np.float32)
+    if not plain:  # three long waves
+        low, high = (-0.12, -0.12, 0.0), (0.12, 0.12, 2 * np.pi)
+        waves = np.zeros((IMAGE_SIZE, IMAGE_SIZE), np.float32)
+        for kx, ky, phase in rng.uniform(low, high, size=(3, 3)).astype(np.float32):
+            waves += np.cos(kx * _X + ky * _Y + phase)
+        canvas += (TEXTURE_AMPLITUDE / 3 * waves)[..., None]
+    for shape in scene.shapes:
+        canvas += coverage(shape)[..., None] * (np.asarray(COLORS[shape.color], np.float32) - canvas)
+    if not plain:
+        canvas += NOISE_SIGMA * rng.standard_normal(canvas.shape, dtype=np.float32)
+    return np.clip(canvas + 0.5, 0, 255).astype(np.uint8)

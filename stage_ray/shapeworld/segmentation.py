@@ -28,35 +28,22 @@ REACH = 3.0  # pixels from a core that still belong to its object
 SPECKLE_ALPHA = 0.1  # shares below this are the background's noise
 
 # Connectivity inside one plane of a stack: neighbours left, right, up and down; nothing across planes.
-_PLANE = np.zeros((3, 3, 3), bool)
-_PLANE[1] = ndimage.generate_binary_structure(2, 1)
-_PLANES = np.zeros((3, 3, 3, 3), bool)
-_PLANES[1] = _PLANE
+_PLANE = np.pad(ndimage.generate_binary_structure(2, 1)[None], ((1, 1), (0, 0), (0, 0)))
+_PLANES = np.pad(_PLANE[None], ((1, 1), (0, 0), (0, 0), (0, 0)))
 
 
 @dataclass(frozen=True)
 class Segment:
-    """One single-coloured region of one picture.
+    """One single-coloured region of one picture."""
 
-    Attributes:
-        image: index of its picture in the batch.
-        color: a name of ``scene.COLORS``.
-        purity: 0..1, share of its inner pixels that look like this colour rather than another.
-        off_color: median distance of its inner pixels from the palette, in grey levels (0..441).
-        region: number of the connected foreground that it lies in, unique in the batch.
-        core: number of its inner pixels.
-        alpha: float32 [H, W], share of the object's colour in each pixel, 0 away from the object.
-        whole: True for the reading that takes all cores of a region for one object.
-    """
-
-    image: int
-    color: str
-    purity: float
-    off_color: float
-    region: int
-    core: int
-    alpha: np.ndarray
-    whole: bool = False
+    image: int  # index of its picture in the batch
+    color: str  # a name of `scene.COLORS`
+    purity: float  # 0..1, share of its inner pixels that look like this colour rather than another
+    off_color: float  # median distance of its inner pixels from the palette, in grey levels (0..441)
+    region: int  # number of the connected foreground that it lies in, unique in the batch
+    core: int  # number of its inner pixels
+    alpha: np.ndarray  # float32 [H, W], share of the object's colour in each pixel, 0 away from the object
+    whole: bool = False  # whether this is the reading that takes all cores of a region for one object
 
     @cached_property
     def mask(self) -> np.ndarray:
@@ -117,19 +104,12 @@ def _background(pixels: np.ndarray) -> np.ndarray:
 
 
 def _cores(foreground: np.ndarray, nearest: np.ndarray) -> tuple[np.ndarray, list[list[tuple[int, int]]]]:
-    """Label the single-coloured cores.
-
-    Returns:
-        labels int32 [B, H, W], 0 outside cores; and per picture its (label, colour index) pairs.
-    """
+    """Label the single-coloured cores, int32 [B, H, W], 0 outside; and per picture its (label, colour index) pairs."""
     inner = ndimage.binary_erosion(foreground, _PLANE)
-    votes = np.zeros((len(COLOR_NAMES), *foreground.shape), np.float32)
-    for color, vote in enumerate(votes):
-        present = inner & (nearest == color)
-        if present.any():
-            vote[:] = ndimage.uniform_filter(present.astype(np.float32), size=(0, 3, 3))
+    colors = np.arange(len(COLOR_NAMES))[:, None, None, None]
+    votes = ndimage.uniform_filter((inner & (nearest == colors)).astype(np.float32), size=(0, 0, 3, 3))  # [8, B, H, W]
     winner = votes.argmax(0)  # the majority of the 3 x 3 inner neighbours: single odd pixels do not split an object
-    layers = inner & (winner == np.arange(len(COLOR_NAMES))[:, None, None, None])  # [8, B, H, W]
+    layers = inner & (winner == colors)
     labels, count = ndimage.label(layers, _PLANES)
     sizes = np.bincount(labels.ravel(), minlength=count + 1)
     found: list[list[tuple[int, int]]] = [[] for _ in foreground]

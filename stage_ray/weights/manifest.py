@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -20,9 +21,7 @@ from torch import Tensor
 from stage_ray.records import TensorSpec, WeightManifest
 
 CHUNK_BYTES = 256 * 2**20  # Ray needs milliseconds for each object
-CPU = torch.device("cpu")
-Chunk = tuple[np.ndarray, ...]
-"""The bytes of a few tensors, uint8 [bytes] each: one Ray object, in which every array starts at a multiple of 64."""
+Chunk = tuple[np.ndarray, ...]  # a few tensors' bytes, uint8 [bytes] each: one Ray object, each array 64-aligned in it
 
 DTYPES: dict[str, torch.dtype] = {
     str(dtype).removeprefix("torch."): dtype
@@ -44,11 +43,6 @@ def pack(
 
     Raises:
         WeightError: a name that comes twice, a dtype that cannot travel, or values that are not finite.
-
-    Example:
-        >>> manifest, chunks = pack(7, [("w", torch.ones(2, 2))])
-        >>> manifest.version, manifest.chunks, unpack(manifest, chunks)[0][1].tolist()
-        (7, 1, [[1.0, 1.0], [1.0, 1.0]])
     """
     named = list(tensors)
     arrays = [_flat(tensor.cpu()) for _, tensor in named]
@@ -62,25 +56,18 @@ def pack(
         places.append((len(chunks) - 1, len(chunks[-1])))
         chunks[-1].append(data.numpy())
         room -= data.nbytes
-    return _manifest(version, named, _checksums(arrays, CPU), places), [tuple(chunk) for chunk in chunks]
+    checksums = _checksums(arrays, torch.device("cpu"))
+    return _manifest(version, named, checksums, places), [tuple(chunk) for chunk in chunks]
 
 
 def describe(version: int, tensors: Iterable[tuple[str, Tensor]], device: torch.device) -> WeightManifest:
-    """The manifest of a version that travels in no chunks; its checksums are made where ``device`` has the bytes.
-
-    Raises:
-        WeightError: as `pack`.
-    """
+    """The manifest of a version that travels in no chunks, with checksums made on ``device``; raises as `pack`."""
     named = list(tensors)
     return _manifest(version, named, _checksums((tensor for _, tensor in named), device))
 
 
 def verify(manifest: WeightManifest, tensors: Sequence[Tensor]) -> None:
-    """Compare tensors, in the order of the manifest, with its checksums, which were made on the same kind of device.
-
-    Raises:
-        WeightError: a tensor's bytes changed.
-    """
+    """Raise a WeightError unless tensors, in the manifest's order, have its checksums, made on that kind of device."""
     checksums = _checksums(tensors, tensors[0].device) if tensors else []
     for spec, checksum in zip(manifest.tensors, checksums, strict=True):
         if checksum != spec.checksum:
@@ -108,23 +95,14 @@ def unpack(manifest: WeightManifest, chunks: Sequence[Chunk]) -> list[tuple[str,
 
 
 def finite(tensor: Tensor) -> bool:
-    """Whether every value is.
-
-    A sum over an infinity or a NaN is not finite. It reads memory once, while `torch.isfinite` writes some more; only a
-    sum that overflows needs the second look.
-    """
+    """Whether every value is."""
+    # A sum over an infinity or a NaN is not finite. It reads memory once, while `torch.isfinite` writes some more; only
+    # a sum that overflows needs the second look.
     return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
 
 
 def weighted_sum(data: Tensor) -> str:
-    """Checksum of bytes, uint8 [bytes], for a GPU: there is no xxh3 for it, and no need to bring the bytes here.
-
-    Each byte counts as often as its place says, so that bytes in another order are seen too.
-
-    Example:
-        >>> weighted_sum(torch.tensor([3, 4], dtype=torch.uint8))
-        '000000000000000b'
-    """
+    """Checksum of uint8 [bytes] for a GPU, which has no xxh3: each byte times its place, so that order counts too."""
     total = 0
     for part in data.split(2**24):
         places = torch.arange(1, len(part) + 1, device=data.device)
@@ -139,17 +117,14 @@ def _flat(tensor: Tensor) -> Tensor:
 def _checksums(tensors: Iterable[Tensor], device: torch.device) -> list[str]:
     flat = (_flat(tensor.to(device)) for tensor in tensors)
     if device.type != "cpu":
-        return [weighted_sum(data) for data in flat]
+        return list(map(weighted_sum, flat))
     # On as many cores as torch would use: xxhash lets other threads run meanwhile.
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         return list(pool.map(lambda data: xxhash.xxh3_64_hexdigest(data.numpy().data), flat))
 
 
 def _manifest(
-    version: int,
-    named: Sequence[tuple[str, Tensor]],
-    checksums: Sequence[str],
-    places: Sequence[tuple[int, int]] | None = None,
+    version: int, named: Sequence[tuple[str, Tensor]], checksums: Sequence[str], places: Sequence[tuple[int, int]] = ()
 ) -> WeightManifest:
     """The manifest of tensors that may travel; without ``places`` (chunk and number in it) of each in no chunk."""
     specs = []
@@ -165,11 +140,9 @@ def _manifest(
 
 
 def _require_unique(specs: Sequence[TensorSpec]) -> None:
-    seen: set[str] = set()
-    for spec in specs:
-        if spec.name in seen:
-            raise WeightError(f"tensor {spec.name!r} comes twice in one version")
-        seen.add(spec.name)
+    for name, count in Counter(spec.name for spec in specs).items():
+        if count > 1:
+            raise WeightError(f"tensor {name!r} comes twice in one version")
 
 
 def _view(spec: TensorSpec, where: str, chunks: Sequence[Chunk]) -> Tensor:

@@ -24,7 +24,7 @@ from stage_ray.records import WeightManifest
 from stage_ray.weights.manifest import DTYPES, WeightError, verify
 
 Backend = Literal["gloo", "nccl"]
-BLOCKING = "TORCH_NCCL_BLOCKING_WAIT"
+DEVICES = {"gloo": torch.device("cpu"), "nccl": torch.device("cuda")}  # where the bytes lie that each carries
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ class GroupMember:
 
 
 def init_process_group(rank: int, count: int, address: str, device: torch.device, timeout_s: float) -> None:
-    """Make torch's default process group; blocks until all are there. gloo on a CPU, NCCL on GPUs.
+    """Make torch's default process group, gloo on a CPU and NCCL on GPUs; blocks until all are there.
 
     Whatever this process opens for that, now or in groups that are made of this one, is on the network of ``address``
     (HOST:PORT), where rank 0 listens. A rank waits ``timeout_s`` for another, here and in every exchange.
@@ -68,7 +68,11 @@ def keep_to_network_of(address: str) -> None:
 
 
 class BroadcastGroup:
-    """This process's end of a weight broadcast group. It stays connected for as long as it is the same member."""
+    """This process's end of a weight broadcast group. It stays connected for as long as it is the same member.
+
+    `send` and `receive` raise a WeightError where a member died, hung or was too slow, or had no memory for a version:
+    which members have it is unknown then, and the group must be built again.
+    """
 
     def __init__(self) -> None:
         self._member: GroupMember | None = None
@@ -81,21 +85,13 @@ class BroadcastGroup:
         return f"{host}:{self._store.port}"
 
     def send(self, member: GroupMember, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """Pass a version on, tensors in the order of its manifest.
-
-        Raises:
-            WeightError: a member died, hung or was too slow: which ones have it is unknown; build the group again.
-        """
-        device = device_of(member.backend)
+        """Pass a version on, tensors in the order of its manifest."""
+        device = DEVICES[member.backend]
         self._pass(member, (tensor.detach().to(device).contiguous() for _, tensor in tensors))
 
     def receive(self, member: GroupMember, manifest: WeightManifest) -> list[tuple[str, Tensor]]:
-        """All tensors of a version, in memory of their own, verified.
-
-        Raises:
-            WeightError: as `send`, or there is no memory for it, or what arrived is not what the manifest says.
-        """
-        device = device_of(member.backend)
+        """All tensors of a version, in memory of their own; a WeightError too where they are not the manifest's."""
+        device = DEVICES[member.backend]
         tensors: list[Tensor] = []
 
         def rooms() -> Iterator[Tensor]:  # where `_pass` finds it out if there is none: one more copy may not fit
@@ -125,16 +121,9 @@ class BroadcastGroup:
             raise RuntimeError(f"a version took longer than {member.timeout_s:g} s")
         options = dist.BroadcastOptions()
         options.rootRank, options.timeout = 0, timedelta(seconds=seconds)
-        work = self._group.broadcast([data], options)
-        if member.backend == "gloo":
-            work.wait()  # given a limit, it would leave the operation pending, and the group's end wait for that
-        else:
-            work.wait(options.timeout)
-
-
-def device_of(backend: str) -> torch.device:
-    """Where the bytes must lie that a backend carries."""
-    return torch.device("cuda" if backend == "nccl" else "cpu")
+        # gloo, given a limit here, would leave the operation pending, and the group's end wait for that.
+        limit = () if member.backend == "gloo" else (options.timeout,)
+        self._group.broadcast([data], options).wait(*limit)
 
 
 def _join(member: GroupMember, opened: dist.TCPStore | None) -> Any:
@@ -151,21 +140,18 @@ def _join(member: GroupMember, opened: dist.TCPStore | None) -> Any:
         return dist.ProcessGroupGloo(*place, limit)
     options = dist.ProcessGroupNCCL.Options()
     options._timeout = limit
-    # Read once, here: a deadline is then an error in `wait`, and not the end of the process.
-    before = os.environ.get(BLOCKING)
-    os.environ[BLOCKING] = "1"
+    variable = "TORCH_NCCL_BLOCKING_WAIT"
+    before = os.environ.get(variable)
+    os.environ[variable] = "1"  # read once, here: a deadline is then an error in `wait`, and not the end of the process
     try:
         return dist.ProcessGroupNCCL(*place, options)
     finally:
-        os.environ.pop(BLOCKING)
-        os.environ |= {BLOCKING: before} if before is not None else {}
+        del os.environ[variable]
+        os.environ |= {variable: before} if before is not None else {}
 
 
 def _store(address: str, rank: int, count: int, timeout_s: float) -> dist.TCPStore:
-    """Where processes find each other. Rank 0 listens at that address alone: left to itself it would on every one.
-
-    Port 0 there is one that is free.
-    """
+    """Where processes find each other. Rank 0 listens at that address alone, not on every one; port 0 is a free one."""
     host, _, port = address.rpartition(":")
     limit = timedelta(seconds=timeout_s)
     if rank > 0:

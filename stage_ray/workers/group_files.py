@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +20,15 @@ def group_file(directory: Path, group_id: int) -> Path:
     return directory / f"group-{group_id:08d}.safetensors"
 
 
-def save_group(directory: Path, group: RolloutGroup, scored: ScoredGroup) -> Path:
-    """Write a scored group, without its pictures; the file."""
+def save_group(directory: Path, group: RolloutGroup, scored: ScoredGroup) -> None:
+    """Write a scored group, without its pictures."""
     values = {field.name: getattr(record, field.name) for record in (group, scored) for field in fields(record)}
     del values["images"]
-    values["prompt"] = {field.name: getattr(group.prompt, field.name) for field in fields(Prompt)}
+    values["prompt"] = asdict(group.prompt)
     arrays = {name: np.ascontiguousarray(value) for name, value in values.items() if isinstance(value, np.ndarray)}
     plain = {name: value for name, value in values.items() if name not in arrays}
     directory.mkdir(parents=True, exist_ok=True)
-    path = group_file(directory, group.group_id)
-    save_file(arrays, path, metadata={"group": json.dumps(plain)})
-    return path
+    save_file(arrays, group_file(directory, group.group_id), metadata={"group": json.dumps(plain)})
 
 
 def load_group(path: Path) -> tuple[RolloutGroup, ScoredGroup]:

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ray
+from torch import Tensor
 
 from stage_ray.actors.client import Worker
 from stage_ray.config import RunConfig
 from stage_ray.observability.logs import redirect_output
 from stage_ray.observability.worker_metrics import WorkerMetrics
 from stage_ray.records import Update, WeightManifest
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from stage_ray.weights.manifest import Chunk
-    from stage_ray.weights.process_groups import BroadcastGroup, GroupMember
+from stage_ray.weights.manifest import Chunk, WeightError, describe, pack
+from stage_ray.weights.process_groups import DEVICES, BroadcastGroup, GroupMember
+from stage_ray.workers.group_files import group_file, load_group, save_group
 
 
 class LearnerWorker(Worker):
@@ -47,10 +45,7 @@ class LearnerWorker(Worker):
         self._learner = Learner(self._run, threads=learner.threads, ranks=self._ranks)
 
     def set_batch(self, *objects: Any) -> None:
-        """Hold the rollout groups and scored groups, alternating, of the next update.
-
-        Apart from `update`, so that an object that is lost keeps no rank from an update that others are in.
-        """
+        """Hold the rollout groups and scored groups, alternating, of the next update."""
         self._batch = objects
 
     def update(self) -> Update:
@@ -62,45 +57,29 @@ class LearnerWorker(Worker):
         self._metrics.done(groups[self._ranks.rows(len(groups))], version=self._learner.version)
         return Update(self._learner.version, metrics)
 
-    def save_batch(self, directory: Path) -> None:
-        """Write the groups of the last `set_batch`."""
-        self.save_groups(directory, *self._batch)
-
     def pack(self) -> WeightManifest:
         """Pack the current version; its chunks, views of the weights, wait for `chunks` before the next update."""
-        from stage_ray.weights.manifest import pack
-
         manifest, self._chunks = pack(self._learner.version, self._learner.weights())
         return manifest
 
     def chunks(self) -> tuple[Any, ...]:
-        """The version, then the packed bytes, one object a chunk, handed over once.
-
-        Ray copies them before this actor does anything else; the version says that all of them are stored.
-        """
+        """The version, then the packed bytes, one object a chunk, once; Ray stores them before this actor goes on."""
         chunks, self._chunks = self._chunks, []
         return (self._learner.version, *chunks)
 
     def offer(self) -> WeightManifest:
         """Describe the current version, which waits for `send` before the next update."""
-        from stage_ray.weights.manifest import describe
-        from stage_ray.weights.process_groups import device_of
-
-        device = device_of(self._run.cluster.weight_transport)
+        device = DEVICES[self._run.cluster.weight_transport]
         self._offered = self._learner.weights(in_place=device.type == "cuda")
         return describe(self._learner.version, self._offered, device)
 
     def open_group(self) -> str:
         """Listen for rollout workers that `send` is to reach; HOST:PORT."""
-        from stage_ray.weights.process_groups import BroadcastGroup
-
         self._group = BroadcastGroup()
         return self._group.open(ray.util.get_node_ip_address(), self._run.cluster.sync_timeout_s)
 
     def send(self, member: GroupMember) -> str:
         """Pass what was offered to the rollout workers; why some may not have it, "" where all have."""
-        from stage_ray.weights.manifest import WeightError
-
         assert self._group is not None, "the broadcast group was not opened"
         offered, self._offered = self._offered, ()
         try:
@@ -123,16 +102,13 @@ class LearnerWorker(Worker):
         return self._learner.version
 
     def save_groups(self, directory: Path, *objects: Any) -> None:
-        """Write rollout groups and scored groups, alternating: those a checkpoint has in flight, or a recording's."""
-        from stage_ray.workers.group_files import save_group
-
+        """Write rollout groups and scored groups, alternating; without any, those of the last `set_batch`."""
+        objects = objects or self._batch
         for group, scored in zip(objects[::2], objects[1::2], strict=True):
             save_group(directory, group, scored)
 
     def load_groups(self, directory: Path, group_ids: Sequence[int]) -> tuple[Any, ...]:
         """The versions of saved groups, then each group and its scores, alternating."""
-        from stage_ray.workers.group_files import group_file, load_group
-
         pairs = [load_group(group_file(directory, group_id)) for group_id in group_ids]
         return ([group.policy_version for group, _ in pairs], *(item for pair in pairs for item in pair))
 

@@ -7,31 +7,28 @@ from dataclasses import replace
 from typing import Any
 
 from stage_ray.actors.client import Client, Worker
-from stage_ray.config import RewardConfig
+from stage_ray.config import RunConfig
 from stage_ray.observability.logs import redirect_output
 from stage_ray.observability.worker_metrics import WorkerMetrics
 from stage_ray.records import GroupRefs, RolloutGroup, ScoredGroup
+from stage_ray.rewards import build_rewards, score_groups
 
 
 class RewardWorker(Worker):
     """Every scorer of the run, called on whole batches of groups."""
 
-    def __init__(self, name: str, rewards: Sequence[RewardConfig], log: str | None) -> None:
+    def __init__(self, name: str, run: RunConfig, log: str | None, rank: int = 0) -> None:
         """Load nothing yet: `setup` does."""
         redirect_output(log, "reward", name)
         self._metrics = WorkerMetrics("reward", name)
-        self._rewards = rewards
+        self._rewards = run.rewards
 
     def setup(self, address: str = "") -> None:
         """Make every scorer."""
-        from stage_ray.rewards import build_rewards
-
         self._scorers = build_rewards(self._rewards)
 
     def score(self, *objects: Any) -> tuple[Any, ...]:
         """Groups and pictures, alternating, as a rollout worker returned them -> `score_error`s, then scored groups."""
-        from stage_ray.rewards import score_groups
-
         groups: list[RolloutGroup] = [
             replace(group, images=images) for group, images in zip(objects[::2], objects[1::2], strict=True)
         ]
@@ -42,17 +39,9 @@ class RewardWorker(Worker):
 
 
 def score_error(group: ScoredGroup) -> str:
-    """Why not every score of a group may be used, the first reason; "" where all may.
-
-    Example:
-        >>> import numpy as np
-        >>> bad = ScoredGroup(4, ("clip",), np.array([[np.nan]], np.float32), np.array([[False]]), ({},), 0.1)
-        >>> score_error(bad)
-        'clip: 1 of 1 scores failed'
-    """
+    """Why not every score of a group may be used, the first reason; "" where all may."""
     for column, name in enumerate(group.names):
-        failed = int((~group.valid[:, column]).sum())
-        if failed:
+        if failed := int((~group.valid[:, column]).sum()):
             # The first image's error that this scorer gave, where it gave any.
             why = next((str(d[name]["error"]) for d in group.details if "error" in d.get(name, {})), "")
             return f"{name}: {failed} of {len(group.valid)} scores failed" + (f" ({why})" if why else "")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -14,10 +14,8 @@ from stage_ray.config import RunConfig
 from stage_ray.observability.logs import redirect_output
 from stage_ray.observability.worker_metrics import WorkerMetrics
 from stage_ray.records import GroupRefs, RolloutGroup, RolloutRequest, WeightManifest
-
-if TYPE_CHECKING:
-    from stage_ray.weights.manifest import Chunk
-    from stage_ray.weights.process_groups import BroadcastGroup, GroupMember
+from stage_ray.weights.manifest import Chunk, WeightError, unpack
+from stage_ray.weights.process_groups import BroadcastGroup, GroupMember
 
 
 class RolloutWorker(Worker):
@@ -38,24 +36,24 @@ class RolloutWorker(Worker):
         """Start the engine, or this rank's share of it after it has met the others at ``address``."""
         from stage_ray.engines import build_engine  # after the redirection: importing vLLM talks
 
-        self._engine = build_engine(
-            self._run.policy, self._run.rollout, worker=self._name, rank=self._rank, address=address
-        )
+        run = self._run
+        self._engine = build_engine(run.policy, run.rollout, worker=self._name, rank=self._rank, address=address)
 
     def generate(self, *requests: RolloutRequest) -> tuple[Any, ...]:
         """Policy version and seconds, then for each request its group (``images`` empty) and its pictures.
 
         The learner never reads pictures (uint8 [G, H, W, 3]) and the driver reads neither: each object goes only where
         it is used. Of several ranks the first one answers; the others' objects are None.
-
-        Raises:
-            RuntimeError: what the engine drew cannot be used.
         """
         start = time.perf_counter()
         self._metrics.begin(request.group_id for request in requests)
         groups = self._engine.generate(requests)
         seconds = time.perf_counter() - start
-        _check(requests, groups, self._engine.codebook_size)
+        if len(groups) != len(requests):
+            raise RuntimeError(f"{len(groups)} groups where {len(requests)} were asked for")
+        for request, group in zip(requests, groups, strict=True):
+            if fault := _fault(request, group, self._engine.codebook_size):
+                raise RuntimeError(f"group {request.group_id} {fault}")
         self._metrics.done(groups if self._rank == 0 else (), version=self._engine.policy_version)
         objects: list[Any] = [(self._engine.policy_version, seconds)]
         for group in groups:
@@ -67,22 +65,12 @@ class RolloutWorker(Worker):
         """Leave the GPU's memory to the learner until the next generation batch or version."""
         self._engine.sleep()
 
-    def load_weights(self, manifest: WeightManifest, *chunks: Chunk) -> int:
-        """Verify a version and take it; the version now served.
-
-        Raises:
-            WeightError: it does not verify; the old version stays.
-        """
-        from stage_ray.weights.manifest import unpack
-
+    def load_weights(self, manifest: WeightManifest, *chunks: Chunk) -> None:
+        """Verify a version and take it; a WeightError where it does not verify, and the old version stays."""
         self._engine.load_weights(manifest.version, unpack(manifest, chunks), known_finite=True)
-        return self._engine.policy_version
 
     def receive(self, manifest: WeightManifest, member: GroupMember) -> str:
         """Take a version that the learner sends; why the old one stays, "" where it does not."""
-        from stage_ray.weights.manifest import WeightError
-        from stage_ray.weights.process_groups import BroadcastGroup
-
         self._group = self._group or BroadcastGroup()
         try:
             tensors = self._group.receive(member, manifest)
@@ -105,17 +93,8 @@ class RolloutClient(Client):
         ]
 
 
-def _check(requests: Sequence[RolloutRequest], groups: Sequence[RolloutGroup], codebook_size: int) -> None:
-    """Raise a RuntimeError where an engine's answer cannot be used. The driver, who asks, never sees the arrays."""
-    if len(groups) != len(requests):
-        raise RuntimeError(f"{len(groups)} groups where {len(requests)} were asked for")
-    for request, group in zip(requests, groups, strict=True):
-        if fault := _fault(request, group, codebook_size):
-            raise RuntimeError(f"group {request.group_id} {fault}")
-
-
 def _fault(request: RolloutRequest, group: RolloutGroup, codebook_size: int) -> str:
-    """What is wrong with one group, "" where nothing is (`RolloutGroup` says what is right)."""
+    """Why a group cannot be used, "" where it can (`RolloutGroup` says what is right); the driver never sees arrays."""
     if (group.group_id, group.seeds) != (request.group_id, request.seeds):
         return f"was asked for with seeds {request.seeds}, and answered is {group.group_id} with {group.seeds}"
     count, tokens, images = len(request.seeds), group.tokens, group.images

@@ -129,12 +129,8 @@ class Role:
 
 
 class LocalCluster(Cluster):
-    def __init__(self, run: RunConfig, roles: Roles) -> None:
-        self._roles = roles
-        super().__init__(run, None)
-
-    def _actors(self, logs: Any) -> Any:
-        return self._roles
+    def __init__(self, run: RunConfig, roles: Any) -> None:
+        super().__init__(run, None, roles)
 
 
 def run_of(**changes: Any) -> RunConfig:

@@ -8,8 +8,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from stage_ray.algorithm.kl import k3_kl
-from stage_ray.algorithm.losses import TokenWeights, policy_loss, stage_loss, token_weights, weighted_loss
+from stage_ray.algorithm.losses import TokenWeights, k3_kl, policy_loss, stage_loss, token_weights, weighted_loss
 from stage_ray.algorithm.off_policy import (
     Correction,
     beyond,

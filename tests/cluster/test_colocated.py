@@ -97,4 +97,4 @@ def test_an_engine_that_slept_draws_what_it_drew(tmp_path):
 )
 def test_what_cannot_share_a_gpu_is_refused(tmp_path, changes, message):
     with pytest.raises(ConfigError, match=message):
-        tiny_run(tmp_path, tmp_path, **{**ROLES, **changes})
+        tiny_run(tmp_path, tmp_path / "janus", **{**ROLES, **changes})

@@ -84,4 +84,4 @@ def test_processes_that_cannot_share_the_heads_are_refused_with_the_numbers_that
 
 def test_the_torch_engine_is_one_process(tmp_path):
     with pytest.raises(ConfigError, match=r"rollout.tensor_parallel = 2 needs rollout.engine = vllm"):
-        tiny_run(tmp_path, tmp_path, rollout={"engine": "torch", "tensor_parallel": 2})
+        tiny_run(tmp_path, tmp_path / "janus", rollout={"engine": "torch", "tensor_parallel": 2})

@@ -23,9 +23,8 @@ from ray._private.runtime_env.packaging import GCS_STORAGE_MAX_SIZE, create_pack
 from ray.job_submission import JobDetails
 
 from stage_ray.cli import main
-from stage_ray.commands.job import CAP_MIB, Job, job_name, plan_job, stage_files
+from stage_ray.commands.job import CAP_MIB, Job, plan_job, stage_files
 from stage_ray.commands.submit import _exit_code, _last_attempt, submit_job
-from stage_ray.config.load import load_config
 from stage_ray.errors import ConfigError, Interrupted, RunError
 
 CONFIG = Path(__file__).parents[2] / "configs" / "stage_shapeworld.yaml"
@@ -84,7 +83,7 @@ def test_the_same_run_has_the_same_name_and_another_one_another():
     others = {
         plan_job(CONFIG, ["steps=6"], SHARED).name,
         plan_job(CONFIG, ["steps=5"], Path("/elsewhere/first")).name,
-        job_name(load_config(CONFIG, ["steps=5"], Path("/shared/Ü b/"))),
+        plan_job(CONFIG, ["steps=5"], Path("/shared/Ü b/")).name,
     }
     assert first not in others and len(others) == 3
 

@@ -139,7 +139,7 @@ def test_the_peak_of_a_real_update_of_27_million_parameters_is_foreseen(peaks, b
     rise = measured["rises"][bfloat16, checkpointing]
     dtype = "bfloat16" if bfloat16 else "float32"
     batch = {"prompt": measured["prompt"], "dtype": dtype, "sharded": False, "checkpointing": checkpointing}
-    expected = memory.kept_bytes(sizes, images=IMAGES, **batch) + memory.working_bytes(sizes, images=IMAGES, **batch)
+    expected = sum(memory.batch_bytes(sizes, images=IMAGES, **batch))
     if bfloat16:
         expected += BFLOAT16 * sizes.layers * sizes.layer  # what autocast keeps of the weights
     print(f"peak {rise / 2**20:.0f} MiB, foreseen {expected / 2**20:.0f} MiB")

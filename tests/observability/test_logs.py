@@ -155,7 +155,9 @@ def test_a_run_whose_scorer_never_works_says_why_in_json_in_its_alarms_and_in_it
     config.write_text(yaml.safe_dump(run.model_dump(mode="json")))
     assert validate_config(yaml.safe_load(config.read_text())) == run
     command = [str(BIN / "stage-ray"), "train", str(config)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=250, cwd=Path(__file__).parents[2])
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(root)}  # where the family and the scorer of the run are
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250, cwd=root, env=environment)
     assert done.returncode == 1 and done.stderr == ""
     *_, alarm, error = objects(done.stdout)
     assert alarm["alarm"] == "no_valid_reward" and error["level"] == "ERROR"

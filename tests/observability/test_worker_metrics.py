@@ -52,7 +52,7 @@ def reported(tmp_path_factory) -> Series:
 
 def draw_score_train(run: Any, directory: Path) -> list[Any]:
     rollout = actor_of(RolloutWorker, 0.5, 0, {}).remote("rollout-9", run, str(directory / "rollout.log"))
-    reward = actor_of(RewardWorker, 0.5, 0, {}).remote("reward-9", list(run.rewards), str(directory / "reward.log"))
+    reward = actor_of(RewardWorker, 0.5, 0, {}).remote("reward-9", run, str(directory / "reward.log"))
     ranks = [
         actor_of(LearnerWorker, 0.25, 0, {}).remote(name, run, str(directory / f"{name}.log"), rank)
         for rank, name in enumerate(RANKS)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pytest
 
 from stage_ray.rewards.detection import Detection
-from stage_ray.rewards.geneval_rules import Objects, relations, requirements, soft_score, strict_verdict
+from stage_ray.rewards.geneval import Objects, relations, requirements, soft_score, strict_verdict
 
 
 def thing(

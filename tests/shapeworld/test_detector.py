@@ -10,7 +10,7 @@ from transformers import JanusVQVAE
 
 from stage_ray.config.paths import resolve_path
 from stage_ray.shapeworld.detector import ASSETS, ShapeDetector
-from stage_ray.shapeworld.pretrain.export import (
+from stage_ray.shapeworld.pretrain.measure import (
     CONFIDENCE,
     Case,
     draw_cases,
@@ -19,8 +19,7 @@ from stage_ray.shapeworld.pretrain.export import (
     share_with_objects,
 )
 from stage_ray.shapeworld.pretrain.tokenizer import load_exported, reconstruct
-from stage_ray.shapeworld.render import render, render_masks
-from stage_ray.shapeworld.scene import BACKGROUNDS, COLORS, SHAPES, Scene, Shape
+from stage_ray.shapeworld.scene import BACKGROUNDS, COLORS, SHAPES, Scene, Shape, coverage, render
 from stage_ray.shapeworld.segmentation import segment
 
 JANUS = "package:stage_ray/shapeworld/assets/janus"
@@ -59,7 +58,7 @@ def test_every_shape_is_named_in_every_color_on_every_background(kind: str):
 def test_boxes_and_masks_lie_where_the_object_is():
     shapes = (Shape("ring", "red", 20.0, 20.0, 24.0), Shape("cross", "blue", 47.0, 45.0, 20.0))
     scene = Scene(shapes)
-    masks = render_masks(scene) >= 0.5
+    masks = [coverage(shape) >= 0.5 for shape in shapes]
     for one in detector().detect(render(scene)[None])[0]:
         index = [shape.kind for shape in shapes].index(one.label)
         np.testing.assert_allclose(one.box, shapes[index].box, atol=1.0)

@@ -13,8 +13,7 @@ from stage_ray.config.paths import resolve_path
 from stage_ray.policies.janus.codec import JanusCodec
 from stage_ray.shapeworld import grammar
 from stage_ray.shapeworld.grammar import item, make_record, sample_scene
-from stage_ray.shapeworld.render import render, render_with_masks
-from stage_ray.shapeworld.scene import random_scene
+from stage_ray.shapeworld.scene import coverage, random_scene, render
 
 JANUS, CLIP = "package:stage_ray/shapeworld/assets/janus", "package:stage_ray/shapeworld/assets/clip"
 
@@ -36,9 +35,9 @@ def codec() -> JanusCodec:
 
 def test_the_tokenizer_keeps_objects_recognisable(model: JanusForConditionalGeneration):
     rng = np.random.default_rng(0)
-    drawn = [render_with_masks(random_scene(rng)) for _ in range(16)]
-    images = np.stack([image for image, _ in drawn])
-    objects = np.stack([masks.max(axis=0) for _, masks in drawn]) > 0.9
+    scenes = [random_scene(rng) for _ in range(16)]
+    images = np.stack([render(scene) for scene in scenes])
+    objects = np.stack([np.max([coverage(shape) for shape in scene.shapes], axis=0) for scene in scenes]) > 0.9
     with torch.inference_mode():
         vq = model.model.vqmodel
         tokens = vq.encode(torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1).image_tokens.view(16, 64)

@@ -96,8 +96,7 @@ class TrappedActors(SyncActors):
 
 
 class TrappedCluster(SyncCluster):
-    def _actors(self, logs):
-        return TrappedActors(self.run, *self._size)
+    actors_class = TrappedActors
 
     async def versions(self) -> list[float]:
         """What each worker that can be asked holds."""

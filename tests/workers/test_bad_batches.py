@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stage_ray.records import Prompt, RolloutGroup, RolloutRequest
+from stage_ray.records import Prompt, RolloutGroup, RolloutRequest, ScoredGroup
+from stage_ray.workers.reward import score_error
 from stage_ray.workers.rollout import RolloutWorker
 from tests.actors.local_actor import LocalCluster, Roles, local_actors, run_of  # noqa: F401
 
@@ -104,6 +105,12 @@ def test_a_worker_says_that_its_engine_drew_too_few_groups(worker_process):
     worker._engine.generate = lambda requests: sample(requests[1:])
     with pytest.raises(RuntimeError, match="^1 groups where 2 were asked for$"):
         worker.generate(*REQUESTS)
+
+
+@pytest.mark.parametrize(("details", "why"), [({}, ""), ({"clip": {"error": "no text"}}, " (no text)")])
+def test_scores_that_failed_are_counted_and_their_scorer_named(details, why):
+    bad = ScoredGroup(4, ("clip",), np.array([[np.nan]], np.float32), np.array([[False]]), (details,), 0.1)
+    assert score_error(bad) == f"clip: 1 of 1 scores failed{why}"
 
 
 def test_groups_that_were_drawn_badly_are_drawn_again_by_the_workers_successor(worker_process, local_actors):  # noqa: F811

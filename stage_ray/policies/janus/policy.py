@@ -11,8 +11,7 @@ from torch import Tensor
 
 from stage_ray.config import PolicyConfig
 from stage_ray.errors import ConfigError
-from stage_ray.policies.backbone import Backbone
-from stage_ray.policies.base import Policy
+from stage_ray.policies.base import Backbone, Policy
 from stage_ray.policies.janus.codec import MODEL_TYPE, TRAINED_PREFIX, JanusCodec, for_sampling
 from stage_ray.policies.static_decoder import StaticDecoder
 

@@ -6,14 +6,21 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
+import torch
+
+from stage_ray.files import atomic_write
+from stage_ray.policies.janus.builder import write_checkpoint
+from stage_ray.shapeworld.grammar import Split, prompts
 from stage_ray.shapeworld.pretrain.clip import train_clip
 from stage_ray.shapeworld.pretrain.detector import train_detector
-from stage_ray.shapeworld.pretrain.export import export_clip, export_detector, export_janus, write_cards, write_prompts
-from stage_ray.shapeworld.pretrain.language_model import train_language_model
+from stage_ray.shapeworld.pretrain.language_model import janus_processor, load_policy, train_language_model
 from stage_ray.shapeworld.pretrain.loop import Budget, console
+from stage_ray.shapeworld.pretrain.measure import write_cards, write_detector_card
 from stage_ray.shapeworld.pretrain.tokenizer import load_exported, train_tokenizer
 
 # Steps, or minutes of wall clock if those pass first.
@@ -43,20 +50,21 @@ def pretrain(out: Path, *, stages: Sequence[str] | None = None, seed: int = 0, s
     for stage in (stage for stage in STAGES if stages is None or stage in stages):
         console.print(f"[bold]{stage}[/bold]")
         match stage:
-            case "prompts":
-                write_prompts(out)
-            case "tokenizer":
-                train_tokenizer(work, budgets[stage], seed)
-                export_janus(out, work)
-            case "language-model":
-                train_language_model(janus, work, budgets[stage], SMOKE_PICTURES if smoke else PICTURES, seed)
-                export_janus(out, work)
+            case "prompts":  # one GenEval record a line
+                for split in get_args(Split):
+                    lines = [json.dumps(record) + "\n" for record in prompts(split)]
+                    atomic_write(out / "prompts" / f"{split}.jsonl", "".join(lines))
+            case "tokenizer" | "language-model":  # the tokenizer ships inside the policy, untrained at first
+                if stage == "tokenizer":
+                    train_tokenizer(work, budgets[stage], seed)
+                else:
+                    train_language_model(janus, work, budgets[stage], SMOKE_PICTURES if smoke else PICTURES, seed)
+                write_checkpoint(janus, load_policy(work).to(torch.bfloat16), janus_processor())
             case "detector":
                 pictures = SMOKE_PICTURES if smoke else DETECTOR_PICTURES
-                train_detector(work, load_exported(janus), budgets[stage], pictures, seed)
-                export_detector(out, work, seed, count=12 if smoke else 600)
+                train_detector(out, work, load_exported(janus), budgets[stage], pictures, seed)
+                write_detector_card(out, work, seed, count=12 if smoke else 600)
             case "clip":
-                train_clip(work, budgets[stage], seed)
-                export_clip(out, work)
+                train_clip(out, work, budgets[stage], seed)
             case "cards":
                 write_cards(out, work)

@@ -12,68 +12,57 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
+from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, PreTrainedTokenizerFast
 
 from stage_ray.shapeworld.grammar import Record, Split, sample_record, sample_scene
-from stage_ray.shapeworld.pretrain.language_model import TASK_WEIGHTS
-from stage_ray.shapeworld.pretrain.loop import Budget, TrainingRun, autocast, device, load_weights
-from stage_ray.shapeworld.pretrain.text import BOS, EOS, PAD, SIZES, text_tokenizer
-from stage_ray.shapeworld.pretrain.tokenizer import to_pixels
-from stage_ray.shapeworld.render import render
-from stage_ray.shapeworld.scene import IMAGE_SIZE
+from stage_ray.shapeworld.pretrain.language_model import TASK_WEIGHTS, text_tokenizer
+from stage_ray.shapeworld.pretrain.loop import Budget, TrainingRun, autocast, device
+from stage_ray.shapeworld.pretrain.tokenizer import SIZES, to_pixels
+from stage_ray.shapeworld.scene import IMAGE_SIZE, render
 
-CHECKPOINT = "training/clip.safetensors"
+CHECKPOINT = "training/clip.pt"
 BATCH = 128
 PEAK_LR = 1.5e-3
 CONTEXT = 24  # text tokens; the longest caption takes 13
 
 
-def new_clip(tokenizer: PreTrainedTokenizerFast) -> CLIPModel:
-    """An untrained CLIP of about 0.9 M parameters: vision 128 wide and 4 deep, text 96 wide and 3 deep."""
-    ids = tokenizer.convert_tokens_to_ids
-    special = {"bos_token_id": ids(BOS), "eos_token_id": ids(EOS), "pad_token_id": ids(PAD)}
-    both = {"num_attention_heads": 4, "projection_dim": 128}
-    text = {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 3, "vocab_size": SIZES.vocabulary}
-    text |= {"max_position_embeddings": CONTEXT, **special, **both}
-    vision = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, **both}
-    vision |= {"image_size": IMAGE_SIZE, "patch_size": 8}
-    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=128))
-
-
-def _batch(
-    rng: np.random.Generator, tokenizer: PreTrainedTokenizerFast, count: int, split: Split = "train"
-) -> dict[str, Tensor]:
+def _batch(rng: np.random.Generator, tokenizer: PreTrainedTokenizerFast, count: int, split: Split) -> dict[str, Tensor]:
     """`input_ids` and `attention_mask` int64 [B, L], `pixel_values` float32 [B, 3, 64, 64]."""
     records: dict[str, Record] = {}  # by prompt: no two captions of a batch are the same
     while len(records) < count:
         record = sample_record(rng, TASK_WEIGHTS, split)
         records.setdefault(record["prompt"], record)
     images = [render(sample_scene(record, rng, avoid_held_out=split == "train")) for record in records.values()]
-    text = tokenizer(list(records), padding=True, return_tensors="pt").to(device())
-    inputs = {"input_ids": text["input_ids"], "attention_mask": text["attention_mask"]}
-    return inputs | {"pixel_values": to_pixels(np.stack(images))}
+    text = tokenizer(list(records), padding=True, return_tensors="pt", return_token_type_ids=False).to(device())
+    return {**text, "pixel_values": to_pixels(np.stack(images))}
 
 
-def train_clip(work: Path, budget: Budget, seed: int = 0) -> None:
-    """Trains (or resumes) the CLIP model; writes `work/training/clip.safetensors`."""
+def train_clip(out: Path, work: Path, budget: Budget, seed: int = 0) -> None:
+    """Trains (or resumes) the CLIP model; writes `out/clip`: bfloat16 weights, tokenizer, image processor (64x64
+    pictures, pixels to -1..1)."""
     torch.manual_seed(seed)
     tokenizer = text_tokenizer(append_eos=True)
-    model = new_clip(tokenizer).to(device()).train()
+    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    both = {"num_attention_heads": 4, "projection_dim": 128}
+    text = {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 3, "vocab_size": SIZES.vocabulary}
+    text |= {"max_position_embeddings": CONTEXT, **special, **both}
+    vision = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, **both}
+    vision |= {"image_size": IMAGE_SIZE, "patch_size": 8}
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=128))  # 0.9 M parameters
+    model.to(device()).train()
     model.set_attn_implementation("eager")  # a CPU trains faster without fused bfloat16 attention
     run = TrainingRun(work / CHECKPOINT, model, PEAK_LR, budget, weight_decay=0.05)
     for step, _ in run:
-        batch = _batch(np.random.default_rng([seed, 3, step]), tokenizer, BATCH)
+        batch = _batch(np.random.default_rng([seed, 3, step]), tokenizer, BATCH, "train")
         with autocast():
             logits = model(**batch).logits_per_image.float()
         answers = torch.arange(BATCH, device=logits.device)
         run.descend((F.cross_entropy(logits, answers) + F.cross_entropy(logits.T, answers)) / 2)
-
-
-def load_clip(work: Path) -> CLIPModel:
-    """The model that `train_clip` wrote, float32, in evaluation mode, on `device()`."""
-    model = new_clip(text_tokenizer(append_eos=True))
-    load_weights(work / CHECKPOINT, model)
-    return model.to(device()).eval()
+    size, middle = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}, [0.5, 0.5, 0.5]
+    images = CLIPImageProcessorPil(size=size, do_center_crop=False, image_mean=middle, image_std=middle)
+    # A fresh tokenizer: the used one would keep the padding of its last batch.
+    for part in (model.to("cpu", torch.bfloat16), text_tokenizer(append_eos=True), images):
+        part.save_pretrained(out / "clip")
 
 
 @torch.no_grad()

@@ -6,25 +6,25 @@ also learns from wrong objects: turned, squeezed, cut, merged, broken, half-way 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from scipy import ndimage
 from torch import Tensor
 from transformers import JanusVQVAE
 
-from stage_ray.shapeworld.detector import CLASSES, CROP_SIZE, NONE, build_classifier, crop_segments
+from stage_ray.shapeworld.detector import CLASSES, CROP_SIZE, NONE, WEIGHTS_FILE, build_classifier, crop_segments
 from stage_ray.shapeworld.pretrain.loop import Budget, TrainingRun
 from stage_ray.shapeworld.pretrain.tokenizer import random_images, reconstruct
-from stage_ray.shapeworld.render import render, render_masks
-from stage_ray.shapeworld.scene import COLORS, IMAGE_SIZE, SHAPES, Scene, Shape, place_squares, random_background
+from stage_ray.shapeworld.scene import COLORS, SHAPES, Shape, coverage, on_random_paper, place_squares, render
 from stage_ray.shapeworld.segmentation import Segment, segment
 
-CHECKPOINT = "training/detector.safetensors"
+CHECKPOINT = "training/detector.pt"
 BATCH = 256
 PEAK_LR = 2e-3
 CHUNK = 64  # pictures segmented at once
@@ -32,11 +32,9 @@ RANDOM_SHARE = 3 / 16  # pictures decoded from random tokens, as a share of the 
 WRONG_SHARE = 0.5  # of the drawn objects
 WRONG = ("turned", "squeezed", "cut", "bitten", "merged", "between", "wobbly", "blob", "washed")
 
-_Y, _X = np.indices((IMAGE_SIZE, IMAGE_SIZE)) + 0.5  # centres of pixels
 
-
-def train_detector(work: Path, tokenizer: JanusVQVAE, budget: Budget, pictures: int, seed: int = 0) -> None:
-    """Train (or resume) the classifier on the CPU; writes `work/training/detector.safetensors`.
+def train_detector(out: Path, work: Path, tokenizer: JanusVQVAE, budget: Budget, pictures: int, seed: int = 0) -> None:
+    """Train (or resume) the classifier on the CPU; writes `out/detector/model.safetensors`.
 
     `pictures`, a multiple of `CHUNK`, are drawn; each is seen twice: as drawn or degraded, and as the tokenizer's
     reconstruction.
@@ -52,6 +50,8 @@ def train_detector(work: Path, tokenizer: JanusVQVAE, budget: Budget, pictures: 
         chosen = torch.randint(len(crops), (BATCH,), generator=generator)
         logits = model(_augment(crops[chosen], generator) - 0.5)
         run.descend(F.cross_entropy(logits, labels[chosen], weight=weight / weight.mean()))
+    (out / "detector").mkdir(parents=True, exist_ok=True)
+    save_file(model.state_dict(), out / "detector" / WEIGHTS_FILE, metadata={"classes": ",".join(CLASSES)})
 
 
 def _dataset(rng: np.random.Generator, tokenizer: JanusVQVAE, chunks: int) -> tuple[Tensor, Tensor]:
@@ -60,19 +60,19 @@ def _dataset(rng: np.random.Generator, tokenizer: JanusVQVAE, chunks: int) -> tu
     crops: list[Tensor] = []
     labels: list[int] = []
 
-    def add(images: np.ndarray, examples: list[Example] | None) -> None:
+    def add(images: np.ndarray, truth: Sequence[tuple[np.ndarray, list[int]]]) -> None:
         pieces = segment(images)
-        answers = [NONE if examples is None else _label(piece, examples[piece.image]) for piece in pieces]
+        answers = [_label(piece, *truth[piece.image]) if truth else NONE for piece in pieces]
         crops.append(crop_segments([one for one, answer in zip(pieces, answers, strict=True) if answer is not None]))
         labels.extend(answer for answer in answers if answer is not None)
 
     for _ in range(chunks):
         examples = [_draw(rng) for _ in range(CHUNK)]
-        drawn = np.stack([example.image for example in examples])
-        add(np.stack([_degrade(image, rng) if rng.random() < 0.6 else image for image in drawn]), examples)
-        add(reconstruct(tokenizer, drawn), examples)
+        drawn, truth = np.stack([one[0] for one in examples]), [one[1:] for one in examples]
+        add(np.stack([_degrade(image, rng) if rng.random() < 0.6 else image for image in drawn]), truth)
+        add(reconstruct(tokenizer, drawn), truth)
     for _ in range(int(RANDOM_SHARE * chunks)):
-        add(random_images(tokenizer, CHUNK, rng), None)
+        add(random_images(tokenizer, CHUNK, rng), ())
     return torch.cat(crops), torch.tensor(labels)
 
 
@@ -91,44 +91,38 @@ def _augment(crops: Tensor, generator: torch.Generator) -> Tensor:
     return (moved * uniform(0.9, 1.1)[:, None, None, None]).clamp(0, 1)
 
 
-class Example(NamedTuple):
-    """A picture uint8 [64, 64, 3], where each object is, bool [n, 64, 64], and what it is: indices into CLASSES."""
+def _draw(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, list[int]]:
+    """One picture of 1 to 4 objects, `WRONG_SHARE` of them wrong ("none").
 
-    image: np.ndarray
-    masks: np.ndarray
-    labels: list[int]
-
-
-def _draw(rng: np.random.Generator) -> Example:
-    """One picture of 1 to 4 objects, `WRONG_SHARE` of them wrong ("none")."""
+    The picture uint8 [64, 64, 3], where each object is, bool [n, 64, 64], and what it is: indices into CLASSES.
+    """
     count = int(rng.choice([1, 2, 3, 4], p=[0.2, 0.3, 0.25, 0.25]))
     # Smaller and larger than in the world: generated objects are not as regular as rendered ones.
     low, high = {1: (16.0, 42.0), 2: (15.0, 27.0), 3: (15.0, 22.0), 4: (15.0, 20.0)}[count]
-    canvas = render(Scene((), background=random_background(rng), seed=int(rng.integers(2**31)))).astype(np.float32)
+    canvas = render(on_random_paper((), rng)).astype(np.float32)
     masks, labels = [], []
     for place in place_squares(rng.uniform(low, high, size=count).tolist(), rng):
         shape = Shape(str(rng.choice(SHAPES)), str(rng.choice(list(COLORS))), *place)
         wrong = rng.random() < WRONG_SHARE
-        coverage = _spoil(WRONG[int(rng.integers(len(WRONG)))], shape, rng) if wrong else _mild(shape, rng)
+        opacity = _spoil(WRONG[int(rng.integers(len(WRONG)))], shape, rng) if wrong else _mild(shape, rng)
         paint = np.asarray(COLORS[shape.color], np.float32) + rng.normal(0, 4, 3)
-        canvas += coverage[..., None] * (paint + rng.normal(0, 3, canvas.shape) - canvas)
-        masks.append(coverage >= 0.5)
+        canvas += opacity[..., None] * (paint + rng.normal(0, 3, canvas.shape) - canvas)
+        masks.append(opacity >= 0.5)
         labels.append(NONE if wrong else CLASSES.index(shape.kind))
-    return Example(np.clip(canvas + 0.5, 0, 255).astype(np.uint8), np.stack(masks), labels)
+    return np.clip(canvas + 0.5, 0, 255).astype(np.uint8), np.stack(masks), labels
 
 
-def _label(piece: Segment, example: Example) -> int | None:
-    """The class of a segment found in (a version of) an example's picture; None where the truth is unclear."""
-    overlap = (example.masks & piece.mask).sum((1, 2))
-    if (overlap > 0.5 * example.masks.sum((1, 2))).sum() > 1:
+def _label(piece: Segment, masks: np.ndarray, labels: list[int]) -> int | None:
+    """The class of a segment found in (a version of) a picture of these objects; None where the truth is unclear."""
+    overlap = (masks & piece.mask).sum((1, 2))
+    if (overlap > 0.5 * masks.sum((1, 2))).sum() > 1:
         return NONE  # several objects at once
-    union = (example.masks | piece.mask).sum((1, 2))
-    share = overlap / np.maximum(union, 1)
+    share = overlap / np.maximum((masks | piece.mask).sum((1, 2)), 1)
     best = int(share.argmax())
     if share[best] >= 0.65:
-        return example.labels[best]
+        return labels[best]
     # A fragment of a good shape is none; something in between is left out of training.
-    return NONE if share[best] < 0.4 or example.labels[best] == NONE else None
+    return NONE if share[best] < 0.4 or labels[best] == NONE else None
 
 
 def _degrade(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -141,37 +135,34 @@ def _degrade(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return np.clip(pixels + 0.5, 0, 255).astype(np.uint8)
 
 
-def _coverage(shape: Shape) -> np.ndarray:
-    return np.asarray(render_masks(Scene((shape,)))[0])
-
-
 def _transform(shape: Shape, angle: float, stretch: tuple[float, float]) -> np.ndarray:
     """The shape's coverage, turned by `angle` (radians) and stretched (x, y) about its centre."""
     cosine, sine = np.cos(angle), np.sin(angle)
     inverse = np.asarray([[cosine, sine], [-sine, cosine]]) / np.asarray([[stretch[1]], [stretch[0]]])
     centre = np.asarray([shape.cy, shape.cx]) - 0.5
-    moved = ndimage.affine_transform(_coverage(shape), inverse, offset=centre - inverse @ centre, order=1)
+    moved = ndimage.affine_transform(coverage(shape), inverse, offset=centre - inverse @ centre, order=1)
     return np.clip(moved, 0.0, 1.0)
 
 
-def _elastic(coverage: np.ndarray, rng: np.random.Generator, pixels: float) -> np.ndarray:
+def _elastic(opacity: np.ndarray, rng: np.random.Generator, pixels: float) -> np.ndarray:
     """Push pixels about by a smooth random field of at most `pixels`."""
-    field = ndimage.gaussian_filter(rng.normal(0, 1, (2, IMAGE_SIZE, IMAGE_SIZE)), sigma=(0, 4, 4))
+    field = ndimage.gaussian_filter(rng.normal(0, 1, (2, *opacity.shape)), sigma=(0, 4, 4))
     field *= pixels / max(float(np.abs(field).max()), 1e-6)
-    return np.asarray(ndimage.map_coordinates(coverage, np.indices(coverage.shape) + field, order=1))
+    return np.asarray(ndimage.map_coordinates(opacity, np.indices(opacity.shape) + field, order=1))
 
 
 def _mild(shape: Shape, rng: np.random.Generator) -> np.ndarray:
     """What still counts as the shape: 7 degrees, a tenth of stretch, a pixel of wobble."""
     if rng.random() < 0.5:
-        return _coverage(shape)
+        return coverage(shape)
     stretch = (rng.uniform(0.9, 1.1), rng.uniform(0.9, 1.1))
     return _elastic(_transform(shape, rng.uniform(-0.12, 0.12), stretch), rng, rng.uniform(0, 1.0))
 
 
 def _spoil(how: str, shape: Shape, rng: np.random.Generator) -> np.ndarray:
     """Coverage [64, 64] in 0..1 of what must count as "none": the shape made wrong in a way of WRONG."""
-    x, y, radius, whole = _X - shape.cx, _Y - shape.cy, shape.size / 2, _coverage(shape)
+    whole, radius = coverage(shape), shape.size / 2
+    y, x = np.indices(whole.shape) + 0.5 - np.reshape([shape.cy, shape.cx], (2, 1, 1))  # from the shape's centre
     if how == "squeezed" or (how == "turned" and shape.kind in ("circle", "ring")):
         factor = rng.uniform(0.4, 0.66)
         return _transform(shape, 0.0, (factor, 1.0) if rng.random() < 0.5 else (1.0, factor))
@@ -190,9 +181,9 @@ def _spoil(how: str, shape: Shape, rng: np.random.Generator) -> np.ndarray:
         angle, away = rng.uniform(0, 2 * np.pi), rng.uniform(0.35, 0.8) * shape.size
         kind = str(rng.choice(SHAPES))
         cx, cy = shape.cx + float(away * np.cos(angle)), shape.cy + float(away * np.sin(angle))
-        return np.maximum(whole, _coverage(Shape(kind, shape.color, cx, cy, shape.size * rng.uniform(0.7, 1.0))))
+        return np.maximum(whole, coverage(Shape(kind, shape.color, cx, cy, shape.size * rng.uniform(0.7, 1.0))))
     if how == "between":  # half-way between two shapes: blend the blurred outlines and cut at one half
-        other = _coverage(replace(shape, kind=str(rng.choice([kind for kind in SHAPES if kind != shape.kind]))))
+        other = coverage(replace(shape, kind=str(rng.choice([kind for kind in SHAPES if kind != shape.kind]))))
         share = rng.uniform(0.4, 0.6)
         mixed = ndimage.gaussian_filter((1 - share) * whole + share * other, sigma=rng.uniform(1.0, 2.0))
         return np.clip((mixed - 0.45) * 6 + 0.5, 0.0, 1.0)

@@ -1,5 +1,7 @@
 """Trains the policy: a small Llama that writes the image tokens of a caption, with plain next-token cross-entropy.
 
+Its text side is a word-level tokenizer of the grammar (CLIP has it too) inside Janus' processor.
+
 Captions and scenes come from the training split of the grammar alone, and pictures show no held-out (shape, colour)
 either. A third of the captions go beyond the six tasks (`sample_mixture`): from the tasks alone a model learns eight
 pairs of shapes by heart. One caption in ten is replaced by its unconditional form, in exactly the shape guidance uses.
@@ -15,19 +17,20 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from rich.progress import track
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
-from transformers import JanusForConditionalGeneration
+from transformers import JanusForConditionalGeneration, JanusProcessor, PreTrainedTokenizerFast
 
 from stage_ray.config import PolicyConfig
-from stage_ray.policies.janus.builder import build_model
+from stage_ray.config.paths import resolve_path
+from stage_ray.policies.janus.builder import build_model, build_processor
 from stage_ray.policies.janus.policy import JanusPolicy
-from stage_ray.shapeworld.grammar import TASKS, sample_mixture, sample_record, sample_scene
-from stage_ray.shapeworld.pretrain.loop import Budget, TrainingRun, autocast, console, device, load_weights
-from stage_ray.shapeworld.pretrain.text import SIZES, janus_processor
-from stage_ray.shapeworld.pretrain.tokenizer import BATCH_IMAGES, cosines, load_tokenizer, thrifty_bonus
-from stage_ray.shapeworld.render import render
+from stage_ray.shapeworld.grammar import NUMBERS, RELATIONS, TASKS, plural, sample_mixture, sample_record, sample_scene
+from stage_ray.shapeworld.pretrain.loop import Budget, TrainingRun, autocast, console, device, read_checkpoint
+from stage_ray.shapeworld.pretrain.tokenizer import BATCH_IMAGES, SIZES, cosines, load_tokenizer, thrifty_bonus
+from stage_ray.shapeworld.scene import COLORS, SHAPES, render
 
-CHECKPOINT = "training/language-model.safetensors"
+CHECKPOINT = "training/language-model.pt"
 BATCH = 32
 PEAK_LR = 3e-3
 PROMPT_DROPOUT = 0.1
@@ -35,12 +38,55 @@ MIXTURE = 0.35  # share of captions beyond the six tasks
 SHARE_PICTURES = 2048  # pictures that give the shares of codes
 TASK_WEIGHTS = dict(zip(TASKS, (0.08, 0.12, 0.25, 0.12, 0.2, 0.23), strict=True))
 
+# Janus-Pro's own template: it ships as it is and is not rebuilt.
+CHAT_TEMPLATE = "package:stage_ray/shapeworld/assets/janus/chat_template.jinja"
+BOS, EOS, PAD, UNKNOWN = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>", "<unk>"
+BOI, EOI, IMAGE = "<begin_of_image>", "<end_of_image>", "<image_placeholder>"
+# EOS must not get id 2: transformers' CLIP takes an `eos_token_id` of 2 for a sign of a broken old config.
+SPECIAL = (PAD, BOS, BOI, EOI, IMAGE, EOS, "<|User|>", "<|Assistant|>", UNKNOWN)
+
+
+def text_tokenizer(append_eos: bool = False, **special: str) -> PreTrainedTokenizerFast:
+    """A word-level tokenizer of the grammar: lower-cased, split at white space and punctuation, unknown words `<unk>`.
+
+    `append_eos` ends every text in EOS, whose state CLIP reads. `special` names further special tokens."""
+    names = (*SHAPES, *map(plural, SHAPES), *COLORS)
+    words = (":", "a", "an", "photo", "of", "and", *NUMBERS.values(), *names, *" ".join(RELATIONS).split())
+    vocabulary = {word: index for index, word in enumerate(dict.fromkeys((*SPECIAL, *words)))}  # each word once
+    assert len(vocabulary) <= SIZES.vocabulary, f"{len(vocabulary)} words, {SIZES.vocabulary} embedding rows"
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex(r"[^\w]"), behavior="isolated")]
+    )
+    tokenizer.add_special_tokens(list(SPECIAL))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A {EOS}" if append_eos else f"{BOS} $A",
+        special_tokens=[(BOS, vocabulary[BOS]), (EOS, vocabulary[EOS])],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=PAD,
+        unk_token=UNKNOWN,
+        padding_side="right" if append_eos else "left",
+        model_max_length=128,
+        **({"extra_special_tokens": special} if special else {}),
+    )
+
+
+def janus_processor() -> JanusProcessor:
+    """Tokenizer, chat template and image processor (64x64, pixels to -1..1) as one JanusProcessor."""
+    tokenizer = text_tokenizer(image_token=IMAGE, boi_token=BOI, eoi_token=EOI)
+    tokenizer.chat_template = resolve_path(CHAT_TEMPLATE).read_text(encoding="utf-8")
+    return build_processor(SIZES, tokenizer, tokenizer.chat_template)
+
 
 def build_corpus(work: Path, pictures: int, seed: int = 0) -> tuple[list[str], np.ndarray, Tensor]:
     """Draws `pictures` training scenes and tokenizes them.
 
-    Returns:
-        every distinct caption; the index of each picture's own, int64 [K]; its tokens int16 [K, 64], 0..511.
+    Every distinct caption; the index of each picture's own, int64 [K]; its tokens int16 [K, 64], 0..511.
     """
     tokenizer = load_tokenizer(work)
     rng = np.random.default_rng([seed, 1])
@@ -73,12 +119,12 @@ def load_policy(work: Path, seed: int = 0) -> JanusForConditionalGeneration:
     policy.model.vqmodel.load_state_dict(load_tokenizer(work).state_dict())
     policy.model.generation_embeddings.weight.data.copy_(policy.model.vqmodel.quantize.embedding.weight)
     if (work / CHECKPOINT).exists():
-        load_weights(work / CHECKPOINT, policy)
+        policy.load_state_dict(read_checkpoint(work / CHECKPOINT)["module"])
     return policy
 
 
 def train_language_model(janus: Path, work: Path, budget: Budget, pictures: int, seed: int = 0) -> None:
-    """Trains (or resumes) the policy on `pictures` captioned scenes; writes `work/training/language-model.safetensors`.
+    """Trains (or resumes) the policy on `pictures` captioned scenes; writes `work/training/language-model.pt`.
 
     `janus` is the model's directory, which the tokenizer's stage has written.
     """

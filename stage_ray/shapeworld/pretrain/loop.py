@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
-from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,15 +11,12 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from stage_ray.policies.devices import hardware_has_bfloat16
 
 CHECKPOINT_EVERY_S = 240.0
 REPORT_EVERY = 50  # steps
-WEIGHTS = "module."  # what the names of a checkpoint's weights begin with
 console = Console(width=120)
 
 
@@ -35,16 +30,10 @@ def autocast() -> torch.autocast:
     return torch.autocast(device().type, torch.bfloat16, enabled=hardware_has_bfloat16(device()))
 
 
-def load_weights(path: Path, module: nn.Module) -> None:
-    """Fill a module with the weights in a `TrainingRun`'s checkpoint."""
-    tensors = load_file(path)
-    module.load_state_dict({k.removeprefix(WEIGHTS): v for k, v in tensors.items() if k.startswith(WEIGHTS)})
-
-
-def read_progress(path: Path) -> dict[str, Any]:
-    """``step``, ``elapsed_s`` and ``history`` (a row of figures every few steps) of a `TrainingRun`'s checkpoint."""
-    with safe_open(path, "pt") as file:
-        return dict(json.loads(file.metadata()["progress"]))
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A `TrainingRun`'s checkpoint on the CPU: the states of ``module`` and ``optimizers``, ``step``, ``elapsed_s``,
+    and ``history``, a row of figures every few steps."""
+    return dict(torch.load(path, map_location="cpu", weights_only=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +82,12 @@ class TrainingRun:
         self.step, self.elapsed_s = 0, 0.0
         self.history: list[dict[str, float]] = []
         if path.exists():
-            self._resume()
+            saved = read_checkpoint(path)
+            module.load_state_dict(saved["module"])
+            for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
+                optimizer.load_state_dict(state)
+            self.step, self.elapsed_s, self.history = saved["step"], saved["elapsed_s"], saved["history"]
+            console.print(f"{path.stem}: resumed at step {self.step}")
 
     def __iter__(self) -> Iterator[tuple[int, float]]:
         started = time.monotonic() - self.elapsed_s
@@ -135,27 +129,14 @@ class TrainingRun:
 
     def save(self) -> None:
         """Write the checkpoint under a temporary name, then rename it: there is always the old file or the new one."""
-        tensors = {WEIGHTS + name: tensor for name, tensor in self.module.state_dict().items()}
-        for number, optimizer in enumerate(self.optimizers):
-            for index, state in optimizer.state_dict()["state"].items():
-                tensors |= {f"optimizer.{number}.{index}.{key}": value for key, value in state.items()}
-        progress = {"step": self.step, "elapsed_s": self.elapsed_s, "history": self.history}
+        checkpoint = {
+            "module": self.module.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "step": self.step,
+            "elapsed_s": self.elapsed_s,
+            "history": self.history,
+        }
         self.path.parent.mkdir(parents=True, exist_ok=True)
         scratch = self.path.with_name(self.path.name + ".tmp")
-        # Tied weights share memory, which safetensors refuses: clones cost little here.
-        copies = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
-        save_file(copies, scratch, metadata={"progress": json.dumps(progress)})
+        torch.save(checkpoint, scratch)
         scratch.replace(self.path)
-
-    def _resume(self) -> None:
-        load_weights(self.path, self.module)
-        progress = read_progress(self.path)
-        self.step, self.elapsed_s, self.history = progress["step"], progress["elapsed_s"], progress["history"]
-        states: dict[int, dict[int, dict[str, Tensor]]] = defaultdict(lambda: defaultdict(dict))
-        for name, tensor in load_file(self.path).items():
-            if name.startswith("optimizer."):
-                _, which, parameter, key = name.split(".")
-                states[int(which)][int(parameter)][key] = tensor
-        for number, optimizer in enumerate(self.optimizers):
-            optimizer.load_state_dict({**optimizer.state_dict(), "state": states[number]})
-        console.print(f"{self.path.stem}: resumed at step {self.step}")

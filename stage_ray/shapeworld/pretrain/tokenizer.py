@@ -20,13 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import JanusForConditionalGeneration, JanusVQVAE
 
-from stage_ray.policies.janus.builder import build_vq_config
-from stage_ray.shapeworld.pretrain.loop import Budget, TrainingRun, autocast, device, load_weights
-from stage_ray.shapeworld.pretrain.text import SIZES
-from stage_ray.shapeworld.render import render, render_with_masks
-from stage_ray.shapeworld.scene import Scene, random_scene
+from stage_ray.policies.janus.builder import JanusSizes, build_vq_config
+from stage_ray.shapeworld.pretrain.loop import Budget, TrainingRun, autocast, device, read_checkpoint
+from stage_ray.shapeworld.scene import IMAGE_SIZE, Scene, coverage, random_scene, render
 
-CHECKPOINT = "training/tokenizer.safetensors"
+SIZES = JanusSizes(hidden=192, layers=6, heads=6, intermediate=512, codes=512, side=8, vocabulary=64)  # of the policy
+CHECKPOINT = "training/tokenizer.pt"
 BATCH = 16  # pictures, so half as many twins
 LOCALITY = 0.25  # weight of the twins' disagreement
 MARGIN = 4  # pixels around a patch that must look alike too
@@ -46,33 +45,27 @@ def to_pixels(images: np.ndarray | Tensor) -> Tensor:
     return torch.as_tensor(images, device=device()).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0).contiguous()
 
 
-def _twin(scene: Scene, rng: np.random.Generator) -> Scene:
-    """The scene without some of its objects, on other paper's grain."""
-    kept = rng.permutation(len(scene.shapes))[: rng.integers(len(scene.shapes))]
-    shapes = tuple(scene.shapes[index] for index in sorted(kept))
-    return Scene(shapes, scene.background, seed=int(rng.integers(2**31)))
-
-
 def _batch(rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Fresh pictures: row i and row i + B/2 show the same paper, the second without some of the first's objects.
+    """Fresh pictures: row i and row i + B/2 are twins, the second with other grain and without some of the objects.
 
     With grain and without, float32 [B, 3, 64, 64] in -1..1; loss weights of mean 1, float32 [B, 1, 64, 64]; and which
     patches look the same in both twins, bool [B/2, 8, 8].
     """
     scenes = [random_scene(rng) for _ in range(BATCH // 2)]
-    scenes += [_twin(scene, rng) for scene in scenes]
-    rendered = [render_with_masks(scene) for scene in scenes]
-    clean = to_pixels(np.stack([render(scene, plain=True) for scene in scenes]))
-    # Where any object is, [B, 1, 64, 64]; 0 in empty scenes.
-    objects = torch.from_numpy(np.stack([masks.max(axis=0, initial=0.0) for _, masks in rendered]))
-    objects = objects[:, None].to(clean.device)
+    for scene in scenes[:]:
+        kept = rng.permutation(len(scene.shapes))[: rng.integers(len(scene.shapes))]
+        shapes = tuple(scene.shapes[index] for index in sorted(kept))
+        scenes.append(Scene(shapes, scene.background, seed=int(rng.integers(2**31))))
+    pixels, clean = (to_pixels(np.stack([render(scene, plain=plain) for scene in scenes])) for plain in (False, True))
+    empty = np.zeros((IMAGE_SIZE, IMAGE_SIZE), np.float32)
+    masks = [np.max([empty, *map(coverage, scene.shapes)], axis=0) for scene in scenes]  # where any object is
+    objects = torch.from_numpy(np.stack(masks))[:, None].to(clean.device)  # [B, 1, 64, 64]
     wide = F.max_pool2d(objects, 5, stride=1, padding=2)
     edges = F.max_pool2d(objects, 3, stride=1, padding=1) + F.max_pool2d(-objects, 3, stride=1, padding=1)
     weights = 1 + OBJECT_WEIGHT * wide + EDGE_WEIGHT * edges
     first, second = clean.chunk(2)
     apart = (first - second).abs().amax(dim=1, keepdim=True)
     apart = F.max_pool2d(apart, PATCH + 2 * MARGIN, stride=PATCH, padding=MARGIN)[:, 0]
-    pixels = to_pixels(np.stack([image for image, _ in rendered]))
     return pixels, clean, weights / weights.mean(), apart == 0
 
 
@@ -84,18 +77,23 @@ def _latents(model: JanusVQVAE, pixels: Tensor) -> Tensor:
 
 
 def train_tokenizer(work: Path, budget: Budget, seed: int = 0) -> None:
-    """Trains (or resumes) the tokenizer; writes `work/training/tokenizer.safetensors`."""
+    """Trains (or resumes) the tokenizer; writes `work/training/tokenizer.pt`."""
     torch.manual_seed(seed)
     model = JanusVQVAE(build_vq_config(SIZES)).to(device()).train()
     codebook = model.quantize.embedding.weight
     codebook.data.copy_(F.normalize(torch.randn_like(codebook), dim=1))
-    _spread_latents(model, _batch(np.random.default_rng([seed, 2**31]))[0])
+    # Shift and scale the untrained encoder's outputs to mean 0 and variance 1 in every dimension. Otherwise all point
+    # nearly the same way: unit length then leaves the decoder next to nothing to read.
+    with torch.no_grad():
+        outputs = model.quant_conv(model.encoder(_batch(np.random.default_rng([seed, 2**31]))[0]))  # [B, 8, 8, 8]
+        mean, std = outputs.mean(dim=(0, 2, 3)), outputs.std(dim=(0, 2, 3))
+        model.quant_conv.weight.div_(std[:, None, None, None])
+        model.quant_conv.bias.sub_(mean).div_(std)
     run = TrainingRun(work / CHECKPOINT, model, PEAK_LR, budget)
     generator = torch.Generator().manual_seed(seed)
     used = torch.zeros(len(codebook), dtype=torch.bool, device=codebook.device)
     for step, progress in run:
         pixels, clean, weights, alike = _batch(np.random.default_rng([seed, step]))
-        quantise = progress >= WARMUP
         latents = _latents(model, pixels)
         outputs = latents.movedim(1, -1).flatten(0, 2)  # [B * 64, 8]
         codes = F.normalize(codebook, dim=1)
@@ -103,7 +101,7 @@ def train_tokenizer(work: Path, budget: Budget, seed: int = 0) -> None:
         chosen = codes[ids].view_as(latents.movedim(1, -1)).movedim(-1, 1)  # [B, 8, 8, 8], as the latents
         quantiser_loss = (chosen - latents.detach()).square().mean()
         shown = latents  # without codes the decoder sees the encoder's outputs themselves
-        if quantise:
+        if progress >= WARMUP:
             quantiser_loss = quantiser_loss + COMMITMENT * (chosen.detach() - latents).square().mean()
             # Forwards the codes, backwards the identity: gradients pass straight through to the encoder.
             shown = latents + (chosen - latents).detach()
@@ -116,7 +114,7 @@ def train_tokenizer(work: Path, budget: Budget, seed: int = 0) -> None:
         run.descend(reconstruction + quantiser_loss + LOCALITY * disagreement, report=reconstruction)
         outputs = outputs.detach()
         used[ids] = True
-        if not quantise:  # every code onto a random encoder output
+        if progress < WARMUP:  # every code onto a random encoder output
             picks = torch.randint(len(outputs), (len(codebook),), generator=generator)
             codebook.data.copy_(outputs[picks.to(outputs.device)])
             used.fill_(False)
@@ -139,18 +137,6 @@ def _restart_codes(codebook: Tensor, unused: Tensor, outputs: Tensor, generator:
     codebook[unused] = outputs[picks.to(outputs.device)]
 
 
-@torch.no_grad()
-def _spread_latents(model: JanusVQVAE, pixels: Tensor) -> None:
-    """Shifts and scales the untrained `quant_conv` so that its outputs have mean 0 and variance 1 in every dimension.
-
-    Without this all latents point nearly the same way: unit length then leaves the decoder next to nothing to read.
-    """
-    outputs = model.quant_conv(model.encoder(pixels))  # [B, 8, 8, 8]
-    mean, std = outputs.mean(dim=(0, 2, 3)), outputs.std(dim=(0, 2, 3))
-    model.quant_conv.weight.div_(std[:, None, None, None])
-    model.quant_conv.bias.sub_(mean).div_(std)
-
-
 def load_tokenizer(work: Path) -> JanusVQVAE:
     """What `train_tokenizer` wrote, float32, in evaluation mode, on `device()`.
 
@@ -158,7 +144,7 @@ def load_tokenizer(work: Path) -> JanusVQVAE:
     code is then the one of largest cosine, whatever the length of the encoder's output.
     """
     model = JanusVQVAE(build_vq_config(SIZES))
-    load_weights(work / CHECKPOINT, model)
+    model.load_state_dict(read_checkpoint(work / CHECKPOINT)["module"])
     codes = model.quantize.embedding.weight.data
     codes.copy_(F.normalize(codes, dim=1))
     return model.to(device()).eval()

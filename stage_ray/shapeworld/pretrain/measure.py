@@ -1,59 +1,30 @@
-"""From working files to what ships: directories that plain transformers loads, with measured model cards."""
+"""Measures what was trained: the detector's verdicts, the tokenizer's error, CLIP's retrieval; writes model cards."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from scipy import ndimage
-from transformers import CLIPImageProcessorPil, JanusVQVAE
+from transformers import CLIPModel, JanusVQVAE
 
-from stage_ray.policies.janus.builder import write_checkpoint
 from stage_ray.rewards.detection import Detection, Detector
-from stage_ray.rewards.geneval_rules import requirements, strict_verdict
-from stage_ray.shapeworld.detector import CLASSES, WEIGHTS_FILE, ShapeDetector, build_classifier
-from stage_ray.shapeworld.grammar import TASKS, Record, prompts, sample_record, sample_scene
+from stage_ray.rewards.geneval import requirements, strict_verdict
+from stage_ray.shapeworld.detector import CLASSES, ShapeDetector
+from stage_ray.shapeworld.grammar import TASKS, Record, sample_record, sample_scene
 from stage_ray.shapeworld.pretrain import clip, detector, language_model, tokenizer
-from stage_ray.shapeworld.pretrain.loop import load_weights, read_progress
-from stage_ray.shapeworld.pretrain.text import janus_processor, text_tokenizer
-from stage_ray.shapeworld.render import render
-from stage_ray.shapeworld.scene import COLORS, IMAGE_SIZE, SHAPES, Scene, Shape, random_scene
+from stage_ray.shapeworld.pretrain.loop import device, read_checkpoint
+from stage_ray.shapeworld.scene import COLORS, SHAPES, Scene, random_scene, render
 
 CONFIDENCE = 0.5  # above which a detection counts: of the ShapeWorld suite and configs, for counting too
 Case = tuple[Scene, Record]  # a picture and a prompt's record
 
 
-def write_prompts(out: Path) -> None:
-    """Writes `prompts/train.jsonl` and `prompts/heldout.jsonl`, one GenEval record a line."""
-    (out / "prompts").mkdir(parents=True, exist_ok=True)
-    for split in ("train", "heldout"):
-        (out / "prompts" / f"{split}.jsonl").write_text("".join(json.dumps(one) + "\n" for one in prompts(split)))
-
-
-def export_janus(out: Path, work: Path) -> None:
-    """Writes `janus/` in bfloat16; its policy is untrained while only the tokenizer is trained."""
-    write_checkpoint(out / "janus", language_model.load_policy(work).to(torch.bfloat16), janus_processor())
-
-
-def export_clip(out: Path, work: Path) -> None:
-    """Writes `clip/`: bfloat16 weights, tokenizer, image processor (64x64 pictures, pixels to -1..1)."""
-    size, middle = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}, [0.5, 0.5, 0.5]
-    images = CLIPImageProcessorPil(size=size, do_center_crop=False, image_mean=middle, image_std=middle)
-    for part in (clip.load_clip(work).to("cpu", torch.bfloat16), text_tokenizer(append_eos=True), images):
-        part.save_pretrained(out / "clip")
-
-
-def export_detector(out: Path, work: Path, seed: int, count: int) -> None:
-    """Writes `detector/`, and its card with verdicts on `count` cases and objects seen in non-objects."""
-    model = build_classifier()
-    load_weights(work / detector.CHECKPOINT, model)
-    (out / "detector").mkdir(parents=True, exist_ok=True)
-    save_file(model.state_dict(), out / "detector" / WEIGHTS_FILE, metadata={"classes": ",".join(CLASSES)})
+def write_detector_card(out: Path, work: Path, seed: int, count: int) -> None:
+    """Writes the detector's card, with verdicts on `count` cases and objects seen in non-objects."""
     found, codes = ShapeDetector(out / "detector"), tokenizer.load_exported(out / "janus")
     cases = draw_cases(count, seed=7)
     images = np.stack([render(scene) for scene, _ in cases])
@@ -66,7 +37,7 @@ def export_detector(out: Path, work: Path, seed: int, count: int) -> None:
         out / "detector",
         classes=", ".join(CLASSES),
         seed=seed,
-        steps=read_progress(work / detector.CHECKPOINT)["step"],
+        steps=read_checkpoint(work / detector.CHECKPOINT)["step"],
         batch=detector.BATCH,
         threshold=CONFIDENCE,
         verdicts="\n".join(verdicts),
@@ -76,10 +47,8 @@ def export_detector(out: Path, work: Path, seed: int, count: int) -> None:
 
 def _is_correct(record: Record, detections: Sequence[Detection]) -> bool:
     """GenEval's strict verdict of a record over the detections of one picture that are surer than CONFIDENCE."""
-    objects: dict[str, list[Detection]] = {}
-    for one in detections:
-        if one.confidence > CONFIDENCE:
-            objects.setdefault(one.label, []).append(one)
+    sure = [one for one in detections if one.confidence > CONFIDENCE]
+    objects = {kind: [one for one in sure if one.label == kind] for kind in SHAPES}
     return strict_verdict(requirements(record), requirements(record, "exclude"), objects)[0]
 
 
@@ -112,9 +81,8 @@ def _spoiled(scene: Scene, rng: np.random.Generator) -> Scene:
     elif change == 2:
         del shapes[index]
     elif len(shapes) == 2:
-        first, second = ((shape.kind, shape.color) for shape in shapes)
-        places = [(shape.cx, shape.cy, shape.size) for shape in shapes]
-        shapes = [Shape(*first, *places[1]), Shape(*second, *places[0])]
+        places = zip(shapes, shapes[::-1], strict=True)  # each object, and the one whose place it takes
+        shapes = [replace(place, kind=look.kind, color=look.color) for look, place in places]
     return replace(scene, shapes=tuple(shapes))
 
 
@@ -135,13 +103,12 @@ def draw_non_objects(count: int, seed: int, model: JanusVQVAE) -> dict[str, np.n
     for tokens in shuffled.numpy():  # in place
         places = rng.permutation(len(tokens))[: len(tokens) // 2]
         tokens[places] = tokens[rng.permutation(places)]
+    halves = tokenizer.decode(model, shuffled)
     return {
         "smooth coloured noise": np.clip(160 + 70 * noise / noise.std(), 0, 255).astype(np.uint8),
         "two scenes at half strength each": ((first.astype(np.float32) + second) / 2).astype(np.uint8),
         "decoded from random tokens": random,
-        "a scene with half of its tokens in each other's places (an object may well survive that)": tokenizer.decode(
-            model, shuffled
-        ),
+        "a scene with half of its tokens in each other's places (an object may well survive that)": halves,
     }
 
 
@@ -163,7 +130,7 @@ def write_cards(out: Path, work: Path) -> None:
             error=np.abs(tokenizer.reconstruct(codes, images).astype(np.float32) - images).mean(),
         )
     if (out / "clip" / "config.json").exists():
-        model = clip.load_clip(work)
+        model = CLIPModel.from_pretrained(out / "clip", dtype=torch.float32).to(device()).eval()
         _write_card(
             out / "clip",
             parameters=model.num_parameters() / 1e6,
@@ -182,7 +149,7 @@ def _history(checkpoint: Path) -> str:
     """`4800 steps in 24 minutes, loss 1.35 at first, 0.10 at the end` (mean of the last ten reports)."""
     if not checkpoint.exists():
         return "not trained"
-    progress = read_progress(checkpoint)
-    losses = [row["loss"] for row in progress["history"]]
-    last, minutes = float(np.mean(losses[-10:])), progress["elapsed_s"] / 60
-    return f"{progress['step']} steps in {minutes:.0f} minutes, loss {losses[0]:.2f} at first, {last:.2f} at the end"
+    saved = read_checkpoint(checkpoint)
+    losses = [row["loss"] for row in saved["history"]]
+    last, minutes = float(np.mean(losses[-10:])), saved["elapsed_s"] / 60
+    return f"{saved['step']} steps in {minutes:.0f} minutes, loss {losses[0]:.2f} at first, {last:.2f} at the end"

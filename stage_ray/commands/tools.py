@@ -1,0 +1,81 @@
+"""Commands that hand over to a room of their own: ``bench``, ``pretrain``, ``report`` and ``metrics``."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Literal
+
+from typer import Argument, Option, echo
+
+from stage_ray.bench import bench_names
+
+
+class PretrainStage(StrEnum):
+    """The stages of ``pretrain``, named here because importing them takes seconds."""
+
+    prompts = "prompts"
+    tokenizer = "tokenizer"
+    language_model = "language-model"
+    detector = "detector"
+    clip = "clip"
+    cards = "cards"
+
+
+def bench(
+    name: Annotated[str, Argument(metavar="NAME", help=f"{', '.join(bench_names())}, or all")],
+    json_file: Annotated[Path | None, Option("--json", help="Also write the rows here, as a list")] = None,
+    device: Annotated[Literal["auto", "cpu", "cuda"], Option(help="Auto is a GPU where there is one")] = "auto",
+    quick: Annotated[bool, Option("--quick", help="Small and few, to see that it works; ratios say nothing")] = False,
+) -> None:
+    """Measure how fast this is: ratios against plain code run in turn with ours, and the limit of each.
+
+    rollout: images drawn, by each engine. learner: time and memory of an update. sync: weights to two workers.
+    pipeline: what the driver hides and costs. end-to-end: images trained a second, by a real short run.
+
+    A missed target is a fact, not a failure: the exit code is 0 all the same. Let nothing else run meanwhile.
+
+    Example: stage-ray bench rollout --json rollout.json
+    """
+    from stage_ray.bench.command import run_benches
+
+    run_benches(name, device=device, quick=quick, json_file=json_file)
+
+
+def pretrain(
+    out: Annotated[Path, Option(help="Directory of the results; a run that was cut off goes on in it")],
+    stages: Annotated[list[PretrainStage] | None, Option("--stage", help="This stage alone; may be repeated")] = None,
+    seed: Annotated[int, Option(help="Fixes the pictures and the weights at the start", min=0)] = 0,
+    smoke: Annotated[bool, Option("--smoke", help="A few steps each, to see that it works")] = False,
+) -> None:
+    """Rebuild what ships with the package: prompts, tokenizer, policy, detector, CLIP. About 75 minutes on two cores.
+
+    Example: stage-ray pretrain --out world --smoke
+    """
+    from stage_ray.shapeworld.pretrain import pretrain as pretrain_world
+
+    pretrain_world(out, stages=stages, seed=seed, smoke=smoke)
+
+
+def report(
+    run_dir: Annotated[Path, Argument(metavar="RUN_DIR", help="The directory of a run, finished or not")],
+) -> None:
+    """Write report.html anew from whatever a run directory holds.
+
+    Example: stage-ray report runs/stage_shapeworld
+    """
+    from stage_ray.report.report import write_report
+
+    echo(write_report(run_dir))
+
+
+def metrics(
+    markdown: Annotated[bool, Option("--markdown", help="As Markdown: all of deploy/grafana/METRICS.md")] = False,
+) -> None:
+    """Explain every metric that a run records and its workers report: name, unit, meaning.
+
+    Example: stage-ray metrics
+    """
+    from stage_ray.observability import registry
+
+    echo(registry.markdown() if markdown else registry.TABLE, nl=False)
