@@ -8,5 +8,6 @@ from stage_ray.config.schema import (
     RewardConfig,
     RolloutConfig,
     RunConfig,
+    ScoringConfig,
     Section,
 )
