@@ -30,15 +30,15 @@ def train(path: Path, steps: int, stop_after: int | None = None) -> nn.Linear:
 
 
 def test_a_training_that_was_cut_off_ends_with_the_same_weights(tmp_path: Path):
-    straight = train(tmp_path / "straight.pt", steps=20)
-    train(tmp_path / "cut.pt", steps=20, stop_after=7)
-    resumed = train(tmp_path / "cut.pt", steps=20)
+    straight = train(tmp_path / "straight.safetensors", steps=20)
+    train(tmp_path / "cut.safetensors", steps=20, stop_after=7)
+    resumed = train(tmp_path / "cut.safetensors", steps=20)
     assert torch.equal(straight.weight, resumed.weight) and torch.equal(straight.bias, resumed.bias)
 
 
 def test_a_loss_that_is_not_finite_stops_the_training(tmp_path: Path):
     module = nn.Linear(1, 1)
-    run = TrainingRun(tmp_path / "run.pt", module, peak_lr=0.1, budget=Budget(2))
+    run = TrainingRun(tmp_path / "run.safetensors", module, peak_lr=0.1, budget=Budget(2))
     with pytest.raises(FloatingPointError, match="step 0"):
         for _ in run:
             run.descend(module(torch.full((1, 1), float("nan"))).sum())

@@ -20,7 +20,7 @@ from stage_ray.shapeworld.pretrain.loop import Budget, TrainingRun, autocast, de
 from stage_ray.shapeworld.pretrain.tokenizer import SIZES, to_pixels
 from stage_ray.shapeworld.scene import IMAGE_SIZE, render
 
-CHECKPOINT = "training/clip.pt"
+CHECKPOINT = "training/clip.safetensors"
 BATCH = 128
 PEAK_LR = 1.5e-3
 CONTEXT = 24  # text tokens; the longest caption takes 13

@@ -24,7 +24,7 @@ from stage_ray.shapeworld.pretrain.tokenizer import random_images, reconstruct
 from stage_ray.shapeworld.scene import COLORS, SHAPES, Shape, coverage, on_random_paper, place_squares, render
 from stage_ray.shapeworld.segmentation import Segment, segment
 
-CHECKPOINT = "training/detector.pt"
+CHECKPOINT = "training/detector.safetensors"
 BATCH = 256
 PEAK_LR = 2e-3
 CHUNK = 64  # pictures segmented at once

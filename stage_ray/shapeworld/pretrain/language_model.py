@@ -30,7 +30,7 @@ from stage_ray.shapeworld.pretrain.loop import Budget, TrainingRun, autocast, co
 from stage_ray.shapeworld.pretrain.tokenizer import BATCH_IMAGES, SIZES, cosines, load_tokenizer, thrifty_bonus
 from stage_ray.shapeworld.scene import COLORS, SHAPES, render
 
-CHECKPOINT = "training/language-model.pt"
+CHECKPOINT = "training/language-model.safetensors"
 BATCH = 32
 PEAK_LR = 3e-3
 PROMPT_DROPOUT = 0.1
@@ -124,7 +124,7 @@ def load_policy(work: Path, seed: int = 0) -> JanusForConditionalGeneration:
 
 
 def train_language_model(janus: Path, work: Path, budget: Budget, pictures: int, seed: int = 0) -> None:
-    """Trains (or resumes) the policy on `pictures` captioned scenes; writes `work/training/language-model.pt`.
+    """Trains (or resumes) the policy on `pictures` captioned scenes; writes `work/training/language-model.safetensors`.
 
     `janus` is the model's directory, which the tokenizer's stage has written.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Iterator
@@ -11,8 +12,11 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from stage_ray.observability.progress import Progress
 from stage_ray.policies.devices import hardware_has_bfloat16
 
 CHECKPOINT_EVERY_S = 240.0
@@ -31,9 +35,14 @@ def autocast() -> torch.autocast:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A `TrainingRun`'s checkpoint on the CPU: the states of ``module`` and ``optimizers``, ``step``, ``elapsed_s``,
-    and ``history``, a row of figures every few steps."""
-    return dict(torch.load(path, map_location="cpu", weights_only=True))
+    """A `TrainingRun`'s checkpoint on the CPU: tensors of ``module`` and ``optimizers`` by name, ``step``,
+    ``elapsed_s``, and ``history``, a row of figures every few steps."""
+    with safe_open(path, "pt") as file:
+        saved: dict[str, Any] = json.loads(file.metadata()["progress"]) | {"module": {}, "optimizers": {}}
+        for name in file.keys():  # noqa: SIM118
+            part, _, rest = name.partition(".")
+            saved[part][rest] = file.get_tensor(name)
+    return saved
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,28 +93,36 @@ class TrainingRun:
         if path.exists():
             saved = read_checkpoint(path)
             module.load_state_dict(saved["module"])
-            for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
-                optimizer.load_state_dict(state)
+            for number, optimizer in enumerate(self.optimizers):
+                states = optimizer.state_dict()
+                for name, tensor in saved["optimizers"].items():  # "0.12.exp_avg": optimizer, parameter, key
+                    which, parameter, key = name.split(".")
+                    if int(which) == number:
+                        states["state"].setdefault(int(parameter), {})[key] = tensor
+                optimizer.load_state_dict(states)
             self.step, self.elapsed_s, self.history = saved["step"], saved["elapsed_s"], saved["history"]
             console.print(f"{path.stem}: resumed at step {self.step}")
 
     def __iter__(self) -> Iterator[tuple[int, float]]:
         started = time.monotonic() - self.elapsed_s
         saved_at = time.monotonic()
-        while (progress := self.budget.progress(self.step, self.elapsed_s)) < 1.0:
-            # A linear warm-up, then a cosine to a hundredth of the peak.
-            rate = self.peak_lr * (progress + 1e-3) / (self.warmup + 1e-3)
-            if progress >= self.warmup:
-                phase = (progress - self.warmup) / (1 - self.warmup)
-                rate = self.peak_lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * phase)))
-            for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
-                group["lr"] = rate
-            yield self.step, progress
-            self.step += 1
-            self.elapsed_s = time.monotonic() - started
-            if time.monotonic() - saved_at > CHECKPOINT_EVERY_S:
-                self.save()
-                saved_at = time.monotonic()
+        with Progress(console) as shown, shown.bar(self.path.stem, total=self.budget.steps) as advance:
+            advance(self.step)
+            while (progress := self.budget.progress(self.step, self.elapsed_s)) < 1.0:
+                # A linear warm-up, then a cosine to a hundredth of the peak.
+                rate = self.peak_lr * (progress + 1e-3) / (self.warmup + 1e-3)
+                if progress >= self.warmup:
+                    phase = (progress - self.warmup) / (1 - self.warmup)
+                    rate = self.peak_lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * phase)))
+                for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
+                    group["lr"] = rate
+                yield self.step, progress
+                self.step += 1
+                advance(1)
+                self.elapsed_s = time.monotonic() - started
+                if time.monotonic() - saved_at > CHECKPOINT_EVERY_S:
+                    self.save()
+                    saved_at = time.monotonic()
         self.save()
 
     def descend(self, loss: Tensor, report: Tensor | None = None) -> None:
@@ -129,14 +146,14 @@ class TrainingRun:
 
     def save(self) -> None:
         """Write the checkpoint under a temporary name, then rename it: there is always the old file or the new one."""
-        checkpoint = {
-            "module": self.module.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "step": self.step,
-            "elapsed_s": self.elapsed_s,
-            "history": self.history,
-        }
+        tensors = {f"module.{name}": tensor for name, tensor in self.module.state_dict().items()}
+        for number, optimizer in enumerate(self.optimizers):
+            for index, state in optimizer.state_dict()["state"].items():
+                tensors |= {f"optimizers.{number}.{index}.{key}": value for key, value in state.items()}
+        # Tied weights share memory, which safetensors refuses: clones cost little here.
+        copies = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+        progress = {"step": self.step, "elapsed_s": self.elapsed_s, "history": self.history}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         scratch = self.path.with_name(self.path.name + ".tmp")
-        torch.save(checkpoint, scratch)
+        save_file(copies, scratch, metadata={"progress": json.dumps(progress)})
         scratch.replace(self.path)

@@ -25,7 +25,7 @@ from stage_ray.shapeworld.pretrain.loop import Budget, TrainingRun, autocast, de
 from stage_ray.shapeworld.scene import IMAGE_SIZE, Scene, coverage, random_scene, render
 
 SIZES = JanusSizes(hidden=192, layers=6, heads=6, intermediate=512, codes=512, side=8, vocabulary=64)  # of the policy
-CHECKPOINT = "training/tokenizer.pt"
+CHECKPOINT = "training/tokenizer.safetensors"
 BATCH = 16  # pictures, so half as many twins
 LOCALITY = 0.25  # weight of the twins' disagreement
 MARGIN = 4  # pixels around a patch that must look alike too
@@ -77,7 +77,7 @@ def _latents(model: JanusVQVAE, pixels: Tensor) -> Tensor:
 
 
 def train_tokenizer(work: Path, budget: Budget, seed: int = 0) -> None:
-    """Trains (or resumes) the tokenizer; writes `work/training/tokenizer.pt`."""
+    """Trains (or resumes) the tokenizer; writes `work/training/tokenizer.safetensors`."""
     torch.manual_seed(seed)
     model = JanusVQVAE(build_vq_config(SIZES)).to(device()).train()
     codebook = model.quantize.embedding.weight
