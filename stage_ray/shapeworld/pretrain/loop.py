@@ -139,7 +139,7 @@ class TrainingRun:
         for optimizer in self.optimizers:
             optimizer.step()
         if self.step % REPORT_EVERY == 0:
-            value = float(loss if report is None else report)
+            value = float((loss if report is None else report).detach())
             self.history.append({"step": self.step, "elapsed_s": round(self.elapsed_s, 1), "loss": value})
             done = self.budget.progress(self.step, self.elapsed_s)
             console.print(f"{self.path.stem} {self.step:5d}  {done:4.0%}  loss {value:.4f}  {self.elapsed_s:.0f} s")
