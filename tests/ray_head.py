@@ -49,9 +49,14 @@ class Head:
 
     def reserved(self, submission_id: str) -> dict[str, float]:
         """What Ray's scheduler reserves, or reserved, for the driver of a job."""
-        actors = self._ask("/api/v0/actors?detail=true")["data"]["result"]["result"]
-        (driver,) = [actor for actor in actors if actor["name"] == f"_ray_internal_job_actor_{submission_id}"]
+        (driver,) = [
+            actor for actor in self.state("actors") if actor["name"] == f"_ray_internal_job_actor_{submission_id}"
+        ]
         return driver["required_resources"]
+
+    def state(self, what: str) -> list[dict[str, Any]]:
+        """What `ray list` shows of actors or nodes."""
+        return self._ask(f"/api/v0/{what}?detail=true")["data"]["result"]["result"]
 
     def _ask(self, path: str) -> Any:
         return requests.get(f"{self.address}{path}", headers={"Authorization": f"Bearer {TOKEN}"}, timeout=30).json()
@@ -67,7 +72,8 @@ def free_port() -> int:
 def ray_head(directory: Path, resources: dict[str, float] | None = None) -> Iterator[Head]:
     """`ray start --head` on loopback, in a process group of its own that is gone afterwards."""
     port, dashboard_port = free_port(), free_port()
-    environment = with_token(directory) | {"PATH": f"{BIN}:{os.environ['PATH']}"}
+    (directory / "tests").symlink_to(REPOSITORY / "tests")  # jobs may name the tests' model family and scorers
+    environment = with_token(directory) | {"PATH": f"{BIN}:{os.environ['PATH']}", "PYTHONPATH": str(directory)}
     command = [
         str(BIN / "ray"),
         "start",

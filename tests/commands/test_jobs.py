@@ -17,6 +17,7 @@ import psutil
 import pytest
 
 from tests.chaos import audited
+from tests.plain import FAMILY
 from tests.ray_head import BIN, REPOSITORY, Head, ray_head
 
 pytestmark = pytest.mark.slow  # a head that they share, and a job or more each
@@ -40,9 +41,10 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
         yield running
 
 
-def settings(**changes: str) -> list[str]:
-    """`--set` for a run of seconds; underscores of a name's dots: ``rollout__cpus``."""
-    keys = SMALL | {key.replace("__", "."): value for key, value in changes.items()}
+def settings(model: Path | None = None, **changes: str) -> list[str]:
+    """`--set` for a run of seconds, of `tests.plain`'s ``model`` if one is given; ``rollout__cpus``: `rollout.cpus`."""
+    light = {"policy.family": FAMILY, "policy.path": str(model), "rewards": "[{type: tests.scorers.Brightness}]"}
+    keys = SMALL | (light if model else {}) | {key.replace("__", "."): value for key, value in changes.items()}
     return [part for key, value in keys.items() for part in ("--set", f"{key}={value}")]
 
 
@@ -144,9 +146,9 @@ def test_submit_sends_code_files_and_scorers_follows_the_run_and_does_not_repeat
     assert listed.returncode == 0 and "'sent'" in listed.stdout and "sent.2" not in listed.stdout, listed.stdout
 
 
-def test_what_only_the_cluster_can_find_wrong_has_the_exit_code_of_the_run(head, tmp_path):
+def test_what_only_the_cluster_can_find_wrong_has_the_exit_code_of_the_run(head, tmp_path, plain):
     nowhere = ["--run-dir", str(tmp_path / "a"), *settings(policy__path="/nowhere/janus")]
-    too_much = ["--run-dir", str(tmp_path / "b"), *settings(rollout__cpus="1000", cluster__start_timeout_s="5")]
+    too_much = ["--run-dir", str(tmp_path / "b"), *settings(plain, rollout__cpus="1000", cluster__start_timeout_s="5")]
     wrong, failed = together(
         lambda: submit(head, *nowhere, "--image-has-code"),  # the code is there already
         lambda: submit(head, *too_much, "--id", "too-much"),
@@ -158,9 +160,9 @@ def test_what_only_the_cluster_can_find_wrong_has_the_exit_code_of_the_run(head,
     head.command("ray", "job", "stop", "too-much.2", "--address", head.address)
 
 
-def test_a_job_is_joined_left_stopped_killed_and_goes_on_without_losing_a_group(head, tmp_path):
+def test_a_job_is_joined_left_stopped_killed_and_goes_on_without_losing_a_group(head, tmp_path, plain):
     run_dir = tmp_path / "long"
-    long = settings(steps="24", checkpoint__every="4")
+    long = settings(plain, steps="60", checkpoint__every="10")
     arguments = ["--run-dir", str(run_dir), "--id", "long", *long]
     words = [str(BIN / "stage-ray"), "submit", CONFIG, "--address", head.address, *arguments]
 
@@ -185,12 +187,12 @@ def test_a_job_is_joined_left_stopped_killed_and_goes_on_without_losing_a_group(
     stayed = follow()
     other = submit(head, "--run-dir", str(run_dir), *long, "--set", "seed=1")
     assert other.returncode == 1 and "job long is writing into" in other.stderr
+    assert head.command("ray", "job", "stop", "long", "--no-wait", "--address", head.address).returncode == 0
     os.kill(driver, signal.SIGCONT)
-    assert head.command("ray", "job", "stop", "long", "--address", head.address).returncode == 0
     said = stayed.communicate(timeout=120)[0]
     assert stayed.returncode == 143 and "stopped by SIGTERM after step" in said, said  # it had time to save
     before = steps(run_dir)
-    assert len(before) < 24, "the run was over before it could be stopped"
+    assert len(before) < 60, "the run was over before it could be stopped"
 
     second = follow()
     until(lambda: len(steps(run_dir)) > len(before))
@@ -201,9 +203,9 @@ def test_a_job_is_joined_left_stopped_killed_and_goes_on_without_losing_a_group(
 
     third = submit(head, *arguments)
     assert third.returncode == 0, third.stdout + third.stderr
-    assert "long.3" in third.stderr and steps(run_dir) == list(range(1, 25))
+    assert "long.3" in third.stderr and steps(run_dir) == list(range(1, 61))
     found = audited(run_dir, ended=True)
-    assert found.sound and (found.steps, found.trained) == (24, 48), found
+    assert found.sound and (found.steps, found.trained) == (60, 120), found
 
 
 def drivers(run_dir: str) -> list[int]:

@@ -19,6 +19,7 @@ from ray.cluster_utils import Cluster
 
 from stage_ray.config.load import load_config
 from tests.deploy.charts import ROOT, only, ray_cluster, render
+from tests.plain import FAMILY
 from tests.ray_head import BIN, Head, free_port, with_token
 
 POD = {"memory": "2Gi", "shm": "256Mi", "objectStore": "128Mi", "gpus": 0, "tolerations": []}
@@ -54,20 +55,16 @@ def offered(group: dict) -> tuple[dict[str, float], int, int]:
     return resources, cpus, int(group["rayStartParams"]["object-store-memory"])
 
 
-def listed(head: Head, what: str) -> list[dict]:
-    done = head.command("ray", "list", what, "--address", head.address, "--format", "json", "--detail")
-    assert done.returncode == 0, done.stdout + done.stderr
-    return json.loads(done.stdout)
-
-
 @pytest.mark.slow
-def test_the_rendered_entrypoint_trains_on_nodes_like_its_pods_and_again_does_nothing(tmp_path):
+def test_the_rendered_entrypoint_trains_on_nodes_like_its_pods_and_again_does_nothing(tmp_path, plain):
     if ALONE not in os.environ:
         command = [sys.executable, "-m", "pytest", __file__, "-q"]
         done = subprocess.run(command, cwd=ROOT, env=os.environ | {ALONE: "1"}, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
         return
-    run = load_config(ROOT / "configs" / "stage_shapeworld.yaml", SIZES).model_dump(mode="json", exclude={"run_dir"})
+    light = [f"policy.family={FAMILY}", f"policy.path={plain}", "rewards=[{type: tests.scorers.Brightness}]"]
+    config = load_config(ROOT / "configs" / "stage_shapeworld.yaml", SIZES + light)
+    run = config.model_dump(mode="json", exclude={"run_dir"})
     storage = {"checkpoints": {"mountPath": str(tmp_path / "volume")}}
     small = {"cpu": "1", "memory": "2Gi", "shm": "256Mi", "objectStore": "128Mi"}
     rendered = render({"configFile": yaml.safe_dump(run), "groups": GROUPS, "head": small, "storage": storage})
@@ -86,8 +83,8 @@ def test_the_rendered_entrypoint_trains_on_nodes_like_its_pods_and_again_does_no
         metrics = tmp_path / "volume" / "runs" / "first" / "metrics.jsonl"
         assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == [1, 2]
 
-        homes = {node["node_id"]: node["resources_total"] for node in listed(head, "nodes")}
-        actors = [actor for actor in listed(head, "actors") if actor["class_name"] in ROLES]
+        homes = {node["node_id"]: node["resources_total"] for node in head.state("nodes")}
+        actors = [actor for actor in head.state("actors") if actor["class_name"] in ROLES]
         assert len(actors) == 5
         for actor in actors:
             assert ROLES[actor["class_name"]] in homes[actor["node_id"]], actor
@@ -103,7 +100,8 @@ def test_the_rendered_entrypoint_trains_on_nodes_like_its_pods_and_again_does_no
 
 def start(spec: dict, directory: Path) -> tuple[Head, Cluster]:
     """A head and a node for every pod of a Ray cluster's spec, each with what the operator would start Ray with."""
-    environment = with_token(directory) | {"PATH": f"{BIN}:{os.environ['PATH']}"}
+    (directory / "tests").symlink_to(ROOT / "tests")  # the job names the tests' model family and scorer
+    environment = with_token(directory) | {"PATH": f"{BIN}:{os.environ['PATH']}", "PYTHONPATH": str(directory)}
     os.environ.update(environment | {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"})
     from ray._private.authentication.authentication_token_setup import Config
 
