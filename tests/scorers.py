@@ -26,6 +26,26 @@ class Brightness:
         return _output(images.mean(axis=(1, 2, 3)) / 255)
 
 
+class Constant(Brightness):
+    """A scorer that is right, and of no use: every image gets the same."""
+
+    def score(self, images: np.ndarray, prompts: Sequence[Prompt]) -> RewardOutput:
+        return _output(np.ones(len(images)))
+
+
+class Waits(Brightness):
+    """Scores nothing until a file exists, so that the run stands still with everything up."""
+
+    def __init__(self, gate: str) -> None:
+        self.gate = Path(gate)
+
+    def score(self, images: np.ndarray, prompts: Sequence[Prompt]) -> RewardOutput:
+        self.gate.with_suffix(".reached").touch()
+        while not self.gate.exists():
+            time.sleep(0.1)
+        return super().score(images, prompts)
+
+
 class CannotJudge(Brightness):
     """It never scores one prompt."""
 

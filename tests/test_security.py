@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
-import numpy as np
 import psutil
 import pytest
 import yaml
@@ -23,7 +22,6 @@ import yaml
 from stage_ray.run.run_dir import open_run_dir
 from tests.plain import plain_checkpoint
 from tests.runs import tiny_run
-from tests.scorers import Brightness
 
 REPOSITORY = Path(__file__).parents[1]
 CALLS = [  # one of each server of Ray's object plane: GCS, raylet, object manager, every worker and the driver
@@ -36,19 +34,6 @@ CALLS = [  # one of each server of Ray's object plane: GCS, raylet, object manag
 NUMBERS_ONLY = 4
 """Listeners that answer without a token, with numbers in Prometheus' format: ours, and Ray's autoscaler monitor,
 dashboard and metrics agent. Ray has no setting that makes these demand the token, but they are on loopback."""
-
-
-class Waits(Brightness):
-    """Scores nothing until a file exists, so that the run stands still with everything up."""
-
-    def __init__(self, gate: str) -> None:
-        self.gate = Path(gate)
-
-    def score(self, images: np.ndarray, prompts):
-        self.gate.with_suffix(".reached").touch()
-        while not self.gate.exists():
-            time.sleep(0.1)
-        return super().score(images, prompts)
 
 
 @dataclass(frozen=True)
@@ -71,7 +56,7 @@ def run(tmp_path_factory) -> Iterator[Run]:
     cluster = {"dashboard": True, "metrics_port": 0, "object_store_mb": 128}
     model = plain_checkpoint(directory / "plain")
     config = tiny_run(directory, model, steps=1, cluster=cluster).model_dump(mode="json")
-    config["rewards"] = [{"type": "tests.test_security.Waits", "options": {"gate": str(gate)}}]
+    config["rewards"] = [{"type": "tests.scorers.Waits", "options": {"gate": str(gate)}}]
     (directory / "config.yaml").write_text(yaml.safe_dump(config))
     command = [sys.executable, "-m", "stage_ray", "train", str(directory / "config.yaml")]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {"HOME": str(home)}

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import signal
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +12,7 @@ from stage_ray.engines.torch import TorchEngine
 from stage_ray.errors import ConfigError
 from stage_ray.records import Prompt, RolloutRequest
 from stage_ray.train import train
-from stage_ray.workers.rollout import RolloutWorker
+from tests.cluster.watched import Watched
 from tests.runs import lines, tiny_run
 from tests.test_async import QUICK, KillsWorker, sound
 from tests.tiny import tiny_janus
@@ -24,30 +22,6 @@ ROLES = {
     "learner": {"ranks": 2},
     "pipeline": {"max_staleness": 0},
 }
-
-
-class Watched(RolloutWorker):
-    """Writes down what it is asked for."""
-
-    def setup(self, address=""):
-        self._note("setup")
-        super().setup(address)
-
-    def generate(self, *requests):
-        self._note("generate")
-        return super().generate(*requests)
-
-    def sleep(self):
-        self._note("sleep")
-        super().sleep()
-
-    def load_weights(self, manifest, *chunks):
-        self._note("load")
-        return super().load_weights(manifest, *chunks)
-
-    def _note(self, what: str) -> None:
-        with Path(os.environ["STAGE_RAY_TEST_CALLS"]).open("a") as file:
-            file.write(f"{self._name} {what}\n")
 
 
 @pytest.mark.slow

@@ -20,16 +20,8 @@ from stage_ray.records import RolloutGroup
 from stage_ray.train import train
 from tests import runs
 from tests.learner_case import PROMPTS, low_tokens, sample_groups, score, tiny_run
-from tests.scorers import Brightness, _output
 
 NO_ENTROPY_REWARD = {"entropy_reward": 0.0}
-
-
-class Constant(Brightness):
-    """A scorer that is right, and of no use: every image gets the same."""
-
-    def score(self, images: np.ndarray, prompts):
-        return _output(np.ones(len(images)))
 
 
 def constant(group: RolloutGroup) -> np.ndarray:
@@ -124,7 +116,7 @@ def run_and_listen(run: RunConfig) -> tuple[str, list[dict], str]:
 
 @pytest.mark.slow
 def test_an_alarm_is_in_the_log_the_metrics_and_the_report(tmp_path, plain):
-    changes = {"algorithm": NO_ENTROPY_REWARD, "rewards": [{"type": "tests.observability.test_alarms.Constant"}]}
+    changes = {"algorithm": NO_ENTROPY_REWARD, "rewards": [{"type": "tests.scorers.Constant"}]}
     run = runs.tiny_run(tmp_path, plain, steps=1, evaluation={"enabled": False}, **changes)
     said, written, report = run_and_listen(run)
     names = ["zero_gradient", "no_variance", "no_valid_reward"]
