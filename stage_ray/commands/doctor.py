@@ -76,8 +76,6 @@ def _judge(subject: str, good: bool, found: str, otherwise: State, fix: str) -> 
 
 
 def _libraries() -> Iterable[Finding]:
-    from stage_ray.engines.vllm.environment import ON_A_GPU, needs_gpu
-
     locked = sys.version_info[:2] <= (3, 13)
     yield _judge("Python", locked, platform.python_version(), "note", "the CPU lock is for Python 3.11 to 3.13")
     yield _imports("torch", "torch")
@@ -90,6 +88,11 @@ def _libraries() -> Iterable[Finding]:
     yield _judge("vLLM plug-in", registered, plugin, "missing", "pip install --no-deps -e . (make install does it)")
     if importlib.util.find_spec("torchvision") is not None:
         yield _imports("torchvision", "torchvision", fix="its build does not fit torch: pip uninstall torchvision")
+
+
+def _vllm_build() -> Iterable[Finding]:
+    from stage_ray.engines.vllm.environment import ON_A_GPU, needs_gpu
+
     if needs_gpu():
         fix = f"stage-ray train configs/stage_shapeworld.yaml {ON_A_GPU}"
         yield Finding("vLLM build", "missing", "for GPUs, of which the default job reserves none", fix)
@@ -168,4 +171,4 @@ def _assets() -> Iterable[Finding]:
         yield Finding("shipped model", "missing", str(error), f"{CHECK_OUT}, or run: stage-ray pretrain")
 
 
-CHECKS: tuple[Callable[[], Iterable[Finding]], ...] = (_libraries, _processor, _space, _assets)
+CHECKS: tuple[Callable[[], Iterable[Finding]], ...] = (_libraries, _vllm_build, _processor, _space, _assets)
