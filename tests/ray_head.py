@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -103,6 +105,7 @@ def ray_head(directory: Path, resources: dict[str, float] | None = None) -> Iter
             head.wait(30)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(head.pid, signal.SIGKILL)
+        shutil.rmtree(environment["RAY_TMPDIR"], ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -125,11 +128,15 @@ def joining(head: Head) -> Iterator[None]:
 
 
 def with_token(directory: Path) -> dict[str, str]:
-    """An environment whose Ray demands a token that this user may never have had."""
+    """An environment whose Ray demands a token that this user may never have had, and keeps its files to itself.
+
+    In Ray's usual directory the head that was started last, by whatever test, is the one that jobs of all heads join.
+    """
     token = directory / "token"
     token.write_text(TOKEN)
     plain = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")}
-    return plain | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+    private = {"RAY_TMPDIR": tempfile.mkdtemp(prefix="ray-")}  # pytest's own paths are too long for its sockets
+    return plain | private | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
 
 
 def wait_for(port: int, head: subprocess.Popen, log: Path) -> None:

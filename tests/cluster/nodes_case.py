@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -34,6 +35,7 @@ def nodes(tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_worker_niceness", "0")
     monkeypatch.setenv("RAY_prestart_worker_first_driver", "0")  # one for each CPU of each node, which has no use
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.setenv("RAY_TMPDIR", tempfile.mkdtemp(prefix="ray-"))  # as `tests.ray_head.with_token` says
     from ray._private.authentication.authentication_token_setup import Config
 
     Config.initialize("")
