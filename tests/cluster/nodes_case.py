@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -35,7 +36,8 @@ def nodes(tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_worker_niceness", "0")
     monkeypatch.setenv("RAY_prestart_worker_first_driver", "0")  # one for each CPU of each node, which has no use
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    monkeypatch.setenv("RAY_TMPDIR", tempfile.mkdtemp(prefix="ray-"))  # as `tests.ray_head.with_token` says
+    directory = tempfile.mkdtemp(prefix="ray-")
+    monkeypatch.setenv("RAY_TMPDIR", directory)  # as `tests.ray_head.with_token` says
     from ray._private.authentication.authentication_token_setup import Config
 
     Config.initialize("")
@@ -54,6 +56,7 @@ def nodes(tmp_path, monkeypatch):
     cluster.add = lambda **resources: cluster.add_node(num_cpus=4, object_store_memory=store, resources=resources)
     yield cluster
     cluster.shutdown()
+    shutil.rmtree(directory, ignore_errors=True)
 
 
 def start(run, address: str, directory: Path) -> subprocess.Popen:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -96,6 +97,7 @@ def test_the_rendered_entrypoint_trains_on_nodes_like_its_pods_and_again_does_no
         assert (metrics.parent / "report.html").stat().st_size > 0
     finally:
         nodes.shutdown()
+        shutil.rmtree(head.environment["RAY_TMPDIR"], ignore_errors=True)
 
 
 def start(spec: dict, directory: Path) -> tuple[Head, Cluster]:
