@@ -25,6 +25,17 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Tiny products on several threads wait for each other longer than they compute, on a busy machine above all."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
 def one_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """One Ray for the runs of a file that say nothing about how Ray starts and ends."""
     from tests.ray_head import joining, ray_head

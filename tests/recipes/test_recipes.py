@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +24,7 @@ MINE = "tests.recipes.mine.UncertainRecipe"
 SWITCHES_OFF = {"reweight_advantage": False, "reweight_kl": False, "entropy_reward": 0.0}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """The models here are too small to share among threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def run_with(recipe: str = "stage", **algorithm: Any) -> RunConfig:
