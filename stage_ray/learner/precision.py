@@ -8,12 +8,12 @@ from typing import Literal
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from stage_ray.policies.devices import hardware_has_bfloat16
+from stage_ray.policies.devices import compute_dtype
 
 
 def uses_bfloat16(setting: Literal["auto", "off", "bfloat16"], device: torch.device) -> bool:
     """What a setting of ``learner.autocast`` comes to on a device."""
-    return setting == "bfloat16" or (setting == "auto" and hardware_has_bfloat16(device))
+    return setting != "off" and compute_dtype(setting, device) is torch.bfloat16
 
 
 def autocast(bfloat16: bool, device: torch.device) -> AbstractContextManager[object]:

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from ray.cluster_utils import Cluster
 
 from stage_ray.config.load import load_config
 from tests.chaos import audited
+from tests.ray_head import with_token
 from tests.runs import tiny_run
 
 REPOSITORY = Path(__file__).parents[2]
@@ -29,15 +29,12 @@ ENGINE = os.environ.get("NODES_ENGINE", "torch")  # vllm takes four times as lon
 @pytest.fixture
 def nodes(tmp_path, monkeypatch):
     """A head that runs no actor, and a way to add nodes with resources."""
-    token = tmp_path / "token"
-    token.write_text("0123456789abcdef" * 4)
-    for name, value in {"MODE": "token", "TOKEN_PATH": str(token)}.items():
-        monkeypatch.setenv(f"RAY_AUTH_{name}", value)
+    environment = with_token(tmp_path)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setenv("RAY_worker_niceness", "0")
     monkeypatch.setenv("RAY_prestart_worker_first_driver", "0")  # one for each CPU of each node, which has no use
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    directory = tempfile.mkdtemp(prefix="ray-")
-    monkeypatch.setenv("RAY_TMPDIR", directory)  # as `tests.ray_head.with_token` says
     from ray._private.authentication.authentication_token_setup import Config
 
     Config.initialize("")
@@ -56,7 +53,7 @@ def nodes(tmp_path, monkeypatch):
     cluster.add = lambda **resources: cluster.add_node(num_cpus=4, object_store_memory=store, resources=resources)
     yield cluster
     cluster.shutdown()
-    shutil.rmtree(directory, ignore_errors=True)
+    shutil.rmtree(environment["RAY_TMPDIR"], ignore_errors=True)
 
 
 def start(run, address: str, directory: Path) -> subprocess.Popen:
