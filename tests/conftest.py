@@ -40,7 +40,7 @@ def one_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """One Ray for the runs of a file that say nothing about how Ray starts and ends."""
     from tests.ray_head import joining, ray_head
 
-    with ray_head(tmp_path_factory.mktemp("ray")) as head, joining(head):
+    with ray_head(tmp_path_factory.mktemp("ray"), jobs=False) as head, joining(head):
         yield
 
 

@@ -71,8 +71,11 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def ray_head(directory: Path, resources: dict[str, float] | None = None) -> Iterator[Head]:
-    """`ray start --head` on loopback, in a process group of its own that is gone afterwards."""
+def ray_head(directory: Path, resources: dict[str, float] | None = None, *, jobs: bool = True) -> Iterator[Head]:
+    """`ray start --head` on loopback, in a process group of its own that is gone afterwards.
+
+    Without ``jobs`` no dashboard and no Jobs API: processes that work for as long as the head lives.
+    """
     port, dashboard_port = free_port(), free_port()
     (directory / "tests").symlink_to(REPOSITORY / "tests")  # jobs may name the tests' model family and scorers
     environment = with_token(directory) | {"PATH": f"{BIN}:{os.environ['PATH']}", "PYTHONPATH": str(directory)}
@@ -88,6 +91,8 @@ def ray_head(directory: Path, resources: dict[str, float] | None = None) -> Iter
         f"--dashboard-port={dashboard_port}",
         f"--dashboard-agent-listen-port={free_port()}",  # another Ray on this machine holds the default one
         "--num-cpus=4",
+        f"--include-dashboard={jobs}",
+        "--include-log-monitor=false",  # it would read the workers' logs all the time, for drivers that do not ask
         f"--resources={json.dumps(resources or {})}",
         f"--object-store-memory={200 * 2**20}",
     ]
@@ -97,7 +102,7 @@ def ray_head(directory: Path, resources: dict[str, float] | None = None) -> Iter
             command, env=environment | loopback, stdout=log, stderr=log, start_new_session=True, cwd=directory
         )
     try:
-        wait_for(dashboard_port, head, directory / "head.log")
+        wait_for(dashboard_port if jobs else port, head, directory / "head.log")
         yield Head(f"http://127.0.0.1:{dashboard_port}", f"127.0.0.1:{port}", environment)
     finally:
         head.terminate()  # alone: it ends its children in their order

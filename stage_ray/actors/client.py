@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import socket
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 import ray
@@ -60,6 +62,20 @@ class Worker:
 
     def setup(self, address: str = "") -> None:
         """Load what takes time; one of several ranks first meets the others at ``address``."""
+
+
+@contextmanager
+def loading() -> Iterator[None]:
+    """No garbage collection while a worker loads what stays, and none of that later.
+
+    The collector would walk millions of objects of torch and vLLM again and again: up to a fifth of a worker's start.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 class Client:

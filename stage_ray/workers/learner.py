@@ -9,7 +9,7 @@ from typing import Any
 import ray
 from torch import Tensor
 
-from stage_ray.actors.client import Worker
+from stage_ray.actors.client import Worker, loading
 from stage_ray.config import RunConfig
 from stage_ray.observability.logs import redirect_output
 from stage_ray.observability.worker_metrics import WorkerMetrics
@@ -33,6 +33,7 @@ class LearnerWorker(Worker):
         self._chunks: list[Chunk] = []
         self._batch: tuple[Any, ...] = ()
 
+    @loading()
     def setup(self, address: str = "") -> None:
         """Load the model, or this rank's share of it after it has met the others at ``address``."""
         from stage_ray.learner.learner import Learner

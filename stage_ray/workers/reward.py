@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from stage_ray.actors.client import Client, Worker
+from stage_ray.actors.client import Client, Worker, loading
 from stage_ray.config import RunConfig
 from stage_ray.observability.logs import redirect_output
 from stage_ray.observability.worker_metrics import WorkerMetrics
@@ -23,6 +23,7 @@ class RewardWorker(Worker):
         self._metrics = WorkerMetrics("reward", name)
         self._rewards = run.rewards
 
+    @loading()
     def setup(self, address: str = "") -> None:
         """Make every scorer."""
         self._scorers = build_rewards(self._rewards)

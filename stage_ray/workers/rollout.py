@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from stage_ray.actors.client import Client, Worker
+from stage_ray.actors.client import Client, Worker, loading
 from stage_ray.config import RunConfig
 from stage_ray.observability.logs import redirect_output
 from stage_ray.observability.worker_metrics import WorkerMetrics
@@ -32,6 +32,7 @@ class RolloutWorker(Worker):
         self._metrics = WorkerMetrics("rollout", name)
         self._name, self._run, self._rank = name, run, rank
 
+    @loading()
     def setup(self, address: str = "") -> None:
         """Start the engine, or this rank's share of it after it has met the others at ``address``."""
         from stage_ray.engines import build_engine  # after the redirection: importing vLLM talks

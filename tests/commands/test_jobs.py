@@ -70,17 +70,17 @@ def until(what: Callable[[], object], seconds: float = 120) -> None:
         time.sleep(0.2)
 
 
-def test_ray_job_submit_attaches_to_the_running_cluster_and_fails_with_the_run(head, tmp_path):
-    def plain(*arguments: str) -> subprocess.CompletedProcess[str]:
+def test_ray_job_submit_attaches_to_the_running_cluster_and_fails_with_the_run(head, tmp_path, plain):
+    def ray_job(*arguments: str) -> subprocess.CompletedProcess[str]:
         words = ["ray", "job", "submit", "--address", head.address, "--working-dir", ".", "--", "stage-ray", "train"]
         return head.command(*words, CONFIG, *arguments)
 
-    done = plain("--run-dir", str(tmp_path / "run"), *settings())
+    done = ray_job("--run-dir", str(tmp_path / "run"), *settings(plain))
     assert done.returncode == 0, done.stdout + done.stderr
     assert steps(tmp_path / "run") == [1]
     assert not (tmp_path / "run" / "logs" / "ray").exists(), "a second Ray was started"
 
-    wrong = plain("--set", "learner.lrr=1")
+    wrong = ray_job("--set", "learner.lrr=1")
     assert wrong.returncode != 0
     assert "did you mean 'learner.lr'?" in wrong.stdout + wrong.stderr
 
@@ -112,13 +112,14 @@ def changed(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_submit_sends_code_files_and_scorers_follows_the_run_and_does_not_repeat_it(head, changed):
+def test_submit_sends_code_files_and_scorers_follows_the_run_and_does_not_repeat_it(head, changed, plain):
     waits = ["--run-dir", "/shared/runs/waits", "--id", "waits", "--no-wait"]
     waits += ["--entrypoint-resources", "{driver: 2}"]  # the cluster has one
     run_dir, more = changed / "run", changed / "more.yaml"
     more.write_text(json.dumps({"py_modules": [str(changed / "my_scorers")], "env_vars": {"A_SETTING": "1"}}))
     arguments = ["--run-dir", str(run_dir), "--env", "A_TOKEN", "--runtime-env", str(more), "--entrypoint-cpus", "0.5"]
-    arguments += ["--set", "rewards=[{type: my_scorers.Brightness, options: {licence: LICENSE}}]", *settings()]
+    mine = "[{type: my_scorers.Brightness, options: {licence: LICENSE}}]"
+    arguments += settings(plain, rewards=mine)
     secret = {"A_TOKEN": "hush-hush", "PYTHONPATH": str(changed)}  # the latter, that the command is the changed one
 
     done, waiting = together(

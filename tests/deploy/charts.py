@@ -33,7 +33,7 @@ def render(values: dict[str, Any] | None = None, name: str = "first") -> list[di
         item
         for path, text in texts.items()
         if not path.endswith("NOTES.txt")
-        for item in yaml.safe_load_all(text)
+        for item in yaml.load_all(text, Loader=yaml.CSafeLoader)  # the safe loader of libyaml, ten times as fast
         if item
     ]
 

@@ -25,14 +25,13 @@ from tests.ray_head import BIN, Head, free_port, with_token
 
 POD = {"memory": "2Gi", "shm": "256Mi", "objectStore": "128Mi", "gpus": 0, "tolerations": []}
 GROUPS = {
-    "rollout": POD | {"replicas": 2, "minReplicas": 2, "maxReplicas": 2, "cpu": "1"},
+    "rollout": POD | {"replicas": 1, "minReplicas": 1, "maxReplicas": 1, "cpu": "1"},
     "reward": POD | {"replicas": 1, "minReplicas": 1, "maxReplicas": 1, "cpu": "1"},
     "learner": POD | {"replicas": 2, "minReplicas": 2, "maxReplicas": 2, "cpu": "1", "rayResources": {"learner": 1}},
 }
 SIZES = [
     "steps=2",
     "rollout.engine=torch",
-    "rollout.workers=2",
     "rollout.group_size=2",
     "rollout.groups_per_step=2",
     "rollout.threads=1",
@@ -86,10 +85,10 @@ def test_the_rendered_entrypoint_trains_on_nodes_like_its_pods_and_again_does_no
 
         homes = {node["node_id"]: node["resources_total"] for node in head.state("nodes")}
         actors = [actor for actor in head.state("actors") if actor["class_name"] in ROLES]
-        assert len(actors) == 5
+        assert len(actors) == 4
         for actor in actors:
             assert ROLES[actor["class_name"]] in homes[actor["node_id"]], actor
-        assert len({actor["node_id"] for actor in actors}) == 5, "each on a pod of its own"
+        assert len({actor["node_id"] for actor in actors}) == 4, "each on a pod of its own"
 
         again = head.command(*submit)
         assert again.returncode == 0, again.stdout + again.stderr
@@ -113,10 +112,13 @@ def start(spec: dict, directory: Path) -> tuple[Head, Cluster]:
     port = free_port()
     here = {"include_dashboard": True, "dashboard_host": "127.0.0.1", "dashboard_port": port}
     here["dashboard_agent_listen_port"] = free_port()  # it starts the jobs; another Ray may hold the default one
-    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": cpus, "object_store_memory": store, **here})
+    quiet = {"include_log_monitor": False}  # it would read the workers' logs all the time, for nobody
+    nodes = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": cpus, "object_store_memory": store, **here, **quiet}
+    )
     for group in spec["workerGroupSpecs"]:
         resources, cpus, store = offered(group)
         for _ in range(group["replicas"]):
-            nodes.add_node(num_cpus=cpus, object_store_memory=store, resources=resources)
+            nodes.add_node(num_cpus=cpus, object_store_memory=store, resources=resources, **quiet)
     nodes.wait_for_nodes()
     return Head(f"http://127.0.0.1:{port}", nodes.address, environment), nodes
