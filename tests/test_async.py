@@ -146,3 +146,21 @@ def test_a_replay_refuses_a_step_that_was_recorded_in_part(tmp_path):
 def test_a_replay_without_recorded_groups_says_how_to_record_them(tmp_path, plain):
     with pytest.raises(ConfigError, match="record a run with pipeline.record=true"):
         replay_run(tiny_run(tmp_path, plain), tmp_path, Progress())
+
+
+def test_a_version_that_several_ranks_broadcast_is_the_one_that_vllm_serves(tmp_path, model):
+    pytest.importorskip("vllm")
+    run = tiny_run(
+        tmp_path,
+        model,
+        steps=3,
+        rollout={"engine": "vllm", "kv_cache_gib": 0.25, "dtype": "float32"},
+        learner={"lr": 1e-3, "ranks": 2},
+        cluster={"weight_transport": "gloo"},
+        **QUICK,
+    )
+    directory = train(run).run_dir
+    rows = lines(directory / "metrics.jsonl")
+    # What the learner says of the tokens that were drawn with its weights; a step at this rate moves that by far more.
+    assert all(row["mismatch/abs_logprob"] < 1e-4 for row in rows) and rows[-1]["kl"] > 1e-5
+    assert sound(directory).reissued == 0

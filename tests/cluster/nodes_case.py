@@ -144,7 +144,7 @@ def test_two_of_everything_on_three_nodes_outlive_a_node_with_a_rank_of_the_lear
         steps=100_000,
         rollout={"engine": "torch", "workers": 2, "groups_per_step": 4, "resources": {"rollout": 1}},
         scoring={"workers": 2, "resources": {"reward": 1}},
-        learner={"ranks": 2, "resources": {"learner": 1}},
+        learner={"ranks": 2, "resources": {"learner": 1}, "lr": 1e-6},  # else what a step changes is an alarm too
         pipeline={"max_staleness": 1, "order": "arrival"},
         evaluation={"enabled": False},
         cluster={"heartbeat_s": 1.0, "metrics_port": None},
