@@ -21,12 +21,13 @@ class Prompt:
     """One line of a prompt file.
 
     ``record`` is the whole line as read (GenEval's format: ``tag``, ``include``, ``exclude``, ``prompt``); scorers that
-    need only text read ``text``.
+    need only text read ``text``. ``where`` says where it was read, for messages: "prompts.jsonl, line 3".
     """
 
     index: int
     text: str
     record: Mapping[str, Any] = field(default_factory=dict)
+    where: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ processor time. Configs name the family by its dotted path, as a user names one 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from stage_ray.config import PolicyConfig
 from stage_ray.errors import ConfigError
 from stage_ray.policies.base import Backbone, Branch, ImageCodec, Policy, PromptIds, VllmSpec
-from stage_ray.policies.checkpoint_files import local_checkpoint, read_tensors
+from stage_ray.pretrained import local_checkpoint, read_tensors
 
 FAMILY = "tests.plain.PlainPolicy"
 BOI, PAD, VOCABULARY = 0, 1, 64  # text ids: the token that begins an image, padding, then hashed words
@@ -158,10 +158,6 @@ class PlainPolicy(Policy):
     def decoder(self, sequences: int, length: int) -> PlainDecoder:
         """Without a cache."""
         return PlainDecoder(self.model.language_model, sequences, length)
-
-    def save(self, directory: Path, state: Mapping[str, Tensor] | None = None) -> None:
-        """Config and weights."""
-        _write(directory, dict(state) if state is not None else self.model.state_dict())
 
 
 def plain_checkpoint(directory: Path, seed: int = 0) -> Path:

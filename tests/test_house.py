@@ -13,6 +13,7 @@ LEVELS = (
     "errors",
     "registry records files",
     "config",
+    "pretrained",
     "algorithm",
     "recipes",
     "policies rewards observability actors",

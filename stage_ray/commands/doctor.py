@@ -149,7 +149,7 @@ def _space() -> Iterable[Finding]:
 
 
 def _assets() -> Iterable[Finding]:
-    from stage_ray.pipeline.prompts import load_prompts
+    from stage_ray.pipeline.prompt_files import load_prompts
 
     for name in ("train", "heldout"):
         try:

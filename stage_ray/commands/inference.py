@@ -47,7 +47,7 @@ def evaluate(
     from stage_ray.evaluation.loop import EngineBackend, requests_for
     from stage_ray.evaluation.loop import evaluate as run_benchmark
     from stage_ray.observability.progress import Progress
-    from stage_ray.pipeline.prompts import load_prompts
+    from stage_ray.pipeline.prompt_files import load_prompts
     from stage_ray.rewards import build_rewards
 
     benchmark = find_benchmark(suite, "--suite")
@@ -90,7 +90,7 @@ def generate(
 
     from stage_ray.evaluation.loop import EngineBackend, judge_in_batches, requests_for
     from stage_ray.observability.progress import Progress
-    from stage_ray.pipeline.prompts import load_prompts
+    from stage_ray.pipeline.prompt_files import load_prompts
     from stage_ray.records import Prompt
     from stage_ray.report.samples import contact_sheet
 

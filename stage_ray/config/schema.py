@@ -30,6 +30,9 @@ class PolicyConfig(Section):
     family: str = Field("janus", description="Model family, a folder in stage_ray/policies, or package.module.Class")
     path: str = Field(description="A Hugging Face directory, package:MODULE/DIR, or a hub id")
     template: Literal["official", "paper"] = Field("official", description="Roles: <|User|>, or User as in the paper")
+    export_dtype: Literal["checkpoint", "float32", "bfloat16"] = Field(
+        "checkpoint", description="Type of the trained weights in final/; checkpoint: as they came"
+    )
     trust_remote_code: bool = Field(False, description="Run code that comes with a checkpoint. Off unless you wrote it")
 
 

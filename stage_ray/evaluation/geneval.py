@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from stage_ray.config import RewardConfig
 from stage_ray.evaluation.base import MetricValue, mean_of_metrics, mean_over_images
 from stage_ray.records import Prompt, ScoredGroup
+from stage_ray.rewards.geneval import is_nothing
 
 DETECTOR = "stage_ray.shapeworld.detector.ShapeDetector"
 JUDGE = {"type": "geneval", "options": {"detector": DETECTOR, "threshold": 0.5, "counting_threshold": 0.5}}
@@ -31,7 +32,8 @@ class GenEvalBenchmark:
         strict: dict[str, dict[int, list[float]]] = {}  # task -> prompt -> verdicts of its images
         soft: dict[int, list[float]] = {}
         for prompt, group in zip(prompts, scored, strict=True):
-            task = strict.setdefault(prompt.record.get("tag") or "all", {})
+            tag = prompt.record.get("tag")
+            task = strict.setdefault(tag if isinstance(tag, str) and not is_nothing(tag) else "all", {})
             for details in group.details:
                 # What the first scorer with a verdict said of the image; None where every scorer failed.
                 judged = next((said for said in details.values() if "verdict" in said), None)

@@ -168,12 +168,11 @@ class Learner:
 
     def export(self, directory: Path) -> None:
         """Write a Hugging Face checkpoint that plain transformers loads; the first rank does, the others take part."""
-        if self._ranks.count == 1:
-            self.policy.save(directory)
-            return
-        state = full_state_dict(self.policy.model.state_dict(), keep=self._ranks.first)
+        wanted = self._run.policy.export_dtype
+        dtype = None if wanted == "checkpoint" else getattr(torch, wanted)
+        state = None if self._ranks.count == 1 else full_state_dict(self._parameters, keep=self._ranks.first)
         if self._ranks.first:
-            self.policy.save(directory, state)
+            self.policy.save(directory, state, dtype)
         self._ranks.wait()
 
     def _parts(self) -> LearnerParts:

@@ -1,47 +1,11 @@
-"""Prompt files, and the order in which prompts are drawn: fixed by the run's seed."""
+"""The order in which prompts are drawn: fixed by the run's seed."""
 
 from __future__ import annotations
 
-import json
 import random
 from dataclasses import dataclass, field
 
-from stage_ray.config.paths import resolve_path
-from stage_ray.errors import ConfigError
 from stage_ray.records import Prompt
-
-
-def load_prompts(location: str) -> list[Prompt]:
-    """Read a prompt file: JSON Lines with at least ``prompt`` (``.jsonl``), or plain text, one prompt a line.
-
-    Raises:
-        ConfigError: missing, empty or malformed file; names the line.
-    """
-    path = resolve_path(location)
-    if not path.is_file():
-        raise ConfigError(f"prompt file {location} is not a file")
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"prompt file {location} is not UTF-8 text: {error.reason}") from error
-    prompts: list[Prompt] = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        record = {"prompt": line.strip()}
-        if path.suffix in {".jsonl", ".json"}:
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ConfigError(f"{path}, line {number}: not a JSON object ({error.msg})") from error
-            text = record.get("prompt") if isinstance(record, dict) else None
-            if not isinstance(text, str) or not text.strip():
-                example = '{"prompt": "a photo of a circle"}'
-                raise ConfigError(f'{path}, line {number}: needs a non-empty "prompt", for example {example}')
-        prompts.append(Prompt(len(prompts), record["prompt"], record))
-    if not prompts:
-        raise ConfigError(f"prompt file {location} holds no prompts; give it at least one line")
-    return prompts
 
 
 @dataclass(slots=True)

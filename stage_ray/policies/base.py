@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from stage_ray.config import PolicyConfig
+from stage_ray.config.paths import model_location
 from stage_ray.errors import ConfigError
 from stage_ray.policies.logprobs import SamplingParams, TokenLogprobs, chunked_logprobs, process_logits
+from stage_ray.pretrained import check_directory, export_checkpoint
 
 LOGITS_AT_ONCE = 2**22  # float32 logits made at once by `token_logprobs`: 16 MiB, and a few temporaries of that size
 
@@ -79,6 +81,10 @@ class ImageCodec(ABC):
         Engines and log-probabilities take None for granted so far: no family here restricts its tokens.
         """
         return None
+
+    def texts(self) -> dict[str, str]:
+        """Files of the checkpoint, by name, that an export must have otherwise, such as another chat template."""
+        return {}
 
     @abstractmethod
     def encode_prompt(self, text: str) -> PromptIds:
@@ -173,6 +179,17 @@ class Policy(ABC):
             parameter.requires_grad_(trainable)
 
     @classmethod
+    def check(cls, config: PolicyConfig) -> None:
+        """Check a local checkpoint before a run, without loading it; a hub id is left to the workers.
+
+        Raises:
+            ConfigError: files are missing or damaged, or it is of another architecture.
+        """
+        model = Path(model_location(config.path))
+        if model.exists():  # a hub id does not
+            check_directory(model, cls.model_type)
+
+    @classmethod
     @abstractmethod
     def load(
         cls, config: PolicyConfig, *, device: torch.device, dtype: torch.dtype = torch.float32, trainable: bool = True
@@ -204,9 +221,16 @@ class Policy(ABC):
     def decoder(self, sequences: int, length: int) -> Decoder:
         """A cached forward for so many sequences, each of at most ``length`` positions."""
 
-    @abstractmethod
-    def save(self, directory: Path, state: Mapping[str, Tensor] | None = None) -> None:
-        """Write a Hugging Face checkpoint that plain transformers loads; ``state`` replaces the model's weights."""
+    def save(
+        self, directory: Path, state: Mapping[str, Tensor] | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        """Write the checkpoint that was loaded again, with the trained parameters (or ``state``) in their places.
+
+        All else is as it came: names, dtypes (that of the trained ones may be another), configs, tokenizer. Whole or
+        not at all.
+        """
+        state, texts = state or self.trained_parameters(), self.codec.texts()
+        export_checkpoint(self.codec.location, directory, state, texts=texts, dtype=dtype)
 
     def enable_gradient_checkpointing(self) -> None:
         """Recompute the layers' activations in the backward pass; dropout, if a config has any, stays off.

@@ -32,7 +32,12 @@ class RewardOutput:
 
 
 class Reward(Protocol):
-    """A scorer. Built once in a reward worker from its config's ``options``; knows nothing of who calls it."""
+    """A scorer. Built once in a reward worker from its config's ``options``; knows nothing of who calls it.
+
+    A scorer may have a class method ``check(prompts, **options)``, which is asked before anything is started, without
+    building it: it gives the prompts that it could not judge, each with the reason, as pairs (`Prompt`, text), and
+    raises a `ConfigError` for options that lead nowhere, such as a directory without the weights of its model.
+    """
 
     def score(self, images: np.ndarray, prompts: Sequence[Prompt]) -> RewardOutput:
         """Score images, uint8 [B, H, W, 3], each against its prompt."""

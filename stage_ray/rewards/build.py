@@ -11,6 +11,7 @@ from pydantic import PydanticSchemaGenerationError, TypeAdapter, ValidationError
 
 from stage_ray.config import RewardConfig
 from stage_ray.errors import ConfigError, impossible
+from stage_ray.records import Prompt
 from stage_ray.registry import Registry
 from stage_ray.rewards.base import GroupReward, Reward
 
@@ -29,7 +30,34 @@ def build_rewards(configs: Sequence[RewardConfig]) -> list[tuple[str, Reward | G
     return [(config.column, _build(config, f"rewards.{index}")) for index, config in enumerate(configs)]
 
 
+def check_rewards(configs: Sequence[RewardConfig], prompts: Sequence[Prompt]) -> list[tuple[Prompt, str]]:
+    """Check every scorer of a run without building it: the prompts that one cannot judge, and why, scorer by scorer.
+
+    Raises:
+        ConfigError: as `build_rewards`, and what a scorer's own `check` finds wrong with its options.
+    """
+    found = []
+    for index, config in enumerate(configs):
+        kind, options = _resolve(config, f"rewards.{index}")
+        check = getattr(kind, "check", None)
+        if check is not None:
+            try:
+                found += [(prompt, f"{config.column}: {why}") for prompt, why in check(prompts, **options)]
+            except ConfigError as error:
+                raise ConfigError(f"rewards.{index}.options of {config.type}: {error}") from error
+    return found
+
+
 def _build(config: RewardConfig, key: str) -> Reward | GroupReward:
+    kind, options = _resolve(config, key)
+    try:
+        return kind(**options)
+    except ConfigError as error:
+        raise ConfigError(f"{key}.options of {config.type}: {error}") from error
+
+
+def _resolve(config: RewardConfig, key: str) -> tuple[Any, dict[str, Any]]:
+    """The scorer's class, and its options as its constructor wants them."""
     kind = REWARDS.find(config.type, f"{key}.type")
     if not callable(kind) or not any(callable(getattr(kind, name, None)) for name in ("score", "score_groups")):
         raise ConfigError(f"{key}.type = {config.type!r} is not a class with a method score(images, prompts)")
@@ -51,10 +79,7 @@ def _build(config: RewardConfig, key: str) -> Reward | GroupReward:
     except NameError:
         hints = {}  # types that only a type checker imports: there is nothing to check by
     options = {name: _converted(value, hints.get(name, Any), f"{key}.{name}") for name, value in config.options.items()}
-    try:
-        return kind(**options)
-    except ConfigError as error:
-        raise ConfigError(f"{key} of {config.type}: {error}") from error
+    return kind, options
 
 
 def _converted(value: Any, hint: Any, key: str) -> Any:

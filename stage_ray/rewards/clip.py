@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Annotated
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -11,10 +12,11 @@ import torch.nn.functional as F
 from PIL import Image
 from pydantic import Field
 from torch import Tensor
-from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
+from transformers import AutoImageProcessor, AutoTokenizer, CLIPConfig, CLIPModel
 
 from stage_ray.config.paths import model_location
 from stage_ray.errors import ConfigError
+from stage_ray.pretrained import check_directory, check_finite, check_tensors, local_checkpoint
 from stage_ray.records import Prompt
 from stage_ray.rewards.base import RewardOutput
 
@@ -40,16 +42,32 @@ class ClipReward:
             batch_size: images in one forward pass.
             device: a torch device; a GPU where this process sees one, by default.
         """
-        location = model_location(path)
+        location = local_checkpoint(path, "clip", "path")
+        self._tokenizer, self._processor = _processors(location)
         try:
-            self._model = CLIPModel.from_pretrained(location).eval()
-            self._tokenizer = AutoTokenizer.from_pretrained(location)
-            self._processor = AutoImageProcessor.from_pretrained(location, backend="pil")
-        except (OSError, ValueError) as error:
+            self._model, report = CLIPModel.from_pretrained(location, output_loading_info=True)
+        except (OSError, ValueError, RuntimeError) as error:
             raise ConfigError(f"path {path!r} is not a CLIP checkpoint: {' '.join(str(error).split())}") from error
+        if missing := sorted(report["missing_keys"]):
+            raise ConfigError(f"path: {location} lacks {len(missing)} tensors, the first is {missing[0]}")
+        for name, parameter in self._model.named_parameters():
+            check_finite(name, parameter, location, "path")
+        self._model.eval()
         self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._model.to(self._device)
         self._scale, self._batch_size = scale, batch_size
+
+    @classmethod
+    def check(cls, prompts: Sequence[Prompt], path: str, **options: Any) -> Iterator[tuple[Prompt, str]]:
+        """Check a local checkpoint down to the shapes of its tensors; see `Reward`. It judges every prompt."""
+        location = Path(model_location(path))
+        if location.exists():
+            check_directory(location, "clip", "path")
+            _processors(location)
+            with torch.device("meta"):  # shapes alone, no memory
+                expected = CLIPModel(CLIPConfig.from_pretrained(location)).state_dict()
+            check_tensors(location, {name: tensor.shape for name, tensor in expected.items()}, "path")
+        return iter(())
 
     @torch.inference_mode()
     def score(self, images: np.ndarray, prompts: Sequence[Prompt]) -> RewardOutput:
@@ -76,3 +94,16 @@ class ClipReward:
         pictures = [Image.fromarray(image) for image in images]
         pixels = self._processor(pictures, return_tensors="pt")["pixel_values"].to(self._device, self._model.dtype)
         return F.normalize(self._model.get_image_features(pixels).pooler_output, dim=-1)
+
+
+def _processors(location: Path) -> tuple[Any, Any]:
+    """Tokenizer and image processor of a checkpoint.
+
+    Raises:
+        ConfigError: one of them is missing or damaged.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(location)
+        return tokenizer, AutoImageProcessor.from_pretrained(location, backend="pil")
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"path: {location} is not a CLIP checkpoint: {' '.join(str(error).split())}") from error

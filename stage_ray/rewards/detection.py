@@ -34,7 +34,11 @@ class Detection:
 
 
 class Detector(Protocol):
-    """Finds objects. Named in a config by the dotted path of a class without required arguments."""
+    """Finds objects. Named in a config by the dotted path of a class without required arguments.
+
+    Where the class (or, once built, the object) has ``labels`` or ``colors``, the words that it knows, prompts that ask
+    for others are refused before a run and never count as a failure of the model.
+    """
 
     def detect(self, images: np.ndarray) -> list[list[Detection]]:
         """Images uint8 [B, H, W, 3] -> per image its detections, most confident first."""

@@ -7,14 +7,15 @@ class and its detections, most confident first, already cut by confidence.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field
 
-from stage_ray.errors import ConfigError
+from stage_ray.errors import ConfigError, suggest
 from stage_ray.records import Prompt
 from stage_ray.registry import import_dotted
 from stage_ray.rewards.base import RewardOutput
@@ -45,39 +46,73 @@ class Requirement:
 
 
 def requirements(record: Mapping[str, Any], key: str = "include") -> list[Requirement]:
-    """Read `include` or `exclude`. Missing and None-filled keys are the same; counts may be strings.
+    """Read `include` or `exclude`. Missing keys and what tables write for nothing are the same; counts may be texts.
 
     Raises:
         ValueError: the clauses cannot be evaluated; says which and why.
     """
-    clauses = record.get(key) or []  # null is none
+    clauses = record.get(key)
+    if is_nothing(clauses):
+        return []
     if not isinstance(clauses, Sequence) or isinstance(clauses, str):
-        raise ValueError(f'"{key}" is not a list')
+        raise ValueError(f'"{key}" is not a list, as in [{{"class": "ring", "count": 1}}]')
     return [_requirement(clause, f"{key}[{index}]", index) for index, clause in enumerate(clauses)]
 
 
+def is_nothing(value: Any) -> bool:
+    """Whether a value is what JSON, pandas and CSV files hold where there is none: null, NaN, "", "None", "nan"."""
+    if isinstance(value, str):
+        return value.strip().lower() in ("", "none", "nan", "null")
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def task_of(record: Mapping[str, Any]) -> str | None:
+    """The record's ``tag``, None without one.
+
+    Raises:
+        ValueError: it is no text.
+    """
+    tag = record.get("tag")
+    if is_nothing(tag):
+        return None
+    if not isinstance(tag, str):
+        raise ValueError(f'"tag" {tag!r} is not one text, such as "counting"')
+    return tag
+
+
 def _requirement(clause: Any, where: str, index: int) -> Requirement:
-    if not isinstance(clause, Mapping) or not isinstance(clause.get("class"), str):
+    if not isinstance(clause, Mapping) or not isinstance(clause.get("class"), str) or is_nothing(clause["class"]):
         raise ValueError(f'{where} has no "class"')
-    count = clause.get("count")
-    try:
-        number = int(count) if count is not None else 1  # missing is one
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{where}: count {count!r} is not a whole number") from error
-    if number < 1:
-        raise ValueError(f"{where}: count {number} is below 1")
-    color, position = clause.get("color"), clause.get("position")
+    number = 1 if is_nothing(clause.get("count")) else _count(clause["count"], where)
+    color, position = (None if is_nothing(clause.get(key)) else clause[key] for key in ("color", "position"))
+    if color is not None and not isinstance(color, str):
+        raise ValueError(f'{where}: color {color!r} is not one text, such as "red"')
     if position is None:
         return Requirement(clause["class"], number, color)
     try:
         relation, target = position[0], int(position[1])
-    except (TypeError, ValueError, IndexError, KeyError) as error:
+        if isinstance(position[1], bool) or target != float(position[1]):
+            raise TypeError
+    except (TypeError, ValueError, IndexError, KeyError, OverflowError) as error:
         raise ValueError(f'{where}: position {position!r} is not like ["left of", 0]') from error
     if relation not in RELATIONS:
         raise ValueError(f"{where}: relation {relation!r} is not one of {', '.join(RELATIONS)}")
     if not 0 <= target < index:
         raise ValueError(f"{where}: position refers to include[{target}], which does not come before it")
     return Requirement(clause["class"], number, color, relation, target)
+
+
+def _count(value: Any, where: str) -> int:
+    """A whole number from 1 on."""
+    try:
+        number = int(value)
+        if isinstance(value, bool) or number != float(value):
+            raise ValueError
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"{where}: count {value!r} is not a whole number") from error
+    if number < 1:
+        raise ValueError(f"{where}: count {number} is below 1")
+    return number
 
 
 def relations(a: Detection, b: Detection, slack: float = POSITION_SLACK) -> set[str]:
@@ -164,6 +199,44 @@ def soft_score(include: Sequence[Requirement], objects: Objects, *, published: b
     return sum(parts) / len(parts)
 
 
+def judged_by(
+    record: Mapping[str, Any], detector: Detector | type[Detector]
+) -> tuple[list[Requirement], list[Requirement], str | None]:
+    """What a record includes and excludes, and its task, in words that the detector has.
+
+    Raises:
+        ValueError: the record cannot be evaluated, or asks for what the detector never sees.
+    """
+    try:
+        include, exclude, tag = requirements(record, "include"), requirements(record, "exclude"), task_of(record)
+    except ValueError as error:
+        raise ValueError(f"cannot be judged by GenEval's rules: {error}") from error
+    if not include:
+        raise ValueError('has no "include": GenEval needs to know what should be seen')
+    for key, needs in (("include", include), ("exclude", exclude)):
+        for index, need in enumerate(needs):
+            for what, word in (("label", need.label), ("color", need.color)):
+                known = getattr(detector, f"{what}s", None)  # of a detector that does not say, any word is taken
+                if known is not None and word is not None and word not in known:
+                    name = "class" if what == "label" else what
+                    raise ValueError(
+                        f"asks in {key}[{index}] for {name} {word!r}, unknown here; {suggest(word, known)}"
+                    )
+    return include, exclude, tag
+
+
+def find_detector(name: str) -> type[Detector]:
+    """The detector of a dotted path.
+
+    Raises:
+        ConfigError: nothing is there, or it has no method `detect`.
+    """
+    found = import_dotted(name, "detector")
+    if not callable(found) or not callable(getattr(found, "detect", None)):
+        raise ConfigError(f"detector {name!r} is no detector: it is not a class with a method detect(images)")
+    return found
+
+
 class GenEvalReward:
     """Scores by GenEval's rules; the strict verdict is in the details whatever the score is.
 
@@ -198,10 +271,7 @@ class GenEvalReward:
             counting_threshold: the same, for prompts with the tag ``counting``.
             max_per_class: most confident detections of a class that are looked at.
         """
-        made = import_dotted(detector, "detector")
-        if not callable(made) or not callable(getattr(made, "detect", None)):
-            raise ConfigError(f"detector {detector!r} is no detector: it is not a class with a method detect(images)")
-        self._detector: Detector = made()
+        self._detector: Detector = find_detector(detector)()
         self._score = score
         self._threshold, self._counting_threshold = threshold, counting_threshold
         self._max_per_class = max_per_class
@@ -216,15 +286,21 @@ class GenEvalReward:
             detail.pop("soft_published", None)  # a score of its own, and not for people
         return RewardOutput(scores, np.isfinite(scores), details)
 
+    @classmethod
+    def check(cls, prompts: Sequence[Prompt], detector: str, **options: Any) -> Iterator[tuple[Prompt, str]]:
+        """The prompts that it could not judge, each with why; see `Reward.check`."""
+        eyes = find_detector(detector)
+        for prompt in prompts:
+            try:
+                judged_by(prompt.record, eyes)
+            except ValueError as error:
+                yield prompt, str(error)
+
     def _judge(self, prompt: Prompt, found: Sequence[Detection]) -> dict[str, Any]:
         try:
-            include = requirements(prompt.record, "include")
-            exclude = requirements(prompt.record, "exclude")
+            include, exclude, tag = judged_by(prompt.record, self._detector)
         except ValueError as error:
-            return {"error": f"prompt {prompt.text!r} cannot be judged by GenEval's rules: {error}"}
-        if not include:
-            return {"error": f'prompt {prompt.text!r} has no "include": GenEval needs to know what should be seen'}
-        tag = prompt.record.get("tag")
+            return {"error": f"prompt {prompt.text!r} {error}"}
         threshold = self._counting_threshold if tag == "counting" else self._threshold
         seen: dict[str, list[Detection]] = {}  # class -> its detections
         for one in sorted(found, key=lambda detection: -detection.confidence):  # most confident first

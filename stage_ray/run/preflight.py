@@ -10,12 +10,15 @@ import yaml
 from stage_ray.config import RunConfig
 from stage_ray.config.paths import model_location
 from stage_ray.engines.vllm.environment import require_fitting_build
+from stage_ray.errors import ConfigError
 from stage_ray.evaluation.base import find_benchmark
-from stage_ray.pipeline.prompts import load_prompts
+from stage_ray.pipeline.prompt_files import load_prompts
 from stage_ray.policies import policy_class
-from stage_ray.policies.checkpoint_files import check_directory
 from stage_ray.recipes import load_recipe, resolve_recipe
 from stage_ray.records import Prompt
+from stage_ray.rewards import check_rewards
+
+SHOWN = 3  # prompts that an error names
 
 
 def preflight(run: RunConfig) -> tuple[list[Prompt], list[Prompt]]:
@@ -33,12 +36,20 @@ def preflight(run: RunConfig) -> tuple[list[Prompt], list[Prompt]]:
     if run.cluster.address is None and "RAY_ADDRESS" not in os.environ:  # the run starts Ray here
         require_fitting_build(run.rollout)
     family = policy_class(run.policy)
-    model = Path(model_location(run.policy.path))
-    if model.exists():  # a hub id does not
-        check_directory(model, family.model_type)
+    family.check(run.policy)
     find_benchmark(run.evaluation.benchmark)
     train = load_prompts(run.prompts.train)
-    return train, load_prompts(run.prompts.heldout) if run.prompts.heldout else train
+    heldout = load_prompts(run.prompts.heldout) if run.prompts.heldout else train
+    _require_scorable(run, train + heldout * run.evaluation.enabled)
+    return train, heldout
+
+
+def _require_scorable(run: RunConfig, prompts: list[Prompt]) -> None:
+    """Raise a ConfigError that names the first prompts which a scorer could not judge: the run would fail on them."""
+    if problems := check_rewards(run.rewards, prompts):
+        some = "; ".join(f"{prompt.where}: {why}" for prompt, why in problems[:SHOWN])
+        more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+        raise ConfigError(f"{len(problems)} of {len(prompts)} prompts cannot be scored: {some}{more}")
 
 
 def describe(run: RunConfig) -> str:

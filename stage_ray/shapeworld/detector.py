@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from stage_ray.config.paths import resolve_path
 from stage_ray.rewards.detection import Detection
-from stage_ray.shapeworld.scene import SHAPES
+from stage_ray.shapeworld.scene import COLORS, SHAPES
 from stage_ray.shapeworld.segmentation import Segment, segment
 
 ASSETS = "package:stage_ray/shapeworld/assets/detector"
@@ -38,6 +38,8 @@ class ShapeDetector:
     The confidence of an object is the classifier's probability of its shape, lowered where the segment is tiny, of
     mixed colour, or pale.
     """
+
+    labels, colors = SHAPES, tuple(COLORS)
 
     def __init__(self, assets: str | Path = ASSETS) -> None:
         """Load the classifier from a directory or a ``package:`` location.

@@ -1,11 +1,13 @@
 """Prompt files as users write them, well and badly."""
 
+import gzip
 import json
 
 import pytest
 
 from stage_ray.errors import ConfigError
-from stage_ray.pipeline.prompts import PromptCursor, load_prompts
+from stage_ray.pipeline.prompt_files import load_prompts
+from stage_ray.pipeline.prompts import PromptCursor
 from stage_ray.records import image_seeds
 
 
@@ -22,14 +24,72 @@ def test_plain_text_is_one_prompt_a_line(tmp_path):
     assert [p.text for p in load_prompts(str(path))] == ["a cat", "a dog"]
 
 
+RING, RINGS = '{"prompt": "a ring", "tag": "x"}', '{"prompt": "two rings"}'
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("p.jsonl", f"{RING}\n\n{RINGS}\n"),
+        ("p.JSONL", f"{RING}\r\n{RINGS}"),
+        ("p.ndjson", f"\ufeff{RING}\n{RINGS}"),
+        ("p.json", f"{RING}\n{RINGS}"),
+        ("p.json", f"[{RING},\n {RINGS}]"),
+        ("p.jsonl", f"[{RING}, {RINGS}]"),
+        ("p.json", '["a ring", "two rings"]'),
+        ("p.jsonl", '"a ring"\n{"caption": "two rings"}\n'),
+        ("p.jsonl", '{"text": "a ring"}\n{"text": "two rings", "id": 2}\n'),
+        ("p.csv", 'Prompts,Category\r\n"a ring",x\r\n"two rings",y\r\n'),
+        ("p.tsv", "id\tcaption\n1\ta ring\n2\ttwo rings\n"),
+        ("p.txt", "a ring\n\n  two rings \n"),
+        ("p", "\ufeffa ring\n\ufefftwo rings"),
+    ],
+)
+@pytest.mark.parametrize("compressed", [False, True])
+def test_the_same_prompts_are_read_from_every_form_they_come_in(tmp_path, name, text, compressed):
+    path = tmp_path / (name + ".gz" * compressed)
+    data = text.encode()
+    path.write_bytes(gzip.compress(data) if compressed else data)
+    first, second = load_prompts(str(path))
+    assert (first.text, second.text) == ("a ring", "two rings") and first.record["prompt"] == "a ring"
+    assert first.where.startswith(str(path)) and second.where != first.where
+
+
+def test_each_text_of_a_directory_is_a_prompt_in_the_order_of_names(tmp_path):
+    (tmp_path / "b.txt").write_text("two\nrings\n")
+    (tmp_path / "a.TXT").write_text("\ufeffa ring")
+    (tmp_path / "a.png").write_bytes(b"no prompt")
+    assert [prompt.text for prompt in load_prompts(str(tmp_path))] == ["a ring", "two rings"]
+
+
+@pytest.mark.parametrize("break_", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c"])
+def test_nothing_but_a_newline_ends_a_line(tmp_path, break_):
+    (tmp_path / "p.txt").write_text(f"a ring{break_}in a park\ntwo rings", encoding="utf-8")
+    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": f"a ring{break_}in a park"}, ensure_ascii=False))
+    first, second = load_prompts(str(tmp_path / "p.txt"))
+    assert (first.text, second.text) == (f"a ring{break_}in a park", "two rings")
+    if break_ > "\x1f":  # JSON itself forbids the others within a text
+        assert load_prompts(str(tmp_path / "p.jsonl"))[0].text == first.text
+
+
 @pytest.mark.parametrize(
     ("name", "text", "sentence"),
     [
         ("p.txt", "\n \n", "holds no prompts"),
+        ("p.json", "[]", "holds no prompts"),
         ("p.jsonl", '{"prompt": "a"}\n{"prompt": \n', "line 2: not a JSON object"),
-        ("p.jsonl", '{"text": "a"}\n', 'line 1: needs a non-empty "prompt"'),
+        ("p.jsonl", '{"txt": "a"}\n', 'line 1: needs a non-empty "prompt".*it has txt'),
         ("p.jsonl", '{"prompt": " "}\n', 'line 1: needs a non-empty "prompt"'),
-        ("p.jsonl", "[1]\n", "line 1: needs"),
+        ("p.jsonl", '{"prompt": null, "text": "a"}\n', 'line 1: needs a non-empty "prompt"'),
+        ("p.jsonl", "3\n", "line 1: needs.*it is 3"),
+        ("p.json", "[1]\n", "item 1: needs"),
+        ("p.json", '[{"prompt": "a"},\n{]', "line 2: not JSON"),
+        ("p.jsonl", '{"prompt": "\\ud83d"}', "line 1: half a character"),
+        ("p.csv", "title,tag\na ring,x\n", "line 1: no column is called prompt, caption, text; its columns are title"),
+        ("p.csv", "prompt,tag\na ring,x\na, b, c\n", "line 3: 2 columns"),
+        ("p.csv", 'prompt\n"a ring\n', "not CSV"),
+        ("p.parquet", "PAR1", "ends in .parquet.*save it as one of .txt"),
+        ("p.txt", "a\0b", "holds NUL bytes"),
     ],
 )
 def test_a_bad_prompt_file_is_refused_by_line(tmp_path, name, text, sentence):
@@ -37,6 +97,27 @@ def test_a_bad_prompt_file_is_refused_by_line(tmp_path, name, text, sentence):
     path.write_text(text)
     with pytest.raises(ConfigError, match=sentence):
         load_prompts(str(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "sentence"),
+    [
+        ("p.txt", "a ring\ncaf\u00e9".encode("latin-1"), "line 2: prompt file is not UTF-8 text"),
+        ("p.txt", "a ring".encode("utf-16"), "not UTF-8 text"),
+        ("p.txt.gz", gzip.compress(b"a ring" * 99)[:-20], "cannot be read"),
+        ("p.txt", b"", "holds no prompts"),
+    ],
+)
+def test_bytes_that_are_no_text_are_refused(tmp_path, name, data, sentence):
+    path = tmp_path / name
+    path.write_bytes(data)
+    with pytest.raises(ConfigError, match=sentence):
+        load_prompts(str(path))
+
+
+def test_a_directory_without_texts_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="directory without .txt files"):
+        load_prompts(str(tmp_path))
 
 
 def test_a_missing_prompt_file_is_named():

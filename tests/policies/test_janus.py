@@ -180,6 +180,7 @@ def test_a_truncated_weight_file_is_named(directory: Path, tmp_path: Path) -> No
 
 def test_a_shard_that_is_missing_is_named(directory: Path, tmp_path: Path) -> None:
     path = broken_copy(directory, tmp_path / "copy")
+    (path / "model.safetensors").unlink()  # where it is there, it alone is read, as in transformers
     (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "model-00001.safetensors"}}))
     with pytest.raises(ConfigError, match="model-00001.safetensors is missing"):
         load(path)

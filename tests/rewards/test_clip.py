@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, PreTrainedTokenizerFast
 
 from stage_ray.config import RewardConfig
 from stage_ray.errors import ConfigError
 from stage_ray.records import Prompt
-from stage_ray.rewards import build_rewards
+from stage_ray.rewards import build_rewards, check_rewards
 
 WORDS = ["<pad>", "<bos>", "<eos>", "<unk>", "a", "photo", "of", "red", "ring"]
 TEXTS = ("a photo of a ring", "a red photo of red", "ring")
@@ -85,5 +89,45 @@ def test_a_prompt_beyond_the_context_length_is_cut(checkpoint: Path):
 
 
 def test_a_directory_without_a_checkpoint_is_refused(tmp_path: Path):
-    with pytest.raises(ConfigError, match="is not a CLIP checkpoint"):
+    with pytest.raises(ConfigError, match="has no config.json; give a Hugging Face model directory"):
         clip(tmp_path)
+
+
+def cut(directory: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = load_file(directory / "model.safetensors")
+    change(tensors)
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+LAYER = "text_model.encoder.layers.0.mlp.fc1.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda d: cut(d, lambda t: t.pop(LAYER)), f"lacks 1 tensors, the first is {LAYER}"),
+        (lambda d: cut(d, lambda t: t.update({LAYER: t[LAYER][:3].clone()})), "3, 16], but config.json makes it"),
+        (lambda d: (d / "config.json").write_text('{"model_type": "janus"}'), "a 'janus' model, but it needs 'clip'"),
+        (lambda d: (d / "tokenizer.json").write_text("{"), "is not a CLIP checkpoint"),
+        (lambda d: (d / "preprocessor_config.json").unlink(), "is not a CLIP checkpoint"),
+        (lambda d: (d / "model.safetensors").rename(d / "pytorch_model.bin"), "pytorch_model.bin alone, a pickle"),
+    ],
+)
+def test_a_checkpoint_that_would_score_with_random_weights_is_refused_before_and_when_it_is_loaded(
+    checkpoint: Path, tmp_path: Path, change, sentence: str
+):
+    directory = Path(shutil.copytree(checkpoint, tmp_path / "clip"))
+    change(directory)
+    configs = [RewardConfig(type="clip", options={"path": str(directory)})]
+    with pytest.raises(ConfigError, match=re.escape(sentence)) as caught:
+        check_rewards(configs, [])
+    assert str(caught.value).startswith("rewards.0.options of clip: path: ")
+    with pytest.raises(ConfigError):
+        build_rewards(configs)
+
+
+def test_weights_that_are_not_finite_are_refused_when_they_are_loaded(checkpoint: Path, tmp_path: Path):
+    directory = Path(shutil.copytree(checkpoint, tmp_path / "clip"))
+    cut(directory, lambda tensors: tensors[LAYER].view(-1)[:1].fill_(float("nan")))
+    with pytest.raises(ConfigError, match=f"tensor {LAYER} holds 1 values that are not finite"):
+        clip(directory)

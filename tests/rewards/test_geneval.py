@@ -14,6 +14,7 @@ from stage_ray.records import Prompt
 from stage_ray.rewards import build_rewards
 from stage_ray.rewards.base import Reward
 from stage_ray.rewards.detection import Detection
+from stage_ray.rewards.geneval import GenEvalReward
 
 THREE = {"tag": "counting", "include": [{"class": "ring", "count": 3}], "exclude": [{"class": "ring", "count": 4}]}
 
@@ -100,6 +101,21 @@ def test_a_prompt_without_include_is_invalid_and_says_so(record: dict):
 def test_a_malformed_record_is_invalid_and_says_where():
     output = geneval().score(pictures(1), prompts({"include": [{"class": "ring", "count": "x"}]}, 1))
     assert not output.valid[0] and "include[0]: count 'x'" in output.details[0]["error"]
+
+
+def test_a_prompt_for_what_the_detector_never_sees_is_no_failure_of_the_model():
+    reward = GenEvalReward("stage_ray.shapeworld.detector.ShapeDetector")
+    asked = [
+        Prompt(0, "a kettle", {"include": [{"class": "kettle"}]}),
+        Prompt(1, "a mauve ring", {"include": [{"class": "ring", "color": "mauve"}]}),
+        Prompt(2, "a ring", {"include": [{"class": "ring"}]}),
+    ]
+    output = reward.score(np.zeros((3, 64, 64, 3), np.uint8), asked)
+    assert output.valid.tolist() == [False, False, True]
+    assert "asks in include[0] for class 'kettle', unknown here" in output.details[0]["error"]
+    assert "for color 'mauve'" in output.details[1]["error"]
+    refused = list(GenEvalReward.check(asked, detector="stage_ray.shapeworld.detector.ShapeDetector"))
+    assert [prompt.index for prompt, _ in refused] == [0, 1]
 
 
 def test_what_is_no_detector_is_refused():

@@ -7,7 +7,15 @@ from collections.abc import Sequence
 import pytest
 
 from stage_ray.rewards.detection import Detection
-from stage_ray.rewards.geneval import Objects, relations, requirements, soft_score, strict_verdict
+from stage_ray.rewards.geneval import (
+    Objects,
+    Requirement,
+    relations,
+    requirements,
+    soft_score,
+    strict_verdict,
+    task_of,
+)
 
 
 def thing(
@@ -100,10 +108,37 @@ def test_none_filled_and_stringified_records_are_read_as_they_were_meant():
     assert verdict(record, thing("ring"))[0] and soft(record, thing("ring")) == 1.0
 
 
+@pytest.mark.parametrize("nothing", [None, float("nan"), "", " ", "None", "nan", "null"])
+def test_what_tables_write_for_nothing_is_nothing(nothing):
+    clause = {"class": "ring", "count": nothing, "color": nothing, "position": nothing}
+    assert requirements({"include": [clause]}) == [Requirement("ring", 1)]
+    assert requirements({"include": [clause], "exclude": nothing}, "exclude") == []
+    assert task_of({"tag": nothing}) is None
+
+
+@pytest.mark.parametrize("include", ['[{"class": "ring", "count": 1}]', {"class": "ring", "count": 1}, 3])
+def test_clauses_that_are_no_list_are_refused(include):
+    with pytest.raises(ValueError, match='"include" is not a list'):
+        requirements({"include": include})
+
+
+def test_a_tag_is_one_text():
+    with pytest.raises(ValueError, match="is not one text"):
+        task_of({"tag": ["colors", "counting"]})
+
+
 @pytest.mark.parametrize(
     ("clause", "complaint"),
     [
         ({"count": 1}, 'no "class"'),
+        ({"class": ""}, 'no "class"'),
+        ({"class": "ring", "count": 2.5}, "count 2.5 is not a whole number"),
+        ({"class": "ring", "count": "2.0"}, "count '2.0' is not a whole number"),
+        ({"class": "ring", "count": float("inf")}, "count inf is not a whole number"),
+        ({"class": "ring", "count": True}, "count True is not a whole number"),
+        ({"class": "ring", "count": [1]}, "is not a whole number"),
+        ({"class": "ring", "color": ["red"]}, "color .* is not one text"),
+        ({"class": "ring", "position": ["above", 0.5]}, "not like"),
         ({"class": "ring", "count": "many"}, "not a whole number"),
         ({"class": "ring", "count": 0}, "below 1"),
         ({"class": "ring", "count": 1, "position": ["near", 0]}, "not one of left of"),

@@ -20,8 +20,8 @@ from stage_ray.engines.vllm.ranks import TensorRanks
 from stage_ray.errors import ConfigError
 from stage_ray.policies import policy_class
 from stage_ray.policies.base import PromptIds
-from stage_ray.policies.checkpoint_files import link_weights, read_tensors, tensor_shapes
 from stage_ray.policies.devices import compute_dtype, device_for
+from stage_ray.pretrained import link_weights, read_tensors, tensor_shapes
 
 
 class VllmEngine(ImageEngine):
@@ -90,6 +90,8 @@ class VllmEngine(ImageEngine):
             )
         except ValueError as error:  # too little memory, for the most part
             self._directory.cleanup()
+            if isinstance(error, ConfigError):  # of a model that found its weights wanting
+                raise
             memory = {key: getattr(rollout, key) for key in ("kv_cache_gib", "gpu_memory_utilization")}
             raise ConfigError(f"vLLM does not start with rollout memory {memory}: {error}") from error
 

@@ -197,9 +197,3 @@ def checkpoint_sizes(model: str) -> ModelSizes:
         vqmodel=parts["vqmodel"],
         frozen=sum(p.numel() for p in core.parameters()) - parts["language_model"],
     )
-
-
-def _special_ids(tokenizer: PreTrainedTokenizerFast | None) -> dict[str, int]:
-    if tokenizer is None:
-        return {}
-    return {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}

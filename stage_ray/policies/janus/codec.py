@@ -16,7 +16,7 @@ from torch import Tensor
 from stage_ray.config import PolicyConfig
 from stage_ray.errors import ConfigError
 from stage_ray.policies.base import ImageCodec, PromptIds, VllmSpec
-from stage_ray.policies.checkpoint_files import local_checkpoint, read_tensors
+from stage_ray.pretrained import local_checkpoint, read_object, read_tensors
 
 if TYPE_CHECKING:
     from transformers import JanusConfig, JanusProcessor, JanusVQVAE
@@ -55,6 +55,7 @@ class JanusCodec(ImageCodec):
         for official, paper in PAPER_ROLES.items() if template == "paper" else ():
             chat_template = chat_template.replace(official, paper)  # the roles are plain text in it
         self.location, self.config, self.processor, self._chat_template = location, config, processor, chat_template
+        self._special = _special_ids(location, processor)
         side = int(config.vq_config.num_patches)
         self.grid = (side, side)
         self.codebook_size = int(config.vq_config.num_embeddings)
@@ -73,7 +74,12 @@ class JanusCodec(ImageCodec):
         try:
             config = JanusConfig.from_pretrained(location)
             processor = AutoProcessor.from_pretrained(location, trust_remote_code=policy.trust_remote_code)
-        except (OSError, ValueError) as error:
+        except AttributeError as error:  # of the tokenizer, which its processor asks for its image tokens
+            raise ConfigError(
+                f"policy.path: {location}: the tokenizer names no image tokens ({error}); its tokenizer_config.json "
+                "needs image_token, boi_token and eoi_token, as transformers' own Janus checkpoints have them"
+            ) from error
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"policy.path: {location} does not load as a Janus model: {error}") from error
         if not isinstance(config, JanusConfig) or not isinstance(processor, JanusProcessor):
             raise ConfigError(f"policy.path: {location} is not a Janus model with its processor")
@@ -90,6 +96,11 @@ class JanusCodec(ImageCodec):
             codec.vqmodel = for_sampling(vqmodel.to(device).requires_grad_(False))
         return codec
 
+    def texts(self) -> dict[str, str]:
+        """The chat template as it was trained with, where that is not the checkpoint's own."""
+        own = self._chat_template == self.processor.chat_template
+        return {} if own else {"chat_template.jinja": self._chat_template}
+
     def encode_prompt(self, text: str) -> PromptIds:
         """Both branches of a prompt, chat template applied, ending in the token that begins an image."""
         return self._cached_ids(text)
@@ -100,13 +111,12 @@ class JanusCodec(ImageCodec):
         The unconditional branch attends to its pads, as ``generate`` of transformers does (and the paper's code, arXiv
         2509.25027).
         """
-        messages, tokenizer = [{"role": "user", "content": [{"type": "text", "text": text}]}], self.processor.tokenizer
-        template = self._chat_template
+        messages, template = [{"role": "user", "content": [{"type": "text", "text": text}]}], self._chat_template
         chat = self.processor.apply_chat_template(messages, add_generation_prompt=True, chat_template=template)
         encoded = self.processor(text=[chat], generation_mode="image")
         conditional = tuple(int(token) for token in encoded["input_ids"][0])  # hashable, and no array of NumPy
-        kept = {tokenizer.bos_token_id, int(tokenizer.convert_tokens_to_ids(tokenizer.boi_token))}
-        return PromptIds(conditional, tuple(i if i in kept else int(tokenizer.pad_token_id) for i in conditional))
+        bos, pad, boi = self._special
+        return PromptIds(conditional, tuple(i if i in (bos, boi) else pad for i in conditional))
 
     def codebook(self) -> Tensor:
         """Codebook vectors as the decoder gets them, float32 [V, D]: ``get_codebook_entry`` scales each to length 1."""
@@ -141,6 +151,31 @@ class JanusCodec(ImageCodec):
         if self.vqmodel is None:
             raise RuntimeError("this process has no image decoder: its codec was loaded without one")
         return self.vqmodel
+
+
+def _special_ids(location: Path, processor: JanusProcessor) -> tuple[int, int, int]:
+    """Ids of bos, pad and the token that begins an image: those of the generation config, which ``generate`` of
+    transformers reads, and the tokenizer's where it has none.
+
+    Raises:
+        ConfigError: neither has one.
+    """
+    file, tokenizer = location / "generation_config.json", processor.tokenizer
+    given = read_object(file) if file.is_file() else {}
+    given |= given.get("generation_kwargs") or {}
+    found = []
+    for name in ("bos", "pad", "boi"):
+        token = given.get(f"{name}_token_id")
+        if token is None:
+            token = tokenizer.convert_tokens_to_ids(getattr(tokenizer, f"{name}_token", None) or [])
+        if not isinstance(token, int):
+            raise ConfigError(
+                f"policy.path: {location} has no {name} token: neither does {file.name} give {name}_token_id, nor its "
+                f"tokenizer a {name}_token; add one of them"
+            )
+        found.append(token)
+    bos, pad, boi = found
+    return bos, pad, boi
 
 
 def for_sampling(vqmodel: JanusVQVAE) -> JanusVQVAE:

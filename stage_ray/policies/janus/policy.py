@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,10 +9,12 @@ import torch
 from torch import Tensor
 
 from stage_ray.config import PolicyConfig
+from stage_ray.config.paths import model_location
 from stage_ray.errors import ConfigError
 from stage_ray.policies.base import Backbone, Policy
 from stage_ray.policies.janus.codec import MODEL_TYPE, TRAINED_PREFIX, JanusCodec, for_sampling
 from stage_ray.policies.static_decoder import StaticDecoder
+from stage_ray.pretrained import check_finite, check_tensors
 
 if TYPE_CHECKING:
     from transformers import JanusForConditionalGeneration
@@ -39,6 +40,19 @@ class JanusPolicy(Policy):
         super().__init__(model, Backbone(model.model.language_model), codec, trainable=trainable)
 
     @classmethod
+    def check(cls, config: PolicyConfig) -> None:
+        """As `Policy.check`, down to the names and shapes of tensors, and that its prompts can be encoded."""
+        super().check(config)
+        if Path(model_location(config.path)).exists():
+            from transformers import JanusForConditionalGeneration
+
+            codec = JanusCodec.load(config)
+            with torch.device("meta"):  # shapes alone, no memory
+                model = JanusForConditionalGeneration(codec.config)
+            tied = model.all_tied_weights_keys
+            check_tensors(codec.location, {k: v.shape for k, v in model.state_dict().items() if k not in tied})
+
+    @classmethod
     def load(
         cls, config: PolicyConfig, *, device: torch.device, dtype: torch.dtype = torch.float32, trainable: bool = True
     ) -> JanusPolicy:
@@ -56,6 +70,8 @@ class JanusPolicy(Policy):
         missing = sorted(report["missing_keys"])
         if missing:
             raise ConfigError(f"policy.path: {location} lacks {len(missing)} tensors, the first is {missing[0]}")
+        for name, parameter in model.named_parameters():
+            check_finite(name, parameter, location)
         return cls(model.to(device).eval(), codec, trainable=trainable)
 
     @classmethod
@@ -87,8 +103,3 @@ class JanusPolicy(Policy):
         for module in self.model.modules():
             if isinstance(module, GradientCheckpointingLayer):
                 module.training = True  # what the layer itself looks at; the modules inside it stay in eval mode
-
-    def save(self, directory: Path, state: Mapping[str, Tensor] | None = None) -> None:
-        """Write weights (``state`` in their place where the model is sharded), configs, tokenizer and template."""
-        self.model.save_pretrained(directory, state_dict=dict(state) if state is not None else None)
-        self.codec.processor.save_pretrained(directory)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -13,6 +13,8 @@ from vllm.config import VllmConfig
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.models.llama import LlamaModel
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, maybe_prefix
+
+from stage_ray.pretrained import check_finite
 
 
 class ImageFirstEmbedding(nn.Module):
@@ -55,6 +57,7 @@ class JanusForImageGeneration(nn.Module):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
+        self._loaded = False
         config = vllm_config.model_config.hf_config  # of `JanusCodec.vllm_spec`
         vq_config = JanusVQVAEConfig(**config.janus["vq_config"])
         self.config = config
@@ -85,4 +88,12 @@ class JanusForImageGeneration(nn.Module):
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Load tensors by their names in a Janus checkpoint; what images do not need is skipped."""
-        return AutoWeightsLoader(self).load_weights(weights, mapper=self.hf_to_vllm_mapper)
+        checked = weights if self._loaded else _finite(weights)  # updates are checked before they come here
+        self._loaded = True
+        return AutoWeightsLoader(self).load_weights(checked, mapper=self.hf_to_vllm_mapper)
+
+
+def _finite(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in weights:
+        check_finite(name, tensor, "its weights")
+        yield name, tensor

@@ -1,0 +1,234 @@
+"""Is this directory a whole checkpoint of the right kind? Asked before a library loads it, for a clear answer.
+
+``key`` is always the config's key that leads to the directory, for messages: ``policy.path``, or a scorer's ``path``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from stage_ray.config.paths import model_location
+from stage_ray.errors import ConfigError
+
+KEY = "policy.path"
+WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
+ADAPTER = "adapter_config.json"
+HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+NOT_EXPORTED = (".safetensors", ".bin", ".pt", ".pth", ".md", ".gguf", ".h5", ".msgpack")
+DEEPSEEK = "multi_modality"  # the layout of DeepSeek's own code, which transformers does not read
+
+
+def local_checkpoint(path: str, model_type: str, key: str = KEY) -> Path:
+    """The directory that holds a checkpoint, checked; a hub id is downloaded to (or found in) the hub's cache first.
+
+    Raises:
+        ConfigError: a file is missing, unreadable or cut short, the checkpoint is of another model type, or the hub
+            has no such model or cannot be reached.
+    """
+    location = model_location(path)
+    if not Path(location).exists():
+        try:
+            location = snapshot_download(location, allow_patterns=HUB_FILES)
+        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            raise ConfigError(f"{key}: {path} is no directory here and was not found on the hub: {reason}") from error
+    check_directory(Path(location), model_type, key)
+    return Path(location)
+
+
+def check_directory(directory: Path, model_type: str, key: str = KEY) -> None:
+    """Check ``config.json`` and every weight file of a local checkpoint (headers and sizes only, nothing is loaded).
+
+    Raises:
+        ConfigError: as `local_checkpoint`.
+    """
+    if not directory.is_dir():
+        raise ConfigError(f"{key}: {directory} is not a directory; give a Hugging Face model directory")
+    if (directory / ADAPTER).is_file():
+        base = read_object(directory / ADAPTER, key).get("base_model_name_or_path")
+        raise ConfigError(
+            f"{key}: {directory} holds a LoRA adapter ({ADAPTER}), which is not applied here; merge it into its base "
+            f"({base}) with peft's merge_and_unload, save that, and give its directory"
+        )
+    found = read_object(directory / "config.json", key).get("model_type")
+    if found == DEEPSEEK and model_type != DEEPSEEK:
+        raise ConfigError(
+            f"{key}: {directory} is in the layout of DeepSeek's own code (model_type {found!r}), which transformers "
+            "does not read; take the same model in transformers' layout, such as deepseek-community/Janus-Pro-1B"
+        )
+    if found != model_type:
+        needs = "policy.family needs" if key == KEY else "it needs"
+        raise ConfigError(f"{key}: {directory} holds a {found!r} model, but {needs} {model_type!r}")
+    for file in weight_files(directory, key):
+        if not file.is_file():
+            raise ConfigError(f"{key}: {file} is missing, though {WEIGHTS_INDEX} names it; copy or download it again")
+        try:
+            with safe_open(file, framework="pt"):  # verifies the header against the file's size
+                pass
+        except (SafetensorError, OSError) as error:
+            raise ConfigError(f"{key}: {file} is cut short or damaged ({error}); download it again") from error
+
+
+def check_tensors(directory: Path, expected: Mapping[str, Iterable[int]], key: str = KEY) -> None:
+    """Check that a checkpoint holds every tensor of a model in its size (headers only); more do no harm.
+
+    Libraries read a tensor under its name or with the name of a part before it, so both are found.
+
+    Raises:
+        ConfigError: one is missing or has another shape; names the first.
+    """
+    stored = tensor_shapes(directory, ("",))
+    by_end = {name.split(".", 1)[-1]: shape for name, shape in stored.items()}
+    lacking = []
+    for name, size in expected.items():
+        shape = stored.get(name) or by_end.get(name) or stored.get(name.split(".", 1)[-1])
+        if shape is None and name not in stored:
+            lacking.append(name)
+        elif shape is not None and shape != tuple(size):
+            raise ConfigError(
+                f"{key}: {directory}: tensor {name} is {list(shape)}, but config.json makes it {list(size)}; the two "
+                "do not belong together: copy or download both again"
+            )
+    if lacking:
+        raise ConfigError(
+            f"{key}: {directory} lacks {len(lacking)} tensors, the first is {lacking[0]}; copy or download it again"
+        )
+
+
+def weight_files(directory: Path, key: str = KEY) -> list[Path]:
+    """The safetensors files of a checkpoint, one or several: those that transformers reads, one file before shards.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    if (directory / WEIGHTS).is_file():
+        return [directory / WEIGHTS]
+    if (directory / WEIGHTS_INDEX).is_file():
+        shards = read_object(directory / WEIGHTS_INDEX, key).get("weight_map", {})
+        return [directory / name for name in sorted(set(shards.values()))]  # a shard holds many tensors
+    if pickled := next((name for name in PICKLED if (directory / name).is_file()), None):
+        raise ConfigError(
+            f"{key}: {directory} has its weights in {pickled} alone, a pickle, which may run code when it is read; "
+            "load it with transformers where you trust it, and save_pretrained() writes safetensors"
+        )
+    raise ConfigError(f"{key}: {directory} has no {WEIGHTS}; the model directory is incomplete")
+
+
+def read_tensors(directory: Path, prefixes: tuple[str, ...], key: str = KEY) -> dict[str, Tensor]:
+    """The tensors of a checkpoint whose names begin with one of ``prefixes``; nothing else is read.
+
+    Raises:
+        ConfigError: one holds values that are not finite; names it and its file.
+    """
+    found = {}
+    for name, file, opened in _entries(directory, prefixes):
+        found[name] = opened.get_tensor(name)
+        check_finite(name, found[name], file, key)
+    return found
+
+
+def check_finite(name: str, tensor: Tensor, where: Path | str, key: str = KEY) -> None:
+    """Raise a `ConfigError` where a weight that was loaded from ``where`` is NaN or infinite."""
+    if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+        count = int((~tensor.isfinite()).sum())
+        raise ConfigError(
+            f"{key}: {where}: tensor {name} holds {count} values that are not finite; take another checkpoint of it"
+        )
+
+
+def tensor_shapes(directory: Path, prefixes: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
+    """Shapes of the same tensors, from the headers alone."""
+    return {name: tuple(opened.get_slice(name).get_shape()) for name, _, opened in _entries(directory, prefixes)}
+
+
+def link_weights(checkpoint: Path, directory: Path) -> None:
+    """Links to a checkpoint's weight files, and their index if there are several, in another directory."""
+    files = weight_files(checkpoint)
+    for file in files + [checkpoint / WEIGHTS_INDEX] * (files != [checkpoint / WEIGHTS]):
+        (directory / file.name).symlink_to(file.resolve())  # vLLM reads weights beside its own config.json
+
+
+def export_checkpoint(
+    source: Path,
+    directory: Path,
+    state: Mapping[str, Tensor],
+    *,
+    texts: Mapping[str, str] | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write a checkpoint again with new values of some tensors; all else as it came, whole or not at all.
+
+    Names, dtypes, shards, config, generation config and tokenizer are those of ``source``; ``texts`` replaces files of
+    it, by name, and ``dtype`` the type of the new values. A directory that is there already is replaced once the new
+    one is whole.
+
+    Raises:
+        ValueError: ``source`` has no tensor of such a name and size.
+    """
+    partial = directory.with_name(f".{directory.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    weights, left = weight_files(source), dict(state)
+    for file in source.iterdir():
+        if file.is_file() and file.suffix not in NOT_EXPORTED and (file.name != WEIGHTS_INDEX or len(weights) > 1):
+            shutil.copyfile(file, partial / file.name)
+    for file in weights:
+        with safe_open(file, framework="pt") as opened:
+            tensors, metadata = {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata()  # noqa: SIM118
+        for name in tensors.keys() & left.keys():
+            new = left.pop(name)
+            if new.shape != tensors[name].shape:
+                raise ValueError(f"{name} is {list(new.shape)}, and {list(tensors[name].shape)} in {file}")
+            tensors[name] = new.detach().to("cpu", dtype or tensors[name].dtype).contiguous()
+        save_file(tensors, partial / file.name, metadata=metadata)
+    if left:
+        raise ValueError(f"{source} has no tensor {next(iter(left))!r}")
+    for name, text in (texts or {}).items():
+        (partial / name).write_text(text, encoding="utf-8")
+    if directory.exists():
+        old = directory.with_name(f".{directory.name}.replaced")
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(directory, old)
+        os.rename(partial, directory)
+        shutil.rmtree(old)
+    else:
+        os.rename(partial, directory)
+
+
+def read_object(file: Path, key: str = KEY) -> dict[str, Any]:
+    """A JSON object that a checkpoint must have.
+
+    Raises:
+        ConfigError: it is missing, or no JSON object.
+    """
+    if not file.is_file():
+        raise ConfigError(f"{key}: {file.parent} has no {file.name}; give a Hugging Face model directory")
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{key}: {file} is not readable JSON ({error}); copy or download it again") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"{key}: {file} holds no JSON object; copy or download it again")
+    return data
+
+
+def _entries(directory: Path, prefixes: tuple[str, ...]) -> Iterator[tuple[str, Path, Any]]:
+    """Name, file and opened file of each tensor that is asked for."""
+    for file in weight_files(directory):
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118
+                if name.startswith(prefixes):
+                    yield name, file, opened

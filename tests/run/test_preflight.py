@@ -1,0 +1,63 @@
+"""What a run would fail on is found before anything is started, as a user meets it: `train --dry-run`, exit code 2."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from stage_ray.cli import main
+
+CONFIG = "configs/stage_shapeworld.yaml"
+RING = {"tag": "single_object", "include": [{"class": "ring", "count": 1}], "prompt": "a photo of a ring"}
+
+
+def dry_run(*overrides: str) -> int:
+    root = Path(__file__).parents[2]
+    settings = [part for override in overrides for part in ("--set", override)]
+    return main(["train", str(root / CONFIG), *settings, "--set", "rollout.engine=torch", "--dry-run"])
+
+
+@pytest.mark.parametrize(
+    ("rewards", "sentence"),
+    [
+        ("[{type: genevall}]", "did you mean 'geneval'"),
+        ("[{type: geneval}]", "rewards.0.options.detector is missing"),
+        ("[{type: geneval, options: {detector: nowhere.Detector}}]", "no module named 'nowhere'"),
+        ("[{type: clip, options: {path: ./nowhere}}]", "./nowhere does not exist"),
+        ("[{type: clip, options: {path: ./nowhere, scale: large}}]", "rewards.0.options.scale = 'large'"),
+        ("[{type: my.Scorer}]", "no module named 'my'"),
+    ],
+)
+def test_a_scorer_that_cannot_be_built_is_found(rewards, sentence, capsys):
+    assert dry_run(f"rewards={rewards}") == 2
+    assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("key", ["prompts.train", "prompts.heldout"])
+@pytest.mark.parametrize(
+    ("record", "sentence"),
+    [
+        ({"include": [{"class": "kettle", "count": 1}]}, "asks in include[0] for class 'kettle'"),
+        ({"include": [{"class": "rings"}]}, "did you mean 'ring'?"),
+        ({"exclude": [{"class": "spoon", "count": 3}]}, "asks in exclude[0] for class 'spoon'"),
+        ({"tag": ["colors", "counting"]}, "\"tag\" ['colors', 'counting'] is not one text"),
+        ({"include": [{"class": "ring", "count": 2.5}]}, "include[0]: count 2.5 is not a whole number"),
+        ({"include": None, "nouns": ["ring"], "task_type": "single"}, 'has no "include"'),
+    ],
+)
+def test_a_prompt_that_a_scorer_cannot_judge_is_found_by_line(key, record, sentence, tmp_path, capsys):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(json.dumps(RING) + "\n" + json.dumps(RING | record) + "\n")
+    assert dry_run(f"{key}={path}") == 2
+    said = capsys.readouterr().err
+    assert "1 of " in said and f"{path}, line 2: geneval: " in said and sentence in said
+
+
+def test_what_tables_fill_in_for_nothing_hinders_no_prompt(tmp_path, capsys):
+    path = tmp_path / "prompts.jsonl"
+    nothing = {"class": "ring", "count": "1", "color": float("nan"), "position": "None"}
+    path.write_text(json.dumps(RING | {"include": [nothing], "exclude": None}) + "\n")
+    assert dry_run(f"prompts.train={path}") == 0
+    assert "1 to train on, 100 held out" in capsys.readouterr().out
