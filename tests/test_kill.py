@@ -214,18 +214,14 @@ def test_scorers_and_learners_killed_in_every_phase_do_not_change_a_bit(tmp_path
     assert same_outcome(run, undisturbed)
 
 
-def test_learners_killed_in_every_phase_do_not_change_a_bit_where_versions_are_broadcast(
-    tmp_path, plain, undisturbed, monkeypatch
-):
-    phases = list(PHASES)
-    random.Random(SEED).shuffle(phases)
-    faults = Faults(phases, lambda n: kill_worker("learner"))
+def test_learners_killed_while_they_broadcast_a_version_do_not_change_a_bit(tmp_path, plain, undisturbed, monkeypatch):
+    faults = Faults(["publishing"], lambda n: kill_worker("learner"))  # the other phases know nothing of the transport
     faults.watch(monkeypatch)
     narrow = DiesWhenAsked(offer=5, send=12)
     narrow.watch(monkeypatch)
     run = kill_run(tmp_path, plain, cluster={"weight_transport": "gloo", "sync_timeout_s": 10.0})
     train(run)
-    assert faults.done == len(PHASES) and narrow.done
+    assert faults.done == 1 and narrow.done
     sound(run)
     assert same_outcome(run, undisturbed), "another way for the same bytes"
 

@@ -1,4 +1,4 @@
-"""Several nodes on one machine: a node dies with what it held, another one joins. Run by test_nodes.py, apart."""
+"""Several nodes on one machine: nodes die with what they held, others join. Run by test_nodes.py, apart."""
 
 from __future__ import annotations
 
@@ -21,44 +21,27 @@ from tests.ray_head import with_token
 from tests.runs import tiny_run
 
 REPOSITORY = Path(__file__).parents[2]
-STORE = 100 * 2**20
 
 
-@pytest.fixture(scope="module")
-def head(tmp_path_factory):
-    """A head that runs no actor."""
-    environment = with_token(tmp_path_factory.mktemp("head"))
+@pytest.fixture
+def nodes(tmp_path):
+    """A head that runs no actor, and a way to add nodes with resources."""
+    environment = with_token(tmp_path)
     quiet = {"RAY_worker_niceness": "0", "RAY_USAGE_STATS_ENABLED": "0"}
     quiet["RAY_prestart_worker_first_driver"] = "0"  # one for each CPU of each node, which has no use
-    os.environ.update(environment | quiet)  # this process is gone after these tests
+    os.environ.update(environment | quiet)  # this process is gone after this test
     from ray._private.authentication.authentication_token_setup import Config
 
     Config.initialize("")
     settings = {"health_check_period_ms": 500, "health_check_failure_threshold": 4}
     settings["max_direct_call_object_size"] = 1000  # bytes: else groups of a tiny model travel inside messages
-    cluster = Cluster(
-        initialize_head=True,
-        head_node_args={
-            "num_cpus": 0,
-            "object_store_memory": STORE,
-            "include_dashboard": False,
-            "include_log_monitor": False,
-            "_system_config": settings,
-        },
-    )
+    node = {"object_store_memory": 100 * 2**20, "include_log_monitor": False}
+    head = {"num_cpus": 0, "include_dashboard": False, "_system_config": settings}
+    cluster = Cluster(initialize_head=True, head_node_args=node | head)
+    cluster.add = lambda **resources: cluster.add_node(num_cpus=4, **node, resources=resources)
     yield cluster
     cluster.shutdown()
     shutil.rmtree(environment["RAY_TMPDIR"], ignore_errors=True)
-
-
-@pytest.fixture
-def nodes(head):
-    """The cluster with a way to add nodes with resources, which are gone after the test."""
-    node = {"num_cpus": 4, "object_store_memory": STORE, "include_log_monitor": False}
-    head.add = lambda **resources: head.add_node(**node, resources=resources)
-    yield head
-    for node in list(head.worker_nodes):
-        head.remove_node(node, allow_graceful=False)
 
 
 def start(run, address: str, directory: Path) -> subprocess.Popen:
@@ -84,9 +67,10 @@ def wait_until(what, driver: subprocess.Popen, directory: Path, seconds: float =
 
 
 @pytest.mark.slow
-def test_a_node_dies_another_joins_and_no_group_is_lost(tmp_path, plain, nodes):
+def test_nodes_die_with_groups_and_with_a_rank_of_the_learner_others_join_and_no_group_is_lost(tmp_path, plain, nodes):
+    """Two of everything; a node goes down with groups in its hands, another one with a worker of each role."""
     first = nodes.add(rollout=1, reward=1)
-    nodes.add(rollout=1, reward=1)
+    second = nodes.add(rollout=1, reward=1, learner=1)
     home = nodes.add(learner=1)
     nodes.wait_for_nodes()
     run = tiny_run(
@@ -103,68 +87,47 @@ def test_a_node_dies_another_joins_and_no_group_is_lost(tmp_path, plain, nodes):
             "resources": {"rollout": 1},
         },
         scoring={"workers": 2, "resources": {"reward": 1}},
-        learner={"resources": {"learner": 1}},
-        pipeline={"max_staleness": 1, "order": "arrival"},
-        evaluation={"enabled": False},
-        cluster={"heartbeat_s": 1.0, "metrics_port": None},
-    )
-    driver = start(run, nodes.address, tmp_path)
-    try:
-        wait_until(lambda: serving(tmp_path)[2:], driver, tmp_path)
-        (learner,) = workers_of(home, "LearnerWorker")
-        learner.suspend()  # groups that wait for it lie where they were drawn
-        wait_until(lambda: stands_still(tmp_path), driver, tmp_path)
-        nodes.remove_node(first, allow_graceful=False)
-        learner.resume()
-        wait_until(lambda: serving(tmp_path)[-1] == 1, driver, tmp_path)
-        alone = len(serving(tmp_path))
-        wait_until(lambda: serving(tmp_path)[alone + 3 :], driver, tmp_path)
-        nodes.add(rollout=1, reward=1)
-        wait_until(lambda: serving(tmp_path)[-1] == 2, driver, tmp_path)
-        joined = len(serving(tmp_path))
-        wait_until(lambda: serving(tmp_path)[joined + 3 :], driver, tmp_path)
-        driver.terminate()
-        assert driver.wait(120) == 128 + signal.SIGTERM, (tmp_path / "driver.log").read_text()
-    finally:
-        driver.kill()
-    assert serving(tmp_path)[:3] == [2, 2, 2]
-    found = audited(tmp_path / "run", ended=True)
-    assert found.sound and found.trained == 8 * len(serving(tmp_path)), found
-    assert found.reissued > 0, "the node died without taking anything with it: this run shows nothing"
-
-
-@pytest.mark.slow
-def test_two_of_everything_on_three_nodes_outlive_a_node_with_a_rank_of_the_learner(tmp_path, plain, nodes):
-    """2 learner ranks, 2 rollout and 2 reward workers; a node goes down with one of each on it."""
-    added = [nodes.add(rollout=1, reward=1, learner=1) for _ in range(3)]
-    nodes.wait_for_nodes()
-    run = tiny_run(
-        tmp_path,
-        plain,
-        steps=100_000,
-        rollout={"engine": "torch", "workers": 2, "groups_per_step": 4, "resources": {"rollout": 1}},
-        scoring={"workers": 2, "resources": {"reward": 1}},
         learner={"ranks": 2, "resources": {"learner": 1}, "lr": 1e-6},  # else what a step changes is an alarm too
         pipeline={"max_staleness": 1, "order": "arrival"},
         evaluation={"enabled": False},
         cluster={"heartbeat_s": 1.0, "metrics_port": None},
     )
     driver = start(run, nodes.address, tmp_path)
-    try:
-        wait_until(lambda: serving(tmp_path)[3:], driver, tmp_path)
-        homes = [node for node in added if len(workers_of(node, "LearnerWorker")) == 1]
-        assert len(homes) == 2, "each rank on a node of its own"
-        nodes.remove_node(homes[0], allow_graceful=False)
+
+    def served_by(workers: int) -> None:
+        """Wait until so many rollout workers serve, and for some steps then."""
+        wait_until(lambda: serving(tmp_path)[-1:] == [workers], driver, tmp_path)
         seen = len(serving(tmp_path))
-        wait_until(lambda: alarmed(tmp_path) and serving(tmp_path)[seen + 4 :], driver, tmp_path)
+        wait_until(lambda: serving(tmp_path)[seen + 3 :], driver, tmp_path)
+
+    try:
+        wait_until(lambda: serving(tmp_path)[2:], driver, tmp_path)
+        ranks = [process for node in (second, home) for process in workers_of(node, "LearnerWorker")]
+        assert len(ranks) == 2, "each rank on a node of its own"
+        for rank in ranks:
+            rank.suspend()  # groups that wait for it lie where they were drawn
+        wait_until(lambda: stands_still(tmp_path), driver, tmp_path)
+        nodes.remove_node(first, allow_graceful=False)
+        for rank in ranks:
+            rank.resume()
+        served_by(1)
+        nodes.add(rollout=1, reward=1, learner=1)
+        served_by(2)
+        assert not alarmed(tmp_path)
+
+        nodes.remove_node(second, allow_graceful=False)
+        wait_until(lambda: alarmed(tmp_path), driver, tmp_path)
+        nodes.add(rollout=1, reward=1)
+        served_by(2)
         driver.terminate()
         assert driver.wait(120) == 128 + signal.SIGTERM, (tmp_path / "driver.log").read_text()
     finally:
         driver.kill()
+    assert serving(tmp_path)[:3] == [2, 2, 2]
     assert alarmed(tmp_path) == ["learner_lost"]
-    assert 2 in serving(tmp_path)[:4] and serving(tmp_path)[-1] == 2
     found = audited(tmp_path / "run", ended=True)
-    assert found.sound and found.trained == 4 * len(serving(tmp_path)), found
+    assert found.sound and found.trained == 8 * len(serving(tmp_path)), found
+    assert found.reissued > 0, "the node died without taking anything with it: this run shows nothing"
     newest = max((tmp_path / "run" / "checkpoints").glob("step-*"))
     assert len(list((newest / "shards").iterdir())) == 2
 
