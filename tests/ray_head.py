@@ -78,7 +78,7 @@ def ray_head(directory: Path, resources: dict[str, float] | None = None, *, jobs
     """
     port, dashboard_port = free_port(), free_port()
     (directory / "tests").symlink_to(REPOSITORY / "tests")  # jobs may name the tests' model family and scorers
-    environment = with_token(directory) | {"PATH": f"{BIN}:{os.environ['PATH']}", "PYTHONPATH": str(directory)}
+    environment = with_token(directory) | importing(directory)
     command = [
         str(BIN / "ray"),
         "start",
@@ -130,6 +130,12 @@ def joining(head: Head) -> Iterator[None]:
         read_again()
         yield
     read_again()
+
+
+def importing(directory: Path) -> dict[str, str]:
+    """Variables with which this environment's programs are found, and modules in a directory."""
+    modules = os.pathsep.join(filter(None, [str(directory), os.environ.get("PYTHONPATH")]))
+    return {"PATH": f"{BIN}:{os.environ['PATH']}", "PYTHONPATH": modules}
 
 
 def with_token(directory: Path) -> dict[str, str]:

@@ -3,31 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import signal
 
 import pytest
 import ray
 
-from stage_ray.actors.client import Client, Worker, WorkerLost
+from stage_ray.actors.client import Client, WorkerLost
 from stage_ray.actors.supervised import Pool
 from stage_ray.cluster.placement import actor_of
-
-
-class Named(Worker):
-    """Answers with its name, or dies."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    def name(self) -> str:
-        return self._name
-
-    def pid(self) -> int:
-        return os.getpid()
-
-    def die(self) -> None:
-        os.kill(os.getpid(), signal.SIGKILL)
+from tests.actors.named import Named
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -21,7 +21,7 @@ from ray.cluster_utils import Cluster
 from stage_ray.config.load import load_config
 from tests.deploy.charts import ROOT, only, ray_cluster, render
 from tests.plain import FAMILY
-from tests.ray_head import BIN, Head, free_port, with_token
+from tests.ray_head import Head, free_port, importing, with_token
 
 POD = {"memory": "2Gi", "shm": "256Mi", "objectStore": "128Mi", "gpus": 0, "tolerations": []}
 GROUPS = {
@@ -82,6 +82,7 @@ def test_the_rendered_entrypoint_trains_on_nodes_like_its_pods_and_again_does_no
         assert done.returncode == 0, done.stdout + done.stderr
         metrics = tmp_path / "volume" / "runs" / "first" / "metrics.jsonl"
         assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == [1, 2]
+        assert not (metrics.parent / "logs" / "ray").exists(), "a second Ray was started"
 
         homes = {node["node_id"]: node["resources_total"] for node in head.state("nodes")}
         actors = [actor for actor in head.state("actors") if actor["class_name"] in ROLES]
@@ -102,7 +103,7 @@ def test_the_rendered_entrypoint_trains_on_nodes_like_its_pods_and_again_does_no
 def start(spec: dict, directory: Path) -> tuple[Head, Cluster]:
     """A head and a node for every pod of a Ray cluster's spec, each with what the operator would start Ray with."""
     (directory / "tests").symlink_to(ROOT / "tests")  # the job names the tests' model family and scorer
-    environment = with_token(directory) | {"PATH": f"{BIN}:{os.environ['PATH']}", "PYTHONPATH": str(directory)}
+    environment = with_token(directory) | importing(directory)
     os.environ.update(environment | {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"})
     from ray._private.authentication.authentication_token_setup import Config
 

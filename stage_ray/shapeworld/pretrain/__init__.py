@@ -67,4 +67,4 @@ def pretrain(out: Path, *, stages: Sequence[str] | None = None, seed: int = 0, s
             case "clip":
                 train_clip(out, work, budgets[stage], seed)
             case "cards":
-                write_cards(out, work)
+                write_cards(out, work, count=16 if smoke else 256)

@@ -117,11 +117,11 @@ def share_with_objects(detector: Detector, images: np.ndarray) -> float:
     return float(np.mean([any(one.confidence > CONFIDENCE for one in found) for found in detector.detect(images)]))
 
 
-def write_cards(out: Path, work: Path) -> None:
-    """Measures the image model and CLIP, where `out` holds them, and writes their README.md."""
+def write_cards(out: Path, work: Path, count: int) -> None:
+    """Measures the image model and CLIP on `count` pictures, where `out` holds them, and writes their README.md."""
     if (out / "janus" / "config.json").exists():
         codes, rng = tokenizer.load_exported(out / "janus"), np.random.default_rng(11)
-        images = np.stack([render(random_scene(rng)) for _ in range(256)])
+        images = np.stack([render(random_scene(rng)) for _ in range(count)])
         _write_card(
             out / "janus",
             size=(out / "janus" / "model.safetensors").stat().st_size / 1e6,
@@ -135,8 +135,8 @@ def write_cards(out: Path, work: Path) -> None:
             out / "clip",
             parameters=model.num_parameters() / 1e6,
             clip=_history(work / clip.CHECKPOINT),
-            heldout=clip.retrieval_accuracy(model, "heldout"),
-            train=clip.retrieval_accuracy(model, "train"),
+            heldout=clip.retrieval_accuracy(model, "heldout", batches=count // 16),
+            train=clip.retrieval_accuracy(model, "train", batches=count // 16),
         )
 
 
