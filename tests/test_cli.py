@@ -36,7 +36,7 @@ def config(tmp_path: Path, model: Path) -> Path:
         "run_dir": str(tmp_path / "run"),
         "prompts": {"train": prompts, "heldout": prompts},
         "policy": {"path": str(model)},
-        "rewards": [{"type": "geneval"}],
+        "rewards": [{"type": "tests.scorers.Brightness"}],
     }
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(data))

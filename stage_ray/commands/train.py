@@ -26,6 +26,7 @@ def train(
     run_dir: Annotated[Path | None, Option(help="Where the run writes; run_dir of the config by default")] = None,
     resume: Annotated[bool, Option("--resume", help="Go on from the run directory's newest checkpoint")] = False,
     auto_resume: Annotated[bool, Option("--auto-resume", help="Go on if there is a run, else begin")] = False,
+    extend: Annotated[bool, Option("--extend", help="Go on with a finished run: more steps, another rate")] = False,
     replay: Annotated[Path | None, Option(metavar="RUN_DIR", help="Train the learner alone on recorded groups")] = None,
     dry_run: Annotated[bool, Option("--dry-run", help="Check everything, print the config, start nothing")] = False,
 ) -> None:
@@ -51,7 +52,7 @@ def train(
     from stage_ray.train import train as train_run
 
     with progress_for(run) as progress:
-        summary = train_run(run, resume="auto" if auto_resume else resume, progress=progress)
+        summary = train_run(run, resume="extend" if extend else "auto" if auto_resume else resume, progress=progress)
         if summary.before is not None and summary.after is not None:
             headline = find_benchmark(run.evaluation.benchmark).headline
             progress.note(

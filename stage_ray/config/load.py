@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from inspect import isclass
 from pathlib import Path
 from typing import Any, get_args
@@ -27,11 +28,16 @@ def load_config(path: Path, overrides: list[str] | None = None, run_dir: Path | 
     if not path.is_file():
         raise ConfigError(f"config file {path} does not exist")
     data = read_mapping(path, str(path), " of keys to values")
+    if run_dir is not None:
+        overrides = [*(overrides or []), f"run_dir={json.dumps(str(run_dir))}"]
+    return build_config(data, overrides, source=str(path))
+
+
+def build_config(data: dict[str, Any], overrides: list[str] | None = None, source: str = "config") -> RunConfig:
+    """Apply ``KEY=VALUE`` overrides to plain data and validate; raises a `ConfigError` as `load_config` does."""
     for override in overrides or []:
         _apply_override(data, override)
-    if run_dir is not None:
-        data["run_dir"] = str(run_dir)
-    return validate_config(data, source=str(path))
+    return validate_config(data, source)
 
 
 def read_mapping(path: Path, what: str, known: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ Imports neither torch, ray nor vllm: ``stage-ray train --dry-run`` and every err
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -22,6 +23,9 @@ class PromptsConfig(Section):
     train: str = Field(description="JSON Lines (GenEval's format) or text, a prompt a line; or package:MODULE/FILE")
     heldout: str | None = Field(None, description="Prompts of the evaluation before and after; same formats")
     shuffle: bool = Field(True, description="A new order every epoch, fixed by the run's seed")
+    too_long: Literal["refuse", "drop"] = Field(
+        "refuse", description="What becomes of prompts longer than rollout.max_prompt_tokens"
+    )
 
 
 class PolicyConfig(Section):
@@ -63,7 +67,10 @@ class RolloutConfig(PoolConfig):
     )
     cpus: float = Field(1.0, gt=0, description="CPUs reserved for one worker, or each of its processes")
     threads: int | None = Field(None, ge=1, description="Threads of a worker; null: all if synchronous, else half")
-    kv_cache_gib: float = Field(1.0, gt=0, description="vLLM's key-value cache on a CPU, GiB")
+    max_prompt_tokens: int = Field(256, ge=1, description="Longest prompt that is drawn; vLLM reserves memory for it")
+    kv_cache_gib: float | None = Field(
+        None, gt=0, description="vLLM's key-value cache on a CPU, GiB; null: what images_per_batch needs"
+    )
     gpu_memory_utilization: float = Field(0.5, gt=0, le=1, description="vLLM's share of a GPU's memory")
     timeout_s: float = Field(600.0, gt=0, description="Seconds one generation batch may take")
 
@@ -194,6 +201,15 @@ class ClusterConfig(Section):
     heartbeat_deadline_s: float = Field(60.0, gt=0, description="A worker that answers no ping for so long is killed")
 
 
+def _home_expanded(value: Any) -> Any:
+    """A path with ``~`` written out. Variables are not: a shell's and YAML's meaning of ``$`` differ."""
+    if not isinstance(value, str):
+        return value
+    if "$" in value:
+        raise ValueError(f"run_dir = {value!r}: $ is no variable here; write the path out, or begin it with ~")
+    return str(Path(value).expanduser()) if value.startswith("~") else value
+
+
 class LogsConfig(Section):
     """What a run says of itself while it works."""
 
@@ -205,7 +221,9 @@ class RunConfig(Section):
 
     steps: int = Field(ge=1, description="Updates of the policy")
     seed: int = Field(20, ge=0, lt=2**31, description="Fixes prompts' order, every image's seed and the learner")
-    run_dir: str = Field("runs/default", description="Everything the run writes")
+    run_dir: Annotated[str, BeforeValidator(_home_expanded)] = Field(
+        "runs/default", description="Everything the run writes"
+    )
     prompts: PromptsConfig
     policy: PolicyConfig
     rollout: RolloutConfig = RolloutConfig()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
+import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -30,6 +33,19 @@ SHOWN = {  # metric -> how a person reads it
 }
 
 
+class LastingConsole(Console):
+    """A console whose work goes on when nobody reads it any more (``| head``, a closed terminal)."""
+
+    def on_broken_pipe(self) -> None:
+        """Say so on stderr and write to nowhere from here on; Rich itself would end the process."""
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+        self.quiet = True
+        with contextlib.suppress(OSError):
+            print("stage-ray: nobody reads stdout any more; the work goes on without it", file=sys.stderr, flush=True)
+
+
 class Progress:
     """Shows stages, steps, bars, notes and alarms; picks live or plain by whether the console is a terminal.
 
@@ -37,7 +53,7 @@ class Progress:
     """
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(highlight=False, soft_wrap=True)
+        self.console = console or LastingConsole(highlight=False, soft_wrap=True)
         self._start = time.monotonic()
         count = (BarColumn(bar_width=28), MofNCompleteColumn(), TextColumn("ETA"), TimeRemainingColumn())
         columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), *count)

@@ -64,16 +64,27 @@ class ImageCodec(ABC):
         location: the checkpoint's directory.
         grid: image tokens along height and width.
         codebook_size: V, entries of the image codebook.
+        positions: tokens that prompt and image may have together; None is any number.
     """
 
     location: Path
     grid: tuple[int, int]
     codebook_size: int
+    positions: int | None = None
 
     @property
     def image_tokens(self) -> int:
         """T, tokens of one image, in the order they are sampled."""
         return self.grid[0] * self.grid[1]
+
+    def check_prompt(self, text: str, longest: int) -> None:
+        """Raise a ValueError where a prompt has more than ``longest`` tokens, or more than the model has room for."""
+        prompt, room = self.encode_prompt(text), longest
+        key = "rollout.max_prompt_tokens"
+        if self.positions is not None and self.positions - self.image_tokens < longest:
+            room, key = self.positions - self.image_tokens, "the model's positions less its image tokens"
+        if (count := max(len(prompt.conditional), len(prompt.unconditional))) > room:
+            raise ValueError(f"prompt of {count} tokens, at most {room} fit ({key}): {text[:80]!r}")
 
     def allowed_tokens(self, position: int) -> Tensor | None:
         """Ids int64 that may stand at a position 0..T-1; None is all of them, and a single one is not sampled.
@@ -179,15 +190,19 @@ class Policy(ABC):
             parameter.requires_grad_(trainable)
 
     @classmethod
-    def check(cls, config: PolicyConfig) -> None:
-        """Check a local checkpoint before a run, without loading it; a hub id is left to the workers.
+    def check(cls, config: PolicyConfig) -> ImageCodec | None:
+        """Check a local checkpoint before a run, without loading its weights; what encodes its prompts.
+
+        None for a hub id, which is left to the workers.
 
         Raises:
             ConfigError: files are missing or damaged, or it is of another architecture.
         """
         model = Path(model_location(config.path))
-        if model.exists():  # a hub id does not
-            check_directory(model, cls.model_type)
+        if not model.exists():  # a hub id
+            return None
+        check_directory(model, cls.model_type)
+        return cls.load_codec(config, device=None)
 
     @classmethod
     @abstractmethod

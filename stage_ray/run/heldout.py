@@ -44,6 +44,9 @@ class HeldOutEvaluation:
         path = self._dir / "evaluation" / f"{name}.json"
         if name == "before" and (kept := read_result(path)):  # the run before this one evaluated it
             return kept.headline_value
+        if name == "before" and policy_version:
+            self._progress.note("no evaluation before training: this run began without one")
+            return None
         with self._progress.bar(f"evaluation {name}", len(self._prompts)) as advance:
             requests = requests_for(self._prompts, self._config.images_per_prompt, self._config.seed)
             result = await evaluate(self, self._benchmark, requests, advance)

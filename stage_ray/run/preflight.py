@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 
@@ -14,9 +15,12 @@ from stage_ray.errors import ConfigError
 from stage_ray.evaluation.base import find_benchmark
 from stage_ray.pipeline.prompt_files import load_prompts
 from stage_ray.policies import policy_class
+from stage_ray.policies.base import ImageCodec
 from stage_ray.recipes import load_recipe, resolve_recipe
 from stage_ray.records import Prompt
 from stage_ray.rewards import check_rewards
+
+log = logging.getLogger(__name__)
 
 SHOWN = 3  # prompts that an error names
 
@@ -35,21 +39,53 @@ def preflight(run: RunConfig) -> tuple[list[Prompt], list[Prompt]]:
     load_recipe(run)
     if run.cluster.address is None and "RAY_ADDRESS" not in os.environ:  # the run starts Ray here
         require_fitting_build(run.rollout)
-    family = policy_class(run.policy)
-    family.check(run.policy)
     find_benchmark(run.evaluation.benchmark)
     train = load_prompts(run.prompts.train)
-    heldout = load_prompts(run.prompts.heldout) if run.prompts.heldout else train
+    heldout = load_prompts(run.prompts.heldout) if run.prompts.heldout else []
     _require_scorable(run, train + heldout * run.evaluation.enabled)
-    return train, heldout
+    codec = policy_class(run.policy).check(run.policy)
+    train = drawable_prompts(run, codec, train)
+    return train, drawable_prompts(run, codec, heldout) if heldout else train
+
+
+def drawable_prompts(run: RunConfig, codec: ImageCodec | None, prompts: list[Prompt]) -> list[Prompt]:
+    """The prompts that the model (``codec``: of `Policy.check`) has room for.
+
+    All of them, unless ``prompts.too_long`` is drop; a model that is not here has none that is too long.
+
+    Raises:
+        ConfigError: one cannot be drawn and is not to be dropped, or none can; names their lines.
+    """
+    if codec is None:
+        return prompts
+    kept, problems = [], []
+    for prompt in prompts:
+        try:
+            codec.check_prompt(prompt.text, run.rollout.max_prompt_tokens)
+            kept.append(prompt)
+        except ValueError as error:
+            problems.append(f"{prompt.where or '--prompt'}: {error}")
+    if problems and (run.prompts.too_long == "refuse" or not kept):
+        raise ConfigError(
+            f"{len(problems)} of {len(prompts)} prompts cannot be drawn: {_some(problems)}; shorten them, raise "
+            "rollout.max_prompt_tokens where the model has room, or set prompts.too_long=drop"
+        )
+    if problems:
+        log.warning("%d of %d prompts are dropped: %s", len(problems), len(prompts), _some(problems))
+    return kept
 
 
 def _require_scorable(run: RunConfig, prompts: list[Prompt]) -> None:
     """Raise a ConfigError that names the first prompts which a scorer could not judge: the run would fail on them."""
     if problems := check_rewards(run.rewards, prompts):
-        some = "; ".join(f"{prompt.where}: {why}" for prompt, why in problems[:SHOWN])
-        more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
-        raise ConfigError(f"{len(problems)} of {len(prompts)} prompts cannot be scored: {some}{more}")
+        some = _some([f"{prompt.where}: {why}" for prompt, why in problems])
+        raise ConfigError(f"{len(problems)} of {len(prompts)} prompts cannot be scored: {some}")
+
+
+def _some(problems: list[str]) -> str:
+    """The first of them, and how many more there are."""
+    more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+    return "; ".join(problems[:SHOWN]) + more
 
 
 def describe(run: RunConfig) -> str:

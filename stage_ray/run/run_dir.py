@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import socket
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +15,8 @@ import yaml
 from filelock import FileLock, Timeout
 
 from stage_ray.config import RunConfig
+from stage_ray.config.load import read_mapping, validate_config
+from stage_ray.config.paths import resolve_path
 from stage_ray.errors import ConfigError
 from stage_ray.files import atomic_write, deny_others_writing
 from stage_ray.recipes import resolve_recipe
@@ -25,10 +28,14 @@ LOCK = ".lock"
 # Keys that a resumed run may change: placement, speed and logging, never what is computed.
 FREE_KEYS = {"run_dir", "cluster", "checkpoint", "evaluation", "scoring", "logs"}
 FREE_NAMES = {"workers", "max_workers", "ranks", "tensor_parallel", "cpus", "gpus", "gpu_memory_utilization"}
-FREE_NAMES |= {"resources", "timeout_s"}
+FREE_NAMES |= {"resources", "timeout_s", "export_dtype"}
 
-Resume = bool | Literal["auto"]
-"""Go on with the run that a directory holds: it must hold one (True), must not (False), or either (auto)."""
+EXTENDED = {"steps", "learner.lr", "learner.schedule", "learner.warmup_steps"}
+"""Keys that ``--extend`` may change besides, to train a run further from its weights and optimizer."""
+
+Resume = bool | Literal["auto", "extend"]
+"""Go on with the run that a directory holds: it must hold one (True), must not (False), either (auto), or it must and
+may be trained further than it was meant to (extend)."""
 
 RETRY_WAIT_S = 150.0
 """How long a retried job waits for the driver before it, which may still be saving on another machine."""
@@ -45,20 +52,18 @@ def open_run_dir(run: RunConfig, resume: Resume) -> Iterator[Path]:
     run, path = resolve_recipe(run), Path(run.run_dir)  # its config.yaml names every option, defaults included
     _check_ours(path, resume)
     deny_others_writing()
-    path.mkdir(parents=True, exist_ok=True, mode=0o700)
+    try:
+        path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise ConfigError(f"run_dir {path} cannot be written: {error.strerror}; name another --run-dir") from error
     with contextlib.suppress(PermissionError):  # a mounted volume may belong to another user
         path.chmod(path.stat().st_mode & 0o7755)
     with run_dir_lock(path, wait_s=RETRY_WAIT_S if resume == "auto" else 0.0):
         config_file = path / "config.yaml"
         if config_file.exists() and not _untouched(path):  # the run there goes on
-            before, now = yaml.safe_load(config_file.read_text(encoding="utf-8")), run.model_dump(mode="json")
-            for key in now.keys() - FREE_KEYS:
-                old, new = _fixed(before.get(key)), _fixed(now[key])
-                if old != new:
-                    raise ConfigError(
-                        f"--resume: {key} was {old!r} in {config_file} and is {new!r} now; "
-                        "use the same value, or another --run-dir"
-                    )
+            _check_same(run, config_file, resume)
         atomic_write(config_file, yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False))
         yield path
 
@@ -94,26 +99,71 @@ def _check_ours(path: Path, resume: Resume) -> None:
     """Raise a ConfigError, and touch nothing, unless the directory is new, empty, or a run's that may go on."""
     if path.exists() and not path.is_dir():
         raise ConfigError(f"run_dir {path} is a file; name a directory")
+    if path.is_symlink() and not path.exists():
+        raise ConfigError(f"run_dir {path} is a link to nothing ({path.readlink()}); name another --run-dir")
     if (path / "config.yaml").exists():
         if not resume and not _untouched(path):
             raise ConfigError(
                 f"run_dir {path} already holds a run; add --resume to go on with it, or name another --run-dir"
             )
         return
-    if resume is True:
+    if resume in (True, "extend"):
         raise ConfigError(
             f"--resume: run_dir {path} holds no run; leave --resume out to begin one, or use --auto-resume"
         )
-    if path.exists() and any(item.name != LOCK for item in path.iterdir()):  # a refused driver may leave its lock
+    if path.exists() and any(not _nobodys(item.name) for item in path.iterdir()):
         raise ConfigError(f"run_dir {path} is not empty and holds no run; name another --run-dir")
+
+
+def _nobodys(name: str) -> bool:
+    """Whether a file is no sign of a run: of a file system, or what a driver that was refused leaves."""
+    return name in (LOCK, "logs", "lost+found", ".snapshot") or name.startswith((".nfs", "config.yaml."))
+
+
+def _check_same(run: RunConfig, config_file: Path, resume: Resume) -> None:
+    """Raise a ConfigError that names the first key whose value a run that goes on must not change, old and new.
+
+    The old config is read through today's defaults, so that it may lack keys that were added since.
+    """
+    try:
+        before = validate_config(read_mapping(config_file, str(config_file), ""), source=str(config_file))
+        old, new = (_leaves(resolve_recipe(one).model_dump(mode="json")) for one in (before, run))
+    except ConfigError as error:
+        raise ConfigError(f"--resume: {error}; it was written by another version, or by hand") from error
+    for key in sorted(old.keys() | new.keys()):
+        section, _, name = key.partition(".")
+        free = section in FREE_KEYS or name.partition(".")[0] in FREE_NAMES
+        if free or (resume == "extend" and key in EXTENDED and _extends(key, old.get(key), new.get(key))):
+            continue
+        if old.get(key) != new.get(key) and not _same_place(old.get(key), new.get(key)):
+            fix = "or --extend to train a run further" if key in EXTENDED else "or another --run-dir"
+            raise ConfigError(
+                f"--resume: {key} was {old.get(key)!r} in {config_file} and is {new.get(key)!r} now; use the same "
+                f"value, {fix}"
+            )
+
+
+def _leaves(value: Any, key: str = "") -> dict[str, Any]:
+    """Every value of a config by its dotted key."""
+    if isinstance(value, list | dict) and value:
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        return {k: v for name, item in items for k, v in _leaves(item, f"{key}.{name}" if key else str(name)).items()}
+    return {key: value}
+
+
+def _extends(key: str, old: Any, new: Any) -> bool:
+    return key != "steps" or new >= old
+
+
+def _same_place(old: Any, new: Any) -> bool:
+    """Whether two texts are paths of one file or directory, spelled otherwise."""
+    try:
+        return isinstance(old, str) and isinstance(new, str) and resolve_path(old).samefile(resolve_path(new))
+    except (ConfigError, OSError):
+        return False
 
 
 def _untouched(path: Path) -> bool:
     """Whether a run that began here ended before it had anything to lose: no step, no evaluation."""
     metrics = path / "metrics.jsonl"
     return not (metrics.exists() and metrics.stat().st_size) and not (path / "evaluation").exists()
-
-
-def _fixed(section: Any) -> Any:
-    """A section of a config without the keys that may differ."""
-    return {k: value for k, value in section.items() if k not in FREE_NAMES} if isinstance(section, dict) else section

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from stage_ray.config import RunConfig
 from stage_ray.errors import GroupsLostError, LearnerLostError, RunError
+from stage_ray.observability.metrics_logger import METRICS_FILE, read_steps
 from stage_ray.pipeline.buffer import Failed, Slot, failures
 from stage_ray.pipeline.ledger import Ledger
 from stage_ray.pipeline.prompts import PromptCursor
@@ -52,7 +53,10 @@ class RunState:
         self._store = CheckpointStore(run_dir / "checkpoints", run.checkpoint.keep)
         self._saving: asyncio.Task[None] | None = None
         self._losses = 0
-        self._go_back(self._store.latest(note) if resume else None)
+        saved = self._store.latest(note) if resume else None
+        if resume and saved is None:
+            _require_unsaved(run_dir, run.checkpoint.every)
+        self._go_back(saved)
 
     def rewind(self, lost: RunError) -> None:
         """Go back to the newest checkpoint: the learner lost all that came after it.
@@ -166,6 +170,22 @@ class RunState:
         self.step = saved.step if saved else 0
         self._position = Position(**saved.metadata) if saved else Position()
         self._ledger = Ledger(self._ledger_file, keep_bytes=self._position.ledger_bytes)
+
+
+def _require_unsaved(run_dir: Path, every: int) -> None:
+    """Raise a RunError where a run had a checkpoint and none can be read: it would begin anew, over its own record.
+
+    One that was killed before its first checkpoint begins anew and loses nothing that the kill had not. A second one is
+    begun only when the first is whole.
+    """
+    rows = read_steps(run_dir / METRICS_FILE)
+    done, made = rows[-1]["step"] if rows else 0, list((run_dir / "checkpoints").glob("step-*"))
+    if made or done > 2 * every:
+        where = f"of the {len(made)} in {run_dir / 'checkpoints'}" if made else f"in {run_dir / 'checkpoints'}"
+        raise RunError(
+            f"{done} steps were done, and no checkpoint {where} can be read; nothing was changed. Bring one back, or "
+            "begin anew in another --run-dir"
+        )
 
 
 @contextmanager

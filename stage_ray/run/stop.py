@@ -1,4 +1,8 @@
-"""SIGINT and SIGTERM to the driver: what was trained is saved first; what can be repeated is stopped at once."""
+"""Signals that end a job: what was trained is saved first; what can be repeated is stopped at once.
+
+Besides SIGINT and SIGTERM these are SIGHUP (the connection was lost) and SIGUSR1 and SIGUSR2, by which schedulers such
+as Slurm say that the time is nearly up.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +17,12 @@ import psutil
 from stage_ray.errors import Interrupted
 from stage_ray.observability.progress import Progress
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class StopSignal:
     """Within this context the first signal stops the run: in `steps` after the current step and its checkpoint,
-    elsewhere (start, evaluation, export) at once.
+    elsewhere (start, evaluation, export) at once. One that is ignored, as `nohup` does with SIGHUP, stays so.
 
     A second SIGINT ends the process at once. A second SIGTERM changes nothing: schedulers repeat it while they wait
     (Kubernetes sends one to a job that is deleted and one to its pod), and a save must survive that.
@@ -28,6 +32,7 @@ class StopSignal:
         self.requested: int | None = None
         self._progress, self._saves = progress, False
         self._task: asyncio.Task[object] | None = None
+        self._numbers = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
 
     def error(self, step: int | None = None) -> Interrupted:
         """The error that ends the run, after it has saved ``step`` or at once."""
@@ -48,12 +53,12 @@ class StopSignal:
 
     async def __aenter__(self) -> StopSignal:
         self._task = asyncio.current_task()
-        for number in SIGNALS:
+        for number in self._numbers:
             asyncio.get_running_loop().add_signal_handler(number, self._on_signal, number)
         return self
 
     async def __aexit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        for number in SIGNALS:
+        for number in self._numbers:
             asyncio.get_running_loop().remove_signal_handler(number)
         if isinstance(error, asyncio.CancelledError) and self.requested is not None:  # cancelled by `_on_signal`
             raise self.error() from None

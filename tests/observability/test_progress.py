@@ -1,6 +1,9 @@
 """Progress is lively on a terminal and a few plain lines elsewhere."""
 
 import io
+import shlex
+import subprocess
+import sys
 
 from rich.console import Console
 
@@ -49,3 +52,14 @@ def test_on_a_terminal_the_display_ends_with_the_last_numbers() -> None:
         progress.step(2, 2, {"reward/mean": 0.75})
     assert "reward 0.750" in out.getvalue() and "2/2" in out.getvalue()
     assert out.getvalue().count("\x1b[?25l") == out.getvalue().count("\x1b[?25h") == 1, "the cursor comes back"
+
+
+def test_work_goes_on_when_nobody_reads_its_output_any_more():
+    code = "from stage_ray.observability.progress import Progress\nimport sys\n"
+    code += "with Progress() as progress:\n for i in range(3000):\n  progress.note('x' * 100)\n"
+    code += "print('more'); sys.stdout.flush(); sys.stderr.write('done\\n')"
+    script = f"{shlex.quote(sys.executable)} -c {shlex.quote(code)} | head -1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("\n") == 1
+    assert done.stderr == "stage-ray: nobody reads stdout any more; the work goes on without it\ndone\n"

@@ -61,3 +61,37 @@ def test_what_tables_fill_in_for_nothing_hinders_no_prompt(tmp_path, capsys):
     path.write_text(json.dumps(RING | {"include": [nothing], "exclude": None}) + "\n")
     assert dry_run(f"prompts.train={path}") == 0
     assert "1 to train on, 100 held out" in capsys.readouterr().out
+
+
+LONG = "a photo of " + "a red ring and " * 300 + "a blue cross"
+
+
+def test_a_prompt_that_is_too_long_is_found_by_line_or_dropped(tmp_path, capsys, caplog):
+    path = tmp_path / "prompts.txt"
+    path.write_text(f"a photo of a ring\n{LONG}\n")
+    scorer = "rewards=[{type: tests.scorers.Brightness}]"
+    assert dry_run(f"prompts.train={path}", scorer) == 2
+    said = capsys.readouterr().err
+    assert "1 of 2 prompts cannot be drawn" in said and f"{path}, line 2: prompt of 12" in said
+    assert "fit (the model's positions less its image tokens)" in said and "prompts.too_long=drop" in said
+    assert dry_run(f"prompts.train={path}", scorer, "rollout.max_prompt_tokens=9") == 2
+    assert "at most 9 fit (rollout.max_prompt_tokens)" in capsys.readouterr().err
+    assert dry_run(f"prompts.train={path}", scorer, "prompts.too_long=drop") == 0
+    assert "1 to train on, 100 held out" in capsys.readouterr().out and "1 of 2 prompts are dropped" in caplog.text
+    path.write_text(LONG)
+    assert dry_run(f"prompts.train={path}", scorer, "prompts.too_long=drop") == 2, "none is left"
+
+
+def test_a_prompt_is_refused_where_the_model_has_no_room_for_it_whatever_the_config_says(tmp_path, capsys):
+    path = tmp_path / "prompts.txt"
+    path.write_text(LONG)
+    scorer = "rewards=[{type: tests.scorers.Brightness}]"
+    assert dry_run(f"prompts.train={path}", scorer, "rollout.max_prompt_tokens=100000") == 2
+    assert "fit (the model's positions less its image tokens)" in capsys.readouterr().err
+
+
+def test_a_prompt_with_the_token_that_begins_an_image_is_refused(tmp_path, capsys):
+    path = tmp_path / "prompts.txt"
+    path.write_text("a photo of <begin_of_image> a ring")
+    assert dry_run(f"prompts.train={path}", "rewards=[{type: tests.scorers.Brightness}]") == 2
+    assert "holds the token that begins an image" in capsys.readouterr().err

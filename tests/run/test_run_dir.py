@@ -12,6 +12,7 @@ import threading
 from pathlib import Path
 
 import pytest
+import yaml
 
 from stage_ray.errors import ConfigError
 from stage_ray.run import run_dir as room
@@ -62,8 +63,76 @@ def test_a_run_is_not_written_over(run, trained):
 
 
 def test_resuming_with_another_learning_rate_names_the_key(tmp_path, trained):
-    with pytest.raises(ConfigError, match="--resume: learner was"):
+    with pytest.raises(ConfigError, match=r"--resume: learner.lr was 0.0001 in .* and is 1.0 now"):
         opened(tiny_run(tmp_path, tmp_path / "janus", learner={"lr": 1.0}), resume=True)
+
+
+def test_a_run_may_be_extended_and_not_shortened_or_changed_otherwise(tmp_path, trained):
+    def again(resume="extend", **changes) -> Path:
+        return opened(tiny_run(tmp_path, tmp_path / "janus", **changes), resume)
+
+    with pytest.raises(ConfigError, match="steps was 4 .* is 8 now; use the same value, or --extend"):
+        again(resume=True, steps=8)
+    assert again(steps=8) == trained
+    with pytest.raises(ConfigError, match="steps was 8 .* and is 4 now"):
+        again(steps=4)
+    with pytest.raises(ConfigError, match="rollout.group_size was 4"):
+        again(steps=8, rollout={"group_size": 2})
+    assert again(steps=9, learner={"lr": 1e-5, "schedule": "constant"}) == trained
+
+
+def test_a_config_of_before_a_key_was_added_is_read_with_todays_default(run, trained):
+    file = trained / "config.yaml"
+    saved = yaml.safe_load(file.read_text())
+    del saved["prompts"]["too_long"], saved["pipeline"], saved["learner"]["betas"]
+    file.write_text(yaml.safe_dump(saved))
+    assert opened(run, resume=True) == trained
+    file.write_text("steps: [")
+    with pytest.raises(ConfigError, match="--resume: .*config.yaml is not readable YAML"):
+        opened(run, resume=True)
+
+
+def test_the_same_file_may_be_spelled_otherwise(tmp_path, run, trained, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    other = tiny_run(tmp_path, tmp_path / "janus", prompts={"train": "prompts.txt", "heldout": "./prompts.txt"})
+    assert opened(other, resume=True) == trained
+    (tmp_path / "others.txt").write_text("a photo of a circle")
+    other = tiny_run(tmp_path, tmp_path / "janus", prompts={"train": "others.txt", "heldout": "prompts.txt"})
+    with pytest.raises(ConfigError, match=r"--resume: prompts.train was .*prompts.txt.* and is 'others.txt' now"):
+        opened(other, resume=True)
+
+
+@pytest.mark.parametrize("name", ["lost+found", ".snapshot", ".nfs0001", ".lock", "config.yaml.tmp"])
+def test_what_is_nobodys_does_not_make_a_directory_used(tmp_path, run, name):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).touch()
+    assert opened(run, resume=False) == tmp_path / "run"
+
+
+def test_a_directory_that_cannot_be_written_is_one_sentence(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("nowhere")
+    for path, why in {"file/run": "cannot be written: Not a directory", "link": "is a link to nothing"}.items():
+        run = tiny_run(tmp_path, tmp_path / "janus", run_dir=str(tmp_path / path))
+        with pytest.raises(ConfigError, match=f"run_dir .*{why}"):
+            opened(run, resume=False)
+
+
+def test_a_directory_on_a_read_only_disk_is_one_sentence(run, monkeypatch):
+    def refuses(**_: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(room.tempfile, "TemporaryFile", refuses)
+    with pytest.raises(ConfigError, match="cannot be written: Read-only file system"):
+        opened(run, resume=False)
+
+
+def test_home_is_written_out_and_a_variable_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert tiny_run(tmp_path, tmp_path / "janus", run_dir="~/runs/x").run_dir == "/home/me/runs/x"
+    for text in ("$HOME/x", "/data/${USER}/x"):
+        with pytest.raises(ConfigError, match=r"run_dir = .*: \$ is no variable here"):
+            tiny_run(tmp_path, tmp_path / "janus", run_dir=text)
 
 
 def test_resuming_where_there_is_no_run_is_refused_unless_it_may_begin_one(tmp_path, run):

@@ -1,4 +1,4 @@
-"""What SIGINT and SIGTERM do to a driver: real signals to a small process that stops as a run does."""
+"""What signals that end a job do to a driver: real ones, to a small process that stops as a run does."""
 
 from __future__ import annotations
 
@@ -53,13 +53,16 @@ def driver():
         process.kill()
 
 
+SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2]
+
+
 def left(process: subprocess.Popen) -> list[str]:
     """What it said until it ended, but for what it tells the person who watches."""
     said, _ = process.communicate(timeout=10)
     return [line for line in said.splitlines() if not line.startswith("[")]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_lets_a_step_finish_and_save(driver, number):
     process, _ = driver("steps")
     process.send_signal(number)
@@ -73,6 +76,19 @@ def test_a_signal_ends_at_once_what_can_be_repeated(driver, number):
     process.send_signal(number)
     assert left(process) == [f"stopped by {number.name}; go on with --resume"]
     assert process.returncode == 128 + number
+
+
+def test_under_nohup_a_lost_connection_changes_nothing(driver):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # which its processes inherit
+    try:
+        process, _ = driver("steps")
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    process.send_signal(signal.SIGHUP)
+    assert process.stdout.readline() == "saved\n"
+    process.send_signal(signal.SIGUSR1)
+    said = left(process)
+    assert said[-1].startswith("stopped by SIGUSR1 after step")
 
 
 def test_a_scheduler_that_repeats_itself_does_not_cut_a_save_short(driver):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from stage_ray.config import PolicyConfig, RolloutConfig
 from stage_ray.engines.base import ImageEngine, ImageSequence, Rollouts
-from stage_ray.engines.memory import LONGEST_PROMPT
+from stage_ray.engines.memory import CPU_CACHE_BLOCK
 from stage_ray.engines.sampling import SamplingParams
 from stage_ray.engines.vllm.environment import require_fitting_build, set_environment
 from stage_ray.engines.vllm.plugin import architecture, register_family
@@ -49,7 +49,8 @@ class VllmEngine(ImageEngine):
         self._prompt_shift = spec.prompt_shift
         self._shapes = tensor_shapes(self.codec.location, (family.trained_prefix,))
         self._frozen = read_tensors(self.codec.location, spec.frozen)
-        self._longest_prompt = min(LONGEST_PROMPT, spec.config["max_position_embeddings"] - self.codec.image_tokens)
+        room = spec.config["max_position_embeddings"] - self.codec.image_tokens
+        self._longest_prompt = min(rollout.max_prompt_tokens, room)
         self._directory = tempfile.TemporaryDirectory(prefix="stage-ray-vllm-")
         directory = Path(self._directory.name)
         config = spec.config | {"architectures": [architecture(family)], "image_tokens": self.codec.image_tokens}
@@ -69,12 +70,13 @@ class VllmEngine(ImageEngine):
 
         on_cpu = self._device.type == "cpu"
         requests = 2 * rollout.images_per_batch  # conditional and unconditional
+        dtype = compute_dtype(rollout.dtype, self._device)
         try:
             self._llm = LLM(
                 self._directory.name,
                 skip_tokenizer_init=True,
                 generation_config="vllm",
-                dtype=str(compute_dtype(rollout.dtype, self._device)).removeprefix("torch."),
+                dtype=str(dtype).removeprefix("torch."),
                 max_model_len=self._longest_prompt + self.codec.image_tokens,
                 max_num_seqs=requests,
                 max_num_batched_tokens=requests * self._longest_prompt,
@@ -84,7 +86,7 @@ class VllmEngine(ImageEngine):
                 enable_sleep_mode=rollout.colocated and not on_cpu,
                 **self._ranks.llm_arguments(),
                 gpu_memory_utilization=rollout.gpu_memory_utilization,
-                kv_cache_memory_bytes=int(rollout.kv_cache_gib * 2**30) if on_cpu else None,
+                kv_cache_memory_bytes=self._cache_bytes(rollout, dtype) if on_cpu else None,
                 logits_processors=[PairedGuidance],
                 worker_extension_cls=f"{RecordsExtension.__module__}.{RecordsExtension.__qualname__}",
             )
@@ -94,6 +96,17 @@ class VllmEngine(ImageEngine):
                 raise
             memory = {key: getattr(rollout, key) for key in ("kv_cache_gib", "gpu_memory_utilization")}
             raise ConfigError(f"vLLM does not start with rollout memory {memory}: {error}") from error
+
+    def _cache_bytes(self, rollout: RolloutConfig, dtype: torch.dtype) -> int:
+        """Bytes of a CPU's key-value cache: what the config says, or what a whole generation batch needs."""
+        if rollout.kv_cache_gib is not None:
+            return int(rollout.kv_cache_gib * 2**30)
+        config = self.codec.vllm_spec().config
+        heads = config["num_key_value_heads"] // self._ranks.count or 1
+        width = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+        token = 2 * config["num_hidden_layers"] * heads * width * dtype.itemsize  # keys and values
+        blocks = -(-(self._longest_prompt + self.codec.image_tokens) // CPU_CACHE_BLOCK)  # of a sequence, rounded up
+        return (2 * rollout.images_per_batch * blocks + 2) * CPU_CACHE_BLOCK * token  # vLLM keeps one for itself
 
     def _check_cache(self, rollout: RolloutConfig) -> None:
         """Raise a `ConfigError` unless the key-value cache holds a whole generation batch."""
@@ -115,9 +128,7 @@ class VllmEngine(ImageEngine):
             ValueError: the prompt is longer than memory was reserved for.
         """
         prompt = self.codec.encode_prompt(text)
-        longest = max(len(prompt.conditional), len(prompt.unconditional))
-        if longest > self._longest_prompt:
-            raise ValueError(f"prompt of {longest} tokens, at most {self._longest_prompt} fit: {text[:80]!r}")
+        self.codec.check_prompt(text, self._longest_prompt)
         return prompt
 
     def decode(self, tokens: Tensor) -> Tensor:

@@ -59,6 +59,7 @@ class JanusCodec(ImageCodec):
         side = int(config.vq_config.num_patches)
         self.grid = (side, side)
         self.codebook_size = int(config.vq_config.num_embeddings)
+        self.positions = int(config.text_config.max_position_embeddings)
         self._cached_ids = lru_cache(maxsize=4096)(self._prompt_ids)  # one prompt is asked for many times
 
     @classmethod
@@ -116,6 +117,8 @@ class JanusCodec(ImageCodec):
         encoded = self.processor(text=[chat], generation_mode="image")
         conditional = tuple(int(token) for token in encoded["input_ids"][0])  # hashable, and no array of NumPy
         bos, pad, boi = self._special
+        if conditional.count(boi) != 1:
+            raise ValueError(f"prompt {text[:80]!r} holds the token that begins an image; write it otherwise")
         return PromptIds(conditional, tuple(i if i in (bos, boi) else pad for i in conditional))
 
     def codebook(self) -> Tensor:

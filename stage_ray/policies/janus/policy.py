@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from stage_ray.config import PolicyConfig
-from stage_ray.config.paths import model_location
 from stage_ray.errors import ConfigError
-from stage_ray.policies.base import Backbone, Policy
+from stage_ray.policies.base import Backbone, ImageCodec, Policy
 from stage_ray.policies.janus.codec import MODEL_TYPE, TRAINED_PREFIX, JanusCodec, for_sampling
 from stage_ray.policies.static_decoder import StaticDecoder
 from stage_ray.pretrained import check_finite, check_tensors
@@ -40,17 +38,17 @@ class JanusPolicy(Policy):
         super().__init__(model, Backbone(model.model.language_model), codec, trainable=trainable)
 
     @classmethod
-    def check(cls, config: PolicyConfig) -> None:
-        """As `Policy.check`, down to the names and shapes of tensors, and that its prompts can be encoded."""
-        super().check(config)
-        if Path(model_location(config.path)).exists():
+    def check(cls, config: PolicyConfig) -> ImageCodec | None:
+        """As `Policy.check`, down to the names and shapes of tensors."""
+        codec = super().check(config)
+        if isinstance(codec, JanusCodec):
             from transformers import JanusForConditionalGeneration
 
-            codec = JanusCodec.load(config)
             with torch.device("meta"):  # shapes alone, no memory
                 model = JanusForConditionalGeneration(codec.config)
             tied = model.all_tied_weights_keys
             check_tensors(codec.location, {k: v.shape for k, v in model.state_dict().items() if k not in tied})
+        return codec
 
     @classmethod
     def load(
