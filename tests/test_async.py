@@ -148,13 +148,12 @@ def test_a_replay_without_recorded_groups_says_how_to_record_them(tmp_path, plai
         replay_run(tiny_run(tmp_path, plain), tmp_path, Progress())
 
 
-def test_a_version_that_several_ranks_broadcast_is_the_one_that_vllm_serves(tmp_path, model):
-    pytest.importorskip("vllm")
+def test_a_version_that_several_ranks_broadcast_is_the_one_that_is_served(tmp_path, plain):
     run = tiny_run(
         tmp_path,
-        model,
+        plain,
         steps=3,
-        rollout={"engine": "vllm", "kv_cache_gib": 0.25, "dtype": "float32"},
+        rollout={"workers": 2},
         learner={"lr": 1e-3, "ranks": 2},
         cluster={"weight_transport": "gloo"},
         **QUICK,

@@ -155,14 +155,14 @@ def _named_files(run: RunConfig, root: Path, called: str) -> dict[str, Path]:
     Raises a `ConfigError` where the job would not find one: it leads out of what is sent, is missing, or is too large.
     """
     fix = "move it there, or put it on storage that the cluster shares and give its absolute path"
-    parts: dict[str, Any] = {"prompts": True, "policy": {"path"}, "rewards": {"__all__": {"options"}}}
+    parts: dict[str, Any] = {"prompts": {"train", "heldout"}, "policy": {"path"}, "rewards": {"__all__": {"options"}}}
     found = {}
     for key, name in _relative_paths(run.model_dump(include=parts)):
         inside = os.path.normpath(name)  # not resolved: the job looks it up by its name, so a link stays a link
         path = root / inside
         if inside.startswith("..") and (path.exists() or key.startswith("prompts.")):
             raise ConfigError(f"{key} = {name!r} leads out of {called}, and a job finds only what lies below; {fix}")
-        if key.startswith("prompts.") and not path.is_file():
+        if key.startswith("prompts.") and not path.exists():
             raise ConfigError(f"{key} = {name!r} is no file in {called}; {fix}")
         if path.exists():
             size = sum(file.stat().st_size for file in (path, *path.rglob("*")) if file.is_file()) / 2**20

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import shutil
@@ -16,9 +18,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from stage_ray.cli import main
 from tests.chaos import audited
 from tests.plain import FAMILY
-from tests.ray_head import BIN, REPOSITORY, Head, ray_head
+from tests.ray_head import BIN, REPOSITORY, Head, joining, ray_head
 
 pytestmark = pytest.mark.slow  # a head that they share, and a job or more each
 
@@ -55,6 +58,20 @@ def steps(run_dir: Path) -> list[int]:
 
 def submit(head: Head, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     return head.command("stage-ray", "submit", CONFIG, "--address", head.address, *arguments, **variables)
+
+
+def submit_here(head: Head, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The same in this process, which has imported already what it needs."""
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        joining(head),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setenv("RAY_API_SERVER_ADDRESS", head.address)
+        code = main(["submit", CONFIG, "--address", head.address, *arguments])
+    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
 
 
 def together(*calls: Callable[[], subprocess.CompletedProcess[str]]) -> list[subprocess.CompletedProcess[str]]:
@@ -114,10 +131,8 @@ def test_submit_sends_code_files_and_scorers_follows_the_run_and_does_not_repeat
     arguments += settings(plain, rewards=mine)
     secret = {"A_TOKEN": "hush-hush", "PYTHONPATH": str(changed)}  # the latter, that the command is the changed one
 
-    done, waiting = together(
-        lambda: submit(head, *arguments, "--id", "sent", "--entrypoint-resources", "{driver: 1}", **secret),
-        lambda: submit(head, *waits),
-    )
+    waiting = submit_here(head, *waits)
+    done = submit(head, *arguments, "--id", "sent", "--entrypoint-resources", "{driver: 1}", **secret)
     assert waiting.returncode == 0 and done.returncode == 0, done.stdout + done.stderr
     assert "this is the code that was sent" in done.stdout
     assert steps(run_dir) == [1] and not (run_dir / "logs" / "ray").exists()
@@ -142,13 +157,11 @@ def test_submit_sends_code_files_and_scorers_follows_the_run_and_does_not_repeat
 def test_what_only_the_cluster_can_find_wrong_has_the_exit_code_of_the_run(head, tmp_path, plain):
     nowhere = ["--run-dir", str(tmp_path / "a"), *settings(policy__path="/nowhere/janus")]
     too_much = ["--run-dir", str(tmp_path / "b"), *settings(plain, rollout__cpus="1000", cluster__start_timeout_s="5")]
-    wrong, failed = together(
-        lambda: submit(head, *nowhere, "--image-has-code"),  # the code is there already
-        lambda: submit(head, *too_much, "--id", "too-much"),
-    )
+    wrong = submit_here(head, *nowhere, "--image-has-code")  # the code is there already
+    failed = submit_here(head, *too_much, "--id", "too-much")
     assert wrong.returncode == 2 and "/nowhere/janus does not exist" in wrong.stdout, wrong.stdout + wrong.stderr
     assert failed.returncode == 1 and "1000" in failed.stdout, failed.stdout + failed.stderr
-    again = submit(head, *too_much, "--id", "too-much", "--no-wait")
+    again = submit_here(head, *too_much, "--id", "too-much", "--no-wait")
     assert again.returncode == 0 and "too-much.2" in again.stderr and "--follow too-much.2" in again.stderr
     head.command("ray", "job", "stop", "too-much.2", "--address", head.address)
 
@@ -164,7 +177,7 @@ def test_a_job_is_joined_left_stopped_killed_and_goes_on_without_losing_a_group(
             words, env=head.environment, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
 
-    assert submit(head, *arguments, "--no-wait").returncode == 0
+    assert submit_here(head, *arguments, "--no-wait").returncode == 0
     until(lambda: len(steps(run_dir)) >= 2)
 
     (driver,) = drivers(str(run_dir))
@@ -178,7 +191,7 @@ def test_a_job_is_joined_left_stopped_killed_and_goes_on_without_losing_a_group(
     assert head.jobs()["long"]["status"] == "RUNNING" and "long.2" not in head.jobs()
 
     stayed = follow()
-    other = submit(head, "--run-dir", str(run_dir), *long, "--set", "seed=1")
+    other = submit_here(head, "--run-dir", str(run_dir), *long, "--set", "seed=1")
     assert other.returncode == 1 and "job long is writing into" in other.stderr
     assert head.command("ray", "job", "stop", "long", "--no-wait", "--address", head.address).returncode == 0
     os.kill(driver, signal.SIGCONT)
@@ -194,7 +207,7 @@ def test_a_job_is_joined_left_stopped_killed_and_goes_on_without_losing_a_group(
     said = second.communicate(timeout=120)[0]
     assert second.returncode == 137, said
 
-    third = submit(head, *arguments)
+    third = submit_here(head, *arguments)
     assert third.returncode == 0, third.stdout + third.stderr
     assert "long.3" in third.stderr and steps(run_dir) == list(range(1, 61))
     found = audited(run_dir, ended=True)

@@ -27,7 +27,7 @@ POD = {"memory": "2Gi", "shm": "256Mi", "objectStore": "128Mi", "gpus": 0, "tole
 GROUPS = {
     "rollout": POD | {"replicas": 1, "minReplicas": 1, "maxReplicas": 1, "cpu": "1"},
     "reward": POD | {"replicas": 1, "minReplicas": 1, "maxReplicas": 1, "cpu": "1"},
-    "learner": POD | {"replicas": 2, "minReplicas": 2, "maxReplicas": 2, "cpu": "1", "rayResources": {"learner": 1}},
+    "learner": POD | {"replicas": 1, "minReplicas": 1, "maxReplicas": 1, "cpu": "1", "rayResources": {"learner": 1}},
 }
 SIZES = [
     "steps=2",
@@ -37,7 +37,6 @@ SIZES = [
     "rollout.threads=1",
     "rollout.resources={rollout: 1}",
     "scoring.resources={reward: 1}",
-    "learner.ranks=2",
     "learner.threads=1",
     "learner.resources={learner: 1}",
     "evaluation.enabled=false",
@@ -86,10 +85,10 @@ def test_the_rendered_entrypoint_trains_on_nodes_like_its_pods_and_again_does_no
 
         homes = {node["node_id"]: node["resources_total"] for node in head.state("nodes")}
         actors = [actor for actor in head.state("actors") if actor["class_name"] in ROLES]
-        assert len(actors) == 4
+        assert len(actors) == 3
         for actor in actors:
             assert ROLES[actor["class_name"]] in homes[actor["node_id"]], actor
-        assert len({actor["node_id"] for actor in actors}) == 4, "each on a pod of its own"
+        assert len({actor["node_id"] for actor in actors}) == 3, "each on a pod of its own"
 
         again = head.command(*submit)
         assert again.returncode == 0, again.stdout + again.stderr

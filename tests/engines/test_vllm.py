@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from stage_ray.config import PolicyConfig, RolloutConfig
 from stage_ray.engines.sampling import SamplingParams
@@ -16,6 +19,8 @@ from stage_ray.engines.vllm.environment import vllm_environment
 from stage_ray.errors import ConfigError
 from stage_ray.policies.janus.codec import JanusCodec
 from stage_ray.records import Prompt, RolloutRequest
+from stage_ray.weights.manifest import describe
+from stage_ray.weights.process_groups import BroadcastGroup, GroupMember
 from tests.tiny import CODES, tiny_janus
 
 pytest.importorskip("vllm")
@@ -74,9 +79,37 @@ def watch_addresses(worker: Any) -> list[tuple[int | None, ...]]:
     return seen
 
 
+SENDER = """
+import sys
+from pathlib import Path
+import torch
+from safetensors.torch import load_file
+from stage_ray.weights.process_groups import BroadcastGroup, GroupMember
+group, tensors = BroadcastGroup(), load_file(sys.argv[1])
+print(group.open("127.0.0.1", 60), flush=True)
+group.send(GroupMember(1, sys.stdin.readline().strip(), 0, 2, "gloo", 60), sorted(tensors.items()))
+"""
+
+
+def broadcast(tensors: dict[str, torch.Tensor], file: Path) -> list[tuple[str, torch.Tensor]]:
+    """A version as a learner in another process sends it to this one, which vLLM has process groups of its own in."""
+    save_file(tensors, file)
+    command = [sys.executable, "-c", SENDER, str(file)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as sender:
+        assert sender.stdin is not None and sender.stdout is not None
+        address = sender.stdout.readline().strip()
+        sender.stdin.write(f"{address}\n")
+        sender.stdin.flush()
+        manifest = describe(1, sorted(tensors.items()), torch.device("cpu"))
+        return BroadcastGroup().receive(GroupMember(1, address, 1, 2, "gloo", 60), manifest)
+
+
 @pytest.mark.slow
-def test_engines_draw_the_same_images_a_batch_that_does_not_fit_and_a_long_prompt_are_named(directory: Path) -> None:
-    """One start of vLLM for four statements, the fourth: a captured CUDA graph would find every input in its place."""
+def test_engines_draw_the_same_images_a_batch_that_does_not_fit_and_a_long_prompt_are_named(
+    directory: Path, tmp_path: Path
+) -> None:
+    """One start of vLLM for five statements: also that a captured CUDA graph would find every input in its place, and
+    that a version which comes by broadcast is the one that is served."""
     from stage_ray.engines.vllm.engine import VllmEngine
 
     with pytest.raises(ConfigError, match="rollout.images_per_batch = 12 needs .* rollout.kv_cache_gib = 0.0002"):
@@ -98,6 +131,15 @@ def test_engines_draw_the_same_images_a_batch_that_does_not_fit_and_a_long_promp
     with pytest.raises(ValueError, match="tokens, at most"):
         engine.generate([RolloutRequest(0, Prompt(0, "circle " * 200), (1,))])
     assert len(addresses) > 16 and len(set(addresses)) == 1, "vLLM replays graphs, which read where inputs lay at first"
+    trained = {name: parameter * 1.2 for name, parameter in reference._policy.trained_parameters().items()}
+    received = broadcast({name: tensor.detach().contiguous() for name, tensor in trained.items()}, tmp_path / "version")
+    for one in (engine, reference):
+        one.load_weights(1, received)
+    (served,), (wanted,) = engine.generate(requests[:1]), reference.generate(requests[:1])
+    assert served.policy_version == 1 and (served.tokens != pairs[0][1].tokens).any()
+    equal = (served.tokens == wanted.tokens).all(axis=1)
+    assert equal.mean() >= 0.75 and np.abs(served.logprobs - wanted.logprobs)[equal].max() < 2e-3
+
     exported = Path(engine._directory.name)
     assert exported.is_dir()
     engine.close()
