@@ -45,8 +45,17 @@ def atomic_write(path: Path, text: str) -> None:
     with scratch.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
-        os.fsync(file.fileno())
+        flush_to_disk(file.fileno())
     scratch.replace(path)
+
+
+def flush_to_disk(descriptor: int) -> None:
+    """``fsync``, where the file system has it: some network file systems refuse it and are as safe as they are."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
 
 
 def read_json(path: Path) -> Any:

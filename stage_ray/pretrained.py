@@ -49,6 +49,21 @@ def local_checkpoint(path: str, model_type: str, key: str = KEY) -> Path:
     return Path(location)
 
 
+def located(path: str) -> Path | None:
+    """The directory of a checkpoint that is on this machine, in the hub's cache too; None where it would be fetched.
+
+    Raises:
+        ConfigError: it looks like a path and nothing is there.
+    """
+    location = model_location(path)
+    if Path(location).exists():
+        return Path(location)
+    try:
+        return Path(snapshot_download(location, allow_patterns=HUB_FILES, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError):
+        return None
+
+
 def check_directory(directory: Path, model_type: str, key: str = KEY) -> None:
     """Check ``config.json`` and every weight file of a local checkpoint (headers and sizes only, nothing is loaded).
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from stage_ray.cluster.cluster import Cluster
 from stage_ray.config import RunConfig
-from stage_ray.errors import GroupsLostError, LearnerLostError
+from stage_ray.errors import GroupsLostError, LearnerLostError, RunError
 from stage_ray.files import name_disk_errors
 from stage_ray.observability.progress import Progress
 from stage_ray.pipeline.stream import NoValidRewardError
@@ -56,8 +56,17 @@ def train(run: RunConfig, *, resume: Resume = False, progress: Progress | None =
             raise
         finally:
             recorder.close()
-            report = write_report(run_dir)  # also of a run that failed
+            report = _report(run_dir, progress)  # also of a run that failed
     return RunSummary(run_dir, run.steps, before, after, report)
+
+
+def _report(run_dir: Path, progress: Progress) -> Path:
+    """Write the report. One that fails is no failure of the run, and hides none."""
+    try:
+        return write_report(run_dir)
+    except (OSError, RunError, ValueError, KeyError, TypeError) as error:
+        progress.note(f"the report was not written ({error}); stage-ray report {run_dir} tries again")
+        return run_dir / "report.html"
 
 
 async def _train(

@@ -10,6 +10,7 @@ import contextlib
 import math
 import os
 import secrets
+import socket
 import tempfile
 from pathlib import Path
 from unittest.mock import patch
@@ -22,7 +23,9 @@ from ray._private.authentication.authentication_token_setup import Authenticatio
 
 from stage_ray.actors.client import first_line
 from stage_ray.config import RunConfig
-from stage_ray.errors import RunError
+from stage_ray.errors import ConfigError, RunError
+
+ANSWER_S = 10.0  # for a connection to a cluster's head
 
 
 # `ray.init` takes SIGTERM for itself, twice: it calls ``sys.exit`` in the middle of whatever goes on, and prints a
@@ -33,12 +36,14 @@ def start_ray(run: RunConfig, run_dir: Path) -> bool:
     """Join a cluster or start one on this machine; True if started. Signal handlers stay as they are.
 
     Raises:
+        ConfigError: the address is none that a driver can join.
         RunError: no cluster at that address, or too little memory for the object store.
     """
     cluster, rollout, scoring, learner = run.cluster, run.rollout, run.scoring, run.learner
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing leaves the machine unasked
     address = cluster.address or ("auto" if "RAY_ADDRESS" in os.environ else None)
     if address is not None:
+        _require_answer(cluster.address)
         try:
             ray.init(address=address, log_to_driver=False, logging_level="ERROR")
         except (ConnectionError, ValueError, RuntimeError) as error:
@@ -76,6 +81,28 @@ def start_ray(run: RunConfig, run_dir: Path) -> bool:
     link.unlink(missing_ok=True)
     link.symlink_to(Path(context.address_info["session_dir"]) / "logs")
     return True
+
+
+def _require_answer(configured: str | None) -> None:
+    """Raise unless something listens where a cluster should be.
+
+    Ray itself would wait there for minutes, deaf to signals.
+    """
+    key = "the variable RAY_ADDRESS" if configured in (None, "auto") else "cluster.address"
+    address = os.environ.get("RAY_ADDRESS", "auto") if configured in (None, "auto") else str(configured)
+    host, _, port = address.rpartition(":")
+    if "://" in address:
+        raise ConfigError(
+            f"{key} = {address!r} is no address that a run can join; give HOST:PORT of the head, where the port is "
+            "Ray's own (6379 by default), or send the run to a dashboard's http:// address with stage-ray submit"
+        )
+    if not port.isdigit():  # auto, local
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=ANSWER_S).close()
+    except OSError as error:
+        fix = "unset it, or start that cluster" if key != "cluster.address" else "start that cluster, or set it to null"
+        raise RunError(f"no Ray cluster answers at {key} = {address!r} ({error}); {fix}") from error
 
 
 def _demand_token() -> None:

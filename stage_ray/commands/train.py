@@ -29,6 +29,9 @@ def train(
     extend: Annotated[bool, Option("--extend", help="Go on with a finished run: more steps, another rate")] = False,
     replay: Annotated[Path | None, Option(metavar="RUN_DIR", help="Train the learner alone on recorded groups")] = None,
     dry_run: Annotated[bool, Option("--dry-run", help="Check everything, print the config, start nothing")] = False,
+    strict: Annotated[
+        bool, Option("--strict", help="With --dry-run: also refuse what would have to be fetched")
+    ] = False,
 ) -> None:
     """Train a model and write a run directory that ends with report.html.
 
@@ -40,7 +43,7 @@ def train(
     if dry_run:
         from stage_ray.run.preflight import describe
 
-        echo(describe(run))
+        echo(describe(run, strict=strict))
         return
     from stage_ray.observability.progress import progress_for
 

@@ -5,10 +5,13 @@ Imports neither torch, ray nor vllm: ``stage-ray train --dry-run`` and every err
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+TAKEN = {"mean", "std", "informative"}  # reward/mean and its like, which no scorer may be called
 
 
 class Section(BaseModel):
@@ -245,6 +248,13 @@ class RunConfig(Section):
         repeated = next((name for name in sorted(columns) if columns.count(name) > 1), None)
         if repeated:
             raise ValueError(f"rewards: the name {repeated!r} is used twice; give each scorer a name of its own")
+        served: dict[str, str] = {}
+        for name in columns:
+            if name in TAKEN or not name.strip():
+                raise ValueError(f"rewards: reward/{name} is a metric of its own; give the scorer another name")
+            other = served.setdefault(re.sub(r"\W", "_", name), name)  # as Prometheus has it
+            if other != name:
+                raise ValueError(f"rewards: {other!r} and {name!r} would share one metric; rename one of them")
         if all(reward.weight == 0 for reward in self.rewards):
             raise ValueError("rewards: every weight is 0, so nothing would be trained")
         if self.evaluation.enabled and self.prompts.heldout is None:

@@ -79,8 +79,9 @@ class MetricsLogger:
             atomic_write(path, "".join(json.dumps(row) + "\n" for row in kept))
         if self._tensorboard is not None:
             self._tensorboard.close()
-        # A purge hides the later steps that were written before.
-        self._tensorboard = SummaryWriter(str(self._run_dir / "tensorboard"), purge_step=step + 1 if step else None)
+        directory = self._run_dir / "tensorboard"
+        # A purge hides the later steps that were written before, by whichever run began here.
+        self._tensorboard = SummaryWriter(str(directory), purge_step=step + 1 if directory.exists() else None)
         if self._prometheus is not None:
             self._prometheus.set("step", step)  # before the first update too: a run that hangs there must be seen
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from stage_ray.errors import RunError
+from stage_ray.files import flush_to_disk
 
 Event = Literal["admitted", "generated", "scored", "trained", "dropped", "reissued"]
 
@@ -69,7 +70,7 @@ class Ledger:
     def position(self) -> int:
         """Bytes written so far, and on disk: what a checkpoint stores to cut back to."""
         self._file.flush()
-        os.fsync(self._file.fileno())  # a checkpoint that outlives a power cut must not be ahead of its ledger
+        flush_to_disk(self._file.fileno())  # a checkpoint that outlives a power cut must not be ahead of its ledger
         return self._file.tell()
 
     def close(self) -> None:

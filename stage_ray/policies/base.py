@@ -15,10 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from stage_ray.config import PolicyConfig
-from stage_ray.config.paths import model_location
 from stage_ray.errors import ConfigError
 from stage_ray.policies.logprobs import SamplingParams, TokenLogprobs, chunked_logprobs, process_logits
-from stage_ray.pretrained import check_directory, export_checkpoint
+from stage_ray.pretrained import check_directory, export_checkpoint, located
 
 LOGITS_AT_ONCE = 2**22  # float32 logits made at once by `token_logprobs`: 16 MiB, and a few temporaries of that size
 
@@ -193,13 +192,13 @@ class Policy(ABC):
     def check(cls, config: PolicyConfig) -> ImageCodec | None:
         """Check a local checkpoint before a run, without loading its weights; what encodes its prompts.
 
-        None for a hub id, which is left to the workers.
+        None for a hub id that is not in the cache: it is fetched, and checked, by the workers.
 
         Raises:
             ConfigError: files are missing or damaged, or it is of another architecture.
         """
-        model = Path(model_location(config.path))
-        if not model.exists():  # a hub id
+        model = located(config.path)
+        if model is None:
             return None
         check_directory(model, cls.model_type)
         return cls.load_codec(config, device=None)

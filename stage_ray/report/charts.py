@@ -17,6 +17,7 @@ PALETTE = ("#3b82d0", "#e07b39", "#2f9e6e", "#a565c9", "#c94f6d", "#8a8f3c")
 SMOOTH = 9
 STYLE = {
     "svg.fonttype": "none",
+    "text.parse_math": False,  # a scorer's name may hold dollars
     "font.family": "sans-serif",
     "font.size": 9,
     "axes.spines.top": False,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import textwrap
 from collections.abc import Sequence
@@ -34,7 +35,7 @@ def contact_sheet(images: np.ndarray, captions: Sequence[str], good: Sequence[bo
     if not len(images) == len(captions) == len(good) or len(images) == 0:
         counts = f"{len(images)} images, {len(captions)} captions, {len(good)} verdicts"
         raise ValueError(f"a contact sheet needs at least one image, and as many captions and verdicts: {counts}")
-    font = ImageFont.load_default(FONT_SIZE)
+    font = _font()
     scale = max(1, math.ceil(TILE / max(images.shape[1:3])))
     width, height = images.shape[2] * scale, images.shape[1] * scale
     line = FONT_SIZE + 4
@@ -64,6 +65,13 @@ def contact_sheet(images: np.ndarray, captions: Sequence[str], good: Sequence[bo
     scratch = path.with_name(path.name + ".tmp")
     sheet.save(scratch, format="PNG", optimize=True)
     scratch.replace(path)
+
+
+def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """The font that comes with matplotlib: letters of most alphabets, where Pillow's own has those of English."""
+    package = importlib.util.find_spec("matplotlib")  # not imported: that takes a second
+    assert package is not None and package.origin is not None
+    return ImageFont.truetype(Path(package.origin).parent / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf", FONT_SIZE)
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:

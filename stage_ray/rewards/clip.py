@@ -14,9 +14,8 @@ from pydantic import Field
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPConfig, CLIPModel
 
-from stage_ray.config.paths import model_location
 from stage_ray.errors import ConfigError
-from stage_ray.pretrained import check_directory, check_finite, check_tensors, local_checkpoint
+from stage_ray.pretrained import check_directory, check_finite, check_tensors, local_checkpoint, located
 from stage_ray.records import Prompt
 from stage_ray.rewards.base import RewardOutput
 
@@ -60,8 +59,8 @@ class ClipReward:
     @classmethod
     def check(cls, prompts: Sequence[Prompt], path: str, **options: Any) -> Iterator[tuple[Prompt, str]]:
         """Check a local checkpoint down to the shapes of its tensors; see `Reward`. It judges every prompt."""
-        location = Path(model_location(path))
-        if location.exists():
+        location = located(path)
+        if location is not None:
             check_directory(location, "clip", "path")
             _processors(location)
             with torch.device("meta"):  # shapes alone, no memory

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stage_ray.files import flush_to_disk
+
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
@@ -151,6 +153,6 @@ def _sha256(path: Path) -> str:
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        flush_to_disk(descriptor)
     finally:
         os.close(descriptor)

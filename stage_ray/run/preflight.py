@@ -16,6 +16,7 @@ from stage_ray.evaluation.base import find_benchmark
 from stage_ray.pipeline.prompt_files import load_prompts
 from stage_ray.policies import policy_class
 from stage_ray.policies.base import ImageCodec
+from stage_ray.pretrained import located
 from stage_ray.recipes import load_recipe, resolve_recipe
 from stage_ray.records import Prompt
 from stage_ray.rewards import check_rewards
@@ -88,13 +89,24 @@ def _some(problems: list[str]) -> str:
     return "; ".join(problems[:SHOWN]) + more
 
 
-def describe(run: RunConfig) -> str:
-    """The resolved config as YAML, then, as YAML comments, what a run of it would start.
+def unchecked(run: RunConfig) -> list[str]:
+    """Models and scorers that are not on this machine, as ``key = value``: the workers would fetch them."""
+    paths = {"policy.path": run.policy.path}
+    for index, reward in enumerate(run.rewards):
+        paths |= {f"rewards.{index}.options.path": str(reward.options["path"])} if "path" in reward.options else {}
+    return [f"{key} = {path}" for key, path in paths.items() if located(path) is None]
+
+
+def describe(run: RunConfig, *, strict: bool = False) -> str:
+    """The resolved config as YAML, then, as YAML comments, what a run of it would start, and what was not checked.
 
     Raises:
-        ConfigError: of `preflight`.
+        ConfigError: of `preflight`; or, if ``strict``, something could not be checked.
     """
     train, heldout = preflight(run)
+    left = unchecked(run)
+    if left and strict:
+        raise ConfigError(f"--strict: not checked, since it would be fetched: {'; '.join(left)}")
     rollout, scoring, learner = run.rollout, run.scoring, run.learner
     images = rollout.groups_per_step * rollout.group_size
     scorers = ", ".join(reward.column for reward in run.rewards)
@@ -109,5 +121,6 @@ def describe(run: RunConfig) -> str:
         f"reward: {scoring.workers} x {scoring.cpus:g} CPU, {scoring.gpus:g} GPU; scorers {scorers}",
         f"learner: {learner.ranks} x {learner.cpus:g} CPU, {learner.gpus:g} GPU{where}",
         f"run directory: {Path(run.run_dir).resolve()}" + " (exists)" * Path(run.run_dir).exists(),
+        *(f"not checked: would be fetched: {name}" for name in left),
     ]
     return "\n".join([config, "", "# Would start:", *(f"#   {line}" for line in plan)])

@@ -132,3 +132,19 @@ def test_a_file_that_is_no_config_is_named(
 def test_a_bare_off_is_not_taken_for_a_boolean():
     config = load_config(Path("configs/stage_shapeworld.yaml"), ["learner.autocast=off"])
     assert config.learner.autocast == "off"
+
+
+@pytest.mark.parametrize(
+    ("names", "sentence"),
+    [
+        (["mean"], "reward/mean is a metric of its own"),
+        (["std"], "reward/std is a metric of its own"),
+        (["a-b", "a b"], "'a-b' and 'a b' would share one metric"),
+        (["a", "a"], "the name 'a' is used twice"),
+        ([" "], "give the scorer another name"),
+    ],
+)
+def test_scorers_whose_names_would_hide_a_metric_are_refused(config: Path, names: list[str], sentence: str) -> None:
+    rewards = ", ".join(f"{{type: geneval, name: '{name}'}}" for name in names)
+    with pytest.raises(ConfigError, match=sentence):
+        load_config(config, [f"rewards=[{rewards}]"])

@@ -83,6 +83,18 @@ def test_tensorboard_holds_the_same_scalars(tmp_path: Path) -> None:
     assert [(event.step, event.value) for event in events.Scalars("kl")] == [(1, 0.125)]
 
 
+def test_a_run_that_begins_anew_has_each_step_once_in_tensorboard(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for value in (1.0, 2.0):  # the first was killed before its first checkpoint
+        recorder = MetricsLogger(tmp_path, port=None, host="127.0.0.1")
+        recorder.step(1, {"kl": value})
+        recorder.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("kl")] == [(1, 2.0)]
+
+
 def test_a_resumed_run_forgets_the_steps_it_will_train_again(tmp_path: Path) -> None:
     first = MetricsLogger(tmp_path, port=None, host="127.0.0.1")
     for step in (1, 2, 3):

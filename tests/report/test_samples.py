@@ -40,3 +40,14 @@ def test_a_missing_caption_is_refused_and_nothing_written(tmp_path: Path) -> Non
     with pytest.raises(ValueError, match="2 images, 1 captions"):
         contact_sheet(np.zeros((2, 8, 8, 3), np.uint8), ["a"], [True, True], tmp_path / "sheet.png")
     assert not list(tmp_path.iterdir())
+
+
+def test_captions_have_letters_of_other_alphabets_and_not_boxes(tmp_path: Path) -> None:
+    def caption(text: str) -> np.ndarray:
+        path = tmp_path / "sheet.png"
+        contact_sheet(np.zeros((1, 8, 8, 3), np.uint8), [text], [None], path)
+        with Image.open(path) as opened:
+            return np.asarray(opened.convert("L"))[150:]
+
+    drawn = [caption(letter) for letter in ("\u00e9", "\ufb01", "\u044f", "\u03b1", "\u0645", "\uffff")]
+    assert all((one != drawn[-1]).any() for one in drawn[:-1]), "a letter is drawn as the box of one that is unknown"

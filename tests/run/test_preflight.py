@@ -95,3 +95,16 @@ def test_a_prompt_with_the_token_that_begins_an_image_is_refused(tmp_path, capsy
     path.write_text("a photo of <begin_of_image> a ring")
     assert dry_run(f"prompts.train={path}", "rewards=[{type: tests.scorers.Brightness}]") == 2
     assert "holds the token that begins an image" in capsys.readouterr().err
+
+
+def test_what_would_be_fetched_is_listed_and_refused_only_if_that_is_wanted(monkeypatch, capsys):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    scorer = "rewards=[{type: clip, options: {path: nobody/no-such-clip}}]"
+    assert dry_run("policy.path=nobody/no-such-janus", scorer) == 0
+    printed = capsys.readouterr().out
+    for key in ("policy.path = nobody/no-such-janus", "rewards.0.options.path = nobody/no-such-clip"):
+        assert f"#   not checked: would be fetched: {key}" in printed
+    root = Path(__file__).parents[2]
+    command = ["train", str(root / CONFIG), "--set", "policy.path=nobody/no-such-janus", "--dry-run", "--strict"]
+    assert main([*command, "--set", "rollout.engine=torch"]) == 2
+    assert "--strict: not checked, since it would be fetched: policy.path = nobody" in capsys.readouterr().err
