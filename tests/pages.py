@@ -24,6 +24,8 @@ SHORT_RUN = HERE + "test_a_training_that_was_stopped_goes_on"
 SENT = JOBS + "test_submit_sends_code_files_and_scorers_follows_the_run_and_does_not_repeat_it"
 RAYS_OWN = "tests/deploy/test_chart_job.py::"
 RAYS_OWN += "test_the_rendered_entrypoint_trains_on_nodes_like_its_pods_and_again_does_nothing"
+QUEUED = "tests/deploy/test_slurm.py::"
+QUEUED += "test_before_its_time_is_up_the_training_saves_and_the_job_is_queued_again"
 STOPPED = JOBS + "test_a_job_is_joined_left_stopped_killed_and_goes_on_without_losing_a_group"
 TOKEN = HERE + "test_the_lines_that_make_a_token_make_one_that_is_closed_to_others"
 HEAD = "tests/ray_head.py::ray_head"
@@ -125,6 +127,10 @@ TABLE: dict[str, dict[str, str]] = {
         SUBMIT + "placed --set 'learner.resources={learner: 1}' --set 'rollout.resources={rollout: 1}'": "tests/deploy/"
         "test_chart_job.py::test_the_rendered_entrypoint_trains_on_nodes_like_its_pods_and_again_does_nothing",
         f"ray job submit --working-dir . -- {TRAIN}--run-dir /shared/runs/plain --auto-resume": RAYS_OWN,
+        "sbatch deploy/slurm/one-node.sbatch configs/stage_shapeworld.yaml /shared/runs/first"
+        " --set rollout.engine=torch": QUEUED,
+        "sbatch --nodes=4 --gpus-per-node=8 deploy/slurm/several-nodes.sbatch configs/stage_shapeworld.yaml"
+        " /shared/runs/many --set rollout.workers=24": QUEUED,
         TRAIN + "--set rollout.tensor_parallel=2 --set steps=2 --run-dir runs/parallel": DRY_RUN,
         TRAIN + "--run-dir runs/first": DRY_RUN,
     },

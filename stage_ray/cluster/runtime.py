@@ -7,9 +7,11 @@ machines (loopback only) and of other users of this one (a token that only this 
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import os
 import secrets
+import shutil
 import socket
 import tempfile
 from pathlib import Path
@@ -24,6 +26,8 @@ from ray._private.authentication.authentication_token_setup import Authenticatio
 from stage_ray.actors.client import first_line
 from stage_ray.config import RunConfig
 from stage_ray.errors import ConfigError, RunError
+
+log = logging.getLogger(__name__)
 
 ANSWER_S = 10.0  # for a connection to a cluster's head
 
@@ -53,6 +57,7 @@ def start_ray(run: RunConfig, run_dir: Path) -> bool:
     if cluster.object_store_mb > free_mb:
         more = f"is more than the {free_mb} MB of memory that are free; lower it"
         raise RunError(f"cluster.object_store_mb = {cluster.object_store_mb} {more}")
+    _tell_of_little_shared_memory(cluster.object_store_mb)
     cpus = rollout.workers * rollout.tensor_parallel * rollout.cpus + scoring.workers * scoring.cpus
     cpus += learner.ranks * learner.cpus
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # vLLM's torch.distributed, which knows no token
@@ -81,6 +86,17 @@ def start_ray(run: RunConfig, run_dir: Path) -> bool:
     link.unlink(missing_ok=True)
     link.symlink_to(Path(context.address_info["session_dir"]) / "logs")
     return True
+
+
+def _tell_of_little_shared_memory(wanted_mb: int) -> None:
+    """Say so where Ray would keep its objects on disk, as in a container with the usual 64 MB."""
+    shared = Path("/dev/shm")
+    if shared.is_dir() and (free_mb := shutil.disk_usage(shared).free // 2**20) < wanted_mb:
+        log.warning(
+            "/dev/shm has %d MB free and cluster.object_store_mb is %d: Ray keeps objects on disk, which is slow; give "
+            "the container more shared memory (docker run --shm-size), or lower the key",
+            *(free_mb, wanted_mb),
+        )
 
 
 def _require_answer(configured: str | None) -> None:

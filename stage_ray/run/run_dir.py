@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import socket
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+import xxhash
 import yaml
 from filelock import FileLock, Timeout
 
@@ -18,12 +20,12 @@ from stage_ray.config import RunConfig
 from stage_ray.config.load import read_mapping, validate_config
 from stage_ray.config.paths import resolve_path
 from stage_ray.errors import ConfigError
-from stage_ray.files import atomic_write, deny_others_writing
+from stage_ray.files import atomic_write, deny_others_writing, read_json
 from stage_ray.recipes import resolve_recipe
 
 log = logging.getLogger(__name__)
 
-LOCK = ".lock"
+LOCK, INPUTS = ".lock", "inputs.json"
 
 # Keys that a resumed run may change: placement, speed and logging, never what is computed.
 FREE_KEYS = {"run_dir", "cluster", "checkpoint", "evaluation", "scoring", "logs"}
@@ -64,6 +66,8 @@ def open_run_dir(run: RunConfig, resume: Resume) -> Iterator[Path]:
         config_file = path / "config.yaml"
         if config_file.exists() and not _untouched(path):  # the run there goes on
             _check_same(run, config_file, resume)
+        else:
+            atomic_write(path / INPUTS, json.dumps(_digests(run), indent=1))
         atomic_write(config_file, yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False))
         yield path
 
@@ -117,7 +121,7 @@ def _check_ours(path: Path, resume: Resume) -> None:
 
 def _nobodys(name: str) -> bool:
     """Whether a file is no sign of a run: of a file system, or what a driver that was refused leaves."""
-    return name in (LOCK, "logs", "lost+found", ".snapshot") or name.startswith((".nfs", "config.yaml."))
+    return name in (LOCK, INPUTS, "logs", "lost+found", ".snapshot") or name.startswith((".nfs", "config.yaml."))
 
 
 def _check_same(run: RunConfig, config_file: Path, resume: Resume) -> None:
@@ -130,6 +134,14 @@ def _check_same(run: RunConfig, config_file: Path, resume: Resume) -> None:
         old, new = (_leaves(resolve_recipe(one).model_dump(mode="json")) for one in (before, run))
     except ConfigError as error:
         raise ConfigError(f"--resume: {error}; it was written by another version, or by hand") from error
+    began, now = read_json(config_file.with_name(INPUTS)) or {}, _digests(run)
+    for key in began.keys() & now.keys():
+        if began[key] != now[key]:
+            raise ConfigError(
+                f"--resume: {key} = {new[key]!r} holds other prompts than when the run began; bring those back, or "
+                "name another --run-dir"
+            )
+        new[key] = old[key]  # wherever they lie now
     for key in sorted(old.keys() | new.keys()):
         section, _, name = key.partition(".")
         free = section in FREE_KEYS or name.partition(".")[0] in FREE_NAMES
@@ -141,6 +153,18 @@ def _check_same(run: RunConfig, config_file: Path, resume: Resume) -> None:
                 f"--resume: {key} was {old.get(key)!r} in {config_file} and is {new.get(key)!r} now; use the same "
                 f"value, {fix}"
             )
+
+
+def _digests(run: RunConfig) -> dict[str, str]:
+    """xxh3-64 of the prompts that a run reads, by the config's keys. The learner's state knows its model itself."""
+    found = {}
+    for key, location in (("prompts.train", run.prompts.train), ("prompts.heldout", run.prompts.heldout)):
+        with contextlib.suppress(ConfigError, OSError):  # missing ones are refused elsewhere
+            path, digest = resolve_path(location or ""), xxhash.xxh3_64()
+            for file in sorted(path.glob("*")) if path.is_dir() else [path]:
+                digest.update(file.read_bytes())
+            found[key] = digest.hexdigest()
+    return found
 
 
 def _leaves(value: Any, key: str = "") -> dict[str, Any]:

@@ -27,7 +27,7 @@ pytest.importorskip("vllm")
 
 
 def configs(directory: Path, **settings: object) -> tuple[PolicyConfig, RolloutConfig]:
-    chosen = {"dtype": "float32", "images_per_batch": 12, "guidance_scale": 2.0, "kv_cache_gib": 0.25}
+    chosen = {"dtype": "float32", "images_per_batch": 12, "guidance_scale": 2.0}
     return PolicyConfig.model_validate({"path": str(directory)}), RolloutConfig.model_validate(chosen | settings)
 
 

@@ -92,14 +92,22 @@ def test_a_config_of_before_a_key_was_added_is_read_with_todays_default(run, tra
         opened(run, resume=True)
 
 
-def test_the_same_file_may_be_spelled_otherwise(tmp_path, run, trained, monkeypatch):
+def test_the_same_prompts_may_lie_elsewhere_and_others_in_their_place_are_refused(tmp_path, run, trained, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    other = tiny_run(tmp_path, tmp_path / "janus", prompts={"train": "prompts.txt", "heldout": "./prompts.txt"})
-    assert opened(other, resume=True) == trained
+    text = (tmp_path / "prompts.txt").read_text()
+    (tmp_path / "moved.txt").write_text(text)
+    for train in ("./prompts.txt", "moved.txt"):
+        other = tiny_run(tmp_path, tmp_path / "janus", prompts={"train": train, "heldout": "prompts.txt"})
+        assert opened(other, resume=True) == trained
     (tmp_path / "others.txt").write_text("a photo of a circle")
     other = tiny_run(tmp_path, tmp_path / "janus", prompts={"train": "others.txt", "heldout": "prompts.txt"})
-    with pytest.raises(ConfigError, match=r"--resume: prompts.train was .*prompts.txt.* and is 'others.txt' now"):
+    with pytest.raises(ConfigError, match="--resume: prompts.train = 'others.txt' holds other prompts"):
         opened(other, resume=True)
+    (tmp_path / "prompts.txt").write_text(text + "one more\n")
+    with pytest.raises(ConfigError, match="--resume: prompts.* holds other prompts than when the run began"):
+        opened(run, resume="auto")
+    (tmp_path / "prompts.txt").write_text(text)
+    assert opened(run, resume="auto") == trained
 
 
 @pytest.mark.parametrize("name", ["lost+found", ".snapshot", ".nfs0001", ".lock", "config.yaml.tmp"])
