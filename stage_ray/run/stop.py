@@ -22,7 +22,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.
 
 class StopSignal:
     """Within this context the first signal stops the run: in `steps` after the current step and its checkpoint,
-    elsewhere (start, evaluation, export) at once. One that is ignored, as `nohup` does with SIGHUP, stays so.
+    elsewhere (start, evaluation, export) at once. A SIGHUP that is ignored, as `nohup` wants it, stays so.
 
     A second SIGINT ends the process at once. A second SIGTERM changes nothing: schedulers repeat it while they wait
     (Kubernetes sends one to a job that is deleted and one to its pod), and a save must survive that.
@@ -32,7 +32,8 @@ class StopSignal:
         self.requested: int | None = None
         self._progress, self._saves = progress, False
         self._task: asyncio.Task[object] | None = None
-        self._numbers = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+        nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        self._numbers = [number for number in SIGNALS if number != signal.SIGHUP or not nohup]
 
     def error(self, step: int | None = None) -> Interrupted:
         """The error that ends the run, after it has saved ``step`` or at once."""

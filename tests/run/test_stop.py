@@ -41,9 +41,15 @@ def driver():
     """Starts the small driver; its process, and that of its child."""
     started = []
 
-    def start(place: str) -> tuple[subprocess.Popen, psutil.Process]:
+    def start(place: str, hangup=signal.SIG_DFL) -> tuple[subprocess.Popen, psutil.Process]:
         command = [sys.executable, "-c", DRIVER, place]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGHUP, hangup),  # these tests too may run under nohup
+        )
         child = psutil.Process(int(process.stdout.readline()))
         started.extend([process, child])
         return process, child
@@ -79,11 +85,7 @@ def test_a_signal_ends_at_once_what_can_be_repeated(driver, number):
 
 
 def test_under_nohup_a_lost_connection_changes_nothing(driver):
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # which its processes inherit
-    try:
-        process, _ = driver("steps")
-    finally:
-        signal.signal(signal.SIGHUP, before)
+    process, _ = driver("steps", hangup=signal.SIG_IGN)
     process.send_signal(signal.SIGHUP)
     assert process.stdout.readline() == "saved\n"
     process.send_signal(signal.SIGUSR1)
