@@ -44,7 +44,7 @@ train: install ## Run the default job: STAGE on ShapeWorld, about ten minutes on
 test: install ## Run every test
 	@$(PYTEST) $(ARGS)
 
-check: install ## Format, lint, types and the fast tests, in under two minutes
+check: install ## Format, lint, types and the fast tests, in about four minutes
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
