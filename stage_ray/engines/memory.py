@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from stage_ray.config import RolloutConfig
 from stage_ray.config.model_sizes import FLOAT32, WIDTH, ModelSizes
 
-LONGEST_PROMPT = 256  # tokens; the memory of a batch is reserved for prompts of this length
+# Tokens; the memory of a batch is reserved for prompts of this length.
+LONGEST_PROMPT = RolloutConfig().max_prompt_tokens
 CACHE_BLOCK = 16  # tokens; vLLM's default on GPUs
 CPU_CACHE_BLOCK = 128  # and on CPUs
 CUDA_GRAPHS = int(1.5 * 2**30)  # reserved for vLLM's captured decode steps
