@@ -33,7 +33,6 @@ SetOption = Annotated[
 ]
 SeedOption = Annotated[int, Option(help="Fixes every image", min=0)]
 IMAGES_PER_BATCH = 64  # drawn at once, where the command asks for as many
-SHOWN = 3  # prompts that a complaint names
 SHEET_IMAGES = 120  # more make a picture that no viewer likes
 
 
@@ -59,7 +58,7 @@ def evaluate(
     from stage_ray.pipeline.prompt_files import load_prompts
     from stage_ray.policies import policy_class
     from stage_ray.rewards import build_rewards, check_rewards
-    from stage_ray.run.preflight import drawable_prompts
+    from stage_ray.run.preflight import SHOWN, drawable_prompts
 
     benchmark = find_benchmark(suite, "--suite")
     images = images_per_prompt or benchmark.images_per_prompt

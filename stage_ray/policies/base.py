@@ -76,14 +76,15 @@ class ImageCodec(ABC):
         """T, tokens of one image, in the order they are sampled."""
         return self.grid[0] * self.grid[1]
 
-    def check_prompt(self, text: str, longest: int) -> None:
-        """Raise a ValueError where a prompt has more than ``longest`` tokens, or more than the model has room for."""
+    def check_prompt(self, text: str, longest: int) -> PromptIds:
+        """`encode_prompt`; a ValueError where that is over ``longest`` tokens, or more than the model has room for."""
         prompt, room = self.encode_prompt(text), longest
         key = "rollout.max_prompt_tokens"
         if self.positions is not None and self.positions - self.image_tokens < longest:
             room, key = self.positions - self.image_tokens, "the model's positions less its image tokens"
         if (count := max(len(prompt.conditional), len(prompt.unconditional))) > room:
             raise ValueError(f"prompt of {count} tokens, at most {room} fit ({key}): {text[:80]!r}")
+        return prompt
 
     def allowed_tokens(self, position: int) -> Tensor | None:
         """Ids int64 that may stand at a position 0..T-1; None is all of them, and a single one is not sampled.

@@ -127,9 +127,7 @@ class VllmEngine(ImageEngine):
         Raises:
             ValueError: the prompt is longer than memory was reserved for.
         """
-        prompt = self.codec.encode_prompt(text)
-        self.codec.check_prompt(text, self._longest_prompt)
-        return prompt
+        return self.codec.check_prompt(text, self._longest_prompt)
 
     def decode(self, tokens: Tensor) -> Tensor:
         """Tokens int64 [B, T] -> images uint8 [B, H, W, 3], on rank 0; [B, 0, 0, 3] on others."""
