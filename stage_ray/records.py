@@ -141,6 +141,9 @@ class WeightManifest:
     chunks: int
 
 
-def image_seeds(seed: int, group_id: int, count: int) -> tuple[int, ...]:
-    """Seeds of a group's images, each in [0, 2**63): a hash of (run, group, image), whatever ran before."""
-    return tuple(xxhash.xxh3_64_intdigest(f"{seed}:{group_id}:{i}".encode()) >> 1 for i in range(count))
+def image_seeds(stream: int | str, group: int, count: int) -> tuple[int, ...]:
+    """Seeds of a group's images, each in [0, 2**63): a hash of (stream, group, image), whatever ran before.
+
+    Training's stream is the run's seed. Streams of anything else have other names, so that they share no noise with it.
+    """
+    return tuple(xxhash.xxh3_64_intdigest(f"{stream}:{group}:{i}".encode()) >> 1 for i in range(count))

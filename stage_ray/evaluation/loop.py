@@ -66,10 +66,11 @@ class EngineBackend:
 def requests_for(prompts: Sequence[Prompt], images_per_prompt: int, seed: int) -> list[RolloutRequest]:
     """One request a prompt, numbered in the order of `prompts`.
 
-    Seeds depend on (seed, prompt.index, image) alone: a selection of the prompts gets the same images as all of them.
+    Seeds depend on (seed, prompt.index, image) alone: a selection of the prompts gets the same images as all of them,
+    and no image has the noise of one that a run with this seed trains on.
     """
     return [
-        RolloutRequest(number, prompt, image_seeds(seed, prompt.index, images_per_prompt))
+        RolloutRequest(number, prompt, image_seeds(f"evaluation:{seed}", prompt.index, images_per_prompt))
         for number, prompt in enumerate(prompts)
     ]
 

@@ -16,7 +16,7 @@ from stage_ray.errors import ConfigError, RunError
 from stage_ray.evaluation.base import EvaluationResult, MetricValue, find_benchmark, read_result, write_result
 from stage_ray.evaluation.base import summarise as summarise_with
 from stage_ray.evaluation.loop import EngineBackend, JudgedGroup, evaluate, judge_in_batches, requests_for
-from stage_ray.records import Prompt, RolloutGroup, RolloutRequest, ScoredGroup
+from stage_ray.records import Prompt, RolloutGroup, RolloutRequest, ScoredGroup, image_seeds
 from stage_ray.rewards.base import RewardOutput
 
 
@@ -122,6 +122,12 @@ def test_seeds_depend_on_the_prompt_and_not_on_its_company():
     assert len({seed for request in everything for seed in request.seeds}) == 12
     assert requests_for(PROMPTS, 4, seed=21)[0].seeds != everything[0].seeds
     assert all(0 <= seed < 2**63 for request in everything for seed in request.seeds)
+
+
+def test_an_evaluation_shares_no_noise_with_training():
+    trained = {seed for group in range(200) for seed in image_seeds(20, group, 8)}
+    judged = {seed for request in requests_for(PROMPTS, 8, seed=20) for seed in request.seeds}
+    assert not trained & judged
 
 
 class EvenSeeds:
