@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
+
+from stage_ray.report.lettering import SIZE, draw_line, line_width, spelled
 
 TILE = 144  # smallest edge of a shown image, pixels: ShapeWorld's 64 would be stamps
 BORDER = 4
 MARGIN = 10
-FONT_SIZE = 16
 CAPTION_LINES = 3
 BACKGROUND, INK = (250, 250, 248), (40, 40, 46)
 VERDICTS = {True: ((34, 139, 74), "right"), False: ((196, 52, 44), "wrong"), None: ((150, 150, 158), "")}
@@ -35,11 +35,10 @@ def contact_sheet(images: np.ndarray, captions: Sequence[str], good: Sequence[bo
     if not len(images) == len(captions) == len(good) or len(images) == 0:
         counts = f"{len(images)} images, {len(captions)} captions, {len(good)} verdicts"
         raise ValueError(f"a contact sheet needs at least one image, and as many captions and verdicts: {counts}")
-    font = _font()
     scale = max(1, math.ceil(TILE / max(images.shape[1:3])))
     width, height = images.shape[2] * scale, images.shape[1] * scale
-    line = FONT_SIZE + 4
-    wrapped = [_wrap(caption, font, width + 2 * BORDER) for caption in captions]
+    line = SIZE + 4
+    wrapped = [_wrap(spelled(caption), width + 2 * BORDER) for caption in captions]
     lines = max(map(len, wrapped)) + any(verdict is not None for verdict in good)
     cell = (width + 2 * BORDER + MARGIN, height + 2 * BORDER + MARGIN + lines * line + 6)
     # A sheet of about 4:3, at most six columns; a number that leaves no gap in the last row where one is near.
@@ -56,10 +55,10 @@ def contact_sheet(images: np.ndarray, captions: Sequence[str], good: Sequence[bo
         sheet.paste(tile, (x + BORDER, y + BORDER))
         y += height + 2 * BORDER + 3
         if word:
-            draw.text((x, y), word, fill=color, font=font)
+            draw_line(draw, (x, y), word, color)
             y += line
         for text in caption:
-            draw.text((x, y), text, fill=INK, font=font)
+            draw_line(draw, (x, y), text, INK)
             y += line
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(path.name + ".tmp")
@@ -67,18 +66,11 @@ def contact_sheet(images: np.ndarray, captions: Sequence[str], good: Sequence[bo
     scratch.replace(path)
 
 
-def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """The font that comes with matplotlib: letters of most alphabets, where Pillow's own has those of English."""
-    package = importlib.util.find_spec("matplotlib")  # not imported: that takes a second
-    assert package is not None and package.origin is not None
-    return ImageFont.truetype(Path(package.origin).parent / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf", FONT_SIZE)
-
-
-def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
+def _wrap(text: str, width: int) -> list[str]:
     """Lines of a caption that fit a width in pixels, the last one ending in an ellipsis if there is more."""
-    letters = max(8, int(width / font.getlength("i")))
+    letters = max(8, int(width / line_width("i")))
     while True:
         lines = textwrap.wrap(text, letters, max_lines=CAPTION_LINES, placeholder=" …") or [""]
-        if letters <= 8 or all(font.getlength(line) <= width for line in lines):
+        if letters <= 8 or all(line_width(line) <= width for line in lines):
             return lines
         letters -= 1

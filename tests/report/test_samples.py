@@ -1,11 +1,13 @@
 """A contact sheet shows every image unsmoothed, framed by its verdict, with a caption that fits."""
 
+import itertools
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from stage_ray.report.lettering import spelled
 from stage_ray.report.samples import BORDER, MARGIN, VERDICTS, contact_sheet
 
 
@@ -49,5 +51,18 @@ def test_captions_have_letters_of_other_alphabets_and_not_boxes(tmp_path: Path) 
         with Image.open(path) as opened:
             return np.asarray(opened.convert("L"))[150:]
 
-    drawn = [caption(letter) for letter in ("\u00e9", "\ufb01", "\u044f", "\u03b1", "\u0645", "\uffff")]
-    assert all((one != drawn[-1]).any() for one in drawn[:-1]), "a letter is drawn as the box of one that is unknown"
+    drawn = [caption(letter) for letter in "\u00e9\ufb01\u044f\u03b1\u0645\u732b\u7ea2\u3042\ud55c"]
+    assert all((a != b).any() for a, b in itertools.combinations(drawn, 2)), "two letters are the same box"
+
+
+def test_a_letter_that_no_font_has_is_spelled_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("matplotlib.font_manager.findSystemFonts", lambda: [])
+    assert spelled("a \U0001f680 lands\n\u732b") == "a [rocket] lands\n\u732b"
+
+
+def test_a_font_of_the_system_that_cannot_be_read_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "broken.ttf").write_bytes(b"no font")
+    monkeypatch.setattr("matplotlib.font_manager.findSystemFonts", lambda: [str(tmp_path / "broken.ttf")])
+    assert spelled("\U0001f681") == "[helicopter]"
