@@ -25,6 +25,7 @@ class StepRecorder:
         self._run, self._steps, self._progress = run, steps, progress
         self._groups = run_dir / GROUPS
         self._logger = MetricsLogger(run_dir, run.cluster.metrics_port, run.cluster.metrics_host, resume_step)
+        self._ringing: set[str] = set()  # alarms of the last step
         self._forget_groups(resume_step)
 
     def step(self, step: int, metrics: dict[str, float]) -> None:
@@ -33,7 +34,10 @@ class StepRecorder:
         self._logger.step(step, {**metrics, "alarms": [name for name, _ in found]})
         self._progress.step(step, self._steps, metrics)
         for name, text in found:
-            self.alarm(step, name, text)
+            self._logger.alarm(step, name, text)
+            if name not in self._ringing:  # one that goes on for hundreds of steps is shown once
+                self._progress.alarm(name, text)
+        self._ringing = {name for name, _ in found}
 
     def alarm(self, step: int, name: str, text: str) -> None:
         """Record an alarm of a step."""

@@ -17,6 +17,7 @@ from stage_ray.learner.learner import Learner
 from stage_ray.observability.alarms import alarms
 from stage_ray.observability.progress import Progress
 from stage_ray.records import RolloutGroup
+from stage_ray.run.recording import StepRecorder
 from stage_ray.train import train
 from tests import runs
 from tests.learner_case import PROMPTS, low_tokens, sample_groups, score, tiny_run
@@ -104,6 +105,16 @@ def test_an_asynchronous_run_with_nothing_but_older_groups_finds_it_out_too(mode
 
 def test_what_was_not_measured_raises_no_alarm(model):
     assert alarms({}) == []
+
+
+def test_an_alarm_that_goes_on_is_recorded_every_step_and_shown_when_it_begins(tmp_path, plain):
+    run, said = runs.tiny_run(tmp_path, plain), io.StringIO()
+    recorder = StepRecorder(run, tmp_path, 5, Progress(Console(file=said, width=200)))
+    for step, kl in enumerate((0.6, 0.7, 0.1, 0.8, 0.9), 1):
+        recorder.step(step, {"kl": kl})
+    recorder.close()
+    assert [alarm["step"] for alarm in runs.lines(tmp_path / "alarms.jsonl")] == [1, 2, 4, 5]
+    assert [f"KL to the reference is {kl}" in said.getvalue() for kl in (0.6, 0.7, 0.8, 0.9)] == [1, 0, 1, 0]
 
 
 def run_and_listen(run: RunConfig) -> tuple[str, list[dict], str]:
