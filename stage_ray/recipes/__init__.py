@@ -31,6 +31,7 @@ def load_recipe(run: RunConfig) -> Recipe:
     for name, value in given.items():
         if name not in kind.Options.model_fields:
             raise ConfigError(_unknown(run.recipe, kind, name, value))
+    kind.check(run)
     try:
         return kind(kind.Options.model_validate(given), run.algorithm)
     except ValidationError as error:

@@ -13,7 +13,7 @@ from stage_ray.actors.client import Client, Worker, loading
 from stage_ray.config import RunConfig
 from stage_ray.observability.logs import redirect_output
 from stage_ray.observability.worker_metrics import WorkerMetrics
-from stage_ray.records import GroupRefs, RolloutGroup, RolloutRequest, WeightManifest
+from stage_ray.records import RECORDED, GroupRefs, RolloutGroup, RolloutRequest, WeightManifest
 from stage_ray.weights.manifest import Chunk, WeightError, unpack
 from stage_ray.weights.process_groups import BroadcastGroup, GroupMember
 
@@ -103,7 +103,7 @@ def _fault(request: RolloutRequest, group: RolloutGroup, codebook_size: int) -> 
         return f"has tokens {tokens.dtype} {list(tokens.shape)}, not int32 [{count}, T]"
     if tokens.min() < 0 or tokens.max() >= codebook_size:
         return f"has tokens {tokens.min()} to {tokens.max()} of a codebook of {codebook_size}"
-    for name in ("logprobs", "guided_logprobs", "entropy"):
+    for name in RECORDED:
         values = getattr(group, name)
         if values.dtype != np.float32 or values.shape != tokens.shape:
             return f"has {name} {values.dtype} {list(values.shape)}, not float32 {list(tokens.shape)}"
