@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from stage_ray.algorithm.advantages import informative_scorers
 from stage_ray.algorithm.losses import TokenWeights, token_weights
 from stage_ray.config import RunConfig
-from stage_ray.errors import ConfigError
+from stage_ray.errors import ConfigError, RunError
 from stage_ray.recipes.base import Credit, GroupBatch, ReferenceOutputs
 from stage_ray.recipes.grpo import GrpoOptions, GrpoRecipe
 
@@ -29,9 +29,7 @@ from stage_ray.recipes.grpo import GrpoOptions, GrpoRecipe
 class DiverseGrpoOptions(GrpoOptions):
     """Options of ``recipe: diverse_grpo``."""
 
-    features: str | None = Field(
-        None, description="Scorer whose features are compared; null: the only one that has any"
-    )
+    features: str | None = Field(None, description="Scorer whose features are compared; null: the one that has any")
     bonus: float = Field(0.3, ge=0, description="Weight of sqrt(G / n) in the reward of an image of a cluster of n")
     clusters: int | None = Field(None, ge=2, description="Clusters of a group; null: where the eigenvalues part most")
     sigma: float = Field(0.3, gt=0, description="Distance at which the affinity of two images has fallen to 0.6")
@@ -68,13 +66,12 @@ class DiverseGrpoRecipe(GrpoRecipe):
         return Credit(self.advantages(batch), TokenWeights(weights.policy, weights.kl * early), {"weight/mean": 1.0})
 
     def _features(self, batch: GroupBatch) -> Tensor:
-        name = self.options.features or next(iter(batch.features), None)
-        if name not in batch.features or (self.options.features is None and len(batch.features) > 1):
+        name = self.options.features
+        found = [tensor for scorer, tensor in batch.features.items() if name in (None, scorer)]
+        if len(found) != 1:
             having = ", ".join(batch.features) or "none"
-            raise ValueError(
-                f"algorithm.features = {self.options.features!r}: scorers that give features are: {having}"
-            )
-        return batch.features[name]
+            raise RunError(f"algorithm.features = {name!r} must name a scorer that gives features; these do: {having}")
+        return found[0]
 
     def _sizes(self, features: Tensor) -> Tensor:
         """How many images are in the cluster of each: features [G, F] -> float64 [G]."""
