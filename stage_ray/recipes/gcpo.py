@@ -51,15 +51,12 @@ class GcpoRecipe(GrpoRecipe):
         chosen = torch.zeros_like(batch.entropy, dtype=torch.bool)
         chosen[..., : int(count * self.options.first)] = True
         start, length = int(count * 0.1), int(count * 0.8)
-        edges = entropy_gradient(batch.guided_entropy.unflatten(-1, batch.grid)).flatten(-2)[
-            ..., start : start + length
-        ]
-        largest = edges.topk(min(int(count * self.options.edges), length), dim=-1).indices + start
-        chosen.scatter_(-1, largest, True)
+        edges = entropy_gradient(batch.guided_entropy.unflatten(-1, batch.grid)).flatten(-2)
+        middle = edges[..., start : start + length]
+        chosen.scatter_(-1, middle.topk(int(count * self.options.edges), dim=-1).indices + start, True)
         alike = group_similarity(batch.tokens, batch.codebook).unsqueeze(1).expand_as(batch.entropy)
-        least = (
-            alike.masked_fill(chosen, torch.inf).topk(int(count * self.options.diverse), dim=-1, largest=False).indices
-        )
+        rest = alike.masked_fill(chosen, torch.inf)
+        least = rest.topk(int(count * self.options.diverse), dim=-1, largest=False).indices
         return chosen.scatter(-1, least, True).float()
 
     def objective(self, policy: PolicyOutputs, reference: ReferenceOutputs, credit: Credit) -> Objective:
