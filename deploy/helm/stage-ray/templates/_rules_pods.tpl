@@ -33,7 +33,7 @@
 {{- include "stage-ray.rules.env" (dict "key" "extraEnv" "env" .Values.extraEnv) -}}
 {{- include "stage-ray.rules.labels" (dict "key" "labels" "labels" .Values.labels "objects" true) -}}
 {{- include "stage-ray.rules.annotations" (dict "key" "annotations" "annotations" .Values.annotations) -}}
-{{- include "stage-ray.rules.fragment" (dict "at" "" "key" "groups.*" "pod" .Values.pod "container" .Values.container) -}}
+{{- include "stage-ray.rules.fragment" (dict "at" "" "key" "groups.*" "gpu" "nvidia.com/gpu" "pod" .Values.pod "container" .Values.container) -}}
 {{- range $key, $part := include "stage-ray.parts" . | fromJson -}}
 {{- include "stage-ray.rules.part" (dict "root" $ "key" $key "part" $part) -}}
 {{- end -}}
@@ -73,7 +73,7 @@
 {{- end -}}
 {{- include "stage-ray.rules.annotations" (dict "key" (printf "%s.annotations" $key) "annotations" .annotations) -}}
 {{- include "stage-ray.rules.env" (dict "key" (printf "%s.extraEnv" $key) "env" .extraEnv) -}}
-{{- include "stage-ray.rules.fragment" (dict "at" (printf "%s." $key) "key" $key "pod" .pod "container" .container) -}}
+{{- include "stage-ray.rules.fragment" (dict "at" (printf "%s." $key) "key" $key "gpu" (.gpuResource | default "nvidia.com/gpu") "pod" .pod "container" .container) -}}
 {{- end -}}
 {{- include "stage-ray.rules.volumes" . -}}
 {{- include "stage-ray.rules.spec" . -}}

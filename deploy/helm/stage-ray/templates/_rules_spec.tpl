@@ -1,14 +1,14 @@
 {{/* Values laid over the pods (`pod`, `container`): what has a key of its own, and what Kubernetes would refuse only when
      the operator makes the pod. */}}
 
-{{/* Arguments: at ("", "head." or "groups.NAME."), key (whose sizes these are), pod, container. */}}
+{{/* Arguments: at ("", "head." or "groups.NAME."), key (whose sizes these are), gpu (its gpuResource), pod, container. */}}
 {{- define "stage-ray.rules.fragment" -}}
 {{- $pod := .pod | default dict -}}
 {{- $container := .container | default dict -}}
 {{- range $name, $mend := dict
   "serviceAccountName" "use serviceAccount.name"
   "terminationGracePeriodSeconds" "use terminationGracePeriodSeconds at the top, beside drainSeconds"
-  "restartPolicy" "the operator needs Never or its own: take it out"
+  "restartPolicy" "the operator chooses it: take it out"
 -}}
 {{- if hasKey $pod $name -}}
 {{- fail (printf "%spod.%s = %v: %s" $.at $name (get $pod $name) $mend) -}}
@@ -24,9 +24,9 @@
 {{- end -}}
 {{- include "stage-ray.rules.env" (dict "key" (printf "%scontainer.env" .at) "env" $container.env) -}}
 {{- range $kind, $amounts := $container.resources | default dict -}}
-{{- range $key, $name := dict "cpu" "cpu" "memory" "memory" "gpus" "nvidia.com/gpu" -}}
+{{- range $name, $key := dict "cpu" "cpu" "memory" "memory" "nvidia.com/gpu" "gpus" $.gpu "gpus" -}}
 {{- if and (kindIs "map" $amounts) (hasKey $amounts $name) -}}
-{{- fail (printf "%scontainer.resources.%s: Ray counts %s: use %s.%s" $.at $kind $name $.key $key) -}}
+{{- fail (printf "%scontainer.resources.%s: Ray counts %s, so it has a key of its own: use %s.%s" $.at $kind $name (eq $key "gpus" | ternary "groups.*" $.key) $key) -}}
 {{- end -}}
 {{- end -}}
 {{- end -}}
@@ -52,26 +52,32 @@
 {{- end -}}
 {{- end -}}
 {{- end -}}
-{{- include "stage-ray.rules.resources" (dict "key" .key "resources" (first $pod.containers).resources) -}}
-{{- if and $pod.hostNetwork (ne (toString $pod.dnsPolicy) "ClusterFirstWithHostNet") -}}
-{{- fail (printf "%s.pod.hostNetwork = true: workers would not find the head's name; set pod.dnsPolicy=ClusterFirstWithHostNet, too" $key) -}}
-{{- end -}}
+{{- include "stage-ray.rules.resources" (dict "storage" .root.Values.storage "key" .key "resources" (first $pod.containers).resources) -}}
 {{- if .root.Values.podSecurity.restricted -}}
 {{- include "stage-ray.rules.restricted" (dict "key" .key "pod" $pod) -}}
 {{- end -}}
+{{- if and $pod.hostNetwork (ne (toString $pod.dnsPolicy) "ClusterFirstWithHostNet") -}}
+{{- fail (printf "%s: pod.hostNetwork = true: workers would not find the head's name; set pod.dnsPolicy=ClusterFirstWithHostNet, too" $key) -}}
+{{- end -}}
 {{- end }}
 
-{{/* Extended resources and huge pages cannot be overcommitted. Arguments: key, resources. */}}
+{{/* Extended resources and huge pages cannot be overcommitted. Arguments: storage, key, resources. */}}
 {{- define "stage-ray.rules.resources" -}}
 {{- range $name, $request := .resources.requests -}}
 {{- $limit := get $.resources.limits $name -}}
-{{- $both := printf "%s.container.resources: %s is requested %v times and limited to %v" $.key $name $request ($limit | default "nothing") -}}
+{{- $both := printf "%s: container.resources: %s is requested %v times and limited to %v" $.key $name $request ($limit | default "nothing") -}}
 {{- if and (or (contains "/" $name) (hasPrefix "hugepages-" $name)) (ne (toString $request) (toString $limit)) -}}
 {{- fail (printf "%s: both must be the same, so give it in limits alone" $both) -}}
 {{- end -}}
-{{- if and (eq $name "ephemeral-storage") $limit -}}
-{{- if gt (include "stage-ray.bytes" (toString $request) | int64) (include "stage-ray.bytes" (toString $limit) | int64) -}}
-{{- fail (printf "%s.container.resources: ephemeral-storage has a request of %v, more than its limit of %v: raise the limit" $.key $request $limit) -}}
+{{- if eq $name "ephemeral-storage" -}}
+{{- $bytes := include "stage-ray.bytes" (toString $request) | int64 -}}
+{{- if and $limit (gt $bytes (include "stage-ray.bytes" (toString $limit) | int64)) -}}
+{{- fail (printf "%s: container.resources: ephemeral-storage has a request of %v, more than its limit of %v: raise the limit" $.key $request $limit) -}}
+{{- end -}}
+{{- with $.storage.hfCache -}}
+{{- if and (not .enabled) (lt $bytes (include "stage-ray.bytes" .size | int64)) -}}
+{{- fail (printf "%s: container.resources: ephemeral-storage has a request of %v, less than storage.hfCache.size = %s, which is on the same disk: raise the request, or lower the size" $.key $request .size) -}}
+{{- end -}}
 {{- end -}}
 {{- end -}}
 {{- end -}}
@@ -82,7 +88,7 @@
 {{- $mend := "is refused in a restricted namespace: take it out, or set podSecurity.restricted=false" -}}
 {{- range $field := list "hostNetwork" "hostPID" "hostIPC" -}}
 {{- if get $.pod $field -}}
-{{- fail (printf "%s.pod.%s = true %s" $.key $field $mend) -}}
+{{- fail (printf "%s: pod.%s = true %s" $.key $field $mend) -}}
 {{- end -}}
 {{- end -}}
 {{- range prepend (concat .pod.containers (.pod.initContainers | default list)) (dict "name" "the pod" "securityContext" .pod.securityContext) -}}
