@@ -38,7 +38,7 @@ EVERYTHING: dict[str, Any] = {
             {"name": "fetch", "command": ["hf", "download", "a/b"]},
             {"name": "wait", "image": "busybox:1.37", "command": ["true"], "restartPolicy": "Always"},
         ],
-        "containers": [{"name": "logs", "image": "fluent-bit:4", "env": [{"name": "LEVEL", "value": "info"}]}],
+        "containers": [{"name": "logs", "image": "fluent-bit:4", "env": [{"name": "HOME", "value": "/"}]}],
     },
     "container": {
         "env": [{"name": "FAR", "value": "container"}, {"name": "NEAR", "value": "container"}],
@@ -155,7 +155,7 @@ def test_a_container_without_an_image_is_like_rays_without_gpus_and_one_with_an_
         fetch, wait = made[name]["spec"]["initContainers"][-2:]
         assert fetch["image"] == ray["image"] and fetch["volumeMounts"] == ray["volumeMounts"]
         assert env(fetch) == env(ray) | {"NVIDIA_VISIBLE_DEVICES": "void"} and "resources" not in fetch
-        assert env(sidecar | {"env": sidecar.get("env", [])}).keys() <= {"LEVEL"} and "volumeMounts" not in sidecar
+        assert env(sidecar | {"env": sidecar.get("env", [])}).keys() <= {"HOME"} and "volumeMounts" not in sidecar
         for container in (fetch, wait, sidecar):
             assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
 
@@ -307,8 +307,13 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         {"container": {"securityContext": {"capabilities": {"add": ["IPC_LOCK"]}}}},
         "IPC_LOCK.* is refused in a restricted namespace: take it out, or set podSecurity.restricted=false",
     ),
+    "kept": ({"container": {"securityContext": {"capabilities": {"drop": ["NET_RAW"]}}}}, "NET_RAW.* is refused in a"),
     "token": ({"extraEnv": [{"name": "HF_TOKEN", "value": "hf_a"}]}, "a value of HF_TOKEN would be readable"),
     "key": ({"container": {"env": [{"name": "WANDB_API_KEY", "value": "a"}]}}, "a value of WANDB_API_KEY would"),
+    "sidecar": (
+        {"pod": {"containers": [{"name": "a", "image": "b", "env": [{"name": "A_TOKEN", "value": "c"}]}]}},
+        "pod.containers .a.: a value of A_TOKEN would",
+    ),
     "offline": ({"extraEnv": [{"name": "HF_HUB_OFFLINE", "value": "1"}]}, "use huggingFace.offline"),
     "queue": ({"labels": {"kueue.x-k8s.io/queue-name": "a"}}, "labels: .* use kueue.queueName"),
     "operators label": ({"labels": {"ray.io/cluster": "a"}}, "labels: ray.io/cluster = a is set by"),

@@ -1,8 +1,8 @@
 {{/* Values laid over the pods that the chart makes: those for all pods first, then those of head or group. */}}
 
-{{/* One map of several, as JSON, later ones over earlier: maps are merged, everything else is replaced. With `join` the lists at the
-     top are joined, but for items of the same name or mount path, of which the last one stays. (Helm's mergeOverwrite
-     would drop a false or 0.) Arguments: maps (a list), join (true or absent). */}}
+{{/* One map of several, as JSON, later ones over earlier: maps are merged, everything else is replaced. With `join` lists
+     at the top are joined, but for items of the same name or mount path, of which the last one stays. (Helm's
+     mergeOverwrite would drop a false or 0.) Arguments: maps (a list), join (true or absent). */}}
 {{- define "stage-ray.overlay" -}}
 {{- $result := dict -}}
 {{- range $map := .maps -}}
@@ -32,7 +32,8 @@
 {{- toJson $joined -}}
 {{- end }}
 
-{{/* The spec of a pod of Ray, as JSON. Arguments: root, part (head or a group), name (of Ray's container), head (true or false). */}}
+{{/* The spec of a pod of Ray, as JSON. Arguments: root, part (head or a group), name (of Ray's container), head (true or
+     false). */}}
 {{- define "stage-ray.rayPod" -}}
 {{- $part := .part -}}
 {{- $own := include "stage-ray.ownPod" . | fromYaml -}}
@@ -64,8 +65,8 @@
 {{- toJson $ray -}}
 {{- end }}
 
-{{/* A container of the user's, as JSON. Without an image it is like Ray's, without GPUs; with one it is kept within `restricted`.
-     Arguments: container, ray. */}}
+{{/* A container beside Ray's, as JSON. Without an image it is like Ray's, without GPUs; one with an image has the chart's
+     security context beneath its own. Arguments: container, ray. */}}
 {{- define "stage-ray.besideRay" -}}
 {{- $base := dict -}}
 {{- if not .container.image -}}

@@ -159,6 +159,13 @@
 {{- if hasKey $own .name -}}
 {{- fail (printf "%s: %s %s" $.key .name (get $own .name)) -}}
 {{- end -}}
+{{- end -}}
+{{- include "stage-ray.rules.tokens" . -}}
+{{- end }}
+
+{{/* Arguments: key, env (a list). */}}
+{{- define "stage-ray.rules.tokens" -}}
+{{- range .env -}}
 {{- if and .value (regexMatch "(TOKEN|SECRET|PASSWORD|API_KEY|ACCESS_KEY)$" .name) -}}
 {{- fail (printf "%s: a value of %s would be readable in the release: name a Secret in huggingFace, secretEnv or valueFrom" $.key .name) -}}
 {{- end -}}

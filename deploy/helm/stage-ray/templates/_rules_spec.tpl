@@ -19,7 +19,7 @@
 {{- if has .name (list "ray-head" "ray-worker" "autoscaler" "ray-job-submitter" "check-volumes" "wait-gcs-ready") -}}
 {{- fail (printf "%spod.%s: the name %s is the chart's or the operator's own: use %scontainer for Ray's, or take another name" $.at $kind .name $.at) -}}
 {{- end -}}
-{{- include "stage-ray.rules.env" (dict "key" (printf "%spod.%s (%s)" $.at $kind .name) "env" .env) -}}
+{{- include "stage-ray.rules.tokens" (dict "key" (printf "%spod.%s (%s)" $.at $kind .name) "env" .env) -}}
 {{- end -}}
 {{- end -}}
 {{- include "stage-ray.rules.env" (dict "key" (printf "%scontainer.env" .at) "env" $container.env) -}}
@@ -97,7 +97,8 @@
 {{- $added := without (dig "capabilities" "add" list .) "NET_BIND_SERVICE" -}}
 {{- $unconfined := eq (dig "seccompProfile" "type" "" .) "Unconfined" -}}
 {{- $root := or (eq (toString .runAsNonRoot) "false") (eq (toString .runAsUser) "0") -}}
-{{- if or .privileged .allowPrivilegeEscalation $added $unconfined $root -}}
+{{- $kept := not (has "ALL" (dig "capabilities" "drop" (list "ALL") .)) -}}
+{{- if or .privileged .allowPrivilegeEscalation $added $kept $unconfined $root -}}
 {{- fail (printf "%s: securityContext of %s = %s %s" $.key $whose (toJson .) $mend) -}}
 {{- end -}}
 {{- end -}}
