@@ -285,6 +285,11 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         "container a mounts v at /v, and there is no such volume",
     ),
     "no volume": ({"container": {"volumeMounts": [{"name": "v", "mountPath": "/v"}]}}, "/v: add it to pod.volumes"),
+    "operators token": (
+        {"autoscaling": {"enabled": True}}
+        | {"head": {"extraVolumeMounts": [{"name": "autoscaler-token", "mountPath": "/token"}]}},
+        "head.extraVolumeMounts: there is no volume autoscaler-token for /token",
+    ),
     "mount": (
         {"container": {"volumeMounts": [{"name": "config", "mountPath": "/shared"}]}},
         r"container.volumeMounts \(config\): /shared is taken by storage.checkpoints.mountPath",

@@ -160,7 +160,7 @@ volumes:
     {{- if $storage.hfCache.enabled }}
     persistentVolumeClaim:
       claimName: {{ include "stage-ray.hfCacheClaim" $root | quote }}
-      {{- if eq (join "" $storage.hfCache.accessModes) "ReadOnlyMany" }}
+      {{- if and (has "ReadOnlyMany" $storage.hfCache.accessModes) (not (has "ReadWriteMany" $storage.hfCache.accessModes)) }}
       readOnly: true
       {{- end }}
     {{- else }}

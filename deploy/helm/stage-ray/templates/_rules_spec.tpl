@@ -37,7 +37,9 @@
 {{- $key := .key -}}
 {{- $pod := include "stage-ray.rayPod" (dict "root" .root "part" .part "name" "ray" "head" (eq .key "head")) | fromJson -}}
 {{- $volumes := list -}}
-{{- range $pod.volumes -}}{{- $volumes = append $volumes .name -}}{{- end -}}
+{{- range $pod.volumes -}}
+{{- if ne .name "autoscaler-token" -}}{{- $volumes = append $volumes .name -}}{{- end -}}
+{{- end -}}
 {{- range $source := include "stage-ray.mountSources" . | fromJsonArray -}}
 {{- range .mounts -}}
 {{- if not (has .name $volumes) -}}

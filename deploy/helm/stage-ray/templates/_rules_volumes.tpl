@@ -1,6 +1,6 @@
 {{/* Volumes: what a restricted namespace refuses, and two things mounted at one path, of which a pod would see one. */}}
 
-{{/* Whose nodes can mount the claims: all pods mount both. */}}
+{{/* All pods mount both claims, so these must admit pods on as many nodes as there may be. */}}
 {{- define "stage-ray.rules.claims" -}}
 {{- range $name, $mend := dict "checkpoints" "" "hfCache" ", or storage.hfCache.enabled=false" -}}
 {{- $claim := get $.Values.storage $name -}}
