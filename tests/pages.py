@@ -48,7 +48,6 @@ TABLE: dict[str, dict[str, str]] = {
         "make train": HERE + "test_make_train_is_the_default_job_and_make_knows_the_other_tasks_of_the_page",
         "make test": TESTS,
         TRAIN + "--set seed=$seed --run-dir runs/seed-$seed": DRY_RUN,
-        TRAIN + "--set seed=$seed --set pipeline.max_staleness=0 --run-dir runs/sync-$seed": DRY_RUN,
         TRAIN + "--set learner.lr=5e-5 --set steps=200 --run-dir runs/mine": SHORT_RUN,
         TRAIN + "--set learner.lr=5e-5 --set steps=200 --run-dir runs/mine --resume": SHORT_RUN,
         "stage-ray evaluate runs/mine/final --suite geneval --guidance 3 --json mine.json": HERE
