@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from stage_ray.errors import RunError
 
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
@@ -47,6 +49,17 @@ def atomic_write(path: Path, text: str) -> None:
         file.flush()
         flush_to_disk(file.fileno())
     scratch.replace(path)
+
+
+def digest(path: Path) -> str:
+    """xxh3-64 of what a file holds, or of the files of a directory in the order of their names; hexadecimal."""
+    found = xxhash.xxh3_64()
+    for file in sorted(path.glob("*")) if path.is_dir() else [path]:
+        if file.is_file():
+            with file.open("rb") as stream:
+                while block := stream.read(2**24):
+                    found.update(block)
+    return found.hexdigest()
 
 
 def flush_to_disk(descriptor: int) -> None:
