@@ -18,8 +18,10 @@ class ClusterBackend:
     """A `stage_ray.evaluation.loop.Backend` over rollout and reward workers; without reward workers it draws only."""
 
     def __init__(self, cluster: InferenceCluster) -> None:
-        self._cluster = cluster
-        self.images_per_batch = cluster.run.rollout.images_per_batch
+        self._cluster, run = cluster, cluster.run
+        self.images_per_batch = run.rollout.images_per_batch
+        drawing, scoring = (pool.max_workers or pool.workers for pool in (run.rollout, run.scoring))
+        self.batches_at_once = 2 * drawing + scoring  # one is drawn and one waits for each worker; one is scored
 
     async def judge(self, requests: Sequence[RolloutRequest], *, images: bool) -> list[JudgedGroup]:
         """As `Backend.judge`; up to ``cluster.attempts`` times where workers or nodes are lost.

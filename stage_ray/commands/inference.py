@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from typer import Argument, Option, echo
 from stage_ray.commands.train import SetOption
 from stage_ray.engines.vllm.environment import require_fitting_build
 from stage_ray.errors import ConfigError, RunError
+from stage_ray.files import name_disk_errors, require_writable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -64,6 +66,10 @@ def evaluate(
     from stage_ray.run.inference import inputs_of, judge
     from stage_ray.run.preflight import drawable_prompts
 
+    if json_file is not None:
+        if json_file.is_dir():
+            raise ConfigError(f"--json {json_file} is a directory; name a file in it")
+        require_writable(json_file.parent, "--json")
     benchmark = find_benchmark(suite, "--suite")
     images = images_per_prompt or benchmark.images_per_prompt
     asked = load_prompts(prompts or benchmark.prompts)
@@ -75,12 +81,12 @@ def evaluate(
     if json_file is not None:
         inputs = inputs_of(run, asked, {"--images-per-prompt": images, "--seed": seed})
         partial, go_on = PartialResult(json_file.with_name(f"{json_file.name}.partial"), inputs), GO_ON
-    with Progress() as progress:
-        requests = requests_for(asked, images, seed)
+    requests = requests_for(asked, images, seed)
+    with name_disk_errors(json_file or Path(), go_on), Progress() as progress:
         result = summarise(benchmark, asked, judge(run, requests, partial, progress, title=suite, go_on=go_on))
-    if json_file is not None:
-        write_result(json_file, result)
-    partial.remove()
+        if json_file is not None:
+            write_result(json_file, result)
+        partial.remove()
     width = max(map(len, result.metrics), default=0)
     for name, metric in result.metrics.items():
         echo(f"{name:<{width}}  {metric}  ({metric.images} images)")
@@ -127,6 +133,7 @@ def generate(
     kept = out / "partial.jsonl"  # while it is there, the directory is drawn in part
     if out.exists() and not (out.is_dir() and (kept.is_file() or not any(out.iterdir()))):
         raise ConfigError(f"--out {out} exists and is not an empty directory; name another")
+    require_writable(out, "--out")
     run = _run(model, engine, guidance, address, workers, overrides, images=images * len(asked))
     asked = drawable_prompts(run, policy_class(run.policy).check(run.policy), asked)
     partial = PartialResult(kept, inputs_of(run, asked, {"--images": images, "--seed": seed}, scoring=False))
@@ -141,7 +148,7 @@ def generate(
         for image, file in zip(group.images, _pictures(out, group.request), strict=True):
             _write_png(image, file)
 
-    with Progress() as progress:
+    with name_disk_errors(out, GO_ON), Progress() as progress:
         judge(run, requests, partial, progress, title="drawing", go_on=GO_ON, scoring=False, use=save)
         _write_sheet(out, requests)
         partial.remove()
@@ -165,19 +172,21 @@ def _run(
     from stage_ray.config.hardware import usable_cpus
     from stage_ray.config.load import build_config
 
+    workers = workers or 1
     rollout: dict[str, Any] = {
         "engine": engine or ("vllm" if importlib.util.find_spec("vllm") else "torch"),
         "guidance_scale": guidance,
-        "workers": workers or 1,
+        "workers": workers,
         "gpus": min(1, torch.cuda.device_count()),
         "gpu_memory_utilization": 0.85,
-        "images_per_batch": min(images, IMAGES_PER_BATCH),
+        "images_per_batch": min(math.ceil(images / workers), IMAGES_PER_BATCH),  # one for every worker at least
     }
     if address is None:  # all of this machine, shared by the workers; a cluster's nodes are not known here
-        rollout["cpus"] = rollout["threads"] = max(1, usable_cpus() // rollout["workers"])
+        rollout["cpus"] = rollout["threads"] = max(1, usable_cpus() // workers)
     data = {
         "steps": 1,
-        "policy": {"path": model},
+        # A cluster's workers are not where this command was given.
+        "policy": {"path": str(Path(model).absolute()) if Path(model).exists() else model},
         "prompts": {"train": "-"},  # those of the command line are drawn
         "rewards": rewards or [{"type": "none"}],
         "evaluation": {"enabled": False},

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from stage_ray.errors import ConfigError, RunError
+from stage_ray.evaluation.base import plain
 from stage_ray.records import ScoredGroup
 
 
@@ -55,7 +56,7 @@ class PartialResult:
             self._file = self._file or self._begin(self._path)
             scores = {"scores": group.scores.tolist(), "details": group.details, "score_s": group.score_s}
             line = {"group_id": group.group_id, "names": group.names, **scores}
-            self._file.write(json.dumps(line, default=_plain) + "\n")
+            self._file.write(json.dumps(line, default=plain) + "\n")
             self._file.flush()
 
     def remove(self) -> None:
@@ -96,8 +97,3 @@ def _group(line: Mapping[str, Any]) -> ScoredGroup:
     details, names = tuple(line["details"]), tuple(line["names"])
     scores = np.asarray(line["scores"], np.float32).reshape(len(details), len(names))
     return ScoredGroup(line["group_id"], names, scores, np.ones(scores.shape, bool), details, line["score_s"])
-
-
-def _plain(value: Any) -> Any:
-    """What a scorer says, where JSON does not know its type: NumPy's numbers and arrays, or a text."""
-    return value.tolist() if isinstance(value, np.generic | np.ndarray) else str(value)

@@ -7,7 +7,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from stage_ray.rewards import build_rewards
 from stage_ray.run.run_dir import FREE_NAMES
 from stage_ray.run.stop import StopSignal, stops_at_once
 
-# Keys of the sections that decide what is drawn, which do not: they say where and how fast.
+# Keys of `policy` and `rollout` that change neither pictures nor scores: they say where and how fast.
 FREE = FREE_NAMES | {"path", "images_per_batch", "threads", "kv_cache_gib", "group_size", "groups_per_step"}
 
 
@@ -77,9 +77,13 @@ def judge(
         partial.add(group.scored)
 
     async def work(backend: Backend) -> None:
-        with progress.bar(title, total=len(requests)) as advance:
+        with (
+            suppress(KeyboardInterrupt),  # of `stops_at_once`: it has ended the event loop, which needs no second one
+            progress.bar(title, total=len(requests)) as advance,
+        ):
             advance(len(requests) - len(left))
-            await judge_in_batches(backend, left, keep, images=use is not None, advance=advance)
+            images, at_once = use is not None, backend.batches_at_once
+            await judge_in_batches(backend, left, keep, images=images, advance=advance, at_once=at_once)
 
     if left and on_workers(run):
         asyncio.run(_over_cluster(run, work, progress, go_on, scoring))
@@ -102,12 +106,18 @@ def on_workers(run: RunConfig) -> bool:
 async def _over_cluster(
     run: RunConfig, work: Callable[[Backend], Awaitable[None]], progress: Progress, go_on: str, scoring: bool
 ) -> None:
-    from stage_ray.cluster.backend import ClusterBackend  # late: without workers there is no Ray
+    import ray  # late: without workers there is none
+
+    from stage_ray.cluster.backend import ClusterBackend
     from stage_ray.cluster.cluster import InferenceCluster
 
     logs = Path(tempfile.mkdtemp(prefix="stage-ray-"))
     progress.stage("starting Ray, the rollout engines" + " and the scorers" * scoring)
     async with StopSignal(progress, go_on), InferenceCluster.start(run, logs, scoring=scoring) as cluster:
+        if not run.rollout.gpus and ray.cluster_resources().get("GPU"):
+            progress.note(
+                "the cluster has GPUs, and its rollout workers reserve none: --set rollout.gpus=1 gives them one"
+            )
         await work(ClusterBackend(cluster))
     shutil.rmtree(logs)  # an error names them, so there they stay
 

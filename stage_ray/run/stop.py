@@ -99,10 +99,13 @@ def stops_at_once(go_on: str) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        raise _interrupted(first, "", go_on) from None
+        if not first:
+            raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+    if first:
+        raise _interrupted(first, "", go_on)
 
 
 def _heeded() -> list[signal.Signals]:
