@@ -81,7 +81,7 @@ class PartialResult:
             return
         try:
             first, *lines = [json.loads(line) for line in whole.split(b"\n")]
-            began = first["inputs"]
+            began = dict(first["inputs"])
             self.groups = {line["group_id"]: _group(line) for line in lines}
         except (ValueError, KeyError, TypeError) as error:
             raise RunError(f"{path} is damaged ({error!r}); remove it to begin anew") from error

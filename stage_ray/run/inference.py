@@ -16,6 +16,7 @@ import xxhash
 from stage_ray.config import RunConfig
 from stage_ray.engines import build_engine
 from stage_ray.engines.base import ImageEngine
+from stage_ray.errors import Interrupted
 from stage_ray.evaluation.loop import Backend, EngineBackend, JudgedGroup, judge_in_batches
 from stage_ray.evaluation.partial import PartialResult
 from stage_ray.files import digest
@@ -85,6 +86,8 @@ def judge(
             images, at_once = use is not None, backend.batches_at_once
             await judge_in_batches(backend, left, keep, images=images, advance=advance, at_once=at_once)
 
+    if len(left) < len(requests):
+        progress.note(f"{title}: {len(requests) - len(left)} of {len(requests)} prompts are there already")
     if left and on_workers(run):
         asyncio.run(_over_cluster(run, work, progress, go_on, scoring))
     elif left:
@@ -113,13 +116,17 @@ async def _over_cluster(
 
     logs = Path(tempfile.mkdtemp(prefix="stage-ray-"))
     progress.stage("starting Ray, the rollout engines" + " and the scorers" * scoring)
-    async with StopSignal(progress, go_on), InferenceCluster.start(run, logs, scoring=scoring) as cluster:
-        if not run.rollout.gpus and ray.cluster_resources().get("GPU"):
-            progress.note(
-                "the cluster has GPUs, and its rollout workers reserve none: --set rollout.gpus=1 gives them one"
-            )
-        await work(ClusterBackend(cluster))
-    shutil.rmtree(logs)  # an error names them, so there they stay
+    try:
+        async with StopSignal(progress, go_on), InferenceCluster.start(run, logs, scoring=scoring) as cluster:
+            if not run.rollout.gpus and ray.cluster_resources().get("GPU"):
+                progress.note(
+                    "the cluster has GPUs and these workers reserve none; --set rollout.gpus=1 gives them one"
+                )
+            await work(ClusterBackend(cluster))
+    except Interrupted:
+        shutil.rmtree(logs)
+        raise
+    shutil.rmtree(logs)  # any other error names them, so there they stay
 
 
 @contextmanager
