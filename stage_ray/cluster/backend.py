@@ -9,19 +9,20 @@ from ray.exceptions import ObjectLostError
 
 from stage_ray.actors.client import first_line
 from stage_ray.cluster.cluster import InferenceCluster
+from stage_ray.config import RunConfig
 from stage_ray.errors import GroupsLostError, RunError
 from stage_ray.evaluation.loop import JudgedGroup
 from stage_ray.records import RolloutRequest, ScoredGroup
 
 
 class ClusterBackend:
-    """A `stage_ray.evaluation.loop.Backend` over rollout and reward workers; without reward workers it draws only."""
+    """A `stage_ray.evaluation.loop.Backend` over rollout and reward workers; without ``scoring`` it draws only."""
 
-    def __init__(self, cluster: InferenceCluster) -> None:
-        self._cluster, run = cluster, cluster.run
+    def __init__(self, cluster: InferenceCluster, run: RunConfig, *, scoring: bool = True) -> None:
+        self._cluster, self._attempts, self._scoring = cluster, run.cluster.attempts, scoring
         self.images_per_batch = run.rollout.images_per_batch
-        drawing, scoring = (pool.max_workers or pool.workers for pool in (run.rollout, run.scoring))
-        self.batches_at_once = 2 * drawing + scoring  # one is drawn and one waits for each worker; one is scored
+        drawing, judging = (pool.max_workers or pool.workers for pool in (run.rollout, run.scoring))
+        self.batches_at_once = 2 * drawing + judging  # one is drawn and one waits for each worker; one is scored
 
     async def judge(self, requests: Sequence[RolloutRequest], *, images: bool) -> list[JudgedGroup]:
         """As `Backend.judge`; up to ``cluster.attempts`` times where workers or nodes are lost.
@@ -30,7 +31,7 @@ class ClusterBackend:
             RunError: the last attempt failed too.
         """
         error = ""
-        for _ in range(self._cluster.run.cluster.attempts):
+        for _ in range(self._attempts):
             try:
                 return await self._judge(requests, images)
             except (GroupsLostError, ObjectLostError, _NotScoredError) as lost:
@@ -40,7 +41,7 @@ class ClusterBackend:
     async def _judge(self, requests: Sequence[RolloutRequest], images: bool) -> list[JudgedGroup]:
         """One attempt."""
         groups = await self._cluster.generate(requests)
-        if self._cluster.rewards.actors:
+        if self._scoring:
             groups = await self._cluster.score(groups)
             for group in groups:
                 if group.scores is None:

@@ -27,7 +27,7 @@ class HeldOutEvaluation:
     def __init__(
         self, cluster: Cluster, run: RunConfig, prompts: Sequence[Prompt], run_dir: Path, progress: Progress
     ) -> None:
-        self._backend, self._config = ClusterBackend(cluster), run.evaluation
+        self._backend, self._config = ClusterBackend(cluster, run), run.evaluation
         self._prompts, self._dir, self._progress = list(prompts), run_dir, progress
         self._benchmark = find_benchmark(run.evaluation.benchmark)
         self._wait_for_pictures = run.pipeline.max_staleness == 0

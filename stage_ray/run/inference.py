@@ -122,7 +122,7 @@ async def _over_cluster(
                 progress.note(
                     "the cluster has GPUs and these workers reserve none; --set rollout.gpus=1 gives them one"
                 )
-            await work(ClusterBackend(cluster))
+            await work(ClusterBackend(cluster, run, scoring=scoring))
     except Interrupted:
         shutil.rmtree(logs)
         raise
