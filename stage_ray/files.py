@@ -10,14 +10,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from stage_ray.errors import RunError
+import xxhash
+
+from stage_ray.errors import ConfigError, RunError
 
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 
 
 @contextlib.contextmanager
-def name_disk_errors(directory: Path) -> Iterator[None]:
-    """Turn the error of a full or broken disk, from any file, into one sentence.
+def name_disk_errors(directory: Path, go_on: str = "go on with --resume") -> Iterator[None]:
+    """Turn the error of a full or broken disk, from any file, into one sentence, which ends with how to ``go_on``.
 
     Raises:
         RunError: names the directory and what the system said.
@@ -27,7 +29,7 @@ def name_disk_errors(directory: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise
-        raise RunError(f"{directory} cannot be written any more ({error}); fix that and go on with --resume") from error
+        raise RunError(f"{directory} cannot be written any more ({error}); fix that and {go_on}") from error
 
 
 def deny_others_writing() -> None:
@@ -47,6 +49,25 @@ def atomic_write(path: Path, text: str) -> None:
         file.flush()
         flush_to_disk(file.fileno())
     scratch.replace(path)
+
+
+def require_writable(path: Path, option: str) -> None:
+    """Raise a `ConfigError` where nothing can be written to a path, long before it is; ``option`` leads to it."""
+    place = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        why = "may not be written to" if place.is_dir() else "is no directory"
+        raise ConfigError(f"{option} {path} cannot be written: {place} {why}; name another")
+
+
+def digest(path: Path) -> str:
+    """xxh3-64 of what a file holds, or of the files of a directory in the order of their names; hexadecimal."""
+    found = xxhash.xxh3_64()
+    for file in sorted(path.glob("*")) if path.is_dir() else [path]:
+        if file.is_file():
+            with file.open("rb") as stream:
+                while block := stream.read(2**24):
+                    found.update(block)
+    return found.hexdigest()
 
 
 def flush_to_disk(descriptor: int) -> None:

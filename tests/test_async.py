@@ -16,6 +16,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from stage_ray.cli import main
 from stage_ray.commands.train import replay_run
 from stage_ray.errors import ConfigError, RunError
 from stage_ray.observability.progress import Progress
@@ -23,7 +24,8 @@ from stage_ray.observability.registry import RECORDED, find
 from stage_ray.train import train
 from tests.audit import Audit
 from tests.chaos import audited, end_session, of_session, start_driver
-from tests.runs import StopsAfter, lines, tiny_run, without_clocks
+from tests.plain import FAMILY
+from tests.runs import PROMPTS, StopsAfter, lines, tiny_run, without_clocks
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_ray")]  # for drivers in this process
 
@@ -163,3 +165,14 @@ def test_a_version_that_several_ranks_broadcast_is_the_one_that_is_served(tmp_pa
     # What the learner says of the tokens that were drawn with its weights; a step at this rate moves that by far more.
     assert all(row["mismatch/abs_logprob"] < 1e-4 for row in rows) and rows[-1]["kl"] > 1e-5
     assert sound(directory).reissued == 0
+
+
+def test_an_evaluation_by_the_workers_of_a_cluster_is_the_one_of_a_single_process(tmp_path, plain):
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    settings = {"policy.family": FAMILY, "rewards": "[{type: tests.scorers.Bright}]", "rollout.threads": "1"}
+    settings |= {"rollout.images_per_batch": "2", "rollout.dtype": "float32"}
+    command = ["evaluate", str(plain), "--prompts", str(tmp_path / "prompts.txt"), "--images-per-prompt", "2"]
+    command += ["--engine", "torch", *(part for key, value in settings.items() for part in ("--set", f"{key}={value}"))]
+    assert main([*command, "--json", str(tmp_path / "alone.json")]) == 0
+    assert main([*command, "--json", str(tmp_path / "shared.json"), "--address", "auto", "--workers", "2"]) == 0
+    assert (tmp_path / "alone.json").read_bytes() == (tmp_path / "shared.json").read_bytes()

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated
 from typer import Argument, Exit, Option
 
 from stage_ray.commands.job import Job, plan_job, stage_files
-from stage_ray.commands.train import OverridesOption
+from stage_ray.commands.train import SetOption
 from stage_ray.errors import ConfigError, Interrupted, RunError
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ PASSED_ON = "Pass this variable of yours on; may be repeated. The cluster's toke
 def submit(
     config: Annotated[Path, Argument(metavar="CONFIG", help="A YAML file; checked here before anything is sent")],
     address: Annotated[str, Option(envvar="RAY_API_SERVER_ADDRESS", help="The cluster's dashboard")] = LOCAL,
-    overrides: OverridesOption = None,
+    overrides: SetOption = None,
     run_dir: Annotated[Path | None, Option(help="Absolute, on the cluster's shared storage")] = None,
     scratch: Annotated[bool, Option("--scratch", help="Take a relative run directory: lost with the job")] = False,
     auto_resume: Annotated[bool, Option(help="Go on if there is a run, else begin; without, begin or fail")] = True,

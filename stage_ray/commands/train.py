@@ -15,14 +15,15 @@ if TYPE_CHECKING:
     from stage_ray.config import RunConfig
     from stage_ray.observability.progress import Progress
 
-OverridesOption = Annotated[
-    list[str] | None, Option("--set", metavar="KEY=VALUE", help="Override a key by its dotted name; may be repeated")
+SetOption = Annotated[
+    list[str] | None,
+    Option("--set", metavar="KEY=VALUE", help="Any key of the config by its dotted name: rollout.gpus=1; repeatable"),
 ]
 
 
 def train(
     config: Annotated[Path, Argument(metavar="CONFIG", help="A YAML file, such as configs/stage_shapeworld.yaml")],
-    overrides: OverridesOption = None,
+    overrides: SetOption = None,
     run_dir: Annotated[Path | None, Option(help="Where the run writes; run_dir of the config by default")] = None,
     resume: Annotated[bool, Option("--resume", help="Go on from the run directory's newest checkpoint")] = False,
     auto_resume: Annotated[bool, Option("--auto-resume", help="Go on if there is a run, else begin")] = False,

@@ -156,6 +156,11 @@ def read_result(path: Path) -> EvaluationResult | None:
         raise RunError(f"{path} is not an evaluation ({why}); remove it to go on without it") from error
 
 
+def plain(value: Any) -> Any:
+    """What a scorer says, where JSON does not know its type: NumPy's numbers and arrays as Python's, else a text."""
+    return value.tolist() if isinstance(value, np.generic | np.ndarray) else str(value)
+
+
 def summarise(benchmark: Benchmark, prompts: Sequence[Prompt], scored: Sequence[ScoredGroup]) -> EvaluationResult:
     """Sum up the scored groups of `requests_for`'s requests, in any order.
 
@@ -168,8 +173,8 @@ def summarise(benchmark: Benchmark, prompts: Sequence[Prompt], scored: Sequence[
     images: list[dict[str, Any]] = []
     columns: dict[str, list[float]] = {name: [] for group in ordered for name in group.names}  # valid scores only
     for prompt, group in zip(prompts, ordered, strict=True):
-        # Details are a user's: a trip through JSON makes NaN null, and whatever JSON does not know a text.
-        details = json.loads(json.dumps(group.details, default=str), parse_constant=lambda _: None)
+        # Details are a user's: a trip through JSON makes NaN null, and whatever JSON does not know what `plain` says.
+        details = json.loads(json.dumps(group.details, default=plain), parse_constant=lambda _: None)
         for image, said in enumerate(details):
             judged = zip(group.names, group.scores[image], group.valid[image], strict=True)
             scores = {name: float(score) if valid else None for name, score, valid in judged}

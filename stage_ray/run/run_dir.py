@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-import xxhash
 import yaml
 from filelock import FileLock, Timeout
 
@@ -20,7 +19,7 @@ from stage_ray.config import RunConfig
 from stage_ray.config.load import read_mapping, validate_config
 from stage_ray.config.paths import resolve_path
 from stage_ray.errors import ConfigError
-from stage_ray.files import atomic_write, deny_others_writing, read_json
+from stage_ray.files import atomic_write, deny_others_writing, digest, read_json
 from stage_ray.recipes import resolve_recipe
 
 log = logging.getLogger(__name__)
@@ -160,10 +159,7 @@ def _digests(run: RunConfig) -> dict[str, str]:
     found = {}
     for key, location in (("prompts.train", run.prompts.train), ("prompts.heldout", run.prompts.heldout)):
         with contextlib.suppress(ConfigError, OSError):  # missing ones are refused elsewhere
-            path, digest = resolve_path(location or ""), xxhash.xxh3_64()
-            for file in sorted(path.glob("*")) if path.is_dir() else [path]:
-                digest.update(file.read_bytes())
-            found[key] = digest.hexdigest()
+            found[key] = digest(resolve_path(location or ""))
     return found
 
 
