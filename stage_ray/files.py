@@ -7,12 +7,21 @@ import errno
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from stage_ray.errors import RunError
 
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
+
+
+@dataclass(frozen=True, slots=True)
+class FileDigest:
+    """The size of a file and the xxh3-64 of its bytes, in hexadecimal."""
+
+    bytes: int
+    xxh3: str
 
 
 @contextlib.contextmanager
