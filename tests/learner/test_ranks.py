@@ -23,6 +23,7 @@ from tests.learner_case import PROMPTS, sample_groups, score, tiny_run
 from tests.tiny import tiny_janus
 
 CPU = torch.device("cpu")
+EMBEDDING, TEXT_HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
 SETTINGS = {
     "rollout": {"groups_per_step": 4, "group_size": 4, "guidance_scale": 3.0},
     "learner": {"lr": 1e-3, "autocast": "off", "micro_batch_images": 4, "max_mismatch": None},
@@ -108,11 +109,19 @@ def two_ranks(number: int, ranks: Ranks, model: Path, out: Path) -> None:
         torch.save(rounded, out / "rounded.pt")
 
 
+def store_text_head(model: Path) -> Path:
+    """Store the text head too, which is tied to the embedding and plays no part in training."""
+    tensors = load_file(model / "model.safetensors")
+    tensors[TEXT_HEAD] = tensors[EMBEDDING].clone()
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    return model
+
+
 @pytest.fixture(scope="module")
 def case(tmp_path_factory):
     """Two ranks and one, with the same groups: the directory with what the two left, the one and its metrics."""
     out = tmp_path_factory.mktemp("ranks")
-    model = tiny_janus(out / "janus")
+    model = store_text_head(tiny_janus(out / "janus"))
     run = tiny_run(model, **SETTINGS)
     alone = Learner(run, threads=1)
     metrics = updates(alone, 2)
@@ -199,3 +208,15 @@ def test_their_export_is_a_checkpoint_of_plain_transformers(case):
     exported = JanusForConditionalGeneration.from_pretrained(out / "exported").state_dict()
     trained = weights(alone)
     close({name: exported[name] for name in trained}, trained)
+
+
+@pytest.mark.slow
+def test_a_tied_text_head_is_exported_by_two_ranks_as_by_one(case):
+    out, run, alone, _ = case
+    alone.export(out / "exported-by-one")
+    directories = run.policy.path, out / "exported-by-one", out / "exported"
+    base, one, two = (load_file(Path(directory) / "model.safetensors") for directory in directories)
+    close(two, one)
+    for exported in (one, two):
+        assert torch.equal(exported[TEXT_HEAD], exported[EMBEDDING])
+        assert not torch.equal(exported[TEXT_HEAD], base[TEXT_HEAD])
