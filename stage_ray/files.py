@@ -67,6 +67,15 @@ def flush_to_disk(descriptor: int) -> None:
             raise
 
 
+def sync_path(path: Path) -> None:
+    """Flush a file or a directory to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        flush_to_disk(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def read_json(path: Path) -> Any:
     """What a JSON file holds; None if there is no file.
 

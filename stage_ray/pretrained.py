@@ -21,6 +21,7 @@ from torch import Tensor
 
 from stage_ray.config.paths import model_location
 from stage_ray.errors import ConfigError
+from stage_ray.files import sync_path
 
 KEY = "policy.path"
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -222,6 +223,8 @@ def export_checkpoint(
         raise ValueError(f"{source} has no tensor {min(left)!r}")
     for name, text in (texts or {}).items():
         (partial / name).write_text(text, encoding="utf-8")
+    for path in (*partial.iterdir(), partial):
+        sync_path(path)  # before it replaces another
     if directory.exists():
         old = directory.with_name(f".{directory.name}.replaced")
         shutil.rmtree(old, ignore_errors=True)

@@ -21,7 +21,7 @@ from typing import Any
 
 import xxhash
 
-from stage_ray.files import FileDigest, flush_to_disk
+from stage_ray.files import FileDigest, sync_path
 
 log = logging.getLogger(__name__)
 
@@ -85,12 +85,12 @@ class CheckpointStore:
         text = json.dumps({**body, "checksum": _checksum(body)}, indent=1, sort_keys=True)
         (directory / MANIFEST).write_text(text + "\n", encoding="utf-8")
         for path in (*directory.rglob("*"), directory):
-            _sync(path)
+            sync_path(path)
         final = self.root / f"step-{step:06d}"
         if final.exists():  # a directory cannot be renamed onto another
             os.rename(final, self.root / f"{UNFINISHED}replaced-{final.name}-{uuid.uuid4().hex}")
         os.rename(directory, final)
-        _sync(self.root)
+        sync_path(self.root)
         self._remove_unfinished()
         for _, path in [found for found in self._steps() if found[0] <= step][: -self.keep]:  # all but the newest
             shutil.rmtree(path)
@@ -175,11 +175,3 @@ def _checksum(body: Mapping[str, Any]) -> str:
 def _digest(path: Path, algorithm: str) -> str:
     with path.open("rb") as stream:
         return str(hashlib.file_digest(stream, ALGORITHMS[algorithm]).hexdigest())  # other threads run meanwhile
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        flush_to_disk(descriptor)
-    finally:
-        os.close(descriptor)

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as processes
+import xxhash
 from safetensors.torch import load_file, save_file
 from transformers import JanusForConditionalGeneration
 
@@ -78,7 +79,16 @@ def two_ranks(number: int, ranks: Ranks, model: Path, out: Path) -> None:
     run = tiny_run(model, **with_learner(gradient_checkpointing=True))
     learner = Learner(run, threads=1, ranks=ranks)
     metrics = updates(learner, 2)
-    learner.save_state(out / "by-two")
+    written = learner.save_state(out / "by-two")
+    for name, file in written.items():
+        assert xxhash.xxh3_64_hexdigest((out / "by-two" / name).read_bytes()) == file.xxh3
+    assert len(written) == 2
+    if number == 1:  # one rank cannot write: it says so, and the other one is not left waiting
+        (out / "blocked" / "shards" / "shard-00002.safetensors").mkdir(parents=True)
+        with pytest.raises(LearnerError, match=r"shard-00002.safetensors cannot be written: .*Is a directory"):
+            learner.save_state(out / "blocked")
+    else:
+        assert learner.save_state(out / "blocked") == {}
     metrics += updates(learner, 1)
     found = weights(learner)
     assert bool(found) == (number == 0)

@@ -34,8 +34,8 @@ class Slow:
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.reached, self.go_on = threading.Event(), threading.Event()
-        self._sync, self._calls = checkpoint._sync, 0
-        patch.setattr(checkpoint, "_sync", self._watched)
+        self._sync, self._calls = checkpoint.sync_path, 0
+        patch.setattr(checkpoint, "sync_path", self._watched)
 
     def _watched(self, path: Path) -> None:
         self._calls += path.name == checkpoint.MANIFEST
@@ -81,14 +81,14 @@ def test_a_run_that_ends_while_a_checkpoint_is_finished_waits_for_it_and_leaves_
 
 def test_a_disk_that_fails_while_a_checkpoint_is_finished_leaves_the_one_before_it(tmp_path, monkeypatch):
     run = timed_run(tmp_path)
-    sync = checkpoint._sync
+    sync = checkpoint.sync_path
 
     def full(path: Path) -> None:
         if "step-000004" in str(path):
             raise OSError(28, "No space left on device")
         sync(path)
 
-    monkeypatch.setattr(checkpoint, "_sync", full)
+    monkeypatch.setattr(checkpoint, "sync_path", full)
     with pytest.raises(RunError, match=r"checkpoint of step 4 could not be written \(.*No space left.*are whole"):
         asyncio.run(drive(run, FlakyCluster(run)))
     assert saved(tmp_path).step == 2
