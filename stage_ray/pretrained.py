@@ -201,7 +201,7 @@ def export_checkpoint(
     Raises:
         ValueError: ``source`` has no tensor of such a name and size.
     """
-    new = dict(state) | {other: state[name] for other, name in (tied or {}).items()}
+    new = dict(state) | {other: state[name] for other, name in (tied or {}).items() if name in state}
     partial = directory.with_name(f".{directory.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
