@@ -21,6 +21,7 @@ from torch import Tensor
 
 from stage_ray.config.paths import model_location
 from stage_ray.errors import ConfigError
+from stage_ray.files import sync_path
 
 KEY = "policy.path"
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -181,38 +182,49 @@ def export_checkpoint(
     directory: Path,
     state: Mapping[str, Tensor],
     *,
+    tied: Mapping[str, str] | None = None,
     texts: Mapping[str, str] | None = None,
     dtype: torch.dtype | None = None,
 ) -> None:
     """Write a checkpoint again with new values of some tensors; all else as it came, whole or not at all.
 
-    Names, dtypes, shards, config, generation config and tokenizer are those of ``source``; ``texts`` replaces files of
-    it, by name, and ``dtype`` the type of the new values. A directory that is there already is replaced once the new
-    one is whole.
+    Names, dtypes, shards, config, generation config and tokenizer are those of ``source``. A directory that is there
+    already is replaced once the new one is whole.
+
+    Args:
+        state: new values by name.
+        tied: further names of tensors in ``state``, to theirs. ``source`` stores a tied tensor under any of its names,
+            or under several, and so does what is written.
+        texts: new texts of files, by name.
+        dtype: of the new values; None is that of ``source``.
 
     Raises:
         ValueError: ``source`` has no tensor of such a name and size.
     """
+    new = dict(state) | {other: state[name] for other, name in (tied or {}).items() if name in state}
     partial = directory.with_name(f".{directory.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    weights, left = weight_files(source), dict(state)
+    weights, left = weight_files(source), set(state)
     for file in source.iterdir():
         if file.is_file() and file.suffix not in NOT_EXPORTED and (file.name != WEIGHTS_INDEX or len(weights) > 1):
             shutil.copyfile(file, partial / file.name)
     for file in weights:
         with safe_open(file, framework="pt") as opened:
             tensors, metadata = {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata()  # noqa: SIM118
-        for name in tensors.keys() & left.keys():
-            new = left.pop(name)
-            if new.shape != tensors[name].shape:
-                raise ValueError(f"{name} is {list(new.shape)}, and {list(tensors[name].shape)} in {file}")
-            tensors[name] = new.detach().to("cpu", dtype or tensors[name].dtype).contiguous()
+        for name in tensors.keys() & new.keys():
+            value, stored = new[name].detach(), tensors[name]
+            if value.shape != stored.shape:
+                raise ValueError(f"{name} is {list(value.shape)}, and {list(stored.shape)} in {file}")
+            tensors[name] = value.to("cpu", dtype or stored.dtype, copy=name not in state).contiguous()
+            left.discard((tied or {}).get(name, name))
         save_file(tensors, partial / file.name, metadata=metadata)
     if left:
-        raise ValueError(f"{source} has no tensor {next(iter(left))!r}")
+        raise ValueError(f"{source} has no tensor {min(left)!r}")
     for name, text in (texts or {}).items():
         (partial / name).write_text(text, encoding="utf-8")
+    for path in (*partial.iterdir(), partial):
+        sync_path(path)  # before it replaces another
     if directory.exists():
         old = directory.with_name(f".{directory.name}.replaced")
         shutil.rmtree(old, ignore_errors=True)

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from stage_ray.algorithm.off_policy import guided_behavior
 from stage_ray.config import LearnerConfig, RunConfig
+from stage_ray.files import FileDigest
 from stage_ray.learner.batch import Batch, LearnerError, make_batch
 from stage_ray.learner.metrics import UpdateOutputs, update_metrics
 from stage_ray.learner.precision import attention, autocast, uses_bfloat16
@@ -153,9 +154,9 @@ class Learner:
         self._release_cached_memory()
         return weights
 
-    def save_state(self, directory: Path) -> None:
-        """Write all that a bit-exact resume needs (safetensors and JSON) into ``directory``, together."""
-        save_state(directory, self.version, self._parts())
+    def save_state(self, directory: Path) -> dict[str, FileDigest]:
+        """Write all that a bit-exact resume needs (safetensors and JSON) into ``directory``, together; the shards."""
+        return save_state(directory, self.version, self._parts())
 
     def load_state(self, directory: Path) -> None:
         """Go on from what `save_state` wrote.

@@ -65,6 +65,17 @@ class Ranks:
             module.set_gradient_divide_factor(1.0)  # type: ignore[operator]
             module.set_force_sum_reduction_for_comms(True)  # type: ignore[operator]  # gloo has no other reduction
 
+    def part(self, tensor: Tensor) -> tuple[Tensor, list[int]] | None:
+        """What this rank stores of a tensor, and where in the whole that begins; None where it stores nothing.
+
+        Of a tensor that is not sharded the first rank stores all. FSDP2 cuts the first dimension as `torch.chunk` does.
+        """
+        if not isinstance(tensor, DTensor):
+            return (tensor, [0] * tensor.dim()) if self.first else None
+        local = tensor.to_local()
+        begin = self.rank * -(-tensor.shape[0] // self.count)
+        return (local, [begin] + [0] * (tensor.dim() - 1)) if local.numel() else None
+
     def all_gather(self, part: Tensor) -> Tensor:
         """The parts of all ranks, in the order of ranks: [rows / count, ...] -> [rows, ...]."""
         if self.mesh is None:

@@ -182,7 +182,8 @@ class GroupBuffer(Generic[Payload]):
                 if len(ready) < must:
                     return None  # a group that must train now is not ready
                 batch += sorted(ready, key=lambda slot: (slot.step, slot.arrival))[:must]
-            rest = [slot for slot in held if slot.payload is not None and slot not in batch]
+            # A checkpoint's group may be newer than it: one that was lost meanwhile and generated again.
+            rest = [slot for slot in held if slot.payload is not None and slot.step <= step and slot not in batch]
             batch = (batch + sorted(rest, key=lambda slot: slot.arrival))[:size]
         settled = len(batch) == size and all(slot.outcome is not None for slot in batch)
         return batch if settled else None

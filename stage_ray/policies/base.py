@@ -186,8 +186,12 @@ class Policy(ABC):
         self.codec = codec
         self.image_tokens, self.codebook_size = codec.image_tokens, codec.codebook_size  # T and V
         model.requires_grad_(False)  # then the trained ones alone
-        for parameter in self.trained_parameters().values():
+        trained = {parameter: name for name, parameter in self.trained_parameters().items()}
+        for parameter in trained:
             parameter.requires_grad_(trainable)
+        # Remembered from the whole model: sharded parameters are new ones, which a head that was tied does not see.
+        names = {n: trained[p] for n, p in model.named_parameters(remove_duplicate=False) if p in trained}
+        self._tied = {name: own for name, own in names.items() if name != own}
 
     @classmethod
     def check(cls, config: PolicyConfig) -> ImageCodec | None:
@@ -241,11 +245,11 @@ class Policy(ABC):
     ) -> None:
         """Write the checkpoint that was loaded again, with the trained parameters (or ``state``) in their places.
 
-        All else is as it came: names, dtypes (that of the trained ones may be another), configs, tokenizer. Whole or
-        not at all.
+        All else is as it came: names, dtypes (that of the trained ones may be another), ties, configs, tokenizer. Whole
+        or not at all.
         """
         state, texts = state or self.trained_parameters(), self.codec.texts()
-        export_checkpoint(self.codec.location, directory, state, texts=texts, dtype=dtype)
+        export_checkpoint(self.codec.location, directory, state, tied=self._tied, texts=texts, dtype=dtype)
 
     def enable_gradient_checkpointing(self) -> None:
         """Recompute the layers' activations in the backward pass; dropout, if a config has any, stays off.

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from stage_ray.actors.client import Worker, loading
 from stage_ray.config import RunConfig
+from stage_ray.files import FileDigest
 from stage_ray.observability.logs import redirect_output
 from stage_ray.observability.worker_metrics import WorkerMetrics
 from stage_ray.records import Update, WeightManifest
@@ -93,9 +94,9 @@ class LearnerWorker(Worker):
         """The current version."""
         return self._learner.version
 
-    def save_state(self, directory: Path) -> None:
-        """Weights, optimizer, schedule and random states, for an exact resume."""
-        self._learner.save_state(directory)
+    def save_state(self, directory: Path) -> dict[str, FileDigest]:
+        """Weights, optimizer, schedule and random states, for an exact resume; what went into shards, by path."""
+        return self._learner.save_state(directory)
 
     def load_state(self, directory: Path) -> int:
         """Take a saved state; its version."""

@@ -48,6 +48,19 @@ def test_take_waits_for_the_oldest_group_even_if_enough_younger_ones_are_ready()
     assert asyncio.run(scenario()) == [(0, "old")]
 
 
+def test_a_group_of_a_checkpoint_that_is_newer_than_it_waits_for_its_step():
+    """It was lost with a node while the checkpoint was written, and generated again by a later version."""
+
+    async def scenario():
+        buffer = GroupBuffer(groups_per_step=1, max_staleness=2, order="arrival")
+        for group, version in ((7, 3), (8, 2)):
+            buffer.admit(group, version)
+            buffer.ready(group, f"p{group}", version)
+        return await buffer.take(2), await buffer.take(3)
+
+    assert asyncio.run(scenario()) == ([(8, "p8")], [(7, "p7")])
+
+
 def test_a_failed_group_is_told_when_its_batch_is_settled_and_its_successor_has_its_place_in_the_order():
     buffer = GroupBuffer(groups_per_step=2, max_staleness=1)
     for group in range(4):
