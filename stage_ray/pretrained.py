@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from stage_ray.config.hub import MODEL_FILES, cached, download, hub_uri
+from stage_ray.config.hub import MODEL_FILES, cached, download, hub_uri, is_pinned
 from stage_ray.config.paths import resolve_path
 from stage_ray.errors import ConfigError
 
@@ -39,7 +39,12 @@ def local_checkpoint(path: str, model_type: str, key: str = KEY) -> Path:
             has no such model or cannot be reached.
     """
     uri = hub_uri(path)
-    directory = resolve_path(path) if uri is None else download(uri, MODEL_FILES, key)
+    directory = (
+        located(path) if uri is None or is_pinned(uri) else None
+    )  # a branch or a tag may mean another commit now
+    if directory is None:
+        assert uri is not None  # what is no repository was found, or refused
+        directory = download(uri, MODEL_FILES, key)
     check_directory(directory, model_type, key)
     return directory
 

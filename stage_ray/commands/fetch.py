@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -30,7 +31,7 @@ def fetch(
     for key, uri in found.items():
         try:
             commit = commit_of(uri, key)
-            path = download(uri, files_of(key), key)
+            path = download(replace(uri, revision=commit), files_of(key), key)
         except ConfigError as error:  # the config is right; the hub or the right to read it is what fails
             raise RunError(str(error)) from error
         files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]

@@ -51,6 +51,11 @@ def hub_uri(location: str) -> HfUri | None:
         raise ConfigError(f"{location}: {error}") from error
 
 
+def is_pinned(uri: HfUri) -> bool:
+    """Whether its revision is a whole commit, which never means anything else."""
+    return COMMIT.fullmatch(uri.revision or "") is not None
+
+
 def at_commit(uri: HfUri, commit: str) -> str:
     """The location of the same at a commit."""
     pinned = replace(uri, revision=commit)
@@ -65,7 +70,7 @@ def commit_of(uri: HfUri, key: str) -> str:
     """
     from huggingface_hub import is_offline_mode, resolve_revision
 
-    if uri.revision is not None and COMMIT.fullmatch(uri.revision):
+    if uri.revision is not None and is_pinned(uri):
         return uri.revision
     try:
         return resolve_revision(

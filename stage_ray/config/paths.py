@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.resources
 from pathlib import Path
 
-from stage_ray.config.hub import COMMIT, HUB, PROMPT_FILES, cached, download, hub_uri
+from stage_ray.config.hub import HUB, PROMPT_FILES, cached, download, hub_uri, is_pinned
 from stage_ray.errors import ConfigError
 
 PACKAGE = "package:"
@@ -18,7 +18,7 @@ def resolve_path(location: str) -> Path:
         ConfigError: nothing is there.
     """
     if location.startswith(HUB) and (uri := hub_uri(location)) is not None:
-        known = cached(uri, PROMPT_FILES) if COMMIT.fullmatch(uri.revision or "") else None
+        known = cached(uri, PROMPT_FILES) if is_pinned(uri) else None
         return known if known is not None and known.is_file() else download(uri, PROMPT_FILES, location)
     if location.startswith(PACKAGE):
         module, _, rest = location[len(PACKAGE) :].partition("/")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,35 +24,35 @@ def digest_inputs(run: RunConfig, note: Callable[[str], None]) -> dict[str, str]
 
     A model of a hub has none: its commit stands in the config. ``note`` hears of files that take long to read.
     """
-    found: dict[str, tuple[Path, list[Path]]] = {}
-    for key, location in inputs(run).items():
-        prompts = key.startswith("prompts.")
-        with contextlib.suppress(
-            ConfigError, OSError
-        ):  # most options are no paths; what is missing is refused elsewhere
-            if prompts or hub_uri(location) is None:
-                path = resolve_path(location)
-                if (
-                    prompts or path.is_file() or takes_model(key)
-                ):  # another directory may be one that a scorer writes to
-                    found[key] = (path, _files(path, "*.txt" if prompts else "**/*"))
-    different = {file for _, files in found.values() for file in files}
+    found = {key: files for key, location in inputs(run).items() if (files := _files(key, location))}
+    different = {file for files in found.values() for file in files.values()}
     if (size := sum(file.stat().st_size for file in different)) > NOTED_BYTES:
         note(f"reading {size / 2**30:.1f} GiB of models and prompts, to know them again")
     with ThreadPoolExecutor() as threads:
         digests = dict(zip(different, threads.map(_digest, different), strict=True))
-    return {
-        key: _combined({str(file.relative_to(path)): digests[file] for file in files})
-        for key, (path, files) in found.items()
-    }
+    return {key: _combined({name: digests[file] for name, file in files.items()}) for key, files in found.items()}
 
 
-def _files(path: Path, pattern: str) -> list[Path]:
-    """A file itself; of a directory, those that match and are neither hidden nor a model card."""
-    if path.is_file():
-        return [path]
-    files = [file for file in path.glob(pattern) if file.is_file() and file.suffix != ".md"]
-    return sorted(file for file in files if not any(part.startswith(".") for part in file.relative_to(path).parts))
+def _files(key: str, location: str) -> dict[str, Path]:
+    """The files that a value leads to, by their names below it; none for a plain text, a repository, or nothing.
+
+    Of a directory neither hidden files nor model cards. A scorer's directory counts if its key says that it is a model:
+    into another one the scorer may write.
+    """
+    prompts = key.startswith("prompts.")
+    try:
+        path = resolve_path(location) if prompts or hub_uri(location) is None else None
+        if path is None or not os.access(path, os.R_OK):
+            return {}
+        if path.is_file():
+            return {"": path}
+        if not prompts and not takes_model(key):
+            return {}
+        below = {file.relative_to(path): file for file in sorted(path.glob("*.txt" if prompts else "**/*"))}
+    except (ConfigError, OSError):  # what is missing is refused elsewhere
+        return {}
+    shown = {name: file for name, file in below.items() if not any(part.startswith(".") for part in name.parts)}
+    return {str(name): file for name, file in shown.items() if file.is_file() and file.suffix != ".md"}
 
 
 def _digest(file: Path) -> str:

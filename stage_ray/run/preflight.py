@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import yaml
 
 from stage_ray.config import RunConfig
-from stage_ray.config.hub import cached, download, named
+from stage_ray.config.hub import cached, download, is_pinned, named
 from stage_ray.config.inputs import files_of, hub_inputs
 from stage_ray.engines.vllm.environment import require_fitting_build
 from stage_ray.errors import ConfigError
@@ -52,7 +52,7 @@ def preflight(run: RunConfig, *, fetch: bool = True) -> tuple[list[Prompt], list
     heldout = load_prompts(run.prompts.heldout) if run.prompts.heldout and "prompts.heldout" not in left else []
     if fetch and starts_ray_here:
         for key, uri in unfetched(run).items():
-            if uri.revision is not None:  # else it is a text that a scorer of the user's own reads in its own way
+            if is_pinned(uri):  # else it is a text that a scorer of the user's own reads in its own way
                 download(uri, files_of(key), key)
     _require_scorable(run, train + heldout * run.evaluation.enabled)
     codec = policy_class(run.policy).check(run.policy)

@@ -189,6 +189,14 @@ def test_a_cache_that_holds_a_part_of_a_model_is_completed(online, config, train
     assert dry_run(config) == 0
 
 
+def test_on_a_cluster_elsewhere_its_nodes_fetch_the_model_and_the_driver_only_its_commit(
+    online, config, trained, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("RAY_ADDRESS", "elsewhere:6379")
+    assert trained(config).policy.path == f"me/plain@{commit(online, MODEL, 'v1')}"
+    assert not list((tmp_path / "cache/models--me--plain").rglob("*.safetensors"))
+
+
 def test_every_worker_gets_the_commit_with_which_the_run_began(online, config, trained, tmp_path, plain):
     newest, tagged = commit(online, MODEL, "main"), commit(online, MODEL, "v1")
     unpinned = ("policy.path=me/plain", "prompts.train=hf://datasets/me/prompts/train.txt")
