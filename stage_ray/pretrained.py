@@ -39,12 +39,10 @@ def local_checkpoint(path: str, model_type: str, key: str = KEY) -> Path:
             has no such model or cannot be reached.
     """
     uri = hub_uri(path)
-    directory = (
-        located(path) if uri is None or is_pinned(uri) else None
-    )  # a branch or a tag may mean another commit now
-    if directory is None:
-        assert uri is not None  # what is no repository was found, or refused
-        directory = download(uri, MODEL_FILES, key)
+    if uri is None:
+        directory = resolve_path(path)
+    else:  # what a branch or a tag means, the hub alone knows
+        directory = (located(path) if is_pinned(uri) else None) or download(uri, MODEL_FILES, key)
     check_directory(directory, model_type, key)
     return directory
 
