@@ -10,6 +10,7 @@ import typer
 from typer.exceptions import TyperException
 
 from stage_ray.commands.doctor import doctor
+from stage_ray.commands.fetch import fetch
 from stage_ray.commands.inference import evaluate, generate
 from stage_ray.commands.plan import plan
 from stage_ray.commands.submit import submit
@@ -27,7 +28,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (train, submit, evaluate, generate, pretrain, bench, plan, report):
+for command in (train, fetch, submit, evaluate, generate, pretrain, bench, plan, report):
     app.command(no_args_is_help=True)(command)
 app.command()(metrics)  # a bare command does its work
 app.command()(doctor)

@@ -56,6 +56,8 @@ TABLE: dict[str, dict[str, str]] = {
         " --out pictures": HERE + "test_the_trained_model_draws",
         "stage-ray report runs/mine": HERE + "test_a_run_is_reported_anew",
         "stage-ray bench pipeline": MINUTES,
+        "stage-ray fetch configs/stage_shapeworld.yaml --set policy.path=deepseek-community/Janus-Pro-1B": "tests/"
+        "commands/test_fetch.py::test_the_command_reads_the_variables_of_the_hub",
         "stage-ray pretrain --out world": "tests/shapeworld/test_pretrain.py::"
         "test_a_smoke_run_builds_every_model_in_a_form_that_transformers_loads",
         TRAIN + "--set steps=12 --set evaluation.enabled=false --set pipeline.max_staleness=0"

@@ -75,10 +75,11 @@ def replay_run(run: RunConfig, source: Path, progress: Progress) -> Path:
         ConfigError: ``source`` holds no recorded groups.
         RunError: a step is not recorded whole, a group cannot be read, or an update is refused.
     """
+    from stage_ray.config.inputs import pin
     from stage_ray.learner.batch import LearnerError
     from stage_ray.learner.learner import Learner
     from stage_ray.run.recording import GROUPS, StepRecorder
-    from stage_ray.run.run_dir import open_run_dir
+    from stage_ray.run.run_dir import known_commits, open_run_dir
     from stage_ray.workers.group_files import load_group
 
     recorded = {step: sorted(step.glob("group-*.safetensors")) for step in sorted((source / GROUPS).glob("step-*"))}
@@ -90,7 +91,8 @@ def replay_run(run: RunConfig, source: Path, progress: Progress) -> Path:
                 f"{directory} holds {len(files)} groups, rollout.groups_per_step is {run.rollout.groups_per_step}: the "
                 "run was stopped while it wrote them, or had another config; remove the directory to replay the others"
             )
-    with open_run_dir(run, resume=False) as run_dir:
+    run, commits = pin(run, known_commits(source))
+    with open_run_dir(run, resume=False, commits=commits, note=progress.note) as run_dir:
         progress.stage("loading the learner")
         learner = Learner(run, threads=run.learner.threads)
         with closing(StepRecorder(run, run_dir, len(recorded), progress)) as recorder:

@@ -23,7 +23,10 @@ class Section(BaseModel):
 class PromptsConfig(Section):
     """Which prompts are trained on, and which are held out."""
 
-    train: str = Field(description="JSON Lines (GenEval's format) or text, a prompt a line; or package:MODULE/FILE")
+    train: str = Field(
+        description="JSON Lines (GenEval's format) or text, a prompt a line; package:MODULE/FILE; or "
+        "hf://datasets/OWNER/NAME[@REVISION]/FILE of a hub"
+    )
     heldout: str | None = Field(None, description="Prompts of the evaluation before and after; same formats")
     shuffle: bool = Field(True, description="A new order every epoch, fixed by the run's seed")
     too_long: Literal["refuse", "drop"] = Field(
@@ -35,7 +38,7 @@ class PolicyConfig(Section):
     """The model that is trained."""
 
     family: str = Field("janus", description="Model family, a folder in stage_ray/policies, or package.module.Class")
-    path: str = Field(description="A Hugging Face directory, package:MODULE/DIR, or a hub id")
+    path: str = Field(description="A Hugging Face directory, package:MODULE/DIR, or a hub id: OWNER/NAME[@REVISION]")
     template: Literal["official", "paper"] = Field("official", description="Roles: <|User|>, or User as in the paper")
     export_dtype: Literal["checkpoint", "float32", "bfloat16"] = Field(
         "checkpoint", description="Type of the trained weights in final/; checkpoint: as they came"
