@@ -29,6 +29,8 @@ class HeldOutEvaluation:
     ) -> None:
         self._cluster, self._config, self._attempts = cluster, run.evaluation, run.cluster.attempts
         self.images_per_batch = run.rollout.images_per_batch
+        drawing, scoring = (pool.max_workers or pool.workers for pool in (run.rollout, run.scoring))
+        self.batches_at_once = 2 * drawing + scoring  # one is drawn and one waits for each worker; one is scored
         self._prompts, self._dir, self._progress = list(prompts), run_dir, progress
         self._benchmark = find_benchmark(run.evaluation.benchmark)
         self._wait_for_pictures = run.pipeline.max_staleness == 0
