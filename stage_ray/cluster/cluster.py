@@ -43,7 +43,7 @@ class Cluster:
             self.transport = Broadcast(self.learner, timeout_s, backend)
         limits: dict[str, Any] = {"start_timeout_s": run.cluster.start_timeout_s, "attempts": run.cluster.attempts}
         workers, more = run.rollout.workers, run.rollout.max_workers
-        self.rollouts = Pool("rollout", workers, more, start.rollout, sync=self.transport.newest, **limits)
+        self.rollouts = Pool("rollout", workers, more, start.rollout, sync=self.transport.join, **limits)
         self.rewards = Pool("reward", run.scoring.workers, run.scoring.max_workers, start.reward, **limits)
         self._roles: dict[str, Sequence[SupervisedActor[Any]]] = {
             "rollout": self.rollouts.actors,

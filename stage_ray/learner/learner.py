@@ -141,15 +141,15 @@ class Learner:
         self._release_cached_memory()
         return metrics
 
-    def weights(self, *, in_place: bool = False) -> list[tuple[str, Tensor]]:
-        """The trained parameters by ``state_dict`` name, detached, on the CPU.
+    def weights(self, dtype: torch.dtype | None = None) -> list[tuple[str, Tensor]]:
+        """The trained parameters by ``state_dict`` name, detached.
 
-        On a CPU, and on a GPU where ``in_place``, they share memory with the live ones: pack or copy them before the
-        next update. Several ranks gather them together; all but the first then return nothing.
+        A single rank's are float32 and share memory with the live ones: pack or copy them before the next update.
+        Several ranks gather them together on the CPU, cast to ``dtype``; all but the first then return nothing.
         """
         if self._ranks.count == 1:
-            return [(name, p.detach() if in_place else p.detach().cpu()) for name, p in self._parameters.items()]
-        weights = list(full_state_dict(self._parameters, keep=self._ranks.first).items())
+            return [(name, parameter.detach()) for name, parameter in self._parameters.items()]
+        weights = list(full_state_dict(self._parameters, keep=self._ranks.first, dtype=dtype).items())
         self._release_cached_memory()
         return weights
 

@@ -40,6 +40,10 @@ class RolloutWorker(Worker):
         run = self._run
         self._engine = build_engine(run.policy, run.rollout, worker=self._name, rank=self._rank, address=address)
 
+    def weight_dtype(self) -> str:
+        """The dtype that the engine holds its weights in, and so the one in which a version need come."""
+        return str(self._engine.dtype).removeprefix("torch.")
+
     def generate(self, *requests: RolloutRequest) -> tuple[Any, ...]:
         """Policy version and seconds, then for each request its group (``images`` empty) and its pictures.
 
