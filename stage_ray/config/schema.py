@@ -190,7 +190,9 @@ class ClusterConfig(Section):
     num_cpus: int | None = Field(
         None, ge=1, description="CPUs of a local cluster; null: the machine's, or more if asked"
     )
-    object_store_mb: int = Field(512, ge=80, description="Object store of a local cluster, MB")
+    object_store_mb: int | None = Field(
+        None, ge=80, description="Object store of a local cluster, MB; null: two versions of the weights, and images"
+    )
     dashboard: bool = Field(False, description="Ray's dashboard on a local cluster, on 127.0.0.1")
     metrics_port: int | None = Field(0, ge=0, le=65535, description="Prometheus port; 0 picks a free one, null is off")
     metrics_host: str = Field("127.0.0.1", description="Address the Prometheus endpoint binds to")

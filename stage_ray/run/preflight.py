@@ -8,6 +8,7 @@ from pathlib import Path
 
 import yaml
 
+from stage_ray.cluster.object_store import two_versions_mb
 from stage_ray.config import RunConfig
 from stage_ray.config.paths import model_location
 from stage_ray.engines.vllm.environment import require_fitting_build
@@ -30,21 +31,25 @@ def preflight(run: RunConfig) -> tuple[list[Prompt], list[Prompt]]:
     """Check the recipe's options and the model directory (a hub id is left to the workers); the prompts to train on,
     and those held out.
 
-    Where the workers will run on this machine, also that its vLLM is one for the hardware they reserve.
+    Where the workers will run on this machine, also that its vLLM is one for the hardware they reserve, and that the
+    object store has room for the weights.
 
     Raises:
         ConfigError: the recipe, the model family or the benchmark is unknown, the recipe has no such option or value,
-            vLLM is a build for GPUs and none is reserved, or the model directory or a prompt file is missing,
-            incomplete or malformed.
+            vLLM is a build for GPUs and none is reserved, the object store is too small, or the model directory or a
+            prompt file is missing, incomplete or malformed.
     """
     load_recipe(run)
-    if run.cluster.address is None and "RAY_ADDRESS" not in os.environ:  # the run starts Ray here
+    local = run.cluster.address is None and "RAY_ADDRESS" not in os.environ  # the run starts Ray here
+    if local:
         require_fitting_build(run.rollout)
     find_benchmark(run.evaluation.benchmark)
     train = load_prompts(run.prompts.train)
     heldout = load_prompts(run.prompts.heldout) if run.prompts.heldout else []
     _require_scorable(run, train + heldout * run.evaluation.enabled)
     codec = policy_class(run.policy).check(run.policy)
+    if local:
+        _require_room_for_weights(run)
     train = drawable_prompts(run, codec, train)
     return train, drawable_prompts(run, codec, heldout) if heldout else train
 
@@ -74,6 +79,16 @@ def drawable_prompts(run: RunConfig, codec: ImageCodec | None, prompts: list[Pro
     if problems:
         log.warning("%d of %d prompts are dropped: %s", len(problems), len(prompts), _some(problems))
     return kept
+
+
+def _require_room_for_weights(run: RunConfig) -> None:
+    """Raise a ConfigError where every version would spill to disk on its way to the rollout workers."""
+    given, needed = run.cluster.object_store_mb, two_versions_mb(run)
+    if given and needed and given < needed and run.cluster.weight_transport == "object_store":
+        raise ConfigError(
+            f"cluster.object_store_mb = {given} is less than two versions of the weights, one served and one stored, "
+            f"which need {needed} MB; set it to null, or to more than that"
+        )
 
 
 def _require_scorable(run: RunConfig, prompts: list[Prompt]) -> None:
