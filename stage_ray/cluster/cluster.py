@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import replace
@@ -83,16 +84,22 @@ class Cluster:
     ) -> list[GroupRefs]:
         """Sample one generation batch; a worker that is lost is replaced, and the same requests go to another.
 
-        They hold their seeds, so a second attempt draws the same images (at the then newest version). ``turn`` and
-        ``on_retry``: as `Pool.call`.
+        They hold their seeds, so a second attempt draws the same images (at the then newest version). A group whose
+        records are not finite in the last attempt either comes with that ``error``. ``turn`` and ``on_retry``: as
+        `Pool.call`.
 
         Raises:
             RunError: the last attempt failed too, or no worker is left.
         """
         timeout, attempts = self.run.rollout.timeout_s, self.run.cluster.attempts
+        tries = itertools.count(1)
         with self._fatal(WorkerLost):
             return await self.rollouts.call(
-                lambda worker: worker.generate(requests), timeout, turn=turn, attempts=attempts, on_retry=on_retry
+                lambda worker: worker.generate(requests, last=next(tries) >= attempts),
+                timeout,
+                turn=turn,
+                attempts=attempts,
+                on_retry=on_retry,
             )
 
     async def score(self, groups: Sequence[GroupRefs]) -> list[GroupRefs]:

@@ -117,6 +117,9 @@ class AlgorithmConfig(Section):
     ratio_on: Literal["conditional", "guided"] = Field(
         "conditional", description="Ratio of the branch that is trained, or of what was sampled: one more forward"
     )
+    kl_ratio_cap: float | None = Field(
+        None, gt=1, description="Greatest p_ref / p of a token in the KL; null is off, as published"
+    )
 
     @model_validator(mode="after")
     def _range_encloses_one(self) -> AlgorithmConfig:
