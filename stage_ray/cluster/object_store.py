@@ -37,10 +37,10 @@ def store_mb(run: RunConfig) -> int:
     if run.cluster.object_store_mb is not None:
         return run.cluster.object_store_mb
     rollout, scoring = run.rollout, run.scoring
-    trained = rollout.groups_per_step * rollout.group_size * (run.pipeline.max_staleness + 1)
+    waiting = rollout.groups_per_step * rollout.group_size * (run.pipeline.max_staleness + 1)
     # As `stage_ray.run.heldout` asks for them; not while images to train on wait.
     workers = 2 * (rollout.max_workers or rollout.workers) + (scoring.max_workers or scoring.workers)
-    images = max(trained, workers * rollout.images_per_batch * run.evaluation.enabled)
+    images = max(waiting, workers * rollout.images_per_batch * run.evaluation.enabled)
     return max(LEAST_MB, math.ceil(SLACK * ((two_versions_mb(run) or 0) + images * IMAGE_BYTES / MB)))
 
 

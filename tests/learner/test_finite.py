@@ -10,9 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from stage_ray.algorithm.losses import TokenWeights
 from stage_ray.learner.batch import LearnerError
-from stage_ray.learner.finite import NonFiniteError, train_finite
+from stage_ray.learner.finite import NonFiniteError, blame, train_finite
 from stage_ray.learner.learner import Learner
+from stage_ray.learner.metrics import UpdateOutputs
+from stage_ray.recipes.base import Credit, ReferenceOutputs
 from tests.learner_case import PROMPTS, sample_groups, score, tiny_run
 from tests.tiny import tiny_janus
 
@@ -107,6 +110,19 @@ def test_copies_that_keep_ranks_in_step_weigh_nothing(model, scored):
     plain.update(groups[:2], scores[:2])
     for name, tensor in weights(padded).items():
         torch.testing.assert_close(tensor, weights(plain)[name], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("what", ["log-probabilities", "advantages", "token weights", "importance ratios"])
+def test_whatever_enters_the_loss_may_be_to_blame(model, what):
+    run = tiny_run(model, algorithm={"correction": "none"})
+    values = {name: torch.zeros(3, 2, 4) for name in ("log-probabilities", "token weights", "importance ratios")}
+    values["advantages"] = torch.zeros(3, 2)
+    # A ratio is taken against the behaviour: 100 nats less of that are a ratio beyond every float.
+    values[what].view(3, -1)[1, 0] = -100.0 if what == "importance ratios" else torch.nan
+    credit = Credit(values["advantages"], TokenWeights(values["token weights"], torch.zeros(3, 2, 4)))
+    reference = ReferenceOutputs(torch.zeros(3, 2, 4), torch.zeros(3, 2, 4))
+    outputs = UpdateOutputs(values["log-probabilities"], values["importance ratios"], {})
+    assert blame(reference, credit, outputs, run) == {1: what}
 
 
 def test_ranks_get_as_many_groups_each_whichever_are_left_out(scored):
