@@ -6,7 +6,7 @@ import asyncio
 import gc
 import os
 import socket
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
@@ -97,7 +97,7 @@ class Client:
         return self._together([getattr(rank, method.__name__).remote(*args, **kwargs) for rank in self._ranks])
 
     def ask_objects(
-        self, method: Callable[..., tuple[Any, ...]], count: int, *args: Any
+        self, method: Callable[..., Iterable[Any]], count: int, *args: Any
     ) -> tuple[Awaitable[Any], list[Any]]:
         """Ask for an answer and ``count`` > 0 objects: the answer to come, and rank 0's references."""
         methods = [getattr(rank, method.__name__).options(num_returns=1 + count) for rank in self._ranks]

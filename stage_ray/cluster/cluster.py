@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import replace
@@ -86,16 +87,22 @@ class InferenceCluster:
     ) -> list[GroupRefs]:
         """Sample one generation batch; a worker that is lost is replaced, and the same requests go to another.
 
-        They hold their seeds, so a second attempt draws the same images (at the then newest version). ``turn`` and
-        ``on_retry``: as `Pool.call`.
+        They hold their seeds, so a second attempt draws the same images (at the then newest version). A group whose
+        records are not finite in the last attempt either comes with that ``error``. ``turn`` and ``on_retry``: as
+        `Pool.call`.
 
         Raises:
             RunError: the last attempt failed too, or no worker is left.
         """
         timeout, attempts = self.run.rollout.timeout_s, self.run.cluster.attempts
+        tries = itertools.count(1)
         with self._fatal(WorkerLost):
             return await self.rollouts.call(
-                lambda worker: worker.generate(requests), timeout, turn=turn, attempts=attempts, on_retry=on_retry
+                lambda worker: worker.generate(requests, last=next(tries) >= attempts),
+                timeout,
+                turn=turn,
+                attempts=attempts,
+                on_retry=on_retry,
             )
 
     async def score(self, groups: Sequence[GroupRefs]) -> list[GroupRefs]:
@@ -170,7 +177,7 @@ class Cluster(InferenceCluster):
             self.transport = ObjectStore(self.learner, timeout_s)
         else:
             self.transport = Broadcast(self.learner, timeout_s, backend)
-        super().__init__(run, logs, start, scoring=scoring, sync=self.transport.newest)
+        super().__init__(run, logs, start, scoring=scoring, sync=self.transport.join)
         self._roles["learner"] = [self.learner.actor]
 
     async def publish(self, version: int) -> None:

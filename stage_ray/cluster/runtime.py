@@ -24,6 +24,7 @@ from ray._private import ray_constants, utils
 from ray._private.authentication.authentication_token_setup import AuthenticationTokenLoader, Config
 
 from stage_ray.actors.client import first_line
+from stage_ray.cluster.object_store import store_mb, two_versions_mb
 from stage_ray.config import RunConfig
 from stage_ray.errors import ConfigError, RunError
 
@@ -52,12 +53,15 @@ def start_ray(run: RunConfig, run_dir: Path) -> bool:
             ray.init(address=address, log_to_driver=False, logging_level="ERROR")
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise RunError(f"no Ray cluster answers at cluster.address = {address!r}: {first_line(error)}") from error
+        _tell_of_small_stores(run)
         return False
-    free_mb = psutil.virtual_memory().available // 2**20
-    if cluster.object_store_mb > free_mb:
-        more = f"is more than the {free_mb} MB of memory that are free; lower it"
-        raise RunError(f"cluster.object_store_mb = {cluster.object_store_mb} {more}")
-    _tell_of_little_shared_memory(cluster.object_store_mb)
+    free_mb, wanted_mb = psutil.virtual_memory().available // 2**20, store_mb(run)
+    if wanted_mb > free_mb:
+        fix = "lower it" if cluster.object_store_mb else "it is null, which is what this model and batch need; set it"
+        raise RunError(
+            f"cluster.object_store_mb = {wanted_mb} is more than the {free_mb} MB of memory that are free; {fix}"
+        )
+    _tell_of_little_shared_memory(wanted_mb)
     cpus = rollout.workers * rollout.tensor_parallel * rollout.cpus + scoring.workers * scoring.cpus
     cpus += learner.ranks * learner.cpus
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # vLLM's torch.distributed, which knows no token
@@ -70,7 +74,7 @@ def start_ray(run: RunConfig, run_dir: Path) -> bool:
             context = ray.init(
                 address="local",
                 num_cpus=cluster.num_cpus or max(os.cpu_count() or 1, math.ceil(cpus)),
-                object_store_memory=cluster.object_store_mb * 2**20,
+                object_store_memory=wanted_mb * 2**20,
                 include_dashboard=cluster.dashboard,
                 dashboard_host="127.0.0.1",
                 log_to_driver=False,
@@ -86,6 +90,20 @@ def start_ray(run: RunConfig, run_dir: Path) -> bool:
     link.unlink(missing_ok=True)
     link.symlink_to(Path(context.address_info["session_dir"]) / "logs")
     return True
+
+
+def _tell_of_small_stores(run: RunConfig) -> None:
+    """Say so where a node of a cluster that was joined has no room for the weights in its object store."""
+    kind = "GPU" if run.rollout.gpus or run.learner.gpus else "CPU"  # a node without any gets no version
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get(kind)]
+    smallest_mb = min((node.get("object_store_memory", 0) for node in nodes), default=0) / 2**20
+    needed_mb = two_versions_mb(run)
+    if nodes and needed_mb and smallest_mb < needed_mb:
+        log.warning(
+            "a node of this cluster has %d MB of object store, and two versions of the weights need %d: Ray keeps the "
+            "rest on disk, which is slow; start its Ray with a larger --object-store-memory",
+            *(smallest_mb, needed_mb),
+        )
 
 
 def _tell_of_little_shared_memory(wanted_mb: int) -> None:

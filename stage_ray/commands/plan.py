@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from typer import Option
 
-from stage_ray.config.model_sizes import FLOAT32, KNOWN, ModelSizes
+from stage_ray.config.model_sizes import FLOAT32, KNOWN, WIDTH, ModelSizes
 from stage_ray.engines.memory import LONGEST_PROMPT, images_in_flight, rollout_memory
 from stage_ray.errors import ConfigError
 from stage_ray.learner.memory import learner_memory, loading_bytes
@@ -265,6 +265,7 @@ def print_plan(made: Plan) -> None:
     rows.append([f"of {made.gpu_gib:g}, to fill", *[gib(room(made.gpu_gib))] * len(roles)])
     console.print(" ", _table(["GiB on one GPU", *made.memory], rows), " ", sep="\n")
     trained, whole = made.model.trained * FLOAT32 / 1e9, made.model.total * FLOAT32 / 1e9
+    stored = made.model.trained * WIDTH[made.dtype] / 1e9
     images = "a whole group" if made.micro_batch == made.group_size else "part of a group"
     sentences = [
         f"rollout: each image in flight is two sequences, with and without the prompt. {made.in_flight} fit on a GPU, "
@@ -272,8 +273,8 @@ def print_plan(made: Plan) -> None:
         f"learner: micro-batches of {made.micro_batch} images, {images}, with {'' if made.checkpointing else 'no '}"
         f"checkpointing; the ranks divide the {made.groups} groups of a step.",
         f"on disk: {3 * trained:.0f} GB a checkpoint (weights and two moments), {whole:.0f} GB the final model.",
-        f"in a node's own memory: {2 * trained:.0f} GB for two versions of the weights; {whole:.0f} GB for each rank "
-        "while it loads.",
+        f"in a node's own memory: {2 * stored:.0f} GB of Ray's object store for two versions of the weights; "
+        f"{whole:.0f} GB for each rank while it loads.",
         f"kept free, both guesses: {FRAGMENTS:.0%} of a GPU for fragments, {CONTEXT / GIB:g} GiB for the CUDA context.",
         "--yaml prints the config of this split, --json the numbers.",
     ]

@@ -120,6 +120,9 @@ class AlgorithmConfig(Section):
     ratio_on: Literal["conditional", "guided"] = Field(
         "conditional", description="Ratio of the branch that is trained, or of what was sampled: one more forward"
     )
+    kl_ratio_cap: float | None = Field(
+        None, gt=1, description="Greatest p_ref / p of a token in the KL; null is off, as published"
+    )
 
     @model_validator(mode="after")
     def _range_encloses_one(self) -> AlgorithmConfig:
@@ -193,7 +196,9 @@ class ClusterConfig(Section):
     num_cpus: int | None = Field(
         None, ge=1, description="CPUs of a local cluster; null: the machine's, or more if asked"
     )
-    object_store_mb: int = Field(512, ge=80, description="Object store of a local cluster, MB")
+    object_store_mb: int | None = Field(
+        None, ge=80, description="Object store of a local cluster, MB; null: two versions of the weights, and images"
+    )
     dashboard: bool = Field(False, description="Ray's dashboard on a local cluster, on 127.0.0.1")
     metrics_port: int | None = Field(0, ge=0, le=65535, description="Prometheus port; 0 picks a free one, null is off")
     metrics_host: str = Field("127.0.0.1", description="Address the Prometheus endpoint binds to")

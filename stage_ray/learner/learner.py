@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ from stage_ray.algorithm.off_policy import guided_behavior
 from stage_ray.config import LearnerConfig, RunConfig
 from stage_ray.files import FileDigest
 from stage_ray.learner.batch import Batch, LearnerError, make_batch
+from stage_ray.learner.finite import NonFiniteError, blame, train_finite, without_copies
 from stage_ray.learner.metrics import UpdateOutputs, update_metrics
 from stage_ray.learner.precision import attention, autocast, uses_bfloat16
 from stage_ray.learner.ranks import Ranks, full_state_dict, full_tensor
@@ -111,12 +113,18 @@ class Learner:
             scored: their scores, in the same order, all valid.
 
         Returns:
-            The metrics of `update_metrics`, gradient norm, learning rate and seconds.
+            The metrics of `update_metrics`, gradient norm, learning rate, seconds, and how many groups were left out
+            because of a value that is not finite.
 
         Raises:
-            LearnerError: groups that must not be trained on, a loss or gradient that is not finite, or a mismatch
-                between engine and learner beyond ``learner.max_mismatch``. No weight has changed then.
+            LearnerError: groups that must not be trained on, a loss or gradient that is not finite (whichever groups
+                are left out), or a mismatch between engine and learner beyond ``learner.max_mismatch``. No weight has
+                changed then.
         """
+        return train_finite(self._train, groups, scored, self._ranks.count)
+
+    def _train(self, groups: Sequence[RolloutGroup], scored: Sequence[ScoredGroup], copies: int) -> dict[str, float]:
+        """Train on all these groups; the last of them may be ``copies`` which count in metrics alone."""
         batch = make_batch(
             groups,
             scored,
@@ -133,24 +141,25 @@ class Learner:
         with attention(self._bfloat16, self._device):
             with self._clock(seconds, "time/reference_s"):
                 reference = self._reference_pass(batch, micro_batches)
-            credit = self._recipe.credit(batch, reference, self.version)
+            credit = without_copies(self._recipe.credit(batch, reference, self.version), copies)
             with self._clock(seconds, "time/policy_s"):
                 outputs = self._policy_pass(batch, micro_batches, reference, credit)
         metrics = update_metrics(batch, reference, credit, outputs, self._run) | seconds
         metrics["lr"] = learning_rate(self.version, self._run.steps, self._run.learner)
-        metrics["grad_norm"] = self._step(metrics)  # the only change of a weight; raises before it
+        # The only change of a weight; raises before it.
+        metrics["grad_norm"] = self._step(metrics, partial(blame, reference, credit, outputs, self._run))
         self._release_cached_memory()
         return metrics
 
-    def weights(self, *, in_place: bool = False) -> list[tuple[str, Tensor]]:
-        """The trained parameters by ``state_dict`` name, detached, on the CPU.
+    def weights(self, dtype: torch.dtype | None = None) -> list[tuple[str, Tensor]]:
+        """The trained parameters by ``state_dict`` name, detached.
 
-        On a CPU, and on a GPU where ``in_place``, they share memory with the live ones: pack or copy them before the
-        next update. Several ranks gather them together; all but the first then return nothing.
+        A single rank's are float32 and share memory with the live ones: pack or copy them before the next update.
+        Several ranks gather them together on the CPU, cast to ``dtype``; all but the first then return nothing.
         """
         if self._ranks.count == 1:
-            return [(name, p.detach() if in_place else p.detach().cpu()) for name, p in self._parameters.items()]
-        weights = list(full_state_dict(self._parameters, keep=self._ranks.first).items())
+            return [(name, parameter.detach()) for name, parameter in self._parameters.items()]
+        weights = list(full_state_dict(self._parameters, keep=self._ranks.first, dtype=dtype).items())
         self._release_cached_memory()
         return weights
 
@@ -270,8 +279,11 @@ class Learner:
             conditional = [prompt.conditional for prompt in prompts]
             return policy.token_logprobs(conditional, tokens, entropy_grad=entropy_grad)
 
-    def _step(self, metrics: Mapping[str, float]) -> float:
-        """Check, clip and step with ``metrics["lr"]``; returns the gradient norm before clipping."""
+    def _step(self, metrics: Mapping[str, float], blame: Callable[[], Mapping[int, str]] = dict) -> float:
+        """Check, clip and step with ``metrics["lr"]``; returns the gradient norm before clipping.
+
+        ``blame`` finds the groups that made a loss or gradient other than finite.
+        """
         # Parameters that no token reached have no gradient.
         gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
         norm = full_tensor(torch.nn.utils.get_total_norm(gradients))  # over the shards of all ranks
@@ -280,7 +292,8 @@ class Learner:
         for name, value in (("loss", metrics["loss"]), ("gradient norm", norm.item())):
             if not math.isfinite(value):
                 self._optimizer.zero_grad(set_to_none=True)
-                raise LearnerError(f"{where}: the {name} is {value}; no weight was changed. Try a lower learner.lr")
+                text = f"{where}: the {name} is {value}; no weight was changed. Try a lower learner.lr"
+                raise NonFiniteError(text, blame())
         bound, mismatch = self._run.learner.max_mismatch, metrics.get("mismatch/abs_logprob", 0.0)
         # With older groups the difference includes the policy's own drift.
         if bound is not None and self._run.pipeline.max_staleness == 0 and mismatch > bound:

@@ -106,11 +106,14 @@ def full_tensor(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def full_state_dict(state: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
-    """A state with all shards on the CPU, one tensor gathered after another; empty on ranks that do not ``keep`` it."""
+def full_state_dict(state: Mapping[str, Tensor], *, keep: bool, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """A state with all shards on the CPU, one tensor gathered after another and cast to ``dtype``.
+
+    It is empty on ranks that do not ``keep`` it.
+    """
     found = {}
     for name, tensor in state.items():
         full = full_tensor(tensor.detach())  # a collective call: also where it is not kept
         if keep:
-            found[name] = full.cpu()
+            found[name] = full.to(dtype=dtype).cpu()
     return found

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import yaml
 
+from stage_ray.cluster.object_store import two_versions_mb
 from stage_ray.config import RunConfig
 from stage_ray.config.hub import cached, download, is_pinned, named
 from stage_ray.config.inputs import files_of, hub_inputs
@@ -34,13 +35,14 @@ SHOWN = 3  # prompts that an error names
 def preflight(run: RunConfig, *, fetch: bool = True) -> tuple[list[Prompt], list[Prompt]]:
     """Check the recipe's options, the prompts and the models; the prompts to train on, and those held out.
 
-    Where the workers will run on this machine, its vLLM must be one for the hardware they reserve, and what `pin` has
-    pinned is fetched now; elsewhere each node fetches it. Without ``fetch`` only what is here already is checked.
+    Where the workers will run on this machine, its vLLM must be one for the hardware they reserve, the object store
+    must have room for the weights, and what `pin` has pinned is fetched now; elsewhere each node fetches it. Without
+    ``fetch`` only what is here already is checked.
 
     Raises:
         ConfigError: the recipe, the model family or the benchmark is unknown, the recipe has no such option or value,
-            vLLM is a build for GPUs and none is reserved, or the model directory or a prompt file is missing,
-            incomplete or malformed.
+            vLLM is a build for GPUs and none is reserved, the object store is too small, or the model directory or a
+            prompt file is missing, incomplete or malformed.
     """
     load_recipe(run)
     starts_ray_here = run.cluster.address is None and "RAY_ADDRESS" not in os.environ
@@ -56,6 +58,8 @@ def preflight(run: RunConfig, *, fetch: bool = True) -> tuple[list[Prompt], list
                 download(uri, files_of(key), key)
     _require_scorable(run, train + heldout * run.evaluation.enabled)
     codec = policy_class(run.policy).check(run.policy)
+    if starts_ray_here:
+        _require_room_for_weights(run)
     train = drawable_prompts(run, codec, train)
     return train, drawable_prompts(run, codec, heldout) if heldout else train
 
@@ -85,6 +89,16 @@ def drawable_prompts(run: RunConfig, codec: ImageCodec | None, prompts: list[Pro
     if problems:
         log.warning("%d of %d prompts are dropped: %s", len(problems), len(prompts), _some(problems))
     return kept
+
+
+def _require_room_for_weights(run: RunConfig) -> None:
+    """Raise a ConfigError where every version would spill to disk on its way to the rollout workers."""
+    given, needed = run.cluster.object_store_mb, two_versions_mb(run)
+    if given and needed and given < needed and run.cluster.weight_transport == "object_store":
+        raise ConfigError(
+            f"cluster.object_store_mb = {given} is less than two versions of the weights, one served and one stored, "
+            f"which need {needed} MB; set it to null, or to more than that"
+        )
 
 
 def _require_scorable(run: RunConfig, prompts: list[Prompt]) -> None:

@@ -209,7 +209,8 @@ def test_published_weights_are_the_trained_ones(model: Path, scored: Scored) -> 
     learner = Learner(tiny_run(model))
     learner.update(*scored)
     state = learner.policy.model.state_dict()
-    for name, tensor in unpack(*pack(learner.version, learner.weights())):
+    manifest, chunks = pack(learner.version, learner.weights())
+    for name, tensor in unpack(manifest, list(chunks)):
         assert not tensor.requires_grad
         assert torch.equal(tensor, state[name])
 
