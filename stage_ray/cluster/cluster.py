@@ -27,6 +27,8 @@ from stage_ray.workers.rollout import RolloutClient, RolloutWorker
 class InferenceCluster:
     """Rollout workers and reward workers, each supervised; the model is the config's, as it is stored."""
 
+    publishes = False
+
     def __init__(
         self,
         run: RunConfig,
@@ -64,7 +66,7 @@ class InferenceCluster:
             RunError: Ray or a worker does not start; says which and where its log is.
             ConfigError: what a worker found wrong with the config (a broken model directory, say).
         """
-        local = start_ray(run, run_dir)
+        local = start_ray(run, run_dir, weights=cls.publishes)
         try:
             cluster = cls(run, run_dir / "logs" if local else None, scoring=scoring)
             with cluster._fatal(WorkerLost):
@@ -166,6 +168,8 @@ class Cluster(InferenceCluster):
 
     Invariant: a rollout worker gets the newest published version before its first request (promise 6).
     """
+
+    publishes = True
 
     def __init__(self, run: RunConfig, logs: Path | None, start: Actors | None = None, *, scoring: bool = True) -> None:
         """As the base class."""

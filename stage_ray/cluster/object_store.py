@@ -25,17 +25,16 @@ def two_versions_mb(run: RunConfig) -> int | None:
     """
     directory = located(run.policy.path)
     if directory is None:
-        trained = next(
-            (known.trained for known in KNOWN.values() if known.path == run.policy.path.partition("@")[0]), None
-        )
+        name = run.policy.path.partition("@")[0]  # of the repository, without its revision
+        trained = next((known.trained for known in KNOWN.values() if known.path == name), None)
     else:
         shapes = tensor_shapes(directory, (policy_class(run.policy).trained_prefix,))
         trained = sum(map(math.prod, shapes.values()))
     return trained and math.ceil(2 * trained * _width(run) / MB)
 
 
-def store_mb(run: RunConfig) -> int:
-    """MB of the object store of a cluster that the run starts."""
+def store_mb(run: RunConfig, *, weights: bool = True) -> int:
+    """MB of the object store of a cluster that the run starts; ``weights``: whether versions of them travel."""
     if run.cluster.object_store_mb is not None:
         return run.cluster.object_store_mb
     rollout, scoring = run.rollout, run.scoring
@@ -43,7 +42,8 @@ def store_mb(run: RunConfig) -> int:
     # As `stage_ray.run.heldout` asks for them; not while images to train on wait.
     workers = 2 * (rollout.max_workers or rollout.workers) + (scoring.max_workers or scoring.workers)
     images = max(waiting, workers * rollout.images_per_batch * run.evaluation.enabled)
-    return max(LEAST_MB, math.ceil(SLACK * ((two_versions_mb(run) or 0) + images * IMAGE_BYTES / MB)))
+    versions = (two_versions_mb(run) or 0) if weights else 0
+    return max(LEAST_MB, math.ceil(SLACK * (versions + images * IMAGE_BYTES / MB)))
 
 
 def _width(run: RunConfig) -> int:

@@ -37,8 +37,10 @@ ANSWER_S = 10.0  # for a connection to a cluster's head
 # stack and aborts where its C++ hears of it.
 @patch.object(utils, "set_sigterm_handler", lambda handler: None)
 @patch.object(ray_constants, "RAY_DISABLE_FAILURE_SIGNAL_HANDLER", True)
-def start_ray(run: RunConfig, run_dir: Path) -> bool:
+def start_ray(run: RunConfig, run_dir: Path, *, weights: bool = True) -> bool:
     """Join a cluster or start one on this machine; True if started. Signal handlers stay as they are.
+
+    ``weights``: whether versions of the weights travel through its object store.
 
     Raises:
         ConfigError: the address is none that a driver can join.
@@ -53,9 +55,10 @@ def start_ray(run: RunConfig, run_dir: Path) -> bool:
             ray.init(address=address, log_to_driver=False, logging_level="ERROR")
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise RunError(f"no Ray cluster answers at cluster.address = {address!r}: {first_line(error)}") from error
-        _tell_of_small_stores(run)
+        if weights:
+            _tell_of_small_stores(run)
         return False
-    free_mb, wanted_mb = psutil.virtual_memory().available // 2**20, store_mb(run)
+    free_mb, wanted_mb = psutil.virtual_memory().available // 2**20, store_mb(run, weights=weights)
     if wanted_mb > free_mb:
         fix = "lower it" if cluster.object_store_mb else "it is null, which is what this model and batch need; set it"
         raise RunError(
@@ -81,7 +84,8 @@ def start_ray(run: RunConfig, run_dir: Path) -> bool:
                 logging_level="ERROR",
                 _temp_dir=str(_private_directory() / "ray"),
                 # Else it starts a process for each CPU, though every actor needs one with an environment of its own.
-                _system_config={"prestart_worker_first_driver": False},
+                # The head remembers 100,000 calls otherwise, hundreds of megabytes in a long run; none is asked for.
+                _system_config={"prestart_worker_first_driver": False, "task_events_max_num_task_in_gcs": 1000},
             )
     except Exception as error:  # Ray raises a bare Exception when a node does not come up in time
         raise RunError(f"Ray did not start on this machine: {first_line(error)}") from error
