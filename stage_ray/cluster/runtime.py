@@ -22,10 +22,12 @@ import ray
 from ray._common.utils import get_default_system_temp_dir
 from ray._private import ray_constants, utils
 from ray._private.authentication.authentication_token_setup import AuthenticationTokenLoader, Config
+from ray._private.node import Node
 
 from stage_ray.actors.client import first_line
 from stage_ray.config import RunConfig
 from stage_ray.errors import ConfigError, RunError
+from stage_ray.signals import blocked_signals
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +68,7 @@ def start_ray(run: RunConfig, run_dir: Path) -> bool:
         # With 127.0.0.1 as its node's address each of Ray's servers listens there only. Ray replaces a given 127.0.0.1
         # by the machine's address in the network (`resolve_ip_for_localhost`), and then every server binds all
         # interfaces, unless clusters are off. RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 does that while Ray is imported.
-        with patch.object(ray_constants, "ENABLE_RAY_CLUSTER", False):
+        with patch.object(ray_constants, "ENABLE_RAY_CLUSTER", False), blocked_signals():
             context = ray.init(
                 address="local",
                 num_cpus=cluster.num_cpus or max(os.cpu_count() or 1, math.ceil(cpus)),
@@ -86,6 +88,14 @@ def start_ray(run: RunConfig, run_dir: Path) -> bool:
     link.unlink(missing_ok=True)
     link.symlink_to(Path(context.address_info["session_dir"]) / "logs")
     return True
+
+
+def stop_ray() -> None:
+    """Leave Ray, and end one that this run started: by SIGKILL, since its processes would not hear the SIGTERM."""
+    kill = Node.kill_all_processes
+    at_once = {"allow_graceful": False}
+    with patch.object(Node, "kill_all_processes", lambda node, **options: kill(node, **options | at_once)):
+        ray.shutdown()
 
 
 def _tell_of_little_shared_memory(wanted_mb: int) -> None:

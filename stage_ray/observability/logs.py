@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Any
 
 from stage_ray.files import deny_others_writing
+from stage_ray.signals import ignore_signals
 
 log = logging.getLogger("stage_ray")
 
@@ -47,10 +48,12 @@ def worker_environment() -> dict[str, str]:
 def redirect_output(log_file: str | None, role: str = "worker", worker: str = "worker") -> None:
     """Send this worker's stdout and stderr, C++ included, to a file; None leaves them to Ray's own log files.
 
-    Every actor begins with this, so from here on files of a run are also writable by their owner only: a worker of a
-    cluster that the run joined has that cluster's umask. JSON lines carry ``role`` and ``worker``.
+    Every actor begins with this, so from here on files of a run are also writable by their owner only (a worker of a
+    cluster that the run joined has that cluster's umask), and signals that end a job are the driver's alone. JSON lines
+    carry ``role`` and ``worker``.
     """
     deny_others_writing()
+    ignore_signals()
     if log_file is not None:
         path = Path(log_file)
         path.parent.mkdir(parents=True, exist_ok=True)
