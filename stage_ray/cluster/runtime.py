@@ -19,7 +19,6 @@ from unittest.mock import patch
 
 import psutil
 import ray
-from ray._common.utils import get_default_system_temp_dir
 from ray._private import ray_constants, utils
 from ray._private.authentication.authentication_token_setup import AuthenticationTokenLoader, Config
 from ray._private.node import Node
@@ -27,6 +26,7 @@ from ray._private.node import Node
 from stage_ray.actors.client import first_line
 from stage_ray.config import RunConfig
 from stage_ray.errors import ConfigError, RunError
+from stage_ray.files import keep_private, private_directory
 from stage_ray.signals import blocked_signals
 
 log = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ def start_ray(run: RunConfig, run_dir: Path) -> bool:
     """Join a cluster or start one on this machine; True if started. Signal handlers stay as they are.
 
     Raises:
-        ConfigError: the address is none that a driver can join.
+        ConfigError: the address is none that a driver can join, or no directory can hold Ray's sockets.
         RunError: no cluster at that address, or too little memory for the object store.
     """
     cluster, rollout, scoring, learner = run.cluster, run.rollout, run.scoring, run.learner
@@ -62,6 +62,7 @@ def start_ray(run: RunConfig, run_dir: Path) -> bool:
     _tell_of_little_shared_memory(cluster.object_store_mb)
     cpus = rollout.workers * rollout.tensor_parallel * rollout.cpus + scoring.workers * scoring.cpus
     cpus += learner.ranks * learner.cpus
+    directory = private_directory()  # Ray opens its own directories, and the sockets in them, to every user (0777)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # vLLM's torch.distributed, which knows no token
     try:
         _demand_token()
@@ -77,7 +78,7 @@ def start_ray(run: RunConfig, run_dir: Path) -> bool:
                 dashboard_host="127.0.0.1",
                 log_to_driver=False,
                 logging_level="ERROR",
-                _temp_dir=str(_private_directory() / "ray"),
+                _temp_dir=str(directory / "ray"),
                 # Else it starts a process for each CPU, though every actor needs one with an environment of its own.
                 _system_config={"prestart_worker_first_driver": False},
             )
@@ -91,10 +92,19 @@ def start_ray(run: RunConfig, run_dir: Path) -> bool:
 
 
 def stop_ray() -> None:
-    """Leave Ray, and end one that this run started: by SIGKILL, since its processes would not hear the SIGTERM."""
-    kill = Node.kill_all_processes
-    at_once = {"allow_graceful": False}
-    with patch.object(Node, "kill_all_processes", lambda node, **options: kill(node, **options | at_once)):
+    """Leave Ray, and end one that this run started: its processes do not hear the SIGTERM that Ray would send them."""
+    kill_all = Node.kill_all_processes
+
+    def kill_at_once(node: Node, **options: bool) -> None:
+        servers = {info.process.pid for infos in node.all_processes.values() for info in infos}
+        own = [child for child in psutil.Process().children() if child.pid in servers]
+        started = [process for server in own for process in server.children(recursive=True)]  # workers and agents
+        kill_all(node, **options | {"allow_graceful": False})
+        for process in started:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+
+    with patch.object(Node, "kill_all_processes", kill_at_once):
         ray.shutdown()
 
 
@@ -136,31 +146,26 @@ def _demand_token() -> None:
     os.environ["RAY_AUTH_MODE"] = "token"
     Config.initialize("")  # Ray read the variable when it was imported
     loader = AuthenticationTokenLoader.instance()
-    token = Path.home() / ".ray" / "auth_token"
+    token = Path(os.path.expanduser("~")) / ".ray" / "auth_token"
     if not loader.has_token(ignore_auth_mode=True):
-        token.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        descriptor, scratch = tempfile.mkstemp(dir=token.parent)  # mode 0600 whatever the umask
-        with os.fdopen(descriptor, "w") as file:
-            file.write(secrets.token_hex(32))
-        with contextlib.suppress(FileExistsError):  # another run was faster: its token serves both
-            os.link(scratch, token)
-        os.unlink(scratch)
+        try:
+            _write_token(token)
+        except OSError:  # there is no home, or it is closed
+            token = private_directory() / "auth_token"
+            _write_token(token)
+            os.environ["RAY_AUTH_TOKEN_PATH"] = str(token)
         loader.reset_cache()
-    if token.exists():
-        _keep_private(token.parent)
-        _keep_private(token)
+    if os.path.exists(token):  # a closed home raises nothing
+        keep_private(token.parent)
+        keep_private(token)
 
 
-def _private_directory() -> Path:
-    """Where Ray keeps its session: Ray opens its own directories, and the sockets in them, to every user (0777)."""
-    directory = Path(get_default_system_temp_dir()) / f"stage-ray-{os.getuid()}"
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if directory.is_symlink() or directory.stat().st_uid != os.getuid():
-        raise PermissionError(f"{directory} belongs to another user; set RAY_TMPDIR to a directory of yours")
-    _keep_private(directory)
-    return directory
-
-
-def _keep_private(path: Path) -> None:
-    if (mode := path.stat().st_mode) & 0o077:
-        path.chmod(mode & 0o700)
+def _write_token(token: Path) -> None:
+    """Write a new one, unless one is there."""
+    token.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    descriptor, scratch = tempfile.mkstemp(dir=token.parent)  # mode 0600 whatever the umask
+    with os.fdopen(descriptor, "w") as file:
+        file.write(secrets.token_hex(32))
+    with contextlib.suppress(FileExistsError):  # another run was faster: its token serves both
+        os.link(scratch, token)
+    os.unlink(scratch)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from typer import Argument, Option, echo
 
+from stage_ray.config.paths import require_lasting
 from stage_ray.engines.vllm.environment import require_fitting_build
 from stage_ray.errors import ConfigError, RunError
 
@@ -60,6 +61,7 @@ def evaluate(
     from stage_ray.rewards import build_rewards, check_rewards
     from stage_ray.run.preflight import SHOWN, drawable_prompts
 
+    require_lasting(json_file, "--json")
     benchmark = find_benchmark(suite, "--suite")
     images = images_per_prompt or benchmark.images_per_prompt
     asked = load_prompts(prompts or benchmark.prompts)
@@ -117,6 +119,7 @@ def generate(
     from stage_ray.report.samples import contact_sheet
     from stage_ray.run.preflight import drawable_prompts
 
+    require_lasting(out, "--out")
     found = [Prompt(0, text, {"prompt": text}) for text in prompt or []]
     found += load_prompts(prompts) if prompts is not None else []
     asked = [replace(one, index=index) for index, one in enumerate(found)]  # a file's own numbers begin at 0 too

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Option, echo
 
+from stage_ray.config.paths import require_lasting
 from stage_ray.errors import ConfigError, RunError
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ def train(
     from stage_ray.config.load import load_config
 
     run = load_config(config, overrides, run_dir)
+    require_lasting(run.run_dir, "run_dir")
     if dry_run:
         from stage_ray.run.preflight import describe
 

@@ -29,6 +29,16 @@ def resolve_path(location: str) -> Path:
     return path
 
 
+def require_lasting(location: str | Path | None, called: str) -> None:
+    """Raise a `ConfigError` where results would be lost: relative to where Ray unpacks a job's files, until it ends."""
+    path = Path(location or "/")
+    if not path.is_absolute() and "/runtime_resources/working_dir_files/" in f"{path.resolve()}/":
+        raise ConfigError(
+            f"{called} = {str(path)!r} is relative: it would lie in this Ray job's temporary directory and be lost "
+            "with it; name shared storage, such as /shared/runs/first"
+        )
+
+
 def model_location(location: str) -> str:
     """What ``from_pretrained`` takes: an existing directory, or a hub id as it is.
 
