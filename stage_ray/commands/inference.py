@@ -53,7 +53,7 @@ def evaluate(
     Example: stage-ray evaluate runs/stage_shapeworld/final --suite geneval --json after.json
     """
     from stage_ray.evaluation.base import find_benchmark, write_result
-    from stage_ray.evaluation.loop import EngineBackend, requests_for
+    from stage_ray.evaluation.loop import EngineBackend, conditions, requests_for
     from stage_ray.evaluation.loop import evaluate as run_benchmark
     from stage_ray.observability.progress import Progress
     from stage_ray.pipeline.prompt_files import load_prompts
@@ -80,9 +80,10 @@ def evaluate(
         progress.bar(suite, total=len(asked)) as advance,
     ):
         backend = EngineBackend(loaded, scorers)
-        result = asyncio.run(run_benchmark(backend, benchmark, requests_for(asked, images, seed), advance))
+        requests = requests_for(asked, images, seed)
+        result = asyncio.run(run_benchmark(backend, benchmark, requests, advance))
     if json_file is not None:
-        write_result(json_file, result)
+        write_result(json_file, replace(result, conditions=conditions(run, benchmark, requests, seed)))
     width = max(map(len, result.metrics), default=0)
     for name, metric in result.metrics.items():
         echo(f"{name:<{width}}  {metric}  ({metric.images} images)")
