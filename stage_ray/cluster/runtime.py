@@ -15,6 +15,7 @@ import shutil
 import socket
 import tempfile
 from pathlib import Path
+from typing import IO
 from unittest.mock import patch
 
 import psutil
@@ -24,6 +25,7 @@ from ray._private.authentication.authentication_token_setup import Authenticatio
 from ray._private.node import Node
 
 from stage_ray.actors.client import first_line
+from stage_ray.cluster.sessions import lock_session, remove_dead_sessions
 from stage_ray.config import RunConfig
 from stage_ray.errors import ConfigError, RunError
 from stage_ray.files import keep_private, private_directory
@@ -31,6 +33,7 @@ from stage_ray.signals import blocked_signals
 
 log = logging.getLogger(__name__)
 
+_locks: list[IO[str]] = []  # of the session that this process started
 ANSWER_S = 10.0  # for a connection to a cluster's head
 
 
@@ -64,6 +67,7 @@ def start_ray(run: RunConfig, run_dir: Path) -> bool:
     cpus += learner.ranks * learner.cpus
     directory = private_directory()  # Ray opens its own directories, and the sockets in them, to every user (0777)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # vLLM's torch.distributed, which knows no token
+    remove_dead_sessions(directory / "ray")
     try:
         _demand_token()
         # With 127.0.0.1 as its node's address each of Ray's servers listens there only. Ray replaces a given 127.0.0.1
@@ -84,10 +88,11 @@ def start_ray(run: RunConfig, run_dir: Path) -> bool:
             )
     except Exception as error:  # Ray raises a bare Exception when a node does not come up in time
         raise RunError(f"Ray did not start on this machine: {first_line(error)}") from error
-    link = run_dir / "logs" / "ray"
+    session, link = Path(context.address_info["session_dir"]), run_dir / "logs" / "ray"
+    _locks.append(lock_session(session))
     link.parent.mkdir(parents=True, exist_ok=True)
     link.unlink(missing_ok=True)
-    link.symlink_to(Path(context.address_info["session_dir"]) / "logs")
+    link.symlink_to(session / "logs")
     return True
 
 
@@ -106,6 +111,8 @@ def stop_ray() -> None:
 
     with patch.object(Node, "kill_all_processes", kill_at_once):
         ray.shutdown()
+    while _locks:
+        _locks.pop().close()
 
 
 def _tell_of_little_shared_memory(wanted_mb: int) -> None:
