@@ -27,6 +27,7 @@ from ray._private.node import Node
 from stage_ray.actors.client import first_line
 from stage_ray.cluster.sessions import lock_session, remove_dead_sessions
 from stage_ray.config import RunConfig
+from stage_ray.config.hardware import usable_cpus
 from stage_ray.errors import ConfigError, RunError
 from stage_ray.files import keep_private, private_directory
 from stage_ray.signals import blocked_signals
@@ -76,7 +77,7 @@ def start_ray(run: RunConfig, run_dir: Path) -> bool:
         with patch.object(ray_constants, "ENABLE_RAY_CLUSTER", False), blocked_signals():
             context = ray.init(
                 address="local",
-                num_cpus=cluster.num_cpus or max(os.cpu_count() or 1, math.ceil(cpus)),
+                num_cpus=cluster.num_cpus or max(usable_cpus(), math.ceil(cpus)),
                 object_store_memory=cluster.object_store_mb * 2**20,
                 include_dashboard=cluster.dashboard,
                 dashboard_host="127.0.0.1",
