@@ -45,10 +45,10 @@ def private_directory() -> Path:
     Raises:
         ConfigError: the place that RAY_TMPDIR names cannot be used, or none of the others can; says why.
     """
-    names = ["RAY_TMPDIR"] if os.environ.get("RAY_TMPDIR") else ["TMPDIR", ""]
+    named = next((name for name in ("RAY_TMPDIR", "TMPDIR") if os.environ.get(name)), "")
     problems = []
-    for name in names:
-        place = Path(os.environ.get(name) or "/tmp").absolute()
+    for name in [named] if named in ("RAY_TMPDIR", "") else [named, ""]:  # the variable, or none
+        place = Path(os.environ[name] if name else "/tmp").absolute()
         directory = place / f"stage-ray-{os.getuid()}"
         over = len(os.fsencode(directory)) + len(LONGEST_SOCKET) - SOCKET_BYTES
         try:

@@ -103,8 +103,10 @@ def stop_ray() -> None:
 
     def kill_at_once(node: Node, **options: bool) -> None:
         servers = {info.process.pid for infos in node.all_processes.values() for info in infos}
-        own = [child for child in psutil.Process().children() if child.pid in servers]
-        started = [process for server in own for process in server.children(recursive=True)]  # workers and agents
+        started: list[psutil.Process] = []  # workers and agents
+        for child in psutil.Process().children():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                started += child.children(recursive=True) if child.pid in servers else []
         kill_all(node, **options | {"allow_graceful": False})
         for process in started:
             with contextlib.suppress(psutil.NoSuchProcess):

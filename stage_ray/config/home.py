@@ -26,6 +26,7 @@ def ensure_home() -> None:
         os.environ["USER"] = f"uid-{os.getuid()}"
     given = Path(os.path.expanduser("~"))  # "~" itself where nothing says what it is
     if given.is_dir() and os.access(given, os.W_OK | os.X_OK):
+        os.environ.setdefault("HOME", str(given))  # Ray and others look nowhere else
         return
     home = private_directory() / "home"
     home.mkdir(mode=0o700, exist_ok=True)

@@ -116,7 +116,7 @@ def conditions(run: RunConfig, benchmark: Benchmark, requests: Sequence[RolloutR
     Of prompts, with all that their lines hold, the number and an xxh3-64 in hexadecimal.
     """
     prompts = [(request.prompt.index, request.prompt.text, request.prompt.record) for request in requests]
-    digest = xxhash.xxh3_64_hexdigest(json.dumps(prompts, sort_keys=True, default=str).encode())
+    digest = xxhash.xxh3_64_hexdigest(json.dumps(prompts, default=str).encode())
     sampling = run.rollout.model_dump(include={"engine", "guidance_scale", "temperature", "top_k", "top_p"})
     return {
         "evaluation.benchmark": benchmark.name,
