@@ -129,7 +129,7 @@ def _ask_directly(address: str) -> None:
     host = urlsplit(address).hostname or ""
     try:
         found = {ip_address(item[4][0]) for item in socket.getaddrinfo(host, None)}
-    except OSError:  # a name that only the proxy knows
+    except (OSError, ValueError):  # a name that only the proxy knows
         return
     if all(not one.is_global for one in found):
         exempt = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
