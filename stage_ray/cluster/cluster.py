@@ -9,11 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import ray
+
 from stage_ray.actors.client import ArgumentsLost, NoWorkersLeft, WorkerDied, WorkerLost
 from stage_ray.actors.supervised import Pool, SupervisedActor, heartbeats
 from stage_ray.cluster.learner import ClusterLearner, missing
 from stage_ray.cluster.placement import Actors
-from stage_ray.cluster.runtime import start_ray, stop_ray
+from stage_ray.cluster.runtime import start_ray
 from stage_ray.cluster.transport import Broadcast, ObjectStore
 from stage_ray.config import RunConfig
 from stage_ray.errors import GroupsLostError, RunError
@@ -70,7 +72,7 @@ class Cluster:
                 await cluster.rollouts.close()
                 await cluster.rewards.close()
         finally:
-            stop_ray()
+            ray.shutdown()
 
     async def generate(
         self,

@@ -20,7 +20,7 @@ from unittest.mock import patch
 
 import psutil
 import ray
-from ray._private import ray_constants, utils
+from ray._private import ray_constants, utils, worker
 from ray._private.authentication.authentication_token_setup import AuthenticationTokenLoader, Config
 from ray._private.node import Node
 
@@ -34,7 +34,6 @@ from stage_ray.signals import blocked_signals
 
 log = logging.getLogger(__name__)
 
-_locks: list[IO[str]] = []  # of the session that this process started
 ANSWER_S = 10.0  # for a connection to a cluster's head
 
 
@@ -90,32 +89,30 @@ def start_ray(run: RunConfig, run_dir: Path) -> bool:
     except Exception as error:  # Ray raises a bare Exception when a node does not come up in time
         raise RunError(f"Ray did not start on this machine: {first_line(error)}") from error
     session, link = Path(context.address_info["session_dir"]), run_dir / "logs" / "ray"
-    _locks.append(lock_session(session))
+    _end_at_once(worker._global_node, lock_session(session))
     link.parent.mkdir(parents=True, exist_ok=True)
     link.unlink(missing_ok=True)
     link.symlink_to(session / "logs")
     return True
 
 
-def stop_ray() -> None:
-    """Leave Ray, and end one that this run started: its processes do not hear the SIGTERM that Ray would send them."""
-    kill_all = Node.kill_all_processes
+def _end_at_once(node: Node, lock: IO[str]) -> None:
+    """Let `ray.shutdown` kill the node's processes, as they do not hear SIGTERM, and free the session's lock."""
+    kill_all = node.kill_all_processes
 
-    def kill_at_once(node: Node, **options: bool) -> None:
+    def kill(**options: bool) -> None:
         servers = {info.process.pid for infos in node.all_processes.values() for info in infos}
         started: list[psutil.Process] = []  # workers and agents
         for child in psutil.Process().children():
             with contextlib.suppress(psutil.NoSuchProcess):
                 started += child.children(recursive=True) if child.pid in servers else []
-        kill_all(node, **options | {"allow_graceful": False})
+        kill_all(**options | {"allow_graceful": False})
         for process in started:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
+        lock.close()
 
-    with patch.object(Node, "kill_all_processes", kill_at_once):
-        ray.shutdown()
-    while _locks:
-        _locks.pop().close()
+    patch.object(node, "kill_all_processes", kill).start()
 
 
 def _tell_of_little_shared_memory(wanted_mb: int) -> None:
