@@ -16,6 +16,7 @@ from stage_ray.commands.plan import plan
 from stage_ray.commands.submit import submit
 from stage_ray.commands.tools import bench, metrics, pretrain, report
 from stage_ray.commands.train import train
+from stage_ray.config.home import ensure_home
 from stage_ray.errors import ConfigError, Interrupted, RunError
 
 app = typer.Typer(
@@ -37,6 +38,7 @@ app.command()(doctor)
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; the exit code. See the top of the file."""
     try:
+        ensure_home()
         return app(arguments, prog_name="stage-ray", standalone_mode=False) or 0
     except (ConfigError, TyperException) as error:
         code = 2

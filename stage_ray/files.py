@@ -15,6 +15,8 @@ import xxhash
 
 from stage_ray.errors import ConfigError, RunError
 
+SOCKET_BYTES = 107  # longest path of a Unix socket
+LONGEST_SOCKET = "/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"  # below a private directory
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 
 
@@ -44,6 +46,41 @@ def name_disk_errors(directory: Path, go_on: str = "go on with --resume") -> Ite
 def deny_others_writing() -> None:
     """Take the right to write from group and others, for all that this process and its children create from now on."""
     os.umask(os.umask(0o077) | 0o022)
+
+
+def private_directory() -> Path:
+    """A directory of this user alone, for sockets of Ray's sessions and what has no better place; made if missing.
+
+    It is in RAY_TMPDIR, else in TMPDIR, and where that cannot be used in /tmp, as Python's own temporary files are.
+
+    Raises:
+        ConfigError: the place that RAY_TMPDIR names cannot be used, or none of the others can; says why.
+    """
+    named = next((name for name in ("RAY_TMPDIR", "TMPDIR") if os.environ.get(name)), "")
+    problems = []
+    for name in [named] if named in ("RAY_TMPDIR", "") else [named, ""]:  # the variable, or none
+        place = Path(os.environ[name] if name else "/tmp").absolute()
+        directory = place / f"stage-ray-{os.getuid()}"
+        over = len(os.fsencode(directory)) + len(LONGEST_SOCKET) - SOCKET_BYTES
+        try:
+            if over > 0:
+                raise OSError(f"{over} bytes too long, as a socket's path has at most {SOCKET_BYTES}")
+            directory.mkdir(mode=0o700, parents=name == "RAY_TMPDIR", exist_ok=True)
+            if directory.is_symlink() or directory.stat().st_uid != os.getuid():
+                raise OSError(f"{directory} belongs to another user")
+            keep_private(directory)
+            if not os.access(directory, os.W_OK | os.X_OK):
+                raise OSError("not writable")
+            return directory
+        except OSError as error:
+            problems.append(f"{f'{name} = ' if name else ''}{str(place)!r} ({error.strerror or error})")
+    raise ConfigError(f"{' and '.join(problems)} cannot hold Ray's sockets; set RAY_TMPDIR to a short path of yours")
+
+
+def keep_private(path: Path) -> None:
+    """Take all rights from group and others."""
+    if (mode := path.stat().st_mode) & 0o077:
+        path.chmod(mode & 0o700)
 
 
 def atomic_write(path: Path, text: str) -> None:

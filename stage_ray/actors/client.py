@@ -14,6 +14,8 @@ import ray
 from ray.exceptions import RayActorError
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
+from stage_ray.signals import unblock_signals
+
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 RANKS_GRACE_S = 10.0  # where one rank fails the others do too, from the same cause or because they miss it
@@ -70,6 +72,7 @@ def loading() -> Iterator[None]:
 
     The collector would walk millions of objects of torch and vLLM again and again: up to a fifth of a worker's start.
     """
+    unblock_signals()
     gc.disable()
     try:
         yield

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from typer import Argument, Option, echo
 
 from stage_ray.commands.train import SetOption
+from stage_ray.config.paths import require_lasting
 from stage_ray.engines.vllm.environment import require_fitting_build
 from stage_ray.errors import ConfigError, RunError
 from stage_ray.files import name_disk_errors, require_writable
@@ -58,7 +59,7 @@ def evaluate(
     Example: stage-ray evaluate runs/stage_shapeworld/final --suite geneval --json after.json
     """
     from stage_ray.evaluation.base import find_benchmark, summarise, write_result
-    from stage_ray.evaluation.loop import requests_for
+    from stage_ray.evaluation.loop import conditions, requests_for
     from stage_ray.evaluation.partial import PartialResult
     from stage_ray.observability.progress import Progress
     from stage_ray.pipeline.prompt_files import load_prompts
@@ -66,6 +67,7 @@ def evaluate(
     from stage_ray.run.inference import inputs_of, judge
     from stage_ray.run.preflight import drawable_prompts
 
+    require_lasting(json_file, "--json")
     if json_file is not None:
         if json_file.is_dir():
             raise ConfigError(f"--json {json_file} is a directory; name a file in it")
@@ -85,7 +87,7 @@ def evaluate(
     with name_disk_errors(json_file or Path(), go_on), Progress() as progress:
         result = summarise(benchmark, asked, judge(run, requests, partial, progress, title=suite, go_on=go_on))
         if json_file is not None:
-            write_result(json_file, result)
+            write_result(json_file, replace(result, conditions=conditions(run, benchmark, requests, seed)))
         partial.remove()
     width = max(map(len, result.metrics), default=0)
     for name, metric in result.metrics.items():
@@ -125,6 +127,7 @@ def generate(
     from stage_ray.run.inference import inputs_of, judge
     from stage_ray.run.preflight import drawable_prompts
 
+    require_lasting(out, "--out")
     found = [Prompt(0, text, {"prompt": text}) for text in prompt or []]
     found += load_prompts(prompts) if prompts is not None else []
     asked = [replace(one, index=index) for index, one in enumerate(found)]  # a file's own numbers begin at 0 too

@@ -88,7 +88,8 @@ def plan_job(
         from stage_ray.recipes import load_recipe
 
         load_recipe(run)
-    if not Path(run.run_dir).is_absolute() and not scratch:
+    relative = not Path(run.run_dir).is_absolute()
+    if relative and not scratch:
         raise ConfigError(
             f"run_dir = {run.run_dir!r} is relative: on the cluster it would lie in the job's temporary directory and "
             "be lost with it; name shared storage, such as --run-dir /shared/runs/first, or add --scratch"
@@ -100,13 +101,14 @@ def plan_job(
     inside, files = _files(config, run, code=not image_has_code, working_dir=working_dir)
     command = ["python", "-m", "stage_ray", "train", inside]
     command += [part for override in overrides for part in ("--set", override)]
-    command += ["--run-dir", str(run_dir)] * (run_dir is not None) + ["--auto-resume"] * auto_resume
+    command += ["--run-dir", str(run_dir)] * (run_dir is not None and not relative) + ["--auto-resume"] * auto_resume
+    here = f' --run-dir "$PWD"/{shlex.quote(run.run_dir)}' if relative else ""  # else the job would refuse it
     end = re.sub(r"[^A-Za-z0-9]+", "-", Path(run.run_dir).name).strip("-")[:40]
     digest = hashlib.sha256(json.dumps(run.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
     return Job(
         name=name or f"stage-ray-{end or 'run'}-{digest[:8]}",  # the same on every machine
         run_dir=run.run_dir,
-        entrypoint=shlex.join(command),
+        entrypoint=shlex.join(command) + here,
         files=files,
         cpus=cpus,
         resources=_resources(resources),

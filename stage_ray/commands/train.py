@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Option, echo
 
+from stage_ray.config.paths import require_lasting
 from stage_ray.errors import ConfigError, RunError
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ def train(
     from stage_ray.config.load import load_config
 
     run = load_config(config, overrides, run_dir)
+    require_lasting(run.run_dir, "run_dir")
     if dry_run:
         from stage_ray.run.preflight import describe
 
@@ -52,16 +54,18 @@ def train(
         with progress_for(run) as progress:
             progress.note(f"replayed into {replay_run(run, replay, progress)}")
         return
-    from stage_ray.evaluation.base import find_benchmark
+    from stage_ray.evaluation.base import read_result, unlike
     from stage_ray.train import train as train_run
 
     with progress_for(run) as progress:
         summary = train_run(run, resume="extend" if extend else "auto" if auto_resume else resume, progress=progress)
-        if summary.before is not None and summary.after is not None:
-            headline = find_benchmark(run.evaluation.benchmark).headline
-            progress.note(
-                f"held-out {headline} {summary.before:.3f} before, {summary.after:.3f} after {summary.steps} steps"
-            )
+        before, after = (read_result(summary.run_dir / "evaluation" / f"{name}.json") for name in ("before", "after"))
+        if before and after and summary.before is not None and summary.after is not None:
+            first = f"held-out {before.headline} {summary.before:.3f} before, "
+            other = f"{after.headline} " * (after.headline != before.headline)
+            progress.note(f"{first}{other}{summary.after:.3f} after {summary.steps} steps")
+            if why := unlike(before.conditions, after.conditions):
+                progress.note(why)
         progress.note(f"report: {summary.report}")
 
 

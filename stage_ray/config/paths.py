@@ -31,3 +31,13 @@ def resolve_path(location: str) -> Path:
     if not path.exists():
         raise ConfigError(f"{location} does not exist")
     return path
+
+
+def require_lasting(location: str | Path | None, called: str) -> None:
+    """Raise a `ConfigError` where results would be lost: relative to where Ray unpacks a job's files, until it ends."""
+    path = Path(location or "/")
+    if not path.is_absolute() and "/working_dir_files/" in f"{path.resolve()}/":
+        raise ConfigError(
+            f"{called} = {str(path)!r} is relative: it would lie in this Ray job's temporary directory and be lost "
+            "with it; name shared storage, such as /shared/runs/first"
+        )

@@ -72,7 +72,9 @@ class RolloutConfig(PoolConfig):
         False, description="A worker and a rank of the learner take turns on one GPU; as many of both, max_staleness 0"
     )
     cpus: float = Field(1.0, gt=0, description="CPUs reserved for one worker, or each of its processes")
-    threads: int | None = Field(None, ge=1, description="Threads of a worker; null: all if synchronous, else half")
+    threads: int | None = Field(
+        None, ge=1, description="Threads of a worker; null: its share of the cores, half if asynchronous"
+    )
     max_prompt_tokens: int = Field(256, ge=1, description="Longest prompt that is drawn; vLLM reserves memory for it")
     kv_cache_gib: float | None = Field(
         None, gt=0, description="vLLM's key-value cache on a CPU, GiB; null: what images_per_batch needs"
@@ -155,7 +157,9 @@ class LearnerConfig(Section):
     )
     ranks: int = Field(1, ge=1, description="Actors that share one update (FSDP2), whole groups each")
     cpus: float = Field(1.0, gt=0, description="CPUs reserved for one rank")
-    threads: int | None = Field(None, ge=1, description="Threads of a rank; null: all if synchronous, else half")
+    threads: int | None = Field(
+        None, ge=1, description="Threads of a rank; null: its share of the cores, half if asynchronous"
+    )
     gpus: float = Field(0.0, ge=0, description="GPUs reserved for one rank")
     resources: dict[str, float] = Field({}, description="Custom Ray resources of one rank")
     timeout_s: float = Field(3600.0, gt=0, description="Seconds an update may take before the learner is replaced")

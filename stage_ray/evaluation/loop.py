@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
+import xxhash
 
+from stage_ray.config import RunConfig
 from stage_ray.evaluation.base import Benchmark, EvaluationResult, summarise
 from stage_ray.records import Prompt, RolloutRequest, ScoredGroup, image_seeds
 from stage_ray.rewards import score_groups
@@ -116,3 +119,22 @@ async def evaluate(
         backend, requests, lambda group: group.scored, advance=advance, at_once=backend.batches_at_once
     )
     return summarise(benchmark, [request.prompt for request in requests], scored)
+
+
+def conditions(run: RunConfig, benchmark: Benchmark, requests: Sequence[RolloutRequest], seed: int) -> dict[str, Any]:
+    """What the result of `evaluate` depends on beside the weights, by key of a config; JSON-able.
+
+    Of prompts, with all that their lines hold, the number and an xxh3-64 in hexadecimal.
+    """
+    prompts = [(request.prompt.index, request.prompt.text, request.prompt.record) for request in requests]
+    digest = xxhash.xxh3_64_hexdigest(json.dumps(prompts, default=str).encode())
+    sampling = run.rollout.model_dump(include={"engine", "guidance_scale", "temperature", "top_k", "top_p"})
+    return {
+        "evaluation.benchmark": benchmark.name,
+        "evaluation.seed": seed,
+        "evaluation.images_per_prompt": len(requests[0].seeds),
+        "prompts.heldout": f"{len(prompts)} prompts ({digest})",
+        "policy.template": run.policy.template,
+        **{f"rollout.{name}": value for name, value in sampling.items()},
+        "rewards": [reward.model_dump(mode="json", exclude={"weight"}) for reward in run.rewards],
+    }

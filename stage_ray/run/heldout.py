@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,8 @@ import numpy as np
 from stage_ray.cluster.backend import ClusterBackend
 from stage_ray.cluster.cluster import Cluster
 from stage_ray.config import RunConfig
-from stage_ray.evaluation.base import find_benchmark, read_result, write_result
-from stage_ray.evaluation.loop import evaluate, judge_in_batches, requests_for
+from stage_ray.evaluation.base import find_benchmark, read_result, unlike, write_result
+from stage_ray.evaluation.loop import conditions, evaluate, judge_in_batches, requests_for
 from stage_ray.observability.progress import Progress
 from stage_ray.records import Prompt
 from stage_ray.report.samples import contact_sheet
@@ -21,13 +22,14 @@ from stage_ray.report.samples import contact_sheet
 class HeldOutEvaluation:
     """What a run evaluates with its own workers, and what it makes of that.
 
-    Every evaluation has the same prompts and seeds, so its pictures can be laid side by side.
+    Every evaluation has the same prompts and seeds, so its pictures can be laid side by side; a run that goes on with
+    others says so.
     """
 
     def __init__(
         self, cluster: Cluster, run: RunConfig, prompts: Sequence[Prompt], run_dir: Path, progress: Progress
     ) -> None:
-        self._backend, self._config = ClusterBackend(cluster, run), run.evaluation
+        self._backend, self._run, self._config = ClusterBackend(cluster, run), run, run.evaluation
         self._prompts, self._dir, self._progress = list(prompts), run_dir, progress
         self._benchmark = find_benchmark(run.evaluation.benchmark)
         self._wait_for_pictures = run.pipeline.max_staleness == 0
@@ -41,14 +43,18 @@ class HeldOutEvaluation:
         if not self._config.enabled:
             return None
         path = self._dir / "evaluation" / f"{name}.json"
+        requests = requests_for(self._prompts, self._config.images_per_prompt, self._config.seed)
+        now = conditions(self._run, self._benchmark, requests, self._config.seed)
         if name == "before" and (kept := read_result(path)):  # the run before this one evaluated it
+            if why := unlike(kept.conditions, now):
+                self._progress.note(why)
             return kept.headline_value
         if name == "before" and policy_version:
             self._progress.note("no evaluation before training: this run began without one")
             return None
         with self._progress.bar(f"evaluation {name}", len(self._prompts)) as advance:
-            requests = requests_for(self._prompts, self._config.images_per_prompt, self._config.seed)
             result = await evaluate(self._backend, self._benchmark, requests, advance)
+        result = replace(result, conditions=now)
         write_result(path, result, policy_version=policy_version)
         await self._picture(path.with_suffix(".png"))
         shown = {result.headline: result.headline_value, **result.scores}

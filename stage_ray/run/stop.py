@@ -16,8 +16,7 @@ import psutil
 
 from stage_ray.errors import Interrupted
 from stage_ray.observability.progress import Progress
-
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+from stage_ray.signals import SIGNALS
 
 
 class StopSignal:

@@ -18,6 +18,7 @@ from stage_ray.records import Update, WeightManifest
 from stage_ray.weights.manifest import DTYPES, Chunk, WeightError, describe, pack
 from stage_ray.weights.process_groups import DEVICES, BroadcastGroup, GroupMember
 from stage_ray.workers.group_files import group_file, load_group, save_group
+from stage_ray.workers.threads import use_own_threads
 
 
 class LearnerWorker(Worker):
@@ -42,6 +43,7 @@ class LearnerWorker(Worker):
         from stage_ray.policies.devices import device_for
 
         learner = self._run.learner
+        use_own_threads(self._run, learner)
         device = device_for(learner.gpus, "learner.gpus")
         self._ranks = Ranks.init_process_group(self._rank, learner.ranks, address, device, timeout_s=learner.timeout_s)
         self._learner = Learner(self._run, threads=learner.threads, ranks=self._ranks)

@@ -16,6 +16,7 @@ from stage_ray.observability.worker_metrics import WorkerMetrics
 from stage_ray.records import GroupRefs, RolloutGroup, RolloutRequest, WeightManifest
 from stage_ray.weights.manifest import Chunk, WeightError, unpack
 from stage_ray.weights.process_groups import BroadcastGroup, GroupMember
+from stage_ray.workers.threads import use_own_threads
 
 RECORDS = "logprobs", "guided_logprobs", "entropy"
 
@@ -40,6 +41,7 @@ class RolloutWorker(Worker):
         from stage_ray.engines import build_engine  # after the redirection: importing vLLM talks
 
         run = self._run
+        use_own_threads(run, run.rollout)
         self._engine = build_engine(run.policy, run.rollout, worker=self._name, rank=self._rank, address=address)
 
     def weight_dtype(self) -> str:
