@@ -155,7 +155,11 @@ def _named_files(run: RunConfig, root: Path, called: str) -> dict[str, Path]:
     Raises a `ConfigError` where the job would not find one: it leads out of what is sent, is missing, or is too large.
     """
     fix = "move it there, or put it on storage that the cluster shares and give its absolute path"
-    parts: dict[str, Any] = {"prompts": {"train", "heldout"}, "policy": {"path"}, "rewards": {"__all__": {"options"}}}
+    parts: dict[str, Any] = {
+        "prompts": {"train", "heldout"},
+        "policy": {"path", "reference"},
+        "rewards": {"__all__": {"options"}},
+    }
     found = {}
     for key, name in _relative_paths(run.model_dump(include=parts)):
         inside = os.path.normpath(name)  # not resolved: the job looks it up by its name, so a link stays a link

