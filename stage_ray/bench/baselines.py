@@ -121,9 +121,8 @@ class SingleProcessTrainer:
 
     def __init__(self, run: RunConfig) -> None:
         self._rollout, self.learner, self._scorers = run.rollout, PlainLearner(run), build_rewards(run.rewards)
-        self._codec = JanusPolicy.load_codec(
-            run.policy, device=device_for(run.learner.gpus)
-        )  # a learner has no decoder
+        # The learner itself has no image decoder.
+        self._codec = JanusPolicy.load_codec(run.policy, device=device_for(run.learner.gpus))
         self.prompts = equal_prompts(self.learner.policy.codec.encode_prompt, run.prompts.train)
         self._next = cycle(self.prompts)
 

@@ -230,7 +230,7 @@ def config_of(made: Plan) -> dict[str, Any]:
             "gpus": 1,
             "micro_batch_images": made.micro_batch,
             "gradient_checkpointing": made.checkpointing,
-            "autocast": "off" if made.dtype == "float32" else "bfloat16",  # and so the reference
+            "autocast": "off" if made.dtype == "float32" else "bfloat16",
         },
         "pipeline": {"max_staleness": 1},
         "evaluation": {"enabled": False},
@@ -259,7 +259,7 @@ def print_plan(made: Plan) -> None:
     rows.append(["in all", *(gib(sum(lines.values())) for lines in roles)])
     rows.append([f"of {made.gpu_gib:g}, to fill", *[gib(room(made.gpu_gib))] * len(roles)])
     console.print(" ", _table(["GiB on one GPU", *made.memory], rows), " ", sep="\n")
-    trained, whole = made.model.trained * FLOAT32 / 1e9, loading_bytes(made.model) / 1e9
+    trained, whole = made.model.trained * FLOAT32 / 1e9, made.model.total * FLOAT32 / 1e9
     images = "a whole group" if made.micro_batch == made.group_size else "part of a group"
     sentences = [
         f"rollout: each image in flight is two sequences, with and without the prompt. {made.in_flight} fit on a GPU, "

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stage_ray.algorithm.off_policy import guided_behavior
 from stage_ray.config import LearnerConfig, RunConfig
@@ -87,7 +87,7 @@ class Learner:
         self._bfloat16 = uses_bfloat16(run.learner.autocast, self._device)
         wanted = run.learner.reference_dtype
         self._reference_bfloat16 = self._bfloat16 if wanted == "auto" else wanted == "bfloat16"
-        check_reference(run.policy)
+        check_reference(run.policy, fetch=True)
         # One is cut before the other is loaded, each from the machine's memory: no GPU ever holds a whole one.
         self.policy = load_policy(run.policy, device=CPU)
         self._codebook = self.policy.codec.codebook().to(self._device)
@@ -196,10 +196,10 @@ class Learner:
             reference = load_policy(reference_config(self._run.policy), device=CPU)
         base = fingerprint(reference.trained_parameters())
         reference.model.requires_grad_(False)
-        if self._reference_bfloat16:  # of what autocast rounds anyway, so that nothing else is rounded
-            for layer in reference.backbone.layers:
-                for parameter in layer.parameters():
-                    parameter.data = parameter.data.to(torch.bfloat16 if parameter.dim() > 1 else parameter.dtype)
+        if self._reference_bfloat16:  # the matrices, which autocast rounds anyway; norms and embeddings it does not
+            matrices = (m for layer in reference.backbone.layers for m in layer.modules() if isinstance(m, nn.Linear))
+            for matrix in matrices:
+                matrix.weight.data = matrix.weight.data.to(torch.bfloat16)
         self._keep_share(reference, bfloat16=self._reference_bfloat16)
         if self._run.learner.reference_offload:
             reference.model.to(CPU)

@@ -35,10 +35,10 @@ def naming_reference(config: PolicyConfig) -> Iterator[None]:
         raise ConfigError(f"policy.reference: {str(error).removeprefix('policy.path: ')}") from error
 
 
-def check_reference(config: PolicyConfig) -> None:
-    """Check that ``policy.reference``, where it is set and here, is another state of the model at ``policy.path``.
+def check_reference(config: PolicyConfig, *, fetch: bool = False) -> None:
+    """Check that ``policy.reference``, where it is set, is another state of the model at ``policy.path``.
 
-    Loads image tokenizers, no backbone.
+    Loads image tokenizers, no backbone. What would come from a hub is left out, unless it is to ``fetch`` it.
 
     Raises:
         ConfigError: it is no usable checkpoint, or of other sizes, prompts or image tokens; names both and what
@@ -49,8 +49,8 @@ def check_reference(config: PolicyConfig) -> None:
     family, other = policy_class(config), reference_config(config)
     with naming_reference(config):
         family.check(other)
-        if located(config.path) is None or located(other.path) is None:
-            return  # the learner checks it when both are fetched
+        if not fetch and None in (located(config.path), located(other.path)):
+            return
         theirs = family.load_codec(other, device=torch.device("cpu"))
     ours = family.load_codec(config, device=torch.device("cpu"))
     prefix = (family.trained_prefix,)

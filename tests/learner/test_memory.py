@@ -40,16 +40,24 @@ def bytes_of(tensors) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def test_weights_optimizer_and_published_bytes_are_those_of_a_learner_after_a_step(tiny):
-    learner = Learner(tiny_run(tiny))
+@pytest.mark.parametrize("reference_dtype", ["float32", "bfloat16"])
+def test_weights_optimizer_and_published_bytes_are_those_of_a_learner_after_a_step(tiny, reference_dtype):
+    learner = Learner(tiny_run(tiny, learner={"reference_dtype": reference_dtype}))
     groups = sample_groups(learner.policy, PROMPTS[:1], group_size=2)
     learner.update(groups, score(groups))
     lines = memory.learner_memory(
-        model_sizes(str(tiny)), ranks=1, images=2, prompt=256, dtype="float32", checkpointing=False
+        model_sizes(str(tiny)),
+        ranks=1,
+        images=2,
+        prompt=256,
+        dtype="float32",
+        checkpointing=False,
+        reference_dtype=reference_dtype,
     )
     policy, parameters = learner.policy.model, learner.policy.trained_parameters()
     moments = [t for state in learner._optimizer.state.values() for t in state.values() if t.dim() > 0]
-    assert lines["weights"] == lines["reference"] == lines["gradients"] == bytes_of(parameters.values())
+    assert lines["weights"] == lines["gradients"] == bytes_of(parameters.values())
+    assert lines["reference"] == bytes_of(learner._reference.trained_parameters().values())
     assert lines["optimizer"] == bytes_of(moments)
     assert lines["frozen parts"] == 2 * (bytes_of(policy.parameters()) - bytes_of(parameters.values()))
     manifest, _ = pack(1, learner.weights())
