@@ -267,8 +267,8 @@ def print_plan(made: Plan) -> None:
         f"learner: micro-batches of {made.micro_batch} images, {images}, with {'' if made.checkpointing else 'no '}"
         f"checkpointing; the ranks divide the {made.groups} groups of a step.",
         f"on disk: {3 * trained:.0f} GB a checkpoint (weights and two moments), {whole:.0f} GB the final model.",
-        f"in a node's own memory: {2 * trained:.0f} GB for two versions of the weights; {whole:.0f} GB for each rank "
-        "while it loads.",
+        f"in a node's own memory: {2 * trained:.0f} GB for two versions of the weights; "
+        f"{loading_bytes(made.model) / 1e9:.0f} GB for each rank while it loads.",
         f"kept free, both guesses: {FRAGMENTS:.0%} of a GPU for fragments, {CONTEXT / GIB:g} GiB for the CUDA context.",
         "--yaml prints the config of this split, --json the numbers.",
     ]

@@ -127,8 +127,9 @@ def batch_bytes(
 
 
 def loading_bytes(model: ModelSizes) -> int:
-    """Of the machine's own memory while a rank starts: one model whole in float32, the policy, then the reference.
+    """Of the machine's own memory while a rank starts: one model whole, the policy and then the reference.
 
-    What it keeps of each goes to its GPU. On a CPU it stays beside what is loaded next.
+    In float32, and beside it as its file has it (bfloat16, as published), for transformers reads all before it lets go.
+    What the rank keeps goes to its GPU; on a CPU it stays beside what is loaded next.
     """
-    return model.total * FLOAT32
+    return model.total * (FLOAT32 + BFLOAT16)
