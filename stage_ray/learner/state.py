@@ -131,7 +131,10 @@ def _read_metadata(directory: Path, reference: str) -> dict[str, Any]:
     if metadata.get("format") != FORMAT:
         raise LearnerError(f"learner state {directory / METADATA} has format {metadata.get('format')}, not {FORMAT}")
     if metadata["reference"] != reference:
-        raise LearnerError(f"learner state {directory} was trained from another base model; set policy.path back to it")
+        raise LearnerError(
+            f"learner state {directory} was trained against another reference; set policy.reference (policy.path, where "
+            "that is null) back to it"
+        )
     for name, size in metadata["shards"].items():
         path = directory / SHARDS / name
         if not path.is_file():

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from stage_ray.config import PolicyConfig
+from stage_ray.config.model_sizes import ModelSizes
 from stage_ray.errors import ConfigError
 from stage_ray.policies.logprobs import SamplingParams, TokenLogprobs, chunked_logprobs, process_logits
 from stage_ray.pretrained import check_directory, export_checkpoint, located
@@ -91,6 +92,10 @@ class ImageCodec(ABC):
 
         Engines and log-probabilities take None for granted so far: no family here restricts its tokens.
         """
+        return None
+
+    def sizes(self) -> ModelSizes | None:
+        """What the formulas of `stage_ray.learner.memory` need; None where they do not hold for this family."""
         return None
 
     def texts(self) -> dict[str, str]:
@@ -258,6 +263,9 @@ class Policy(ABC):
             ConfigError: the family cannot.
         """
         raise ConfigError("learner.gradient_checkpointing is true, which this policy.family cannot do; set it to false")
+
+    def drop_image_decoder(self) -> None:  # noqa: B027  not abstract: a family may have nothing to free
+        """Free what only the codec's `decode` and `codebook` need, which then fail: a learner makes no pictures."""
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that are trained by ``state_dict`` name, each once."""

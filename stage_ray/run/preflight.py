@@ -19,6 +19,7 @@ from stage_ray.evaluation.base import find_benchmark
 from stage_ray.pipeline.prompt_files import load_prompts
 from stage_ray.policies import policy_class
 from stage_ray.policies.base import ImageCodec
+from stage_ray.policies.reference import check_reference
 from stage_ray.pretrained import located
 from stage_ray.recipes import load_recipe, resolve_recipe
 from stage_ray.records import Prompt
@@ -58,6 +59,7 @@ def preflight(run: RunConfig, *, fetch: bool = True) -> tuple[list[Prompt], list
                 download(uri, files_of(key), key)
     _require_scorable(run, train + heldout * run.evaluation.enabled)
     codec = policy_class(run.policy).check(run.policy)
+    check_reference(run.policy)
     if starts_ray_here:
         _require_room_for_weights(run)
     train = drawable_prompts(run, codec, train)
@@ -138,8 +140,10 @@ def describe(run: RunConfig, *, strict: bool = False) -> str:
     scorers = ", ".join(reward.column for reward in run.rewards)
     where = "; on the GPUs of the rollout workers" * rollout.colocated  # "" where not
     config = yaml.safe_dump(resolve_recipe(run).model_dump(mode="json"), sort_keys=False).rstrip()
+    anchor = run.policy.reference or run.policy.path
     plan = [
         f"model: {located(run.policy.path) or run.policy.path}",
+        f"reference: {located(anchor) or anchor}",
         f"prompts: {len(train)} to train on, {len(heldout) if run.prompts.heldout else 0} held out",
         f"{run.steps} steps of {rollout.groups_per_step} groups x {rollout.group_size} images = {images} images a step",
         f"rollout: {rollout.workers * rollout.tensor_parallel} x {rollout.cpus:g} CPU, {rollout.gpus:g} GPU; "

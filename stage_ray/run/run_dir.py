@@ -31,7 +31,7 @@ LOCK, INPUTS = ".lock", "inputs.json"
 # Keys that a resumed run may change: placement, speed and logging, never what is computed.
 FREE_KEYS = {"run_dir", "cluster", "checkpoint", "evaluation", "scoring", "logs"}
 FREE_NAMES = {"workers", "max_workers", "ranks", "tensor_parallel", "cpus", "gpus", "gpu_memory_utilization"}
-FREE_NAMES |= {"resources", "timeout_s", "export_dtype"}
+FREE_NAMES |= {"resources", "timeout_s", "export_dtype", "reference_offload", "gradient_checkpointing"}
 
 EXTENDED = {"steps", "learner.lr", "learner.schedule", "learner.warmup_steps"}
 """Keys that ``--extend`` may change besides, to train a run further from its weights and optimizer."""
