@@ -132,8 +132,8 @@ def _read_metadata(directory: Path, reference: str) -> dict[str, Any]:
         raise LearnerError(f"learner state {directory / METADATA} has format {metadata.get('format')}, not {FORMAT}")
     if metadata["reference"] != reference:
         raise LearnerError(
-            f"learner state {directory} was trained against another reference; set policy.reference (policy.path, where "
-            "that is null) back to it"
+            f"learner state {directory} was trained against another reference; set policy.reference (or policy.path, "
+            "where that is null) back to it"
         )
     for name, size in metadata["shards"].items():
         path = directory / SHARDS / name

@@ -201,7 +201,7 @@ def test_a_damaged_state_is_refused_and_nothing_changes(
 def test_the_state_of_another_base_model_is_refused(model: Path, tmp_path: Path) -> None:
     Learner(tiny_run(model)).save_state(tmp_path / "state")
     other = Learner(tiny_run(tiny_janus(tmp_path / "other", seed=1)))
-    with pytest.raises(LearnerError, match="another base model"):
+    with pytest.raises(LearnerError, match="another reference"):
         other.load_state(tmp_path / "state")
 
 

@@ -109,7 +109,7 @@ def test_training_on_from_a_trained_checkpoint_keeps_the_anchor(model, trained, 
     assert on.update(groups, score(groups))["kl"] > 0.01
     on.save_state(tmp_path / "state")
     first.load_state(tmp_path / "state")  # of the same anchor
-    with pytest.raises(LearnerError, match="another base model"):
+    with pytest.raises(LearnerError, match="another reference"):
         moved.load_state(tmp_path / "state")
 
 
