@@ -107,12 +107,15 @@ def test_signals_to_every_process_of_a_job_let_it_save_and_a_resumed_run_goes_on
     while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
         time.sleep(0.2)
     everyone = of_session(process.pid)  # as a scheduler sends them; a driver that saves hears no more than one
-    for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGTERM):
+    numbers = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGTERM)
+    for number in numbers:
         for one in everyone:
-            one.send_signal(number)
+            with contextlib.suppress(psutil.NoSuchProcess):  # some are short-lived, such as a command of an agent
+                one.send_signal(number)
     _, complaint = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGUSR1, complaint
-    found = re.search(r"stopped by SIGUSR1 after step (\d+); go on with --resume", complaint)
+    first = signal.Signals(process.returncode - 128)  # of those that wait at once, the system delivers any first
+    assert first in numbers, complaint
+    found = re.search(rf"stopped by {first.name} after step (\d+); go on with --resume", complaint)
     assert found and (Path(run.run_dir) / "checkpoints" / f"step-{int(found[1]):06d}" / "manifest.json").exists()
     assert not psutil.wait_procs(of_session(process.pid), timeout=10)[1]
     assert lines(metrics)[-1]["workers/restarts"] == 0
