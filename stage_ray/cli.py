@@ -10,11 +10,13 @@ import typer
 from typer.exceptions import TyperException
 
 from stage_ray.commands.doctor import doctor
+from stage_ray.commands.fetch import fetch
 from stage_ray.commands.inference import evaluate, generate
 from stage_ray.commands.plan import plan
 from stage_ray.commands.submit import submit
 from stage_ray.commands.tools import bench, metrics, pretrain, report
 from stage_ray.commands.train import train
+from stage_ray.config.home import ensure_home
 from stage_ray.errors import ConfigError, Interrupted, RunError
 
 app = typer.Typer(
@@ -27,7 +29,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (train, submit, evaluate, generate, pretrain, bench, plan, report):
+for command in (train, fetch, submit, evaluate, generate, pretrain, bench, plan, report):
     app.command(no_args_is_help=True)(command)
 app.command()(metrics)  # a bare command does its work
 app.command()(doctor)
@@ -36,6 +38,7 @@ app.command()(doctor)
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; the exit code. See the top of the file."""
     try:
+        ensure_home()
         return app(arguments, prog_name="stage-ray", standalone_mode=False) or 0
     except (ConfigError, TyperException) as error:
         code = 2

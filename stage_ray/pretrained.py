@@ -13,19 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from stage_ray.config.paths import model_location
+from stage_ray.config.hub import MODEL_FILES, cached, download, hub_uri, is_pinned
+from stage_ray.config.paths import resolve_path
 from stage_ray.errors import ConfigError
+from stage_ray.files import sync_path
 
 KEY = "policy.path"
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
-HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 NOT_EXPORTED = (".safetensors", ".bin", ".pt", ".pth", ".md", ".gguf", ".h5", ".msgpack")
 DEEPSEEK = "multi_modality"  # the layout of DeepSeek's own code, which transformers does not read
@@ -34,19 +33,19 @@ DEEPSEEK = "multi_modality"  # the layout of DeepSeek's own code, which transfor
 def local_checkpoint(path: str, model_type: str, key: str = KEY) -> Path:
     """The directory that holds a checkpoint, checked; a hub id is downloaded to (or found in) the hub's cache first.
 
+    ``path`` is a directory, ``package:MODULE/DIR``, or ``OWNER/NAME[@REVISION]`` of a hub.
+
     Raises:
         ConfigError: a file is missing, unreadable or cut short, the checkpoint is of another model type, or the hub
             has no such model or cannot be reached.
     """
-    location = model_location(path)
-    if not Path(location).exists():
-        try:
-            location = snapshot_download(location, allow_patterns=HUB_FILES)
-        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-            reason = str(error).strip().partition("\n")[0] or type(error).__name__
-            raise ConfigError(f"{key}: {path} is no directory here and was not found on the hub: {reason}") from error
-    check_directory(Path(location), model_type, key)
-    return Path(location)
+    uri = hub_uri(path)
+    if uri is None:
+        directory = resolve_path(path)
+    else:  # what a branch or a tag means, the hub alone knows
+        directory = (located(path) if is_pinned(uri) else None) or download(uri, MODEL_FILES, key)
+    check_directory(directory, model_type, key)
+    return directory
 
 
 def located(path: str) -> Path | None:
@@ -55,13 +54,11 @@ def located(path: str) -> Path | None:
     Raises:
         ConfigError: it looks like a path and nothing is there.
     """
-    location = model_location(path)
-    if Path(location).exists():
-        return Path(location)
-    try:
-        return Path(snapshot_download(location, allow_patterns=HUB_FILES, local_files_only=True))
-    except (LocalEntryNotFoundError, HFValidationError):
-        return None
+    uri = hub_uri(path)
+    if uri is None:
+        return resolve_path(path)
+    directory = cached(uri, MODEL_FILES)
+    return directory if directory is not None and _has_weights(directory) else None
 
 
 def check_directory(directory: Path, model_type: str, key: str = KEY) -> None:
@@ -142,6 +139,14 @@ def weight_files(directory: Path, key: str = KEY) -> list[Path]:
     raise ConfigError(f"{key}: {directory} has no {WEIGHTS}; the model directory is incomplete")
 
 
+def _has_weights(directory: Path) -> bool:
+    """Whether its weights are all there: the cache also keeps what was left of a download, or a config alone."""
+    try:
+        return all(file.is_file() for file in weight_files(directory))
+    except ConfigError:
+        return False
+
+
 def read_tensors(directory: Path, prefixes: tuple[str, ...], key: str = KEY) -> dict[str, Tensor]:
     """The tensors of a checkpoint whose names begin with one of ``prefixes``; nothing else is read.
 
@@ -181,38 +186,49 @@ def export_checkpoint(
     directory: Path,
     state: Mapping[str, Tensor],
     *,
+    tied: Mapping[str, str] | None = None,
     texts: Mapping[str, str] | None = None,
     dtype: torch.dtype | None = None,
 ) -> None:
     """Write a checkpoint again with new values of some tensors; all else as it came, whole or not at all.
 
-    Names, dtypes, shards, config, generation config and tokenizer are those of ``source``; ``texts`` replaces files of
-    it, by name, and ``dtype`` the type of the new values. A directory that is there already is replaced once the new
-    one is whole.
+    Names, dtypes, shards, config, generation config and tokenizer are those of ``source``. A directory that is there
+    already is replaced once the new one is whole.
+
+    Args:
+        state: new values by name.
+        tied: further names of tensors in ``state``, to theirs. ``source`` stores a tied tensor under any of its names,
+            or under several, and so does what is written.
+        texts: new texts of files, by name.
+        dtype: of the new values; None is that of ``source``.
 
     Raises:
         ValueError: ``source`` has no tensor of such a name and size.
     """
+    new = dict(state) | {other: state[name] for other, name in (tied or {}).items() if name in state}
     partial = directory.with_name(f".{directory.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    weights, left = weight_files(source), dict(state)
+    weights, left = weight_files(source), set(state)
     for file in source.iterdir():
         if file.is_file() and file.suffix not in NOT_EXPORTED and (file.name != WEIGHTS_INDEX or len(weights) > 1):
             shutil.copyfile(file, partial / file.name)
     for file in weights:
         with safe_open(file, framework="pt") as opened:
             tensors, metadata = {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata()  # noqa: SIM118
-        for name in tensors.keys() & left.keys():
-            new = left.pop(name)
-            if new.shape != tensors[name].shape:
-                raise ValueError(f"{name} is {list(new.shape)}, and {list(tensors[name].shape)} in {file}")
-            tensors[name] = new.detach().to("cpu", dtype or tensors[name].dtype).contiguous()
+        for name in tensors.keys() & new.keys():
+            value, stored = new[name].detach(), tensors[name]
+            if value.shape != stored.shape:
+                raise ValueError(f"{name} is {list(value.shape)}, and {list(stored.shape)} in {file}")
+            tensors[name] = value.to("cpu", dtype or stored.dtype, copy=name not in state).contiguous()
+            left.discard((tied or {}).get(name, name))
         save_file(tensors, partial / file.name, metadata=metadata)
     if left:
-        raise ValueError(f"{source} has no tensor {next(iter(left))!r}")
+        raise ValueError(f"{source} has no tensor {min(left)!r}")
     for name, text in (texts or {}).items():
         (partial / name).write_text(text, encoding="utf-8")
+    for path in (*partial.iterdir(), partial):
+        sync_path(path)  # before it replaces another
     if directory.exists():
         old = directory.with_name(f".{directory.name}.replaced")
         shutil.rmtree(old, ignore_errors=True)

@@ -105,7 +105,7 @@ class GroupRefs:
         tokens: reference to its `RolloutGroup`, whose ``images`` are empty.
         images: reference to its pictures, uint8 [G, H, W, 3]; None once they are no longer needed.
         scores: reference to its `ScoredGroup`; None before scoring, and where the scorers gave no answer.
-        error: why not every score may be used; "" where all may.
+        error: why the group, or not every score of it, may be used; "" where all may.
         generate_s: seconds that the generation batch took in which the group was sampled.
     """
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from stage_ray.cluster.cluster import Cluster
 from stage_ray.config import RunConfig
+from stage_ray.config.inputs import pin
 from stage_ray.errors import GroupsLostError, LearnerLostError, RunError
 from stage_ray.files import name_disk_errors
 from stage_ray.observability.progress import Progress
@@ -18,7 +19,7 @@ from stage_ray.report.report import write_report
 from stage_ray.run.heldout import HeldOutEvaluation
 from stage_ray.run.preflight import preflight
 from stage_ray.run.recording import StepClock, StepRecorder
-from stage_ray.run.run_dir import Resume, open_run_dir
+from stage_ray.run.run_dir import Resume, known_commits, open_run_dir
 from stage_ray.run.state import RunState
 from stage_ray.run.stop import StopSignal
 
@@ -41,11 +42,12 @@ def train(run: RunConfig, *, resume: Resume = False, progress: Progress | None =
         ConfigError: the config cannot be used; no run was started and nothing overwritten.
         RunError: a worker, a scorer or a disk failed; what was done so far stays, and ``resume`` goes on.
     """
+    run, commits = pin(run, known_commits(Path(run.run_dir)) if resume else {})
     prompts, heldout_prompts = preflight(run)
     progress = progress or Progress()
     with (
         name_disk_errors(Path(run.run_dir)),
-        open_run_dir(run, resume) as run_dir,
+        open_run_dir(run, resume, commits, progress.note) as run_dir,
         closing(RunState(run, run_dir, prompts, resume=bool(resume), note=progress.note)) as state,
     ):
         recorder = StepRecorder(run, run_dir, run.steps, progress, resume_step=state.step)

@@ -1,6 +1,7 @@
 """A run directory as a run leaves it, made of invented numbers: for tests of what reads one, and for nothing else."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +20,9 @@ PROMPTS = [
 
 
 def write_fake_run(
-    run_dir: Path, steps: int = 60, planned: int = 60, examined: tuple[str, ...] = ("before", "after")
+    run_dir: Path, steps: int = 60, planned: int = 60, examined: tuple[str, ...] = ("before", "after"), **after: object
 ) -> None:
-    """``steps`` of ``planned`` updates, and the evaluations named in ``examined``."""
+    """``steps`` of ``planned`` updates, and the evaluations named in ``examined``; ``after`` are fields of that one."""
     run_dir.mkdir(parents=True)
     config = {"steps": planned, "seed": 20, "run_dir": str(run_dir), "evaluation": {"enabled": True}}
     (run_dir / "config.yaml").write_text(yaml.safe_dump(config))
@@ -38,14 +39,15 @@ def write_fake_run(
     for name in examined:
         chance = 0.55 if name == "before" else 0.7
         groups = [scored(i, prompt, chance, noise) for i, prompt in enumerate(PROMPTS)]
-        write_result(run_dir / "evaluation" / f"{name}.json", result(groups))
+        found = replace(result(groups), **after if name == "after" else {})
+        write_result(run_dir / "evaluation" / f"{name}.json", found)
         draw(run_dir / "evaluation" / f"{name}.png", chance, noise)
     for step in range(10, steps + 1, 10):
         draw(run_dir / "samples" / f"step-{step:06d}.png", 0.5 + step / 200, noise)
 
 
 def result(groups: list[ScoredGroup]) -> EvaluationResult:
-    return summarise(find_benchmark("geneval"), PROMPTS, groups)
+    return replace(summarise(find_benchmark("geneval"), PROMPTS, groups), conditions={"evaluation.seed": 20})
 
 
 def metrics_of(step: int, noise: np.random.Generator) -> dict[str, float | None]:

@@ -14,6 +14,7 @@ from typing import Any
 from stage_ray.bench.pipeline import TimedCluster
 from stage_ray.config import RunConfig
 from stage_ray.config.load import validate_config
+from stage_ray.files import FileDigest
 from stage_ray.observability.progress import Progress
 from stage_ray.records import GroupRefs, Prompt, RolloutRequest
 from stage_ray.run.state import RunState
@@ -77,9 +78,10 @@ class FlakyCluster(TimedCluster):
     def accept(self) -> None:
         """There is only one learner."""
 
-    async def save_state(self, directory: Path) -> None:
+    async def save_state(self, directory: Path) -> dict[str, FileDigest]:
         """Keep the version."""
         (directory / "learner.json").write_text(json.dumps({"version": self._version}))
+        return {}
 
     async def load_state(self, directory: Path) -> int:
         """Take the version."""

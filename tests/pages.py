@@ -48,7 +48,6 @@ TABLE: dict[str, dict[str, str]] = {
         "make train": HERE + "test_make_train_is_the_default_job_and_make_knows_the_other_tasks_of_the_page",
         "make test": TESTS,
         TRAIN + "--set seed=$seed --run-dir runs/seed-$seed": DRY_RUN,
-        TRAIN + "--set seed=$seed --set pipeline.max_staleness=0 --run-dir runs/sync-$seed": DRY_RUN,
         TRAIN + "--set learner.lr=5e-5 --set steps=200 --run-dir runs/mine": SHORT_RUN,
         TRAIN + "--set learner.lr=5e-5 --set steps=200 --run-dir runs/mine --resume": SHORT_RUN,
         "stage-ray evaluate runs/mine/final --suite geneval --guidance 3 --json mine.json": HERE
@@ -57,6 +56,8 @@ TABLE: dict[str, dict[str, str]] = {
         " --out pictures": HERE + "test_the_trained_model_draws",
         "stage-ray report runs/mine": HERE + "test_a_run_is_reported_anew",
         "stage-ray bench pipeline": MINUTES,
+        "stage-ray fetch configs/stage_shapeworld.yaml --set policy.path=deepseek-community/Janus-Pro-1B": "tests/"
+        "commands/test_fetch.py::test_the_command_reads_the_variables_of_the_hub",
         "stage-ray pretrain --out world": "tests/shapeworld/test_pretrain.py::"
         "test_a_smoke_run_builds_every_model_in_a_form_that_transformers_loads",
         TRAIN + "--set steps=12 --set evaluation.enabled=false --set pipeline.max_staleness=0"

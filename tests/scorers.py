@@ -27,6 +27,15 @@ class Brightness:
         return _output(images.mean(axis=(1, 2, 3)) / 255)
 
 
+class Bright(Brightness):
+    """Calls bright pictures right, as GenEval's judge calls those that show what was asked for."""
+
+    def score(self, images: np.ndarray, prompts: Sequence[Prompt]) -> RewardOutput:
+        scores = super().score(images, prompts).scores
+        details = tuple({"verdict": score > 0.5, "soft": float(score)} for score in scores)  # NumPy's bool
+        return RewardOutput(scores, np.ones(len(scores), bool), details)
+
+
 class Constant(Brightness):
     """A scorer that is right, and of no use: every image gets the same."""
 

@@ -16,7 +16,19 @@ from stage_ray.recipes import resolve_recipe
 from tests.fake_run import write_fake_run
 from tests.tiny import tiny_janus
 
-COMMANDS = ("train", "submit", "evaluate", "generate", "pretrain", "bench", "plan", "report", "metrics", "doctor")
+COMMANDS = (
+    "train",
+    "fetch",
+    "submit",
+    "evaluate",
+    "generate",
+    "pretrain",
+    "bench",
+    "plan",
+    "report",
+    "metrics",
+    "doctor",
+)
 
 
 @pytest.fixture(scope="module")

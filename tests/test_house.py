@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "stage_ray"
 LEVELS = (
     "errors",
-    "registry records files",
+    "registry records files signals",
     "config",
     "pretrained",
     "algorithm",

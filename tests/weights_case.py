@@ -49,7 +49,7 @@ class Weights:
         for tensor in self._tensors.values():
             tensor.fill_(float(self.version))
 
-    def weights(self, *, in_place: bool = False) -> list[tuple[str, Tensor]]:
+    def weights(self, dtype: torch.dtype | None = None) -> list[tuple[str, Tensor]]:
         """As `stage_ray.learner.Learner.weights`."""
         return list(self._tensors.items())
 
@@ -82,7 +82,7 @@ class SyncLearner(LearnerWorker):
     def __init__(self, nbytes: int, run: RunConfig) -> None:
         self._run, self._rank = run, 0
         self._learner: Any = Weights(nbytes)
-        self._chunks = []
+        self._chunks = iter(())
 
     def setup(self, address: str = "") -> None:
         """There is nothing to load."""

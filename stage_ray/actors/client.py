@@ -6,13 +6,15 @@ import asyncio
 import gc
 import os
 import socket
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 import ray
 from ray.exceptions import RayActorError
 from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+from stage_ray.signals import unblock_signals
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -70,6 +72,7 @@ def loading() -> Iterator[None]:
 
     The collector would walk millions of objects of torch and vLLM again and again: up to a fifth of a worker's start.
     """
+    unblock_signals()
     gc.disable()
     try:
         yield
@@ -97,7 +100,7 @@ class Client:
         return self._together([getattr(rank, method.__name__).remote(*args, **kwargs) for rank in self._ranks])
 
     def ask_objects(
-        self, method: Callable[..., tuple[Any, ...]], count: int, *args: Any
+        self, method: Callable[..., Iterable[Any]], count: int, *args: Any
     ) -> tuple[Awaitable[Any], list[Any]]:
         """Ask for an answer and ``count`` > 0 objects: the answer to come, and rank 0's references."""
         methods = [getattr(rank, method.__name__).options(num_returns=1 + count) for rank in self._ranks]

@@ -6,6 +6,7 @@ the second is a plain sum over tokens, so any cut of the images into micro-batch
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -18,15 +19,20 @@ WEIGHT_EPS = 1e-6
 """Added to a group's sum of weights, as in the published code: a group of identical images then divides 0 by this."""
 
 
-def k3_kl(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
+def k3_kl(logprobs: Tensor, reference_logprobs: Tensor, *, ratio_cap: float | None = None) -> Tensor:
     """Per-token estimate of KL(policy || reference): ``exp(d) - d - 1`` with ``d = logp_ref - logp`` ("k3").
 
     Never negative, unbiased for tokens sampled from the policy, and differentiable in ``logprobs``. Written with expm1:
     near the reference the plain form is all rounding error in float32.
 
+    It grows as ``exp(d)``: one token that the reference likes far better than the policy outweighs all others. With
+    ``ratio_cap``, ``p_ref / p`` counts for no more than that, which bounds the estimate by ``cap - 1 - log cap`` and
+    its slope by ``cap - 1``. A token beyond keeps that greatest slope, not none: it is the one to be pulled back most.
+
     Args:
         logprobs: float, any shape, nats.
         reference_logprobs: the same shape.
+        ratio_cap: > 1; None is off, as published.
 
     Returns:
         float, the same shape, nats.
@@ -34,8 +40,14 @@ def k3_kl(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
     Example:
         >>> k3_kl(torch.zeros(2), torch.tensor([0.0, 1.0])).mul(1e4).round().tolist()
         [0.0, 7183.0]
+        >>> k3_kl(torch.zeros(2), torch.tensor([1.0, 89.0]), ratio_cap=2.0).mul(1e4).round().tolist()
+        [3069.0, 3069.0]
     """
     difference = reference_logprobs - logprobs
+    if ratio_cap is not None:
+        # 0 + the cap: the difference to itself carries the gradient, as if the token were at the cap.
+        at_cap = difference - difference.detach() + math.log(ratio_cap)
+        difference = torch.where(difference.detach() > math.log(ratio_cap), at_cap, difference)
     return torch.expm1(difference) - difference  # exp(d) - 1 - d
 
 
@@ -149,6 +161,7 @@ def weighted_loss(
     beta: float,
     clip: float | None = None,
     correction: Correction | None = None,
+    kl_ratio_cap: float | None = None,
 ) -> StageLoss:
     """The share of some images in the batch's loss: a sum over tokens, so micro-batches add up to the whole.
 
@@ -156,11 +169,11 @@ def weighted_loss(
         logprobs: float [..., T], with gradient, nats; ``reference_logprobs`` and ``behavior_logprobs`` alike.
         advantages: float [...], one an image, or [..., T].
         weights: the `TokenWeights` of the same images, cut from those of the whole batch.
-        beta: weight of the KL; ``clip`` and ``correction`` as in `policy_loss`.
+        beta: weight of the KL; ``clip`` and ``correction`` as in `policy_loss`, ``kl_ratio_cap`` as in `k3_kl`.
     """
     terms = surrogate(logprobs, behavior_logprobs, _per_token(advantages, logprobs), clip=clip, correction=correction)
     policy = -(weights.policy * terms).sum()  # minus: the objective is maximised
-    kl = (weights.kl * k3_kl(logprobs, reference_logprobs)).sum()
+    kl = (weights.kl * k3_kl(logprobs, reference_logprobs, ratio_cap=kl_ratio_cap)).sum()
     return StageLoss(loss=policy + beta * kl, policy=policy.detach(), kl=kl.detach())
 
 

@@ -19,6 +19,7 @@ from stage_ray.learner.batch import make_batch
 from stage_ray.learner.learner import Learner, learning_rate
 from stage_ray.learner.precision import autocast
 from stage_ray.policies.base import PromptIds
+from stage_ray.policies.devices import device_for
 from stage_ray.policies.janus import JanusPolicy
 from stage_ray.policies.logprobs import TokenLogprobs
 from stage_ray.recipes.base import PolicyOutputs, ReferenceOutputs
@@ -120,6 +121,8 @@ class SingleProcessTrainer:
 
     def __init__(self, run: RunConfig) -> None:
         self._rollout, self.learner, self._scorers = run.rollout, PlainLearner(run), build_rewards(run.rewards)
+        # The learner itself has no image decoder.
+        self._codec = JanusPolicy.load_codec(run.policy, device=device_for(run.learner.gpus))
         self.prompts = equal_prompts(self.learner.policy.codec.encode_prompt, run.prompts.train)
         self._next = cycle(self.prompts)
 
@@ -134,6 +137,6 @@ class SingleProcessTrainer:
         prompts, ids = zip(*islice(self._next, self._rollout.groups_per_step), strict=True)
         tokens = plain_tokens(policy, [one for one in ids for _ in range(size)], self._rollout.guidance_scale)
         # [B, ...] to [N, G, ...].
-        arrays = (tokens.int().cpu().numpy(), policy.codec.decode(tokens).numpy())
+        arrays = (tokens.int().cpu().numpy(), self._codec.decode(tokens).numpy())
         grouped = (array.reshape(len(prompts), size, *array.shape[1:]) for array in arrays)
         return groups_of(prompts, *grouped, codes=policy.codebook_size, version=self.learner.version)

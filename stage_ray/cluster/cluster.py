@@ -1,18 +1,19 @@
-"""The workers of a run and the calls between them. Holds references; never touches a tensor."""
+"""The workers of a run, with a learner or without, and the calls to them. Holds references; never touches a tensor."""
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import ray
 
 from stage_ray.actors.client import ArgumentsLost, NoWorkersLeft, WorkerDied, WorkerLost
-from stage_ray.actors.supervised import Pool, SupervisedActor, heartbeats
+from stage_ray.actors.supervised import Pool, SupervisedActor, Sync, heartbeats
 from stage_ray.cluster.learner import ClusterLearner, missing
 from stage_ray.cluster.placement import Actors
 from stage_ray.cluster.runtime import start_ray
@@ -20,49 +21,54 @@ from stage_ray.cluster.transport import Broadcast, ObjectStore
 from stage_ray.config import RunConfig
 from stage_ray.errors import GroupsLostError, RunError
 from stage_ray.records import GroupRefs, RolloutRequest
-from stage_ray.workers.rollout import RolloutWorker
+from stage_ray.workers.rollout import RolloutClient, RolloutWorker
 
 
-class Cluster:
-    """Rollout workers, reward workers and the learner, each supervised.
+class InferenceCluster:
+    """Rollout workers and reward workers, each supervised; the model is the config's, as it is stored."""
 
-    Invariant: a rollout worker gets the newest published version before its first request (promise 6).
-    """
+    publishes = False
 
-    def __init__(self, run: RunConfig, logs: Path | None, start: Actors | None = None) -> None:
-        """Start every actor, with ``start`` in place of the run's own, without waiting for any."""
-        self.run = run
-        self._hint = f"its log is in {logs}" if logs else "see its log in Ray's dashboard or `ray logs`"
+    def __init__(
+        self,
+        run: RunConfig,
+        logs: Path | None,
+        start: Actors | None = None,
+        *,
+        scoring: bool = True,
+        sync: Sync[RolloutClient] | None = None,
+    ) -> None:
+        """Start every actor without waiting for any.
+
+        Args:
+            start: in place of the run's own.
+            scoring: with reward workers; else `score` must not be called.
+            sync: what a rollout worker does before its first request, as `SupervisedActor` has it.
+        """
+        self.run, self._hint = run, _where(logs)
         start = start or Actors(run, logs)
-        backend, timeout_s = run.cluster.weight_transport, run.cluster.sync_timeout_s
-        # The learner first: colocated rollout workers are placed beside its ranks.
-        self.learner = ClusterLearner(run, start.learner, self._without_rollouts, self._hint)
-        if backend == "object_store":
-            self.transport = ObjectStore(self.learner, timeout_s)
-        else:
-            self.transport = Broadcast(self.learner, timeout_s, backend)
         limits: dict[str, Any] = {"start_timeout_s": run.cluster.start_timeout_s, "attempts": run.cluster.attempts}
         workers, more = run.rollout.workers, run.rollout.max_workers
-        self.rollouts = Pool("rollout", workers, more, start.rollout, sync=self.transport.newest, **limits)
-        self.rewards = Pool("reward", run.scoring.workers, run.scoring.max_workers, start.reward, **limits)
+        self.rollouts = Pool("rollout", workers, more, start.rollout, sync=sync, **limits)
+        workers, more = (run.scoring.workers, run.scoring.max_workers) if scoring else (0, None)
+        self.rewards = Pool("reward", workers, more, start.reward, **limits)
         self._roles: dict[str, Sequence[SupervisedActor[Any]]] = {
             "rollout": self.rollouts.actors,
             "reward": self.rewards.actors,
-            "learner": [self.learner.actor],
         }
 
     @classmethod
     @asynccontextmanager
-    async def start(cls, run: RunConfig, run_dir: Path) -> AsyncIterator[Cluster]:
-        """Start or join Ray, start every actor and wait until all are warm.
+    async def start(cls, run: RunConfig, run_dir: Path, *, scoring: bool = True) -> AsyncIterator[Self]:
+        """Start or join Ray, start every actor and wait until all are warm; logs are in ``run_dir``.
 
         Raises:
             RunError: Ray or a worker does not start; says which and where its log is.
             ConfigError: what a worker found wrong with the config (a broken model directory, say).
         """
-        local = start_ray(run, run_dir)
+        local = start_ray(run, run_dir, weights=cls.publishes)
         try:
-            cluster = cls(run, run_dir / "logs" if local else None)
+            cluster = cls(run, run_dir / "logs" if local else None, scoring=scoring)
             with cluster._fatal(WorkerLost):
                 await cluster._setup()
             try:
@@ -83,16 +89,22 @@ class Cluster:
     ) -> list[GroupRefs]:
         """Sample one generation batch; a worker that is lost is replaced, and the same requests go to another.
 
-        They hold their seeds, so a second attempt draws the same images (at the then newest version). ``turn`` and
-        ``on_retry``: as `Pool.call`.
+        They hold their seeds, so a second attempt draws the same images (at the then newest version). A group whose
+        records are not finite in the last attempt either comes with that ``error``. ``turn`` and ``on_retry``: as
+        `Pool.call`.
 
         Raises:
             RunError: the last attempt failed too, or no worker is left.
         """
         timeout, attempts = self.run.rollout.timeout_s, self.run.cluster.attempts
+        tries = itertools.count(1)
         with self._fatal(WorkerLost):
             return await self.rollouts.call(
-                lambda worker: worker.generate(requests), timeout, turn=turn, attempts=attempts, on_retry=on_retry
+                lambda worker: worker.generate(requests, last=next(tries) >= attempts),
+                timeout,
+                turn=turn,
+                attempts=attempts,
+                on_retry=on_retry,
             )
 
     async def score(self, groups: Sequence[GroupRefs]) -> list[GroupRefs]:
@@ -114,6 +126,63 @@ class Cluster:
             return [replace(group, error=str(lost)) for group in groups]
         except ArgumentsLost as lost:
             raise GroupsLostError(await missing(groups)) from lost
+
+    async def fetch(self, refs: Sequence[Any]) -> list[Any]:
+        """Bring small objects (scores, a few pictures for a person to look at) to the driver."""
+        return list(await asyncio.gather(*refs))
+
+    def busy(self) -> dict[str, float]:
+        """Seconds that each role's workers have worked since the last call, added up over a role."""
+        seconds = {role: sum(actor.busy_s for actor in actors) for role, actors in self._roles.items()}
+        for actor in self.actors():
+            actor.busy_s = 0.0
+        return seconds
+
+    def workers(self) -> dict[str, int]:
+        """Workers of each role that can be asked now."""
+        return {role: sum(actor.is_ready for actor in actors) for role, actors in self._roles.items()}
+
+    def actors(self) -> list[SupervisedActor[Any]]:
+        """Every supervised actor of the run."""
+        return [actor for actors in self._roles.values() for actor in actors]
+
+    def restarts(self) -> int:
+        """Workers replaced so far."""
+        return sum(actor.restarts for actor in self.actors())
+
+    async def _setup(self) -> None:
+        """Wait until every worker that the run needs is warm."""
+        await asyncio.gather(self.rollouts.ready(), self.rewards.ready())
+
+    @contextmanager
+    def _fatal(self, kind: type[WorkerLost]) -> Iterator[None]:
+        """Turn a loss that ends the run into a RunError that says where to look."""
+        try:
+            yield
+        except kind as lost:
+            raise RunError(f"{lost}; {self._hint}") from lost
+
+
+class Cluster(InferenceCluster):
+    """The workers of a training run: rollout workers, reward workers and the learner.
+
+    Invariant: a rollout worker gets the newest published version before its first request (promise 6).
+    """
+
+    publishes = True
+
+    def __init__(self, run: RunConfig, logs: Path | None, start: Actors | None = None, *, scoring: bool = True) -> None:
+        """As the base class."""
+        start = start or Actors(run, logs)
+        backend, timeout_s = run.cluster.weight_transport, run.cluster.sync_timeout_s
+        # The learner first: colocated rollout workers are placed beside its ranks.
+        self.learner = ClusterLearner(run, start.learner, self._without_rollouts, _where(logs))
+        if backend == "object_store":
+            self.transport = ObjectStore(self.learner, timeout_s)
+        else:
+            self.transport = Broadcast(self.learner, timeout_s, backend)
+        super().__init__(run, logs, start, scoring=scoring, sync=self.transport.join)
+        self._roles["learner"] = [self.learner.actor]
 
     async def publish(self, version: int) -> None:
         """Bring the learner's version to the rollout workers, which draw every batch that is asked for later with it.
@@ -142,42 +211,19 @@ class Cluster:
             with self._fatal(WorkerLost):
                 await self.rollouts.wait_any()
 
-    async def fetch(self, refs: Sequence[Any]) -> list[Any]:
-        """Bring small objects (scores, a few pictures for a person to look at) to the driver."""
-        return list(await asyncio.gather(*refs))
-
     @property
     def published(self) -> bool:
         """Whether any version was published: before, workers hold the weights of the config's model."""
         return self.transport.version is not None
 
-    def busy(self) -> dict[str, float]:
-        """Seconds that each role's workers have worked since the last call, added up over a role."""
-        seconds = {role: sum(actor.busy_s for actor in actors) for role, actors in self._roles.items()}
-        for actor in self.actors():
-            actor.busy_s = 0.0
-        return seconds
-
-    def workers(self) -> dict[str, int]:
-        """Workers of each role that can be asked now."""
-        return {role: sum(actor.is_ready for actor in actors) for role, actors in self._roles.items()}
-
-    def actors(self) -> list[SupervisedActor[Any]]:
-        """Every supervised actor of the run."""
-        return [actor for actors in self._roles.values() for actor in actors]
-
-    def restarts(self) -> int:
-        """Workers replaced so far."""
-        return sum(actor.restarts for actor in self.actors())
-
     async def _setup(self) -> None:
-        """Wait until every worker that the run needs is warm."""
+        """As the base class, and the learner."""
         if self.run.rollout.colocated:
             # vLLM wants its share of a GPU free when it starts, and takes what others allocate while it measures itself
             # for its own needs; if they free some it refuses. So workers load first, alone, and then sleep.
             await self.rollouts.ready()
         learner = self.learner.actor.ready(self.run.cluster.start_timeout_s)
-        await asyncio.gather(self.rollouts.ready(), self.rewards.ready(), learner)
+        await asyncio.gather(super()._setup(), learner)
 
     @asynccontextmanager
     async def _without_rollouts(self) -> AsyncIterator[None]:
@@ -198,10 +244,7 @@ class Cluster:
             await asyncio.gather(*map(hold, actors))
             yield
 
-    @contextmanager
-    def _fatal(self, kind: type[WorkerLost]) -> Iterator[None]:
-        """Turn a loss that ends the run into a RunError that says where to look."""
-        try:
-            yield
-        except kind as lost:
-            raise RunError(f"{lost}; {self._hint}") from lost
+
+def _where(logs: Path | None) -> str:
+    """Where the log of a worker is, for the error that says it is lost."""
+    return f"its log is in {logs}" if logs else "see its log in Ray's dashboard or `ray logs`"

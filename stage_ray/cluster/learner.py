@@ -14,6 +14,7 @@ from stage_ray.actors.client import ArgumentsLost, Client, WorkerFailed, WorkerL
 from stage_ray.actors.supervised import Ask, SupervisedActor
 from stage_ray.config import RunConfig
 from stage_ray.errors import GroupsLostError, LearnerLostError, RunError
+from stage_ray.files import FileDigest
 from stage_ray.records import GroupRefs, Update
 from stage_ray.workers.learner import LearnerWorker
 
@@ -54,9 +55,9 @@ class ClusterLearner:
         await self.call(lambda client: client.ask(LearnerWorker.set_batch, *_objects(groups)), groups=groups)
         return await self.call(update)
 
-    async def save_state(self, directory: Path) -> None:
-        """Write weights, optimizer, schedule and random states, for an exact resume."""
-        await self.call(lambda client: client.ask(LearnerWorker.save_state, directory.resolve()))
+    async def save_state(self, directory: Path) -> dict[str, FileDigest]:
+        """Write weights, optimizer, schedule and random states, for an exact resume; what went into shards, by path."""
+        return await self.call(lambda client: client.ask(LearnerWorker.save_state, directory.resolve()))
 
     async def load_state(self, directory: Path) -> int:
         """Take a saved state; its version."""

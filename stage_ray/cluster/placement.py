@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from stage_ray.observability.logs import worker_environment
 from stage_ray.workers.learner import LearnerWorker
 from stage_ray.workers.reward import RewardClient, RewardWorker
 from stage_ray.workers.rollout import RolloutClient, RolloutWorker
+from stage_ray.workers.threads import own_threads
 
 Share = RolloutConfig | ScoringConfig | LearnerConfig  # what one rank of a role reserves
 Place: TypeAlias = PlacementGroupSchedulingStrategy | None  # a bundle of a placement group; None: where Ray wants
@@ -63,10 +63,8 @@ class Actors:
         self, role: type[Worker], name: str, share: Share, env: Mapping[str, str], places: Sequence[Place]
     ) -> list[Any]:
         """A worker's actors, one for each place."""
-        cores = os.cpu_count() or 1
-        if self._run.pipeline.max_staleness > 0:  # rollout worker and learner work at once, and share the cores
-            cores = max(1, cores // 2)
-        threads = 1 if isinstance(share, ScoringConfig) else share.threads or max(1, cores // len(places))
+        # The worker sees for itself once it is where it runs; but libraries read the variable when they are loaded.
+        threads = 1 if isinstance(share, ScoringConfig) else own_threads(self._run, share)
         env, actors = {**env, "OMP_NUM_THREADS": str(threads)}, []
         for rank, place in enumerate(places):
             make = actor_of(role, share.cpus, share.gpus, env, share.resources, place)

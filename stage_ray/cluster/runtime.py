@@ -15,17 +15,23 @@ import shutil
 import socket
 import tempfile
 from pathlib import Path
+from typing import IO
 from unittest.mock import patch
 
 import psutil
 import ray
-from ray._common.utils import get_default_system_temp_dir
-from ray._private import ray_constants, utils
+from ray._private import ray_constants, utils, worker
 from ray._private.authentication.authentication_token_setup import AuthenticationTokenLoader, Config
+from ray._private.node import Node
 
 from stage_ray.actors.client import first_line
+from stage_ray.cluster.object_store import store_mb, two_versions_mb
+from stage_ray.cluster.sessions import lock_session, remove_dead_sessions
 from stage_ray.config import RunConfig
+from stage_ray.config.hardware import usable_cpus
 from stage_ray.errors import ConfigError, RunError
+from stage_ray.files import keep_private, private_directory
+from stage_ray.signals import blocked_signals
 
 log = logging.getLogger(__name__)
 
@@ -36,11 +42,13 @@ ANSWER_S = 10.0  # for a connection to a cluster's head
 # stack and aborts where its C++ hears of it.
 @patch.object(utils, "set_sigterm_handler", lambda handler: None)
 @patch.object(ray_constants, "RAY_DISABLE_FAILURE_SIGNAL_HANDLER", True)
-def start_ray(run: RunConfig, run_dir: Path) -> bool:
+def start_ray(run: RunConfig, run_dir: Path, *, weights: bool = True) -> bool:
     """Join a cluster or start one on this machine; True if started. Signal handlers stay as they are.
 
+    ``weights``: whether versions of the weights travel through its object store.
+
     Raises:
-        ConfigError: the address is none that a driver can join.
+        ConfigError: the address is none that a driver can join, or no directory can hold Ray's sockets.
         RunError: no cluster at that address, or too little memory for the object store.
     """
     cluster, rollout, scoring, learner = run.cluster, run.rollout, run.scoring, run.learner
@@ -52,40 +60,81 @@ def start_ray(run: RunConfig, run_dir: Path) -> bool:
             ray.init(address=address, log_to_driver=False, logging_level="ERROR")
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise RunError(f"no Ray cluster answers at cluster.address = {address!r}: {first_line(error)}") from error
+        if weights:
+            _tell_of_small_stores(run)
         return False
-    free_mb = psutil.virtual_memory().available // 2**20
-    if cluster.object_store_mb > free_mb:
-        more = f"is more than the {free_mb} MB of memory that are free; lower it"
-        raise RunError(f"cluster.object_store_mb = {cluster.object_store_mb} {more}")
-    _tell_of_little_shared_memory(cluster.object_store_mb)
+    free_mb, wanted_mb = psutil.virtual_memory().available // 2**20, store_mb(run, weights=weights)
+    if wanted_mb > free_mb:
+        fix = "lower it" if cluster.object_store_mb else "it is null, which is what this model and batch need; set it"
+        raise RunError(
+            f"cluster.object_store_mb = {wanted_mb} is more than the {free_mb} MB of memory that are free; {fix}"
+        )
+    _tell_of_little_shared_memory(wanted_mb)
     cpus = rollout.workers * rollout.tensor_parallel * rollout.cpus + scoring.workers * scoring.cpus
     cpus += learner.ranks * learner.cpus
+    directory = private_directory()  # Ray opens its own directories, and the sockets in them, to every user (0777)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # vLLM's torch.distributed, which knows no token
+    remove_dead_sessions(directory / "ray")
     try:
         _demand_token()
         # With 127.0.0.1 as its node's address each of Ray's servers listens there only. Ray replaces a given 127.0.0.1
         # by the machine's address in the network (`resolve_ip_for_localhost`), and then every server binds all
         # interfaces, unless clusters are off. RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 does that while Ray is imported.
-        with patch.object(ray_constants, "ENABLE_RAY_CLUSTER", False):
+        with patch.object(ray_constants, "ENABLE_RAY_CLUSTER", False), blocked_signals():
             context = ray.init(
                 address="local",
-                num_cpus=cluster.num_cpus or max(os.cpu_count() or 1, math.ceil(cpus)),
-                object_store_memory=cluster.object_store_mb * 2**20,
+                num_cpus=cluster.num_cpus or max(usable_cpus(), math.ceil(cpus)),
+                object_store_memory=wanted_mb * 2**20,
                 include_dashboard=cluster.dashboard,
                 dashboard_host="127.0.0.1",
                 log_to_driver=False,
                 logging_level="ERROR",
-                _temp_dir=str(_private_directory() / "ray"),
+                _temp_dir=str(directory / "ray"),
                 # Else it starts a process for each CPU, though every actor needs one with an environment of its own.
-                _system_config={"prestart_worker_first_driver": False},
+                # The head remembers 100,000 calls otherwise, hundreds of megabytes in a long run; none is asked for.
+                _system_config={"prestart_worker_first_driver": False, "task_events_max_num_task_in_gcs": 1000},
             )
     except Exception as error:  # Ray raises a bare Exception when a node does not come up in time
         raise RunError(f"Ray did not start on this machine: {first_line(error)}") from error
-    link = run_dir / "logs" / "ray"
+    session, link = Path(context.address_info["session_dir"]), run_dir / "logs" / "ray"
+    _end_at_once(worker._global_node, lock_session(session))
     link.parent.mkdir(parents=True, exist_ok=True)
     link.unlink(missing_ok=True)
-    link.symlink_to(Path(context.address_info["session_dir"]) / "logs")
+    link.symlink_to(session / "logs")
     return True
+
+
+def _tell_of_small_stores(run: RunConfig) -> None:
+    """Say so where a node of a cluster that was joined has no room for the weights in its object store."""
+    kind = "GPU" if run.rollout.gpus or run.learner.gpus else "CPU"  # a node without any gets no version
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get(kind)]
+    smallest_mb = min((node.get("object_store_memory", 0) for node in nodes), default=0) / 2**20
+    needed_mb = two_versions_mb(run)
+    if nodes and needed_mb and smallest_mb < needed_mb:
+        log.warning(
+            "a node of this cluster has %d MB of object store, and two versions of the weights need %d: Ray keeps the "
+            "rest on disk, which is slow; start its Ray with a larger --object-store-memory",
+            *(smallest_mb, needed_mb),
+        )
+
+
+def _end_at_once(node: Node, lock: IO[str]) -> None:
+    """Let `ray.shutdown` kill the node's processes, as they do not hear SIGTERM, and free the session's lock."""
+    kill_all = node.kill_all_processes
+
+    def kill(**options: bool) -> None:
+        servers = {info.process.pid for infos in node.all_processes.values() for info in infos}
+        started: list[psutil.Process] = []  # workers and agents
+        for child in psutil.Process().children():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                started += child.children(recursive=True) if child.pid in servers else []
+        kill_all(**options | {"allow_graceful": False})
+        for process in started:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        lock.close()
+
+    patch.object(node, "kill_all_processes", kill).start()
 
 
 def _tell_of_little_shared_memory(wanted_mb: int) -> None:
@@ -126,31 +175,26 @@ def _demand_token() -> None:
     os.environ["RAY_AUTH_MODE"] = "token"
     Config.initialize("")  # Ray read the variable when it was imported
     loader = AuthenticationTokenLoader.instance()
-    token = Path.home() / ".ray" / "auth_token"
+    token = Path(os.path.expanduser("~")) / ".ray" / "auth_token"
     if not loader.has_token(ignore_auth_mode=True):
-        token.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        descriptor, scratch = tempfile.mkstemp(dir=token.parent)  # mode 0600 whatever the umask
-        with os.fdopen(descriptor, "w") as file:
-            file.write(secrets.token_hex(32))
-        with contextlib.suppress(FileExistsError):  # another run was faster: its token serves both
-            os.link(scratch, token)
-        os.unlink(scratch)
+        try:
+            _write_token(token)
+        except OSError:  # there is no home, or it is closed
+            token = private_directory() / "auth_token"
+            _write_token(token)
+            os.environ["RAY_AUTH_TOKEN_PATH"] = str(token)
         loader.reset_cache()
-    if token.exists():
-        _keep_private(token.parent)
-        _keep_private(token)
+    if os.path.exists(token):  # a closed home raises nothing
+        keep_private(token.parent)
+        keep_private(token)
 
 
-def _private_directory() -> Path:
-    """Where Ray keeps its session: Ray opens its own directories, and the sockets in them, to every user (0777)."""
-    directory = Path(get_default_system_temp_dir()) / f"stage-ray-{os.getuid()}"
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if directory.is_symlink() or directory.stat().st_uid != os.getuid():
-        raise PermissionError(f"{directory} belongs to another user; set RAY_TMPDIR to a directory of yours")
-    _keep_private(directory)
-    return directory
-
-
-def _keep_private(path: Path) -> None:
-    if (mode := path.stat().st_mode) & 0o077:
-        path.chmod(mode & 0o700)
+def _write_token(token: Path) -> None:
+    """Write a new one, unless one is there."""
+    token.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    descriptor, scratch = tempfile.mkstemp(dir=token.parent)  # mode 0600 whatever the umask
+    with os.fdopen(descriptor, "w") as file:
+        file.write(secrets.token_hex(32))
+    with contextlib.suppress(FileExistsError):  # another run was faster: its token serves both
+        os.link(scratch, token)
+    os.unlink(scratch)

@@ -45,6 +45,7 @@ class ObjectStore:
         self.version: int | None = None  # the newest one; None before the first `publish`
         self.published: Publication | None = None  # the one that is stored
         self._learner, self._timeout_s = learner, timeout_s
+        self._dtypes: dict[str, str] = {}  # of the engine that each actor started last
         self._loading: list[asyncio.Task[None]] = []
 
     async def publish(self, actors: Sequence[RolloutActor]) -> None:
@@ -57,6 +58,13 @@ class ObjectStore:
         loading, self._loading = self._loading, []
         await asyncio.gather(*loading)
         return bool(loading)
+
+    async def join(self, name: str, worker: Client) -> None:
+        """Ask a worker that has started which dtype its engine holds, then bring it the newest version."""
+        asking = worker.ask(RolloutWorker.weight_dtype)
+        late = f"{name} did not name its dtype within cluster.sync_timeout_s = {self._timeout_s:g} s"
+        self._dtypes[name] = await in_time(asking, self._timeout_s, late)
+        await self.newest(name, worker)
 
     async def newest(self, name: str, worker: Client) -> None:
         """Bring the newest version, if there is one, to a worker whose turn it is; WorkerLate if it takes too long."""
@@ -71,9 +79,19 @@ class ObjectStore:
             ask = partial(self.newest, actor.name)
             await (actor.ask(ask, None) if held else actor.call(ask, None, if_ready=True))
 
+    @property
+    def _dtype(self) -> str:
+        """What a version travels in: the dtype of all engines, so that no byte is sent in vain; float32 if they differ.
+
+        An engine rounds what it is given as the learner would, to the same bits. One of another dtype than all before
+        it takes what is stored when it joins; from the next version on all get float32.
+        """
+        dtypes = set(self._dtypes.values())
+        return dtypes.pop() if len(dtypes) == 1 else "float32"
+
     async def _store(self, learner: Client) -> int:
         """Store the version of a learner whose turn it is."""
-        manifest = await learner.ask(LearnerWorker.pack)
+        manifest = await learner.ask(LearnerWorker.pack, self._dtype)
         version, chunks = learner.first.ask_objects(LearnerWorker.chunks, manifest.chunks)
         await version  # a learner that dies before all are stored is lost here, not in every worker that loads them
         self.published = Publication(manifest.version, ray.put(manifest), tuple(chunks))
@@ -101,7 +119,7 @@ class Broadcast(ObjectStore):
 
     async def publish(self, actors: Sequence[RolloutActor]) -> None:
         """Let the learner and the workers wait for each other, then send; workers that start now use the store."""
-        manifest = await self._learner.call(lambda learner: learner.ask(LearnerWorker.offer))
+        manifest = await self._learner.call(lambda learner: learner.ask(LearnerWorker.offer, self._dtype))
         self.published = None
         if any(actor.started and not actor.is_ready for actor in actors):
             await self._learner.call(self._store)

@@ -19,6 +19,7 @@ from typer import Exit
 
 from stage_ray.config.hardware import cpu_name, gpu_names, package_version, usable_cpus
 from stage_ray.errors import ConfigError
+from stage_ray.files import private_directory
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -138,6 +139,10 @@ def _space() -> Iterable[Finding]:
         free = shutil.disk_usage("/dev/shm").free / GIB
         more = "Ray will use slow files: enlarge it (docker run --shm-size=2g), or lower cluster.object_store_mb"
         yield _judge("shared memory", free >= 0.6, f"{free:.1f} GiB free", "note", more)
+    try:
+        yield Finding("Ray's files", "ok", f"in {private_directory()}")
+    except ConfigError as error:
+        yield Finding("Ray's files", "missing", str(error), "set RAY_TMPDIR")
     free = shutil.disk_usage(Path.cwd()).free / GIB
     yield _judge("disk", free >= 1, f"{free:.0f} GiB free here", "missing", "free at least 1 GiB")
     try:

@@ -13,7 +13,7 @@ import os
 import re
 import shlex
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ import yaml
 
 import stage_ray
 from stage_ray.config import RunConfig
+from stage_ray.config.hub import HUB
+from stage_ray.config.inputs import inputs
 from stage_ray.config.load import load_config, read_mapping
 from stage_ray.config.paths import PACKAGE
 from stage_ray.errors import ConfigError
@@ -86,7 +88,8 @@ def plan_job(
         from stage_ray.recipes import load_recipe
 
         load_recipe(run)
-    if not Path(run.run_dir).is_absolute() and not scratch:
+    relative = not Path(run.run_dir).is_absolute()
+    if relative and not scratch:
         raise ConfigError(
             f"run_dir = {run.run_dir!r} is relative: on the cluster it would lie in the job's temporary directory and "
             "be lost with it; name shared storage, such as --run-dir /shared/runs/first, or add --scratch"
@@ -98,13 +101,14 @@ def plan_job(
     inside, files = _files(config, run, code=not image_has_code, working_dir=working_dir)
     command = ["python", "-m", "stage_ray", "train", inside]
     command += [part for override in overrides for part in ("--set", override)]
-    command += ["--run-dir", str(run_dir)] * (run_dir is not None) + ["--auto-resume"] * auto_resume
+    command += ["--run-dir", str(run_dir)] * (run_dir is not None and not relative) + ["--auto-resume"] * auto_resume
+    here = f' --run-dir "$PWD"/{shlex.quote(run.run_dir)}' if relative else ""  # else the job would refuse it
     end = re.sub(r"[^A-Za-z0-9]+", "-", Path(run.run_dir).name).strip("-")[:40]
     digest = hashlib.sha256(json.dumps(run.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
     return Job(
         name=name or f"stage-ray-{end or 'run'}-{digest[:8]}",  # the same on every machine
         run_dir=run.run_dir,
-        entrypoint=shlex.join(command),
+        entrypoint=shlex.join(command) + here,
         files=files,
         cpus=cpus,
         resources=_resources(resources),
@@ -155,9 +159,10 @@ def _named_files(run: RunConfig, root: Path, called: str) -> dict[str, Path]:
     Raises a `ConfigError` where the job would not find one: it leads out of what is sent, is missing, or is too large.
     """
     fix = "move it there, or put it on storage that the cluster shares and give its absolute path"
-    parts: dict[str, Any] = {"prompts": {"train", "heldout"}, "policy": {"path"}, "rewards": {"__all__": {"options"}}}
     found = {}
-    for key, name in _relative_paths(run.model_dump(include=parts)):
+    for key, name in inputs(run).items():
+        if name.startswith((PACKAGE, HUB, "/", "~")):
+            continue
         inside = os.path.normpath(name)  # not resolved: the job looks it up by its name, so a link stays a link
         path = root / inside
         if inside.startswith("..") and (path.exists() or key.startswith("prompts.")):
@@ -170,15 +175,6 @@ def _named_files(run: RunConfig, root: Path, called: str) -> dict[str, Path]:
                 raise ConfigError(f"{key} = {name!r} has {size:.0f} MiB and Ray takes {CAP_MIB} at most; {fix}")
             found[inside] = path
     return found
-
-
-def _relative_paths(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """Key and value of every text, however deep in mappings and lists, that may be a relative path."""
-    if isinstance(value, dict | list):
-        for name, below in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from _relative_paths(below, f"{key}.{name}" if key else str(name))
-    elif isinstance(value, str) and value and not value.startswith((PACKAGE, "/", "~")):
-        yield key, value
 
 
 def _runtime_env(path: Path | None, names: Sequence[str]) -> dict[str, Any]:

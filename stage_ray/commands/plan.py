@@ -5,17 +5,24 @@ from __future__ import annotations
 import itertools
 import json
 import textwrap
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from typer import Option
 
-from stage_ray.config.model_sizes import FLOAT32, KNOWN, ModelSizes
+from stage_ray.config.model_sizes import FLOAT32, KNOWN, WIDTH, ModelSizes
 from stage_ray.engines.memory import LONGEST_PROMPT, images_in_flight, rollout_memory
 from stage_ray.errors import ConfigError
-from stage_ray.learner.memory import learner_memory, loading_bytes
+from stage_ray.learner.memory import (
+    CONTEXT,
+    FRAGMENTS,
+    fillable,
+    first_fit,
+    learner_memory,
+    loading_bytes,
+    possible_cuts,
+)
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -25,8 +32,6 @@ Bytes = dict[str, int]  # what holds memory -> bytes
 GIB = 2**30
 GPUS = {"h100": 79.2, "h200": 139.8, "b200": 178.4, "a100-80gb": 79.1, "a100-40gb": 39.4, "l40s": 44.4, "l4": 22.0}
 """GiB that torch reports on a card, a little less than its name says."""
-CONTEXT = int(1.5 * GIB)  # reserved: CUDA context, NCCL's buffers, cuBLAS workspaces
-FRAGMENTS = 0.04  # reserved: share of a GPU that torch's allocator cannot hand out
 # Mask2Former Swin-S (69 M, arXiv 2112.01527), CLIP ViT-L/14 (428 M, arXiv 2103.00020) in float32, a batch of pictures.
 REWARD = {"scorers": int(0.5e9) * FLOAT32, "activations": 3 * GIB}
 PAPER = (
@@ -118,7 +123,7 @@ def model_sizes(model: str) -> ModelSizes:
 
 def room(gpu_gib: float) -> int:
     """Bytes of a GPU that a plan may fill."""
-    return int(int(gpu_gib * GIB) * (1 - FRAGMENTS)) - CONTEXT
+    return fillable(int(gpu_gib * GIB))
 
 
 def make_plan(
@@ -141,7 +146,8 @@ def make_plan(
     _check_one_gpu(model, gpu, space, dtype)
     learner = partial(learner_memory, model, prompt=LONGEST_PROMPT, dtype=dtype)
     possible = [ranks for ranks in _divisors(groups) if ranks <= gpus - 2]
-    fitting = {ranks: way for ranks in possible if (way := _first_way(learner, ranks, group_size, space))}
+    cuts = possible_cuts(group_size)
+    fitting = {ranks: cut for ranks in possible if (cut := first_fit(cuts, space, partial(learner, ranks=ranks)))}
     if not fitting:
         lines = learner(ranks=possible[-1], images=1, checkpointing=True)
         raise ConfigError(
@@ -155,7 +161,8 @@ def make_plan(
     rollouts = min(groups, gpus - 1 - ranks)
     in_flight = images_in_flight(model, space, dtype=dtype)
     batch = min(in_flight, -(-groups // rollouts) * group_size)  # the groups of one worker, rounded up
-    least = next(count for count in itertools.count(1) if _first_way(learner, count, 1, space))  # more need less each
+    # More need less each.
+    least = next(count for count in itertools.count(1) if first_fit(cuts, space, partial(learner, ranks=count)))
     return Plan(
         model=model,
         gpu=gpu.lower(),
@@ -182,24 +189,13 @@ def _divisors(count: int) -> list[int]:
     return [part for part in range(1, count + 1) if count % part == 0]
 
 
-def _first_way(learner: Callable[..., Bytes], ranks: int, group_size: int, space: int) -> tuple[int, bool] | None:
-    """Images of the largest micro-batch that fits, and whether it needs checkpointing; a whole group first without."""
-    ways = [(group_size, False), *((part, True) for part in reversed(_divisors(group_size)))]
-    for images, checkpointing in ways:
-        if sum(learner(ranks=ranks, images=images, checkpointing=checkpointing).values()) <= space:
-            return images, checkpointing
-    return None
-
-
 def _check_one_gpu(model: ModelSizes, gpu: str, space: int, dtype: str) -> None:
     """Raise a `ConfigError` where a role fits on no number of these GPUs."""
     larger = "take a GPU with more memory or a smaller model"
     narrower = "" if dtype == "bfloat16" else ", or take --dtype bfloat16"
-    loads = f"every rank loads policy and reference of {model.name} whole in float32 before it cuts them, which needs"
     rollout = sum(rollout_memory(model, images=1, dtype=dtype).values())
     for role, what, size, fix in (
         ("rollout", f"{model.name} with one image in flight needs", rollout, larger + narrower),
-        ("learner", loads, loading_bytes(model), larger),
         ("reward", "the scorers need", sum(REWARD.values()), "take a larger GPU"),
     ):
         if size > space:
@@ -261,10 +257,10 @@ def print_plan(made: Plan) -> None:
     names = dict.fromkeys(name for lines in roles for name in lines)  # in order, each once
     rows = [[name, *(gib(lines[name]) if name in lines else "" for lines in roles)] for name in names]
     rows.append(["in all", *(gib(sum(lines.values())) for lines in roles)])
-    rows.append(["while it loads", "", "", gib(loading_bytes(made.model))])
     rows.append([f"of {made.gpu_gib:g}, to fill", *[gib(room(made.gpu_gib))] * len(roles)])
     console.print(" ", _table(["GiB on one GPU", *made.memory], rows), " ", sep="\n")
     trained, whole = made.model.trained * FLOAT32 / 1e9, made.model.total * FLOAT32 / 1e9
+    stored = made.model.trained * WIDTH[made.dtype] / 1e9
     images = "a whole group" if made.micro_batch == made.group_size else "part of a group"
     sentences = [
         f"rollout: each image in flight is two sequences, with and without the prompt. {made.in_flight} fit on a GPU, "
@@ -272,8 +268,8 @@ def print_plan(made: Plan) -> None:
         f"learner: micro-batches of {made.micro_batch} images, {images}, with {'' if made.checkpointing else 'no '}"
         f"checkpointing; the ranks divide the {made.groups} groups of a step.",
         f"on disk: {3 * trained:.0f} GB a checkpoint (weights and two moments), {whole:.0f} GB the final model.",
-        f"in a node's own memory: {2 * trained:.0f} GB for two versions of the weights; {whole:.0f} GB for each rank "
-        "while it loads.",
+        f"in a node's own memory: {2 * stored:.0f} GB of Ray's object store for two versions of the weights; "
+        f"{loading_bytes(made.model) / 1e9:.0f} GB for each rank while it loads.",
         f"kept free, both guesses: {FRAGMENTS:.0%} of a GPU for fragments, {CONTEXT / GIB:g} GiB for the CUDA context.",
         "--yaml prints the config of this split, --json the numbers.",
     ]

@@ -12,17 +12,20 @@ import logging
 import os
 import re
 import signal
+import socket
 import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
+from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
+from urllib.parse import urlsplit
 
 from typer import Argument, Exit, Option
 
 from stage_ray.commands.job import Job, plan_job, stage_files
-from stage_ray.commands.train import OverridesOption
+from stage_ray.commands.train import SetOption
 from stage_ray.errors import ConfigError, Interrupted, RunError
 
 if TYPE_CHECKING:
@@ -38,7 +41,7 @@ PASSED_ON = "Pass this variable of yours on; may be repeated. The cluster's toke
 def submit(
     config: Annotated[Path, Argument(metavar="CONFIG", help="A YAML file; checked here before anything is sent")],
     address: Annotated[str, Option(envvar="RAY_API_SERVER_ADDRESS", help="The cluster's dashboard")] = LOCAL,
-    overrides: OverridesOption = None,
+    overrides: SetOption = None,
     run_dir: Annotated[Path | None, Option(help="Absolute, on the cluster's shared storage")] = None,
     scratch: Annotated[bool, Option("--scratch", help="Take a relative run directory: lost with the job")] = False,
     auto_resume: Annotated[bool, Option(help="Go on if there is a run, else begin; without, begin or fail")] = True,
@@ -91,6 +94,7 @@ def submit_job(job: Job, address: str, *, wait: bool = True) -> int:
     if not re.fullmatch(r"https?://[^/\s]+/?", address):
         raise ConfigError(f"--address {address!r} is not the address of a Ray dashboard, such as http://127.0.0.1:8265")
     os.environ["RAY_API_SERVER_ADDRESS"] = address  # else RAY_ADDRESS would go before what was asked for
+    _ask_directly(address)
     name = job.name
     try:
         from ray.job_submission import JobSubmissionClient
@@ -118,6 +122,29 @@ def submit_job(job: Job, address: str, *, wait: bool = True) -> int:
             f"Stop it: ray job stop {name} --address {address}",
             130,
         ) from None
+
+
+def _ask_directly(address: str) -> None:
+    """Ask a cluster in a private network, or on this machine, without the proxy that variables name for the rest."""
+    host = urlsplit(address).hostname or ""
+    try:
+        found = {ip_address(item[4][0]) for item in socket.getaddrinfo(host, None)}
+    except (OSError, ValueError):  # a name that only the proxy knows
+        return
+    if all(not one.is_global for one in found):
+        exempt = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
+        os.environ["no_proxy"] = f"{exempt},{host}" if exempt else host
+
+
+def _by_proxy(address: str) -> str:
+    """What an error adds where requests go through a proxy: which variable names it. Its value may hold a password."""
+    from requests.utils import get_environ_proxies
+
+    url = urlsplit(address)
+    names = [name for scheme in (url.scheme, "all") for name in (f"{scheme}_proxy", f"{scheme}_proxy".upper())]
+    name = next((name for name in names if os.environ.get(name)), "")
+    through = name and get_environ_proxies(address)
+    return f" by way of the proxy that {name} names (NO_PROXY={url.hostname} asks it directly)" if through else ""
 
 
 def _note(sentence: str) -> None:
@@ -239,10 +266,10 @@ def _one_sentence(address: str) -> Iterator[None]:
         raise RunError(f"the Ray cluster at {address} {fault}: {fix}") from error
     except (aiohttp.ClientError, requests.RequestException, OSError) as error:
         raise RunError(
-            f"no Ray dashboard answers at {address}; name it with --address or RAY_API_SERVER_ADDRESS "
-            "(on Kubernetes after: kubectl port-forward service/NAME-head-svc 8265)"
+            f"no Ray dashboard answers at {address}{_by_proxy(address)}; name it with --address or "
+            "RAY_API_SERVER_ADDRESS (on Kubernetes after: kubectl port-forward service/NAME-head-svc 8265)"
         ) from error
     except (RuntimeError, KeyError, TypeError) as error:
         # Of a server's error page the last line alone, which is the exception of a traceback.
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        raise RunError(f"the Ray cluster at {address} answered: {lines[-1]}") from error
+        raise RunError(f"the Ray cluster at {address} answered{_by_proxy(address)}: {lines[-1]}") from error

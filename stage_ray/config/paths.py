@@ -1,21 +1,25 @@
-"""Where a path in a config leads: a file, a hub id, or ``package:MODULE/FILE`` for what a package ships."""
+"""Where a path in a config leads: a file here, one of a hub, or ``package:MODULE/FILE`` for what a package ships."""
 
 from __future__ import annotations
 
 import importlib.resources
 from pathlib import Path
 
+from stage_ray.config.hub import HUB, PROMPT_FILES, cached, download, hub_uri, is_pinned
 from stage_ray.errors import ConfigError
 
 PACKAGE = "package:"
 
 
 def resolve_path(location: str) -> Path:
-    """Path of a file or directory that must exist.
+    """Path of a file or directory that must exist; what begins with ``hf://`` is downloaded, or found in the cache.
 
     Raises:
         ConfigError: nothing is there.
     """
+    if location.startswith(HUB) and (uri := hub_uri(location)) is not None:
+        known = cached(uri, PROMPT_FILES) if is_pinned(uri) else None
+        return known if known is not None and known.is_file() else download(uri, PROMPT_FILES, location)
     if location.startswith(PACKAGE):
         module, _, rest = location[len(PACKAGE) :].partition("/")
         try:
@@ -29,11 +33,11 @@ def resolve_path(location: str) -> Path:
     return path
 
 
-def model_location(location: str) -> str:
-    """What ``from_pretrained`` takes: an existing directory, or a hub id as it is.
-
-    Raises:
-        ConfigError: it looks like a path (``package:``, ``/``, ``./``, ``~``) and nothing is there.
-    """
-    looks_like_path = location.startswith((PACKAGE, "/", ".", "~")) or location.count("/") != 1
-    return str(resolve_path(location)) if looks_like_path or Path(location).exists() else location
+def require_lasting(location: str | Path | None, called: str) -> None:
+    """Raise a `ConfigError` where results would be lost: relative to where Ray unpacks a job's files, until it ends."""
+    path = Path(location or "/")
+    if not path.is_absolute() and "/working_dir_files/" in f"{path.resolve()}/":
+        raise ConfigError(
+            f"{called} = {str(path)!r} is relative: it would lie in this Ray job's temporary directory and be lost "
+            "with it; name shared storage, such as /shared/runs/first"
+        )

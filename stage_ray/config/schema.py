@@ -23,7 +23,10 @@ class Section(BaseModel):
 class PromptsConfig(Section):
     """Which prompts are trained on, and which are held out."""
 
-    train: str = Field(description="JSON Lines (GenEval's format) or text, a prompt a line; or package:MODULE/FILE")
+    train: str = Field(
+        description="JSON Lines (GenEval's format) or text, a prompt a line; package:MODULE/FILE; or "
+        "hf://datasets/OWNER/NAME[@REVISION]/FILE of a hub"
+    )
     heldout: str | None = Field(None, description="Prompts of the evaluation before and after; same formats")
     shuffle: bool = Field(True, description="A new order every epoch, fixed by the run's seed")
     too_long: Literal["refuse", "drop"] = Field(
@@ -35,7 +38,10 @@ class PolicyConfig(Section):
     """The model that is trained."""
 
     family: str = Field("janus", description="Model family, a folder in stage_ray/policies, or package.module.Class")
-    path: str = Field(description="A Hugging Face directory, package:MODULE/DIR, or a hub id")
+    path: str = Field(description="A Hugging Face directory, package:MODULE/DIR, or a hub id: OWNER/NAME[@REVISION]")
+    reference: str | None = Field(
+        None, description="Anchor of the KL and of entropy, another checkpoint of this model; null: policy.path"
+    )
     template: Literal["official", "paper"] = Field("official", description="Roles: <|User|>, or User as in the paper")
     export_dtype: Literal["checkpoint", "float32", "bfloat16"] = Field(
         "checkpoint", description="Type of the trained weights in final/; checkpoint: as they came"
@@ -69,7 +75,9 @@ class RolloutConfig(PoolConfig):
         False, description="A worker and a rank of the learner take turns on one GPU; as many of both, max_staleness 0"
     )
     cpus: float = Field(1.0, gt=0, description="CPUs reserved for one worker, or each of its processes")
-    threads: int | None = Field(None, ge=1, description="Threads of a worker; null: all if synchronous, else half")
+    threads: int | None = Field(
+        None, ge=1, description="Threads of a worker; null: its share of the cores, half if asynchronous"
+    )
     max_prompt_tokens: int = Field(256, ge=1, description="Longest prompt that is drawn; vLLM reserves memory for it")
     kv_cache_gib: float | None = Field(
         None, gt=0, description="vLLM's key-value cache on a CPU, GiB; null: what images_per_batch needs"
@@ -117,6 +125,9 @@ class AlgorithmConfig(Section):
     ratio_on: Literal["conditional", "guided"] = Field(
         "conditional", description="Ratio of the branch that is trained, or of what was sampled: one more forward"
     )
+    kl_ratio_cap: float | None = Field(
+        None, gt=1, description="Greatest p_ref / p of a token in the KL; null is off, as published"
+    )
 
     @model_validator(mode="after")
     def _range_encloses_one(self) -> AlgorithmConfig:
@@ -139,17 +150,27 @@ class LearnerConfig(Section):
     betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's betas")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradient norm is clipped to this")
-    micro_batch_images: int = Field(32, ge=1, description="Images in one forward and backward pass")
+    micro_batch_images: int | None = Field(
+        None, ge=1, description="Images in one forward and backward pass; null: as many as fit memory, at most 32"
+    )
     autocast: Annotated[Literal["auto", "off", "bfloat16"], BeforeValidator(_off_is_no_boolean)] = Field(
         "auto", description="auto: bfloat16 where the hardware computes in it"
     )
-    gradient_checkpointing: bool = Field(False, description="Recompute activations to save memory")
+    gradient_checkpointing: bool | None = Field(
+        None, description="Recompute activations to save memory; null: where they do not fit"
+    )
+    reference_dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="What the reference is kept and computed in; auto: what the policy is computed in"
+    )
+    reference_offload: bool = Field(False, description="Keep the reference off the GPU but while it runs")
     max_mismatch: float | None = Field(
         0.5, gt=0, description="A synchronous run stops where mean |delta log p| to rollout exceeds this; null is off"
     )
     ranks: int = Field(1, ge=1, description="Actors that share one update (FSDP2), whole groups each")
     cpus: float = Field(1.0, gt=0, description="CPUs reserved for one rank")
-    threads: int | None = Field(None, ge=1, description="Threads of a rank; null: all if synchronous, else half")
+    threads: int | None = Field(
+        None, ge=1, description="Threads of a rank; null: its share of the cores, half if asynchronous"
+    )
     gpus: float = Field(0.0, ge=0, description="GPUs reserved for one rank")
     resources: dict[str, float] = Field({}, description="Custom Ray resources of one rank")
     timeout_s: float = Field(3600.0, gt=0, description="Seconds an update may take before the learner is replaced")
@@ -190,7 +211,9 @@ class ClusterConfig(Section):
     num_cpus: int | None = Field(
         None, ge=1, description="CPUs of a local cluster; null: the machine's, or more if asked"
     )
-    object_store_mb: int = Field(512, ge=80, description="Object store of a local cluster, MB")
+    object_store_mb: int | None = Field(
+        None, ge=80, description="Object store of a local cluster, MB; null: two versions of the weights, and images"
+    )
     dashboard: bool = Field(False, description="Ray's dashboard on a local cluster, on 127.0.0.1")
     metrics_port: int | None = Field(0, ge=0, le=65535, description="Prometheus port; 0 picks a free one, null is off")
     metrics_host: str = Field("127.0.0.1", description="Address the Prometheus endpoint binds to")

@@ -54,9 +54,11 @@ class ImageEngine(ABC):
 
     Attributes:
         codec: prompts and pictures of the policy that it serves; a subclass sets it.
+        dtype: of the trained tensors that it holds; it casts what `load_weights` brings. A subclass sets it.
     """
 
     codec: ImageCodec
+    dtype: torch.dtype = torch.float32
 
     def __init__(self, worker: str, images_per_batch: int, params: SamplingParams) -> None:
         self.policy_version = 0

@@ -22,8 +22,8 @@ class TorchEngine(ImageEngine):
         super().__init__(worker, rollout.images_per_batch, SamplingParams.of(rollout))
         device = device_for(rollout.gpus, "rollout.gpus")
         self._device = device
-        dtype = compute_dtype(rollout.dtype, device)
-        self._policy = load_policy(policy, device=device, dtype=dtype, trainable=False)
+        self.dtype = compute_dtype(rollout.dtype, device)
+        self._policy = load_policy(policy, device=device, dtype=self.dtype, trainable=False)
         self.codec = self._policy.codec
         with torch.no_grad():  # of every image token, once: the modules that make them are not trained
             self._image_embeds = self._policy.embed_image_tokens(torch.arange(self.codebook_size, device=device))

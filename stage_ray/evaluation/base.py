@@ -122,6 +122,8 @@ class EvaluationResult:
         metrics: as `Benchmark.aggregate` gives them.
         scores: mean of every scorer, by its column; None where it scored nothing.
         images: for each image ``prompt_index``, ``prompt``, ``image``, ``scores`` (None where invalid) and ``details``.
+        conditions: what it depends on beside the weights, by key of a config: see `conditions` in ``loop.py``.
+            Empty in a file of an earlier version.
     """
 
     benchmark: str
@@ -129,11 +131,29 @@ class EvaluationResult:
     metrics: Mapping[str, MetricValue]
     scores: Mapping[str, float | None] = field(default_factory=dict)
     images: tuple[Mapping[str, Any], ...] = ()
+    conditions: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def headline_value(self) -> float | None:
         """Value of the headline metric; None where no image could be judged."""
         return self.metrics[self.headline].value if self.headline in self.metrics else None
+
+
+def unlike(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    """Why two evaluations cannot be compared prompt by prompt, from their ``conditions``; "" where they can.
+
+    Example:
+        >>> unlike({"evaluation.seed": 20}, {"evaluation.seed": 21})
+        'before and after cannot be compared: evaluation.seed was 20 and is 21'
+    """
+    said = []
+    for key in sorted(before.keys() | after.keys()):
+        if (was := before.get(key)) != (now := after.get(key)):
+            values = f"was {was} and is {now}"
+            said.append(f"{key} {values if len(values) < 100 else 'was another'}")
+    if not before or not after:
+        said = ["an earlier version wrote one of them, and not what it was made with"]
+    return f"before and after cannot be compared: {'; '.join(said)}" if said else ""
 
 
 def write_result(path: Path, result: EvaluationResult, **more: Any) -> None:
@@ -156,6 +176,11 @@ def read_result(path: Path) -> EvaluationResult | None:
         raise RunError(f"{path} is not an evaluation ({why}); remove it to go on without it") from error
 
 
+def plain(value: Any) -> Any:
+    """What a scorer says, where JSON does not know its type: NumPy's numbers and arrays as Python's, else a text."""
+    return value.tolist() if isinstance(value, np.generic | np.ndarray) else str(value)
+
+
 def summarise(benchmark: Benchmark, prompts: Sequence[Prompt], scored: Sequence[ScoredGroup]) -> EvaluationResult:
     """Sum up the scored groups of `requests_for`'s requests, in any order.
 
@@ -168,8 +193,8 @@ def summarise(benchmark: Benchmark, prompts: Sequence[Prompt], scored: Sequence[
     images: list[dict[str, Any]] = []
     columns: dict[str, list[float]] = {name: [] for group in ordered for name in group.names}  # valid scores only
     for prompt, group in zip(prompts, ordered, strict=True):
-        # Details are a user's: a trip through JSON makes NaN null, and whatever JSON does not know a text.
-        details = json.loads(json.dumps(group.details, default=str), parse_constant=lambda _: None)
+        # Details are a user's: a trip through JSON makes NaN null, and whatever JSON does not know what `plain` says.
+        details = json.loads(json.dumps(group.details, default=plain), parse_constant=lambda _: None)
         for image, said in enumerate(details):
             judged = zip(group.names, group.scores[image], group.valid[image], strict=True)
             scores = {name: float(score) if valid else None for name, score, valid in judged}

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
+import xxhash
 
+from stage_ray.config import RunConfig
 from stage_ray.evaluation.base import Benchmark, EvaluationResult, summarise
 from stage_ray.records import Prompt, RolloutRequest, ScoredGroup, image_seeds
 from stage_ray.rewards import score_groups
@@ -37,10 +40,12 @@ class Backend(Protocol):
     """Whatever generates and scores: `EngineBackend` in this process, or the cluster of a run.
 
     Attributes:
-        images_per_batch: images that it is asked for at once.
+        images_per_batch: images of one batch.
+        batches_at_once: batches that keep it busy; each holds its images until they are scored.
     """
 
     images_per_batch: int
+    batches_at_once: int
 
     async def judge(self, requests: Sequence[RolloutRequest], *, images: bool) -> list[JudgedGroup]:
         """Generate and score one batch, in the order of the requests; ``images``: with the images themselves."""
@@ -49,6 +54,8 @@ class Backend(Protocol):
 
 class EngineBackend:
     """An engine and scorers in this process; without scorers it generates only."""
+
+    batches_at_once = 1
 
     def __init__(
         self, engine: ImageEngine, scorers: Sequence[tuple[str, Reward | GroupReward]] = (), images_per_batch: int = 64
@@ -82,16 +89,21 @@ async def judge_in_batches(
     *,
     images: bool = False,
     advance: Callable[[int], object] = lambda groups: None,
+    at_once: int | None = None,
 ) -> list[T]:
-    """Ask for all batches at once; what ``use`` made of every group, in the order of the requests.
+    """What ``use`` made of every group, in the order of the requests.
 
-    A group is used as soon as its batch is done, so images do not pile up unless ``use`` keeps them; then ``advance``
-    gets the number of groups. All requests have as many seeds; ``images`` tells whether ``use`` needs the images.
+    A group is used as soon as its batch is done; then ``advance`` gets the number of groups. So images do not pile up,
+    with ``at_once`` as the most batches that are asked for, unless ``use`` keeps them. Without it all are asked for
+    now, and one policy version draws them though training goes on. All requests have as many seeds; ``images`` tells
+    whether ``use`` needs the images.
     """
     size = max(1, backend.images_per_batch // len(requests[0].seeds))  # groups of a batch
+    room = asyncio.Semaphore(at_once or len(requests))
 
     async def judge(batch: Sequence[RolloutRequest]) -> list[T]:
-        used = [use(group) for group in await backend.judge(batch, images=images)]
+        async with room:
+            used = [use(group) for group in await backend.judge(batch, images=images)]
         advance(len(used))
         return used
 
@@ -103,5 +115,26 @@ async def evaluate(
     backend: Backend, benchmark: Benchmark, requests: Sequence[RolloutRequest], advance: Callable[[int], object]
 ) -> EvaluationResult:
     """Generate and score every prompt of `requests_for`, and sum up; ``advance`` counts the finished ones."""
-    scored = await judge_in_batches(backend, requests, lambda group: group.scored, advance=advance)
+    scored = await judge_in_batches(
+        backend, requests, lambda group: group.scored, advance=advance, at_once=backend.batches_at_once
+    )
     return summarise(benchmark, [request.prompt for request in requests], scored)
+
+
+def conditions(run: RunConfig, benchmark: Benchmark, requests: Sequence[RolloutRequest], seed: int) -> dict[str, Any]:
+    """What the result of `evaluate` depends on beside the weights, by key of a config; JSON-able.
+
+    Of prompts, with all that their lines hold, the number and an xxh3-64 in hexadecimal.
+    """
+    prompts = [(request.prompt.index, request.prompt.text, request.prompt.record) for request in requests]
+    digest = xxhash.xxh3_64_hexdigest(json.dumps(prompts, default=str).encode())
+    sampling = run.rollout.model_dump(include={"engine", "guidance_scale", "temperature", "top_k", "top_p"})
+    return {
+        "evaluation.benchmark": benchmark.name,
+        "evaluation.seed": seed,
+        "evaluation.images_per_prompt": len(requests[0].seeds),
+        "prompts.heldout": f"{len(prompts)} prompts ({digest})",
+        "policy.template": run.policy.template,
+        **{f"rollout.{name}": value for name, value in sampling.items()},
+        "rewards": [reward.model_dump(mode="json", exclude={"weight"}) for reward in run.rewards],
+    }

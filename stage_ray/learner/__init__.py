@@ -2,5 +2,6 @@
 
 ``batch`` checks and stacks what arrives, ``learner`` makes the update, ``metrics`` describes it, ``state`` writes and
 reads what a bit-exact resume needs, ``precision`` says when bfloat16 is worth it, ``ranks`` shares an update among
-processes, and ``memory`` says on paper what it takes; the latter alone imports no torch, and so does this package.
+processes, ``memory`` says on paper what it takes, and ``fitting`` cuts an update by that. ``memory`` alone imports no
+torch, and neither does this package.
 """

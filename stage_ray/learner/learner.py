@@ -14,16 +14,20 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stage_ray.algorithm.off_policy import guided_behavior
 from stage_ray.config import LearnerConfig, RunConfig
+from stage_ray.files import FileDigest
 from stage_ray.learner.batch import Batch, LearnerError, make_batch
+from stage_ray.learner.finite import NonFiniteError, blame, train_finite, without_copies
+from stage_ray.learner.fitting import choose_cut, naming_memory
 from stage_ray.learner.metrics import UpdateOutputs, update_metrics
 from stage_ray.learner.precision import attention, autocast, uses_bfloat16
 from stage_ray.learner.ranks import Ranks, full_state_dict, full_tensor
@@ -32,9 +36,12 @@ from stage_ray.policies import load_policy
 from stage_ray.policies.base import Policy
 from stage_ray.policies.devices import device_for
 from stage_ray.policies.logprobs import SamplingParams, TokenLogprobs
+from stage_ray.policies.reference import check_reference, naming_reference, reference_config
 from stage_ray.recipes import load_recipe
 from stage_ray.recipes.base import Credit, PolicyOutputs, ReferenceOutputs
 from stage_ray.records import RolloutGroup, ScoredGroup
+
+CPU = torch.device("cpu")
 
 
 def learning_rate(step: int, steps: int, config: LearnerConfig) -> float:
@@ -64,12 +71,13 @@ class Learner:
     """
 
     def __init__(self, run: RunConfig, threads: int | None = None, ranks: Ranks | None = None) -> None:
-        """Load the policy twice; this rank keeps its share. Seeds torch's generators.
+        """Load the policy, keep this rank's share of it, then the same for the reference. Seeds torch's generators.
 
         With ``threads``, sets torch's threads, process-wide.
 
         Raises:
-            ConfigError: ``policy.*`` leads to no usable model, or ``recipe`` and ``algorithm`` to no recipe.
+            ConfigError: ``policy.*`` leads to no usable model, ``recipe`` and ``algorithm`` to no recipe, or no cut of
+                an update fits memory (`choose_cut`).
         """
         if threads is not None:
             torch.set_num_threads(threads)
@@ -80,14 +88,24 @@ class Learner:
         self._ranks = ranks or Ranks()
         self._device = device_for(run.learner.gpus, "learner.gpus")
         self._bfloat16 = uses_bfloat16(run.learner.autocast, self._device)
-        self.policy = load_policy(run.policy, device=self._device, dtype=torch.float32)
-        self._reference = load_policy(run.policy, device=self._device, dtype=torch.float32)
-        self._reference.model.requires_grad_(False)
-        self._base = fingerprint(self._reference.trained_parameters())  # while it is whole: it never changes
-        if run.learner.gradient_checkpointing:
+        wanted = run.learner.reference_dtype
+        self._reference_bfloat16 = self._bfloat16 if wanted == "auto" else wanted == "bfloat16"
+        check_reference(run.policy, fetch=True)
+        # One is cut before the other is loaded, each from the machine's memory: no GPU ever holds a whole one.
+        self.policy = load_policy(run.policy, device=CPU)
+        self._codebook = self.policy.codec.codebook().to(self._device)
+        self._cut = choose_cut(
+            run,
+            self.policy.codec,
+            self._ranks,
+            self._device,
+            bfloat16=self._bfloat16,
+            reference_bfloat16=self._reference_bfloat16,
+        )
+        if self._cut[1]:
             self.policy.enable_gradient_checkpointing()
-        for policy in (self.policy, self._reference):
-            self._ranks.shard(policy.fsdp_modules(), self._bfloat16)  # does nothing with one rank
+        self._keep_share(self.policy, bfloat16=self._bfloat16)
+        self._reference, self._base = self._load_reference()
         self._parameters = self.policy.trained_parameters()
         self._optimizer = torch.optim.AdamW(
             self._parameters.values(),
@@ -96,7 +114,6 @@ class Learner:
             weight_decay=run.learner.weight_decay,
             fused=True,
         )
-        self._codebook = self.policy.codec.codebook()
         self._sampling = SamplingParams.of(run.rollout)
         # Plain sampling draws from the conditional distribution itself: there is no second ratio.
         self._guided_ratio = run.algorithm.ratio_on == "guided" and not self._sampling.plain
@@ -110,12 +127,18 @@ class Learner:
             scored: their scores, in the same order, all valid.
 
         Returns:
-            The metrics of `update_metrics`, gradient norm, learning rate and seconds.
+            The metrics of `update_metrics`, gradient norm, learning rate, seconds, and how many groups were left out
+            because of a value that is not finite.
 
         Raises:
-            LearnerError: groups that must not be trained on, a loss or gradient that is not finite, or a mismatch
-                between engine and learner beyond ``learner.max_mismatch``. No weight has changed then.
+            LearnerError: groups that must not be trained on, a loss or gradient that is not finite (whichever groups
+                are left out), too little memory, or a mismatch between engine and learner beyond
+                ``learner.max_mismatch``. No weight has changed then.
         """
+        return train_finite(self._train, groups, scored, self._ranks.count)
+
+    def _train(self, groups: Sequence[RolloutGroup], scored: Sequence[ScoredGroup], copies: int) -> dict[str, float]:
+        """Train on all these groups; the last of them may be ``copies`` which count in metrics alone."""
         batch = make_batch(
             groups,
             scored,
@@ -127,35 +150,37 @@ class Learner:
         )
         # This rank runs the images of its own groups, as many as every other rank; the recipe sees all groups.
         own_groups = self._ranks.rows(len(groups))
-        micro_batches = batch.micro_batches(self._run.learner.micro_batch_images, own_groups)
+        micro_batches = batch.micro_batches(self._cut[0], own_groups)
         seconds: dict[str, float] = {}
-        with attention(self._bfloat16, self._device):
-            with self._clock(seconds, "time/reference_s"):
-                reference = self._reference_pass(batch, micro_batches)
-            credit = self._recipe.credit(batch, reference, self.version)
-            with self._clock(seconds, "time/policy_s"):
-                outputs = self._policy_pass(batch, micro_batches, reference, credit)
-        metrics = update_metrics(batch, reference, credit, outputs, self._run) | seconds
-        metrics["lr"] = learning_rate(self.version, self._run.steps, self._run.learner)
-        metrics["grad_norm"] = self._step(metrics)  # the only change of a weight; raises before it
+        with naming_memory(f"update {self.version}", self._run.learner, self._cut, bfloat16=self._bfloat16):
+            with attention(self._bfloat16, self._device):
+                with self._clock(seconds, "time/reference_s"), self._reference_on_device():
+                    reference = self._reference_pass(batch, micro_batches)
+                credit = without_copies(self._recipe.credit(batch, reference, self.version), copies)
+                with self._clock(seconds, "time/policy_s"):
+                    outputs = self._policy_pass(batch, micro_batches, reference, credit)
+            metrics = update_metrics(batch, reference, credit, outputs, self._run) | seconds
+            metrics["lr"] = learning_rate(self.version, self._run.steps, self._run.learner)
+            # The only change of a weight; raises before it.
+            metrics["grad_norm"] = self._step(metrics, partial(blame, reference, credit, outputs, self._run))
         self._release_cached_memory()
         return metrics
 
-    def weights(self, *, in_place: bool = False) -> list[tuple[str, Tensor]]:
-        """The trained parameters by ``state_dict`` name, detached, on the CPU.
+    def weights(self, dtype: torch.dtype | None = None) -> list[tuple[str, Tensor]]:
+        """The trained parameters by ``state_dict`` name, detached.
 
-        On a CPU, and on a GPU where ``in_place``, they share memory with the live ones: pack or copy them before the
-        next update. Several ranks gather them together; all but the first then return nothing.
+        A single rank's are float32 and share memory with the live ones: pack or copy them before the next update.
+        Several ranks gather them together on the CPU, cast to ``dtype``; all but the first then return nothing.
         """
         if self._ranks.count == 1:
-            return [(name, p.detach() if in_place else p.detach().cpu()) for name, p in self._parameters.items()]
-        weights = list(full_state_dict(self._parameters, keep=self._ranks.first).items())
+            return [(name, parameter.detach()) for name, parameter in self._parameters.items()]
+        weights = list(full_state_dict(self._parameters, keep=self._ranks.first, dtype=dtype).items())
         self._release_cached_memory()
         return weights
 
-    def save_state(self, directory: Path) -> None:
-        """Write all that a bit-exact resume needs (safetensors and JSON) into ``directory``, together."""
-        save_state(directory, self.version, self._parts())
+    def save_state(self, directory: Path) -> dict[str, FileDigest]:
+        """Write all that a bit-exact resume needs (safetensors and JSON) into ``directory``, together; the shards."""
+        return save_state(directory, self.version, self._parts())
 
     def load_state(self, directory: Path) -> None:
         """Go on from what `save_state` wrote.
@@ -174,6 +199,37 @@ class Learner:
         if self._ranks.first:
             self.policy.save(directory, state, dtype)
         self._ranks.wait()
+
+    def _load_reference(self) -> tuple[Policy, str]:
+        """The reference, of which this rank keeps its share, and its `fingerprint` from while it is whole."""
+        with naming_reference(self._run.policy):
+            reference = load_policy(reference_config(self._run.policy), device=CPU)
+        base = fingerprint(reference.trained_parameters())
+        reference.model.requires_grad_(False)
+        if self._reference_bfloat16:  # the matrices, which autocast rounds anyway; norms and embeddings it does not
+            matrices = (m for layer in reference.backbone.layers for m in layer.modules() if isinstance(m, nn.Linear))
+            for matrix in matrices:
+                matrix.weight.data = matrix.weight.data.to(torch.bfloat16)
+        self._keep_share(reference, bfloat16=self._reference_bfloat16)
+        if self._run.learner.reference_offload:
+            reference.model.to(CPU)
+        return reference, base
+
+    def _keep_share(self, policy: Policy, *, bfloat16: bool) -> None:
+        """Move this rank's share of a whole model to its device, layer by layer; all of it where it is alone."""
+        policy.drop_image_decoder()
+        self._ranks.shard(policy.fsdp_modules(), bfloat16)
+        policy.model.to(self._device)
+
+    @contextmanager
+    def _reference_on_device(self) -> Iterator[None]:
+        """Fetch an offloaded reference for its pass."""
+        offloaded = self._run.learner.reference_offload
+        if offloaded:
+            self._reference.model.to(self._device)
+        yield
+        if offloaded:
+            self._reference.model.to(CPU)
 
     def _parts(self) -> LearnerParts:
         return LearnerParts(self._parameters, self._optimizer, self._base, self._ranks)
@@ -206,7 +262,9 @@ class Learner:
         entropy = torch.empty_like(logprobs)
         guided = torch.empty_like(logprobs) if self._recipe.needs_guided else None
         for indices in micro_batches:
-            found = self._token_logprobs(self._reference, batch, indices, guided=guided is not None)
+            found = self._token_logprobs(
+                self._reference, batch, indices, bfloat16=self._reference_bfloat16, guided=guided is not None
+            )
             logprobs[indices], entropy[indices] = found.logprobs, found.entropy
             if guided is not None and found.guided_logprobs is not None:
                 guided[indices] = found.guided_logprobs
@@ -241,8 +299,9 @@ class Learner:
 
         A fresh group's ratio is taken against its own values: a mismatch of engine and learner must not weigh tokens.
         """
+        entropy_grad = self._recipe.needs_entropy_grad
         found = self._token_logprobs(
-            self.policy, batch, indices, guided=guided, entropy_grad=self._recipe.needs_entropy_grad
+            self.policy, batch, indices, bfloat16=self._bfloat16, guided=guided, entropy_grad=entropy_grad
         )
         stale = (batch.staleness > 0).repeat_interleave(batch.tokens.shape[1])[indices].unsqueeze(-1)  # [B, 1]
         recorded, current = batch.logprobs.flatten(0, 1)[indices], found.logprobs.detach()
@@ -260,17 +319,27 @@ class Learner:
         )
 
     def _token_logprobs(
-        self, policy: Policy, batch: Batch, indices: Tensor, *, guided: bool, entropy_grad: bool = False
+        self,
+        policy: Policy,
+        batch: Batch,
+        indices: Tensor,
+        *,
+        bfloat16: bool,
+        guided: bool,
+        entropy_grad: bool = False,
     ) -> TokenLogprobs:
         prompts, tokens = batch.prompts_of(indices), batch.tokens.flatten(0, 1)[indices]
-        with autocast(self._bfloat16, self._device):
+        with autocast(bfloat16, self._device):
             if guided:
                 return policy.guided_token_logprobs(prompts, tokens, self._sampling, entropy_grad=entropy_grad)
             conditional = [prompt.conditional for prompt in prompts]
             return policy.token_logprobs(conditional, tokens, entropy_grad=entropy_grad)
 
-    def _step(self, metrics: Mapping[str, float]) -> float:
-        """Check, clip and step with ``metrics["lr"]``; returns the gradient norm before clipping."""
+    def _step(self, metrics: Mapping[str, float], blame: Callable[[], Mapping[int, str]] = dict) -> float:
+        """Check, clip and step with ``metrics["lr"]``; returns the gradient norm before clipping.
+
+        ``blame`` finds the groups that made a loss or gradient other than finite.
+        """
         # Parameters that no token reached have no gradient.
         gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
         norm = full_tensor(torch.nn.utils.get_total_norm(gradients))  # over the shards of all ranks
@@ -279,7 +348,8 @@ class Learner:
         for name, value in (("loss", metrics["loss"]), ("gradient norm", norm.item())):
             if not math.isfinite(value):
                 self._optimizer.zero_grad(set_to_none=True)
-                raise LearnerError(f"{where}: the {name} is {value}; no weight was changed. Try a lower learner.lr")
+                text = f"{where}: the {name} is {value}; no weight was changed. Try a lower learner.lr"
+                raise NonFiniteError(text, blame())
         bound, mismatch = self._run.learner.max_mismatch, metrics.get("mismatch/abs_logprob", 0.0)
         # With older groups the difference includes the policy's own drift.
         if bound is not None and self._run.pipeline.max_staleness == 0 and mismatch > bound:

@@ -2,38 +2,84 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+
 from stage_ray.config.model_sizes import BFLOAT16, FLOAT32, WIDTH, ModelSizes
 
 LOGITS_AT_ONCE = 2**22  # that of `stage_ray.policies.base`, which imports torch; a test compares them
+CONTEXT = int(1.5 * 2**30)  # reserved on a GPU: CUDA context, NCCL's buffers, cuBLAS workspaces
+FRAGMENTS = 0.04  # reserved: share of a GPU that torch's allocator cannot hand out
+MOST_IMAGES = 32  # of a micro-batch that is chosen: more make no update faster
+
+Cut = tuple[int, bool]
+"""How an update is cut: images of a micro-batch, and whether their activations are recomputed."""
+
+
+def fillable(space: int) -> int:
+    """Bytes that an update may fill of so many that a GPU has."""
+    return int(space * (1 - FRAGMENTS)) - CONTEXT
+
+
+def possible_cuts(most: int, checkpointing: bool | None = None) -> list[Cut]:
+    """Ways to cut up to ``most`` images, fastest first: large micro-batches as they are, then any with recomputing.
+
+    ``checkpointing``: only with, or only without it.
+
+    Example:
+        >>> possible_cuts(8)
+        [(8, False), (4, False), (2, False), (8, True), (4, True), (2, True), (1, True)]
+    """
+    halves = [most >> halvings for halvings in range(most.bit_length())]
+    if checkpointing is not None:
+        return [(images, checkpointing) for images in halves]
+    return [(images, False) for images in halves[:3]] + [(images, True) for images in halves]
+
+
+def first_fit(cuts: Iterable[Cut], space: int, memory: Callable[..., dict[str, int]]) -> Cut | None:
+    """The first cut that fits ``space`` bytes; ``memory`` is `learner_memory` with all else given."""
+    return next((cut for cut in cuts if sum(memory(images=cut[0], checkpointing=cut[1]).values()) <= space), None)
 
 
 def learner_memory(
-    model: ModelSizes, *, ranks: int, images: int, prompt: int, dtype: str, checkpointing: bool
+    model: ModelSizes,
+    *,
+    ranks: int,
+    images: int,
+    prompt: int,
+    dtype: str,
+    checkpointing: bool,
+    reference_dtype: str | None = None,
+    offload: bool = False,
 ) -> dict[str, int]:
     """Bytes by what they hold: FSDP2 shards in float32, two layers and the root gathered at a time.
 
-    Frozen parts (image head, vision tower, tokenizer) are whole on every rank, for policy and reference each.
+    Frozen parts (image head, embedding of image tokens) are whole on every rank, for policy and reference each. The
+    policy's pass is the larger one: gradients and activations are there only after the reference's.
 
     Args:
         images: of one micro-batch.
         prompt: tokens before the image's.
         dtype: what the layers compute in; ``bfloat16`` is autocast on one rank, FSDP2's mixed precision on more.
         checkpointing: of the layers' activations.
+        reference_dtype: what the reference's layers are kept in; None is ``dtype``.
+        offload: whether the reference is elsewhere while the policy runs.
     """
     sharded = ranks > 1
     kept, working = batch_bytes(
         model, images=images, prompt=prompt, dtype=dtype, sharded=sharded, checkpointing=checkpointing
     )
-    shard = -(-model.trained // ranks) * FLOAT32
+    shard, frozen = -(-model.trained // ranks) * FLOAT32, (model.head + model.image_embedding) * FLOAT32
+    narrow = (reference_dtype or dtype) == "bfloat16"
+    saved = (FLOAT32 - BFLOAT16) * -(-model.layers * model.matrices // ranks) if narrow else 0
     copies = WIDTH[dtype] * (2 * model.layer + model.embedding)
     reduced = (WIDTH[dtype] + FLOAT32) * max(model.layer, model.embedding)  # a gradient before and while it is summed
     casts = BFLOAT16 * model.layers * model.layer if dtype == "bfloat16" else 0  # autocast keeps what it cast
     return {
         "weights": shard,
-        "reference": shard,
+        "reference": 0 if offload else shard - saved,
         "gradients": shard,
         "optimizer": 2 * shard,
-        "frozen parts": 2 * model.frozen * FLOAT32,
+        "frozen parts": frozen if offload else 2 * frozen,
         "gathered shards": copies + reduced if sharded else casts,
         "activations": kept,
         "backward, logits": working,
@@ -81,5 +127,9 @@ def batch_bytes(
 
 
 def loading_bytes(model: ModelSizes) -> int:
-    """While a rank starts: policy and reference whole in float32, before they are cut."""
-    return 2 * model.total * FLOAT32
+    """Of the machine's own memory while a rank starts: one model whole, the policy and then the reference.
+
+    In float32, and beside it as its file has it (bfloat16, as published), for transformers reads all before it lets go.
+    What the rank keeps goes to its GPU; on a CPU it stays beside what is loaded next.
+    """
+    return model.total * (FLOAT32 + BFLOAT16)

@@ -46,6 +46,7 @@ def update_metrics(
     rewards = combine_rewards(batch.scores, weights=batch.scorer_weights)  # as given: no scorer dropped, nothing added
     zero = (credit.advantages == 0).flatten(1).all(dim=1)  # [N]
     kl = k3_kl(outputs.logprobs, reference.logprobs)
+    capped = k3_kl(outputs.logprobs, reference.logprobs, ratio_cap=run.algorithm.kl_ratio_cap)
     metrics = {
         "reward/mean": rewards.mean().item(),
         "reward/std": rewards.std(dim=1).mean().item(),
@@ -56,7 +57,8 @@ def update_metrics(
         "entropy/policy": batch.entropy.mean().item(),
         "entropy/reference": reference.entropy.mean().item(),
         "kl": kl.mean().item(),
-        "kl/weighted": (credit.weights.kl * kl).sum().item(),
+        "kl/max": kl.max().item(),
+        "kl/weighted": (credit.weights.kl * capped).sum().item(),
         "images": float(batch.tokens.shape[0] * batch.tokens.shape[1]),
         "tokens": float(batch.tokens.numel()),
     }

@@ -65,6 +65,17 @@ class Ranks:
             module.set_gradient_divide_factor(1.0)  # type: ignore[operator]
             module.set_force_sum_reduction_for_comms(True)  # type: ignore[operator]  # gloo has no other reduction
 
+    def part(self, tensor: Tensor) -> tuple[Tensor, list[int]] | None:
+        """What this rank stores of a tensor, and where in the whole that begins; None where it stores nothing.
+
+        Of a tensor that is not sharded the first rank stores all. FSDP2 cuts the first dimension as `torch.chunk` does.
+        """
+        if not isinstance(tensor, DTensor):
+            return (tensor, [0] * tensor.dim()) if self.first else None
+        local = tensor.to_local()
+        begin = self.rank * -(-tensor.shape[0] // self.count)
+        return (local, [begin] + [0] * (tensor.dim() - 1)) if local.numel() else None
+
     def all_gather(self, part: Tensor) -> Tensor:
         """The parts of all ranks, in the order of ranks: [rows / count, ...] -> [rows, ...]."""
         if self.mesh is None:
@@ -95,11 +106,14 @@ def full_tensor(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def full_state_dict(state: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
-    """A state with all shards on the CPU, one tensor gathered after another; empty on ranks that do not ``keep`` it."""
+def full_state_dict(state: Mapping[str, Tensor], *, keep: bool, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """A state with all shards on the CPU, one tensor gathered after another and cast to ``dtype``.
+
+    It is empty on ranks that do not ``keep`` it.
+    """
     found = {}
     for name, tensor in state.items():
         full = full_tensor(tensor.detach())  # a collective call: also where it is not kept
         if keep:
-            found[name] = full.cpu()
+            found[name] = full.to(dtype=dtype).cpu()
     return found

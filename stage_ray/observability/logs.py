@@ -7,17 +7,23 @@ whatever a line brings along (``alarm``, ``metrics``).
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
+import threading
+import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from stage_ray.files import deny_others_writing
+from stage_ray.signals import ignore_signals
 
 log = logging.getLogger("stage_ray")
 
+MOST_BYTES, LOOK_S = 32 * 2**20, 2.0
+"""Size above which a worker's log moves to ``NAME.log.1``, in place of what is there, and seconds between two looks."""
 RUN = "STAGE_RAY_JSON_LOGS"  # set where logs are JSON, to the name of the run
 
 _context: dict[str, Any] = {}
@@ -45,12 +51,15 @@ def worker_environment() -> dict[str, str]:
 
 
 def redirect_output(log_file: str | None, role: str = "worker", worker: str = "worker") -> None:
-    """Send this worker's stdout and stderr, C++ included, to a file; None leaves them to Ray's own log files.
+    """Send this worker's stdout and stderr, C++ included, to a file; None leaves them to Ray's own log files, which Ray
+    rotates.
 
-    Every actor begins with this, so from here on files of a run are also writable by their owner only: a worker of a
-    cluster that the run joined has that cluster's umask. JSON lines carry ``role`` and ``worker``.
+    Every actor begins with this, so from here on files of a run are also writable by their owner only (a worker of a
+    cluster that the run joined has that cluster's umask), and signals that end a job are the driver's alone. JSON lines
+    carry ``role`` and ``worker``.
     """
     deny_others_writing()
+    ignore_signals()
     if log_file is not None:
         path = Path(log_file)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -58,8 +67,30 @@ def redirect_output(log_file: str | None, role: str = "worker", worker: str = "w
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
         os.close(descriptor)
+        threading.Thread(target=_keep_short, args=(path,), daemon=True).start()
     if RUN in os.environ:
         _start(run=os.environ[RUN], role=role, worker=worker)
+
+
+def _keep_short(path: Path) -> None:
+    """Look at a log from time to time: what a scorer prints at every call would fill the disk.
+
+    It is emptied, not renamed, so that whatever holds it open goes on at its beginning, the worker's own processes too.
+    """
+    while True:
+        time.sleep(LOOK_S)
+        with contextlib.suppress(OSError):
+            if path.stat().st_size > MOST_BYTES:
+                with contextlib.suppress(OSError):  # no room for it
+                    _copy(path, path.with_name(f"{path.name}.1"), 2 * MOST_BYTES)
+                os.truncate(path, 0)
+
+
+def _copy(path: Path, to: Path, most: int) -> None:
+    """Copy a file that may grow faster than it is read, ``most`` bytes of it or a little more."""
+    with path.open("rb") as source, to.open("wb") as target:
+        while target.tell() < most and (part := source.read(2**20)):
+            target.write(part)
 
 
 def bind_context(**fields: Any) -> None:

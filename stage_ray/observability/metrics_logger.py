@@ -27,7 +27,8 @@ class MetricsLogger:
     """Writes one JSON object per step, one scalar a metric and step for TensorBoard, and serves Prometheus.
 
     Invariant: ``metrics.jsonl`` holds whole lines with growing steps, whatever was killed when. A line is with the
-    system before `step` returns; a half-written last line is dropped when a run goes on.
+    system before `step` returns; a half-written last line is dropped when a run goes on, and the lines of steps that
+    will be trained again when the first of these is.
 
     ``step`` counts updates done, from 1, so a checkpoint of step 50 resumes with ``resume_step=50``.
 
@@ -40,7 +41,7 @@ class MetricsLogger:
 
         Args:
             run_dir: gets ``metrics.jsonl``, ``alarms.jsonl``, ``tensorboard/`` and ``machine.json`` (what ran it).
-            resume_step: lines of later steps are removed; they will be trained again.
+            resume_step: as `rewind`.
 
         Raises:
             RunError: the port is taken or the address is not this machine's.
@@ -50,11 +51,17 @@ class MetricsLogger:
         self.port = None if self._prometheus is None else self._prometheus.port
         self._tensorboard: SummaryWriter | None = None
         atomic_write(run_dir / MACHINE_FILE, json.dumps(machine_metadata(), indent=1))
+        self._keep(math.inf)  # all but what a crash left half-written
         self.rewind(resume_step)
 
     def step(self, step: int, metrics: Mapping[str, float | Sequence[str] | None]) -> None:
         """Record the metrics of one step. Numbers that are not finite become null; trackers get a list's length."""
-        assert self._tensorboard is not None
+        if self._tensorboard is None:
+            self._keep(self._resume_step)
+            directory = self._run_dir / "tensorboard"
+            # A purge hides the later steps that were written before, by whichever run began here.
+            purge_step = self._resume_step + 1 if directory.exists() else None
+            self._tensorboard = SummaryWriter(str(directory), purge_step=purge_step)
         row: dict[str, Any] = {"step": step, **metrics}
         row |= {name: None for name, it in row.items() if isinstance(it, numbers.Real) and not math.isfinite(it)}
         self._append(METRICS_FILE, row)
@@ -73,15 +80,10 @@ class MetricsLogger:
             self._prometheus.alarms.labels(name).inc()
 
     def rewind(self, step: int) -> None:
-        """Forget the steps after ``step``, which will be trained again, and what a crash left half-written."""
-        for path in (self._run_dir / METRICS_FILE, self._run_dir / ALARMS_FILE):
-            kept = [row for row in read_steps(path) if row["step"] <= step]  # of steps that stay
-            atomic_write(path, "".join(json.dumps(row) + "\n" for row in kept))
+        """Go on after ``step``: the next `step` first removes the lines of all later ones, which it replaces."""
         if self._tensorboard is not None:
             self._tensorboard.close()
-        directory = self._run_dir / "tensorboard"
-        # A purge hides the later steps that were written before, by whichever run began here.
-        self._tensorboard = SummaryWriter(str(directory), purge_step=step + 1 if directory.exists() else None)
+        self._tensorboard, self._resume_step = None, step
         if self._prometheus is not None:
             self._prometheus.set("step", step)  # before the first update too: a run that hangs there must be seen
 
@@ -91,6 +93,12 @@ class MetricsLogger:
             self._tensorboard.close()
         if self._prometheus is not None:
             self._prometheus.close()
+
+    def _keep(self, step: float) -> None:
+        """Keep the whole lines up to ``step``."""
+        for path in (self._run_dir / METRICS_FILE, self._run_dir / ALARMS_FILE):
+            kept = [row for row in read_steps(path) if row["step"] <= step]
+            atomic_write(path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def _append(self, name: str, row: Mapping[str, Any]) -> None:
         with (self._run_dir / name).open("a", encoding="utf-8") as file:

@@ -6,8 +6,11 @@ A plain asyncio state machine over opaque references: no Ray, no payload, no ten
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import Generic, Literal, TypeVar
 
 Payload = TypeVar("Payload")
@@ -57,6 +60,9 @@ class GroupBuffer(Generic[Payload]):
         self.groups_per_step, self.max_staleness, self._order = groups_per_step, max_staleness, order
         self.capacity = groups_per_step * (max_staleness + 1)
         self._slots: dict[int, Slot[Payload]] = {}  # by group, in the order of admission
+        # How many groups are not taken, and how many of these are ready, by `Slot.step`: kept up to date, so that it
+        # costs no look at every group to see that there is no batch yet.
+        self._held, self._ready = Counter[int](), Counter[int]()
         self._arrivals = 0
         self._changed = asyncio.Event()
 
@@ -68,7 +74,7 @@ class GroupBuffer(Generic[Payload]):
     @property
     def waiting(self) -> int:
         """Groups that are ready and not yet taken."""
-        return sum(slot.payload is not None and not slot.taken for slot in self._slots.values())
+        return self._ready.total()
 
     @property
     def pending(self) -> int:
@@ -91,37 +97,42 @@ class GroupBuffer(Generic[Payload]):
         if group_id in self._slots:
             raise ValueError(f"group {group_id} is in the buffer already")
         self._slots[group_id] = Slot(group_id, step)
+        self._count(self._slots[group_id], 1)
 
     def ready(self, group_id: int, payload: Payload, policy_version: int) -> None:
         """A group is generated and scored: it may be trained. Its version may be newer than when it was admitted."""
-        slot = self._slots[group_id]
         self._arrivals += 1
-        slot.arrival, slot.step, slot.outcome = self._arrivals, max(slot.step, policy_version), payload
+        with self._changing(group_id) as slot:
+            slot.arrival, slot.step, slot.outcome = self._arrivals, max(slot.step, policy_version), payload
         self._changed.set()
 
     def fail(self, group_id: int, why: str) -> None:
         """A group cannot be scored. It keeps its slot until it is replaced."""
-        self._slots[group_id].outcome = Failed(why)
+        with self._changing(group_id) as slot:
+            slot.outcome = Failed(why)
         self._changed.set()
 
     def replace(self, group_id: int, successor: int) -> None:
         """Give the slot of a failed group, and so its place in the order, to a fresh one."""
         fresh: Slot[Payload] = Slot(successor, self._slots[group_id].step)
+        self._count(self._slots[group_id], -1)
+        self._count(fresh, 1)
         slots = [fresh if slot.group_id == group_id else slot for slot in self._slots.values()]
         self._slots = {slot.group_id: slot for slot in slots}
 
     def invalidate(self, group_id: int) -> bool:
         """Forget the lost payload of a group, which keeps its slot to be generated again; whether it had one."""
-        slot = self._slots[group_id]
-        had_payload = slot.payload is not None
-        if had_payload:
-            slot.outcome, slot.taken = None, False
+        with self._changing(group_id) as slot:
+            had_payload = slot.payload is not None
+            if had_payload:
+                slot.outcome, slot.taken = None, False
         return had_payload
 
     def requeue(self, group_ids: Iterable[int]) -> None:
         """Undo `take`: the groups were not trained, and keep their places in the order."""
         for group_id in group_ids:
-            self._slots[group_id].taken = False
+            with self._changing(group_id) as slot:
+                slot.taken = False
         self._changed.set()
 
     async def take(self, step: int) -> list[tuple[int, Payload | Failed]]:
@@ -133,7 +144,8 @@ class GroupBuffer(Generic[Payload]):
             await self._change()
         ready = all(slot.payload is not None for slot in batch)
         for slot in batch:
-            slot.taken = ready
+            with self._changing(slot.group_id):
+                slot.taken = ready
         return [(slot.group_id, slot.outcome) for slot in batch if slot.outcome is not None]
 
     def held(self) -> list[Slot[Payload]]:
@@ -159,30 +171,51 @@ class GroupBuffer(Generic[Payload]):
             if not self._slots[group_id].taken:
                 raise ValueError(f"group {group_id} was never taken, so it cannot have been trained")
             del self._slots[group_id]
+        self._held, self._ready = +self._held, +self._ready  # without the steps of which none is left
 
     async def _change(self) -> None:
         self._changed.clear()
         await self._changed.wait()
 
-    def _batch(self, step: int) -> list[Slot[Payload]] | None:
-        """The slots of an update, if there are N and all are settled.
+    @contextmanager
+    def _changing(self, group_id: int) -> Iterator[Slot[Payload]]:
+        """A slot, counted again after what is done to it."""
+        slot = self._slots[group_id]
+        self._count(slot, -1)
+        yield slot
+        self._count(slot, 1)
 
-        In order of arrival: first the groups that must train now, else a later step would have more than N to train.
-        """
-        size, held = self.groups_per_step, self.held()
-        if self._order == "strict":
-            batch = held[:size]
-        else:
-            batch = []
-            for ahead in range(self.max_staleness + 1):
-                # Their last step is step + ahead at the latest; those that the next `ahead` steps cannot take go now.
-                due = [slot for slot in held if slot.step + self.max_staleness <= step + ahead and slot not in batch]
-                must = max(0, len(due) - size * ahead)
-                ready = [slot for slot in due if slot.payload is not None]
-                if len(ready) < must:
-                    return None  # a group that must train now is not ready
-                batch += sorted(ready, key=lambda slot: (slot.step, slot.arrival))[:must]
-            rest = [slot for slot in held if slot.payload is not None and slot not in batch]
-            batch = (batch + sorted(rest, key=lambda slot: slot.arrival))[:size]
-        settled = len(batch) == size and all(slot.outcome is not None for slot in batch)
+    def _count(self, slot: Slot[Payload], by: int) -> None:
+        if not slot.taken:
+            self._held[slot.step] += by
+            self._ready[slot.step] += by * (slot.payload is not None)
+
+    def _batch(self, step: int) -> list[Slot[Payload]] | None:
+        """The slots of an update, if there are N and all are settled."""
+        if self._order == "arrival":
+            return self._batch_of_arrivals(step)
+        batch = list(islice((slot for slot in self._slots.values() if not slot.taken), self.groups_per_step))
+        settled = len(batch) == self.groups_per_step and all(slot.outcome is not None for slot in batch)
         return batch if settled else None
+
+    def _batch_of_arrivals(self, step: int) -> list[Slot[Payload]] | None:
+        """First the groups that must train now, else a later step would have more than N to train; then by arrival."""
+        musts = 0
+        for ahead in range(self.max_staleness + 1):
+            # Their last step is step + ahead at the latest; those that the next `ahead` steps cannot take go now.
+            due, ready = (
+                sum(number for born, number in counts.items() if born + self.max_staleness <= step + ahead)
+                for counts in (self._held, self._ready)
+            )
+            musts += max(0, due - musts - self.groups_per_step * ahead)
+            if ready < musts:
+                return None  # a group that must train now is not ready
+        if self.waiting < self.groups_per_step:
+            return None
+        arrived = sorted((slot for slot in self.held() if slot.payload is not None), key=lambda slot: slot.arrival)
+        oldest = sorted(arrived, key=lambda slot: slot.step)[:musts]  # of one age by arrival: sorting is stable
+        chosen = {slot.group_id for slot in oldest}
+        # A checkpoint's group may be newer than it: one that was lost meanwhile and generated again.
+        rest = [slot for slot in arrived if slot.group_id not in chosen and slot.step <= step]
+        batch = (oldest + rest)[: self.groups_per_step]
+        return batch if len(batch) == self.groups_per_step else None

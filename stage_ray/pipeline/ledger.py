@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -31,22 +30,23 @@ class Ledger:
     """
 
     def __init__(self, path: Path, keep_bytes: int | None = None) -> None:
-        """Open the ledger; ``keep_bytes`` cuts it back to a checkpoint's ``position`` first.
+        """Open the ledger as it was at a checkpoint's ``position``, ``keep_bytes``; None: as it is.
+
+        What comes after that is cut off by the first `note`, when the checkpoint has been loaded.
 
         Raises:
             RunError: the file is shorter than the checkpoint says.
         """
         path.touch()
-        if keep_bytes is not None:
-            size = path.stat().st_size
-            if size < keep_bytes:
-                raise RunError(f"{path} is shorter than its checkpoint says ({size} of {keep_bytes} bytes)")
-            os.truncate(path, keep_bytes)
+        self._file = path.open("r+b")
+        kept = self._file.read(-1 if keep_bytes is None else keep_bytes)  # the next write goes on from there
+        if keep_bytes is not None and len(kept) < keep_bytes:
+            self._file.close()
+            raise RunError(f"{path} is shorter than its checkpoint says ({len(kept)} of {keep_bytes} bytes)")
         self._open: dict[int, str] = {}  # groups that are neither trained nor dropped -> their last event
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in kept.splitlines():
             event = json.loads(line)
             self._advance(event["event"], event["group_id"])
-        self._file = path.open("a", encoding="utf-8")
 
     def note(
         self, event: Event, group_ids: Iterable[int], *, step: int, policy_version: int | None = None, why: str = ""
@@ -57,10 +57,11 @@ class Ledger:
             RunError: the event cannot follow the group's last one.
         """
         now = round(time.time(), 3)
+        self._file.truncate()  # here, where it is written on: only what a resumed run leaves behind comes after
         for group_id in group_ids:
             self._advance(event, group_id)
             record = {"event": event, "group_id": group_id, "policy_version": policy_version, "step": step, "time": now}
-            self._file.write(json.dumps(record | ({"why": why} if why else {})) + "\n")
+            self._file.write((json.dumps(record | ({"why": why} if why else {})) + "\n").encode())
         self._file.flush()
 
     def open_groups(self) -> dict[int, str]:

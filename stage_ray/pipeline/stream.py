@@ -42,10 +42,11 @@ class GroupStream:
     in arrival order they go where the queue is shortest. A group whose payload is lost with a node is generated again
     from the same prompt and seeds.
 
-    A group that cannot be scored in ``scoring.attempts`` tries is dropped and a fresh one takes its slot (promise 4);
-    when more groups than two steps need failed in a row, the scorers are broken and the run stops. In arrival order the
-    fresh group is admitted at once. In strict order it must not depend on when the scorers gave up: it is admitted when
-    its batch is the next to train and all others of it are settled, with the version that was published last.
+    A group that cannot be scored in ``scoring.attempts`` tries, or whose records are not finite in ``cluster.attempts``
+    tries, is dropped and a fresh one takes its slot (promise 4); when more groups than two steps need failed in a row,
+    the scorers (or the engines) are broken and the run stops. In arrival order the fresh group is admitted at once. In
+    strict order it must not depend on when the scorers gave up: it is admitted when its batch is the next to train and
+    all others of it are settled, with the version that was published last.
 
     Attributes:
         cursor: draws the prompts.
@@ -211,6 +212,8 @@ class GroupStream:
         groups = await self._cluster.generate(requests, turn=turn, on_retry=lambda: self._count_reissued(ids))
         self._numbers["time/rollout_s"] += groups[0].generate_s  # of the whole batch, which one version generated
         self._note("generated", ids, groups[0].policy_version)
+        self._fail([group for group in groups if group.error])
+        groups = [group for group in groups if not group.error]
         size = self._scoring.groups_per_call
         for start in range(0, len(groups), size):
             self._spawn(self._score(groups[start : start + size]))
@@ -235,14 +238,18 @@ class GroupStream:
                     # Without the pictures, so that Ray can free them.
                     self._buffer.ready(group.group_id, replace(group, images=None), group.policy_version)
             pending = [group for group in scored if group.error]
-        self._failed_in_a_row += len(pending)
-        if pending and self._failed_in_a_row > 2 * self._rollout.groups_per_step:
-            text = f"{self._failed_in_a_row} groups in a row could not be scored; the last one: {pending[0].error}"
+        self._fail(pending)
+
+    def _fail(self, groups: Sequence[GroupRefs]) -> None:
+        """Give groups up that are not finite or cannot be scored, for the reason in their ``error``."""
+        self._failed_in_a_row += len(groups)
+        if groups and self._failed_in_a_row > 2 * self._rollout.groups_per_step:
+            text = f"{self._failed_in_a_row} groups in a row could not be scored; the last one: {groups[0].error}"
             raise NoValidRewardError(text, self.step + 1)
-        for group in pending:
+        for group in groups:
             self._buffer.fail(group.group_id, group.error)
         if not self._strict:
-            self._replace({group.group_id: group.error for group in pending})
+            self._replace({group.group_id: group.error for group in groups})
 
     def _replace(self, reasons: Mapping[int, str]) -> None:
         """Drop groups that failed; fresh ones take their slots, in their order."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from stage_ray.algorithm.divergence import Divergence
 from stage_ray.config import PolicyConfig
+from stage_ray.config.model_sizes import ModelSizes
 from stage_ray.errors import ConfigError
 from stage_ray.policies.logprobs import (
     SamplingParams,
@@ -98,6 +99,10 @@ class ImageCodec(ABC):
 
         Engines and log-probabilities take None for granted so far: no family here restricts its tokens.
         """
+        return None
+
+    def sizes(self) -> ModelSizes | None:
+        """What the formulas of `stage_ray.learner.memory` need; None where they do not hold for this family."""
         return None
 
     def texts(self) -> dict[str, str]:
@@ -193,8 +198,12 @@ class Policy(ABC):
         self.codec = codec
         self.image_tokens, self.codebook_size = codec.image_tokens, codec.codebook_size  # T and V
         model.requires_grad_(False)  # then the trained ones alone
-        for parameter in self.trained_parameters().values():
+        trained = {parameter: name for name, parameter in self.trained_parameters().items()}
+        for parameter in trained:
             parameter.requires_grad_(trainable)
+        # Remembered from the whole model: sharded parameters are new ones, which a head that was tied does not see.
+        names = {n: trained[p] for n, p in model.named_parameters(remove_duplicate=False) if p in trained}
+        self._tied = {name: own for name, own in names.items() if name != own}
 
     @classmethod
     def check(cls, config: PolicyConfig) -> ImageCodec | None:
@@ -248,11 +257,11 @@ class Policy(ABC):
     ) -> None:
         """Write the checkpoint that was loaded again, with the trained parameters (or ``state``) in their places.
 
-        All else is as it came: names, dtypes (that of the trained ones may be another), configs, tokenizer. Whole or
-        not at all.
+        All else is as it came: names, dtypes (that of the trained ones may be another), ties, configs, tokenizer. Whole
+        or not at all.
         """
         state, texts = state or self.trained_parameters(), self.codec.texts()
-        export_checkpoint(self.codec.location, directory, state, texts=texts, dtype=dtype)
+        export_checkpoint(self.codec.location, directory, state, tied=self._tied, texts=texts, dtype=dtype)
 
     def enable_gradient_checkpointing(self) -> None:
         """Recompute the layers' activations in the backward pass; dropout, if a config has any, stays off.
@@ -261,6 +270,9 @@ class Policy(ABC):
             ConfigError: the family cannot.
         """
         raise ConfigError("learner.gradient_checkpointing is true, which this policy.family cannot do; set it to false")
+
+    def drop_image_decoder(self) -> None:  # noqa: B027  not abstract: a family may have nothing to free
+        """Free what only the codec's `decode` and `codebook` need, which then fail: a learner makes no pictures."""
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that are trained by ``state_dict`` name, each once."""

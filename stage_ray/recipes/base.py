@@ -3,6 +3,8 @@
 For each update every rank of the learner calls `Recipe.credit` once, with the whole groups of all ranks, then
 `Recipe.objective` once for each micro-batch of its own images. Two rules keep any cut into micro-batches and ranks
 exact: ``credit`` normalises over whole groups, before anything is cut, and ``objective`` is a plain sum over tokens.
+Every term of it is weighed by ``credit.weights``: where groups that are not finite are left out, copies of others may
+fill the ranks' shares, and weigh 0.
 
 ``N`` groups, ``G`` images a group, ``T`` tokens an image, ``R`` scorers, ``V`` codebook entries of dimension ``D``,
 ``B`` images of one micro-batch. Log-probabilities and entropies are in nats.

@@ -62,5 +62,6 @@ class GrpoRecipe(Recipe):
             beta=self.options.beta,
             clip=self.shared.clip,
             correction=self.correction,
+            kl_ratio_cap=self.shared.kl_ratio_cap,
         )
         return Objective(parts.loss, {"policy_loss": parts.policy})

@@ -13,7 +13,14 @@ from markupsafe import Markup
 
 from stage_ray.config.hardware import machine_metadata
 from stage_ray.errors import ConfigError
-from stage_ray.evaluation.base import EvaluationResult, MetricValue, mean_of_metrics, mean_over_images, read_result
+from stage_ray.evaluation.base import (
+    EvaluationResult,
+    MetricValue,
+    mean_of_metrics,
+    mean_over_images,
+    read_result,
+    unlike,
+)
 from stage_ray.files import atomic_write, read_json
 from stage_ray.observability.metrics_logger import ALARMS_FILE, MACHINE_FILE, METRICS_FILE, read_steps
 from stage_ray.observability.registry import find
@@ -54,7 +61,8 @@ def write_report(run_dir: Path) -> Path:
     config_text = (run_dir / "config.yaml").read_text(encoding="utf-8")
     rows = read_steps(run_dir / METRICS_FILE)
     before, after = (read_result(run_dir / "evaluation" / f"{name}.json") for name in ("before", "after"))
-    changed = changes(before, after) if before and after else {}
+    why = unlike(before.conditions, after.conditions) if before and after else ""
+    changed = changes(before, after) if before and after and not why else {}
     alarms: dict[str, list[dict[str, Any]]] = {}  # by name, in the order they first rang
     for row in read_steps(run_dir / ALARMS_FILE):
         alarms.setdefault(row["alarm"], []).append(row)
@@ -74,6 +82,7 @@ def write_report(run_dir: Path) -> Path:
         cards=_cards(rows),
         before=before,
         after=after,
+        unlike=why,
         changed=changed,
         tones=_tones(before, changed),
         pair=_pictures({run_dir / "evaluation" / f"{name}.png": name.capitalize() for name in ("before", "after")}),

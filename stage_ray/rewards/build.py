@@ -10,6 +10,7 @@ from typing import Any, get_type_hints
 from pydantic import PydanticSchemaGenerationError, TypeAdapter, ValidationError
 
 from stage_ray.config import RewardConfig
+from stage_ray.config.load import REVISION
 from stage_ray.errors import ConfigError, impossible
 from stage_ray.records import Prompt
 from stage_ray.registry import Registry
@@ -70,6 +71,7 @@ def _resolve(config: RewardConfig, key: str) -> tuple[Any, dict[str, Any]]:
     for name in config.options:
         if name not in allowed and not free:
             fix = "".join(f"did you mean {near!r}? " for near in difflib.get_close_matches(name, allowed, 1, 0.5))
+            fix = f"{REVISION}; " if name == "revision" else fix
             raise ConfigError(f"{key}.{name} is no option of {config.type}; {fix}allowed: {listing}")
     for name in allowed:
         if name not in config.options and parameters[name].default is inspect.Parameter.empty:

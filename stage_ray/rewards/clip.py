@@ -36,7 +36,7 @@ class ClipReward:
         """Load the checkpoint; no code that comes with it is run.
 
         Args:
-            path: a directory, ``package:MODULE/DIR``, or a hub id.
+            path: a directory, ``package:MODULE/DIR``, or a hub id, ``OWNER/NAME[@REVISION]``.
             scale: factor on the cosine; CLIPScore (arXiv 2104.08718) uses 2.5.
             batch_size: images in one forward pass.
             device: a torch device; a GPU where this process sees one, by default.

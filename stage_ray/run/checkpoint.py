@@ -1,6 +1,6 @@
 """Checkpoints that are whole or absent (promise 7).
 
-``step-000050/`` appears by one rename, after every file in it and a manifest with their SHA-256 are on disk. What a
+``step-000050/`` appears by one rename, after every file in it and a manifest with their xxh3 are on disk. What a
 crash leaves behind has another name, and the next save removes it. Loading verifies every byte. Older checkpoints are
 removed only once a newer one is complete.
 """
@@ -14,16 +14,20 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from stage_ray.files import flush_to_disk
+import xxhash
+
+from stage_ray.files import FileDigest, sync_path
 
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT, READABLE = 2, (1, 2)
+ALGORITHMS: dict[str, Callable[[], Any]] = {"xxh3": xxhash.xxh3_64, "sha256": hashlib.sha256}  # the latter: format 1
 UNFINISHED = ".unfinished-"
 
 
@@ -61,31 +65,32 @@ class CheckpointStore:
         unfinished.mkdir(parents=True)
         return unfinished
 
-    def finish(self, step: int, directory: Path, metadata: Mapping[str, Any]) -> Path:
+    def finish(
+        self, step: int, directory: Path, metadata: Mapping[str, Any], written: Mapping[str, FileDigest] | None = None
+    ) -> Path:
         """Give a filled directory of `begin` its final name, which replaces an older checkpoint of this step, and keep
         the newest ``keep``; returns the final directory.
 
         Later checkpoints (damaged ones that a resumed run skipped) do not count.
 
+        Args:
+            written: what the learner wrote, by path in ``directory``. It is not read again, but must be there.
+
         Raises:
-            OSError: the disk; older checkpoints are untouched.
+            OSError: the disk, or a file that is not as it was written; older checkpoints are untouched.
             TypeError: ``metadata`` is not JSON data.
         """
-        files = {
-            path.relative_to(directory).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-            for path in sorted(directory.rglob("*"))
-            if path.is_file()
-        }
+        files = {name: asdict(file) for name, file in _files(directory, written or {}).items()}
         body = {"format": FORMAT, "step": step, "metadata": dict(metadata), "files": files}
         text = json.dumps({**body, "checksum": _checksum(body)}, indent=1, sort_keys=True)
         (directory / MANIFEST).write_text(text + "\n", encoding="utf-8")
         for path in (*directory.rglob("*"), directory):
-            _sync(path)
+            sync_path(path)
         final = self.root / f"step-{step:06d}"
         if final.exists():  # a directory cannot be renamed onto another
             os.rename(final, self.root / f"{UNFINISHED}replaced-{final.name}-{uuid.uuid4().hex}")
         os.rename(directory, final)
-        _sync(self.root)
+        sync_path(self.root)
         self._remove_unfinished()
         for _, path in [found for found in self._steps() if found[0] <= step][: -self.keep]:  # all but the newest
             shutil.rmtree(path)
@@ -125,8 +130,8 @@ def verify(path: Path, step: int) -> dict[str, Any]:
         raise CheckpointError(f"{manifest} cannot be read: {error}") from error
     if not isinstance(body, dict) or body.pop("checksum", None) != _checksum(body):  # of all but itself
         raise CheckpointError(f"{manifest} does not match its own checksum; it was changed or cut")
-    if body["format"] != FORMAT:
-        raise CheckpointError(f"{manifest} has format {body['format']}, this version reads format {FORMAT}")
+    if body["format"] not in READABLE:
+        raise CheckpointError(f"{manifest} has format {body['format']}, this version reads formats up to {FORMAT}")
     if body["step"] != step:
         raise CheckpointError(f"{path} says it is of step {body['step']}")
     for name, expected in body["files"].items():
@@ -136,23 +141,37 @@ def verify(path: Path, step: int) -> dict[str, Any]:
         size = file.stat().st_size
         if size != expected["bytes"]:
             raise CheckpointError(f"{file} has {size} bytes instead of {expected['bytes']}; it is truncated or changed")
-        if _sha256(file) != expected["sha256"]:
-            raise CheckpointError(f"{file} has another SHA-256 than its manifest says; its bytes changed")
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda name: _check_digest(path / name, body["files"][name]), body["files"]))
     return dict(body["metadata"])
+
+
+def _check_digest(file: Path, expected: Mapping[str, Any]) -> None:
+    (algorithm,) = expected.keys() - {"bytes"}
+    if _digest(file, algorithm) != expected[algorithm]:
+        raise CheckpointError(f"{file} has another {algorithm} than its manifest says; its bytes changed")
+
+
+def _files(directory: Path, written: Mapping[str, FileDigest]) -> dict[str, FileDigest]:
+    """Every file below a directory, by path; those that are not known from their writer are read."""
+    found = {}
+    for path in sorted(directory.rglob("*")):
+        if path.is_file():
+            name, size = path.relative_to(directory).as_posix(), path.stat().st_size
+            found[name] = written[name] if name in written else FileDigest(size, _digest(path, "xxh3"))
+            if size != found[name].bytes:
+                raise OSError(f"{path} has {size} bytes, and {found[name].bytes} were written")
+    if lacking := sorted(written.keys() - found.keys()):
+        raise OSError(
+            f"{directory / lacking[0]} was written and is not here: is run_dir on storage that all nodes share?"
+        )
+    return found
 
 
 def _checksum(body: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def _sha256(path: Path) -> str:
+def _digest(path: Path, algorithm: str) -> str:
     with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        flush_to_disk(descriptor)
-    finally:
-        os.close(descriptor)
+        return str(hashlib.file_digest(stream, ALGORITHMS[algorithm]).hexdigest())  # other threads run meanwhile

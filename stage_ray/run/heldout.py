@@ -4,31 +4,32 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
+from stage_ray.cluster.backend import ClusterBackend
 from stage_ray.cluster.cluster import Cluster
 from stage_ray.config import RunConfig
-from stage_ray.errors import GroupsLostError, RunError
-from stage_ray.evaluation.base import find_benchmark, read_result, write_result
-from stage_ray.evaluation.loop import JudgedGroup, evaluate, judge_in_batches, requests_for
+from stage_ray.evaluation.base import find_benchmark, read_result, unlike, write_result
+from stage_ray.evaluation.loop import conditions, evaluate, judge_in_batches, requests_for
 from stage_ray.observability.progress import Progress
-from stage_ray.records import Prompt, RolloutRequest
+from stage_ray.records import Prompt
 from stage_ray.report.samples import contact_sheet
 
 
 class HeldOutEvaluation:
-    """A `stage_ray.evaluation.loop.Backend` over the workers of a run, and what the run does with it.
+    """What a run evaluates with its own workers, and what it makes of that.
 
-    Every evaluation has the same prompts and seeds, so its pictures can be laid side by side.
+    Every evaluation has the same prompts and seeds, so its pictures can be laid side by side; a run that goes on with
+    others says so.
     """
 
     def __init__(
         self, cluster: Cluster, run: RunConfig, prompts: Sequence[Prompt], run_dir: Path, progress: Progress
     ) -> None:
-        self._cluster, self._config, self._attempts = cluster, run.evaluation, run.cluster.attempts
-        self.images_per_batch = run.rollout.images_per_batch
+        self._backend, self._run, self._config = ClusterBackend(cluster, run), run, run.evaluation
         self._prompts, self._dir, self._progress = list(prompts), run_dir, progress
         self._benchmark = find_benchmark(run.evaluation.benchmark)
         self._wait_for_pictures = run.pipeline.max_staleness == 0
@@ -42,14 +43,18 @@ class HeldOutEvaluation:
         if not self._config.enabled:
             return None
         path = self._dir / "evaluation" / f"{name}.json"
+        requests = requests_for(self._prompts, self._config.images_per_prompt, self._config.seed)
+        now = conditions(self._run, self._benchmark, requests, self._config.seed)
         if name == "before" and (kept := read_result(path)):  # the run before this one evaluated it
+            if why := unlike(kept.conditions, now):
+                self._progress.note(why)
             return kept.headline_value
         if name == "before" and policy_version:
             self._progress.note("no evaluation before training: this run began without one")
             return None
         with self._progress.bar(f"evaluation {name}", len(self._prompts)) as advance:
-            requests = requests_for(self._prompts, self._config.images_per_prompt, self._config.seed)
-            result = await evaluate(self, self._benchmark, requests, advance)
+            result = await evaluate(self._backend, self._benchmark, requests, advance)
+        result = replace(result, conditions=now)
         write_result(path, result, policy_version=policy_version)
         await self._picture(path.with_suffix(".png"))
         shown = {result.headline: result.headline_value, **result.scores}
@@ -72,32 +77,10 @@ class HeldOutEvaluation:
         if drawing is not None:
             await drawing
 
-    async def judge(self, requests: Sequence[RolloutRequest], *, images: bool) -> list[JudgedGroup]:
-        """As `Backend.judge`; up to ``cluster.attempts`` times where workers or nodes are lost.
-
-        Raises:
-            RunError: the last attempt failed too.
-        """
-        error = ""
-        for _ in range(self._attempts):
-            groups = await self._cluster.generate(requests)
-            try:
-                groups = await self._cluster.score(groups)
-            except GroupsLostError as lost:
-                error = str(lost)
-                continue
-            error = next((group.error for group in groups if group.scores is None), "")  # of the first without scores
-            if not error:
-                scored = await self._cluster.fetch([group.scores for group in groups])
-                wanted = [group.images for group in groups] if images else []
-                pictures = await self._cluster.fetch(wanted) or [None] * len(groups)  # None where not wanted
-                return [JudgedGroup(*judged) for judged in zip(requests, scored, pictures, strict=True)]
-        raise RunError(f"evaluation: {error}")
-
     async def _picture(self, path: Path) -> None:
         count = self._config.sample_prompts
         prompts = self._prompts[:: max(1, len(self._prompts) // count)][:count]  # spread evenly over the tasks
         requests = requests_for(prompts, 1, self._config.seed)
-        groups = await judge_in_batches(self, requests, lambda group: group, images=True)
+        groups = await judge_in_batches(self._backend, requests, lambda group: group, images=True)
         images = np.concatenate([group.images for group in groups if group.images is not None])
         contact_sheet(images, [prompt.text for prompt in prompts], [group.verdict(0) for group in groups], path)

@@ -5,46 +5,63 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
 
+from stage_ray.cluster.object_store import two_versions_mb
 from stage_ray.config import RunConfig
-from stage_ray.config.paths import model_location
+from stage_ray.config.hub import cached, download, is_pinned, named
+from stage_ray.config.inputs import files_of, hub_inputs
 from stage_ray.engines.vllm.environment import require_fitting_build
 from stage_ray.errors import ConfigError
 from stage_ray.evaluation.base import find_benchmark
 from stage_ray.pipeline.prompt_files import load_prompts
 from stage_ray.policies import policy_class
 from stage_ray.policies.base import ImageCodec
+from stage_ray.policies.reference import check_reference
 from stage_ray.pretrained import located
 from stage_ray.recipes import load_recipe, resolve_recipe
 from stage_ray.records import Prompt
 from stage_ray.rewards import check_rewards
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfUri
 
 log = logging.getLogger(__name__)
 
 SHOWN = 3  # prompts that an error names
 
 
-def preflight(run: RunConfig) -> tuple[list[Prompt], list[Prompt]]:
-    """Check the recipe's options and the model directory (a hub id is left to the workers); the prompts to train on,
-    and those held out.
+def preflight(run: RunConfig, *, fetch: bool = True) -> tuple[list[Prompt], list[Prompt]]:
+    """Check the recipe's options, the prompts and the models; the prompts to train on, and those held out.
 
-    Where the workers will run on this machine, also that its vLLM is one for the hardware they reserve.
+    Where the workers will run on this machine, its vLLM must be one for the hardware they reserve, the object store
+    must have room for the weights, and what `pin` has pinned is fetched now; elsewhere each node fetches it. Without
+    ``fetch`` only what is here already is checked.
 
     Raises:
         ConfigError: the recipe, the model family or the benchmark is unknown, the recipe has no such option or value,
-            vLLM is a build for GPUs and none is reserved, or the model directory or a prompt file is missing,
-            incomplete or malformed.
+            vLLM is a build for GPUs and none is reserved, the object store is too small, or the model directory or a
+            prompt file is missing, incomplete or malformed.
     """
     load_recipe(run)
-    if run.cluster.address is None and "RAY_ADDRESS" not in os.environ:  # the run starts Ray here
+    starts_ray_here = run.cluster.address is None and "RAY_ADDRESS" not in os.environ
+    if starts_ray_here:
         require_fitting_build(run.rollout)
     find_benchmark(run.evaluation.benchmark)
-    train = load_prompts(run.prompts.train)
-    heldout = load_prompts(run.prompts.heldout) if run.prompts.heldout else []
+    left = {} if fetch else unfetched(run)
+    train = load_prompts(run.prompts.train) if "prompts.train" not in left else []
+    heldout = load_prompts(run.prompts.heldout) if run.prompts.heldout and "prompts.heldout" not in left else []
+    if fetch and starts_ray_here:
+        for key, uri in unfetched(run).items():
+            if is_pinned(uri):  # else it is a text that a scorer of the user's own reads in its own way
+                download(uri, files_of(key), key)
     _require_scorable(run, train + heldout * run.evaluation.enabled)
     codec = policy_class(run.policy).check(run.policy)
+    check_reference(run.policy)
+    if starts_ray_here:
+        _require_room_for_weights(run)
     train = drawable_prompts(run, codec, train)
     return train, drawable_prompts(run, codec, heldout) if heldout else train
 
@@ -76,6 +93,16 @@ def drawable_prompts(run: RunConfig, codec: ImageCodec | None, prompts: list[Pro
     return kept
 
 
+def _require_room_for_weights(run: RunConfig) -> None:
+    """Raise a ConfigError where every version would spill to disk on its way to the rollout workers."""
+    given, needed = run.cluster.object_store_mb, two_versions_mb(run)
+    if given and needed and given < needed and run.cluster.weight_transport == "object_store":
+        raise ConfigError(
+            f"cluster.object_store_mb = {given} is less than two versions of the weights, one served and one stored, "
+            f"which need {needed} MB; set it to null, or to more than that"
+        )
+
+
 def _require_scorable(run: RunConfig, prompts: list[Prompt]) -> None:
     """Raise a ConfigError that names the first prompts which a scorer could not judge: the run would fail on them."""
     if problems := check_rewards(run.rewards, prompts):
@@ -89,12 +116,13 @@ def _some(problems: list[str]) -> str:
     return "; ".join(problems[:SHOWN]) + more
 
 
-def unchecked(run: RunConfig) -> list[str]:
-    """Models and scorers that are not on this machine, as ``key = value``: the workers would fetch them."""
-    paths = {"policy.path": run.policy.path}
-    for index, reward in enumerate(run.rewards):
-        paths |= {f"rewards.{index}.options.path": str(reward.options["path"])} if "path" in reward.options else {}
-    return [f"{key} = {path}" for key, path in paths.items() if located(path) is None]
+def unfetched(run: RunConfig) -> dict[str, HfUri]:
+    """What a config names in a hub and is not, or not whole, in the cache of this machine."""
+    return {key: uri for key, uri in hub_inputs(run).items() if _in_cache(key, uri) is None}
+
+
+def _in_cache(key: str, uri: HfUri) -> Path | None:
+    return cached(uri, files_of(key)) if key.startswith("prompts.") else located(uri.to_uri())
 
 
 def describe(run: RunConfig, *, strict: bool = False) -> str:
@@ -103,8 +131,8 @@ def describe(run: RunConfig, *, strict: bool = False) -> str:
     Raises:
         ConfigError: of `preflight`; or, if ``strict``, something could not be checked.
     """
-    train, heldout = preflight(run)
-    left = unchecked(run)
+    train, heldout = preflight(run, fetch=False)
+    left = [f"{key} = {named(uri)}" + " (newest)" * (uri.revision is None) for key, uri in unfetched(run).items()]
     if left and strict:
         raise ConfigError(f"--strict: not checked, since it would be fetched: {'; '.join(left)}")
     rollout, scoring, learner = run.rollout, run.scoring, run.learner
@@ -112,8 +140,10 @@ def describe(run: RunConfig, *, strict: bool = False) -> str:
     scorers = ", ".join(reward.column for reward in run.rewards)
     where = "; on the GPUs of the rollout workers" * rollout.colocated  # "" where not
     config = yaml.safe_dump(resolve_recipe(run).model_dump(mode="json"), sort_keys=False).rstrip()
+    anchor = run.policy.reference or run.policy.path
     plan = [
-        f"model: {model_location(run.policy.path)}",
+        f"model: {located(run.policy.path) or run.policy.path}",
+        f"reference: {located(anchor) or anchor}",
         f"prompts: {len(train)} to train on, {len(heldout) if run.prompts.heldout else 0} held out",
         f"{run.steps} steps of {rollout.groups_per_step} groups x {rollout.group_size} images = {images} images a step",
         f"rollout: {rollout.workers * rollout.tensor_parallel} x {rollout.cpus:g} CPU, {rollout.gpus:g} GPU; "

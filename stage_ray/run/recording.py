@@ -26,12 +26,14 @@ class StepRecorder:
         self._groups = run_dir / GROUPS
         self._logger = MetricsLogger(run_dir, run.cluster.metrics_port, run.cluster.metrics_host, resume_step)
         self._ringing: set[str] = set()  # alarms of the last step
-        self._forget_groups(resume_step)
 
     def step(self, step: int, metrics: dict[str, float]) -> None:
         """Record update ``step``, counted from 1, and the alarms that its metrics raise."""
         found = alarms(metrics)
         self._logger.step(step, {**metrics, "alarms": [name for name, _ in found]})
+        for directory in self._groups.glob("step-*"):
+            if int(directory.name.removeprefix("step-")) >= step:  # of an earlier run, whose steps these replace
+                shutil.rmtree(directory)
         self._progress.step(step, self._steps, metrics)
         for name, text in found:
             self._logger.alarm(step, name, text)
@@ -50,18 +52,12 @@ class StepRecorder:
             await learner.save_batch(self._groups / f"step-{step:06d}")
 
     def rewind(self, step: int) -> None:
-        """Forget what came after ``step``: it is trained again, perhaps on other groups."""
+        """Go on after ``step``; what came later is forgotten when the next step is recorded."""
         self._logger.rewind(step)
-        self._forget_groups(step)
 
     def close(self) -> None:
         """Close the files and the metrics endpoint."""
         self._logger.close()
-
-    def _forget_groups(self, step: int) -> None:
-        for directory in self._groups.glob("step-*"):
-            if int(directory.name.removeprefix("step-")) > step:  # it will be trained again
-                shutil.rmtree(directory)
 
 
 class StepClock:

@@ -8,20 +8,21 @@ import logging
 import os
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import xxhash
 import yaml
 from filelock import FileLock, Timeout
 
 from stage_ray.config import RunConfig
+from stage_ray.config.inputs import leaves
 from stage_ray.config.load import read_mapping, validate_config
 from stage_ray.config.paths import resolve_path
 from stage_ray.errors import ConfigError
 from stage_ray.files import atomic_write, deny_others_writing, read_json
 from stage_ray.recipes import resolve_recipe
+from stage_ray.run.digests import digest_inputs
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ LOCK, INPUTS = ".lock", "inputs.json"
 # Keys that a resumed run may change: placement, speed and logging, never what is computed.
 FREE_KEYS = {"run_dir", "cluster", "checkpoint", "evaluation", "scoring", "logs"}
 FREE_NAMES = {"workers", "max_workers", "ranks", "tensor_parallel", "cpus", "gpus", "gpu_memory_utilization"}
-FREE_NAMES |= {"resources", "timeout_s", "export_dtype"}
+FREE_NAMES |= {"resources", "timeout_s", "export_dtype", "reference_offload", "gradient_checkpointing"}
 
 EXTENDED = {"steps", "learner.lr", "learner.schedule", "learner.warmup_steps"}
 """Keys that ``--extend`` may change besides, to train a run further from its weights and optimizer."""
@@ -44,8 +45,12 @@ RETRY_WAIT_S = 150.0
 
 
 @contextlib.contextmanager
-def open_run_dir(run: RunConfig, resume: Resume) -> Iterator[Path]:
+def open_run_dir(
+    run: RunConfig, resume: Resume, commits: Mapping[str, str] | None = None, note: Callable[[str], None] = log.info
+) -> Iterator[Path]:
     """Lock the run directory and write ``config.yaml`` into it, new or that of the run which goes on.
+
+    ``inputs.json`` beside it keeps what the run began with: ``commits`` (of `pin`) and digests of all that lies here.
 
     Raises:
         ConfigError: it holds a run already and ``resume`` is False, or none and it is True; it holds something else;
@@ -63,13 +68,22 @@ def open_run_dir(run: RunConfig, resume: Resume) -> Iterator[Path]:
     with contextlib.suppress(PermissionError):  # a mounted volume may belong to another user
         path.chmod(path.stat().st_mode & 0o7755)
     with run_dir_lock(path, wait_s=RETRY_WAIT_S if resume == "auto" else 0.0):
-        config_file = path / "config.yaml"
+        config_file, digests = path / "config.yaml", digest_inputs(run, note)
         if config_file.exists() and not _untouched(path):  # the run there goes on
-            _check_same(run, config_file, resume)
+            _check_same(run, config_file, resume, digests)
         else:
-            atomic_write(path / INPUTS, json.dumps(_digests(run), indent=1))
+            atomic_write(path / INPUTS, json.dumps({"commits": dict(commits or {}), "digests": digests}, indent=1))
         atomic_write(config_file, yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False))
         yield path
+
+
+def known_commits(run_dir: Path) -> dict[str, str]:
+    """The commits with which the run of a directory began, by the location that was asked for; none if there is no run.
+
+    Raises:
+        RunError: the file is damaged.
+    """
+    return _inputs(run_dir).get("commits", {})
 
 
 @contextlib.contextmanager
@@ -124,21 +138,26 @@ def _nobodys(name: str) -> bool:
     return name in (LOCK, INPUTS, "logs", "lost+found", ".snapshot") or name.startswith((".nfs", "config.yaml."))
 
 
-def _check_same(run: RunConfig, config_file: Path, resume: Resume) -> None:
+def _inputs(run_dir: Path) -> dict[str, dict[str, str]]:
+    return read_json(run_dir / INPUTS) or {}
+
+
+def _check_same(run: RunConfig, config_file: Path, resume: Resume, digests: Mapping[str, str]) -> None:
     """Raise a ConfigError that names the first key whose value a run that goes on must not change, old and new.
 
     The old config is read through today's defaults, so that it may lack keys that were added since.
     """
     try:
         before = validate_config(read_mapping(config_file, str(config_file), ""), source=str(config_file))
-        old, new = (_leaves(resolve_recipe(one).model_dump(mode="json")) for one in (before, run))
+        old, new = (leaves(resolve_recipe(one).model_dump(mode="json")) for one in (before, run))
     except ConfigError as error:
         raise ConfigError(f"--resume: {error}; it was written by another version, or by hand") from error
-    began, now = read_json(config_file.with_name(INPUTS)) or {}, _digests(run)
-    for key in began.keys() & now.keys():
-        if began[key] != now[key]:
+    began = _inputs(config_file.parent).get("digests", {})
+    for key in sorted(began.keys() & digests.keys()):
+        if began[key] != digests[key]:
+            what = "prompts" if key.startswith("prompts.") else "files"
             raise ConfigError(
-                f"--resume: {key} = {new[key]!r} holds other prompts than when the run began; bring those back, or "
+                f"--resume: {key} = {new[key]!r} holds other {what} than when the run began; bring those back, or "
                 "name another --run-dir"
             )
         new[key] = old[key]  # wherever they lie now
@@ -153,26 +172,6 @@ def _check_same(run: RunConfig, config_file: Path, resume: Resume) -> None:
                 f"--resume: {key} was {old.get(key)!r} in {config_file} and is {new.get(key)!r} now; use the same "
                 f"value, {fix}"
             )
-
-
-def _digests(run: RunConfig) -> dict[str, str]:
-    """xxh3-64 of the prompts that a run reads, by the config's keys. The learner's state knows its model itself."""
-    found = {}
-    for key, location in (("prompts.train", run.prompts.train), ("prompts.heldout", run.prompts.heldout)):
-        with contextlib.suppress(ConfigError, OSError):  # missing ones are refused elsewhere
-            path, digest = resolve_path(location or ""), xxhash.xxh3_64()
-            for file in sorted(path.glob("*")) if path.is_dir() else [path]:
-                digest.update(file.read_bytes())
-            found[key] = digest.hexdigest()
-    return found
-
-
-def _leaves(value: Any, key: str = "") -> dict[str, Any]:
-    """Every value of a config by its dotted key."""
-    if isinstance(value, list | dict) and value:
-        items = value.items() if isinstance(value, dict) else enumerate(value)
-        return {k: v for name, item in items for k, v in _leaves(item, f"{key}.{name}" if key else str(name)).items()}
-    return {key: value}
 
 
 def _extends(key: str, old: Any, new: Any) -> bool:

@@ -147,7 +147,7 @@ class RunState:
             directory = self._store.begin(step)
         try:
             with _failures_named(step):
-                await cluster.learner.save_state(directory)
+                written = await cluster.learner.save_state(directory)
             while True:
                 found = await stream.outcomes(held)
                 ready = [outcome for outcome in found.values() if isinstance(outcome, GroupRefs)]
@@ -156,11 +156,19 @@ class RunState:
                         await cluster.learner.save_groups(directory / GROUPS, ready)
                     break
                 except GroupsLostError as lost:  # none was written
+                    taken = set(lost.group_ids) - {slot.group_id for slot in stream.held()}
+                    if taken:  # by an update since then, so they are not generated again
+                        self._note(
+                            f"the checkpoint of step {step} is given up: a node was lost, and with it group "
+                            f"{min(taken)}, which a later update has taken; the ones before it stay"
+                        )
+                        shutil.rmtree(directory, ignore_errors=True)
+                        return
                     stream.reissue(lost)
             failed = {str(group_id): why for group_id, why in failures(found.items()).items()}
             metadata = asdict(replace(position, groups=list(found), failed=failed))
             with _failures_named(step):
-                await _in_thread(lambda: self._store.finish(step, directory, metadata))
+                await _in_thread(lambda: self._store.finish(step, directory, metadata, written))
         except BaseException:
             shutil.rmtree(directory, ignore_errors=True)  # a finished one has been renamed
             raise

@@ -16,8 +16,7 @@ import psutil
 
 from stage_ray.errors import Interrupted
 from stage_ray.observability.progress import Progress
-
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+from stage_ray.signals import SIGNALS
 
 
 class StopSignal:
@@ -28,18 +27,18 @@ class StopSignal:
     (Kubernetes sends one to a job that is deleted and one to its pod), and a save must survive that.
     """
 
-    def __init__(self, progress: Progress) -> None:
+    def __init__(self, progress: Progress, go_on: str = "go on with --resume") -> None:
+        """``go_on``: how a user goes on, the end of the error's sentence."""
         self.requested: int | None = None
+        self._go_on = go_on
         self._progress, self._saves = progress, False
         self._task: asyncio.Task[object] | None = None
-        nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-        self._numbers = [number for number in SIGNALS if number != signal.SIGHUP or not nohup]
+        self._numbers = _heeded()
 
     def error(self, step: int | None = None) -> Interrupted:
         """The error that ends the run, after it has saved ``step`` or at once."""
         assert self.requested is not None
-        what = signal.Signals(self.requested).name + ("" if step is None else f" after step {step}")
-        return Interrupted(f"stopped by {what}; go on with --resume", 128 + self.requested)
+        return _interrupted(self.requested, "" if step is None else f" after step {step}", self._go_on)
 
     @contextlib.contextmanager
     def steps(self) -> Iterator[None]:
@@ -76,3 +75,43 @@ class StopSignal:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
             os._exit(128 + number)
+
+
+@contextlib.contextmanager
+def stops_at_once(go_on: str) -> Iterator[None]:
+    """Within this context, without an event loop that would see a signal in time (an engine of this process holds the
+    main thread for a whole batch), the first one ends what goes on. Repeated ones but Ctrl-C do not disturb the end.
+
+    Raises:
+        Interrupted: after a signal; says ``go_on``.
+    """
+    first = 0
+
+    def stop(number: int, frame: object) -> None:
+        nonlocal first
+        if first and number != signal.SIGINT:
+            return
+        first = first or number
+        raise KeyboardInterrupt  # not an Exception: libraries would take that for a failure of their own
+
+    before = {number: signal.signal(number, stop) for number in _heeded()}
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not first:
+            raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if first:
+        raise _interrupted(first, "", go_on)
+
+
+def _heeded() -> list[signal.Signals]:
+    """The signals that end a job here: a SIGHUP that is ignored, as `nohup` wants it, is none."""
+    nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return [number for number in SIGNALS if number != signal.SIGHUP or not nohup]
+
+
+def _interrupted(number: int, when: str, go_on: str) -> Interrupted:
+    return Interrupted(f"stopped by {signal.Signals(number).name}{when}; {go_on}", 128 + number)

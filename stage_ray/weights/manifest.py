@@ -1,8 +1,8 @@
 """One policy version on its way from the learner to the engines: a manifest and a few chunks, whole or not at all.
 
-Bytes move once, when Ray copies the learner's tensors into shared memory: `pack` and `unpack` only make views, and
-every engine of a node reads the same bytes. Each tensor carries an xxh3-64 checksum, so a chunk that is short, swapped
-or damaged is found before any weight is touched (promise 6).
+Bytes move once, when Ray copies the learner's tensors into shared memory, in the dtype that the engines hold: `pack`
+makes views or casts, `unpack` only makes views, and every engine of a node reads the same bytes. Each tensor carries an
+xxh3-64 checksum, so a chunk that is short, swapped or damaged is found before any weight is touched (promise 6).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -21,6 +21,7 @@ from torch import Tensor
 from stage_ray.records import TensorSpec, WeightManifest
 
 CHUNK_BYTES = 256 * 2**20  # Ray needs milliseconds for each object
+Part = list[tuple[str, Tensor]]
 Chunk = tuple[np.ndarray, ...]  # a few tensors' bytes, uint8 [bytes] each: one Ray object, each array 64-aligned in it
 
 DTYPES: dict[str, torch.dtype] = {
@@ -35,35 +36,30 @@ class WeightError(ValueError):
 
 
 def pack(
-    version: int, tensors: Iterable[tuple[str, Tensor]], chunk_bytes: int = CHUNK_BYTES
-) -> tuple[WeightManifest, list[Chunk]]:
+    version: int,
+    tensors: Iterable[tuple[str, Tensor]],
+    chunk_bytes: int = CHUNK_BYTES,
+    dtype: torch.dtype | None = None,
+) -> tuple[WeightManifest, Iterator[Chunk]]:
     """Checksum tensors and group them into chunks of at most ``chunk_bytes``; a larger tensor gets one of its own.
 
-    Tensors on the CPU share memory with the chunks: store those before the weights move on, or they will not verify.
+    Chunks are made as they are asked for. With ``dtype`` the tensors travel in that, cast a chunk at a time, so that no
+    second copy of the version is held; tensors on the CPU that have it share memory with the chunks. Take the chunks
+    before the weights move on, or they will not verify.
 
     Raises:
         WeightError: a name that comes twice, a dtype that cannot travel, or values that are not finite.
     """
-    named = list(tensors)
-    arrays = [_flat(tensor.cpu()) for _, tensor in named]
-    chunks: list[list[np.ndarray]] = []
-    places: list[tuple[int, int]] = []
-    room = 0
-    for data in arrays:
-        if not chunks or data.nbytes > room:
-            chunks.append([])
-            room = chunk_bytes
-        places.append((len(chunks) - 1, len(chunks[-1])))
-        chunks[-1].append(data.numpy())
-        room -= data.nbytes
-    checksums = _checksums(arrays, torch.device("cpu"))
-    return _manifest(version, named, checksums, places), [tuple(chunk) for chunk in chunks]
+    parts = _parts(tensors, chunk_bytes, dtype)
+    manifest = _manifest(version, parts, dtype, torch.device("cpu"), chunks=len(parts))
+    return manifest, (tuple(_flat(tensor.to(dtype=dtype).cpu()).numpy() for _, tensor in part) for part in parts)
 
 
-def describe(version: int, tensors: Iterable[tuple[str, Tensor]], device: torch.device) -> WeightManifest:
-    """The manifest of a version that travels in no chunks, with checksums made on ``device``; raises as `pack`."""
-    named = list(tensors)
-    return _manifest(version, named, _checksums((tensor for _, tensor in named), device))
+def describe(
+    version: int, tensors: Iterable[tuple[str, Tensor]], device: torch.device, dtype: torch.dtype | None = None
+) -> WeightManifest:
+    """The manifest of a version that travels in no chunks, with checksums made on ``device``; otherwise as `pack`."""
+    return _manifest(version, _parts(tensors, CHUNK_BYTES, dtype), dtype, device, chunks=0)
 
 
 def verify(manifest: WeightManifest, tensors: Sequence[Tensor]) -> None:
@@ -123,20 +119,38 @@ def _checksums(tensors: Iterable[Tensor], device: torch.device) -> list[str]:
         return list(pool.map(lambda data: xxhash.xxh3_64_hexdigest(data.numpy().data), flat))
 
 
+def _parts(tensors: Iterable[tuple[str, Tensor]], chunk_bytes: int, dtype: torch.dtype | None) -> list[Part]:
+    """Tensors, not cast yet, by the chunk in which they travel."""
+    parts: list[Part] = []
+    room = 0
+    for name, tensor in tensors:
+        nbytes = tensor.numel() * (dtype or tensor.dtype).itemsize
+        if not parts or nbytes > room:
+            parts.append([])
+            room = chunk_bytes
+        parts[-1].append((name, tensor.detach()))
+        room -= nbytes
+    return parts
+
+
 def _manifest(
-    version: int, named: Sequence[tuple[str, Tensor]], checksums: Sequence[str], places: Sequence[tuple[int, int]] = ()
+    version: int, parts: Sequence[Part], dtype: torch.dtype | None, device: torch.device, chunks: int
 ) -> WeightManifest:
-    """The manifest of tensors that may travel; without ``places`` (chunk and number in it) of each in no chunk."""
     specs = []
-    for (name, tensor), checksum, place in zip(named, checksums, places or [(0, 0)] * len(named), strict=True):
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        if dtype not in DTYPES:
-            raise WeightError(f"tensor {name!r} is {dtype}, which cannot be published; known are {', '.join(DTYPES)}")
-        if not finite(tensor.detach()):
-            raise WeightError(f"tensor {name!r} of version {version} holds values that are not finite")
-        specs.append(TensorSpec(name, tuple(tensor.shape), dtype, *place, tensor.nbytes, checksum))
+    for chunk, part in enumerate(parts):
+        cast = [tensor.to(dtype=dtype) for _, tensor in part]  # of one chunk, forgotten before those of the next
+        checksums = _checksums(cast, device)
+        for index, ((name, _), tensor, checksum) in enumerate(zip(part, cast, checksums, strict=True)):
+            known = str(tensor.dtype).removeprefix("torch.")
+            if known not in DTYPES:
+                raise WeightError(
+                    f"tensor {name!r} is {known}, which cannot be published; known are {', '.join(DTYPES)}"
+                )
+            if not finite(tensor):  # as it travels: a cast makes an infinity of what is beyond the dtype's range
+                raise WeightError(f"tensor {name!r} of version {version} holds values that are not finite")
+            specs.append(TensorSpec(name, tuple(tensor.shape), known, chunk, index, tensor.nbytes, checksum))
     _require_unique(specs)
-    return WeightManifest(version, tuple(specs), places[-1][0] + 1 if places else 0)
+    return WeightManifest(version, tuple(specs), chunks)
 
 
 def _require_unique(specs: Sequence[TensorSpec]) -> None:

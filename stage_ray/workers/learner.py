@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,26 +11,28 @@ from torch import Tensor
 
 from stage_ray.actors.client import Worker, loading
 from stage_ray.config import RunConfig
+from stage_ray.files import FileDigest
 from stage_ray.observability.logs import redirect_output
 from stage_ray.observability.worker_metrics import WorkerMetrics
 from stage_ray.records import Update, WeightManifest
-from stage_ray.weights.manifest import Chunk, WeightError, describe, pack
+from stage_ray.weights.manifest import DTYPES, Chunk, WeightError, describe, pack
 from stage_ray.weights.process_groups import DEVICES, BroadcastGroup, GroupMember
 from stage_ray.workers.group_files import group_file, load_group, save_group
+from stage_ray.workers.threads import use_own_threads
 
 
 class LearnerWorker(Worker):
     """The STAGE update and the weights it makes, or one rank's share of that."""
 
     _group: BroadcastGroup | None = None
-    _offered: Sequence[tuple[str, Tensor]] = ()
+    _offered: Iterator[tuple[str, Tensor]] = iter(())
 
     def __init__(self, name: str, run: RunConfig, log: str | None, rank: int = 0) -> None:
         """Load nothing yet: `setup` does."""
         redirect_output(log, "learner", name)
         self._metrics = WorkerMetrics("learner", name)
         self._run, self._rank = run, rank
-        self._chunks: list[Chunk] = []
+        self._chunks: Iterator[Chunk] = iter(())
         self._batch: tuple[Any, ...] = ()
 
     @loading()
@@ -41,6 +43,7 @@ class LearnerWorker(Worker):
         from stage_ray.policies.devices import device_for
 
         learner = self._run.learner
+        use_own_threads(self._run, learner)
         device = device_for(learner.gpus, "learner.gpus")
         self._ranks = Ranks.init_process_group(self._rank, learner.ranks, address, device, timeout_s=learner.timeout_s)
         self._learner = Learner(self._run, threads=learner.threads, ranks=self._ranks)
@@ -58,21 +61,24 @@ class LearnerWorker(Worker):
         self._metrics.done(groups[self._ranks.rows(len(groups))], version=self._learner.version)
         return Update(self._learner.version, metrics)
 
-    def pack(self) -> WeightManifest:
-        """Pack the current version; its chunks, views of the weights, wait for `chunks` before the next update."""
-        manifest, self._chunks = pack(self._learner.version, self._learner.weights())
+    def pack(self, dtype: str) -> WeightManifest:
+        """Pack the current version in the dtype of the engines; `chunks` makes its chunks before the next update."""
+        wanted = DTYPES[dtype]
+        manifest, self._chunks = pack(self._learner.version, self._learner.weights(wanted), dtype=wanted)
         return manifest
 
-    def chunks(self) -> tuple[Any, ...]:
-        """The version, then the packed bytes, one object a chunk, once; Ray stores them before this actor goes on."""
-        chunks, self._chunks = self._chunks, []
-        return (self._learner.version, *chunks)
+    def chunks(self) -> Iterator[Any]:
+        """The version, then the packed bytes, one object a chunk, once; Ray stores each before the next is made."""
+        chunks, self._chunks = self._chunks, iter(())
+        yield self._learner.version
+        yield from chunks
 
-    def offer(self) -> WeightManifest:
-        """Describe the current version, which waits for `send` before the next update."""
-        device = DEVICES[self._run.cluster.weight_transport]
-        self._offered = self._learner.weights(in_place=device.type == "cuda")
-        return describe(self._learner.version, self._offered, device)
+    def offer(self, dtype: str) -> WeightManifest:
+        """Describe the current version in the dtype of the engines; it waits for `send` before the next update."""
+        wanted, device = DTYPES[dtype], DEVICES[self._run.cluster.weight_transport]
+        weights = self._learner.weights(wanted)
+        self._offered = ((name, tensor.to(wanted)) for name, tensor in weights)  # each is cast when it is sent
+        return describe(self._learner.version, weights, device, wanted)
 
     def open_group(self) -> str:
         """Listen for rollout workers that `send` is to reach; HOST:PORT."""
@@ -82,7 +88,7 @@ class LearnerWorker(Worker):
     def send(self, member: GroupMember) -> str:
         """Pass what was offered to the rollout workers; why some may not have it, "" where all have."""
         assert self._group is not None, "the broadcast group was not opened"
-        offered, self._offered = self._offered, ()
+        offered, self._offered = self._offered, iter(())
         try:
             self._group.send(member, offered)
         except WeightError as broken:
@@ -93,9 +99,9 @@ class LearnerWorker(Worker):
         """The current version."""
         return self._learner.version
 
-    def save_state(self, directory: Path) -> None:
-        """Weights, optimizer, schedule and random states, for an exact resume."""
-        self._learner.save_state(directory)
+    def save_state(self, directory: Path) -> dict[str, FileDigest]:
+        """Weights, optimizer, schedule and random states, for an exact resume; what went into shards, by path."""
+        return self._learner.save_state(directory)
 
     def load_state(self, directory: Path) -> int:
         """Take a saved state; its version."""

@@ -16,6 +16,7 @@ from stage_ray.observability.worker_metrics import WorkerMetrics
 from stage_ray.records import RECORDED, GroupRefs, RolloutGroup, RolloutRequest, WeightManifest
 from stage_ray.weights.manifest import Chunk, WeightError, unpack
 from stage_ray.weights.process_groups import BroadcastGroup, GroupMember
+from stage_ray.workers.threads import use_own_threads
 
 
 class RolloutWorker(Worker):
@@ -38,7 +39,12 @@ class RolloutWorker(Worker):
         from stage_ray.engines import build_engine  # after the redirection: importing vLLM talks
 
         run = self._run
+        use_own_threads(run, run.rollout)
         self._engine = build_engine(run.policy, run.rollout, worker=self._name, rank=self._rank, address=address)
+
+    def weight_dtype(self) -> str:
+        """The dtype that the engine holds its weights in, and so the one in which a version need come."""
+        return str(self._engine.dtype).removeprefix("torch.")
 
     def generate(self, *requests: RolloutRequest) -> tuple[Any, ...]:
         """Policy version and seconds, then for each request its group (``images`` empty) and its pictures.
@@ -46,6 +52,13 @@ class RolloutWorker(Worker):
         The learner never reads pictures (uint8 [G, H, W, 3]) and the driver reads neither: each object goes only where
         it is used. Of several ranks the first one answers; the others' objects are None.
         """
+        answer, *objects = self.generate_any(*requests)
+        if fault := next(filter(None, answer[2:]), ""):
+            raise RuntimeError(fault)
+        return (answer[:2], *objects)
+
+    def generate_any(self, *requests: RolloutRequest) -> tuple[Any, ...]:
+        """As `generate`, with what of each group's records is not finite, "" if nothing, beside version and seconds."""
         start = time.perf_counter()
         self._metrics.begin(request.group_id for request in requests)
         groups = self._engine.generate(requests)
@@ -56,7 +69,7 @@ class RolloutWorker(Worker):
             if fault := _fault(request, group, self._engine.codebook_size):
                 raise RuntimeError(f"group {request.group_id} {fault}")
         self._metrics.done(groups if self._rank == 0 else (), version=self._engine.policy_version)
-        objects: list[Any] = [(self._engine.policy_version, seconds)]
+        objects: list[Any] = [(self._engine.policy_version, seconds, *map(_not_finite, groups))]
         for group in groups:
             bare = np.empty((len(group.seeds), 0, 0, 3), np.uint8)
             objects += [replace(group, images=bare), group.images] if self._rank == 0 else [None, None]
@@ -84,13 +97,16 @@ class RolloutWorker(Worker):
 class RolloutClient(Client):
     """A rollout worker as the driver asks it."""
 
-    async def generate(self, requests: Sequence[RolloutRequest]) -> list[GroupRefs]:
-        """Sample one generation batch."""
-        answer, refs = self.ask_objects(RolloutWorker.generate, 2 * len(requests), *requests)
-        version, seconds = await answer
+    async def generate(self, requests: Sequence[RolloutRequest], *, last: bool = False) -> list[GroupRefs]:
+        """Sample one generation batch. In a ``last`` attempt groups that are not finite come with that ``error``."""
+        method = RolloutWorker.generate_any if last else RolloutWorker.generate
+        answer, refs = self.ask_objects(method, 2 * len(requests), *requests)
+        version, seconds, *errors = await answer
         return [
-            GroupRefs(request.group_id, version, tokens, images, generate_s=seconds)
-            for request, tokens, images in zip(requests, refs[::2], refs[1::2], strict=True)  # objects alternate
+            GroupRefs(request.group_id, version, tokens, images, error=error, generate_s=seconds)
+            for request, tokens, images, error in zip(
+                requests, refs[::2], refs[1::2], errors or [""] * len(requests), strict=True
+            )  # objects alternate
         ]
 
 
@@ -107,8 +123,12 @@ def _fault(request: RolloutRequest, group: RolloutGroup, codebook_size: int) -> 
         values = getattr(group, name)
         if values.dtype != np.float32 or values.shape != tokens.shape:
             return f"has {name} {values.dtype} {list(values.shape)}, not float32 {list(tokens.shape)}"
-        if not np.isfinite(values).all():
-            return f"has {name} that are not finite"
     if images.dtype != np.uint8 or images.ndim != 4 or (len(images), images.shape[3]) != (count, 3):
         return f"has images {images.dtype} {list(images.shape)}, not uint8 [{count}, H, W, 3]"
     return ""
+
+
+def _not_finite(group: RolloutGroup) -> str:
+    """Which of a group's records are not finite, "" where all are. Another engine may do better, or none."""
+    names = (name for name in RECORDED if not np.isfinite(getattr(group, name)).all())
+    return next((f"group {group.group_id} has {name} that are not finite" for name in names), "")

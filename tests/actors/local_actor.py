@@ -58,6 +58,8 @@ class _Method:
     async def _answer(self, arguments: tuple[Any, ...]) -> Any:
         if self._name == "ping" and not hasattr(self._actor.inside, "ping"):
             return 0, "another node"
+        if self._name == "weight_dtype" and not hasattr(self._actor.inside, "weight_dtype"):
+            return "float32"
         work = asyncio.ensure_future(getattr(self._actor.inside, self._name)(*arguments))
         death = asyncio.ensure_future(self._actor.killed.wait())
         await asyncio.wait({work, death}, return_when=asyncio.FIRST_COMPLETED)

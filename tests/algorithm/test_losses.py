@@ -33,6 +33,17 @@ def test_every_example_in_the_docstrings_holds() -> None:
         assert results.failed == 0
 
 
+def test_a_capped_kl_is_bounded_pulls_a_token_beyond_with_the_greatest_slope_and_leaves_others_alone() -> None:
+    logp = torch.zeros(5, requires_grad=True)
+    reference = torch.tensor([-30.0, -1.0, 1.0, 10.0, 89.0])
+    capped, plain = k3_kl(logp, reference, ratio_cap=20.0), k3_kl(logp, reference)
+    assert torch.equal(capped[:3], plain[:3]) and plain[4].isinf()
+    torch.testing.assert_close(capped[3:], torch.full((2,), 19 - math.log(20)))
+    (slope,) = torch.autograd.grad(capped.sum(), logp)
+    assert torch.equal(slope[:3], torch.autograd.grad(plain[:3].sum(), logp)[0][:3])
+    torch.testing.assert_close(slope[3:], torch.full((2,), -19.0))
+
+
 @pytest.mark.parametrize(
     ("cosine", "weight", "kappa", "slope"), [(0.6, 0.2, 1.0, 0.3535), (-1.0, 1.0, 0.5, 0.3535), (1.0, 0.0, 1.0, 0.0)]
 )

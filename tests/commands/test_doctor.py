@@ -39,6 +39,12 @@ def test_a_library_that_is_not_installed_is_missing() -> None:
     assert doctor._imports("nothing", "no-such-distribution").found == "not installed"
 
 
+def test_a_variable_that_leaves_no_room_for_rays_sockets_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_TMPDIR", f"/tmp/{60 * 'x'}")
+    (found,) = [finding for finding in doctor._space() if finding.subject == "Ray's files"]
+    assert (found.state, found.fix) == ("missing", "set RAY_TMPDIR") and "RAY_TMPDIR = '/tmp/xxx" in found.found
+
+
 @pytest.mark.slow
 def test_what_make_install_leaves_can_run_the_default_job() -> None:
     out = io.StringIO()

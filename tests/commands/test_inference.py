@@ -44,6 +44,15 @@ def test_a_wrong_setting_is_one_sentence_and_nothing_is_drawn(model, tmp_path, c
     assert sentence in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
+def test_a_place_that_cannot_be_written_is_refused_before_anything_is_drawn(model, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert generate(model, tmp_path / "file" / "out") == 2
+    assert main(["evaluate", str(model), "--json", str(tmp_path / "file" / "result.json")]) == 2
+    assert capsys.readouterr().err.count(f"cannot be written: {tmp_path / 'file'} is no directory; name another") == 2
+    assert main(["evaluate", str(model), "--json", str(tmp_path)]) == 2
+    assert "is a directory; name a file in it" in capsys.readouterr().err
+
+
 def test_prompts_that_are_too_long_are_left_out_where_that_is_wanted(model, tmp_path):
     (tmp_path / "prompts.txt").write_text("circle " * 300 + "\na photo of a ring\n")
     options = ["--prompts", str(tmp_path / "prompts.txt")]

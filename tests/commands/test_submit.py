@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import http.server
 import os
 import shlex
 import signal
@@ -26,6 +27,7 @@ from stage_ray.cli import main
 from stage_ray.commands.job import CAP_MIB, Job, plan_job, stage_files
 from stage_ray.commands.submit import _exit_code, _last_attempt, submit_job
 from stage_ray.errors import ConfigError, Interrupted, RunError
+from tests.ray_head import free_port
 
 CONFIG = Path(__file__).parents[2] / "configs" / "stage_shapeworld.yaml"
 SHARED = Path("/shared/runs/first")
@@ -139,7 +141,8 @@ def test_without_a_dashboard_one_sentence_names_the_address(capsys):
 
 
 def test_a_relative_run_directory_is_taken_when_it_is_wanted():
-    assert plan_job(CONFIG, run_dir=Path("mine"), scratch=True).run_dir == "mine"
+    planned = plan_job(CONFIG, run_dir=Path("my own"), scratch=True)
+    assert planned.run_dir == "my own" and planned.entrypoint.endswith(""" --auto-resume --run-dir "$PWD"/'my own'""")
 
 
 def test_the_package_holds_the_config_the_files_it_names_and_the_code(here):
@@ -383,3 +386,59 @@ def test_ctrl_c_ends_a_wait_for_a_cluster_that_says_nothing_at_once(log_ends, ca
         assert time.monotonic() - began < 10 and stopped.value.exit_code == 130
     assert "step 1\n" in capsys.readouterr().out
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+class Proxy(http.server.BaseHTTPRequestHandler):
+    """Answers nothing, and remembers what it was asked for."""
+
+    asked: list[str] = []
+
+    def do_GET(self) -> None:
+        self.asked.append(self.path)
+        self.send_error(502)
+
+    def log_message(self, *text: object) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture
+def proxy(monkeypatch) -> Iterator[str]:
+    """The address of a proxy that the environment does not name yet."""
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy", "RAY_API_SERVER_ADDRESS"):
+        for spelled in (name, name.upper()):
+            monkeypatch.setenv(spelled, "")
+            monkeypatch.delenv(spelled)
+    monkeypatch.setattr(Proxy, "asked", [])
+    server = http.server.HTTPServer(("127.0.0.1", 0), Proxy)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+@pytest.mark.parametrize("variable", ["http_proxy", "HTTP_PROXY", "ALL_PROXY"])
+@pytest.mark.parametrize("exempt", [None, "example.com"])
+def test_a_cluster_in_a_private_network_is_asked_without_the_proxy(variable, exempt, proxy, monkeypatch):
+    monkeypatch.setenv(variable, proxy)
+    if exempt:
+        monkeypatch.setenv("NO_PROXY", exempt)
+    for host in ("127.0.0.1", "localhost", "[::1]"):
+        with pytest.raises(RunError, match="no Ray dashboard answers at http://[^ ]+; name it"):
+            submit_job(Job("first", "/shared/first", "", {}), f"http://{host}:{free_port()}")
+    assert not Proxy.asked and os.environ["no_proxy"].split(",")[: bool(exempt)] == [exempt] * bool(exempt)
+
+
+@pytest.mark.parametrize("variable", ["http_proxy", "HTTP_PROXY", "all_proxy"])
+def test_what_goes_through_a_proxy_and_fails_names_the_variable_and_not_its_value(variable, proxy, monkeypatch):
+    address = f"http://cluster.invalid:{free_port()}"  # a name that no resolver knows
+    monkeypatch.setenv(variable, proxy.replace("//", "//user:secret@"))
+    said = rf"by way of the proxy that {variable} names \(NO_PROXY=cluster.invalid asks it directly\)"
+    with pytest.raises(RunError, match=said) as found:
+        submit_job(Job("first", "/shared/first", "", {}), address)
+    assert Proxy.asked[0].startswith(address) and "secret" not in str(found.value)
+    monkeypatch.setenv("NO_PROXY", "cluster.invalid")
+    with pytest.raises(RunError, match=f"no Ray dashboard answers at {address}; name it"):
+        submit_job(Job("first", "/shared/first", "", {}), address)
+    assert len(Proxy.asked) == 1

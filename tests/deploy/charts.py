@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,13 +27,18 @@ def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return both
 
 
+@functools.cache
+def rendered(values: str, name: str) -> dict[str, str]:
+    """Path of every template -> its text, for values in JSON; many tests look at the same release."""
+    with helm.Chart.load(CHART) as chart:
+        return dict(chart.render(json.loads(values), name=name, namespace="stage-ray"))
+
+
 def render(values: dict[str, Any] | None = None, name: str = "first") -> list[dict[str, Any]]:
     """Every object of a release; an image is given."""
-    with helm.Chart.load(CHART) as chart:
-        texts = chart.render(merged({"image": IMAGE}, values or {}), name=name, namespace="stage-ray")
     return [
         item
-        for path, text in texts.items()
+        for path, text in rendered(json.dumps(merged({"image": IMAGE}, values or {})), name).items()
         if not path.endswith("NOTES.txt")
         for item in yaml.load_all(text, Loader=yaml.CSafeLoader)  # the safe loader of libyaml, ten times as fast
         if item

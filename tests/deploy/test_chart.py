@@ -14,6 +14,7 @@ import yaml
 
 from stage_ray.config.load import validate_config
 from tests.deploy.charts import CHART, GRAFANA, IMAGE, ROOT, helm, only, pod_specs, ray_cluster, render
+from tests.deploy.test_chart_overlay import EVERYTHING
 
 kubernetes_validate = pytest.importorskip("kubernetes_validate", reason="kubernetes-validate is not installed")
 jsonschema = pytest.importorskip("jsonschema")
@@ -51,6 +52,8 @@ def matrix() -> dict[str, dict[str, Any]]:
     }
     cases["http"] = {"job": {"submissionMode": "HTTPMode", "activeDeadlineSeconds": 9}}
     cases["no-cache"] = {"storage": {"hfCache": {"enabled": False}}, "serviceAccount": {"create": False}}
+    cases["overlay"] = EVERYTHING
+    cases["overlay-cluster-autoscaling"] = EVERYTHING | {"mode": "cluster", "autoscaling": {"enabled": True}}
     cases["groups"] = {
         "autoscaling": {"enabled": True},
         "groups": {"reward": {"priority": 5, "idleTimeoutSeconds": 60, "rayLabels": {"zone": "a"}}},

@@ -12,7 +12,9 @@ import yaml
 
 from stage_ray.cli import main
 from stage_ray.config.load import load_config
-from tests.deploy.charts import CHART, ROOT, helm, merged, only, ray_cluster, render
+from tests.deploy.charts import CHART, ROOT, helm, merged, only, pod_specs, ray_cluster, render
+
+kubernetes_validate = pytest.importorskip("kubernetes_validate", reason="kubernetes-validate is not installed")
 
 TEXT = (ROOT / "deploy" / "README.md").read_text(encoding="utf-8")
 FILES = {
@@ -52,6 +54,25 @@ def test_every_release_on_the_page_renders(words):
     values = values_of(words)
     assert words[3] == "deploy/helm/stage-ray" and (ROOT / words[3]).is_dir()
     assert only(render(values, words[2]), "RayCluster" if values.get("mode") == "cluster" else "RayJob")
+
+
+SECTION = TEXT[TEXT.index("## Queues, networks and disks") : TEXT.index("## Upgrade and uninstall")]
+OVER = [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", SECTION, flags=re.DOTALL)]
+
+
+@pytest.mark.parametrize("values", OVER, ids=lambda values: "-".join(values))
+def test_what_the_page_lays_over_the_first_job_is_right_by_the_schemas(values):
+    objects = render(merged(FILES["first.yaml"], values))
+    for at, spec in pod_specs(objects):
+        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "a"}, "spec": spec}
+        kubernetes_validate.validate(pod, "1.34", strict=True), at
+    assert values.get("labels", {}).items() <= only(objects, "RayJob")["metadata"]["labels"].items()
+
+
+def test_the_page_has_a_block_for_each_queue_network_and_disk():
+    assert len(OVER) >= 10
+    for word in ("kueue", "volcano", "yunikorn", "rdma/hca", "/efa", "ephemeral-storage", "subPath", "huggingFace"):
+        assert word in str(OVER), word
 
 
 def test_the_config_that_the_page_writes_out_passes_the_dry_run_that_it_recommends(tmp_path, monkeypatch, capsys):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -32,26 +33,32 @@ def commands(program: str) -> list[list[str]]:
     return [line[1:] for line in words]
 
 
-def values_on_the_page() -> list[str]:
-    """Dotted keys that the page gives to our chart, by `--set` or in a values file."""
+def values_on_the_page() -> list[tuple[str, ...]]:
+    """Keys that the page gives to our chart, by `--set`, in a values file or by name; each with those above it."""
     ours = [words for words in commands("helm") if "deploy/helm/stage-ray" in words]
     assert len(ours) >= 4
-    keys = [
+    dotted = [
         words[i + 1].partition("=")[0]
         for words in ours
         for i, word in enumerate(words)
         if word in ("--set", "--set-file")
     ]
-    pending = [("", yaml.safe_load(block)) for block in re.findall(r"```yaml\n(.*?)```", TEXT, flags=re.DOTALL)]
-    while pending:
-        prefix, value = pending.pop()
-        if isinstance(value, dict):
-            pending += [(f"{prefix}.{key}".lstrip("."), below) for key, below in value.items()]
-        else:
-            keys.append(prefix)
-    return keys + re.findall(
-        r"`((?:job|mode|config|rayVersion|terminationGracePeriodSeconds|secretEnv)(?:\.\w+)*)", TEXT
+    dotted += re.findall(
+        r"`((?:job|mode|config|rayVersion|terminationGracePeriodSeconds|secretEnv|huggingFace|labels|annotations"
+        r"|podSecurity|pod|container|head)(?:\.\w+)*)",
+        TEXT,
     )
+    keys = [tuple(key.split(".")) for key in dotted]
+    pending: list[tuple[tuple[str, ...], Any]] = [
+        ((), yaml.safe_load(block)) for block in re.findall(r"```yaml\n(.*?)```", TEXT, flags=re.DOTALL)
+    ]
+    while pending:
+        above, value = pending.pop()
+        if isinstance(value, dict):
+            pending += [((*above, key), below) for key, below in value.items()]
+        else:
+            keys.append(above)
+    return keys
 
 
 @pytest.mark.parametrize("arguments", commands("stage-ray"), ids=" ".join)
@@ -85,9 +92,13 @@ def test_the_page_leads_through_all_of_it():
 
 def test_every_value_on_the_page_is_one_of_the_chart():
     known = yaml.safe_load(VALUES.read_text())
+    for name, group in known["groups"].items():
+        known["groups"][name] = known["groups"]["rollout"] | group  # where every key of a group is shown
     for key in values_on_the_page():
         node = known
-        for part in key.split("."):
+        for part in key:
+            if node == {}:
+                break  # labels, fields of pods: names of Kubernetes', which the schema checks
             assert isinstance(node, dict) and part in node, f"{key}: the chart has no {part!r}"
             node = node[part]
 

@@ -112,6 +112,24 @@ def assert_statistics_match(group: RolloutGroup, policy: JanusPolicy, params: Sa
         torch.testing.assert_close(torch.from_numpy(found), values, **TOLERANCE)
 
 
+def test_a_version_rounded_by_the_learner_leaves_an_engine_with_the_bits_of_its_own_rounding(
+    directory: Path, updated: JanusPolicy
+) -> None:
+    where = PolicyConfig.model_validate({"path": str(directory)})
+    engine = build_engine(where, rollout("torch", dtype="bfloat16"), worker="test-bfloat16")
+
+    def drawn(dtype: torch.dtype) -> RolloutGroup:
+        tensors = updated.trained_parameters().items()
+        engine.load_weights(1, ((name, parameter.detach().to(dtype)) for name, parameter in tensors))
+        return engine.generate([request(TEXTS[0], (1, 2))])[0]
+
+    whole, rounded = drawn(torch.float32), drawn(engine.dtype)
+    assert engine.dtype == torch.bfloat16
+    for name in ("tokens", "logprobs", "guided_logprobs", "entropy", "images"):
+        assert np.array_equal(getattr(whole, name), getattr(rounded, name)), name
+    engine.close()
+
+
 def test_records_match_a_teacher_forced_forward_of_transformers(at_version_0: ImageEngine, policy: JanusPolicy) -> None:
     groups = at_version_0.generate([request(text, (index, 50 + index)) for index, text in enumerate(TEXTS)])
     for group in groups:

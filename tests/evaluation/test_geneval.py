@@ -7,7 +7,9 @@ import json
 import math
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,9 +17,19 @@ import pytest
 from stage_ray.errors import ConfigError, RunError
 from stage_ray.evaluation.base import EvaluationResult, MetricValue, find_benchmark, read_result, write_result
 from stage_ray.evaluation.base import summarise as summarise_with
-from stage_ray.evaluation.loop import EngineBackend, JudgedGroup, evaluate, judge_in_batches, requests_for
+from stage_ray.evaluation.loop import (
+    EngineBackend,
+    JudgedGroup,
+    conditions,
+    evaluate,
+    judge_in_batches,
+    requests_for,
+)
+from stage_ray.observability.progress import Progress
 from stage_ray.records import Prompt, RolloutGroup, RolloutRequest, ScoredGroup, image_seeds
 from stage_ray.rewards.base import RewardOutput
+from stage_ray.run.heldout import HeldOutEvaluation
+from tests.runs import tiny_run
 
 
 def prompt(index: int, tag: str | None) -> Prompt:
@@ -168,6 +180,32 @@ def test_evaluate_draws_judges_and_sums_up_every_prompt_in_batches():
     assert [image["details"]["eyes"]["verdict"] for image in result.images] == even
     assert sum(finished) == 40 and len(finished) > 1 and len(result.images) == 120
     assert 0.2 < result.headline_value < 0.8
+
+
+@pytest.mark.parametrize(
+    ("key", "change"),
+    [
+        ("evaluation.seed", {"evaluation": {"seed": 21}}),
+        ("evaluation.images_per_prompt", {"evaluation": {"images_per_prompt": 3}}),
+        ("rewards", {"options": {"word": "rings"}}),
+        ("rollout.guidance_scale", {"rollout": {"guidance_scale": 1.0}}),
+        ("prompts.heldout", {}),
+    ],
+)
+def test_a_run_that_goes_on_with_another_evaluation_says_which_key_differs(key, change, tmp_path, capsys):
+    began, now = tiny_run(tmp_path, tmp_path / "plain"), tiny_run(tmp_path, tmp_path / "plain", **change)
+    prompts = PROMPTS[::-1] if key == "prompts.heldout" else PROMPTS
+    requests = requests_for(PROMPTS, began.evaluation.images_per_prompt, began.evaluation.seed)
+    benchmark = find_benchmark("geneval")
+    before = conditions(began, benchmark, requests, began.evaluation.seed)
+    write_result(tmp_path / "evaluation" / "before.json", replace(summarise(PROMPTS, GROUPS), conditions=before))
+    assert read_result(tmp_path / "evaluation" / "before.json").conditions == before  # through JSON and back
+    cluster: Any = None  # it is not asked
+    for run, asked in ((began, PROMPTS), (now, prompts)):
+        heldout = HeldOutEvaluation(cluster, run, asked, tmp_path, Progress())
+        assert asyncio.run(heldout.evaluate("before", 2)) == summarise(PROMPTS, GROUPS).headline_value
+    said = capsys.readouterr().out
+    assert said.count("cannot be compared") == 1 and f"cannot be compared: {key} was" in " ".join(said.split())
 
 
 def test_pictures_are_handed_over_batch_by_batch_where_they_are_wanted():

@@ -201,7 +201,7 @@ def test_a_damaged_state_is_refused_and_nothing_changes(
 def test_the_state_of_another_base_model_is_refused(model: Path, tmp_path: Path) -> None:
     Learner(tiny_run(model)).save_state(tmp_path / "state")
     other = Learner(tiny_run(tiny_janus(tmp_path / "other", seed=1)))
-    with pytest.raises(LearnerError, match="another base model"):
+    with pytest.raises(LearnerError, match="another reference"):
         other.load_state(tmp_path / "state")
 
 
@@ -209,7 +209,8 @@ def test_published_weights_are_the_trained_ones(model: Path, scored: Scored) -> 
     learner = Learner(tiny_run(model))
     learner.update(*scored)
     state = learner.policy.model.state_dict()
-    for name, tensor in unpack(*pack(learner.version, learner.weights())):
+    manifest, chunks = pack(learner.version, learner.weights())
+    for name, tensor in unpack(manifest, list(chunks)):
         assert not tensor.requires_grad
         assert torch.equal(tensor, state[name])
 

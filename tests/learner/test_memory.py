@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaModel
 
 from stage_ray.bench.base import Measurement, Variant, interleave
@@ -19,7 +20,7 @@ from stage_ray.observability.progress import Progress
 from stage_ray.policies import base
 from stage_ray.policies.devices import hardware_has_bfloat16
 from stage_ray.weights.manifest import pack
-from tests.learner.measured import peak_of_each_form
+from tests.learner.measured import peak_of_each_form, peak_of_loading
 from tests.learner_case import PROMPTS, sample_groups, score, tiny_run
 from tests.tiny import tiny_janus
 
@@ -40,16 +41,24 @@ def bytes_of(tensors) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def test_weights_optimizer_and_published_bytes_are_those_of_a_learner_after_a_step(tiny):
-    learner = Learner(tiny_run(tiny))
+@pytest.mark.parametrize("reference_dtype", ["float32", "bfloat16"])
+def test_weights_optimizer_and_published_bytes_are_those_of_a_learner_after_a_step(tiny, reference_dtype):
+    learner = Learner(tiny_run(tiny, learner={"reference_dtype": reference_dtype}))
     groups = sample_groups(learner.policy, PROMPTS[:1], group_size=2)
     learner.update(groups, score(groups))
     lines = memory.learner_memory(
-        model_sizes(str(tiny)), ranks=1, images=2, prompt=256, dtype="float32", checkpointing=False
+        model_sizes(str(tiny)),
+        ranks=1,
+        images=2,
+        prompt=256,
+        dtype="float32",
+        checkpointing=False,
+        reference_dtype=reference_dtype,
     )
     policy, parameters = learner.policy.model, learner.policy.trained_parameters()
     moments = [t for state in learner._optimizer.state.values() for t in state.values() if t.dim() > 0]
-    assert lines["weights"] == lines["reference"] == lines["gradients"] == bytes_of(parameters.values())
+    assert lines["weights"] == lines["gradients"] == bytes_of(parameters.values())
+    assert lines["reference"] == bytes_of(learner._reference.trained_parameters().values())
     assert lines["optimizer"] == bytes_of(moments)
     assert lines["frozen parts"] == 2 * (bytes_of(policy.parameters()) - bytes_of(parameters.values()))
     manifest, _ = pack(1, learner.weights())
@@ -145,6 +154,24 @@ def test_the_peak_of_a_real_update_of_27_million_parameters_is_foreseen(peaks, b
     print(f"peak {rise / 2**20:.0f} MiB, foreseen {expected / 2**20:.0f} MiB")
     least, most = PEAK[bfloat16, checkpointing]
     assert least <= expected / rise <= most
+
+
+@pytest.mark.slow
+def test_the_peak_of_loading_is_one_model_beside_a_share_of_the_other(tmp_path):
+    """On a CPU, where both are in the machine's memory."""
+    path = write_model(tmp_path / "27m", replace(FIFTY_MILLION, layers=6))
+    file = path / "model.safetensors"
+    save_file({k: v.bfloat16() for k, v in load_file(file).items()}, file, metadata={"format": "pt"})  # as published
+    sizes = model_sizes(str(path))
+    with Progress() as progress:
+        variant = Variant("loading", peak_of_loading, {"model": str(path), "ranks": [1, 4]})
+        (measured,) = interleave([variant], repeats=1, warmups=0, progress=progress, title="loading")["loading"]
+    for ranks, rise in measured["rises"].items():
+        form = {"ranks": ranks, "images": 1, "prompt": 1, "dtype": "float32", "checkpointing": False}
+        lines = memory.learner_memory(sizes, **form, offload=True)  # the frozen parts of the policy alone
+        expected = memory.loading_bytes(sizes) + lines["weights"] + lines["frozen parts"]
+        print(f"{ranks} rank(s): peak {rise / 2**20:.0f} MiB, foreseen {expected / 2**20:.0f} MiB")
+        assert 0.93 <= expected / rise <= 1.07
 
 
 def test_logits_are_made_in_chunks_of_the_policys_size():

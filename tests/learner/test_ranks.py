@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as processes
+import xxhash
 from safetensors.torch import load_file, save_file
 from transformers import JanusForConditionalGeneration
 
@@ -23,6 +24,7 @@ from tests.learner_case import PROMPTS, sample_groups, score, tiny_run
 from tests.tiny import tiny_janus
 
 CPU = torch.device("cpu")
+EMBEDDING, TEXT_HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
 SETTINGS = {
     "rollout": {"groups_per_step": 4, "group_size": 4, "guidance_scale": 3.0},
     "learner": {"lr": 1e-3, "autocast": "off", "micro_batch_images": 4, "max_mismatch": None},
@@ -77,7 +79,16 @@ def two_ranks(number: int, ranks: Ranks, model: Path, out: Path) -> None:
     run = tiny_run(model, **with_learner(gradient_checkpointing=True))
     learner = Learner(run, threads=1, ranks=ranks)
     metrics = updates(learner, 2)
-    learner.save_state(out / "by-two")
+    written = learner.save_state(out / "by-two")
+    for name, file in written.items():
+        assert xxhash.xxh3_64_hexdigest((out / "by-two" / name).read_bytes()) == file.xxh3
+    assert len(written) == 2
+    if number == 1:  # one rank cannot write: it says so, and the other one is not left waiting
+        (out / "blocked" / "shards" / "shard-00002.safetensors").mkdir(parents=True)
+        with pytest.raises(LearnerError, match=r"shard-00002.safetensors cannot be written: .*Is a directory"):
+            learner.save_state(out / "blocked")
+    else:
+        assert learner.save_state(out / "blocked") == {}
     metrics += updates(learner, 1)
     found = weights(learner)
     assert bool(found) == (number == 0)
@@ -108,11 +119,19 @@ def two_ranks(number: int, ranks: Ranks, model: Path, out: Path) -> None:
         torch.save(rounded, out / "rounded.pt")
 
 
+def store_text_head(model: Path) -> Path:
+    """Store the text head too, which is tied to the embedding and plays no part in training."""
+    tensors = load_file(model / "model.safetensors")
+    tensors[TEXT_HEAD] = tensors[EMBEDDING].clone()
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    return model
+
+
 @pytest.fixture(scope="module")
 def case(tmp_path_factory):
     """Two ranks and one, with the same groups: the directory with what the two left, the one and its metrics."""
     out = tmp_path_factory.mktemp("ranks")
-    model = tiny_janus(out / "janus")
+    model = store_text_head(tiny_janus(out / "janus"))
     run = tiny_run(model, **SETTINGS)
     alone = Learner(run, threads=1)
     metrics = updates(alone, 2)
@@ -199,3 +218,15 @@ def test_their_export_is_a_checkpoint_of_plain_transformers(case):
     exported = JanusForConditionalGeneration.from_pretrained(out / "exported").state_dict()
     trained = weights(alone)
     close({name: exported[name] for name in trained}, trained)
+
+
+@pytest.mark.slow
+def test_a_tied_text_head_is_exported_by_two_ranks_as_by_one(case):
+    out, run, alone, _ = case
+    alone.export(out / "exported-by-one")
+    directories = run.policy.path, out / "exported-by-one", out / "exported"
+    base, one, two = (load_file(Path(directory) / "model.safetensors") for directory in directories)
+    close(two, one)
+    for exported in (one, two):
+        assert torch.equal(exported[TEXT_HEAD], exported[EMBEDDING])
+        assert not torch.equal(exported[TEXT_HEAD], base[TEXT_HEAD])

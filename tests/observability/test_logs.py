@@ -132,6 +132,28 @@ def test_workers_are_told_the_format_and_the_run(tmp_path, monkeypatch):
         assert bool(done.stdout) == (not where)
 
 
+def test_a_worker_that_prints_without_end_keeps_two_short_files(tmp_path):
+    code = "import os, subprocess, sys, time; from stage_ray.observability import logs\n"
+    code += "logs.MOST_BYTES, logs.LOOK_S = 100_000, 0.01\n"
+    code += "logs.redirect_output(sys.argv[1])\n"
+    code += "older, said = sys.argv[1] + '.1', 0\n"
+    code += "prints = subprocess.Popen(['yes'])\n"  # another program, which has the file open as well
+    code += "while not os.path.exists(older): time.sleep(0.01)\n"
+    code += "os.remove(older)\n"
+    code += "while not os.path.exists(older): time.sleep(0.01)\n"
+    code += "prints.kill(); prints.wait()\n"
+    code += "os.remove(older)\n"
+    code += "while not os.path.exists(older): os.write(2, b'native' * 1000); print('python', flush=True)\n"
+    code += "logs.MOST_BYTES = 0\n"
+    code += "while os.fstat(1).st_size: time.sleep(0.01)\n"
+    code += "logs.MOST_BYTES = 100_000; print('the end')\n"
+    log = tmp_path / "reward-0.log"
+    subprocess.run([sys.executable, "-c", code, str(log)], check=True, timeout=100)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["reward-0.log", "reward-0.log.1"]
+    assert Path(f"{log}.1").stat().st_size < 2 * 2**20
+    assert log.read_text() == "the end\n", "no hole where it was emptied"
+
+
 def test_an_unexpected_error_is_a_line_too():
     code = "from stage_ray.observability.logs import start_logs; start_logs('json', 'r'); [][1]"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)

@@ -112,6 +112,28 @@ def test_a_resumed_run_forgets_the_steps_it_will_train_again(tmp_path: Path) -> 
     assert [row["step"] for row in read_steps(tmp_path / "alarms.jsonl")] == [1, 2]
 
 
+def test_nothing_is_forgotten_before_a_step_takes_its_place(tmp_path: Path) -> None:
+    first = MetricsLogger(tmp_path, port=None, host="127.0.0.1")
+    for step in (1, 2, 3):
+        first.step(step, {"kl": 0.1 * step})
+    first.alarm(3, "kl_blowup", "KL is large")
+    first.close()
+    kept = (tmp_path / "metrics.jsonl").read_bytes()
+    with (tmp_path / "alarms.jsonl").open("a") as file:
+        file.write('{"step": 3, "al')  # a crash
+    again = MetricsLogger(tmp_path, port=None, host="127.0.0.1", resume_step=1)
+    again.alarm(1, "learner_lost", "it died while it loaded the checkpoint")
+    again.rewind(1)
+    again.close()
+    assert (tmp_path / "metrics.jsonl").read_bytes() == kept
+    assert [row["alarm"] for row in read_steps(tmp_path / "alarms.jsonl")] == ["kl_blowup", "learner_lost"]
+    last = MetricsLogger(tmp_path, port=None, host="127.0.0.1", resume_step=1)
+    last.step(2, {"kl": 9.0})
+    last.close()
+    assert [row["step"] for row in read_steps(tmp_path / "metrics.jsonl")] == [1, 2]
+    assert [row["alarm"] for row in read_steps(tmp_path / "alarms.jsonl")] == ["learner_lost"]
+
+
 def test_a_line_that_a_crash_cut_short_is_dropped(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "kl": 0.5}\n{"step": 2, "kl"')

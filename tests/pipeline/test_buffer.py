@@ -1,12 +1,16 @@
 """The buffer's promise: no group is ever older than the bound when it trains."""
 
 import asyncio
+import sys
+from types import FrameType
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stage_ray.pipeline.buffer import Failed, GroupBuffer
+from stage_ray.pipeline import buffer as module
+from stage_ray.pipeline.buffer import Failed, GroupBuffer, Slot
 
 
 def test_a_slot_is_freed_when_its_group_is_trained_not_when_it_is_taken():
@@ -46,6 +50,19 @@ def test_take_waits_for_the_oldest_group_even_if_enough_younger_ones_are_ready()
         return await taking
 
     assert asyncio.run(scenario()) == [(0, "old")]
+
+
+def test_a_group_of_a_checkpoint_that_is_newer_than_it_waits_for_its_step():
+    """It was lost with a node while the checkpoint was written, and generated again by a later version."""
+
+    async def scenario():
+        buffer = GroupBuffer(groups_per_step=1, max_staleness=2, order="arrival")
+        for group, version in ((7, 3), (8, 2)):
+            buffer.admit(group, version)
+            buffer.ready(group, f"p{group}", version)
+        return await buffer.take(2), await buffer.take(3)
+
+    assert asyncio.run(scenario()) == ([(8, "p8")], [(7, "p7")])
 
 
 def test_a_failed_group_is_told_when_its_batch_is_settled_and_its_successor_has_its_place_in_the_order():
@@ -183,3 +200,85 @@ def test_a_group_whose_payload_is_gone_is_waited_for_again_in_its_old_place():
         assert await buffer.take(0) == [(0, "again"), (1, "b")]
 
     asyncio.run(scenario())
+
+
+def literal_batch(buffer: GroupBuffer[str], step: int) -> list[Slot[str]] | None:
+    """A batch in order of arrival as its rule says it, from all slots: with lists, and nothing counted before."""
+    size, held, batch = buffer.groups_per_step, buffer.held(), []
+    for ahead in range(buffer.max_staleness + 1):
+        due = [slot for slot in held if slot.step + buffer.max_staleness <= step + ahead and slot not in batch]
+        must = max(0, len(due) - size * ahead)
+        ready = [slot for slot in due if slot.payload is not None]
+        if len(ready) < must:
+            return None
+        batch += sorted(ready, key=lambda slot: (slot.step, slot.arrival))[:must]
+    rest = [slot for slot in held if slot.payload is not None and slot not in batch]
+    batch = (batch + sorted(rest, key=lambda slot: slot.arrival))[:size]
+    return batch if len(batch) == size else None
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.integers(1, 4), st.integers(0, 3), st.lists(st.integers(0, 2**16), min_size=20, max_size=150))
+def test_a_batch_of_arrivals_is_what_a_look_at_every_group_gives_whatever_happened_to_them(n, k, choices):
+    buffer: GroupBuffer[str] = GroupBuffer(groups_per_step=n, max_staleness=k, order="arrival")
+    step, names = 0, iter(range(10**6))
+    for choice in choices:
+        held = [slot.group_id for slot in buffer.held()]
+        pending = [slot.group_id for slot in buffer.held() if slot.outcome is None]
+        action, number = choice % 7, choice // 7
+        if action <= 1 and buffer.free:
+            buffer.admit(next(names), step)
+        elif action <= 3 and pending:
+            buffer.ready(pending[number % len(pending)], "payload", step - number % 2)
+        elif action == 4 and pending:
+            group = pending[number % len(pending)]
+            buffer.fail(group, "too dark")
+            buffer.replace(group, next(names))
+        elif action == 5 and held:
+            buffer.invalidate(held[number % len(held)])
+        elif buffer._batch(step) is not None:
+            taken = [group for group, _ in asyncio.run(buffer.take(step))]
+            if number % 3:
+                buffer.free_slots(taken)
+                step += 1
+            else:
+                buffer.requeue(taken)
+        assert buffer._batch(step) == literal_batch(buffer, step)
+        assert buffer.waiting == sum(slot.payload is not None for slot in buffer.held())
+
+
+def test_what_a_group_costs_the_buffer_in_order_of_arrival_does_not_grow_with_the_batch():
+    """Counted in lines of the buffer that are executed, of which a look at a group is one at least."""
+
+    def lines_a_group(size: int) -> float:
+        lines = 0
+
+        def trace(frame: FrameType, event: str, _: Any) -> Any:
+            nonlocal lines
+            if frame.f_code.co_filename != module.__file__:
+                return None
+            lines += event == "line"
+            return trace
+
+        async def three_steps() -> None:
+            buffer: GroupBuffer[str] = GroupBuffer(size, 1, "arrival")
+            for group in range(2 * size):
+                buffer.admit(group, 0)
+            for step in range(3):
+                taking = asyncio.create_task(buffer.take(step))
+                for slot in buffer.held()[:size]:
+                    buffer.ready(slot.group_id, "payload", step)
+                    await asyncio.sleep(0)  # each wakes the one that waits
+                buffer.free_slots([group for group, _ in await taking])
+                for group in range(size):
+                    buffer.admit((step + 2) * size + group, step + 1)
+
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            asyncio.run(three_steps())
+        finally:
+            sys.settrace(before)
+        return lines / (3 * size)
+
+    assert lines_a_group(128) < 1.5 * lines_a_group(16)

@@ -32,6 +32,24 @@ def test_resuming_forgets_what_happened_after_the_checkpoint(tmp_path):
     assert set(events[0]) == {"event", "group_id", "policy_version", "step", "time"}
 
 
+def test_what_happened_after_the_checkpoint_stays_until_the_run_goes_on(tmp_path):
+    path = tmp_path / "ledger.jsonl"
+    ledger = Ledger(path)
+    ledger.note("admitted", [0], step=0)
+    kept = ledger.position()
+    ledger.note("generated", [0], step=0)
+    ledger.close()
+    whole = path.read_bytes()
+    again = Ledger(path, keep_bytes=kept)
+    assert again.open_groups() == {0: "admitted"} and again.position() == kept
+    again.close()
+    assert path.read_bytes() == whole
+    again = Ledger(path, keep_bytes=kept)
+    again.note("dropped", [0], step=0)
+    again.close()
+    assert [json.loads(line)["event"] for line in path.read_text().splitlines()] == ["admitted", "dropped"]
+
+
 def test_a_ledger_shorter_than_its_checkpoint_says_is_an_error(tmp_path):
     with pytest.raises(RunError, match="shorter than its checkpoint"):
         Ledger(tmp_path / "ledger.jsonl", keep_bytes=10)

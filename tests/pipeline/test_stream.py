@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,7 +16,7 @@ from stage_ray.errors import GroupsLostError, RunError
 from stage_ray.pipeline.ledger import Ledger
 from stage_ray.pipeline.prompts import PromptCursor
 from stage_ray.pipeline.stream import GroupStream
-from stage_ray.records import GroupRefs
+from stage_ray.records import GroupRefs, RolloutRequest
 from stage_ray.run.checkpoint import CheckpointStore
 from tests.audit import audit, read_ledger
 from tests.flaky import PROMPTS, FlakyCluster, drive, history, timed_run, until
@@ -116,3 +120,29 @@ def test_a_batch_that_lost_groups_with_a_node_is_requeued_and_they_are_generated
     reissued = [event["group_id"] for event in read_ledger(tmp_path / "ledger.jsonl") if event["event"] == "reissued"]
     assert reissued == taken[:1]
     assert again == taken if order == "strict" else len(again) == len(taken)
+
+
+class UnfiniteCluster(FlakyCluster):
+    """Its engines draw no numbers for some groups, whoever draws them."""
+
+    async def generate(self, requests: Sequence[RolloutRequest], **more: Any) -> list[GroupRefs]:
+        groups = await super().generate(requests, **more)
+        return [replace(group, error="it has no numbers" if unlucky(group.group_id) else "") for group in groups]
+
+
+@pytest.mark.parametrize("order", ["strict", "arrival"])
+def test_a_group_that_no_engine_draws_in_numbers_is_never_scored_and_another_takes_its_place(tmp_path, order):
+    run = timed_run(tmp_path, order=order)
+    cluster = UnfiniteCluster(run)
+    asyncio.run(drive(run, cluster))
+    trained = [group for group, *_ in history(run)]
+    assert len(trained) == run.steps * 2 and not any(map(unlucky, trained)) and not any(map(unlucky, cluster.asked))
+    dropped = [event for event in read_ledger(tmp_path / "ledger.jsonl") if event["event"] == "dropped"]
+    assert dropped and {event["why"] for event in dropped} == {"it has no numbers"}
+
+
+def test_engines_that_draw_no_numbers_at_all_stop_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "unlucky", lambda group_id: True)
+    run = timed_run(tmp_path)
+    with pytest.raises(RunError, match="5 groups in a row could not be scored; the last one: it has no numbers"):
+        asyncio.run(drive(run, UnfiniteCluster(run)))

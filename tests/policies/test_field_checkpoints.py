@@ -22,6 +22,7 @@ from stage_ray.pretrained import weight_files
 CPU = torch.device("cpu")
 LAYER = "model.language_model.layers.1.mlp.down_proj.weight"
 HEAD = "model.generation_head.vision_head.weight"
+EMBEDDING, TEXT_HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
 CHAT = [{"role": "user", "content": [{"type": "text", "text": "a photo of a red circle"}]}]
 
 
@@ -186,6 +187,40 @@ def test_an_export_is_the_checkpoint_with_other_weights(copy, tmp_path):
     policy.save(tmp_path / "exact", dtype=torch.float32)
     assert load_file(tmp_path / "exact" / "model.safetensors")[LAYER].dtype == torch.float32
     assert GenerationConfig.from_pretrained(tmp_path / "final").temperature == 0.7
+
+
+@pytest.mark.parametrize("stored", [[EMBEDDING], [TEXT_HEAD], [EMBEDDING, TEXT_HEAD]])
+def test_a_text_head_that_is_tied_to_the_embedding_stays_so(copy, tmp_path, stored):
+    """Under whichever of the two names the checkpoint has it."""
+    embedding = load_file(copy / "model.safetensors")[EMBEDDING]
+
+    def store(tensors: dict[str, torch.Tensor]) -> None:
+        del tensors[EMBEDDING]
+        tensors.update({name: embedding.clone() for name in stored})
+
+    weights(copy, store)
+    policy = load(copy)
+    with torch.no_grad():
+        policy.trained_parameters()[EMBEDDING].add_(1)
+    policy.save(tmp_path / "final", dtype=torch.float32)
+    found = load_file(tmp_path / "final" / "model.safetensors")
+    assert sorted(found.keys() & {EMBEDDING, TEXT_HEAD}) == sorted(stored)
+    assert all(torch.equal(found[name], embedding + 1) for name in stored)
+    again = JanusForConditionalGeneration.from_pretrained(tmp_path / "final")
+    assert again.lm_head.weight is again.get_parameter(EMBEDDING)
+
+
+def test_a_text_head_that_differs_from_the_embedding_stays_as_it_came(copy, tmp_path):
+    """As in transformers, whatever the config says."""
+    weights(copy, lambda tensors: tensors.update({TEXT_HEAD: tensors[EMBEDDING] - 1}))
+    before = load_file(copy / "model.safetensors")
+    policy = load(copy)
+    with torch.no_grad():
+        policy.trained_parameters()[EMBEDDING].add_(1)
+    policy.save(tmp_path / "final")
+    after = load_file(tmp_path / "final" / "model.safetensors")
+    assert torch.equal(after[TEXT_HEAD], before[TEXT_HEAD])
+    assert torch.equal(after[EMBEDDING], before[EMBEDDING] + 1)
 
 
 @pytest.mark.parametrize("template", ["official", "paper"])

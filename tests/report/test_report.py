@@ -105,3 +105,33 @@ def test_a_change_is_judged_prompt_by_prompt() -> None:
     overall, before = found["GenEval"], same.metrics["GenEval"]
     assert overall.error == 0.0, "equal evaluations differ by nothing, for certain"
     assert before.error is not None and before.error > 0.0
+
+
+@pytest.mark.parametrize(
+    ("after", "said"),
+    [
+        ({"conditions": {"evaluation.seed": 21}}, "evaluation.seed was 20 and is 21."),
+        ({"conditions": {"evaluation.seed": 20, "rewards": []}}, "rewards was None and is []."),
+        ({"conditions": {"evaluation.seed": 20, "rewards": 50 * ["long"]}}, "rewards was another."),
+        ({"conditions": {}}, "an earlier version wrote one of them, and not what it was made with."),
+    ],
+)
+def test_evaluations_that_were_made_otherwise_are_shown_but_not_compared(after, said, tmp_path: Path) -> None:
+    write_fake_run(tmp_path / "run", steps=0, **after)
+    text = write_report(tmp_path / "run").read_text(encoding="utf-8")
+    assert f"Before and after cannot be compared: {said}" in text
+    title = re.search(r"<h1>(.*)</h1>", text)
+    assert title and re.fullmatch(r"Held-out GenEval 0.\d+ before training, GenEval 0.\d+ after it", title[1])
+    rows = re.findall(r"<td>([^<]+)</td><td>144</td><td>[^<]+</td><td>[^<]+</td><td class=\"\"></td></tr>", text)
+    assert rows == ["GenEval", "soft score"]
+    assert "→" not in title[1] and "change of held-out" not in text and "same prompts and seeds" not in text
+
+
+def test_an_evaluation_of_another_benchmark_or_with_none_before_has_its_own_rows(tmp_path: Path) -> None:
+    beauty = {"headline": "beauty", "metrics": {"beauty": {"value": 0.25, "images": 288}}, "conditions": {"a": 1}}
+    for name, examined in (("both", ("before", "after")), ("one", ("after",))):
+        write_fake_run(tmp_path / name, steps=0, examined=examined, **beauty)
+        text = write_report(tmp_path / name).read_text(encoding="utf-8")
+        assert "<td>beauty</td><td>288</td><td></td><td>0.250</td>" in text
+        assert (", beauty 0.250 after it</h1>" if name == "both" else "<h1>Held-out beauty 0.250 after it</h1>") in text
+        assert ("<td>GenEval</td>" in text) is (name == "both")

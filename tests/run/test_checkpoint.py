@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -9,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from stage_ray.files import FileDigest
+from stage_ray.run import checkpoint
 from stage_ray.run.checkpoint import CheckpointError, CheckpointStore, verify
 
 
@@ -89,7 +92,52 @@ def test_a_flipped_bit_is_named_and_the_older_checkpoint_taken(store: Checkpoint
     file.write_bytes(bytes([file.read_bytes()[0] ^ 1]) + file.read_bytes()[1:])
     step, problems = latest(store)
     assert step == 1
-    assert "learner/weights.bin has another SHA-256" in problems[0]
+    assert "learner/weights.bin has another xxh3" in problems[0]
+
+
+def write_sha256(store: CheckpointStore, step: int) -> Path:
+    """Make a checkpoint's manifest what earlier versions wrote."""
+    path = store.root / f"step-{step:06d}"
+    body = json.loads((path / "manifest.json").read_text()) | {"format": 1}
+    for name, file in body["files"].items():
+        file["sha256"] = hashlib.sha256((path / name).read_bytes()).hexdigest()
+        del file["xxh3"]
+    del body["checksum"]
+    body["checksum"] = checkpoint._checksum(body)
+    (path / "manifest.json").write_text(json.dumps(body))
+    return path
+
+
+def test_a_checkpoint_of_before_with_sha256_is_verified_by_that(store: CheckpointStore) -> None:
+    path = write_sha256(store, 2)
+    assert latest(store) == (2, [])
+    file = path / "state.bin"
+    file.write_bytes(b"x" + file.read_bytes()[1:])
+    step, problems = latest(store)
+    assert step == 1
+    assert "state.bin has another sha256" in problems[0]
+
+
+def test_what_the_learner_wrote_is_not_read_again_and_must_be_there(store: CheckpointStore) -> None:
+    directory = store.begin(3)
+    writer("three")(directory)
+    known = FileDigest(5, "of its writer")
+    store.finish(3, directory, {}, {"learner/weights.bin": known})
+    files = json.loads((store.root / "step-000003" / "manifest.json").read_text())["files"]
+    assert files["learner/weights.bin"] == {"bytes": 5, "xxh3": "of its writer"}
+    assert latest(store)[0] == 2, "and it is verified by that"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("learner/weights.bin", "has 5 bytes, and 6 were written"), ("learner/other.bin", "is not here: is run_dir on")],
+)
+def test_a_checkpoint_that_lacks_what_the_learner_wrote_replaces_none(store, name: str, message: str) -> None:
+    directory = store.begin(3)
+    writer("three")(directory)
+    with pytest.raises(OSError, match=f"{name} .*{message}"):
+        store.finish(3, directory, {}, {name: FileDigest(6, "of its writer")})
+    assert {"step-000001", "step-000002"} <= set(names(store))
 
 
 @pytest.mark.parametrize(

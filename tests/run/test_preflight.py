@@ -97,6 +97,16 @@ def test_a_prompt_with_the_token_that_begins_an_image_is_refused(tmp_path, capsy
     assert "holds the token that begins an image" in capsys.readouterr().err
 
 
+def test_the_reference_is_checked_and_shown(model, capsys):
+    assert dry_run(f"policy.reference={model}") == 2
+    said = capsys.readouterr().err
+    assert f"policy.reference = {model} is not of the model that policy.path = package:" in said
+    assert "trained tensors and sizes and image tokens and prompt tokens differ" in said
+    shipped = "package:stage_ray/shapeworld/assets/janus"
+    assert dry_run(f"policy.reference={shipped}") == 0
+    assert "#   reference: " in capsys.readouterr().out
+
+
 def test_what_would_be_fetched_is_listed_and_refused_only_if_that_is_wanted(monkeypatch, capsys):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     scorer = "rewards=[{type: clip, options: {path: nobody/no-such-clip}}]"

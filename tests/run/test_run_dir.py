@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 import yaml
 
 from stage_ray.errors import ConfigError
+from stage_ray.run import digests
 from stage_ray.run import run_dir as room
 from stage_ray.run.run_dir import open_run_dir
 from tests.runs import tiny_run
@@ -108,6 +110,68 @@ def test_the_same_prompts_may_lie_elsewhere_and_others_in_their_place_are_refuse
         opened(run, resume="auto")
     (tmp_path / "prompts.txt").write_text(text)
     assert opened(run, resume="auto") == trained
+
+
+@pytest.fixture
+def with_model(tmp_path, plain):
+    """A run of a model, a scorer's directory and a scorer's file that lie here: key -> where, and how to begin it."""
+    places = {"policy.path": tmp_path / "plain", "rewards.0.options.path": tmp_path / "clip"}
+    for place in places.values():
+        shutil.copytree(plain, place)
+        (place / "tokenizer.json").write_text("{}")
+    places["rewards.0.options.head"] = tmp_path / "head.npz"
+    places["rewards.0.options.head"].write_bytes(b"one")
+
+    def begin(resume, **moved: Path) -> Path:
+        where = {
+            key.rpartition(".")[2] if "options" in key else "model": place for key, place in places.items()
+        } | moved
+        options = {"path": str(where["path"]), "head": str(where["head"]), "cache": str(tmp_path / "cache")}
+        return opened(tiny_run(tmp_path, where["model"], options=options), resume)
+
+    (tmp_path / "cache").mkdir()
+    (begin(False) / "metrics.jsonl").write_text('{"step": 1}\n')
+    return places, begin
+
+
+@pytest.mark.parametrize(
+    ("key", "file"),
+    [
+        ("policy.path", "model.safetensors"),
+        ("policy.path", "tokenizer.json"),
+        ("policy.path", "added.jinja"),
+        ("rewards.0.options.path", "config.json"),
+        ("rewards.0.options.head", ""),
+    ],
+)
+def test_other_files_in_the_place_of_a_model_or_a_scorer_are_refused_by_the_key(with_model, key, file):
+    places, begin = with_model
+    path = places[key] / file
+    before = path.read_bytes() if path.exists() else b""
+    path.write_bytes(before + b" ")
+    with pytest.raises(
+        ConfigError, match=f"--resume: {key} = '{places[key]}' holds other files than when the run began"
+    ):
+        begin(True)
+
+
+def test_the_same_models_may_lie_elsewhere_and_what_a_scorer_writes_may_change(with_model, tmp_path):
+    places, begin = with_model
+    moved = {name: tmp_path / f"moved-{name}" for name in ("model", "path")}
+    for place in moved.values():
+        shutil.copytree(places["policy.path"], place / "plain")
+        (place / "plain" / "README.md").write_text("a card")
+        (place / "plain" / ".cache").mkdir()
+        (place / "plain" / ".cache" / "lock").touch()
+    (tmp_path / "cache" / "scores").write_text("1")
+    begin(True, **{name: place / "plain" for name, place in moved.items()})
+
+
+def test_a_long_read_is_announced(run, monkeypatch):
+    said = []
+    monkeypatch.setattr(digests, "NOTED_BYTES", 10)
+    with open_run_dir(run, resume=False, note=said.append):
+        assert said and said[0].startswith("reading 0.0 GiB of models and prompts")
 
 
 @pytest.mark.parametrize("name", ["lost+found", ".snapshot", ".nfs0001", ".lock", "config.yaml.tmp"])

@@ -34,8 +34,8 @@ class Slow:
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.reached, self.go_on = threading.Event(), threading.Event()
-        self._sync, self._calls = checkpoint._sync, 0
-        patch.setattr(checkpoint, "_sync", self._watched)
+        self._sync, self._calls = checkpoint.sync_path, 0
+        patch.setattr(checkpoint, "sync_path", self._watched)
 
     def _watched(self, path: Path) -> None:
         self._calls += path.name == checkpoint.MANIFEST
@@ -81,14 +81,14 @@ def test_a_run_that_ends_while_a_checkpoint_is_finished_waits_for_it_and_leaves_
 
 def test_a_disk_that_fails_while_a_checkpoint_is_finished_leaves_the_one_before_it(tmp_path, monkeypatch):
     run = timed_run(tmp_path)
-    sync = checkpoint._sync
+    sync = checkpoint.sync_path
 
     def full(path: Path) -> None:
         if "step-000004" in str(path):
             raise OSError(28, "No space left on device")
         sync(path)
 
-    monkeypatch.setattr(checkpoint, "_sync", full)
+    monkeypatch.setattr(checkpoint, "sync_path", full)
     with pytest.raises(RunError, match=r"checkpoint of step 4 could not be written \(.*No space left.*are whole"):
         asyncio.run(drive(run, FlakyCluster(run)))
     assert saved(tmp_path).step == 2
@@ -203,3 +203,48 @@ def test_a_group_that_is_lost_while_its_checkpoint_is_written_is_generated_again
     asyncio.run(drive(run, FlakyCluster(run), resume=True))
     assert saved(tmp_path).step == 9
     assert len(history(run)) == len({group for group, _, _ in history(run)}) == 18
+
+
+@pytest.mark.parametrize("updates", [1, 2])
+def test_a_checkpoint_is_given_up_when_it_loses_a_group_that_an_update_has_taken(tmp_path, capsys, updates):
+    """Before that update's groups are released (1) or after (2): it is not generated again, and the run goes on."""
+    run = timed_run(tmp_path, staleness=2)
+    cluster, lost = FlakyCluster(run), list[int]()
+    save = cluster.save_groups
+
+    async def loses_the_oldest(directory: Path, groups: Sequence[GroupRefs]) -> None:
+        if "step-000004" in str(directory):
+            await until(lambda: cluster.version == 4 + updates)
+            lost.append(groups[0].group_id)
+            raise GroupsLostError(lost)
+        await save(directory, groups)
+
+    cluster.save_groups = loses_the_oldest  # type: ignore[method-assign]
+    asyncio.run(drive(run, cluster, until=6))
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"checkpoint of step 4 is given up: a node was lost, and with it group {lost[0]}, which a later" in said
+    assert "reissued" not in {event["event"] for event in read_ledger(tmp_path / "ledger.jsonl")}
+    assert saved(tmp_path).step == 2
+    asyncio.run(drive(run, FlakyCluster(run), resume=True))
+    assert saved(tmp_path).step == 9
+    assert len(history(run)) == len({group for group, _, _ in history(run)}) == 18
+
+
+def test_nothing_is_forgotten_before_the_checkpoint_is_loaded(tmp_path):
+    """Its learner refuses it, or its groups are damaged."""
+    run = timed_run(tmp_path)
+    asyncio.run(drive(run, FlakyCluster(run), until=5))
+    before = (tmp_path / "ledger.jsonl").read_bytes()
+    assert len(before) > saved(tmp_path).metadata["ledger_bytes"], "nothing to forget: this shows nothing"
+
+    async def refuses(*_: Any) -> Any:
+        raise RunError("trained from another base model")
+
+    for name in ("load_state", "load_groups"):
+        cluster = FlakyCluster(run)
+        setattr(cluster, name, refuses)
+        with pytest.raises(RunError, match="another base model"):
+            asyncio.run(drive(run, cluster, resume=True))
+        assert (tmp_path / "ledger.jsonl").read_bytes() == before
+    asyncio.run(drive(run, FlakyCluster(run), resume=True))
+    assert saved(tmp_path).step == 9

@@ -10,6 +10,8 @@ import time
 import psutil
 import pytest
 
+from stage_ray.signals import SIGNALS, blocked_signals
+
 DRIVER = """
 import asyncio, subprocess, sys
 from stage_ray.errors import Interrupted
@@ -57,9 +59,6 @@ def driver():
     yield start
     for process in started:
         process.kill()
-
-
-SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2]
 
 
 def left(process: subprocess.Popen) -> list[str]:
@@ -113,3 +112,37 @@ def test_ctrl_c_after_another_signal_leaves_at_once_and_takes_everything_along(d
     while child.is_running() and child.status() != psutil.STATUS_ZOMBIE:
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+WORKER = """
+import signal, subprocess, sys, threading
+from stage_ray.signals import ignore_signals, unblock_signals
+print("started", flush=True)
+sys.stdin.readline()
+ignore_signals()
+
+def work():  # a worker's main thread only waits
+    unblock_signals()
+    scorer = subprocess.Popen(["sleep", "60"])
+    scorer.terminate()
+    print(scorer.wait(), flush=True)
+
+thread = threading.Thread(target=work)
+thread.start()
+thread.join()
+sys.stdin.readline()
+"""
+
+
+def test_a_worker_hears_no_signal_from_its_start_on_but_its_own_processes_do():
+    with blocked_signals():
+        worker = subprocess.Popen(
+            [sys.executable, "-c", WORKER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+        )
+    with worker:
+        for said in ("started\n", f"{-signal.SIGTERM}\n"):  # blocked; then ignored
+            assert worker.stdout.readline() == said
+            for number in SIGNALS:
+                worker.send_signal(number)
+            worker.stdin.write("go on\n")
+    assert worker.returncode == 0

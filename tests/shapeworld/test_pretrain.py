@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import CLIPModel, JanusForConditionalGeneration, JanusProcessor
 
+from stage_ray.cli import main
 from stage_ray.shapeworld.detector import ShapeDetector
 from stage_ray.shapeworld.pretrain import pretrain
 from stage_ray.shapeworld.pretrain.loop import Budget, TrainingRun
@@ -54,6 +55,39 @@ def test_the_learning_rate_follows_whichever_of_steps_and_seconds_is_further_alo
 def test_an_unknown_stage_is_refused(tmp_path: Path):
     with pytest.raises(ValueError, match="no stage is called tokeniser"):
         pretrain(tmp_path, stages=["tokeniser"])
+
+
+def other_things(out: Path) -> None:
+    out.mkdir()
+    (out / "thesis.tex").touch()
+
+
+def damaged(out: Path) -> None:
+    (out / "work" / "training").mkdir(parents=True)
+    (out / "work" / "training" / "tokenizer.safetensors").write_bytes(b"cut")
+
+
+@pytest.mark.parametrize(
+    ("before", "options", "sentence"),
+    [
+        (Path.touch, [], "is a file; name a directory"),
+        (other_things, [], "is not empty and holds nothing of a pretraining"),
+        (lambda out: out.symlink_to("/proc/nowhere"), [], "cannot be written: "),
+        (lambda out: (out.mkdir(), (out / "janus").touch()), [], "cannot be written: Not a directory"),
+        (Path.mkdir, ["--stage", "language-model"], "add --stage tokenizer, which makes it"),
+        (Path.mkdir, ["--stage", "detector", "--stage", "clip"], "--stage detector needs "),
+        (damaged, [], "tokenizer.safetensors is damaged; remove it"),
+        (Path.mkdir, ["--seed", "-1"], "--seed"),
+    ],
+)
+def test_what_a_pretraining_would_fail_on_is_one_sentence_and_nothing_is_begun(
+    tmp_path, before, options, sentence, capsys
+):
+    out = tmp_path / "world"
+    before(out)
+    there = sorted(tmp_path.rglob("*"))
+    assert main(["pretrain", "--out", str(out), "--smoke", *options]) == 2
+    assert sentence in capsys.readouterr().err and sorted(tmp_path.rglob("*")) == there
 
 
 @pytest.mark.slow

@@ -75,9 +75,9 @@ class Learner(SyncLearner):
     def trap(self, harm: str) -> None:
         self._group = Trap(self._group, harm)
 
-    def pack(self):
+    def pack(self, dtype):
         self._packed += 1
-        return super().pack()
+        return super().pack(dtype)
 
     def packed(self) -> int:
         return self._packed

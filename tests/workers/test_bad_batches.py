@@ -65,6 +65,9 @@ class InProcess:
     async def generate(self, *requests: RolloutRequest) -> tuple[Any, ...]:
         return self.worker.generate(*requests)
 
+    async def generate_any(self, *requests: RolloutRequest) -> tuple[Any, ...]:
+        return self.worker.generate_any(*requests)
+
 
 @pytest.fixture
 def worker_process(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,6 +131,26 @@ def test_groups_that_were_drawn_badly_are_drawn_again_by_the_workers_successor(w
         drawn = [await group.tokens for group in groups]
         assert [(group.group_id, group.seeds) for group in drawn] == [(7, (1, 2, 3)), (8, (1, 2, 3))]
         assert cluster.restarts() == 1
+        await cluster.rollouts.close()
+
+    asyncio.run(scenario())
+
+
+class PartlyBroken(Engine):
+    """Draws numbers for every group but the first."""
+
+    def generate(self, requests: Sequence[RolloutRequest]) -> list[RolloutGroup]:
+        first, *others = super().generate(requests)
+        return [group_of(requests[0], entropy=np.full_like(first.entropy, np.nan)), *others]
+
+
+def test_a_group_that_is_not_finite_whichever_worker_draws_it_comes_with_that_reason(worker_process, local_actors):  # noqa: F811
+    async def scenario() -> None:
+        cluster = LocalCluster(run_of(), Roles(lambda name: InProcess(name, PartlyBroken())))
+        await cluster.rollouts.ready()
+        groups = await cluster.generate(REQUESTS)
+        assert [group.error for group in groups] == ["group 7 has entropy that are not finite", ""]
+        assert cluster.restarts() == cluster.run.cluster.attempts - 1, "each engine but the last was replaced"
         await cluster.rollouts.close()
 
     asyncio.run(scenario())

@@ -70,13 +70,13 @@ class VllmEngine(ImageEngine):
 
         on_cpu = self._device.type == "cpu"
         requests = 2 * rollout.images_per_batch  # conditional and unconditional
-        dtype = compute_dtype(rollout.dtype, self._device)
+        self.dtype = compute_dtype(rollout.dtype, self._device)
         try:
             self._llm = LLM(
                 self._directory.name,
                 skip_tokenizer_init=True,
                 generation_config="vllm",
-                dtype=str(dtype).removeprefix("torch."),
+                dtype=str(self.dtype).removeprefix("torch."),
                 max_model_len=self._longest_prompt + self.codec.image_tokens,
                 max_num_seqs=requests,
                 max_num_batched_tokens=requests * self._longest_prompt,
@@ -86,7 +86,7 @@ class VllmEngine(ImageEngine):
                 enable_sleep_mode=rollout.colocated and not on_cpu,
                 **self._ranks.llm_arguments(),
                 gpu_memory_utilization=rollout.gpu_memory_utilization,
-                kv_cache_memory_bytes=self._cache_bytes(rollout, dtype) if on_cpu else None,
+                kv_cache_memory_bytes=self._cache_bytes(rollout) if on_cpu else None,
                 logits_processors=[PairedGuidance],
                 worker_extension_cls=f"{RecordsExtension.__module__}.{RecordsExtension.__qualname__}",
             )
@@ -97,14 +97,14 @@ class VllmEngine(ImageEngine):
             memory = {key: getattr(rollout, key) for key in ("kv_cache_gib", "gpu_memory_utilization")}
             raise ConfigError(f"vLLM does not start with rollout memory {memory}: {error}") from error
 
-    def _cache_bytes(self, rollout: RolloutConfig, dtype: torch.dtype) -> int:
+    def _cache_bytes(self, rollout: RolloutConfig) -> int:
         """Bytes of a CPU's key-value cache: what the config says, or what a whole generation batch needs."""
         if rollout.kv_cache_gib is not None:
             return int(rollout.kv_cache_gib * 2**30)
         config = self.codec.vllm_spec().config
         heads = config["num_key_value_heads"] // self._ranks.count or 1
         width = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-        token = 2 * config["num_hidden_layers"] * heads * width * dtype.itemsize  # keys and values
+        token = 2 * config["num_hidden_layers"] * heads * width * self.dtype.itemsize  # keys and values
         blocks = -(-(self._longest_prompt + self.codec.image_tokens) // CPU_CACHE_BLOCK)  # of a sequence, rounded up
         return (2 * rollout.images_per_batch * blocks + 2) * CPU_CACHE_BLOCK * token  # vLLM keeps one for itself
 

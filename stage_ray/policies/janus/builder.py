@@ -173,13 +173,18 @@ def checkpoint_sizes(model: str) -> ModelSizes:
         raise ConfigError(f"--model {model}: its config.json is not readable: {error}") from error
     if not isinstance(config, JanusConfig):
         raise ConfigError(f"--model {model} is a {config.model_type!r} model; plans are for Janus models")
+    return config_sizes(config, directory.name, model)
+
+
+def config_sizes(config: JanusConfig, name: str, path: str) -> ModelSizes:
+    """Sizes of the model that a config describes."""
     with torch.device("meta"):  # shapes alone, no memory
         core = JanusForConditionalGeneration(config)
     parts = {name: sum(p.numel() for p in part.parameters()) for name, part in core.model.named_children()}
     text, vq, llama = config.text_config, config.vq_config, core.model.language_model
     return ModelSizes(
-        name=directory.name,
-        path=model,
+        name=name,
+        path=path,
         hidden=text.hidden_size,
         intermediate=text.intermediate_size,
         layers=text.num_hidden_layers,

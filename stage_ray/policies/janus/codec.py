@@ -21,6 +21,8 @@ from stage_ray.pretrained import local_checkpoint, read_object, read_tensors
 if TYPE_CHECKING:
     from transformers import JanusConfig, JanusProcessor, JanusVQVAE
 
+    from stage_ray.config.model_sizes import ModelSizes
+
 MODEL_TYPE = "janus"
 TRAINED_PREFIX, VQ_PREFIX = "model.language_model.", "model.vqmodel."
 PAPER_ROLES = {"<|User|>": "User", "<|Assistant|>": "Assistant"}
@@ -96,6 +98,12 @@ class JanusCodec(ImageCodec):
                 raise ConfigError(f"policy.path: {location} lacks {lacking}")
             codec.vqmodel = for_sampling(vqmodel.to(device).requires_grad_(False))
         return codec
+
+    def sizes(self) -> ModelSizes:
+        """Counted from the config; see `ImageCodec.sizes`."""
+        from stage_ray.policies.janus.builder import config_sizes  # late: see the top
+
+        return config_sizes(self.config, self.location.name, str(self.location))
 
     def texts(self) -> dict[str, str]:
         """The chat template as it was trained with, where that is not the checkpoint's own."""

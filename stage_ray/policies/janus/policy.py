@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class JanusPolicy(Policy):
     """A Janus model: its language model is trained, and nothing else.
 
-    The text head (``lm_head``) plays no part in images; where it is tied to the embeddings it moves with them.
+    Of the checkpoint's modules only those are kept that make images; `save` writes all of them.
     """
 
     model_type = MODEL_TYPE
@@ -36,6 +36,8 @@ class JanusPolicy(Policy):
             for_sampling(model.model.vqmodel)
         codec.vqmodel = model.model.vqmodel  # one tokenizer for both
         super().__init__(model, Backbone(model.model.language_model), codec, trainable=trainable)
+        # Text and image understanding never run. Dropped only now: the base class looks for weights that are tied.
+        del model.lm_head, model.model.vision_model, model.model.aligner
 
     @classmethod
     def check(cls, config: PolicyConfig) -> ImageCodec | None:
@@ -92,6 +94,11 @@ class JanusPolicy(Policy):
     def decoder(self, sequences: int, length: int) -> StaticDecoder:
         """Janus' language model is a plain Llama."""
         return StaticDecoder(self.model.model.language_model, sequences, length)
+
+    def drop_image_decoder(self) -> None:
+        """The image tokenizer; see `Policy.drop_image_decoder`."""
+        del self.model.model.vqmodel
+        self.codec.vqmodel = None
 
     def enable_gradient_checkpointing(self) -> None:
         """transformers' own, layer by layer; see `Policy.enable_gradient_checkpointing`."""

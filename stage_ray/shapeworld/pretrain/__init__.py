@@ -7,12 +7,15 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
 import torch
+from safetensors import SafetensorError, safe_open
 
+from stage_ray.errors import ConfigError
 from stage_ray.files import atomic_write
 from stage_ray.policies.janus.builder import write_checkpoint
 from stage_ray.shapeworld.grammar import Split, prompts
@@ -31,6 +34,11 @@ BUDGETS = {
     "clip": Budget(steps=1200, seconds=10 * 60),
 }
 STAGES = ("prompts", "tokenizer", "language-model", "detector", "clip", "cards")
+RESULTS = ("work", "prompts", "janus", "detector", "clip")  # the directories that it writes
+NEEDS = {  # stage -> a file that an earlier one leaves, and which that is
+    "language-model": ("work/training/tokenizer.safetensors", "tokenizer"),
+    "detector": ("janus/model.safetensors", "tokenizer"),
+}
 PICTURES, DETECTOR_PICTURES = 56_000, 4096  # captioned scenes for the language model; pictures for the detector
 SMOKE_STEPS, SMOKE_PICTURES = 2, 64
 
@@ -42,9 +50,11 @@ def pretrain(out: Path, *, stages: Sequence[str] | None = None, seed: int = 0, s
 
     Raises:
         ValueError: a stage has another name.
+        ConfigError: of `check`; nothing was begun.
     """
     if unknown := set(stages or ()) - set(STAGES):
         raise ValueError(f"no stage is called {', '.join(sorted(unknown))}; there are {', '.join(STAGES)}")
+    check(out, stages or STAGES)
     work, janus = out / "work", out / "janus"
     budgets = dict.fromkeys(BUDGETS, Budget(SMOKE_STEPS)) if smoke else BUDGETS
     for stage in (stage for stage in STAGES if stages is None or stage in stages):
@@ -68,3 +78,34 @@ def pretrain(out: Path, *, stages: Sequence[str] | None = None, seed: int = 0, s
                 train_clip(out, work, budgets[stage], seed)
             case "cards":
                 write_cards(out, work, count=16 if smoke else 256)
+
+
+def check(out: Path, stages: Sequence[str]) -> None:
+    """Check that these stages can begin.
+
+    Raises:
+        ConfigError: `out` holds something else or cannot be written, a stage lacks what an earlier one makes, or a
+            checkpoint is damaged.
+    """
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out {out} is a file; name a directory")
+    if out.exists() and any(out.iterdir()) and not any((out / name).exists() for name in RESULTS):
+        raise ConfigError(f"--out {out} is not empty and holds nothing of a pretraining; name another")
+    for stage, (file, maker) in NEEDS.items():
+        if stage in stages and maker not in stages and not (out / file).is_file():
+            raise ConfigError(f"--stage {stage} needs {out / file}; add --stage {maker}, which makes it")
+    for checkpoint in sorted((out / "work/training").glob("*.safetensors")):
+        try:
+            with safe_open(checkpoint, "pt") as opened:
+                whole = "progress" in (opened.metadata() or {})
+        except (SafetensorError, OSError):
+            whole = False
+        if not whole:
+            raise ConfigError(f"--out {out}: {checkpoint} is damaged; remove it, and its stage begins anew")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for directory in (out, *(out / name for name in RESULTS if (out / name).exists())):
+            with tempfile.TemporaryFile(dir=directory):
+                pass
+    except OSError as error:
+        raise ConfigError(f"--out {out} cannot be written: {error.strerror}; name another") from error

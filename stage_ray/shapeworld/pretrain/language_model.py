@@ -119,7 +119,7 @@ def load_policy(work: Path, seed: int = 0) -> JanusForConditionalGeneration:
     policy.model.vqmodel.load_state_dict(load_tokenizer(work).state_dict())
     policy.model.generation_embeddings.weight.data.copy_(policy.model.vqmodel.quantize.embedding.weight)
     if (work / CHECKPOINT).exists():
-        policy.load_state_dict(read_checkpoint(work / CHECKPOINT)["module"])
+        policy.load_state_dict(read_checkpoint(work / CHECKPOINT)["module"], strict=False)  # of what makes images
     return policy
 
 
@@ -132,7 +132,7 @@ def train_language_model(janus: Path, work: Path, budget: Budget, pictures: int,
     console.print(f"corpus: {pictures} pictures, {len(texts)} captions, {codes.unique().numel()} codes")
     policy = JanusPolicy.load(PolicyConfig(path=str(janus)), device=device())
     model = policy.model
-    model.load_state_dict(load_policy(work, seed).state_dict())  # in float32, unlike the directory's
+    model.load_state_dict(load_policy(work, seed).state_dict(), strict=False)  # in float32, unlike the directory's
     model.set_attn_implementation("eager")  # a CPU's fused bfloat16 attention is half again as slow when training
     for part in (model.model.generation_embeddings, model.model.generation_aligner, model.model.generation_head):
         part.requires_grad_(True)

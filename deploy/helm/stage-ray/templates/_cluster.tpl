@@ -43,7 +43,7 @@ headGroupSpec:
     metadata:
       {{- include "stage-ray.podMetadata" (dict "root" . "part" .Values.head "role" "head") | nindent 6 }}
     spec:
-      {{- include "stage-ray.rayPod" (dict "root" . "part" .Values.head "name" "ray-head" "head" true) | nindent 6 }}
+      {{- include "stage-ray.rayPod" (dict "root" . "part" .Values.head "name" "ray-head" "head" true) | fromJson | toYaml | nindent 6 }}
 workerGroupSpecs:
   {{- range $name, $group := .Values.groups }}
   {{- if $group }}
@@ -75,7 +75,7 @@ workerGroupSpecs:
       metadata:
         {{- include "stage-ray.podMetadata" (dict "root" $root "part" $group "role" $name) | nindent 8 }}
       spec:
-        {{- include "stage-ray.rayPod" (dict "root" $root "part" $group "name" "ray-worker" "head" false) | nindent 8 }}
+        {{- include "stage-ray.rayPod" (dict "root" $root "part" $group "name" "ray-worker" "head" false) | fromJson | toYaml | nindent 8 }}
   {{- end }}
   {{- end }}
 {{- end }}

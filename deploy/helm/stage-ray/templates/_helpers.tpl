@@ -10,14 +10,36 @@ app.kubernetes.io/instance: {{ .Release.Name | quote }}
 app.kubernetes.io/part-of: stage-ray
 {{- end }}
 
-{{- define "stage-ray.labels" -}}
+{{- define "stage-ray.ownLabels" -}}
 {{ include "stage-ray.selector" . }}
 app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
 app.kubernetes.io/managed-by: {{ .Release.Service | quote }}
 helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | quote }}
 {{- end }}
 
-{{/* On the RayJob or RayCluster itself; Kueue looks there. */}}
+{{/* Labels of an object, by those that its own values have. Argument: root and these, in a list. */}}
+{{- define "stage-ray.labelsWith" -}}
+{{- $root := first . -}}
+{{- $own := include "stage-ray.ownLabels" $root | fromYaml -}}
+{{- include "stage-ray.overlay" (dict "maps" (list $root.Values.labels (last .) $own)) | fromJson | toYaml -}}
+{{- end }}
+
+{{- define "stage-ray.labels" -}}
+{{ include "stage-ray.labelsWith" (list . (dict)) }}
+{{- end }}
+
+{{/* Of the RayJob or RayCluster itself: Kueue and batch schedulers look there, and KubeRay hands on what pods need. */}}
+{{- define "stage-ray.rayMetadata" -}}
+name: {{ include "stage-ray.name" . | quote }}
+namespace: {{ .Release.Namespace | quote }}
+labels:
+  {{- include "stage-ray.labelsWith" (list . (include "stage-ray.queueLabels" . | fromYaml)) | nindent 2 }}
+{{- with .Values.annotations }}
+annotations:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end }}
+
 {{- define "stage-ray.queueLabels" -}}
 {{- with .Values.kueue.queueName }}
 kueue.x-k8s.io/queue-name: {{ . | quote }}

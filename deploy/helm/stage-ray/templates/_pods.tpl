@@ -1,4 +1,5 @@
-{{/* Pods: what head, workers, submitter and autoscaler are made of. Each of them is within `restricted`. */}}
+{{/* Pods: what head, workers, submitter and autoscaler are made of, each within `restricted`. Values are laid over them in
+     _overlay.tpl. */}}
 
 {{- define "stage-ray.podSecurityContext" -}}
 runAsNonRoot: true
@@ -39,14 +40,13 @@ imagePullSecrets:
 {{- end }}
 {{- end }}
 
-{{/* Where a pod may run. Argument: head or a group. */}}
+{{/* Where a pod may run, as JSON. Argument: head or a group. */}}
 {{- define "stage-ray.scheduling" -}}
-{{- range $key := list "nodeSelector" "tolerations" "affinity" "runtimeClassName" "priorityClassName" }}
-{{- with get $ $key }}
-{{ $key }}:
-  {{- toYaml . | nindent 2 }}
-{{- end }}
-{{- end }}
+{{- $place := dict -}}
+{{- range $key := list "nodeSelector" "tolerations" "affinity" "runtimeClassName" "priorityClassName" -}}
+{{- with get $ $key -}}{{- $_ := set $place $key . -}}{{- end -}}
+{{- end -}}
+{{- toJson $place -}}
 {{- end }}
 
 {{/* Environment of every container. A user whom the image's passwd file does not know has / for a home and no name:
@@ -78,13 +78,22 @@ imagePullSecrets:
   value: {{ .root.Values.drainSeconds | int64 | quote }}
 - name: HF_HOME
   value: {{ include "stage-ray.hfCachePath" .root | quote }}
-{{- range concat .root.Values.extraEnv (.part.extraEnv | default list) }}
-- {{ toYaml . | nindent 2 | trim }}
+{{- with .root.Values.huggingFace }}
+{{- if .existingSecret }}
+- name: HF_TOKEN
+  valueFrom:
+    secretKeyRef: {name: {{ .existingSecret | quote }}, key: {{ .key | quote }}}
+{{- end }}
+{{- if .offline }}
+- name: HF_HUB_OFFLINE
+  value: "1"
+{{- end }}
 {{- end }}
 {{- end }}
 
-{{/* The Ray container and the volumes it mounts. Arguments: root, part, name (of the container), head (true or false). */}}
-{{- define "stage-ray.rayPod" -}}
+{{/* A pod of Ray as the chart makes it, before values are laid over it. Arguments: root, part (head or a group), name (of
+     the container), head (true or false). */}}
+{{- define "stage-ray.ownPod" -}}
 {{- $root := .root -}}
 {{- $storage := $root.Values.storage -}}
 {{- $size := dict "cpu" (toString .part.cpu) "memory" .part.memory -}}
@@ -100,7 +109,6 @@ imagePullSecrets:
 serviceAccountName: {{ include "stage-ray.serviceAccount" $root | quote }}
 {{- end }}
 terminationGracePeriodSeconds: {{ $root.Values.terminationGracePeriodSeconds | int64 }}
-{{- include "stage-ray.scheduling" .part }}
 {{- if and .head (eq $root.Values.mode "job") (not $root.Values.job.entrypoint) }}
 initContainers:
   {{- include "stage-ray.volumeCheck" $root | nindent 2 }}
@@ -136,11 +144,7 @@ containers:
       - {name: dev-shm, mountPath: /dev/shm}
       - {name: config, mountPath: /etc/stage-ray, readOnly: true}
       - {name: home, mountPath: /home/stage-ray}
-      - {name: checkpoints, mountPath: {{ include "stage-ray.checkpointPath" $root | quote }}}
-      - {name: hf-cache, mountPath: {{ include "stage-ray.hfCachePath" $root | quote }}}
-      {{- with .part.extraVolumeMounts }}
-      {{- toYaml . | nindent 6 }}
-      {{- end }}
+      {{- include "stage-ray.claimMounts" $root | nindent 6 }}
 volumes:
   - name: dev-shm
     emptyDir: {medium: Memory, sizeLimit: {{ .part.shm | quote }}}
@@ -156,15 +160,31 @@ volumes:
     {{- if $storage.hfCache.enabled }}
     persistentVolumeClaim:
       claimName: {{ include "stage-ray.hfCacheClaim" $root | quote }}
+      {{- if and (has "ReadOnlyMany" $storage.hfCache.accessModes) (not (has "ReadWriteMany" $storage.hfCache.accessModes)) }}
+      readOnly: true
+      {{- end }}
     {{- else }}
     emptyDir: {sizeLimit: {{ $storage.hfCache.size | quote }}}
     {{- end }}
   {{- if and .head $root.Values.autoscaling.enabled }}
   {{- include "stage-ray.autoscalerToken" $root | nindent 2 }}
   {{- end }}
-  {{- with .part.extraVolumes }}
-  {{- toYaml . | nindent 2 }}
+{{- end }}
+
+{{/* Where a container mounts the two claims. */}}
+{{- define "stage-ray.claimMounts" -}}
+{{- with .Values.storage -}}
+- name: checkpoints
+  mountPath: {{ include "stage-ray.checkpointPath" $ | quote }}
+  {{- with .checkpoints.subPath }}
+  subPath: {{ . | quote }}
   {{- end }}
+- name: hf-cache
+  mountPath: {{ include "stage-ray.hfCachePath" $ | quote }}
+  {{- with .hfCache.subPath }}
+  subPath: {{ . | quote }}
+  {{- end }}
+{{- end }}
 {{- end }}
 
 {{/* Ends with a sentence where the run could not write, before Ray starts. With an entrypoint of your own, and for jobs
@@ -190,8 +210,7 @@ volumes:
     {{- include "stage-ray.baseEnv" (dict "home" "/tmp") | nindent 4 }}
   volumeMounts:
     - {name: config, mountPath: /etc/stage-ray, readOnly: true}
-    - {name: checkpoints, mountPath: {{ include "stage-ray.checkpointPath" . | quote }}}
-    - {name: hf-cache, mountPath: {{ include "stage-ray.hfCachePath" . | quote }}}
+    {{- include "stage-ray.claimMounts" . | nindent 4 }}
 {{- end }}
 
 {{/* The operator makes the head's Service of these, so the standard ones must be among them. */}}
@@ -230,39 +249,29 @@ volumes:
 
 {{/* Labels and annotations of a pod. Arguments: root, part, role. */}}
 {{- define "stage-ray.podMetadata" -}}
+{{- $own := include "stage-ray.selector" .root | fromYaml -}}
+{{- $_ := set $own "app.kubernetes.io/component" .role -}}
+{{- $sum := dict "checksum/config" (include "stage-ray.config" .root | sha256sum) -}}
 labels:
-  {{- with .part.labels }}
-  {{- toYaml . | nindent 2 }}
-  {{- end }}
-  {{- include "stage-ray.selector" .root | nindent 2 }}
-  app.kubernetes.io/component: {{ .role | quote }}
+  {{- include "stage-ray.overlay" (dict "maps" (list .root.Values.labels (.part.labels | default dict) $own)) | fromJson | toYaml | nindent 2 }}
 annotations:
-  checksum/config: {{ include "stage-ray.config" .root | sha256sum | quote }}
-  {{- with .part.annotations }}
-  {{- toYaml . | nindent 2 }}
-  {{- end }}
+  {{- include "stage-ray.overlay" (dict "maps" (list .root.Values.annotations (.part.annotations | default dict) $sum)) | fromJson | toYaml | nindent 2 }}
 {{- end }}
 
 {{/* Follows the job's log, holds no data: not the head's environment, no volume. */}}
-{{- define "stage-ray.submitterTemplate" -}}
+{{- define "stage-ray.ownSubmitter" -}}
 {{- $size := dict "cpu" (toString .Values.job.submitter.cpu) "memory" .Values.job.submitter.memory -}}
-metadata:
-  labels:
-    {{- include "stage-ray.selector" . | nindent 4 }}
-    app.kubernetes.io/component: submitter
-spec:
-  restartPolicy: Never
-  {{- include "stage-ray.pod" . | nindent 2 }}
-  serviceAccountName: {{ include "stage-ray.serviceAccount" . | quote }}
-  {{- include "stage-ray.scheduling" (omit .Values.head "runtimeClassName") | nindent 2 }}
-  containers:
-    - name: ray-job-submitter
-      {{- include "stage-ray.container" . | nindent 6 }}
-      resources:
-        limits:
-          {{- toYaml $size | nindent 10 }}
-        requests:
-          {{- toYaml $size | nindent 10 }}
-      env:
-        {{- include "stage-ray.baseEnv" (dict "home" "/tmp") | nindent 8 }}
+restartPolicy: Never
+{{ include "stage-ray.pod" . }}
+serviceAccountName: {{ include "stage-ray.serviceAccount" . | quote }}
+containers:
+  - name: ray-job-submitter
+    {{- include "stage-ray.container" . | nindent 4 }}
+    resources:
+      limits:
+        {{- toYaml $size | nindent 8 }}
+      requests:
+        {{- toYaml $size | nindent 8 }}
+    env:
+      {{- include "stage-ray.baseEnv" (dict "home" "/tmp") | nindent 6 }}
 {{- end }}

@@ -11,6 +11,7 @@
 {{- include "stage-ray.rules.kueue" . -}}
 {{- include "stage-ray.rules.groups" . -}}
 {{- include "stage-ray.rules.pods" . -}}
+{{- include "stage-ray.rules.claims" . -}}
 {{- include "stage-ray.rules.monitoring" . -}}
 {{- include "stage-ray.rules.run" . -}}
 {{- end }}

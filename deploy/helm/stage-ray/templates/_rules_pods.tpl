@@ -31,12 +31,21 @@
 {{- fail (printf "terminationGracePeriodSeconds = %d is less than drainSeconds = %d and 15 s for Ray to end: a pod would be killed while it saves, so raise it" (int64 .Values.terminationGracePeriodSeconds) (int64 .Values.drainSeconds)) -}}
 {{- end -}}
 {{- include "stage-ray.rules.env" (dict "key" "extraEnv" "env" .Values.extraEnv) -}}
-{{- include "stage-ray.rules.part" (dict "root" . "key" "head" "part" .Values.head) -}}
+{{- include "stage-ray.rules.labels" (dict "key" "labels" "labels" .Values.labels "objects" true) -}}
+{{- include "stage-ray.rules.annotations" (dict "key" "annotations" "annotations" .Values.annotations) -}}
+{{- include "stage-ray.rules.fragment" (dict "at" "" "key" "groups.*" "gpu" "nvidia.com/gpu" "pod" .Values.pod "container" .Values.container) -}}
+{{- range $key, $part := include "stage-ray.parts" . | fromJson -}}
+{{- include "stage-ray.rules.part" (dict "root" $ "key" $key "part" $part) -}}
+{{- end -}}
+{{- end }}
+
+{{/* Head and groups, by their keys in the values. */}}
+{{- define "stage-ray.parts" -}}
+{{- $parts := dict "head" .Values.head -}}
 {{- range $name, $group := .Values.groups -}}
-{{- if $group -}}
-{{- include "stage-ray.rules.part" (dict "root" $ "key" (printf "groups.%s" $name) "part" $group) -}}
+{{- if $group -}}{{- $_ := set $parts (printf "groups.%s" $name) $group -}}{{- end -}}
 {{- end -}}
-{{- end -}}
+{{- toJson $parts -}}
 {{- end }}
 
 {{/* Arguments: root, key (head or groups.NAME), part (its values). */}}
@@ -60,18 +69,43 @@
 {{- end -}}
 {{- end -}}
 {{- range $kind := list "labels" "rayLabels" -}}
-{{- range $name, $value := get $part $kind | default dict -}}
-{{- if or (hasPrefix "ray.io/" $name) (has $name (list "app.kubernetes.io/instance" "app.kubernetes.io/part-of" "app.kubernetes.io/component")) -}}
-{{- fail (printf "%s.%s: %s = %s is set by the chart or the operator, which select pods by it: take another name" $key $kind $name $value) -}}
+{{- include "stage-ray.rules.labels" (dict "key" (printf "%s.%s" $key $kind) "labels" (get $part $kind | default dict)) -}}
 {{- end -}}
-{{- end -}}
-{{- end -}}
-{{- if hasKey (.annotations | default dict) "checksum/config" -}}
-{{- fail (printf "%s.annotations: checksum/config is set by the chart: take another name" $key) -}}
-{{- end -}}
+{{- include "stage-ray.rules.annotations" (dict "key" (printf "%s.annotations" $key) "annotations" .annotations) -}}
 {{- include "stage-ray.rules.env" (dict "key" (printf "%s.extraEnv" $key) "env" .extraEnv) -}}
+{{- include "stage-ray.rules.fragment" (dict "at" (printf "%s." $key) "key" $key "gpu" (.gpuResource | default "nvidia.com/gpu") "pod" .pod "container" .container) -}}
 {{- end -}}
 {{- include "stage-ray.rules.volumes" . -}}
+{{- include "stage-ray.rules.spec" . -}}
+{{- end }}
+
+{{/* Arguments: key, labels, objects (whether the RayJob or RayCluster has them, too). */}}
+{{- define "stage-ray.rules.labels" -}}
+{{- $own := list "app.kubernetes.io/instance" "app.kubernetes.io/part-of" "app.kubernetes.io/component" -}}
+{{- if .objects -}}
+{{- $own = concat $own (list "app.kubernetes.io/managed-by" "app.kubernetes.io/version" "helm.sh/chart") -}}
+{{- end -}}
+{{- $read := list "ray.io/gang-scheduling-enabled" "ray.io/priority-class-name" -}}
+{{- range $name, $value := .labels -}}
+{{- if has $name $read -}}
+{{- if not $.objects -}}
+{{- fail (printf "%s: %s = %s is read on the RayJob or RayCluster: use labels" $.key $name $value) -}}
+{{- end -}}
+{{- else if or (hasPrefix "ray.io/" $name) (has $name $own) -}}
+{{- fail (printf "%s: %s = %s is set by the chart or the operator: take another name" $.key $name $value) -}}
+{{- else if eq $name "kueue.x-k8s.io/queue-name" -}}
+{{- fail (printf "%s: %s = %s would make Kueue queue every pod by itself: use kueue.queueName" $.key $name $value) -}}
+{{- end -}}
+{{- end -}}
+{{- end }}
+
+{{/* Arguments: key, annotations. */}}
+{{- define "stage-ray.rules.annotations" -}}
+{{- range $name, $value := .annotations -}}
+{{- if or (eq $name "checksum/config") (hasPrefix "ray.io/" $name) -}}
+{{- fail (printf "%s: %s is set by the chart or the operator: take another name" $.key $name) -}}
+{{- end -}}
+{{- end -}}
 {{- end }}
 
 {{/* What of `ray start` the chart or the operator sets or relies on, with what to use instead. Argument: head or
@@ -116,6 +150,7 @@
   "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S" "is set by the chart: use drainSeconds"
   "RAY_JOB_STOP_WAIT_TIME_S" "is set by the chart: use drainSeconds"
   "HF_HOME" "is set by the chart: use storage.hfCache.mountPath"
+  "HF_HUB_OFFLINE" "is set by the chart: use huggingFace.offline"
   "NVIDIA_VISIBLE_DEVICES" "is set by the chart (pods without GPUs) and the device plugin: use groups.*.gpus"
   "HOME" $home "USER" $home
   "RAY_ENABLE_UV_RUN_RUNTIME_ENV" $chart "RAY_USAGE_STATS_ENABLED" $chart
@@ -123,6 +158,16 @@
 {{- range .env -}}
 {{- if hasKey $own .name -}}
 {{- fail (printf "%s: %s %s" $.key .name (get $own .name)) -}}
+{{- end -}}
+{{- end -}}
+{{- include "stage-ray.rules.tokens" . -}}
+{{- end }}
+
+{{/* Arguments: key, env (a list). */}}
+{{- define "stage-ray.rules.tokens" -}}
+{{- range .env -}}
+{{- if and .value (regexMatch "(TOKEN|SECRET|PASSWORD|API_KEY|ACCESS_KEY)$" .name) -}}
+{{- fail (printf "%s: a value of %s would be readable in the release: name a Secret in huggingFace, secretEnv or valueFrom" $.key .name) -}}
 {{- end -}}
 {{- end -}}
 {{- end }}

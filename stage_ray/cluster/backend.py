@@ -1,0 +1,65 @@
+"""An evaluation over the workers of a cluster: batches are drawn, then scored, by whichever worker is free."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from ray.exceptions import ObjectLostError
+
+from stage_ray.actors.client import first_line
+from stage_ray.cluster.cluster import InferenceCluster
+from stage_ray.config import RunConfig
+from stage_ray.errors import GroupsLostError, RunError
+from stage_ray.evaluation.loop import JudgedGroup
+from stage_ray.records import RolloutRequest, ScoredGroup
+
+
+class ClusterBackend:
+    """A `stage_ray.evaluation.loop.Backend` over rollout and reward workers; without ``scoring`` it draws only."""
+
+    def __init__(self, cluster: InferenceCluster, run: RunConfig, *, scoring: bool = True) -> None:
+        self._cluster, self._attempts, self._scoring = cluster, run.cluster.attempts, scoring
+        self.images_per_batch = run.rollout.images_per_batch
+        drawing, judging = (pool.max_workers or pool.workers for pool in (run.rollout, run.scoring))
+        self.batches_at_once = 2 * drawing + judging  # one is drawn and one waits for each worker; one is scored
+
+    async def judge(self, requests: Sequence[RolloutRequest], *, images: bool) -> list[JudgedGroup]:
+        """As `Backend.judge`; up to ``cluster.attempts`` times where workers or nodes are lost.
+
+        Raises:
+            RunError: the last attempt failed too.
+        """
+        error = ""
+        for _ in range(self._attempts):
+            try:
+                return await self._judge(requests, images)
+            except (GroupsLostError, ObjectLostError, _NotScoredError) as lost:
+                error = first_line(lost)
+        raise RunError(f"evaluation: {error}")
+
+    async def _judge(self, requests: Sequence[RolloutRequest], images: bool) -> list[JudgedGroup]:
+        """One attempt."""
+        groups = await self._cluster.generate(requests)
+        if self._scoring:
+            groups = await self._cluster.score(groups)
+            for group in groups:
+                if group.scores is None:
+                    raise _NotScoredError(group.error)
+            scored = await self._cluster.fetch([group.scores for group in groups])
+        else:
+            scored = [_unscored(request) for request in requests]
+        wanted = [group.images for group in groups] if images else []
+        pictures = await self._cluster.fetch(wanted) or [None] * len(groups)  # None where not wanted
+        return [JudgedGroup(*judged) for judged in zip(requests, scored, pictures, strict=True)]
+
+
+class _NotScoredError(Exception):
+    """No reward worker gave an answer; says why."""
+
+
+def _unscored(request: RolloutRequest) -> ScoredGroup:
+    """What no scorer says of a group, as `stage_ray.rewards.score_groups` puts it."""
+    count = len(request.seeds)
+    scores = np.empty((count, 0), np.float32)
+    return ScoredGroup(request.group_id, (), scores, scores.astype(bool), ({},) * count, 0.0)

@@ -1,0 +1,53 @@
+"""How large Ray's object store must be: two versions of the weights, and the images that wait to be scored."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from stage_ray.config import RunConfig
+from stage_ray.config.model_sizes import BFLOAT16, KNOWN
+from stage_ray.policies import policy_class
+from stage_ray.policies.devices import compute_dtype
+from stage_ray.pretrained import located, tensor_shapes
+
+MB = 2**20
+LEAST_MB = 512
+IMAGE_BYTES = 2**19  # a picture of 384 x 384 pixels and the records of its 576 tokens
+SLACK = 1.1  # the store is never filled without gaps
+
+
+def two_versions_mb(run: RunConfig) -> int | None:
+    """MB of two versions of the weights as they travel: engines serve one while the next is stored.
+
+    None of a model that is not on this machine, and of no published size.
+    """
+    directory = located(run.policy.path)
+    if directory is None:
+        name = run.policy.path.partition("@")[0]  # of the repository, without its revision
+        trained = next((known.trained for known in KNOWN.values() if known.path == name), None)
+    else:
+        shapes = tensor_shapes(directory, (policy_class(run.policy).trained_prefix,))
+        trained = sum(map(math.prod, shapes.values()))
+    return trained and math.ceil(2 * trained * _width(run) / MB)
+
+
+def store_mb(run: RunConfig, *, weights: bool = True) -> int:
+    """MB of the object store of a cluster that the run starts; ``weights``: whether versions of them travel."""
+    if run.cluster.object_store_mb is not None:
+        return run.cluster.object_store_mb
+    rollout, scoring = run.rollout, run.scoring
+    waiting = rollout.groups_per_step * rollout.group_size * (run.pipeline.max_staleness + 1)
+    # As `stage_ray.run.heldout` asks for them; not while images to train on wait.
+    workers = 2 * (rollout.max_workers or rollout.workers) + (scoring.max_workers or scoring.workers)
+    images = max(waiting, workers * rollout.images_per_batch * run.evaluation.enabled)
+    versions = (two_versions_mb(run) or 0) if weights else 0
+    return max(LEAST_MB, math.ceil(SLACK * (versions + images * IMAGE_BYTES / MB)))
+
+
+def _width(run: RunConfig) -> int:
+    """Bytes of a number in the engines, as far as this machine can tell without a look at its GPUs."""
+    if run.rollout.dtype == "auto" and run.rollout.gpus:
+        return BFLOAT16  # every GPU since 2020 has it
+    return compute_dtype(run.rollout.dtype, torch.device("cpu")).itemsize

@@ -1,0 +1,71 @@
+"""What a run reads besides its config: prompts, models and the files of scorers, by the config's keys."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from stage_ray.config.hub import HUB, MODEL_FILES, PROMPT_FILES, at_commit, commit_of, hub_uri
+from stage_ray.config.load import build_config
+from stage_ray.config.schema import RunConfig
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfUri
+
+SECTIONS: dict[str, Any] = {
+    "prompts": {"train", "heldout"},
+    "policy": {"path", "reference"},
+    "rewards": {"__all__": {"options"}},
+}
+MODEL_KEYS = ("path", "reference")  # names of keys that take a model: a directory or a hub id
+
+
+def inputs(run: RunConfig) -> dict[str, str]:
+    """Every text of a config that may lead to a file, a directory or a repository."""
+    found = leaves(run.model_dump(mode="json", include=SECTIONS))
+    return {key: value for key, value in found.items() if isinstance(value, str) and value}
+
+
+def hub_inputs(run: RunConfig) -> dict[str, HfUri]:
+    """Those of them that are repositories of a hub and not directories here."""
+    texts = {key: text for key, text in inputs(run).items() if takes_model(key) or text.startswith(HUB)}
+    return {key: uri for key, text in texts.items() if (uri := hub_uri(text)) is not None}
+
+
+def pin(run: RunConfig, known: Mapping[str, str]) -> tuple[RunConfig, dict[str, str]]:
+    """The config with a commit in the place of each revision, so that every worker loads the same; and those commits.
+
+    ``known`` are the commits of the run that goes on, by the location that was asked for. A scorer of the user's own
+    gets a plain ``OWNER/NAME`` as it is: only one that was given a revision is sure to understand it.
+
+    Raises:
+        ConfigError: as `commit_of`.
+    """
+    commits: dict[str, str] = {}
+    pinned = []
+    for key, uri in hub_inputs(run).items():
+        location = inputs(run)[key]
+        if "@" not in location and key.startswith("rewards.") and "." in run.rewards[int(key.split(".")[1])].type:
+            continue
+        commits[location] = known.get(location) or commits.get(location) or commit_of(uri, key)
+        pinned.append(f"{key}={json.dumps(at_commit(uri, commits[location]))}")
+    return (build_config(run.model_dump(mode="json"), pinned), commits) if pinned else (run, commits)
+
+
+def takes_model(key: str) -> bool:
+    """Whether a key's value is a directory with a model, or a repository."""
+    return key.rpartition(".")[2] in MODEL_KEYS
+
+
+def files_of(key: str) -> tuple[str, ...]:
+    """Patterns of the files that are downloaded for a key."""
+    return PROMPT_FILES if key.startswith("prompts.") else MODEL_FILES
+
+
+def leaves(value: Any, key: str = "") -> dict[str, Any]:
+    """Every value of a config by its dotted key."""
+    if isinstance(value, list | dict) and value:
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        return {k: v for name, item in items for k, v in leaves(item, f"{key}.{name}" if key else str(name)).items()}
+    return {key: value}
