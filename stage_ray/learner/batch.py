@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,11 +20,36 @@ class LearnerError(RuntimeError):
     """An update that must not happen: one sentence naming the cause. No weight has changed when it is raised."""
 
 
+# Fields with a value a group.
+BY_GROUP = {"groups", "scored", "tokens", *RECORDED, "scores", "staleness", "prompts"}
+BY_GROUP |= {"behavior_logprobs", "guided_behavior_logprobs"}
+
+
 @dataclass(frozen=True, slots=True)
 class Batch(GroupBatch):
-    """What a recipe sees of a batch, and ``prompts``: token ids of both branches, one a group."""
+    """What a recipe sees of a batch, and what the learner needs beside it.
+
+    Attributes:
+        prompts: token ids of both branches, one a group.
+        behavior_logprobs, guided_behavior_logprobs: float32 [N, G, T], what ratios are taken against, where that was
+            fixed before the first of several updates.
+    """
 
     prompts: tuple[PromptIds, ...]
+    behavior_logprobs: Tensor | None = None
+    guided_behavior_logprobs: Tensor | None = None
+
+    def select(self, groups: Tensor) -> Batch:
+        """The batch of some of its groups: ``groups`` int64 [n], in the order of the batch."""
+
+        def some(value: Any) -> Any:
+            if isinstance(value, tuple):
+                return tuple(value[n] for n in groups.tolist())
+            return value[groups.to(value.device)]
+
+        found = {name: some(getattr(self, name)) for name in BY_GROUP if getattr(self, name) is not None}
+        found["features"] = {name: some(features) for name, features in self.features.items()}
+        return replace(self, **found)
 
     def micro_batches(self, images: int, groups: slice = slice(None)) -> list[Tensor]:
         """Indices n * G + g of each micro-batch: int64 [<= images]; prompts of like length together, to pad little.

@@ -32,6 +32,13 @@ def load_recipe(run: RunConfig) -> Recipe:
         if name not in kind.Options.model_fields:
             raise ConfigError(_unknown(run.recipe, kind, name, value))
     kind.check(run)
+    learner = run.learner
+    if learner.several_updates and run.algorithm.clip is None and not kind.bounded:
+        several = "updates_per_batch" if learner.updates_per_batch > 1 else "groups_per_update"
+        raise ConfigError(
+            f"learner.{several} = {getattr(learner, several)} moves the policy several times on one batch, which needs "
+            "a bound: set algorithm.clip=0.2, or recipe=pcpo"
+        )
     try:
         return kind(kind.Options.model_validate(given), run.algorithm)
     except ValidationError as error:

@@ -81,6 +81,11 @@ class ReferenceOutputs:
         guided = None if self.guided_logprobs is None else self.guided_logprobs.flatten(0, 1)[indices]  # [B, T]
         return ReferenceOutputs(self.logprobs.flatten(0, 1)[indices], self.entropy.flatten(0, 1)[indices], guided)
 
+    def select(self, groups: Tensor) -> ReferenceOutputs:
+        """Those of some groups: int64 [n]."""
+        guided = None if self.guided_logprobs is None else self.guided_logprobs[groups]
+        return ReferenceOutputs(self.logprobs[groups], self.entropy[groups], guided)
+
 
 @dataclass(frozen=True, slots=True)
 class Credit:
