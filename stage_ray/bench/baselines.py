@@ -108,7 +108,7 @@ class PlainLearner(Learner):
         objective = self._recipe.objective(outputs, reference.take(images), credit.take(images))
         objective.loss.backward()
         loss = objective.loss.item()
-        metrics = {"loss": loss} | self._step(loss)
+        metrics = {"loss": loss} | self._step(loss, {})
         self.version += 1
         return metrics | {name: part.item() for name, part in objective.parts.items()}
 

@@ -175,8 +175,9 @@ class Learner:
         """One optimizer step on the whole batch."""
         outputs = self._passes.policy(batch, micro_batches, reference, credit)
         metrics = update_metrics(batch, reference, credit, outputs, self._run)
-        self._require_agreement(metrics)
-        return metrics | self._step(outputs.sums["loss"], partial(blame, reference, credit, outputs, self._run))
+        return metrics | self._step(
+            outputs.sums["loss"], metrics, partial(blame, reference, credit, outputs, self._run)
+        )
 
     def _several_updates(
         self, batch: Batch, micro_batches: Sequence[Tensor], reference: ReferenceOutputs, credit: Credit, copies: int
@@ -189,7 +190,6 @@ class Learner:
         """
         batch, outputs = self._passes.start(batch, micro_batches)
         metrics = update_metrics(batch, reference, credit, outputs, self._run)
-        self._require_agreement(metrics)
         learner, told = self._run.learner, list[dict[str, float]]()
         parts = torch.arange(len(batch.groups)).split(learner.groups_per_update or len(batch.groups))
         for number, part in enumerate(parts * learner.updates_per_batch):
@@ -200,7 +200,8 @@ class Learner:
             outputs = self._passes.policy(some, own, theirs, mine)
             try:
                 told.append(
-                    outputs.sums | self._step(outputs.sums["loss"], partial(blame, theirs, mine, outputs, self._run))
+                    outputs.sums
+                    | self._step(outputs.sums["loss"], metrics, partial(blame, theirs, mine, outputs, self._run))
                 )
             except NonFiniteError as error:
                 if number == 0:  # nothing has changed yet
@@ -304,10 +305,13 @@ class Learner:
                 f"learner.max_mismatch is {bound}; does the engine hold other weights than the learner?"
             )
 
-    def _step(self, loss: float, blame: Callable[[], Mapping[int, str]] = dict) -> dict[str, float]:
+    def _step(
+        self, loss: float, metrics: Mapping[str, float], blame: Callable[[], Mapping[int, str]] = dict
+    ) -> dict[str, float]:
         """Check, clip and step; the learning rate, and the gradient norm before clipping.
 
-        ``blame`` finds the groups that made a loss or gradient other than finite.
+        ``metrics`` of the batch say how far engine and learner differ; ``blame`` finds the groups that made a loss or
+        gradient other than finite.
         """
         # Parameters that no token reached have no gradient.
         gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
@@ -319,6 +323,7 @@ class Learner:
                 self._optimizer.zero_grad(set_to_none=True)
                 text = f"{where}: the {name} is {value}; no weight was changed. Try a lower learner.lr"
                 raise NonFiniteError(text, blame())
+        self._require_agreement(metrics)
         lr = learning_rate(self.version, self._run.steps, self._run.learner)
         torch.nn.utils.clip_grads_with_norm_(self._parameters.values(), self._run.learner.max_grad_norm, norm)
         for group in self._optimizer.param_groups:
