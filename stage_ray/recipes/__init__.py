@@ -60,9 +60,10 @@ def resolve_recipe(run: RunConfig) -> RunConfig:
 def _unknown(recipe: str, kind: type[Recipe], name: str, value: Any) -> str:
     """What is wrong with an option that the recipe does not have, and what to do."""
     known = [*kind.Options.model_fields, *AlgorithmConfig.model_fields]  # its own and the shared ones
-    others = [other for other in RECIPES.names() if name in RECIPES.find(other, "recipe").Options.model_fields]
+    # Those that define it themselves; the ones that are built on them have it too.
+    others = [other for other in RECIPES.names() if name in RECIPES.find(other, "recipe").Options.__annotations__]
     if others:
-        fix = f"it belongs to recipe {' and '.join(others)}; remove it, or set recipe={others[0]}"
+        fix = f"it belongs to recipe {' and '.join(others)}; remove it, or set recipe={others[-1]}"
     else:
         fix = suggest(name, known, "algorithm.")
     return f"algorithm.{name} = {value!r} is no option of recipe {recipe}: {fix}"
