@@ -83,7 +83,7 @@ def test_nodes_die_with_groups_and_with_a_rank_of_the_learner_others_join_and_no
             "max_workers": 3,
             "group_size": 4,
             "groups_per_step": 8,
-            "images_per_batch": 8,
+            "images_per_batch": 4,  # one group: each worker draws some of a step's, however fast the other one is
             "resources": {"rollout": 1},
         },
         scoring={"workers": 2, "resources": {"reward": 1}},

@@ -153,7 +153,7 @@ class Workers(Roles):
 @pytest.fixture
 def workers(local_actors: None, drawn: Drawn, monkeypatch: pytest.MonkeyPatch) -> Iterator[Workers]:  # noqa: F811
     workers = Workers(drawn)
-    monkeypatch.setattr(clusters, "start_ray", lambda run, run_dir: True)
+    monkeypatch.setattr(clusters, "start_ray", lambda run, run_dir, weights: True)
     monkeypatch.setattr(clusters, "Actors", workers)
     monkeypatch.setattr(ray, "shutdown", lambda: None)
     monkeypatch.setattr(ray, "cluster_resources", dict)
