@@ -15,6 +15,9 @@ from typing import Any
 import numpy as np
 import xxhash
 
+RECORDED = ("logprobs", "guided_logprobs", "entropy", "guided_entropy")
+"""What an engine records of each token beside its id: fields of `RolloutGroup`, float32 [G, T] each."""
+
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
@@ -54,6 +57,7 @@ class RolloutGroup:
         guided_logprobs: float32 [G, T], log p of each token under the distribution it was really sampled from
             (guidance, temperature, top-k and top-p applied).
         entropy: float32 [G, T], entropy of the conditional branch at temperature 1.
+        guided_entropy: float32 [G, T], entropy of the distribution each token was really sampled from.
         images: uint8 [G, H, W, 3], decoded; H = W = 0 where the pictures travel apart, to scorers only.
         policy_version: the version of the weights that sampled every token.
     """
@@ -65,6 +69,7 @@ class RolloutGroup:
     logprobs: np.ndarray
     guided_logprobs: np.ndarray
     entropy: np.ndarray
+    guided_entropy: np.ndarray
     images: np.ndarray
     policy_version: int
     worker: str
@@ -80,6 +85,7 @@ class ScoredGroup:
         scores: float32 [G, R].
         valid: bool [G, R]; ``scores`` is finite wherever it is True.
         details: per image, what each scorer said of it (``details[i][name]``); JSON-able.
+        features: vectors of the images by the scorer that gave them, float32 [G, D] each; empty for most scorers.
     """
 
     group_id: int
@@ -88,6 +94,7 @@ class ScoredGroup:
     valid: np.ndarray
     details: tuple[Mapping[str, Any], ...]
     score_s: float
+    features: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,7 +57,7 @@ def make_group(
 ) -> RolloutGroup:
     """A group from tensors; its images are blank, for the learner never looks at them."""
     images = np.zeros((len(tokens), 2, 2, 3), np.uint8)
-    arrays = (tokens.int().numpy(), logprobs.numpy(), logprobs.numpy(), entropy.numpy(), images)
+    arrays = (tokens.int().numpy(), *(t.numpy() for t in (logprobs, logprobs, entropy, entropy)), images)
     return RolloutGroup(group_id, Prompt(group_id, text), tuple(range(len(tokens))), *arrays, version, "test", 0.0)
 
 

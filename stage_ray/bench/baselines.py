@@ -16,7 +16,7 @@ from transformers import DynamicCache
 from stage_ray.bench.inputs import equal_prompts, groups_of
 from stage_ray.config import PolicyConfig, RunConfig
 from stage_ray.learner.batch import make_batch
-from stage_ray.learner.learner import Learner, learning_rate
+from stage_ray.learner.learner import Learner
 from stage_ray.learner.precision import autocast
 from stage_ray.policies.base import PromptIds
 from stage_ray.policies.devices import device_for
@@ -107,8 +107,9 @@ class PlainLearner(Learner):
         outputs = PolicyOutputs(found.logprobs, found.logprobs.detach(), found.entropy)
         objective = self._recipe.objective(outputs, reference.take(images), credit.take(images))
         objective.loss.backward()
-        metrics = {"loss": objective.loss.item(), "lr": learning_rate(self.version, run.steps, run.learner)}
-        self._step(metrics)
+        loss = objective.loss.item()
+        metrics = {"loss": loss} | self._step(loss, {})
+        self.version += 1
         return metrics | {name: part.item() for name, part in objective.parts.items()}
 
 

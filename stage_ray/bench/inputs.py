@@ -57,6 +57,8 @@ def groups_of(
     entropy = np.full(tokens.shape[1:], math.log(codes), np.float32)
     seeds = tuple(range(tokens.shape[1]))
     return [
-        RolloutGroup(i, prompt, seeds, tokens[i], -entropy, -entropy, entropy, images[i], version, "bench", 0.0)
+        RolloutGroup(
+            i, prompt, seeds, tokens[i], -entropy, -entropy, entropy, entropy, images[i], version, "bench", 0.0
+        )
         for i, prompt in enumerate(prompts)
     ]

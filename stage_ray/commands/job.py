@@ -24,7 +24,7 @@ import stage_ray
 from stage_ray.config import RunConfig
 from stage_ray.config.hub import HUB
 from stage_ray.config.inputs import inputs
-from stage_ray.config.load import load_config, read_mapping
+from stage_ray.config.load import config_files, load_config, read_mapping
 from stage_ray.config.paths import PACKAGE
 from stage_ray.errors import ConfigError
 
@@ -139,6 +139,11 @@ def _files(config: Path, run: RunConfig, *, code: bool, working_dir: Path | None
     files = _named_files(run, root, f"--working-dir {working_dir}" if working_dir else "the current directory")
     inside = config.resolve().is_relative_to(root)
     name = config.resolve().relative_to(root).as_posix() if inside else config.name
+    for base in config_files(config)[1:]:
+        beside = os.path.normpath(Path(name).parent / os.path.relpath(base, config.parent))
+        if beside.startswith(".."):
+            raise ConfigError(f"base = {base} of {config} leads out of what is sent; move it beside the config")
+        files[beside] = base
     if working_dir is None:
         if code:  # the package that runs here, and its metadata: vLLM finds our plug-in as if it was installed
             distribution = importlib.metadata.distribution("stage-ray")

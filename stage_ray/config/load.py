@@ -20,18 +20,51 @@ REVISION = "a revision stands behind the name of a repository: OWNER/NAME@REVISI
 def load_config(path: Path, overrides: list[str] | None = None, run_dir: Path | None = None) -> RunConfig:
     """Read a YAML config, apply ``KEY=VALUE`` overrides (values are YAML) and validate.
 
+    A config may begin with ``base: FILE``, another config beside it: what it says goes on top, section by section.
+
     Raises:
         ConfigError: missing or unreadable file, unknown key (with the nearest right one), impossible value.
 
     Example:
         load_config(Path("configs/stage_shapeworld.yaml"), ["learner.lr=1e-5", "rewards.0.weight=2"])
     """
-    if not path.is_file():
-        raise ConfigError(f"config file {path} does not exist")
-    data = read_mapping(path, str(path), " of keys to values")
+    data = dict[str, Any]()
+    for file in reversed(config_files(path)):
+        data = _merged(data, read_mapping(file, str(file), " of keys to values"))
+    data.pop("base", None)
     if run_dir is not None:
         overrides = [*(overrides or []), f"run_dir={json.dumps(str(run_dir))}"]
     return build_config(data, overrides, source=str(path))
+
+
+def config_files(path: Path) -> list[Path]:
+    """A config, its base, the base's base, and so on.
+
+    Raises:
+        ConfigError: one is missing or unreadable, or a base is based on what it is the base of.
+    """
+    found = [path]
+    while True:
+        if not found[-1].is_file():
+            named = "" if len(found) == 1 else f", the base of {found[-2]},"
+            raise ConfigError(f"config file {found[-1]}{named} does not exist")
+        base = read_mapping(found[-1], str(found[-1]), " of keys to values").get("base")
+        if base is None:
+            return found
+        if not isinstance(base, str):
+            raise ConfigError(f"{found[-1]}: base = {base!r} must be the name of a config beside it")
+        found.append(found[-1].parent / base)
+        if found[-1].resolve() in [file.resolve() for file in found[:-1]]:
+            raise ConfigError(f"{found[-2]}: base = {base!r} is based on it in turn")
+
+
+def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Two mappings, the second on top: sections are merged, values and lists replaced."""
+    both = {
+        key: _merged(below[key], value) if isinstance(value, dict) and isinstance(below.get(key), dict) else value
+        for key, value in above.items()
+    }
+    return below | both
 
 
 def build_config(data: dict[str, Any], overrides: list[str] | None = None, source: str = "config") -> RunConfig:

@@ -156,6 +156,10 @@ class LearnerConfig(Section):
     autocast: Annotated[Literal["auto", "off", "bfloat16"], BeforeValidator(_off_is_no_boolean)] = Field(
         "auto", description="auto: bfloat16 where the hardware computes in it"
     )
+    updates_per_batch: int = Field(1, ge=1, description="Passes over a batch's groups; several need algorithm.clip")
+    groups_per_update: int | None = Field(
+        None, ge=1, description="Groups of one optimizer step; null: all of a batch. Fewer need algorithm.clip"
+    )
     gradient_checkpointing: bool | None = Field(
         None, description="Recompute activations to save memory; null: where they do not fit"
     )
@@ -174,6 +178,11 @@ class LearnerConfig(Section):
     gpus: float = Field(0.0, ge=0, description="GPUs reserved for one rank")
     resources: dict[str, float] = Field({}, description="Custom Ray resources of one rank")
     timeout_s: float = Field(3600.0, gt=0, description="Seconds an update may take before the learner is replaced")
+
+    @property
+    def several_updates(self) -> bool:
+        """Whether a batch makes more than one optimizer step."""
+        return self.updates_per_batch > 1 or self.groups_per_update is not None
 
 
 class PipelineConfig(Section):
@@ -305,6 +314,12 @@ class RunConfig(Section):
             raise ValueError(
                 f"learner.ranks = {learner.ranks} does not divide rollout.groups_per_step = "
                 f"{rollout.groups_per_step}: every rank trains as many whole groups as the others"
+            )
+        some = learner.groups_per_update
+        if some is not None and (rollout.groups_per_step % some or some % learner.ranks):
+            raise ValueError(
+                f"learner.groups_per_update = {some} must divide rollout.groups_per_step = {rollout.groups_per_step}, "
+                f"and be a multiple of learner.ranks = {learner.ranks}"
             )
         return self
 

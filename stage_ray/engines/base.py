@@ -13,7 +13,7 @@ from torch import Tensor
 
 from stage_ray.engines.sampling import SamplingParams
 from stage_ray.policies.base import ImageCodec, PromptIds
-from stage_ray.records import RolloutGroup, RolloutRequest
+from stage_ray.records import RECORDED, RolloutGroup, RolloutRequest
 from stage_ray.weights.manifest import finite
 
 
@@ -41,6 +41,7 @@ class Rollouts:
     logprobs: Tensor
     guided_logprobs: Tensor
     entropy: Tensor
+    guided_entropy: Tensor
 
 
 class ImageEngine(ABC):
@@ -137,12 +138,12 @@ class ImageEngine(ABC):
         for start in range(0, len(sequences), self.images_per_batch):
             began = time.perf_counter()
             drawn = self.sample(sequences[start : start + self.images_per_batch], params or self.params)
-            records = (drawn.logprobs.float(), drawn.guided_logprobs.float(), drawn.entropy.float())
+            records = [getattr(drawn, name).float() for name in RECORDED]
             arrays = (drawn.tokens.to(torch.int32), *records, self.decode(drawn.tokens))
-            batches.append(tuple(array.numpy() for array in arrays))  # tokens, three records, images: each [B, ...]
+            batches.append(tuple(array.numpy() for array in arrays))  # tokens, records, images: each [B, ...]
             count = len(drawn.tokens)
             seconds += [(time.perf_counter() - began) / count] * count
-        columns = tuple(np.concatenate(parts) for parts in zip(*batches, strict=True))  # the same five over all batches
+        columns = tuple(np.concatenate(parts) for parts in zip(*batches, strict=True))  # the same over all batches
         return self._groups(requests, columns, seconds)
 
     def load_weights(self, version: int, tensors: Iterable[tuple[str, Tensor]], *, known_finite: bool = False) -> None:
@@ -185,16 +186,14 @@ class ImageEngine(ABC):
         groups, start = [], 0
         for request in requests:
             own = slice(start, start + len(request.seeds))  # the request's images
-            tokens, logprobs, guided, entropy, images = (column[own] for column in columns)
+            tokens, *records, images = (column[own] for column in columns)
             groups.append(
                 RolloutGroup(
                     group_id=request.group_id,
                     prompt=request.prompt,
                     seeds=request.seeds,
                     tokens=tokens,
-                    logprobs=logprobs,
-                    guided_logprobs=guided,
-                    entropy=entropy,
+                    **dict(zip(RECORDED, records, strict=True)),
                     images=images,
                     policy_version=self.policy_version,
                     worker=self.worker,

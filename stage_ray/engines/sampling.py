@@ -31,12 +31,14 @@ class Sample:
         logprobs: float32 [B], log p under the conditional branch at temperature 1.
         guided_logprobs: float32 [B], log p under the distribution the token was drawn from.
         entropy: float32 [B], entropy of the conditional branch at temperature 1.
+        guided_entropy: float32 [B], entropy of the distribution the token was drawn from.
     """
 
     tokens: Tensor
     logprobs: Tensor
     guided_logprobs: Tensor
     entropy: Tensor
+    guided_entropy: Tensor
 
 
 def sample(
@@ -56,11 +58,9 @@ def sample(
     logits = process_logits(conditional, unconditional, params)
     tokens = (logits + gumbel(seeds, positions, logits.shape[-1])).argmax(dim=-1)  # the Gumbel-max trick
     statistics = token_logprobs(conditional, tokens)
-    guided = statistics.logprobs  # plain sampling draws from the conditional branch itself
-    if not params.plain:
-        # The log-softmax at the drawn token.
-        guided = logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(dim=-1)
-    return Sample(tokens, statistics.logprobs, guided, statistics.entropy)
+    # Plain sampling draws from the conditional branch itself.
+    guided = statistics if params.plain else token_logprobs(logits, tokens)
+    return Sample(tokens, statistics.logprobs, guided.logprobs, statistics.entropy, guided.entropy)
 
 
 def gumbel(seeds: Tensor, positions: Tensor, vocabulary: int) -> Tensor:

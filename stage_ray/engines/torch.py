@@ -12,6 +12,7 @@ from stage_ray.engines.base import ImageEngine, ImageSequence, Rollouts
 from stage_ray.engines.sampling import Sample, SamplingParams, sample
 from stage_ray.policies import load_policy
 from stage_ray.policies.devices import compute_dtype, device_for
+from stage_ray.records import RECORDED
 
 
 class TorchEngine(ImageEngine):
@@ -78,8 +79,5 @@ class TorchEngine(ImageEngine):
                 # Both branches of an image read the token that was drawn for it.
                 states = decoder.step(self._image_embeds[samples[-1].tokens].repeat(len(prompts) // count, 1))
         return Rollouts(
-            *(
-                torch.stack([getattr(item, name) for item in samples], dim=1).cpu()
-                for name in ("tokens", "logprobs", "guided_logprobs", "entropy")
-            )
+            *(torch.stack([getattr(item, name) for item in samples], dim=1).cpu() for name in ("tokens", *RECORDED))
         )

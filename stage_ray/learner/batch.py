@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,18 +13,43 @@ from torch import Tensor
 from stage_ray.config import RunConfig
 from stage_ray.policies.base import Policy, PromptIds
 from stage_ray.recipes.base import GroupBatch
-from stage_ray.records import RolloutGroup, ScoredGroup
+from stage_ray.records import RECORDED, RolloutGroup, ScoredGroup
 
 
 class LearnerError(RuntimeError):
     """An update that must not happen: one sentence naming the cause. No weight has changed when it is raised."""
 
 
+# Fields with a value a group.
+BY_GROUP = {"groups", "scored", "tokens", *RECORDED, "scores", "staleness", "prompts"}
+BY_GROUP |= {"behavior_logprobs", "guided_behavior_logprobs"}
+
+
 @dataclass(frozen=True, slots=True)
 class Batch(GroupBatch):
-    """What a recipe sees of a batch, and ``prompts``: token ids of both branches, one a group."""
+    """What a recipe sees of a batch, and what the learner needs beside it.
+
+    Attributes:
+        prompts: token ids of both branches, one a group.
+        behavior_logprobs, guided_behavior_logprobs: float32 [N, G, T], what ratios are taken against, where that was
+            fixed before the first of several updates.
+    """
 
     prompts: tuple[PromptIds, ...]
+    behavior_logprobs: Tensor | None = None
+    guided_behavior_logprobs: Tensor | None = None
+
+    def select(self, groups: Tensor) -> Batch:
+        """The batch of some of its groups: ``groups`` int64 [n], in the order of the batch."""
+
+        def some(value: Any) -> Any:
+            if isinstance(value, tuple):
+                return tuple(value[n] for n in groups.tolist())
+            return value[groups.to(value.device)]
+
+        found = {name: some(getattr(self, name)) for name in BY_GROUP if getattr(self, name) is not None}
+        found["features"] = {name: some(features) for name, features in self.features.items()}
+        return replace(self, **found)
 
     def micro_batches(self, images: int, groups: slice = slice(None)) -> list[Tensor]:
         """Indices n * G + g of each micro-batch: int64 [<= images]; prompts of like length together, to pad little.
@@ -82,16 +108,26 @@ def make_batch(
         groups=tuple(groups),
         scored=tuple(scored),
         tokens=stacked("tokens", torch.int64),
-        logprobs=stacked("logprobs", torch.float32),
-        guided_logprobs=stacked("guided_logprobs", torch.float32),
-        entropy=stacked("entropy", torch.float32),
+        **{name: stacked(name, torch.float32) for name in RECORDED},
         scores=torch.as_tensor(np.stack([item.scores for item in scored]), dtype=torch.float32, device=device),
         scorers=columns,
         scorer_weights=torch.tensor([reward.weight for reward in run.rewards], device=device),
         staleness=torch.tensor([version - group.policy_version for group in groups], device=device),
+        features={name: _features(name, scored, device) for name in scored[0].features},
         codebook=codebook,
         grid=policy.codec.grid,
         prompts=tuple(policy.codec.encode_prompt(group.prompt.text) for group in groups),
+    )
+
+
+def _features(name: str, scored: Sequence[ScoredGroup], device: torch.device) -> Tensor:
+    """A scorer's features of all images, float32 [N, G, D]; a LearnerError where a group lacks them."""
+    found = [item.features.get(name) for item in scored]
+    shapes = {None if array is None else array.shape for array in found}
+    if len(shapes) > 1:
+        raise LearnerError(f"scorer {name} gave features of different shapes in one batch: {sorted(map(str, shapes))}")
+    return torch.as_tensor(
+        np.stack([array for array in found if array is not None]), dtype=torch.float32, device=device
     )
 
 
@@ -115,7 +151,7 @@ def _check_tokens(group: RolloutGroup, *, size: int, shape: tuple[int, int]) -> 
         raise LearnerError(f"{what} has tokens of shape {list(group.tokens.shape)}, expected {[max(size, 2), tokens]}")
     if group.tokens.min() < 0 or group.tokens.max() >= codes:
         raise LearnerError(f"{what} has a token outside 0..{codes - 1}")
-    for name in ("logprobs", "guided_logprobs", "entropy"):
+    for name in RECORDED:
         values = getattr(group, name)
         if values.shape != group.tokens.shape or not np.isfinite(values).all():
             raise LearnerError(f"{what}: its recorded {name} must be finite, of shape {list(group.tokens.shape)}")

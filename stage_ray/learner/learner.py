@@ -12,7 +12,9 @@ The reference runs once (forward), then the recipe gives credit, then the policy
 
 from __future__ import annotations
 
+import logging
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,26 +24,26 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from stage_ray.algorithm.off_policy import guided_behavior
 from stage_ray.config import LearnerConfig, RunConfig
 from stage_ray.files import FileDigest
 from stage_ray.learner.batch import Batch, LearnerError, make_batch
 from stage_ray.learner.finite import NonFiniteError, blame, train_finite, without_copies
 from stage_ray.learner.fitting import choose_cut, naming_memory
-from stage_ray.learner.metrics import UpdateOutputs, update_metrics
-from stage_ray.learner.precision import attention, autocast, uses_bfloat16
+from stage_ray.learner.metrics import update_metrics
+from stage_ray.learner.passes import Passes
+from stage_ray.learner.precision import attention, uses_bfloat16
 from stage_ray.learner.ranks import Ranks, full_state_dict, full_tensor
 from stage_ray.learner.state import LearnerParts, fingerprint, load_state, save_state
 from stage_ray.policies import load_policy
 from stage_ray.policies.base import Policy
 from stage_ray.policies.devices import device_for
-from stage_ray.policies.logprobs import SamplingParams, TokenLogprobs
 from stage_ray.policies.reference import check_reference, naming_reference, reference_config
 from stage_ray.recipes import load_recipe
-from stage_ray.recipes.base import Credit, PolicyOutputs, ReferenceOutputs
+from stage_ray.recipes.base import Credit, ReferenceOutputs
 from stage_ray.records import RolloutGroup, ScoredGroup
 
 CPU = torch.device("cpu")
+log = logging.getLogger(__name__)
 
 
 def learning_rate(step: int, steps: int, config: LearnerConfig) -> float:
@@ -114,9 +116,9 @@ class Learner:
             weight_decay=run.learner.weight_decay,
             fused=True,
         )
-        self._sampling = SamplingParams.of(run.rollout)
-        # Plain sampling draws from the conditional distribution itself: there is no second ratio.
-        self._guided_ratio = run.algorithm.ratio_on == "guided" and not self._sampling.plain
+        bfloat16 = (self._bfloat16, self._reference_bfloat16)
+        models = (self.policy, self._reference)
+        self._passes = Passes(run, self._recipe, models, self._ranks, bfloat16=bfloat16)
         self._release_cached_memory()
 
     def update(self, groups: Sequence[RolloutGroup], scored: Sequence[ScoredGroup]) -> dict[str, float]:
@@ -152,19 +154,60 @@ class Learner:
         own_groups = self._ranks.rows(len(groups))
         micro_batches = batch.micro_batches(self._cut[0], own_groups)
         seconds: dict[str, float] = {}
-        with naming_memory(f"update {self.version}", self._run.learner, self._cut, bfloat16=self._bfloat16):
-            with attention(self._bfloat16, self._device):
-                with self._clock(seconds, "time/reference_s"), self._reference_on_device():
-                    reference = self._reference_pass(batch, micro_batches)
-                credit = without_copies(self._recipe.credit(batch, reference, self.version), copies)
-                with self._clock(seconds, "time/policy_s"):
-                    outputs = self._policy_pass(batch, micro_batches, reference, credit)
-            metrics = update_metrics(batch, reference, credit, outputs, self._run) | seconds
-            metrics["lr"] = learning_rate(self.version, self._run.steps, self._run.learner)
-            # The only change of a weight; raises before it.
-            metrics["grad_norm"] = self._step(metrics, partial(blame, reference, credit, outputs, self._run))
+        with (
+            naming_memory(f"update {self.version}", self._run.learner, self._cut, bfloat16=self._bfloat16),
+            attention(self._bfloat16, self._device),
+        ):
+            with self._clock(seconds, "time/reference_s"), self._reference_on_device():
+                reference = self._passes.reference(batch, micro_batches)
+            credit = without_copies(self._recipe.credit(batch, reference, self.version), copies)
+            with self._clock(seconds, "time/policy_s"):
+                several = self._run.learner.several_updates
+                update = self._several_updates if several else self._single_update
+                metrics = update(batch, micro_batches, reference, credit, copies)
+        self.version += 1
         self._release_cached_memory()
-        return metrics
+        return metrics | seconds
+
+    def _single_update(
+        self, batch: Batch, micro_batches: Sequence[Tensor], reference: ReferenceOutputs, credit: Credit, copies: int
+    ) -> dict[str, float]:
+        """One optimizer step on the whole batch."""
+        outputs = self._passes.policy(batch, micro_batches, reference, credit)
+        metrics = update_metrics(batch, reference, credit, outputs, self._run)
+        return metrics | self._step(
+            outputs.sums["loss"], metrics, partial(blame, reference, credit, outputs, self._run)
+        )
+
+    def _several_updates(
+        self, batch: Batch, micro_batches: Sequence[Tensor], reference: ReferenceOutputs, credit: Credit, copies: int
+    ) -> dict[str, float]:
+        """``updates_per_batch`` passes over mini-batches of whole groups, an optimizer step each.
+
+        Ratios are taken against the policy before the first one (against what was recorded, in older groups). Metrics
+        are of that policy; losses and gradient norms are means. A mini-batch after the first that is not finite is
+        left out.
+        """
+        batch, outputs = self._passes.start(batch, micro_batches)
+        metrics = update_metrics(batch, reference, credit, outputs, self._run)
+        learner, told = self._run.learner, list[dict[str, float]]()
+        parts = torch.arange(len(batch.groups)).split(learner.groups_per_update or len(batch.groups))
+        for number, part in enumerate(parts * learner.updates_per_batch):
+            some, theirs = batch.select(part), reference.select(part)
+            last = copies if part is parts[-1] else 0  # copies are the last groups of the batch
+            mine = without_copies(self._recipe.credit(some, theirs, self.version), last)
+            own = some.micro_batches(self._cut[0], self._ranks.rows(len(part)))
+            outputs = self._passes.policy(some, own, theirs, mine)
+            try:
+                told.append(
+                    outputs.sums
+                    | self._step(outputs.sums["loss"], metrics, partial(blame, theirs, mine, outputs, self._run))
+                )
+            except NonFiniteError as error:
+                if number == 0:  # nothing has changed yet
+                    raise NonFiniteError(str(error), {int(part[n]): why for n, why in error.blamed.items()}) from error
+                log.warning("%s; mini-batch %d is left out", error, number + 1)
+        return metrics | {name: statistics.fmean(row[name] for row in told) for name in told[0]}
 
     def weights(self, dtype: torch.dtype | None = None) -> list[tuple[str, Tensor]]:
         """The trained parameters by ``state_dict`` name, detached.
@@ -251,117 +294,40 @@ class Learner:
             torch.cuda.synchronize(self._device)
         return time.perf_counter()
 
-    def _all_gather(self, images: Tensor, batch: Batch) -> Tensor:
-        """[N * G, T], of which this rank filled its own groups' images, filled by all: [N, G, T]."""
-        return self._ranks.all_gather(images[self._ranks.rows(images.shape[0])]).view(batch.tokens.shape)
-
-    @torch.no_grad()
-    def _reference_pass(self, batch: Batch, micro_batches: Sequence[Tensor]) -> ReferenceOutputs:
-        """The reference model's log-probabilities and entropies of the whole batch."""
-        logprobs = torch.empty(batch.tokens.flatten(0, 1).shape, device=self._device)
-        entropy = torch.empty_like(logprobs)
-        guided = torch.empty_like(logprobs) if self._recipe.needs_guided else None
-        for indices in micro_batches:
-            found = self._token_logprobs(
-                self._reference, batch, indices, bfloat16=self._reference_bfloat16, guided=guided is not None
+    def _require_agreement(self, metrics: Mapping[str, float]) -> None:
+        """Raise a LearnerError where engine and learner are too far apart to be one policy."""
+        bound, mismatch = self._run.learner.max_mismatch, metrics.get("mismatch/abs_logprob", 0.0)
+        # With older groups the difference includes the policy's own drift.
+        if bound is not None and self._run.pipeline.max_staleness == 0 and mismatch > bound:
+            self._optimizer.zero_grad(set_to_none=True)
+            raise LearnerError(
+                f"update {self.version}: rollout and learner differ by {mismatch:.3g} nats a token on average, "
+                f"learner.max_mismatch is {bound}; does the engine hold other weights than the learner?"
             )
-            logprobs[indices], entropy[indices] = found.logprobs, found.entropy
-            if guided is not None and found.guided_logprobs is not None:
-                guided[indices] = found.guided_logprobs
-        logprobs, entropy = self._all_gather(logprobs, batch), self._all_gather(entropy, batch)
-        return ReferenceOutputs(logprobs, entropy, None if guided is None else self._all_gather(guided, batch))
 
-    def _policy_pass(
-        self, batch: Batch, micro_batches: Sequence[Tensor], reference: ReferenceOutputs, credit: Credit
-    ) -> UpdateOutputs:
-        """Forward and backward over micro-batches; their losses and gradients add up to those of the whole batch."""
-        logprobs = torch.empty(batch.tokens.flatten(0, 1).shape, device=self._device)
-        behavior, sums = torch.empty_like(logprobs), dict[str, Tensor]()  # sums by name: of the loss and of its parts
-        # One answer for the whole batch: ranks that run different forwards wait for each other's gathers for ever.
-        guided = self._recipe.needs_guided or (self._guided_ratio and bool((batch.staleness > 0).any()))
-        self._optimizer.zero_grad(set_to_none=True)
-        for indices in micro_batches:
-            outputs = self._policy_outputs(batch, indices, guided=guided)
-            objective = self._recipe.objective(outputs, reference.take(indices), credit.take(indices))
-            objective.loss.backward()
-            logprobs[indices], behavior[indices] = outputs.logprobs.detach(), outputs.behavior_logprobs
-            # Sums over tokens add up over micro-batches here, and over ranks below.
-            for name, part in {"loss": objective.loss, **objective.parts}.items():
-                sums[name] = sums.get(name, torch.zeros_like(part)) + part.detach()
-        return UpdateOutputs(
-            self._all_gather(logprobs, batch),
-            self._all_gather(behavior, batch),
-            {name: self._ranks.all_reduce(total).item() for name, total in sums.items()},
-        )
+    def _step(
+        self, loss: float, metrics: Mapping[str, float], blame: Callable[[], Mapping[int, str]] = dict
+    ) -> dict[str, float]:
+        """Check, clip and step; the learning rate, and the gradient norm before clipping.
 
-    def _policy_outputs(self, batch: Batch, indices: Tensor, *, guided: bool) -> PolicyOutputs:
-        """The policy on some images, with gradient, and what its ratios are taken against.
-
-        A fresh group's ratio is taken against its own values: a mismatch of engine and learner must not weigh tokens.
-        """
-        entropy_grad = self._recipe.needs_entropy_grad
-        found = self._token_logprobs(
-            self.policy, batch, indices, bfloat16=self._bfloat16, guided=guided, entropy_grad=entropy_grad
-        )
-        stale = (batch.staleness > 0).repeat_interleave(batch.tokens.shape[1])[indices].unsqueeze(-1)  # [B, 1]
-        recorded, current = batch.logprobs.flatten(0, 1)[indices], found.logprobs.detach()
-        if found.guided_logprobs is None:  # neither the recipe nor the ratio needs them
-            return PolicyOutputs(found.logprobs, torch.where(stale, recorded, current), found.entropy)
-        recorded_guided, current_guided = batch.guided_logprobs.flatten(0, 1)[indices], found.guided_logprobs.detach()
-        if self._guided_ratio:
-            recorded = guided_behavior(current, current_guided, recorded_guided)
-        return PolicyOutputs(
-            found.logprobs,
-            torch.where(stale, recorded, current),
-            found.entropy,
-            found.guided_logprobs,
-            torch.where(stale, recorded_guided, current_guided),
-        )
-
-    def _token_logprobs(
-        self,
-        policy: Policy,
-        batch: Batch,
-        indices: Tensor,
-        *,
-        bfloat16: bool,
-        guided: bool,
-        entropy_grad: bool = False,
-    ) -> TokenLogprobs:
-        prompts, tokens = batch.prompts_of(indices), batch.tokens.flatten(0, 1)[indices]
-        with autocast(bfloat16, self._device):
-            if guided:
-                return policy.guided_token_logprobs(prompts, tokens, self._sampling, entropy_grad=entropy_grad)
-            conditional = [prompt.conditional for prompt in prompts]
-            return policy.token_logprobs(conditional, tokens, entropy_grad=entropy_grad)
-
-    def _step(self, metrics: Mapping[str, float], blame: Callable[[], Mapping[int, str]] = dict) -> float:
-        """Check, clip and step with ``metrics["lr"]``; returns the gradient norm before clipping.
-
-        ``blame`` finds the groups that made a loss or gradient other than finite.
+        ``metrics`` of the batch say how far engine and learner differ; ``blame`` finds the groups that made a loss or
+        gradient other than finite.
         """
         # Parameters that no token reached have no gradient.
         gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
         norm = full_tensor(torch.nn.utils.get_total_norm(gradients))  # over the shards of all ranks
         where = f"update {self.version}"
         # Every check precedes the first change of a weight.
-        for name, value in (("loss", metrics["loss"]), ("gradient norm", norm.item())):
+        for name, value in (("loss", loss), ("gradient norm", norm.item())):
             if not math.isfinite(value):
                 self._optimizer.zero_grad(set_to_none=True)
                 text = f"{where}: the {name} is {value}; no weight was changed. Try a lower learner.lr"
                 raise NonFiniteError(text, blame())
-        bound, mismatch = self._run.learner.max_mismatch, metrics.get("mismatch/abs_logprob", 0.0)
-        # With older groups the difference includes the policy's own drift.
-        if bound is not None and self._run.pipeline.max_staleness == 0 and mismatch > bound:
-            self._optimizer.zero_grad(set_to_none=True)
-            raise LearnerError(
-                f"{where}: rollout and learner differ by {mismatch:.3g} nats a token on average, "
-                f"learner.max_mismatch is {bound}; does the engine hold other weights than the learner?"
-            )
+        self._require_agreement(metrics)
+        lr = learning_rate(self.version, self._run.steps, self._run.learner)
         torch.nn.utils.clip_grads_with_norm_(self._parameters.values(), self._run.learner.max_grad_norm, norm)
         for group in self._optimizer.param_groups:
-            group["lr"] = metrics["lr"]
+            group["lr"] = lr
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        self.version += 1
-        return norm.item()
+        return {"lr": lr, "grad_norm": norm.item()}

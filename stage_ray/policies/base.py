@@ -7,17 +7,24 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from stage_ray.algorithm.divergence import Divergence
 from stage_ray.config import PolicyConfig
 from stage_ray.config.model_sizes import ModelSizes
 from stage_ray.errors import ConfigError
-from stage_ray.policies.logprobs import SamplingParams, TokenLogprobs, chunked_logprobs, process_logits
+from stage_ray.policies.logprobs import (
+    SamplingParams,
+    TokenLogprobs,
+    chunked_divergence,
+    chunked_logprobs,
+    process_logits,
+)
 from stage_ray.pretrained import check_directory, export_checkpoint, located
 
 LOGITS_AT_ONCE = 2**22  # float32 logits made at once by `token_logprobs`: 16 MiB, and a few temporaries of that size
@@ -290,26 +297,49 @@ class Policy(ABC):
         """Teacher-forced logits of the image tokens: B prompts, tokens int64 [B, T] -> float32 [B, T, V]."""
         return self.head(self.hidden_states(prompts, tokens))
 
-    def token_logprobs(self, prompts: Sequence[Branch], tokens: Tensor, *, entropy_grad: bool = True) -> TokenLogprobs:
+    def token_logprobs(
+        self,
+        prompts: Sequence[Branch],
+        tokens: Tensor,
+        *,
+        entropy_grad: bool = True,
+        divergence: tuple[Policy, Divergence] | None = None,
+    ) -> TokenLogprobs:
         """Log-probability and entropy of each token at temperature 1, float32 [B, T].
 
         Differentiable, the entropy only with ``entropy_grad``, which costs a second run of the head. However large the
-        batch, no more than `LOGITS_AT_ONCE` logits are held.
+        batch, no more than `LOGITS_AT_ONCE` logits are held. ``divergence``: also from that policy, differentiable, at
+        one more forward of it.
         """
         states = self.hidden_states(prompts, tokens)
-        return chunked_logprobs(states, tokens, self.head, rows=self._rows_at_once(), entropy_grad=entropy_grad)
+        found = chunked_logprobs(states, tokens, self.head, rows=self._rows_at_once(), entropy_grad=entropy_grad)
+        if divergence is None:
+            return found
+        reference, kind = divergence
+        with torch.no_grad():
+            theirs = reference.hidden_states(prompts, tokens)
+        rows = self._rows_at_once(branches=2)
+        parted = chunked_divergence(states, theirs, (self.head, reference.head), kind, rows=rows)
+        return replace(found, divergence=parted)
 
     def guided_token_logprobs(
-        self, prompts: Sequence[PromptIds], tokens: Tensor, params: SamplingParams, *, entropy_grad: bool = True
+        self,
+        prompts: Sequence[PromptIds],
+        tokens: Tensor,
+        params: SamplingParams,
+        *,
+        entropy_grad: bool = True,
+        guided_grad: bool = False,
     ) -> TokenLogprobs:
         """Conditional log-probs and entropy, bitwise those of `token_logprobs`, and each token's guided log-prob.
 
-        The latter, float32 [B, T], is that of the distribution which ``params`` sample from. It carries no gradient and
-        is minus infinity for a token that top-k or top-p now leaves out. One forward of the backbone a branch.
+        The latter, float32 [B, T], is that of the distribution which ``params`` sample from, minus infinity for a token
+        that top-k or top-p now leaves out. With ``guided_grad`` it carries a gradient through both branches. One
+        forward of the backbone a branch.
         """
         states = self.hidden_states([prompt.conditional for prompt in prompts], tokens)
         plain = chunked_logprobs(states, tokens, self.head, rows=self._rows_at_once(), entropy_grad=entropy_grad)
-        with torch.no_grad():
+        with torch.set_grad_enabled(guided_grad and torch.is_grad_enabled()):
             branches = [states]  # those of the conditional branch serve again
             if params.guided:
                 branches.append(self.hidden_states([prompt.unconditional for prompt in prompts], tokens))

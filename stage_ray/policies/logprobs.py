@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from stage_ray.algorithm.divergence import Divergence, exact_divergence
 from stage_ray.config import RolloutConfig
 
 Head = Callable[[Tensor], Tensor]
@@ -27,11 +28,13 @@ class TokenLogprobs:
     Attributes:
         logprobs, entropy: under the conditional branch at temperature 1.
         guided_logprobs: under the distribution that tokens are sampled from; only where it was asked for.
+        divergence: from another policy's conditional branch, over the whole vocabulary; only where it was asked for.
     """
 
     logprobs: Tensor
     entropy: Tensor
     guided_logprobs: Tensor | None = None
+    divergence: Tensor | None = None
 
 
 def token_logprobs(logits: Tensor, tokens: Tensor) -> TokenLogprobs:
@@ -86,6 +89,31 @@ def chunked_logprobs(
             wanted = gradients and flat.requires_grad
             logprobs, entropy = _StatesOnly.apply(flat, tokens.flatten(), head, rows, wanted)
     return TokenLogprobs(logprobs.view(tokens.shape), entropy.view(tokens.shape))
+
+
+def chunked_divergence(
+    states: Tensor, reference_states: Tensor, heads: tuple[Head, Head], kind: Divergence, *, rows: int = 256
+) -> Tensor:
+    """`exact_divergence` of two models at each token, made some tokens at a time, forward and backward.
+
+    Args:
+        states: any float dtype [..., S], of the policy, with gradient; ``reference_states`` alike, without.
+        heads: of the policy and of the reference, as in `chunked_logprobs`.
+        rows: tokens whose logits are held at once, twice.
+
+    Returns:
+        float32 [...], nats.
+    """
+    pairs = zip(states.flatten(0, -2).split(rows), reference_states.flatten(0, -2).split(rows), strict=True)
+
+    def divergence(mine: Tensor, theirs: Tensor) -> Tensor:
+        logits = (head(part.float()) for head, part in zip(heads, (mine, theirs), strict=True))
+        logp, logq = (each.log_softmax(-1).clamp(min=LOWEST) for each in logits)
+        return exact_divergence(logp, logq.detach(), kind)
+
+    with torch.autocast(states.device.type, enabled=False):
+        parts = [checkpoint(divergence, *pair, use_reentrant=False) for pair in pairs]
+    return torch.cat(parts).view(states.shape[:-1])
 
 
 def _recomputed(states: Tensor, tokens: Tensor, head: Head, entropy_grad: bool) -> tuple[Tensor, Tensor]:

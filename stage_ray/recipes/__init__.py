@@ -31,6 +31,14 @@ def load_recipe(run: RunConfig) -> Recipe:
     for name, value in given.items():
         if name not in kind.Options.model_fields:
             raise ConfigError(_unknown(run.recipe, kind, name, value))
+    kind.check(run)
+    learner = run.learner
+    if learner.several_updates and run.algorithm.clip is None and not kind.bounded:
+        several = "updates_per_batch" if learner.updates_per_batch > 1 else "groups_per_update"
+        raise ConfigError(
+            f"learner.{several} = {getattr(learner, several)} moves the policy several times on one batch, which needs "
+            "a bound: set algorithm.clip=0.2, or recipe=pcpo"
+        )
     try:
         return kind(kind.Options.model_validate(given), run.algorithm)
     except ValidationError as error:
@@ -52,9 +60,10 @@ def resolve_recipe(run: RunConfig) -> RunConfig:
 def _unknown(recipe: str, kind: type[Recipe], name: str, value: Any) -> str:
     """What is wrong with an option that the recipe does not have, and what to do."""
     known = [*kind.Options.model_fields, *AlgorithmConfig.model_fields]  # its own and the shared ones
-    others = [other for other in RECIPES.names() if name in RECIPES.find(other, "recipe").Options.model_fields]
+    # Those that define it themselves; the ones that are built on them have it too.
+    others = [other for other in RECIPES.names() if name in RECIPES.find(other, "recipe").Options.__annotations__]
     if others:
-        fix = f"it belongs to recipe {' and '.join(others)}; remove it, or set recipe={others[0]}"
+        fix = f"it belongs to recipe {' and '.join(others)}; remove it, or set recipe={others[-1]}"
     else:
         fix = suggest(name, known, "algorithm.")
     return f"algorithm.{name} = {value!r} is no option of recipe {recipe}: {fix}"

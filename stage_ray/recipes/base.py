@@ -13,14 +13,16 @@ fill the ranks' shares, and weigh 0.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from torch import Tensor
 
+from stage_ray.algorithm.divergence import Divergence
 from stage_ray.algorithm.losses import TokenWeights
 from stage_ray.algorithm.off_policy import Correction
-from stage_ray.config import AlgorithmConfig, Section
+from stage_ray.config import AlgorithmConfig, RunConfig, Section
 from stage_ray.records import RolloutGroup, ScoredGroup
 
 
@@ -30,15 +32,17 @@ class GroupBatch:
 
     Attributes:
         groups: the N records as the engine made them: prompts, seeds, images (empty where those go to scorers only).
-        scored: theirs from the scorers, with what each scorer said of each image (``details``), such as features.
+        scored: theirs from the scorers, with what each scorer said of each image (``details``).
         tokens: int64 [N, G, T], codebook ids.
         logprobs: float32 [N, G, T], recorded while sampling: conditional branch, temperature 1.
         guided_logprobs: float32 [N, G, T], recorded likewise, of the distribution that the tokens were drawn from.
         entropy: float32 [N, G, T], recorded likewise, conditional branch, temperature 1.
+        guided_entropy: float32 [N, G, T], recorded likewise, of the distribution that the tokens were drawn from.
         scores: float32 [N, G, R], all valid.
         scorers: the R names, in column order.
         scorer_weights: float32 [R].
         staleness: int64 [N], updates between the sampling version and the learner's; 0 is fresh.
+        features: vectors of the images by the scorer that gave them, float32 [N, G, F] each.
         codebook: float32 [V, D], the vectors as the image decoder gets them.
         grid: (h, w) with h * w = T, image tokens along height and width.
     """
@@ -49,10 +53,12 @@ class GroupBatch:
     logprobs: Tensor
     guided_logprobs: Tensor
     entropy: Tensor
+    guided_entropy: Tensor
     scores: Tensor
     scorers: tuple[str, ...]
     scorer_weights: Tensor
     staleness: Tensor
+    features: Mapping[str, Tensor]
     codebook: Tensor
     grid: tuple[int, int]
 
@@ -74,6 +80,11 @@ class ReferenceOutputs:
         """Those of a micro-batch: ``indices`` int64 [B], each ``n * G + g``."""
         guided = None if self.guided_logprobs is None else self.guided_logprobs.flatten(0, 1)[indices]  # [B, T]
         return ReferenceOutputs(self.logprobs.flatten(0, 1)[indices], self.entropy.flatten(0, 1)[indices], guided)
+
+    def select(self, groups: Tensor) -> ReferenceOutputs:
+        """Those of some groups: int64 [n]."""
+        guided = None if self.guided_logprobs is None else self.guided_logprobs[groups]
+        return ReferenceOutputs(self.logprobs[groups], self.entropy[groups], guided)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +119,7 @@ class PolicyOutputs:
         guided_logprobs: under the distribution that is sampled, with the gradient that the policy gives them; may be
             None unless `Recipe.needs_guided`.
         guided_behavior_logprobs: what the ratio of ``guided_logprobs`` is taken against, likewise.
+        divergence: of policy and reference over the vocabulary, with gradient; None but for `Recipe.exact_divergence`.
     """
 
     logprobs: Tensor
@@ -115,6 +127,7 @@ class PolicyOutputs:
     entropy: Tensor
     guided_logprobs: Tensor | None = None
     guided_behavior_logprobs: Tensor | None = None
+    divergence: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,19 +150,30 @@ class Recipe(ABC):
     Attributes:
         Options: its own keys of ``algorithm``, checked before a run starts.
         needs_guided: `objective` reads ``guided_logprobs``, at one more forward pass of policy and reference.
+        needs_guided_grad: `objective` differentiates ``guided_logprobs``, through both branches.
         needs_entropy_grad: `objective` differentiates the entropy, at a second run of the policy's head.
+        bounded: `objective` bounds by itself how far a token's ratio moves, so several updates a batch need no clip.
+        exact_divergence: `objective` reads ``divergence`` of this kind, at one more forward pass of the reference.
 
     Example: `stage_ray.recipes.grpo`.
     """
 
     Options: ClassVar[type[Section]]
     needs_guided: ClassVar[bool] = False
+    needs_guided_grad: ClassVar[bool] = False
+    bounded: ClassVar[bool] = False
+    exact_divergence: Divergence | None = None
     needs_entropy_grad: ClassVar[bool] = False
 
     def __init__(self, options: Any, shared: AlgorithmConfig) -> None:
         """Keep the validated ``options`` (an instance of ``Options``) and the keys that all recipes share."""
         self.options, self.shared = options, shared
         self.correction = correction_of(shared)  # of older groups' ratios
+
+    @classmethod
+    def check(cls, run: RunConfig) -> None:
+        """Raise a `ConfigError` for a run that the recipe cannot train, such as one with too few scorers."""
+        return
 
     @abstractmethod
     def credit(self, batch: GroupBatch, reference: ReferenceOutputs, step: int) -> Credit:

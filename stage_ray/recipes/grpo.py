@@ -10,6 +10,7 @@ by an answer's own length (every image has T tokens).
 from __future__ import annotations
 
 from pydantic import Field
+from torch import Tensor
 
 from stage_ray.algorithm.advantages import combine_rewards, group_advantages, informative_scorers
 from stage_ray.algorithm.losses import token_weights, weighted_loss
@@ -30,13 +31,20 @@ class GrpoRecipe(Recipe):
     Options = GrpoOptions
     options: GrpoOptions
 
+    def rewards(self, batch: GroupBatch) -> Tensor:
+        """One reward an image, float [N, G]: the weighted sum of its scores."""
+        return combine_rewards(batch.scores, weights=batch.scorer_weights, drop_constant=self.shared.drop_constant)
+
+    def advantages(self, batch: GroupBatch) -> Tensor:
+        """Normalised rewards, float [N, G]."""
+        return group_advantages(self.rewards(batch), eps=self.shared.advantage_eps)
+
     def credit(self, batch: GroupBatch, reference: ReferenceOutputs, step: int) -> Credit:
         """Normalised rewards, and the same weight for every token.
 
         ``similarity/mean`` is reported and not used: it shows what STAGE would have weighed by.
         """
-        rewards = combine_rewards(batch.scores, weights=batch.scorer_weights, drop_constant=self.shared.drop_constant)
-        advantages = group_advantages(rewards, eps=self.shared.advantage_eps)
+        advantages = self.advantages(batch)
         similarity = opposite_sign_similarity(batch.tokens, batch.codebook, advantages)
         silent = ~informative_scorers(batch.scores).any(dim=1)  # [N], no scorer tells the group's images apart
         similarity = similarity.masked_fill(silent[:, None, None], 1.0)  # as STAGE has it

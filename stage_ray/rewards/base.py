@@ -20,6 +20,7 @@ class RewardOutput:
         valid: bool [B]; False where the score must not be used.
         details: what is behind each score, JSON-able, one mapping an image. ``verdict`` (bool), where a scorer gives
             it, says whether the image is right: pictures for people are framed by it.
+        features: float32 [B, D], vectors of the images that recipes may compare; they travel with the scores.
 
     Example:
         >>> RewardOutput(np.ones(1, np.float32), np.ones(1, bool), ({"verdict": True},)).details[0]["verdict"]
@@ -29,6 +30,7 @@ class RewardOutput:
     scores: np.ndarray
     valid: np.ndarray
     details: tuple[Mapping[str, Any], ...]
+    features: np.ndarray | None = None
 
 
 class Reward(Protocol):

@@ -70,7 +70,10 @@ class ClipReward:
 
     @torch.inference_mode()
     def score(self, images: np.ndarray, prompts: Sequence[Prompt]) -> RewardOutput:
-        """Score images, uint8 [B, H, W, 3], each against its prompt's text (cut at CLIP's context length)."""
+        """Score images, uint8 [B, H, W, 3], each against its prompt's text (cut at CLIP's context length).
+
+        The features are the images' unit vectors.
+        """
         texts = list(dict.fromkeys(prompt.text for prompt in prompts))  # a group shares its prompt: encode it once
         size = self._batch_size
         text_rows = torch.cat([self._encode_texts(texts[i : i + size]) for i in range(0, len(texts), size)])
@@ -78,7 +81,8 @@ class ClipReward:
         wanted = torch.tensor([texts.index(prompt.text) for prompt in prompts], device=self._device)
         cosine = (image_rows * text_rows[wanted]).sum(-1).float().cpu().numpy()  # [B], of unit vectors
         scores = np.asarray(self._scale * cosine, np.float32)
-        return RewardOutput(scores, np.isfinite(scores), tuple({"cosine": float(value)} for value in cosine))
+        details = tuple({"cosine": float(value)} for value in cosine)
+        return RewardOutput(scores, np.isfinite(scores), details, image_rows.float().cpu().numpy())
 
     def _encode_texts(self, texts: Sequence[str]) -> Tensor:
         """Unit vectors [len(texts), P]."""

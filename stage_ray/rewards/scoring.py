@@ -45,6 +45,11 @@ def score_groups(
                 valid=valid[mine.start : mine.stop],
                 details=tuple({name: output.details[i] for name, output in outputs.items()} for i in mine),
                 score_s=seconds * len(mine),
+                features={
+                    name: output.features[mine.start : mine.stop]
+                    for name, output in outputs.items()
+                    if output.features is not None
+                },
             )
         )
     return scored
@@ -61,23 +66,32 @@ def _run(name: str, scorer: Reward | GroupReward, groups: Sequence[RolloutGroup]
         scores = np.asarray(output.scores, np.float32)
         valid = np.asarray(output.valid, bool)
         details = [dict(said) for said in output.details]  # copies: `error` may be added below
+        features = None if output.features is None else np.asarray(output.features, np.float32)
     # A scorer is a user's code, or a service, and may fail in any way. This is the one place that must outlive it: its
     # failure becomes part of the record, and the group is scored again or replaced.
     except Exception as error:
         log.exception("scorer %s failed on %d images", name, count)
         reason = f"{type(error).__name__}: {error}"
     else:
-        if scores.shape == valid.shape == (len(details),) == (count,):
-            usable = valid & np.isfinite(scores)  # [B]
-            for detail, score, ok in zip(details, scores, usable, strict=True):
-                if not ok:
-                    finite = np.isfinite(score)
-                    detail.setdefault(
-                        "error", "the scorer calls it invalid" if finite else f"the score is {float(score)}"
-                    )
-            return RewardOutput(np.where(usable, scores, np.nan).astype(np.float32), usable, tuple(details))
-        got = f"scores {list(scores.shape)}, valid {list(valid.shape)} and {len(details)} details"
+        shape = "" if features is None else f", features {list(features.shape)}"
+        fits = features is None or (features.ndim == 2 and len(features) == count)
+        if fits and scores.shape == valid.shape == (len(details),) == (count,):
+            known = np.ones(count, bool)  # [B]: the image's features are finite
+            if features is not None:
+                known &= np.isfinite(features).all(axis=1)
+            usable = valid & known & np.isfinite(scores)
+            for image in np.flatnonzero(~usable):
+                details[image].setdefault("error", _reason(scores[image], known[image]))
+            return RewardOutput(np.where(usable, scores, np.nan).astype(np.float32), usable, tuple(details), features)
+        got = f"scores {list(scores.shape)}, valid {list(valid.shape)}{shape} and {len(details)} details"
         log.error("scorer %s answered %s for %d images", name, got, count)
         reason = f"answered {got} for {count} images"
     failed = tuple({"error": reason} for _ in range(count))
     return RewardOutput(np.full(count, np.nan, np.float32), np.zeros(count, bool), failed)
+
+
+def _reason(score: np.float32, known: np.bool_) -> str:
+    """Why a score is not used; ``known``: its image's features are finite."""
+    if not np.isfinite(score):
+        return f"the score is {float(score)}"
+    return "the scorer calls it invalid" if known else "its features are not finite"

@@ -14,6 +14,8 @@ from safetensors.numpy import save_file
 from stage_ray.errors import RunError
 from stage_ray.records import Prompt, RolloutGroup, ScoredGroup
 
+FEATURES = "features/"  # before a scorer's name: its features of the images
+
 
 def group_file(directory: Path, group_id: int) -> Path:
     """Where a group lies in a directory of groups."""
@@ -25,6 +27,7 @@ def save_group(directory: Path, group: RolloutGroup, scored: ScoredGroup) -> Non
     values = {field.name: getattr(record, field.name) for record in (group, scored) for field in fields(record)}
     del values["images"]
     values["prompt"] = asdict(group.prompt)
+    values |= {FEATURES + name: features for name, features in values.pop("features").items()}
     arrays = {name: np.ascontiguousarray(value) for name, value in values.items() if isinstance(value, np.ndarray)}
     plain = {name: value for name, value in values.items() if name not in arrays}
     directory.mkdir(parents=True, exist_ok=True)
@@ -43,6 +46,11 @@ def load_group(path: Path) -> tuple[RolloutGroup, ScoredGroup]:
             values |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no dict
         values["prompt"] = Prompt(**values["prompt"])
         values["images"] = np.empty((len(values["seeds"]), 0, 0, 3), np.uint8)
+        # An earlier version did not record it; none of its recipes reads it.
+        values.setdefault("guided_entropy", np.zeros_like(values["entropy"]))
+        values["features"] = {
+            name.removeprefix(FEATURES): array for name, array in values.items() if name.startswith(FEATURES)
+        }
         values |= {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
         # Both records have a group_id; apart from that the names of their fields differ.
         group = RolloutGroup(**{field.name: values[field.name] for field in fields(RolloutGroup)})

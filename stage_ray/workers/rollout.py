@@ -13,12 +13,10 @@ from stage_ray.actors.client import Client, Worker, loading
 from stage_ray.config import RunConfig
 from stage_ray.observability.logs import redirect_output
 from stage_ray.observability.worker_metrics import WorkerMetrics
-from stage_ray.records import GroupRefs, RolloutGroup, RolloutRequest, WeightManifest
+from stage_ray.records import RECORDED, GroupRefs, RolloutGroup, RolloutRequest, WeightManifest
 from stage_ray.weights.manifest import Chunk, WeightError, unpack
 from stage_ray.weights.process_groups import BroadcastGroup, GroupMember
 from stage_ray.workers.threads import use_own_threads
-
-RECORDS = "logprobs", "guided_logprobs", "entropy"
 
 
 class RolloutWorker(Worker):
@@ -121,7 +119,7 @@ def _fault(request: RolloutRequest, group: RolloutGroup, codebook_size: int) -> 
         return f"has tokens {tokens.dtype} {list(tokens.shape)}, not int32 [{count}, T]"
     if tokens.min() < 0 or tokens.max() >= codebook_size:
         return f"has tokens {tokens.min()} to {tokens.max()} of a codebook of {codebook_size}"
-    for name in RECORDS:
+    for name in RECORDED:
         values = getattr(group, name)
         if values.dtype != np.float32 or values.shape != tokens.shape:
             return f"has {name} {values.dtype} {list(values.shape)}, not float32 {list(tokens.shape)}"
@@ -132,5 +130,5 @@ def _fault(request: RolloutRequest, group: RolloutGroup, codebook_size: int) -> 
 
 def _not_finite(group: RolloutGroup) -> str:
     """Which of a group's records are not finite, "" where all are. Another engine may do better, or none."""
-    names = (name for name in RECORDS if not np.isfinite(getattr(group, name)).all())
+    names = (name for name in RECORDED if not np.isfinite(getattr(group, name)).all())
     return next((f"group {group.group_id} has {name} that are not finite" for name in names), "")

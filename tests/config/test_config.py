@@ -148,3 +148,28 @@ def test_scorers_whose_names_would_hide_a_metric_are_refused(config: Path, names
     rewards = ", ".join(f"{{type: geneval, name: '{name}'}}" for name in names)
     with pytest.raises(ConfigError, match=sentence):
         load_config(config, [f"rewards=[{rewards}]"])
+
+
+def test_a_config_goes_on_top_of_its_base_section_by_section(tmp_path: Path) -> None:
+    base, middle, top = (tmp_path / name for name in ("base.yaml", "middle.yaml", "sub/top.yaml"))
+    base.write_text(Path("configs/grpo_shapeworld.yaml").read_text())
+    middle.write_text("base: base.yaml\nlearner:\n  lr: 3.0e-4\n")
+    top.parent.mkdir()
+    top.write_text("base: ../middle.yaml\nrecipe: gcpo\nrewards:\n  - type: tests.scorers.Brightness\n")
+    run, below = load_config(top, ["steps=3"]), load_config(base)
+    assert (run.learner.lr, run.recipe, run.steps, len(run.rewards)) == (3e-4, "gcpo", 3, 1)
+    assert run.learner.model_copy(update={"lr": below.learner.lr}) == below.learner and run.rollout == below.rollout
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("base: other.yaml", r"config file .*other.yaml, the base of .*top.yaml, does not exist"),
+        ("base: top.yaml", r"base = 'top.yaml' is based on it in turn"),
+        ("base: 3", r"base = 3 must be the name of a config beside it"),
+    ],
+)
+def test_a_base_that_leads_nowhere_is_named(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "top.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=said):
+        load_config(tmp_path / "top.yaml")

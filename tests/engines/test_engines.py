@@ -22,7 +22,7 @@ from stage_ray.engines.sampling import SamplingParams, process_logits
 from stage_ray.errors import ConfigError
 from stage_ray.policies import load_policy
 from stage_ray.policies.janus import JanusPolicy
-from stage_ray.records import Prompt, RolloutGroup, RolloutRequest
+from stage_ray.records import RECORDED, Prompt, RolloutGroup, RolloutRequest
 from tests.tiny import CODES, IMAGE_SIZE, IMAGE_TOKENS, tiny_janus
 
 BATCH, GUIDANCE = 6, 2.0
@@ -98,11 +98,18 @@ def assert_statistics_match(group: RolloutGroup, policy: JanusPolicy, params: Sa
         unconditional = policy.image_logits([ids.unconditional] * len(tokens), tokens)
     chosen = tokens.unsqueeze(-1)
     logprobs = conditional.log_softmax(-1).gather(-1, chosen).squeeze(-1)
-    guided = process_logits(conditional, unconditional, params).log_softmax(-1).gather(-1, chosen).squeeze(-1)
-    entropy = torch.distributions.Categorical(logits=conditional).entropy()
-    for found, expected in ((group.logprobs, logprobs), (group.guided_logprobs, guided), (group.entropy, entropy)):
+    processed = process_logits(conditional, unconditional, params)
+    expected = {
+        "logprobs": logprobs,
+        "guided_logprobs": processed.log_softmax(-1).gather(-1, chosen).squeeze(-1),
+        "entropy": torch.distributions.Categorical(logits=conditional).entropy(),
+        "guided_entropy": torch.special.entr(processed.softmax(-1)).sum(-1),
+    }
+    assert tuple(expected) == RECORDED
+    for name, values in expected.items():
+        found = getattr(group, name)
         assert found.dtype == np.float32
-        torch.testing.assert_close(torch.from_numpy(found), expected, **TOLERANCE)
+        torch.testing.assert_close(torch.from_numpy(found), values, **TOLERANCE)
 
 
 def test_a_version_rounded_by_the_learner_leaves_an_engine_with_the_bits_of_its_own_rounding(

@@ -98,6 +98,8 @@ def test_the_guided_log_probability_is_that_of_the_distribution_drawn_from() -> 
     torch.testing.assert_close(drawn.guided_logprobs, expected)
     torch.testing.assert_close(drawn.logprobs, LOGITS.log_softmax(-1).gather(-1, drawn.tokens[:, None])[:, 0])
     torch.testing.assert_close(drawn.entropy, torch.distributions.Categorical(logits=LOGITS).entropy())
+    probabilities = process_logits(LOGITS, OTHER, params).softmax(-1)  # zeros where top-k and top-p cut
+    torch.testing.assert_close(drawn.guided_entropy, torch.special.entr(probabilities).sum(-1))
 
 
 def test_the_one_token_that_top_k_leaves_is_drawn_whatever_the_noise() -> None:

@@ -157,7 +157,7 @@ class EvenSeeds:
         none = np.zeros((count, 1), np.float32)
         tokens = none.astype(np.int32)
         return RolloutGroup(
-            request.group_id, request.prompt, request.seeds, tokens, none, none, none, images, 0, "w", 0.0
+            request.group_id, request.prompt, request.seeds, tokens, none, none, none, none, images, 0, "w", 0.0
         )
 
 

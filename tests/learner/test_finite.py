@@ -38,7 +38,7 @@ def weights(learner: Learner) -> dict[str, Tensor]:
 def learner_with(model: Path, shift: float, *group_ids: int, entropy: bool = False, **algorithm: Any) -> Learner:
     """A learner whose reference says of one token of some groups (or of its entropy) so much more than it should."""
     learner = Learner(tiny_run(model, algorithm=algorithm))
-    pass_of_reference = learner._reference_pass
+    pass_of_reference = learner._passes.reference
 
     def shifted(batch: Any, micro_batches: Any) -> Any:
         reference = pass_of_reference(batch, micro_batches)
@@ -47,7 +47,7 @@ def learner_with(model: Path, shift: float, *group_ids: int, entropy: bool = Fal
                 (reference.entropy if entropy else reference.logprobs)[place, 0, 0] += shift
         return reference
 
-    learner._reference_pass = shifted  # type: ignore[method-assign]
+    learner._passes.reference = shifted  # type: ignore[method-assign]
     return learner
 
 

@@ -63,7 +63,7 @@ def test_memory_that_runs_out_in_an_update_names_the_keys_and_changes_no_weight(
     def run_out(*arguments):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
 
-    monkeypatch.setattr(learner, "_policy_pass", run_out)
+    monkeypatch.setattr(learner._passes, "policy", run_out)
     with pytest.raises(LearnerError) as caught:
         learner.update(groups, score(groups))
     said = str(caught.value)

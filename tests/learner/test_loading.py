@@ -74,7 +74,7 @@ def test_only_what_makes_images_is_kept_and_no_picture_is_made(model):
 def test_a_reference_in_bfloat16_rounds_nothing_that_autocast_does_not(model):
     run = tiny_run(model, learner={"autocast": "bfloat16"})
     narrow, wide = Learner(run), Learner(run)
-    wide._reference = load_policy(run.policy, device=CPU)
+    wide._passes._reference_model = load_policy(run.policy, device=CPU)
     dtypes = {parameter.dtype for parameter in narrow._reference.trained_parameters().values()}
     assert dtypes == {torch.bfloat16, torch.float32}
     groups = sample_groups(Learner(tiny_run(model)).policy, PROMPTS, 4)
@@ -93,9 +93,9 @@ def test_a_reference_in_bfloat16_beside_a_policy_in_float32_is_off_by_rounding(m
 def test_an_offloaded_reference_comes_for_its_pass_and_goes(model, monkeypatch):
     learner = Learner(tiny_run(model, learner={"reference_offload": True}))
     moves = []
-    run_reference = learner._reference_pass
+    run_reference = learner._passes.reference
     monkeypatch.setattr(learner._reference.model, "to", moves.append)
-    monkeypatch.setattr(learner, "_reference_pass", lambda *a: moves.append("runs") or run_reference(*a))
+    monkeypatch.setattr(learner._passes, "reference", lambda *a: moves.append("runs") or run_reference(*a))
     groups = sample_groups(learner.policy, PROMPTS, 4)
     learner.update(groups, score(groups))
     assert moves == [learner._device, "runs", CPU]

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from stage_ray.algorithm.divergence import Divergence, exact_divergence
 from stage_ray.config import PolicyConfig
 from stage_ray.engines import sampling
 from stage_ray.policies import load_policy, logprobs
 from stage_ray.policies.janus import JanusPolicy
-from stage_ray.policies.logprobs import SamplingParams, chunked_logprobs, process_logits, token_logprobs
+from stage_ray.policies.logprobs import (
+    SamplingParams,
+    chunked_divergence,
+    chunked_logprobs,
+    process_logits,
+    token_logprobs,
+)
 from tests.tiny import CODES, IMAGE_TOKENS, tiny_janus
 
 B, T, HIDDEN, V = 3, 7, 16, 33
@@ -131,6 +139,18 @@ def test_a_head_may_take_several_states_a_token() -> None:
     torch.testing.assert_close(got, want, **CLOSE)
 
 
+@pytest.mark.parametrize("kind", ["policy_reference", "reference_policy", "jensen_shannon"])
+def test_a_divergence_in_pieces_is_that_of_all_logits_at_once(kind: Divergence) -> None:
+    (states, _, weight), head, other = case(), frozen(impossible=2), frozen(impossible=2)
+    theirs = states.detach() + 0.3 * torch.randn(states.shape, generator=torch.Generator().manual_seed(5))
+    found = chunked_divergence(states, theirs, (head, other), kind, rows=4)
+    logp, logq = (each.layers(part) * 3 for each, part in ((head, states), (other, theirs)))
+    expected = exact_divergence(logp[..., :-2].log_softmax(-1), logq[..., :-2].log_softmax(-1).detach(), kind)
+    torch.testing.assert_close(found, expected, **CLOSE)
+    got, want = (torch.autograd.grad(each, states, weight)[0] for each in (found, expected))
+    torch.testing.assert_close(got, want, **CLOSE)
+
+
 def test_engines_and_learner_share_one_definition_of_what_is_drawn_from() -> None:
     assert sampling.process_logits is process_logits and sampling.SamplingParams is SamplingParams
 
@@ -171,3 +191,36 @@ def test_guided_log_probabilities_are_those_that_the_engines_draw_from(
     plain = policy.token_logprobs([prompt.conditional for prompt in prompts], tokens)
     assert torch.equal(found.logprobs, plain.logprobs) and torch.equal(found.entropy, plain.entropy)
     assert found.logprobs.requires_grad and found.entropy.requires_grad
+
+
+def test_guided_log_probabilities_have_a_gradient_through_both_branches_for_the_asking(
+    policy: JanusPolicy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stage_ray.policies.base.LOGITS_AT_ONCE", 10 * CODES)
+    params = SamplingParams(guidance_scale=3.0, temperature=0.8)
+    prompt = policy.codec.encode_prompt("a photo of a red circle")
+    tokens = torch.randint(0, CODES, (1, IMAGE_TOKENS), generator=torch.Generator().manual_seed(2))
+    found = policy.guided_token_logprobs([prompt], tokens, params, entropy_grad=False, guided_grad=True)
+    logits = [policy.image_logits([branch], tokens) for branch in (prompt.conditional, prompt.unconditional)]
+    expected = process_logits(*logits, params).log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    assert found.guided_logprobs is not None
+    weights = list(policy.trained_parameters().values())
+    got, want = (
+        torch.autograd.grad(each.sum(), weights, allow_unused=True) for each in (found.guided_logprobs, expected)
+    )
+    for mine, theirs in zip(got, want, strict=True):
+        assert (mine is None) == (theirs is None)
+        if mine is not None and theirs is not None:
+            torch.testing.assert_close(mine, theirs, atol=1e-3, rtol=1e-3)
+
+
+def test_the_divergence_from_another_policy_is_over_its_whole_vocabulary(policy: JanusPolicy, tmp_path: Path) -> None:
+    other = load_policy(PolicyConfig(path=str(tiny_janus(tmp_path / "other", seed=1))), device=torch.device("cpu"))
+    prompts = [policy.codec.encode_prompt("a photo of a red circle").conditional]
+    tokens = torch.randint(0, CODES, (1, IMAGE_TOKENS), generator=torch.Generator().manual_seed(3))
+    found = policy.token_logprobs(prompts, tokens, divergence=(other, "jensen_shannon"))
+    assert torch.equal(found.logprobs, policy.token_logprobs(prompts, tokens).logprobs)
+    logp, logq = (each.image_logits(prompts, tokens).log_softmax(-1) for each in (policy, other))
+    assert found.divergence is not None and found.divergence.requires_grad
+    torch.testing.assert_close(found.divergence, exact_divergence(logp, logq, "jensen_shannon"), **CLOSE)
+    assert found.divergence.min() > 0.001

@@ -40,7 +40,7 @@ def update(run: RunConfig, groups: list[Any]) -> tuple[dict[str, float], dict[st
 
 
 def test_a_recipe_is_a_file_of_its_room_and_stage_is_the_default() -> None:
-    assert RECIPES.names() == ["grpo", "stage"]
+    assert {"grpo", "stage"} <= set(RECIPES.names())
     assert type(load_recipe(run_with())) is StageRecipe and type(load_recipe(run_with("grpo"))) is GrpoRecipe
 
 
@@ -104,7 +104,7 @@ def test_a_resolved_run_names_every_option_and_resolves_to_itself() -> None:
         ("grppo", {}, "recipe = 'grppo' is no known recipe; did you mean 'grpo'?"),
         ("tests.recipes.mine.UncertainOptions", {}, "is no class that derives from stage_ray.recipes.base.Recipe"),
         (MINE, {"share": 2}, "algorithm.share = 2: input should be less than or equal to 1"),
-        (MINE, {"beta": 0.1}, f"no option of recipe {MINE}: it belongs to recipe grpo and stage; remove it, or set"),
+        (MINE, {"beta": 0.1}, "it belongs to recipe ar_grpo and eg_grpo and gcpo and grpo; remove it, or set"),
     ],
 )
 def test_what_a_recipe_does_not_take_is_refused_by_name_and_value(recipe: str, algorithm: dict, said: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ def group(group_id: int, images: int) -> RolloutGroup:
     pixels[:, 0, 0, 0] = 10 * group_id + np.arange(images)
     none = np.zeros((images, 2), np.float32)
     prompt, seeds = Prompt(group_id, f"prompt {group_id}"), tuple(range(images))
-    return RolloutGroup(group_id, prompt, seeds, none.astype(np.int32), none, none, none, pixels, 0, "w", 0.0)
+    return RolloutGroup(group_id, prompt, seeds, none.astype(np.int32), none, none, none, none, pixels, 0, "w", 0.0)
 
 
 class Scorer:
@@ -102,6 +103,29 @@ def test_an_answer_of_the_wrong_form_is_no_answer(answer: Callable):
     scored = score_groups([("short", Scorer(answer))], [group(1, 2), group(2, 2)])
     for one in scored:
         assert not one.valid.any() and np.isnan(one.scores).all() and one.details[0]["short"]["error"]
+
+
+def test_features_travel_with_the_scores_of_their_group():
+    def seen(images, prompts):
+        output = number(images, prompts)
+        return replace(output, features=np.stack([output.scores, -output.scores], axis=1))
+
+    first, second = score_groups([("plain", Scorer(number)), ("seen", Scorer(seen))], [group(3, 2), group(5, 3)])
+    assert first.features.keys() == second.features.keys() == {"seen"}
+    assert second.features["seen"].tolist() == [[50.0, -50.0], [51.0, -51.0], [52.0, -52.0]]
+    assert second.features["seen"].dtype == np.float32
+
+
+def test_an_image_whose_features_are_not_finite_has_no_score_and_features_of_another_number_are_no_answer():
+    def seen(images, prompts, features):
+        return replace(number(images, prompts), features=features)
+
+    odd = np.array([[1.0, np.nan], [1.0, 2.0]])
+    (scored,) = score_groups([("seen", Scorer(lambda i, p: seen(i, p, odd)))], [group(1, 2)])
+    assert scored.valid[:, 0].tolist() == [False, True]
+    assert scored.details[0]["seen"]["error"] == "its features are not finite"
+    (scored,) = score_groups([("seen", Scorer(lambda i, p: seen(i, p, np.ones((3, 2)))))], [group(1, 2)])
+    assert not scored.valid.any() and "features [3, 2]" in scored.details[0]["seen"]["error"]
 
 
 def test_no_groups_no_calls():

@@ -40,6 +40,7 @@ def group_of(request: RolloutRequest, **changes: Any) -> RolloutGroup:
         "logprobs": floats,
         "guided_logprobs": floats,
         "entropy": floats,
+        "guided_entropy": floats,
         "images": images,
         "policy_version": 0,
         "worker": "w",

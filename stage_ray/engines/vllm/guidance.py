@@ -20,6 +20,7 @@ from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
 from stage_ray.engines.base import Rollouts
 from stage_ray.engines.sampling import SamplingParams, sample
+from stage_ray.records import RECORDED
 
 CONDITIONAL, UNCONDITIONAL = 0, 1
 
@@ -74,7 +75,7 @@ class PairedGuidance(LogitsProcessor):
         self._rows: dict[int, _Row] = {}
         self._layout: _Layout | None = None
         self._tokens = torch.zeros((images, tokens), dtype=torch.int64, device=device)
-        self._records = torch.zeros((3, images, tokens), dtype=torch.float32, device=device)
+        self._records = torch.zeros((len(RECORDED), images, tokens), dtype=torch.float32, device=device)
 
     def is_argmax_invariant(self) -> bool:
         """It decides the argmax."""
@@ -100,7 +101,7 @@ class PairedGuidance(LogitsProcessor):
         unconditional = None if layout.unconditional is None else logits[layout.unconditional]
         drawn = sample(logits[layout.conditional], unconditional, layout.seeds, positions, layout.params)
         self._tokens[layout.images, positions] = drawn.tokens
-        self._records[:, layout.images, positions] = torch.stack((drawn.logprobs, drawn.guided_logprobs, drawn.entropy))
+        self._records[:, layout.images, positions] = torch.stack([getattr(drawn, name) for name in RECORDED])
         logits.fill_(-torch.inf)  # what is left to vLLM's greedy sampler is one token a row
         logits[layout.conditional, drawn.tokens] = 0.0
         if layout.unconditional is not None:
@@ -109,8 +110,7 @@ class PairedGuidance(LogitsProcessor):
 
     def recorded(self, images: int) -> Rollouts:
         """What the finished batch's first ``images`` images recorded, on the CPU."""
-        logprobs, guided, entropy = self._records[:, :images].cpu().clone()
-        return Rollouts(self._tokens[:images].cpu().clone(), logprobs, guided, entropy)
+        return Rollouts(self._tokens[:images].cpu().clone(), *self._records[:, :images].cpu().clone())
 
 
 class RecordsExtension:
