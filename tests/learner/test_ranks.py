@@ -32,6 +32,13 @@ SETTINGS = {
     "algorithm": {"ratio_on": "guided"},
 }
 
+STEPS = {"updates_per_batch": 2, "groups_per_update": 2}
+OTHERS = {  # what else an update may be, by which ranks would wait for each other for ever if they did not agree
+    "several updates": {"learner": SETTINGS["learner"] | STEPS, "algorithm": {"ratio_on": "guided", "clip": 0.2}},
+    "exact divergence": {"recipe": "f_divergence"},
+    "both branches": {"recipe": "ar_grpo", "algorithm": {"clip": 0.2}},
+}
+
 
 def with_learner(**changes: Any) -> dict[str, Any]:
     """The settings with some of the learner's changed."""
@@ -64,7 +71,7 @@ def rank(number: int, addresses: tuple[str, str], model: Path, out: Path) -> Non
     if number < 2:
         two_ranks(number, Ranks.init_process_group(number, 2, addresses[0], CPU, timeout_s=30), model, out)
         dist.destroy_process_group()
-    ranks = Ranks.init_process_group(number, 3, addresses[1], CPU, timeout_s=200)
+    ranks = Ranks.init_process_group(number, 3, addresses[1], CPU, timeout_s=500)
     learner = Learner(tiny_run(model, **SETTINGS), threads=1, ranks=ranks)
     learner.load_state(out / "by-two")
     by_three = weights(learner)
@@ -114,6 +121,12 @@ def two_ranks(number: int, ranks: Ranks, model: Path, out: Path) -> None:
         save_file(again, out / "again.safetensors")
         save_file(after, out / "after.safetensors")
         torch.save(metrics, out / "metrics.pt")
+    for name, settings in OTHERS.items():
+        other = Learner(tiny_run(model, **SETTINGS | settings), threads=1, ranks=ranks)
+        updates(other, 1)
+        found = weights(other)
+        if number == 0:
+            save_file(found, out / f"{name}.safetensors")
     rounded = updates(Learner(tiny_run(model, **with_learner(autocast="bfloat16")), threads=1, ranks=ranks), 1)
     if number == 0:
         torch.save(rounded, out / "rounded.pt")
@@ -166,6 +179,15 @@ def test_two_ranks_train_as_one(case):
         assert two.keys() == one.keys()
         for name in one.keys() - {"time/reference_s", "time/policy_s"}:
             assert two[name] == pytest.approx(one[name], rel=2e-3, abs=1e-5), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OTHERS)
+def test_they_agree_on_every_kind_of_update(case, name):
+    out, run, *_ = case
+    alone = Learner(tiny_run(Path(run.policy.path), **SETTINGS | OTHERS[name]), threads=1)
+    updates(alone, 1)
+    close(load_file(out / f"{name}.safetensors"), weights(alone))
 
 
 @pytest.mark.slow
