@@ -24,7 +24,8 @@ class Prompt:
     """One line of a prompt file.
 
     ``record`` is the whole line as read (GenEval's format: ``tag``, ``include``, ``exclude``, ``prompt``); scorers that
-    need only text read ``text``. ``where`` says where it was read, for messages: "prompts.jsonl, line 3".
+    need only text read ``text``. ``where`` says where it was read, for messages: "prompts.jsonl, line 3". ``index`` is
+    unique in a run; ``source`` is the number of its file among those of ``prompts.train``.
     """
 
     index: int
@@ -34,6 +35,7 @@ class Prompt:
 
 
 @dataclass(frozen=True, slots=True)
+    source: int = field(default=0, compare=False)
 class RolloutRequest:
     """Ask for one group: one prompt, one image per seed.
 

@@ -91,7 +91,9 @@ class RunState:
         When the context ends, however it ends, nothing is being saved any more.
         """
         at = self._position
-        cursor = PromptCursor(self._prompts, self._run.seed, self._run.prompts.shuffle, position=at.cursor)
+        prompts = self._run.prompts
+        weights = [file.weight for file in prompts.files.values()]
+        cursor = PromptCursor(self._prompts, self._run.seed, prompts.shuffle, position=at.cursor, weights=weights)
         stream = GroupStream(cluster, self._run, cursor, self._ledger, at.next_group, step=self.step)
         if self._checkpoint is not None:
             ready = [group_id for group_id in at.groups if str(group_id) not in at.failed]  # the others have no payload
