@@ -18,6 +18,9 @@ import xxhash
 RECORDED = ("logprobs", "guided_logprobs", "entropy", "guided_entropy")
 """What an engine records of each token beside its id: fields of `RolloutGroup`, float32 [G, T] each."""
 
+CONSTANT_STD = 1e-6
+"""A scorer whose unbiased standard deviation in a group is not above this says nothing about that group."""
+
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
@@ -32,10 +35,10 @@ class Prompt:
     text: str
     record: Mapping[str, Any] = field(default_factory=dict)
     where: str = field(default="", compare=False)
+    source: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
-    source: int = field(default=0, compare=False)
 class RolloutRequest:
     """Ask for one group: one prompt, one image per seed.
 
@@ -108,6 +111,7 @@ class GroupRefs:
         images: reference to its pictures, uint8 [G, H, W, 3]; None once they are no longer needed.
         scores: reference to its `ScoredGroup`; None before scoring, and where the scorers gave no answer.
         error: why the group, or not every score of it, may be used; "" where all may.
+        silent: no scorer told its images apart, so there is nothing to learn from it.
         generate_s: seconds that the generation batch took in which the group was sampled.
     """
 
@@ -117,6 +121,7 @@ class GroupRefs:
     images: Any = None
     scores: Any = None
     error: str = ""
+    silent: bool = False
     generate_s: float = 0.0
 
 

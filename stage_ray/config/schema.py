@@ -133,6 +133,11 @@ class AlgorithmConfig(Section):
     model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
 
     drop_constant: bool = Field(True, description="Ignore, per group, scorers that gave every image the same score")
+    redraw_silent: int = Field(
+        0,
+        ge=0,
+        description="Most prompts in a row whose group is dropped, not trained, as its scores are equal; 0 is off",
+    )
     advantage_eps: float = Field(1e-4, gt=0, description="Added to the standard deviation of a group's rewards")
     clip: float | None = Field(None, gt=0, description="PPO clip of the importance ratio; null is off")
     correction: Literal["none", "truncate", "mask"] = Field(
