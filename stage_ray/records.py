@@ -28,7 +28,7 @@ class Prompt:
 
     ``record`` is the whole line as read (GenEval's format: ``tag``, ``include``, ``exclude``, ``prompt``); scorers that
     need only text read ``text``. ``where`` says where it was read, for messages: "prompts.jsonl, line 3". ``index`` is
-    unique in a run; ``source`` is the number of its file among those of ``prompts.train``.
+    unique over all files of ``prompts.train``; ``source`` is the number of the prompt's own among them.
     """
 
     index: int

@@ -36,7 +36,7 @@ class Position:
     next_group: int = 0  # id of the next group to admit
     groups: Sequence[int] = ()  # ids of the groups that were on their way, in the order of their slots
     failed: Mapping[str, str] = field(default_factory=dict)  # those that are not to be trained (id as text) and why
-    redrawn: Mapping[str, int] = field(default_factory=dict)  # of `GroupStream`, ids as texts
+    redrawn: Mapping[str, int] = field(default_factory=dict)  # `GroupStream.redrawn` of ``groups``
 
 
 class RunState:
@@ -124,7 +124,9 @@ class RunState:
         await self.saved()  # one at a time
         # Without an await between: the ledger at that byte must have these very groups open.
         held = stream.held()
-        redrawn = {str(group_id): times for group_id, times in stream.redrawn.items()}
+        redrawn = {
+            str(slot.group_id): stream.redrawn[slot.group_id] for slot in held if slot.group_id in stream.redrawn
+        }
         position = Position(self._ledger.position(), stream.cursor.position, stream.next_group, redrawn=redrawn)
         self._saving = asyncio.create_task(self._save(step, cluster, stream, held, position))
         await asyncio.sleep(0)  # queues `save_state` at the learner before the next update
