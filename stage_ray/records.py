@@ -18,19 +18,24 @@ import xxhash
 RECORDED = ("logprobs", "guided_logprobs", "entropy", "guided_entropy")
 """What an engine records of each token beside its id: fields of `RolloutGroup`, float32 [G, T] each."""
 
+CONSTANT_STD = 1e-6
+"""A scorer whose unbiased standard deviation in a group is not above this says nothing about that group."""
+
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
     """One line of a prompt file.
 
     ``record`` is the whole line as read (GenEval's format: ``tag``, ``include``, ``exclude``, ``prompt``); scorers that
-    need only text read ``text``. ``where`` says where it was read, for messages: "prompts.jsonl, line 3".
+    need only text read ``text``. ``where`` says where it was read, for messages: "prompts.jsonl, line 3". ``index`` is
+    unique over all files of ``prompts.train``; ``source`` is the number of the prompt's own among them.
     """
 
     index: int
     text: str
     record: Mapping[str, Any] = field(default_factory=dict)
     where: str = field(default="", compare=False)
+    source: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +111,7 @@ class GroupRefs:
         images: reference to its pictures, uint8 [G, H, W, 3]; None once they are no longer needed.
         scores: reference to its `ScoredGroup`; None before scoring, and where the scorers gave no answer.
         error: why the group, or not every score of it, may be used; "" where all may.
+        silent: no scorer told its images apart, so there is nothing to learn from it.
         generate_s: seconds that the generation batch took in which the group was sampled.
     """
 
@@ -115,6 +121,7 @@ class GroupRefs:
     images: Any = None
     scores: Any = None
     error: str = ""
+    silent: bool = False
     generate_s: float = 0.0
 
 

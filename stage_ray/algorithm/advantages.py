@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-CONSTANT_STD = 1e-6
-"""A scorer whose unbiased standard deviation in a group is not above this says nothing about that group."""
+from stage_ray.records import CONSTANT_STD
 
 
 def informative_scorers(scores: Tensor) -> Tensor:

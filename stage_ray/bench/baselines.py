@@ -124,7 +124,8 @@ class SingleProcessTrainer:
         self._rollout, self.learner, self._scorers = run.rollout, PlainLearner(run), build_rewards(run.rewards)
         # The learner itself has no image decoder.
         self._codec = JanusPolicy.load_codec(run.policy, device=device_for(run.learner.gpus))
-        self.prompts = equal_prompts(self.learner.policy.codec.encode_prompt, run.prompts.train)
+        file, *_ = run.prompts.files.values()
+        self.prompts = equal_prompts(self.learner.policy.codec.encode_prompt, file.path)
         self._next = cycle(self.prompts)
 
     def step(self) -> None:

@@ -5,6 +5,8 @@ from stage_ray.config.schema import (
     AlgorithmConfig,
     LearnerConfig,
     PolicyConfig,
+    PromptFile,
+    PromptsConfig,
     RewardConfig,
     RolloutConfig,
     RunConfig,

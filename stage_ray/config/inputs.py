@@ -55,7 +55,7 @@ def pin(run: RunConfig, known: Mapping[str, str]) -> tuple[RunConfig, dict[str, 
 
 def takes_model(key: str) -> bool:
     """Whether a key's value is a directory with a model, or a repository."""
-    return key.rpartition(".")[2] in MODEL_KEYS
+    return not key.startswith("prompts.") and key.rpartition(".")[2] in MODEL_KEYS
 
 
 def files_of(key: str) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from inspect import isclass
 from pathlib import Path
 from typing import Any, get_args
@@ -11,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from stage_ray.config import RunConfig
+from stage_ray.config.schema import FORMS
 from stage_ray.errors import ConfigError, impossible, suggest
 
 RENAMED = {"rollout.images_per_wave": "rollout.images_per_batch"}  # key of an earlier version -> today's, for its error
@@ -125,7 +127,7 @@ def _item(node: Any, part: str, key: str) -> Any:
 
 
 def _explain(item: Any) -> str:
-    *parents, last = location = [str(part) for part in item["loc"]] or ["config"]
+    *parents, last = location = [str(part) for part in item["loc"] if part not in FORMS] or ["config"]
     key = ".".join(location)
     if item["type"] == "extra_forbidden":
         fix = suggest(last, _fields_at(parents), "".join(f"{part}." for part in parents))
@@ -141,7 +143,13 @@ def _fields_at(location: list[str]) -> list[str]:
     model: type[BaseModel] = RunConfig
     for part in location:
         if not part.isdigit():
-            annotation = model.model_fields[part].annotation
-            # A section itself, or the sections of a list.
-            model = next(a for a in (annotation, *get_args(annotation)) if isclass(a) and issubclass(a, BaseModel))
+            model = next(_sections(model.model_fields[part].annotation))
     return list(model.model_fields)
+
+
+def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
+    """A section itself, or the sections of a list, or of either."""
+    if isclass(annotation) and issubclass(annotation, BaseModel):
+        yield annotation
+    for inner in get_args(annotation):
+        yield from _sections(inner)

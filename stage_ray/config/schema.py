@@ -9,9 +9,10 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
 TAKEN = {"mean", "std", "informative"}  # reward/mean and its like, which no scorer may be called
+FORMS = ("(file)", "(files)")  # of prompts.train, as pydantic names them in the place of an error
 
 
 class Section(BaseModel):
@@ -20,18 +21,35 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+class PromptFile(Section):
+    """One of several prompt files that are mixed."""
+
+    path: str = Field(description="As prompts.train, where that is one file")
+    weight: float = Field(1.0, gt=0, description="Prompts that are drawn of it, relative to the other files")
+
+
 class PromptsConfig(Section):
     """Which prompts are trained on, and which are held out."""
 
-    train: str = Field(
+    train: Annotated[
+        Annotated[str, Tag(FORMS[0])] | Annotated[list[PromptFile], Field(min_length=1), Tag(FORMS[1])],
+        Discriminator(lambda value: FORMS[not isinstance(value, str)]),
+    ] = Field(
         description="JSON Lines (GenEval's format) or text, a prompt a line; package:MODULE/FILE; or "
-        "hf://datasets/OWNER/NAME[@REVISION]/FILE of a hub"
+        "hf://datasets/OWNER/NAME[@REVISION]/FILE of a hub; or several files: [{path: FILE, weight: 3}, ...]"
     )
     heldout: str | None = Field(None, description="Prompts of the evaluation before and after; same formats")
     shuffle: bool = Field(True, description="A new order every epoch, fixed by the run's seed")
     too_long: Literal["refuse", "drop"] = Field(
         "refuse", description="What becomes of prompts longer than rollout.max_prompt_tokens"
     )
+
+    @property
+    def files(self) -> dict[str, PromptFile]:
+        """The files that are trained on, by the config's keys of their paths."""
+        if isinstance(self.train, str):
+            return {"prompts.train": PromptFile(path=self.train)}
+        return {f"prompts.train.{index}.path": file for index, file in enumerate(self.train)}
 
 
 class PolicyConfig(Section):
@@ -115,6 +133,11 @@ class AlgorithmConfig(Section):
     model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
 
     drop_constant: bool = Field(True, description="Ignore, per group, scorers that gave every image the same score")
+    redraw_silent: int = Field(
+        0,
+        ge=0,
+        description="Most prompts in a row whose group is dropped, not trained, as its scores are equal; 0 is off",
+    )
     advantage_eps: float = Field(1e-4, gt=0, description="Added to the standard deviation of a group's rewards")
     clip: float | None = Field(None, gt=0, description="PPO clip of the importance ratio; null is off")
     correction: Literal["none", "truncate", "mask"] = Field(

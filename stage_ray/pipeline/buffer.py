@@ -18,7 +18,7 @@ Payload = TypeVar("Payload")
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """The outcome of a group that cannot be scored; ``why`` in one sentence."""
+    """The outcome of a group that is not to be trained; ``why`` in one sentence."""
 
     why: str
 
@@ -107,7 +107,7 @@ class GroupBuffer(Generic[Payload]):
         self._changed.set()
 
     def fail(self, group_id: int, why: str) -> None:
-        """A group cannot be scored. It keeps its slot until it is replaced."""
+        """A group is not to be trained. It keeps its slot until it is replaced."""
         with self._changing(group_id) as slot:
             slot.outcome = Failed(why)
         self._changed.set()

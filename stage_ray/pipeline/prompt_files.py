@@ -10,10 +10,12 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from stage_ray.config import PromptsConfig
 from stage_ray.config.paths import resolve_path
 from stage_ray.errors import ConfigError
 from stage_ray.records import Prompt
@@ -41,6 +43,19 @@ def load_prompts(location: str) -> list[Prompt]:
     if not records:
         raise ConfigError(f"prompt file {location} holds no prompts; give it at least one line")
     return [Prompt(index, record["prompt"], record, where) for index, (where, record) in enumerate(records)]
+
+
+def load_mix(prompts: PromptsConfig, without: Collection[str] = ()) -> list[Prompt]:
+    """Read every file of ``prompts.train``, numbered on from one to the next, but those of the keys ``without``.
+
+    Raises:
+        ConfigError: as `load_prompts`.
+    """
+    found: list[Prompt] = []
+    for source, (key, file) in enumerate(prompts.files.items()):
+        own = load_prompts(file.path) if key not in without else []
+        found += [replace(prompt, index=index, source=source) for index, prompt in enumerate(own, start=len(found))]
+    return found
 
 
 def _directory(path: Path) -> Iterator[Record]:

@@ -20,11 +20,16 @@ if TYPE_CHECKING:
     from stage_ray.cluster.cluster import Cluster
 
 Outcome = GroupRefs | Failed
-"""What becomes of a group: its scored payload, or why it cannot be scored."""
+"""What becomes of a group: its scored payload, or why it is not trained."""
+
+SILENT = "no scorer told its images apart"
 
 Result = TypeVar("Result")
 # What is counted from one call of `GroupStream.metrics` to the next.
-COUNTED = ("scoring/rescored", "scoring/replaced", "rollout/reissued", "time/rollout_s", "time/score_s")
+COUNTED = (
+    *("scoring/rescored", "scoring/replaced", "rollout/redrawn", "rollout/reissued"),
+    *("time/rollout_s", "time/score_s"),
+)
 
 
 class NoValidRewardError(RunError):
@@ -48,18 +53,24 @@ class GroupStream:
     strict order it must not depend on when the scorers gave up: it is admitted when its batch is the next to train and
     all others of it are settled, with the version that was published last.
 
+    So is a group whose images all scored the same, if ``algorithm.redraw_silent`` allows: so many times a slot, then
+    the group is trained as it is.
+
     Attributes:
         cursor: draws the prompts.
         next_group: id of the next group to admit.
         step: updates whose groups were released.
+        redrawn: how often the slot of a group was redrawn because the groups before it were silent, where it was.
     """
 
     def __init__(
         self, cluster: Cluster, run: RunConfig, cursor: PromptCursor, ledger: Ledger, next_group: int, step: int
     ) -> None:
         self.cursor, self.next_group, self.step = cursor, next_group, step
+        self.redrawn: dict[int, int] = {}
         self._cluster, self._ledger = cluster, ledger
         self._seed, self._rollout, self._scoring = run.seed, run.rollout, run.scoring
+        self._redraw_silent = run.algorithm.redraw_silent
         self._max_staleness, self._strict = run.pipeline.max_staleness, run.pipeline.order == "strict"
         self._buffer: GroupBuffer[GroupRefs] = GroupBuffer(
             run.rollout.groups_per_step, run.pipeline.max_staleness, run.pipeline.order
@@ -85,8 +96,9 @@ class GroupStream:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._failure.cancel()
 
-    def restore(self, outcomes: Mapping[int, Outcome]) -> None:
+    def restore(self, outcomes: Mapping[int, Outcome], redrawn: Mapping[int, int] | None = None) -> None:
         """Put a checkpoint's groups back into their slots, in their order; before `__aenter__`."""
+        self.redrawn = dict(redrawn or {})
         last_events = self._ledger.open_groups()
         for group_id, outcome in outcomes.items():
             if isinstance(outcome, Failed):
@@ -150,6 +162,7 @@ class GroupStream:
         group_ids = [group.group_id for group in groups]
         for group_id in group_ids:
             self._requests.pop(group_id, None)
+            self.redrawn.pop(group_id, None)
         self._buffer.free_slots(group_ids)
         self._admit()
 
@@ -235,6 +248,9 @@ class GroupStream:
                 if not group.error:
                     self._failed_in_a_row = 0
                     self._note("scored", [group.group_id], group.policy_version)
+                    if group.silent and self.redrawn.get(group.group_id, 0) < self._redraw_silent:
+                        self._give_up({group.group_id: SILENT})
+                        continue
                     # Without the pictures, so that Ray can free them.
                     self._buffer.ready(group.group_id, replace(group, images=None), group.policy_version)
             pending = [group for group in scored if group.error]
@@ -246,20 +262,26 @@ class GroupStream:
         if groups and self._failed_in_a_row > 2 * self._rollout.groups_per_step:
             text = f"{self._failed_in_a_row} groups in a row could not be scored; the last one: {groups[0].error}"
             raise NoValidRewardError(text, self.step + 1)
-        for group in groups:
-            self._buffer.fail(group.group_id, group.error)
+        self._give_up({group.group_id: group.error for group in groups})
+
+    def _give_up(self, reasons: Mapping[int, str]) -> None:
+        """Mark groups that are not to be trained; in strict order they wait for their batch."""
+        for group_id, why in reasons.items():
+            self._buffer.fail(group_id, why)
         if not self._strict:
-            self._replace({group.group_id: group.error for group in groups})
+            self._replace(reasons)
 
     def _replace(self, reasons: Mapping[int, str]) -> None:
-        """Drop groups that failed; fresh ones take their slots, in their order."""
-        self._numbers["scoring/replaced"] += len(reasons)
+        """Drop groups that are not to be trained; fresh ones take their slots, in their order."""
         for group_id, why in reasons.items():
+            self._numbers["rollout/redrawn" if why == SILENT else "scoring/replaced"] += 1
             self._ledger.note("dropped", [group_id], step=self.step, why=why)
             self._requests.pop(group_id, None)
         requests = [self._next_request() for _ in reasons]
         for group_id, request in zip(reasons, requests, strict=True):
             self._buffer.replace(group_id, request.group_id)
+            if redrawn := self.redrawn.pop(group_id, 0) + (reasons[group_id] == SILENT):
+                self.redrawn[request.group_id] = redrawn
         if requests:
             self._send(requests)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import Counter
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +18,7 @@ from stage_ray.config.inputs import files_of, hub_inputs
 from stage_ray.engines.vllm.environment import require_fitting_build
 from stage_ray.errors import ConfigError
 from stage_ray.evaluation.base import find_benchmark
-from stage_ray.pipeline.prompt_files import load_prompts
+from stage_ray.pipeline.prompt_files import load_mix, load_prompts
 from stage_ray.policies import policy_class
 from stage_ray.policies.base import ImageCodec
 from stage_ray.policies.reference import check_reference
@@ -51,7 +53,7 @@ def preflight(run: RunConfig, *, fetch: bool = True) -> tuple[list[Prompt], list
         require_fitting_build(run.rollout)
     find_benchmark(run.evaluation.benchmark)
     left = {} if fetch else unfetched(run)
-    train = load_prompts(run.prompts.train) if "prompts.train" not in left else []
+    train = load_mix(run.prompts, without=left)
     heldout = load_prompts(run.prompts.heldout) if run.prompts.heldout and "prompts.heldout" not in left else []
     if fetch and starts_ray_here:
         for key, uri in unfetched(run).items():
@@ -62,7 +64,8 @@ def preflight(run: RunConfig, *, fetch: bool = True) -> tuple[list[Prompt], list
     check_reference(run.policy)
     if starts_ray_here:
         _require_room_for_weights(run)
-    train = drawable_prompts(run, codec, train)
+    by_file = [list(prompts) for _, prompts in groupby(train, lambda prompt: prompt.source)]
+    train = [prompt for prompts in by_file for prompt in drawable_prompts(run, codec, prompts)]  # some of each are left
     return train, drawable_prompts(run, codec, heldout) if heldout else train
 
 
@@ -144,7 +147,7 @@ def describe(run: RunConfig, *, strict: bool = False) -> str:
     plan = [
         f"model: {located(run.policy.path) or run.policy.path}",
         f"reference: {located(anchor) or anchor}",
-        f"prompts: {len(train)} to train on, {len(heldout) if run.prompts.heldout else 0} held out",
+        f"prompts: {_counted(run, train)} to train on, {len(heldout) if run.prompts.heldout else 0} held out",
         f"{run.steps} steps of {rollout.groups_per_step} groups x {rollout.group_size} images = {images} images a step",
         f"rollout: {rollout.workers * rollout.tensor_parallel} x {rollout.cpus:g} CPU, {rollout.gpus:g} GPU; "
         f"engine {rollout.engine}",
@@ -154,3 +157,11 @@ def describe(run: RunConfig, *, strict: bool = False) -> str:
         *(f"not checked: would be fetched: {name}" for name in left),
     ]
     return "\n".join([config, "", "# Would start:", *(f"#   {line}" for line in plan)])
+
+
+def _counted(run: RunConfig, train: list[Prompt]) -> str:
+    if isinstance(run.prompts.train, str):
+        return str(len(train))
+    counts = Counter(prompt.source for prompt in train)
+    files = enumerate(run.prompts.train)
+    return ", ".join(f"{counts[source]} of {file.path} (weight {file.weight:g})" for source, file in files)

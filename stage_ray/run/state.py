@@ -35,7 +35,8 @@ class Position:
     cursor: int = 0  # prompts drawn so far
     next_group: int = 0  # id of the next group to admit
     groups: Sequence[int] = ()  # ids of the groups that were on their way, in the order of their slots
-    failed: Mapping[str, str] = field(default_factory=dict)  # those that could not be scored (id as text) and why
+    failed: Mapping[str, str] = field(default_factory=dict)  # those that are not to be trained (id as text) and why
+    redrawn: Mapping[str, int] = field(default_factory=dict)  # `GroupStream.redrawn` of ``groups``
 
 
 class RunState:
@@ -91,14 +92,17 @@ class RunState:
         When the context ends, however it ends, nothing is being saved any more.
         """
         at = self._position
-        cursor = PromptCursor(self._prompts, self._run.seed, self._run.prompts.shuffle, position=at.cursor)
+        prompts = self._run.prompts
+        weights = [file.weight for file in prompts.files.values()]
+        cursor = PromptCursor(self._prompts, self._run.seed, prompts.shuffle, position=at.cursor, weights=weights)
         stream = GroupStream(cluster, self._run, cursor, self._ledger, at.next_group, step=self.step)
         if self._checkpoint is not None:
             ready = [group_id for group_id in at.groups if str(group_id) not in at.failed]  # the others have no payload
             loaded = await cluster.learner.load_groups(self._checkpoint.path / GROUPS, ready)
             outcomes: dict[int, Outcome] = {int(group_id): Failed(why) for group_id, why in at.failed.items()}
             outcomes |= {group.group_id: group for group in loaded}
-            stream.restore({group_id: outcomes[group_id] for group_id in at.groups})  # in the order of their slots
+            in_order = {group_id: outcomes[group_id] for group_id in at.groups}  # of their slots
+            stream.restore(in_order, {int(group_id): times for group_id, times in at.redrawn.items()})
         async with stream:
             try:
                 yield stream
@@ -120,7 +124,10 @@ class RunState:
         await self.saved()  # one at a time
         # Without an await between: the ledger at that byte must have these very groups open.
         held = stream.held()
-        position = Position(self._ledger.position(), stream.cursor.position, stream.next_group)
+        redrawn = {
+            str(slot.group_id): stream.redrawn[slot.group_id] for slot in held if slot.group_id in stream.redrawn
+        }
+        position = Position(self._ledger.position(), stream.cursor.position, stream.next_group, redrawn=redrawn)
         self._saving = asyncio.create_task(self._save(step, cluster, stream, held, position))
         await asyncio.sleep(0)  # queues `save_state` at the learner before the next update
         if last or self._run.pipeline.max_staleness == 0:

@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from stage_ray.actors.client import Client, Worker, loading
 from stage_ray.config import RunConfig
 from stage_ray.observability.logs import redirect_output
 from stage_ray.observability.worker_metrics import WorkerMetrics
-from stage_ray.records import GroupRefs, RolloutGroup, ScoredGroup
+from stage_ray.records import CONSTANT_STD, GroupRefs, RolloutGroup, ScoredGroup
 from stage_ray.rewards import build_rewards, score_groups
 
 
@@ -29,14 +31,18 @@ class RewardWorker(Worker):
         self._scorers = build_rewards(self._rewards)
 
     def score(self, *objects: Any) -> tuple[Any, ...]:
-        """Groups and pictures, alternating, as a rollout worker returned them -> `score_error`s, then scored groups."""
+        """Groups and pictures, alternating, as a rollout worker returned them -> verdicts, then scored groups.
+
+        A verdict is `score_error` and `is_silent` of a group.
+        """
         groups: list[RolloutGroup] = [
             replace(group, images=images) for group, images in zip(objects[::2], objects[1::2], strict=True)
         ]
         self._metrics.begin(group.group_id for group in groups)
         scored = score_groups(self._scorers, groups)
         self._metrics.done(groups)
-        return (tuple(map(score_error, scored)), *scored)
+        weights = [reward.weight for reward in self._rewards]
+        return (tuple((score_error(group), is_silent(group, weights)) for group in scored), *scored)
 
 
 def score_error(group: ScoredGroup) -> str:
@@ -49,12 +55,18 @@ def score_error(group: ScoredGroup) -> str:
     return ""
 
 
+def is_silent(group: ScoredGroup, weights: Sequence[float]) -> bool:
+    """Whether no scorer whose weight is not 0 told the images of a group apart; False where a score failed."""
+    counting = group.scores[:, np.array(weights) != 0]  # NumPy: this process may do without torch
+    return bool(group.valid.all() and (counting.std(axis=0, ddof=1) <= CONSTANT_STD).all())
+
+
 class RewardClient(Client):
     """A reward worker as the driver asks it."""
 
     async def score(self, groups: Sequence[GroupRefs]) -> list[GroupRefs]:
-        """The groups with their ``scores`` and ``error``."""
+        """The groups with their ``scores``, ``error`` and ``silent``."""
         objects = [ref for group in groups for ref in (group.tokens, group.images)]
-        errors, scored = self.ask_objects(RewardWorker.score, len(groups), *objects)
-        answers = zip(groups, scored, await errors, strict=True)
-        return [replace(group, scores=scores, error=error) for group, scores, error in answers]
+        verdicts, scored = self.ask_objects(RewardWorker.score, len(groups), *objects)
+        answers = zip(groups, scored, await verdicts, strict=True)
+        return [replace(group, scores=ref, error=error, silent=silent) for group, ref, (error, silent) in answers]

@@ -127,6 +127,19 @@ def test_what_was_fetched_serves_a_run_without_a_network(online, offline, config
     assert not online.asked
 
 
+def test_one_of_several_prompt_files_may_come_from_the_hub(online, config, trained, tmp_path, capsys):
+    (tmp_path / "own.txt").write_text("a photo of a cross")
+    files = f"prompts.train=[{{path: {tmp_path / 'own.txt'}}}, {{path: 'hf://datasets/me/prompts@v1/train.txt'}}]"
+    assert dry_run(config, files) == 2
+    assert "would be fetched: prompts.train.1.path = me/prompts@v1;" in capsys.readouterr().err
+    assert main(["fetch", str(config), "--set", files]) == 0
+    assert f"prompts.train.1.path = me/prompts@v1: commit {commit(online, DATA, 'v1')}" in capsys.readouterr().out
+    assert dry_run(config, files) == 0
+    assert "(weight 1), 1 of hf://" in capsys.readouterr().out
+    pinned = f"hf://datasets/me/prompts@{commit(online, DATA, 'v1')}/train.txt"
+    assert [file.path for file in trained(config, files).prompts.train] == [str(tmp_path / "own.txt"), pinned]
+
+
 def test_the_command_reads_the_variables_of_the_hub(hub, config, tmp_path):
     env = os.environ | {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path), "NO_PROXY": "127.0.0.1"}
     command = [sys.executable, "-m", "stage_ray", "fetch", str(config), "--set", "policy.path=me/plain"]

@@ -177,10 +177,17 @@ def test_files_among_a_scorers_options_are_sent(here):
     assert sent(planned) == {"configs/mine.yaml", "prompts/mine.txt", "words.txt", "vocabulary/a.txt"}
 
 
+def test_every_one_of_several_prompt_files_is_sent(here):
+    files = "prompts.train=[{path: prompts/mine.txt, weight: 3}, {path: prompts/other.txt}]"
+    planned = plan_job(Path("configs/mine.yaml"), [files], SHARED, image_has_code=True)
+    assert sent(planned) == {"configs/mine.yaml", "prompts/mine.txt", "prompts/other.txt"}
+
+
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
         ("prompts.train=../outside.txt", "prompts.train = '../outside.txt' leads out of"),
+        ("prompts.train=[{path: none.txt}]", "prompts.train.0.path = 'none.txt' is no file in"),
         ("policy.path=../models/mine", "policy.path = '../models/mine' leads out of"),
         ("rewards.0.options.words=[../outside.txt]", "rewards.0.options.words.0 = '../outside.txt' leads out of"),
         ("prompts.heldout=prompts/none.txt", "prompts.heldout = 'prompts/none.txt' is no file in"),

@@ -48,6 +48,15 @@ def test_overrides_reach_sections_and_lists_and_are_yaml(config: Path) -> None:
     assert run.run_dir == "elsewhere", "--run-dir is stronger than --set"
 
 
+def test_the_weight_of_a_prompt_file_is_a_key_like_any_other(config: Path) -> None:
+    run = load_config(config, ["prompts.train=[{path: a}, {path: b, weight: 3}]", "prompts.train.0.weight=2"])
+    assert {key: (file.path, file.weight) for key, file in run.prompts.files.items()} == {
+        "prompts.train.0.path": ("a", 2.0),
+        "prompts.train.1.path": ("b", 3.0),
+    }
+    assert RunConfig.model_validate(run.model_dump(mode="json")) == run
+
+
 def test_a_resolved_config_reads_back_the_same(config: Path, tmp_path: Path) -> None:
     run = load_config(config, ["learner.lr=3e-7"])
     (tmp_path / "resolved.yaml").write_text(yaml.safe_dump(run.model_dump(mode="json")))
@@ -85,6 +94,14 @@ def test_the_shipped_configs_are_valid_and_differ_only_in_the_algorithm() -> Non
         ("rewards=[{type: clip}, {type: clip}]", "rewards: the name 'clip' is used twice"),
         ("rewards.0.weight=0", "rewards: every weight is 0"),
         ("prompts.heldout=null", "prompts.heldout is not set"),
+        ("prompts.train=[]", "prompts.train = []: list should have at least 1 item"),
+        ("prompts.train=3", "prompts.train = 3: input should be a valid list"),
+        ("prompts.train=[{path: a, weight: 0}]", "prompts.train.0.weight = 0: input should be greater than 0"),
+        ("prompts.train=[{path: a}, {path: b, weight: -1}]", "prompts.train.1.weight = -1: input should be greater"),
+        ("prompts.train=[{path: a, weight: .inf}]", "prompts.train.0.weight = inf: "),
+        ("prompts.train=[{path: a, wieght: 1}]", "'prompts.train.0.wieght': did you mean 'prompts.train.0.weight'?"),
+        ("prompts.train=[{weight: 1}]", "prompts.train.0.path is missing"),
+        ("prompts.train.0.weight=2", "--set prompts.train.0.weight: there is no '0' here"),
         ("policy={}", "policy.path is missing"),
         ("learner.lr", "--set 'learner.lr' is not KEY=VALUE"),
         ("=3", "--set '=3' is not KEY=VALUE"),

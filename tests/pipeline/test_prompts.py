@@ -5,10 +5,11 @@ import json
 
 import pytest
 
+from stage_ray.config import PromptsConfig
 from stage_ray.errors import ConfigError
-from stage_ray.pipeline.prompt_files import load_prompts
+from stage_ray.pipeline.prompt_files import load_mix, load_prompts
 from stage_ray.pipeline.prompts import PromptCursor
-from stage_ray.records import image_seeds
+from stage_ray.records import Prompt, image_seeds
 
 
 def test_json_lines_keep_the_whole_record(tmp_path):
@@ -135,6 +136,51 @@ def test_every_epoch_draws_every_prompt_once_and_a_position_is_enough_to_go_on(t
     assert drawn[:7] != drawn[7:14]
     later = PromptCursor(prompts, seed=3, position=10)
     assert [later.draw().text for _ in range(11)] == drawn[10:]
+
+
+@pytest.fixture
+def mixed(tmp_path):
+    """Of six and of two prompts, of which the first is drawn three times as often."""
+    (tmp_path / "a.txt").write_text("\n".join("abcdef"))
+    (tmp_path / "b.txt").write_text("\nx\ny")
+    paths = [str(tmp_path / name) for name in ("a.txt", "b.txt")]
+    return PromptsConfig.model_validate({"train": [{"path": paths[0], "weight": 3}, {"path": paths[1]}]})
+
+
+def test_prompts_of_several_files_are_numbered_through_and_name_their_file_and_line(mixed, tmp_path):
+    prompts = load_mix(mixed)
+    assert [(p.index, p.source, p.text) for p in prompts[4:]] == [(4, 0, "e"), (5, 0, "f"), (6, 1, "x"), (7, 1, "y")]
+    assert prompts[6].where == f"{tmp_path / 'b.txt'}, line 2"
+    assert load_mix(PromptsConfig(train=mixed.train[0].path)) == load_prompts(mixed.train[0].path)
+    (tmp_path / "b.txt").write_text("\n")
+    with pytest.raises(ConfigError, match=r"prompt file .*b\.txt holds no prompts"):
+        load_mix(mixed)
+
+
+@pytest.mark.parametrize("weights", [(3.0, 1.0), (1.0, 1.0), (0.2, 0.7)])
+def test_files_are_drawn_by_their_weights_each_in_epochs_of_its_own_and_a_position_is_enough(mixed, weights):
+    prompts = load_mix(mixed)
+    cursor = PromptCursor(prompts, seed=3, weights=weights)
+    drawn = [cursor.draw() for _ in range(120)]
+    for count in range(1, 121):
+        share = count * weights[0] / sum(weights)
+        assert abs(sum(prompt.source == 0 for prompt in drawn[:count]) - share) < 1, "at any time"
+    for source, size in ((0, 6), (1, 2)):
+        own = [prompt.text for prompt in drawn if prompt.source == source]
+        epochs = [own[start : start + size] for start in range(0, len(own) - size + 1, size)]
+        assert len({tuple(sorted(epoch)) for epoch in epochs}) == 1 < len({tuple(epoch) for epoch in epochs})
+    for position in (1, 10, 61):
+        later = PromptCursor(prompts, seed=3, weights=weights, position=position)
+        assert [later.draw() for _ in range(20)] == drawn[position : position + 20]
+
+
+def test_two_files_of_one_length_are_not_shuffled_alike_and_one_file_as_ever():
+    prompts = [Prompt(index, str(index), source=index // 50) for index in range(100)]
+    both, alone = PromptCursor(prompts, 3, weights=(1.0, 1.0)), PromptCursor(prompts[:50], 3)
+    drawn = [both.draw().index for _ in range(100)]
+    first = [index for index in drawn if index < 50]
+    assert first == [alone.draw().index for _ in range(50)] != [index - 50 for index in drawn if index >= 50]
+    assert first[:5] == [27, 47, 39, 31, 6], "or runs that go on would draw other prompts"
 
 
 def test_image_seeds_differ_between_runs_groups_and_images():

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from stage_ray.config import RunConfig
@@ -16,8 +18,9 @@ from stage_ray.errors import GroupsLostError, RunError
 from stage_ray.pipeline.ledger import Ledger
 from stage_ray.pipeline.prompts import PromptCursor
 from stage_ray.pipeline.stream import GroupStream
-from stage_ray.records import GroupRefs, RolloutRequest
+from stage_ray.records import GroupRefs, RolloutRequest, ScoredGroup
 from stage_ray.run.checkpoint import CheckpointStore
+from stage_ray.workers.reward import is_silent
 from tests.audit import audit, read_ledger
 from tests.flaky import PROMPTS, FlakyCluster, drive, history, timed_run, until
 
@@ -146,3 +149,80 @@ def test_engines_that_draw_no_numbers_at_all_stop_the_run(tmp_path, monkeypatch)
     run = timed_run(tmp_path)
     with pytest.raises(RunError, match="5 groups in a row could not be scored; the last one: it has no numbers"):
         asyncio.run(drive(run, UnfiniteCluster(run)))
+
+
+class SilentCluster(FlakyCluster):
+    """Its scorers tell the images of some groups not apart."""
+
+    silent: Callable[[int], bool] = staticmethod(unlucky)
+
+    async def score(self, groups: Sequence[GroupRefs]) -> list[GroupRefs]:
+        """As they say."""
+        return [replace(group, silent=self.silent(group.group_id)) for group in await super().score(groups)]
+
+
+def redrawing(directory: Path, times: int, **more: Any) -> RunConfig:
+    run = timed_run(directory, groups=3, **more)
+    return run.model_copy(update={"algorithm": run.algorithm.model_copy(update={"redraw_silent": times})})
+
+
+@pytest.mark.parametrize("staleness", [0, 2])
+def test_what_silent_groups_are_redrawn_as_does_not_depend_on_time_and_a_resumed_run_redraws_the_same(
+    tmp_path, staleness
+):
+    seen = []
+    for seed in range(2):
+        run = redrawing(tmp_path / str(seed), 9, staleness=staleness)
+        cluster = SilentCluster(run, seed)
+        asyncio.run(drive(run, cluster))
+        seen.append(told(run, cluster))
+    broken = redrawing(tmp_path / "broken", 9, staleness=staleness)
+    before, after = SilentCluster(broken, 2), SilentCluster(broken, 3)
+    asyncio.run(drive(broken, before, until=4))
+    asyncio.run(drive(broken, after, resume=True))
+    assert seen[0] == seen[1] == told(broken, before, after)
+    assert not any(unlucky(group) for group, *_ in seen[0])
+    dropped = [event for event in read_ledger(tmp_path / "0" / "ledger.jsonl") if event["event"] == "dropped"]
+    assert {event["why"] for event in dropped} == {"no scorer told its images apart"}
+
+
+@pytest.mark.parametrize(("order", "last"), [("strict", 4), ("arrival", 4)])
+def test_a_slot_is_redrawn_so_often_and_then_its_group_is_trained_also_in_a_resumed_run(tmp_path, order, last):
+    run = redrawing(tmp_path, 2, order=order)
+    before, after = SilentCluster(run, 0), SilentCluster(run, 1)
+    before.silent = after.silent = lambda group_id: True
+    asyncio.run(drive(run, before, until=last))
+    asyncio.run(drive(run, after, resume=True))
+    whole = redrawing(tmp_path / "whole", 2, order=order)
+    cluster = SilentCluster(whole)
+    cluster.silent = before.silent
+    asyncio.run(drive(whole, cluster))
+    assert order == "arrival" or told(run, before, after) == told(whole, cluster)
+    ended = Counter(event["event"] for event in read_ledger(tmp_path / "ledger.jsonl"))
+    assert ended["trained"] == 3 * run.steps and 2 * ended["trained"] <= ended["dropped"] <= 2 * ended["trained"] + 6
+
+
+@pytest.mark.parametrize("times", [0, 1])
+def test_redrawn_groups_are_counted_and_none_is_unless_it_is_wanted(tmp_path, times):
+    run = redrawing(tmp_path, times)
+    cluster = SilentCluster(run)
+
+    async def first_batch() -> dict[str, float]:
+        async with GroupStream(cluster, run, PromptCursor(PROMPTS, 0), ledger, 0, step=0) as stream:  # type: ignore
+            await stream.next_batch()
+            return stream.metrics()
+
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    metrics = asyncio.run(first_batch())
+    assert (metrics["rollout/redrawn"], metrics["scoring/replaced"]) == (times, 0)
+
+
+def test_a_group_is_silent_where_no_scorer_that_counts_tells_its_images_apart():
+    apart, alike = [0.1, 0.9], [0.3, 0.3 + 1e-7]
+
+    def silent(*columns: list[float], weights: Sequence[float] = (1.0, -2.0)) -> bool:
+        scores = np.array(columns, np.float32).T
+        return is_silent(ScoredGroup(0, ("a", "b"), scores, np.isfinite(scores), ({}, {}), 0.0), weights)
+
+    assert silent(alike, alike) and not silent(apart, alike) and not silent(alike, apart)
+    assert silent(apart, alike, weights=(0.0, 1.0)) and not silent(alike, [0.3, np.nan])

@@ -42,6 +42,18 @@ def test_every_recipe_has_a_config() -> None:
     assert [path.name.removesuffix("_shapeworld.yaml") for path in CONFIGS] == RECIPES.names()
 
 
+def test_the_table_of_recipes_names_each_with_its_options_and_defaults() -> None:
+    text = (Path(__file__).parents[2] / "stage_ray/recipes/README.md").read_text()
+    rows = {cells[1].strip(" `"): cells[4] for line in text.splitlines() if len(cells := line.split("|")) == 7}
+    assert sorted(rows.keys() - {"recipe", "---"}) == RECIPES.names()
+    for name in RECIPES.names():
+        fields = RECIPES.find(name, "recipe").Options.model_fields
+        above = RECIPES.find("stage", "recipe").Options.model_fields if "those of `stage`" in rows[name] else {}
+        for option, field in fields.items():
+            default = {None: "null", True: "true", 1 / 3: "1/3"}.get(field.default, field.default)
+            assert option in above or f"`{option}` {default}" in rows[name], name
+
+
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 def test_a_config_trains_two_steps(config: Path, engine: ImageEngine) -> None:
     run = load_config(config, SMALL)

@@ -63,6 +63,32 @@ def test_what_tables_fill_in_for_nothing_hinders_no_prompt(tmp_path, capsys):
     assert "1 to train on, 100 held out" in capsys.readouterr().out
 
 
+def test_prompts_of_several_files_are_counted_by_file_and_found_by_line(tmp_path, capsys):
+    rings, more = tmp_path / "rings.jsonl", tmp_path / "more.jsonl"
+    rings.write_text((json.dumps(RING) + "\n") * 3)
+    more.write_text(json.dumps(RING) + "\n")
+    both = f"prompts.train=[{{path: {rings}, weight: 3}}, {{path: {more}}}]"
+    assert dry_run(both, "prompts.train.0.weight=2.5") == 0
+    said = capsys.readouterr().out
+    assert f"prompts: 3 of {rings} (weight 2.5), 1 of {more} (weight 1) to train on, 100 held out" in said
+    more.write_text(json.dumps(RING | {"include": [{"class": "kettle", "count": 1}]}))
+    assert dry_run(both) == 2
+    assert f"{more}, line 1: geneval: " in capsys.readouterr().err
+    assert dry_run(both.replace(more.name, "none.txt")) == 2
+    assert "none.txt does not exist" in capsys.readouterr().err
+
+
+def test_a_file_of_several_whose_prompts_are_all_too_long_is_refused(tmp_path, capsys):
+    short, long = tmp_path / "short.txt", tmp_path / "long.txt"
+    short.write_text("a photo of a ring\n" + LONG)
+    long.write_text(LONG)
+    scorer, drop = "rewards=[{type: tests.scorers.Brightness}]", "prompts.too_long=drop"
+    assert dry_run(f"prompts.train=[{{path: {short}}}, {{path: {long}}}]", scorer, drop) == 2
+    assert f"1 of 1 prompts cannot be drawn: {long}, line 1" in capsys.readouterr().err
+    assert dry_run(f"prompts.train=[{{path: {short}}}]", scorer, drop) == 0
+    assert f"1 of {short} (weight 1) to train on" in capsys.readouterr().out
+
+
 LONG = "a photo of " + "a red ring and " * 300 + "a blue cross"
 
 

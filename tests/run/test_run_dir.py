@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
 import shutil
 import signal
@@ -92,6 +93,25 @@ def test_a_config_of_before_a_key_was_added_is_read_with_todays_default(run, tra
     file.write_text("steps: [")
     with pytest.raises(ConfigError, match="--resume: .*config.yaml is not readable YAML"):
         opened(run, resume=True)
+
+
+def test_of_several_prompt_files_each_is_known_again_and_so_is_its_weight(tmp_path):
+    def mixed(second: str, weight: float = 1.0):
+        files = [{"path": str(tmp_path / "first.txt")}, {"path": str(tmp_path / second), "weight": weight}]
+        return tiny_run(tmp_path, tmp_path / "janus", prompts={"train": files})
+
+    for name, text in (("first.txt", "a ring"), ("second.txt", "a cross"), ("moved.txt", "a cross")):
+        (tmp_path / name).write_text(text)
+    directory = opened(mixed("second.txt"), resume=False)
+    (directory / "metrics.jsonl").write_text('{"step": 1}\n')
+    assert {"prompts.train.0.path", "prompts.train.1.path"} <= json.loads((directory / "inputs.json").read_text())[
+        "digests"
+    ].keys()
+    assert opened(mixed("moved.txt"), resume=True) == directory
+    with pytest.raises(ConfigError, match=r"--resume: prompts.train.1.weight was 1.0 in .* and is 2.0 now"):
+        opened(mixed("moved.txt", 2.0), resume=True)
+    with pytest.raises(ConfigError, match=r"--resume: prompts.train.1.path = .* holds other prompts"):
+        opened(mixed("first.txt"), resume=True)
 
 
 def test_the_same_prompts_may_lie_elsewhere_and_others_in_their_place_are_refused(tmp_path, run, trained, monkeypatch):
