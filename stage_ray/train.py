@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 from stage_ray.cluster.cluster import Cluster
 from stage_ray.config import RunConfig
@@ -41,6 +43,9 @@ def train(run: RunConfig, *, resume: Resume = False, progress: Progress | None =
     Raises:
         ConfigError: the config cannot be used; no run was started and nothing overwritten.
         RunError: a worker, a scorer or a disk failed; what was done so far stays, and ``resume`` goes on.
+
+    Example:
+        train(load_config("stage_shapeworld", ["steps=20"], run_dir="runs/short")).report
     """
     run, commits = pin(run, known_commits(Path(run.run_dir)) if resume else {})
     prompts, heldout_prompts = preflight(run)
@@ -130,3 +135,13 @@ async def _steps(
         await state.saved()
         await heldout.drawn()
         await cluster.settle()
+
+
+class _CallableModule(ModuleType):
+    """``from stage_ray import train`` gives this module, whose name the function has: both can be called."""
+
+    def __call__(self, run: RunConfig, *, resume: Resume = False, progress: Progress | None = None) -> RunSummary:
+        return train(run, resume=resume, progress=progress)
+
+
+sys.modules[__name__].__class__ = _CallableModule
