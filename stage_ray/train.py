@@ -14,7 +14,7 @@ from stage_ray.config import RunConfig
 from stage_ray.config.inputs import pin
 from stage_ray.errors import GroupsLostError, LearnerLostError, RunError
 from stage_ray.files import name_disk_errors
-from stage_ray.observability.progress import Progress
+from stage_ray.observability.progress import Progress, progress_for
 from stage_ray.pipeline.stream import NoValidRewardError
 from stage_ray.records import Prompt
 from stage_ray.report.report import write_report
@@ -141,7 +141,8 @@ class _CallableModule(ModuleType):
     """``from stage_ray import train`` gives this module, whose name the function has: both can be called."""
 
     def __call__(self, run: RunConfig, *, resume: Resume = False, progress: Progress | None = None) -> RunSummary:
-        return train(run, resume=resume, progress=progress)
+        with progress or progress_for(run) as shown:  # as the command shows it
+            return train(run, resume=resume, progress=shown)
 
 
 sys.modules[__name__].__class__ = _CallableModule

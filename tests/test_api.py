@@ -43,9 +43,9 @@ def test_train_is_called_whichever_import_came_first(monkeypatch: pytest.MonkeyP
     import stage_ray.train as module
     from stage_ray import train
 
-    monkeypatch.setattr(module, "train", lambda run, **options: (run, options))
-    run = stage_ray.load_config("stage_shapeworld")
-    assert train(run, resume=True) == stage_ray.train(run, resume=True) == (run, {"resume": True, "progress": None})
+    monkeypatch.setattr(module, "train", lambda run, resume, progress: (run.steps, resume))
+    run = stage_ray.load_config("stage_shapeworld", ["steps=3"])
+    assert train(run) == (3, False) and stage_ray.train(run, resume=True) == (3, True)
 
 
 def test_an_evaluation_returns_its_metrics(model: Path, tmp_path: Path) -> None:

@@ -92,8 +92,8 @@ def evaluate(
 
 def generate(
     model: str | Path,
-    prompt: str | Sequence[str] = (),
-    out: str | Path = "pictures",
+    prompt: str | Sequence[str],
+    out: str | Path,
     *,
     prompts: str | Path | None = None,
     images: int = 4,
