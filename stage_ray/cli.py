@@ -9,6 +9,7 @@ from __future__ import annotations
 import typer
 from typer.exceptions import TyperException
 
+from stage_ray.commands.configs import configs, init
 from stage_ray.commands.doctor import doctor
 from stage_ray.commands.fetch import fetch
 from stage_ray.commands.inference import evaluate, generate
@@ -22,16 +23,17 @@ from stage_ray.errors import ConfigError, Interrupted, RunError
 app = typer.Typer(
     name="stage-ray",
     help="STAGE post-training of autoregressive image models, on Ray, with rollouts served by vLLM.\n\n"
-    "Begin with: stage-ray doctor, then stage-ray train configs/stage_shapeworld.yaml",
+    "Begin with: stage-ray doctor, then stage-ray train stage_shapeworld",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (train, fetch, submit, evaluate, generate, pretrain, bench, plan, report):
+for command in (init, train, fetch, submit, evaluate, generate, pretrain, bench, plan, report):
     app.command(no_args_is_help=True)(command)
-app.command()(metrics)  # a bare command does its work
+app.command()(configs)  # a bare command does its work
+app.command()(metrics)
 app.command()(doctor)
 
 

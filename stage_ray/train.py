@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 from stage_ray.cluster.cluster import Cluster
 from stage_ray.config import RunConfig
 from stage_ray.config.inputs import pin
 from stage_ray.errors import GroupsLostError, LearnerLostError, RunError
 from stage_ray.files import name_disk_errors
-from stage_ray.observability.progress import Progress
+from stage_ray.observability.progress import Progress, progress_for
 from stage_ray.pipeline.stream import NoValidRewardError
 from stage_ray.records import Prompt
 from stage_ray.report.report import write_report
@@ -41,6 +43,9 @@ def train(run: RunConfig, *, resume: Resume = False, progress: Progress | None =
     Raises:
         ConfigError: the config cannot be used; no run was started and nothing overwritten.
         RunError: a worker, a scorer or a disk failed; what was done so far stays, and ``resume`` goes on.
+
+    Example:
+        train(load_config("stage_shapeworld", ["steps=20"], run_dir="runs/short")).report
     """
     run, commits = pin(run, known_commits(Path(run.run_dir)) if resume else {})
     prompts, heldout_prompts = preflight(run)
@@ -130,3 +135,14 @@ async def _steps(
         await state.saved()
         await heldout.drawn()
         await cluster.settle()
+
+
+class _CallableModule(ModuleType):
+    """``from stage_ray import train`` gives this module, whose name the function has: both can be called."""
+
+    def __call__(self, run: RunConfig, *, resume: Resume = False, progress: Progress | None = None) -> RunSummary:
+        with progress or progress_for(run) as shown:  # as the command shows it
+            return train(run, resume=resume, progress=shown)
+
+
+sys.modules[__name__].__class__ = _CallableModule

@@ -18,6 +18,7 @@ MINUTES = "takes ten minutes to hours; its options are parsed and its parts are 
 TESTS = "is what runs these tests"
 
 HERE = "tests/test_readme.py::"
+CONFIGS = "tests/config/test_shipped.py::"
 JOBS = "tests/commands/test_jobs.py::"
 DRY_RUN = HERE + "test_every_training_of_the_pages_is_accepted_by_a_dry_run"
 SHORT_RUN = HERE + "test_a_training_that_was_stopped_goes_on"
@@ -54,6 +55,9 @@ TABLE: dict[str, dict[str, str]] = {
         + "test_the_trained_model_is_evaluated",
         'stage-ray generate runs/mine/final --prompt "a photo of a red circle and a blue ring" --guidance 3'
         " --out pictures": HERE + "test_the_trained_model_draws",
+        "stage-ray configs": CONFIGS + "test_each_is_listed_with_its_three_opening_lines",
+        "stage-ray init stage_shapeworld --out mine.yaml": CONFIGS + "test_the_lines_of_the_readme_do_what_they_say",
+        "stage-ray train mine.yaml --dry-run": CONFIGS + "test_the_lines_of_the_readme_do_what_they_say",
         "stage-ray report runs/mine": HERE + "test_a_run_is_reported_anew",
         "stage-ray bench pipeline": MINUTES,
         "stage-ray fetch configs/stage_shapeworld.yaml --set policy.path=deepseek-community/Janus-Pro-1B": "tests/"

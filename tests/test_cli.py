@@ -17,6 +17,8 @@ from tests.fake_run import write_fake_run
 from tests.tiny import tiny_janus
 
 COMMANDS = (
+    "configs",
+    "init",
     "train",
     "fetch",
     "submit",

@@ -12,13 +12,17 @@ import stat
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 from PIL import Image
 from typer.main import get_command
 
+from stage_ray import train as loop
 from stage_ray.cli import app, main
+from stage_ray.run import standalone
+from stage_ray.train import RunSummary
 from tests.pages import DEPLOY, README, REASONS, ROOT, TABLE, command_lines, named_tests, text
 from tests.ray_head import BIN
 
@@ -171,9 +175,40 @@ def test_a_run_is_reported_anew(at_home, capsys):
     assert capsys.readouterr().out.strip() == "runs/mine/report.html" and page.stat().st_size > 10_000
 
 
+def python_blocks() -> list[str]:
+    """The README's: our functions, and transformers alone."""
+    return re.findall(r"```python\n(.*?)```", text(README), flags=re.DOTALL)
+
+
+def test_the_functions_do_what_the_page_shows(model, tmp_path, monkeypatch, capsys):
+    """Training apart, which is that of the command; `model` is what it ends with, and the prompts are few."""
+    script, _ = python_blocks()
+    assert script.count("\n") == 10
+    held_out = (ROOT / "stage_ray/shapeworld/assets/prompts/heldout.jsonl").read_text().splitlines()
+    (tmp_path / "some.jsonl").write_text("\n".join(held_out[::10]))
+
+    def trained(run, *, resume, progress):
+        Path(run.run_dir).mkdir(parents=True)
+        (Path(run.run_dir) / "final").symlink_to(model)
+        assert (run.steps, run.learner.lr, run.run_dir) == (200, 5e-5, "runs/python")
+        return RunSummary(Path(run.run_dir), run.steps, 0.25, 0.5, Path(run.run_dir) / "report.html")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(loop, "train", trained)
+    monkeypatch.setattr(standalone, "evaluate", partial(standalone.evaluate, engine="torch", prompts="some.jsonl"))
+    monkeypatch.setattr(standalone, "generate", partial(standalone.generate, engine="torch"))
+    exec(script, {})
+    said = capsys.readouterr().out
+    assert "0.25 before, 0.5 after, runs/python/report.html\n" in said and "\nGenEval 0.0" in said
+    assert len(json.loads((tmp_path / "python.json").read_text())["images"]) == 40
+    drawn = [f"0000-{image}.png" for image in range(4)]
+    assert sorted(path.name for path in (tmp_path / "drawn").iterdir()) == [*drawn, "sheet.png"]
+    assert all(f"drawn/{name}" in said for name in drawn)
+
+
 @pytest.mark.slow
 def test_the_trained_model_is_one_of_plain_transformers(home):
-    (script,) = re.findall(r"```python\n(.*?)```", text(README), flags=re.DOTALL)
+    _, script = python_blocks()
     assert script.count("runs/stage_shapeworld/final") == 2
     script = script.replace("runs/stage_shapeworld/final", "runs/mine/final")
     subprocess.run([sys.executable, "-c", script], cwd=home, check=True, timeout=200)

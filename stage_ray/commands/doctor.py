@@ -65,7 +65,7 @@ def examine(console: Console | None = None) -> bool:
         table.add_row(f"[{STYLES[finding.state]}]{finding.state}[/]", finding.subject, finding.found, finding.fix)
     console.print(table)
     lacking = [finding.subject for finding in findings if finding.state == "missing"]
-    able = "The default job can run here: stage-ray train configs/stage_shapeworld.yaml"
+    able = "The default job can run here: stage-ray train stage_shapeworld"
     unable = f"The default job cannot run here yet: {', '.join(lacking)}."
     console.print(f"\n{unable if lacking else able}", style="bold")
     return not lacking
@@ -95,7 +95,7 @@ def _vllm_build() -> Iterable[Finding]:
     from stage_ray.engines.vllm.environment import ON_A_GPU, needs_gpu
 
     if needs_gpu():
-        fix = f"stage-ray train configs/stage_shapeworld.yaml {ON_A_GPU}"
+        fix = f"stage-ray train stage_shapeworld {ON_A_GPU}"
         yield Finding("vLLM build", "missing", "for GPUs, of which the default job reserves none", fix)
 
 

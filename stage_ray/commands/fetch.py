@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
-from typing import Annotated
 
-from typer import Argument, echo
+from typer import echo
 
-from stage_ray.commands.train import SetOption
+from stage_ray.commands.train import ConfigArgument, SetOption
 from stage_ray.errors import ConfigError, RunError
 
 
 def fetch(
-    config: Annotated[Path, Argument(metavar="CONFIG", help="A YAML file, such as configs/stage_shapeworld.yaml")],
+    config: ConfigArgument,
     overrides: SetOption = None,
 ) -> None:
     """Download the models, scorers and prompts that a config names in a hub, for machines without a network.
@@ -21,7 +19,7 @@ def fetch(
     They go to the cache of huggingface_hub (HF_HOME); what is there already is not downloaded again. HF_TOKEN opens
     gated and private ones. Afterwards HF_HUB_OFFLINE=1 stage-ray train CONFIG asks no hub.
 
-    Example: stage-ray fetch configs/stage_shapeworld.yaml --set policy.path=deepseek-community/Janus-Pro-1B
+    Example: stage-ray fetch stage_shapeworld --set policy.path=deepseek-community/Janus-Pro-1B
     """
     from stage_ray.config.hub import commit_of, download, named
     from stage_ray.config.inputs import files_of, hub_inputs

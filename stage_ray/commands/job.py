@@ -26,6 +26,7 @@ from stage_ray.config.hub import HUB
 from stage_ray.config.inputs import inputs
 from stage_ray.config.load import config_files, load_config, read_mapping
 from stage_ray.config.paths import PACKAGE
+from stage_ray.config.shipped import DIRECTORY, config_path
 from stage_ray.errors import ConfigError
 
 CAP_MIB = 100  # Ray's dashboard takes no larger upload (its ``DASHBOARD_CLIENT_MAX_SIZE``)
@@ -83,7 +84,8 @@ def plan_job(
     Raises:
         ConfigError: a wrong config, a run directory that would be lost, a variable that is not set, a wrong option.
     """
-    run = load_config(config, list(overrides), run_dir)
+    config = config_path(config)
+    run = load_config(config, overrides, run_dir)
     if "." not in run.recipe:  # a recipe of the user's own may be importable on the cluster only
         from stage_ray.recipes import load_recipe
 
@@ -139,22 +141,26 @@ def _files(config: Path, run: RunConfig, *, code: bool, working_dir: Path | None
     files = _named_files(run, root, f"--working-dir {working_dir}" if working_dir else "the current directory")
     inside = config.resolve().is_relative_to(root)
     name = config.resolve().relative_to(root).as_posix() if inside else config.name
+    own = {name: config}
     for base in config_files(config)[1:]:
+        if base.parent == DIRECTORY != config.parent:  # named as package:..., which the job finds in the code
+            continue
         beside = os.path.normpath(Path(name).parent / os.path.relpath(base, config.parent))
         if beside.startswith(".."):
             raise ConfigError(f"base = {base} of {config} leads out of what is sent; move it beside the config")
-        files[beside] = base
+        own[beside] = base
     if working_dir is None:
         if code:  # the package that runs here, and its metadata: vLLM finds our plug-in as if it was installed
             distribution = importlib.metadata.distribution("stage-ray")
             metadata = Path(str(distribution.locate_file(f"stage_ray-{distribution.version}.dist-info")))
-            own = [metadata / "METADATA", metadata / "entry_points.txt"]
+            known = [metadata / "METADATA", metadata / "entry_points.txt"]
             files["stage_ray"] = Path(stage_ray.__file__).parent
-            files |= {f"{metadata.name}/{path.name}": path for path in own if path.is_file()}
-        return name, files | {name: config}
+            files |= {f"{metadata.name}/{path.name}": path for path in known if path.is_file()}
+        return name, files | own
     files = {path.name: path for path in working_dir.iterdir()}
-    if not inside and files.setdefault(name, config) != config:
-        raise ConfigError(f"--working-dir {working_dir} holds another {name}; move {config} into it, or rename it")
+    for beside, file in {} if inside else own.items():
+        if files.setdefault(beside, file) != file:
+            raise ConfigError(f"--working-dir {working_dir} holds another {beside}; move {file} into it, or rename it")
     return name, files
 
 

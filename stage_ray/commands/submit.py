@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 from urllib.parse import urlsplit
 
-from typer import Argument, Exit, Option
+from typer import Exit, Option
 
 from stage_ray.commands.job import Job, plan_job, stage_files
-from stage_ray.commands.train import SetOption
+from stage_ray.commands.train import ConfigArgument, SetOption
 from stage_ray.errors import ConfigError, Interrupted, RunError
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ PASSED_ON = "Pass this variable of yours on; may be repeated. The cluster's toke
 
 
 def submit(
-    config: Annotated[Path, Argument(metavar="CONFIG", help="A YAML file; checked here before anything is sent")],
+    config: ConfigArgument,
     address: Annotated[str, Option(envvar="RAY_API_SERVER_ADDRESS", help="The cluster's dashboard")] = LOCAL,
     overrides: SetOption = None,
     run_dir: Annotated[Path | None, Option(help="Absolute, on the cluster's shared storage")] = None,
@@ -58,10 +58,11 @@ def submit(
 ) -> None:
     """Train as a job of a Ray cluster: start it, or follow it if it runs, or go on with it if it failed.
 
-    The exit code is that of the run. Ctrl-C stops following, not the job. A cluster that demands a token gets it from
-    RAY_AUTH_MODE=token with RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token.
+    The config is checked here before anything is sent. The exit code is that of the run. Ctrl-C stops following, not
+    the job. A cluster that demands a token gets it from RAY_AUTH_MODE=token with RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH
+    or ~/.ray/auth_token.
 
-    Example: stage-ray submit configs/stage_shapeworld.yaml --run-dir /shared/runs/first
+    Example: stage-ray submit stage_shapeworld --run-dir /shared/runs/first
     """
     job = plan_job(
         config,

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from stage_ray.config import RunConfig
     from stage_ray.observability.progress import Progress
 
+CONFIG = "A YAML file, or the name of a config that ships, such as stage_shapeworld (stage-ray configs lists them)"
+ConfigArgument = Annotated[Path, Argument(metavar="CONFIG", help=CONFIG)]
 SetOption = Annotated[
     list[str] | None,
     Option("--set", metavar="KEY=VALUE", help="Any key of the config by its dotted name: rollout.gpus=1; repeatable"),
@@ -23,7 +25,7 @@ SetOption = Annotated[
 
 
 def train(
-    config: Annotated[Path, Argument(metavar="CONFIG", help="A YAML file, such as configs/stage_shapeworld.yaml")],
+    config: ConfigArgument,
     overrides: SetOption = None,
     run_dir: Annotated[Path | None, Option(help="Where the run writes; run_dir of the config by default")] = None,
     resume: Annotated[bool, Option("--resume", help="Go on from the run directory's newest checkpoint")] = False,
@@ -37,7 +39,7 @@ def train(
 ) -> None:
     """Train a model and write a run directory that ends with report.html.
 
-    Example: stage-ray train configs/stage_shapeworld.yaml --set learner.lr=1e-5 --run-dir runs/slow
+    Example: stage-ray train stage_shapeworld --set learner.lr=1e-5 --run-dir runs/slow
     """
     from stage_ray.config.load import load_config
 

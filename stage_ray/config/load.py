@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from inspect import isclass
 from pathlib import Path
 from typing import Any, get_args
@@ -12,25 +12,31 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from stage_ray.config import RunConfig
+from stage_ray.config.paths import PACKAGE, resolve_path
 from stage_ray.config.schema import FORMS
+from stage_ray.config.shipped import config_path
 from stage_ray.errors import ConfigError, impossible, suggest
 
 RENAMED = {"rollout.images_per_wave": "rollout.images_per_batch"}  # key of an earlier version -> today's, for its error
 REVISION = "a revision stands behind the name of a repository: OWNER/NAME@REVISION"
 
 
-def load_config(path: Path, overrides: list[str] | None = None, run_dir: Path | None = None) -> RunConfig:
+def load_config(
+    config: str | Path, overrides: Sequence[str] | None = None, run_dir: str | Path | None = None
+) -> RunConfig:
     """Read a YAML config, apply ``KEY=VALUE`` overrides (values are YAML) and validate.
 
-    A config may begin with ``base: FILE``, another config beside it: what it says goes on top, section by section.
+    It is a file, or the name of a config that ships with stage_ray. It may begin with ``base: FILE``, another config
+    beside it or ``package:MODULE/FILE``: what it says goes on top, section by section.
 
     Raises:
-        ConfigError: missing or unreadable file, unknown key (with the nearest right one), impossible value.
+        ConfigError: missing or unreadable file (with the nearest shipped name), unknown key (with the nearest right
+            one), impossible value.
 
     Example:
-        load_config(Path("configs/stage_shapeworld.yaml"), ["learner.lr=1e-5", "rewards.0.weight=2"])
+        load_config("stage_shapeworld", ["learner.lr=1e-5", "rewards.0.weight=2"], run_dir="runs/slow")
     """
-    data = dict[str, Any]()
+    path, data = config_path(config), dict[str, Any]()
     for file in reversed(config_files(path)):
         data = _merged(data, read_mapping(file, str(file), " of keys to values"))
     data.pop("base", None)
@@ -39,23 +45,24 @@ def load_config(path: Path, overrides: list[str] | None = None, run_dir: Path | 
     return build_config(data, overrides, source=str(path))
 
 
-def config_files(path: Path) -> list[Path]:
+def config_files(config: str | Path) -> list[Path]:
     """A config, its base, the base's base, and so on.
 
     Raises:
         ConfigError: one is missing or unreadable, or a base is based on what it is the base of.
     """
-    found = [path]
+    found = [config_path(config)]
     while True:
         if not found[-1].is_file():
-            named = "" if len(found) == 1 else f", the base of {found[-2]},"
-            raise ConfigError(f"config file {found[-1]}{named} does not exist")
+            raise ConfigError(f"config file {found[-1]}, the base of {found[-2]}, does not exist")
         base = read_mapping(found[-1], str(found[-1]), " of keys to values").get("base")
         if base is None:
             return found
         if not isinstance(base, str):
-            raise ConfigError(f"{found[-1]}: base = {base!r} must be the name of a config beside it")
-        found.append(found[-1].parent / base)
+            raise ConfigError(
+                f"{found[-1]}: base = {base!r} must be the name of a config beside it, or package:MODULE/FILE"
+            )
+        found.append(resolve_path(base) if base.startswith(PACKAGE) else found[-1].parent / base)
         if found[-1].resolve() in [file.resolve() for file in found[:-1]]:
             raise ConfigError(f"{found[-2]}: base = {base!r} is based on it in turn")
 
@@ -69,7 +76,7 @@ def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     return below | both
 
 
-def build_config(data: dict[str, Any], overrides: list[str] | None = None, source: str = "config") -> RunConfig:
+def build_config(data: dict[str, Any], overrides: Sequence[str] | None = None, source: str = "config") -> RunConfig:
     """Apply ``KEY=VALUE`` overrides to plain data and validate; raises a `ConfigError` as `load_config` does."""
     for override in overrides or []:
         _apply_override(data, override)

@@ -157,6 +157,21 @@ def test_an_image_that_has_the_code_is_sent_the_config_alone(here):
     assert sent(planned) == {"configs/mine.yaml", "prompts/mine.txt"}
 
 
+def test_a_shipped_config_is_sent_by_its_name_with_its_base(here):
+    planned = plan_job(Path("gcpo_shapeworld"), run_dir=SHARED, image_has_code=True)
+    assert sent(planned) == {"gcpo_shapeworld.yaml", "grpo_shapeworld.yaml"}
+    assert shlex.split(planned.entrypoint)[4] == "gcpo_shapeworld.yaml"
+    planned = plan_job(Path("gcpo_shapeworld"), run_dir=SHARED, working_dir=Path("lib"))
+    assert sent(planned) == {"gcpo_shapeworld.yaml", "grpo_shapeworld.yaml", "tests/kept.py"}
+
+
+def test_a_base_that_ships_is_in_the_code_that_is_sent(here):
+    assert main(["init", "gcpo_shapeworld", "--out", "configs/gcpo.yaml"]) == 0
+    files = sent(plan_job(Path("configs/gcpo.yaml"), run_dir=SHARED))
+    assert {"configs/gcpo.yaml", "stage_ray/configs/grpo_shapeworld.yaml"} <= files
+    assert not [name for name in files if name.startswith("configs/") and name != "configs/gcpo.yaml"]
+
+
 def test_a_working_directory_is_sent_without_what_is_hidden_and_what_its_ignore_files_name(here):
     (here / ".gitignore").write_text("data/\n*.bin\n!keep.bin\n/runs/\n/env/\n")
     (here / "lib" / ".rayignore").write_text("notes.txt\n")
