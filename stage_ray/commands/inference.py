@@ -174,6 +174,7 @@ def _run(
 
     from stage_ray.config.hardware import usable_cpus
     from stage_ray.config.load import build_config
+    from stage_ray.samplers import load_rule
 
     workers = workers or 1
     rollout: dict[str, Any] = {
@@ -197,6 +198,7 @@ def _run(
         "cluster": {"address": address},
     }
     run = build_config(data, overrides, source="--set")
+    load_rule(run.rollout)  # a wrong option is said before anything starts
     if run.cluster.address is None:  # else vLLM runs elsewhere
         require_fitting_build(run.rollout)
     return run

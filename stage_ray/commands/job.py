@@ -88,6 +88,10 @@ def plan_job(
         from stage_ray.recipes import load_recipe
 
         load_recipe(run)
+    if "." not in run.rollout.sampler:
+        from stage_ray.samplers import load_rule
+
+        load_rule(run.rollout)
     relative = not Path(run.run_dir).is_absolute()
     if relative and not scratch:
         raise ConfigError(
