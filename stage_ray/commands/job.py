@@ -84,7 +84,7 @@ def plan_job(
         ConfigError: a wrong config, a run directory that would be lost, a variable that is not set, a wrong option.
     """
     run = load_config(config, list(overrides), run_dir)
-    if "." not in run.recipe:  # a recipe of the user's own may be importable on the cluster only
+    if "." not in run.recipe:  # a recipe or sampler of the user's own may be importable on the cluster only
         from stage_ray.recipes import load_recipe
 
         load_recipe(run)

@@ -2,7 +2,7 @@
 
 Where the model is sure, as in flat regions, tokens are drawn hotter; where it is torn, cooler. The defaults are the
 paper's constants, for vocabularies of 16,384 tokens. Over ShapeWorld's 512, where entropy ends at ln 512 = 6.24 nats,
-they never cool below 0.91; ``README.md`` beside this file has constants for it.
+they never cool below 0.91; ``README.md`` beside this file has others for it.
 """
 
 from __future__ import annotations
