@@ -352,7 +352,7 @@ class Policy(ABC):
         images, positions = which // tokens.shape[1], which % tokens.shape[1]
 
         def guided(chunk: Tensor) -> Tensor:
-            logits, rows = self.head(chunk), len(chunk)  # [rows, K, V]; fewer rows where it is only tried
+            logits, rows = self.head(chunk), len(chunk)  # [rows, K, V]; `chunked_logprobs` tries one row first
             context = Context(positions[:rows], tokens[images[:rows]])
             return process_logits(logits[:, 0], logits[:, 1] if params.guided else None, params, context)
 

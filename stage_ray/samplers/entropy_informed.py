@@ -27,7 +27,7 @@ class EntropyInformedRule(TokenRule):
     it differentiates the temperature too.
     """
 
-    a: float = Field(2.5, ge=0, description="Added to the temperature's factor at entropy 0; 0 is plain temperature")
+    a: float = Field(2.5, ge=0, description="What low entropy adds to the temperature's factor, at most")
     b: float = Field(3.0, gt=0, description="Nats of entropy over which what a adds falls to 1/e")
     c: float = Field(0.6, gt=0, description="The temperature's factor at high entropy")
 
