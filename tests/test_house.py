@@ -14,7 +14,7 @@ LEVELS = (
     "registry records files signals",
     "config",
     "pretrained",
-    "algorithm",
+    "algorithm samplers",
     "recipes",
     "policies rewards observability actors",
     "weights",

@@ -86,10 +86,14 @@ def plan_job(
     """
     config = config_path(config)
     run = load_config(config, overrides, run_dir)
-    if "." not in run.recipe:  # a recipe of the user's own may be importable on the cluster only
+    if "." not in run.recipe:  # a recipe or sampler of the user's own may be importable on the cluster only
         from stage_ray.recipes import load_recipe
 
         load_recipe(run)
+    if "." not in run.rollout.sampler:
+        from stage_ray.samplers import load_rule
+
+        load_rule(run.rollout)
     relative = not Path(run.run_dir).is_absolute()
     if relative and not scratch:
         raise ConfigError(

@@ -86,6 +86,10 @@ class RolloutConfig(PoolConfig):
     temperature: float = Field(1.0, gt=0.0, description="Sampling temperature after guidance")
     top_k: int = Field(0, ge=0, description="Keep the k likeliest tokens; 0 is off")
     top_p: float = Field(1.0, gt=0.0, le=1.0, description="Keep the smallest set of tokens with this mass; 1 is off")
+    sampler: str = Field(
+        "guided", description="Token rule: guided, entropy_informed, or package.module.Class; gets the four keys above"
+    )
+    sampler_options: dict[str, Any] = Field({}, description="The token rule's own options")
     images_per_batch: int = Field(64, ge=1, description="Images in flight at once on one worker")
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 if the hardware has it")
     tensor_parallel: int = Field(1, ge=1, description="Processes of one machine that share a worker's model (vLLM)")

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stage_ray.engines.sampling import SamplingParams
 from stage_ray.policies.base import ImageCodec, PromptIds
 from stage_ray.records import RECORDED, RolloutGroup, RolloutRequest
+from stage_ray.samplers import SamplingParams
 from stage_ray.weights.manifest import finite
 
 
@@ -47,10 +47,10 @@ class Rollouts:
 class ImageEngine(ABC):
     """Guided sampling of autoregressive image tokens.
 
-    Sampling is replayable: token t of an image with seed s depends on (s, t) and the logits only. Weights change only
-    between calls of `generate`, so every token of an image comes from the version in ``policy_version``. An update that
-    is refused changes nothing; one that fails half-way leaves an engine that refuses to generate until an update
-    succeeds.
+    Sampling is replayable: token t of an image with seed s depends on (s, t), the logits and the tokens before it only,
+    since a token rule (`stage_ray.samplers`) is a pure function of them. Weights change only between calls of
+    `generate`, so every token of an image comes from the version in ``policy_version``. An update that is refused
+    changes nothing; one that fails half-way leaves an engine that refuses to generate until an update succeeds.
 
     Attributes:
         codec: prompts and pictures of the policy that it serves; a subclass sets it.

@@ -1,8 +1,8 @@
-"""How a token is drawn: guidance, temperature, top-k, top-p, and noise from (seed, position, token id) alone.
+"""How a token is drawn: from the distribution of a token rule, with noise from (seed, position, token id) alone.
 
 Both engines call `sample`, so one seed gives one image whatever else is in the batch and whichever engine ran it, up to
 floating-point differences of the logits. Pure functions of tensors; nothing here keeps state. What is done to
-logits before the noise lies in `stage_ray.policies.logprobs`, for the learner does it again.
+logits before the noise lies in `stage_ray.samplers`, for the learner does it again.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stage_ray.policies.logprobs import SamplingParams, keep_top_k, keep_top_p, process_logits, token_logprobs
+from stage_ray.policies.logprobs import token_logprobs
+from stage_ray.samplers import Context, SamplingParams, keep_top_k, keep_top_p, process_logits
 
 __all__ = ["Sample", "SamplingParams", "sample", "process_logits", "gumbel", "keep_top_k", "keep_top_p", "uniform"]
 
@@ -42,7 +43,12 @@ class Sample:
 
 
 def sample(
-    conditional: Tensor, unconditional: Tensor | None, seeds: Tensor, positions: Tensor, params: SamplingParams
+    conditional: Tensor,
+    unconditional: Tensor | None,
+    seeds: Tensor,
+    positions: Tensor,
+    params: SamplingParams,
+    sequences: Tensor | None = None,
 ) -> Sample:
     """Draw the token at ``positions`` of the images with these ``seeds``.
 
@@ -50,12 +56,15 @@ def sample(
         conditional: logits [B, V], any float dtype.
         unconditional: logits [B, V]; None where ``params.guided`` is False.
         seeds, positions: int64 [B].
+        sequences: int64 [B, T], the tokens before ``positions``, for rules that read them (`Context`); None: there are
+            none.
 
     Raises:
-        ValueError: guidance without unconditional logits.
+        ValueError: of `process_logits`.
     """
     conditional = conditional.float()
-    logits = process_logits(conditional, unconditional, params)
+    context = None if sequences is None else Context(positions, sequences)
+    logits = process_logits(conditional, unconditional, params, context)
     tokens = (logits + gumbel(seeds, positions, logits.shape[-1])).argmax(dim=-1)  # the Gumbel-max trick
     statistics = token_logprobs(conditional, tokens)
     # Plain sampling draws from the conditional branch itself.

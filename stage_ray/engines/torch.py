@@ -71,13 +71,14 @@ class TorchEngine(ImageEngine):
         decoder = self._policy.decoder(len(prompts), max(map(len, prompts)) + steps - 1)
         states = decoder.prefill(prompts)
         samples: list[Sample] = []
+        tokens = torch.zeros((count, steps), dtype=torch.int64, device=self._device)
         for step in range(steps):
             logits = self._policy.head(states)  # [B, V], or [2 B, V] with guidance
             unconditional = logits[count:] if params.guided else None
-            samples.append(sample(logits[:count], unconditional, seeds, torch.full_like(seeds, step), params))
+            samples.append(sample(logits[:count], unconditional, seeds, torch.full_like(seeds, step), params, tokens))
+            tokens[:, step] = samples[-1].tokens
             if step + 1 < steps:
                 # Both branches of an image read the token that was drawn for it.
-                states = decoder.step(self._image_embeds[samples[-1].tokens].repeat(len(prompts) // count, 1))
-        return Rollouts(
-            *(torch.stack([getattr(item, name) for item in samples], dim=1).cpu() for name in ("tokens", *RECORDED))
-        )
+                states = decoder.step(self._image_embeds[tokens[:, step]].repeat(len(prompts) // count, 1))
+        records = (torch.stack([getattr(item, name) for item in samples], dim=1).cpu() for name in RECORDED)
+        return Rollouts(tokens.cpu(), *records)

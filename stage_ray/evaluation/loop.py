@@ -16,6 +16,7 @@ from stage_ray.evaluation.base import Benchmark, EvaluationResult, summarise
 from stage_ray.records import Prompt, RolloutRequest, ScoredGroup, image_seeds
 from stage_ray.rewards import score_groups
 from stage_ray.rewards.base import GroupReward, Reward
+from stage_ray.samplers import resolve_sampler
 
 if TYPE_CHECKING:
     from stage_ray.engines.base import ImageEngine
@@ -128,7 +129,8 @@ def conditions(run: RunConfig, benchmark: Benchmark, requests: Sequence[RolloutR
     """
     prompts = [(request.prompt.index, request.prompt.text, request.prompt.record) for request in requests]
     digest = xxhash.xxh3_64_hexdigest(json.dumps(prompts, default=str).encode())
-    sampling = run.rollout.model_dump(include={"engine", "guidance_scale", "temperature", "top_k", "top_p"})
+    keys = {"engine", "guidance_scale", "temperature", "top_k", "top_p", "sampler", "sampler_options"}
+    sampling = resolve_sampler(run).rollout.model_dump(mode="json", include=keys)
     return {
         "evaluation.benchmark": benchmark.name,
         "evaluation.seed": seed,

@@ -15,8 +15,9 @@ from stage_ray.learner.metrics import UpdateOutputs
 from stage_ray.learner.precision import autocast
 from stage_ray.learner.ranks import Ranks
 from stage_ray.policies.base import Policy
-from stage_ray.policies.logprobs import SamplingParams, TokenLogprobs
+from stage_ray.policies.logprobs import TokenLogprobs
 from stage_ray.recipes.base import Credit, PolicyOutputs, Recipe, ReferenceOutputs
+from stage_ray.samplers import SamplingParams
 
 
 class Passes:

@@ -18,14 +18,9 @@ from stage_ray.algorithm.divergence import Divergence
 from stage_ray.config import PolicyConfig
 from stage_ray.config.model_sizes import ModelSizes
 from stage_ray.errors import ConfigError
-from stage_ray.policies.logprobs import (
-    SamplingParams,
-    TokenLogprobs,
-    chunked_divergence,
-    chunked_logprobs,
-    process_logits,
-)
+from stage_ray.policies.logprobs import TokenLogprobs, chunked_divergence, chunked_logprobs
 from stage_ray.pretrained import check_directory, export_checkpoint, located
+from stage_ray.samplers import Context, SamplingParams, process_logits
 
 LOGITS_AT_ONCE = 2**22  # float32 logits made at once by `token_logprobs`: 16 MiB, and a few temporaries of that size
 
@@ -343,14 +338,25 @@ class Policy(ABC):
             branches = [states]  # those of the conditional branch serve again
             if params.guided:
                 branches.append(self.hidden_states([prompt.unconditional for prompt in prompts], tokens))
-
-            def guided(chunk: Tensor) -> Tensor:
-                logits = self.head(chunk)  # [rows, branches, V]
-                return process_logits(logits[:, 0], logits[:, 1] if params.guided else None, params)
-
             rows = self._rows_at_once(len(branches))
-            found = chunked_logprobs(torch.stack(branches, dim=2), tokens, guided, rows=rows)  # [B, T, K, hidden]
-        return TokenLogprobs(plain.logprobs, plain.entropy, found.logprobs)
+            index = torch.arange(tokens.numel(), device=tokens.device)  # of a token among those of all images
+            flat = torch.stack(branches, dim=2).flatten(0, 1)  # [B * T, K, hidden]
+            parts = [
+                self._guided_chunk(chunk, tokens, which, params)
+                for chunk, which in zip(flat.split(rows), index.split(rows), strict=True)
+            ]
+        return TokenLogprobs(plain.logprobs, plain.entropy, torch.cat(parts).view(tokens.shape))
+
+    def _guided_chunk(self, states: Tensor, tokens: Tensor, which: Tensor, params: SamplingParams) -> Tensor:
+        """Guided log-probs of tokens number ``which`` [rows] of [B, T], from states [rows, K, hidden]: [rows]."""
+        images, positions = which // tokens.shape[1], which % tokens.shape[1]
+
+        def guided(chunk: Tensor) -> Tensor:
+            logits, rows = self.head(chunk), len(chunk)  # [rows, K, V]; `chunked_logprobs` tries one row first
+            context = Context(positions[:rows], tokens[images[:rows]])
+            return process_logits(logits[:, 0], logits[:, 1] if params.guided else None, params, context)
+
+        return chunked_logprobs(states, tokens[images, positions], guided, rows=len(states)).logprobs
 
     def _rows_at_once(self, branches: int = 1) -> int:
         return max(1, LOGITS_AT_ONCE // (branches * self.codebook_size))

@@ -1,7 +1,7 @@
 """Log-probabilities and entropies of tokens from logits: pure functions that engines, learner and policies share.
 
 `token_logprobs` is the plain form. `chunked_logprobs` gives the same numbers from the states below a head without ever
-holding all logits. `SamplingParams` and `process_logits` say what distribution tokens are drawn from.
+holding all logits. What distribution tokens are drawn from, `stage_ray.samplers` says.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from stage_ray.algorithm.divergence import Divergence, exact_divergence
-from stage_ray.config import RolloutConfig
+from stage_ray.samplers import SamplingParams as SamplingParams
+from stage_ray.samplers import process_logits as process_logits
 
 Head = Callable[[Tensor], Tensor]
 LOWEST = -1e3  # in place of minus infinity, which times a probability of 0 is NaN; exp(-1e3) is 0 in float32
@@ -153,64 +154,3 @@ class _StatesOnly(torch.autograd.Function):
         (slopes,) = ctx.saved_tensors
         # In float32: autograd rounds to the states' dtype where they are narrower.
         return slopes * gradient.view(-1, *[1] * (slopes.dim() - 1)), None, None, None, None
-
-
-@dataclass(frozen=True, slots=True)
-class SamplingParams:
-    """What happens to logits before a token is drawn; the defaults change nothing.
-
-    Example:
-        >>> SamplingParams(guidance_scale=5.0).guided
-        True
-    """
-
-    guidance_scale: float = 1.0
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-
-    @classmethod
-    def of(cls, rollout: RolloutConfig) -> SamplingParams:
-        """The parameters of a config's ``rollout`` section."""
-        return cls(rollout.guidance_scale, rollout.temperature, rollout.top_k, rollout.top_p)
-
-    @property
-    def guided(self) -> bool:
-        """Whether the unconditional branch is needed at all."""
-        return self.guidance_scale != 1.0
-
-    @property
-    def plain(self) -> bool:
-        """Whether tokens are drawn from the conditional distribution as it is."""
-        return self == SamplingParams()
-
-
-def process_logits(conditional: Tensor, unconditional: Tensor | None, params: SamplingParams) -> Tensor:
-    """Logits of the distribution that is sampled, float32 [B, V]; minus infinity for what top-k and top-p leave out."""
-    logits = conditional.float()
-    if params.guided:
-        if unconditional is None:
-            raise ValueError(f"guidance {params.guidance_scale} needs unconditional logits")
-        unguided = unconditional.float()
-        logits = unguided + params.guidance_scale * (logits - unguided)  # classifier-free guidance: u + w (c - u)
-    if params.temperature != 1.0:
-        logits = logits / params.temperature
-    if 0 < params.top_k < logits.shape[-1]:
-        logits = keep_top_k(logits, params.top_k)
-    if params.top_p < 1.0:
-        logits = keep_top_p(logits, params.top_p)
-    return logits
-
-
-def keep_top_k(logits: Tensor, k: int) -> Tensor:
-    """The k largest of each row; the rest, minus infinity. Ties with the k-th stay."""
-    return logits.masked_fill(logits < logits.topk(k, dim=-1).values[..., -1:], -torch.inf)  # below the k-th
-
-
-def keep_top_p(logits: Tensor, p: float) -> Tensor:
-    """The smallest set of each row that holds probability p, at least one token; the rest, minus infinity."""
-    ordered, order = logits.sort(dim=-1, descending=True, stable=True)
-    probabilities = ordered.softmax(dim=-1)
-    left_out = probabilities.cumsum(dim=-1) - probabilities >= p  # the mass before a token already reaches p
-    left_out[..., 0] = False  # the likeliest always stays
-    return logits.masked_fill(torch.zeros_like(left_out).scatter(-1, order, left_out), -torch.inf)

@@ -23,9 +23,11 @@ from stage_ray.policies import policy_class
 from stage_ray.policies.base import ImageCodec
 from stage_ray.policies.reference import check_reference
 from stage_ray.pretrained import located
-from stage_ray.recipes import load_recipe, resolve_recipe
+from stage_ray.recipes import load_recipe
 from stage_ray.records import Prompt
 from stage_ray.rewards import check_rewards
+from stage_ray.run.run_dir import resolved
+from stage_ray.samplers import load_rule
 
 if TYPE_CHECKING:
     from huggingface_hub import HfUri
@@ -36,18 +38,19 @@ SHOWN = 3  # prompts that an error names
 
 
 def preflight(run: RunConfig, *, fetch: bool = True) -> tuple[list[Prompt], list[Prompt]]:
-    """Check the recipe's options, the prompts and the models; the prompts to train on, and those held out.
+    """Check the options of recipe and sampler, the prompts and the models; the prompts to train on, and those held out.
 
     Where the workers will run on this machine, its vLLM must be one for the hardware they reserve, the object store
     must have room for the weights, and what `pin` has pinned is fetched now; elsewhere each node fetches it. Without
     ``fetch`` only what is here already is checked.
 
     Raises:
-        ConfigError: the recipe, the model family or the benchmark is unknown, the recipe has no such option or value,
-            vLLM is a build for GPUs and none is reserved, the object store is too small, or the model directory or a
-            prompt file is missing, incomplete or malformed.
+        ConfigError: the recipe, the sampler, the model family or the benchmark is unknown, or has no such option or
+            value, vLLM is a build for GPUs and none is reserved, the object store is too small, or the model directory
+            or a prompt file is missing, incomplete or malformed.
     """
     load_recipe(run)
+    load_rule(run.rollout)
     starts_ray_here = run.cluster.address is None and "RAY_ADDRESS" not in os.environ
     if starts_ray_here:
         require_fitting_build(run.rollout)
@@ -142,7 +145,7 @@ def describe(run: RunConfig, *, strict: bool = False) -> str:
     images = rollout.groups_per_step * rollout.group_size
     scorers = ", ".join(reward.column for reward in run.rewards)
     where = "; on the GPUs of the rollout workers" * rollout.colocated  # "" where not
-    config = yaml.safe_dump(resolve_recipe(run).model_dump(mode="json"), sort_keys=False).rstrip()
+    config = yaml.safe_dump(resolved(run).model_dump(mode="json"), sort_keys=False).rstrip()
     anchor = run.policy.reference or run.policy.path
     plan = [
         f"model: {located(run.policy.path) or run.policy.path}",

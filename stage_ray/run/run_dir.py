@@ -23,6 +23,7 @@ from stage_ray.errors import ConfigError
 from stage_ray.files import atomic_write, deny_others_writing, read_json
 from stage_ray.recipes import resolve_recipe
 from stage_ray.run.digests import digest_inputs
+from stage_ray.samplers import resolve_sampler
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +45,15 @@ RETRY_WAIT_S = 150.0
 """How long a retried job waits for the driver before it, which may still be saving on another machine."""
 
 
+def resolved(run: RunConfig) -> RunConfig:
+    """The same run, with every option of its recipe and of its sampler, defaults included.
+
+    Raises:
+        ConfigError: of `resolve_recipe` and `resolve_sampler`.
+    """
+    return resolve_sampler(resolve_recipe(run))
+
+
 @contextlib.contextmanager
 def open_run_dir(
     run: RunConfig, resume: Resume, commits: Mapping[str, str] | None = None, note: Callable[[str], None] = log.info
@@ -56,7 +66,7 @@ def open_run_dir(
         ConfigError: it holds a run already and ``resume`` is False, or none and it is True; it holds something else;
             the config of its run differs; or another driver writes into it.
     """
-    run, path = resolve_recipe(run), Path(run.run_dir)  # its config.yaml names every option, defaults included
+    run, path = resolved(run), Path(run.run_dir)  # its config.yaml names every option, defaults included
     _check_ours(path, resume)
     deny_others_writing()
     try:
@@ -149,7 +159,7 @@ def _check_same(run: RunConfig, config_file: Path, resume: Resume, digests: Mapp
     """
     try:
         before = validate_config(read_mapping(config_file, str(config_file), ""), source=str(config_file))
-        old, new = (leaves(resolve_recipe(one).model_dump(mode="json")) for one in (before, run))
+        old, new = (leaves(resolved(one).model_dump(mode="json")) for one in (before, run))
     except ConfigError as error:
         raise ConfigError(f"--resume: {error}; it was written by another version, or by hand") from error
     began = _inputs(config_file.parent).get("digests", {})

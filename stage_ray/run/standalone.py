@@ -31,6 +31,7 @@ from stage_ray.report.samples import contact_sheet
 from stage_ray.rewards import check_rewards
 from stage_ray.run.inference import inputs_of, judge
 from stage_ray.run.preflight import SHOWN, drawable_prompts
+from stage_ray.samplers import load_rule
 
 IMAGES_PER_BATCH = 64  # drawn at once, where as many are asked for
 SHEET_IMAGES = 120  # more make a picture that no viewer likes
@@ -187,6 +188,7 @@ def _run(
         "cluster": {"address": address},
     }
     run = build_config(data, overrides, source="--set")
+    load_rule(run.rollout)  # a wrong option is said before anything starts
     if run.cluster.address is None:  # else vLLM runs elsewhere
         require_fitting_build(run.rollout)
     return run

@@ -24,10 +24,18 @@ def pictures(directory: Path) -> np.ndarray:
 
 
 def test_settings_of_sampling_and_policy_reach_the_engine(model, tmp_path):
-    for name, more in {"a": [], "b": ["rollout.top_k=1"], "c": ["rollout.top_k=1", "policy.template=paper"]}.items():
+    settings = {
+        "a": [],
+        "b": ["rollout.top_k=1"],
+        "c": ["rollout.top_k=1", "policy.template=paper"],
+        "d": ["rollout.sampler=entropy_informed", "rollout.sampler_options.b=2"],
+        "e": ["rollout.sampler=tests.rules.NoRepeats"],
+    }
+    for name, more in settings.items():
         assert generate(model, tmp_path / name, *(part for key in more for part in ("--set", key))) == 0
-    drawn = [pictures(tmp_path / name) for name in "abc"]
+    drawn = [pictures(tmp_path / name) for name in settings]
     assert (drawn[0] != drawn[1]).any() and (drawn[1] != drawn[2]).any()
+    assert (drawn[0] != drawn[3]).any() and (drawn[0] != drawn[4]).any()
 
 
 @pytest.mark.parametrize(
@@ -35,6 +43,8 @@ def test_settings_of_sampling_and_policy_reach_the_engine(model, tmp_path):
     [
         ("rollout.engin=torch", "did you mean 'rollout.engine'?"),
         ("rollout.top_p=2", "rollout.top_p = 2"),
+        ("rollout.sampler=entropy", "did you mean 'entropy_informed'"),
+        ("rollout.sampler_options.b=2", "rollout.sampler_options.b = 2 is no option of sampler guided: it has none"),
         ("policy.family=janos", "did you mean 'janus'"),
         ("rollout.max_prompt_tokens=3", "prompts cannot be drawn: --prompt: prompt of"),
     ],

@@ -347,9 +347,11 @@ def test_the_exit_code_is_the_drivers_own():
         _exit_code(job("a", "FAILED", message="no node has the package"))
 
 
-def test_an_option_that_the_recipe_does_not_have_is_refused_before_anything_is_sent():
+def test_an_option_that_the_recipe_or_the_sampler_does_not_have_is_refused_before_anything_is_sent():
     with pytest.raises(ConfigError, match=r"algorithm\.betta.*algorithm\.beta"):
         plan_job(CONFIG, ["algorithm.betta=1"], SHARED)
+    with pytest.raises(ConfigError, match=r"rollout\.sampler_options\.a = 1 is no option of sampler guided"):
+        plan_job(CONFIG, ["rollout.sampler_options.a=1"], SHARED)
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ are short enough that it is rare. `test_engines_draw_the_same_images` counts it.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +24,8 @@ from stage_ray.errors import ConfigError
 from stage_ray.policies import load_policy
 from stage_ray.policies.janus import JanusPolicy
 from stage_ray.records import RECORDED, Prompt, RolloutGroup, RolloutRequest
+from stage_ray.samplers import Context
+from stage_ray.samplers.guided import GuidedRule
 from tests.tiny import CODES, IMAGE_SIZE, IMAGE_TOKENS, tiny_janus
 
 BATCH, GUIDANCE = 6, 2.0
@@ -30,7 +33,7 @@ TEXTS = ("a photo of a red circle", "a photo of a square left of a triangle", "c
 TOLERANCE = {"atol": 2e-3, "rtol": 2e-3}
 
 
-def rollout(engine: str, **settings: float) -> RolloutConfig:
+def rollout(engine: str, **settings: float | str) -> RolloutConfig:
     chosen = {"engine": engine, "dtype": "float32", "images_per_batch": BATCH, "guidance_scale": GUIDANCE}
     return RolloutConfig.model_validate({**chosen, "kv_cache_gib": 0.25, **settings})
 
@@ -98,7 +101,10 @@ def assert_statistics_match(group: RolloutGroup, policy: JanusPolicy, params: Sa
         unconditional = policy.image_logits([ids.unconditional] * len(tokens), tokens)
     chosen = tokens.unsqueeze(-1)
     logprobs = conditional.log_softmax(-1).gather(-1, chosen).squeeze(-1)
-    processed = process_logits(conditional, unconditional, params)
+    count, steps = tokens.shape
+    context = Context(torch.arange(steps).repeat(count), tokens.repeat_interleave(steps, dim=0))
+    processed = process_logits(conditional.flatten(0, 1), unconditional.flatten(0, 1), params, context)
+    processed = processed.view_as(conditional)
     expected = {
         "logprobs": logprobs,
         "guided_logprobs": processed.log_softmax(-1).gather(-1, chosen).squeeze(-1),
@@ -140,6 +146,20 @@ def test_records_match_a_teacher_forced_forward_of_transformers(at_version_0: Im
 def test_records_match_with_temperature_top_k_and_top_p(at_version_0: ImageEngine, policy: JanusPolicy) -> None:
     params = SamplingParams(guidance_scale=3.0, temperature=0.8, top_k=20, top_p=0.95)
     assert_statistics_match(at_version_0.generate([request(TEXTS[0], (1, 2, 3))], params)[0], policy, params)
+
+
+@pytest.mark.parametrize("sampler", ["entropy_informed", "tests.rules.NoRepeats"])
+def test_records_match_with_another_token_rule_and_a_seed_still_gives_one_image_in_any_company(
+    at_version_0: ImageEngine, policy: JanusPolicy, sampler: str
+) -> None:
+    params = SamplingParams.of(rollout("torch", sampler=sampler, temperature=0.9, top_k=30))
+    mixed = at_version_0.generate([request(TEXTS[2], (9, 8)), request(TEXTS[0], (7, 42, 1), group_id=1)], params)
+    for group in mixed:
+        assert_statistics_match(group, policy, params)
+    alone = at_version_0.generate([request(TEXTS[0], (42,))], params)[0]
+    assert alone.tokens[0].tolist() == mixed[1].tokens[1].tolist()
+    usual = at_version_0.generate([request(TEXTS[0], (42,))], dataclasses.replace(params, rule=GuidedRule()))[0]
+    assert not np.array_equal(alone.guided_logprobs, usual.guided_logprobs)
 
 
 def test_after_a_weight_update_records_match_the_new_model_and_carry_its_version(

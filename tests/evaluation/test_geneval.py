@@ -189,6 +189,7 @@ def test_evaluate_draws_judges_and_sums_up_every_prompt_in_batches():
         ("evaluation.images_per_prompt", {"evaluation": {"images_per_prompt": 3}}),
         ("rewards", {"options": {"word": "rings"}}),
         ("rollout.guidance_scale", {"rollout": {"guidance_scale": 1.0}}),
+        ("rollout.sampler", {"rollout": {"sampler": "entropy_informed"}}),
         ("prompts.heldout", {}),
     ],
 )

@@ -21,6 +21,9 @@ from stage_ray.policies.logprobs import (
     process_logits,
     token_logprobs,
 )
+from stage_ray.samplers import TokenRule
+from stage_ray.samplers.entropy_informed import EntropyInformedRule
+from stage_ray.samplers.guided import GuidedRule
 from tests.tiny import CODES, IMAGE_TOKENS, tiny_janus
 
 B, T, HIDDEN, V = 3, 7, 16, 33
@@ -193,11 +196,12 @@ def test_guided_log_probabilities_are_those_that_the_engines_draw_from(
     assert found.logprobs.requires_grad and found.entropy.requires_grad
 
 
+@pytest.mark.parametrize("rule", [GuidedRule(), EntropyInformedRule()])
 def test_guided_log_probabilities_have_a_gradient_through_both_branches_for_the_asking(
-    policy: JanusPolicy, monkeypatch: pytest.MonkeyPatch
+    policy: JanusPolicy, monkeypatch: pytest.MonkeyPatch, rule: TokenRule
 ) -> None:
     monkeypatch.setattr("stage_ray.policies.base.LOGITS_AT_ONCE", 10 * CODES)
-    params = SamplingParams(guidance_scale=3.0, temperature=0.8)
+    params = SamplingParams(guidance_scale=3.0, temperature=0.8, rule=rule)
     prompt = policy.codec.encode_prompt("a photo of a red circle")
     tokens = torch.randint(0, CODES, (1, IMAGE_TOKENS), generator=torch.Generator().manual_seed(2))
     found = policy.guided_token_logprobs([prompt], tokens, params, entropy_grad=False, guided_grad=True)

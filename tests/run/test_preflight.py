@@ -35,6 +35,13 @@ def test_a_scorer_that_cannot_be_built_is_found(rewards, sentence, capsys):
     assert sentence in capsys.readouterr().err
 
 
+def test_a_samplers_options_are_checked_and_printed_with_its_defaults(capsys):
+    assert dry_run("rollout.sampler=entropy_informed", "rollout.sampler_options.b=0.5") == 0
+    assert "sampler_options:\n    a: 2.5\n    b: 0.5\n    c: 0.6\n" in capsys.readouterr().out
+    assert dry_run("rollout.sampler=entropy_informed", "rollout.sampler_options.t=1") == 2
+    assert "rollout.sampler_options.t = 1 is no option of sampler entropy_informed" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("key", ["prompts.train", "prompts.heldout"])
 @pytest.mark.parametrize(
     ("record", "sentence"),

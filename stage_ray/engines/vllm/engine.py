@@ -13,7 +13,6 @@ from torch import Tensor
 from stage_ray.config import PolicyConfig, RolloutConfig
 from stage_ray.engines.base import ImageEngine, ImageSequence, Rollouts
 from stage_ray.engines.memory import CPU_CACHE_BLOCK
-from stage_ray.engines.sampling import SamplingParams
 from stage_ray.engines.vllm.environment import require_fitting_build, set_environment
 from stage_ray.engines.vllm.plugin import architecture, register_family
 from stage_ray.engines.vllm.ranks import TensorRanks
@@ -22,6 +21,7 @@ from stage_ray.policies import policy_class
 from stage_ray.policies.base import PromptIds
 from stage_ray.policies.devices import compute_dtype, device_for
 from stage_ray.pretrained import link_weights, read_tensors, tensor_shapes
+from stage_ray.samplers import SamplingParams
 
 
 class VllmEngine(ImageEngine):

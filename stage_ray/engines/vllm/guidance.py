@@ -7,7 +7,7 @@ vLLM's own sampler has nothing left to decide. Without guidance an image is one 
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ CONDITIONAL, UNCONDITIONAL = 0, 1
 def image_params(tokens: int, image: int, branch: int, seed: int, params: SamplingParams) -> VllmSamplingParams:
     """Sampling parameters of one request: T tokens, greedy over the one token that the processor leaves."""
     # Plain values: vLLM copies them for every request, and may send them to another process.
-    arguments = {"image": image, "branch": branch, "seed": seed, "params": astuple(params)}
+    arguments = {"image": image, "branch": branch, "seed": seed, "params": params.dump()}
     return VllmSamplingParams(
         temperature=0.0,
         max_tokens=tokens,
@@ -99,7 +99,8 @@ class PairedGuidance(LogitsProcessor):
         else:
             positions = torch.tensor(done, device=self._device)
         unconditional = None if layout.unconditional is None else logits[layout.unconditional]
-        drawn = sample(logits[layout.conditional], unconditional, layout.seeds, positions, layout.params)
+        sequences = self._tokens[layout.images]  # a copy of int64 [images, T], small beside the logits
+        drawn = sample(logits[layout.conditional], unconditional, layout.seeds, positions, layout.params, sequences)
         self._tokens[layout.images, positions] = drawn.tokens
         self._records[:, layout.images, positions] = torch.stack([getattr(drawn, name) for name in RECORDED])
         logits.fill_(-torch.inf)  # what is left to vLLM's greedy sampler is one token a row
@@ -128,8 +129,8 @@ def _row(params: VllmSamplingParams, prompt_ids: list[int] | None, output: list[
     arguments = params.extra_args or {}
     if "image" not in arguments:  # a request that is not ours
         return None
-    drawn_from = SamplingParams(*arguments["params"])
-    return _Row(arguments["image"], arguments["branch"], arguments["seed"], drawn_from, output)
+    params_of_image = SamplingParams.load(arguments["params"])
+    return _Row(arguments["image"], arguments["branch"], arguments["seed"], params_of_image, output)
 
 
 def _lay_out(rows: dict[int, _Row], device: torch.device) -> _Layout:
