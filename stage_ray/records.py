@@ -107,6 +107,7 @@ class GroupRefs:
         scores: reference to its `ScoredGroup`; None before scoring, and where the scorers gave no answer.
         error: why the group, or not every score of it, may be used; "" where all may.
         generate_s: seconds that the generation batch took in which the group was sampled.
+        mfu: model FLOPs utilisation in that time, 0..1; None where the hardware's peak is not known.
     """
 
     group_id: int
@@ -116,6 +117,7 @@ class GroupRefs:
     scores: Any = None
     error: str = ""
     generate_s: float = 0.0
+    mfu: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
