@@ -216,6 +216,7 @@ def test_wandb_that_is_not_installed_or_has_no_key_or_does_not_start_is_said_bef
         (["pathlib.Path"], {}, "logs.trackers = 'pathlib.Path' is not a class with the methods step, image and close"),
         (["tensorboard"], {"tensorboard": {"flush": 1}}, r"logs.tracker_options.tensorboard = .* 'flush'; allowed: no"),
         (["wandb"], {"wandb": {"projct": "a"}}, "unexpected keyword argument 'projct'; allowed: project, entity, name"),
+        (["wandb"], {"wandb": {"project": 3}}, "wandb.project = 3 is no text; put it in quotes"),
         (["wandb"], {"wandb": {"mode": "of"}}, "wandb.mode = 'of': known are online, offline and disabled"),
         (["tensorboard", "tensorboard"], {}, "logs.trackers: 'tensorboard' stands there twice; remove one"),
         (["tensorboard"], {"wandb": {}}, r"logs.tracker_options.wandb: logs.trackers = \['tensorboard'\] has no such"),

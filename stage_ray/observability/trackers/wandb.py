@@ -66,9 +66,12 @@ class WandbTracker:
             self.image(*picture)
 
     @classmethod
-    def check(cls, *, mode: str | None = None, **_: str | None) -> None:
-        """Raise a ConfigError where wandb is not installed, or would ask for a key."""
+    def check(cls, *, mode: str | None = None, **names: object) -> None:
+        """Raise a ConfigError where wandb is not installed, would ask for a key, or gets an option that is no text."""
         _imported()
+        for name, value in names.items():
+            if not isinstance(value, str | None):
+                raise ConfigError(f"logs.tracker_options.wandb.{name} = {value!r} is no text; put it in quotes")
         mode = mode or os.environ.get("WANDB_MODE") or "online"
         if mode not in ("online", "offline", "disabled"):
             raise ConfigError(f"logs.tracker_options.wandb.mode = {mode!r}: known are online, offline and disabled")
