@@ -113,6 +113,7 @@ class GroupRefs:
         error: why the group, or not every score of it, may be used; "" where all may.
         silent: no scorer told its images apart, so there is nothing to learn from it.
         generate_s: seconds that the generation batch took in which the group was sampled.
+        mfu: model FLOPs utilisation in that time, 0..1; None where the hardware's peak is not known.
     """
 
     group_id: int
@@ -123,6 +124,7 @@ class GroupRefs:
     error: str = ""
     silent: bool = False
     generate_s: float = 0.0
+    mfu: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -81,7 +81,7 @@ async def _train(
 ) -> tuple[float | None, float | None]:
     progress.stage("starting Ray, the rollout engine, the scorers and the learner")
     async with StopSignal(progress) as stop, Cluster.start(run, run_dir) as cluster:  # warm, all at one version
-        heldout = HeldOutEvaluation(cluster, run, prompts, run_dir, progress)
+        heldout = HeldOutEvaluation(cluster, run, prompts, run_dir, progress, recorder.image)
         while True:
             try:
                 await state.restore(cluster)

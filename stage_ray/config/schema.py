@@ -14,6 +14,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Fiel
 TAKEN = {"mean", "std", "informative"}  # reward/mean and its like, which no scorer may be called
 FORMS = ("(file)", "(files)")  # of prompts.train, as pydantic names them in the place of an error
 
+SECRET_NAME = re.compile(r"(?i)(^|_)(key|secret|token|password)$|apikey")
+SECRET_VALUE = re.compile(r"\b[0-9a-f]{40}\b|\bwandb_v\d+_")  # W&B's keys of both kinds
+
 
 class Section(BaseModel):
     """Base of every section: closed to unknown keys, frozen after validation."""
@@ -276,6 +279,28 @@ class LogsConfig(Section):
     """What a run says of itself while it works."""
 
     format: Literal["text", "json"] = Field("text", description="json: one object a line, of driver and workers")
+    trackers: list[str] = Field(
+        ["tensorboard"], description="Where numbers and pictures go: tensorboard, wandb, or package.module.Class"
+    )
+    tracker_options: dict[str, dict[str, Any]] = Field(
+        {}, description="Keyword arguments of a tracker, by its name: {wandb: {project: mine, mode: offline}}"
+    )
+
+    @model_validator(mode="after")
+    def _trackers_known_and_without_secrets(self) -> LogsConfig:
+        repeated = next((name for name in self.trackers if self.trackers.count(name) > 1), None)
+        if repeated:
+            raise ValueError(f"logs.trackers: {repeated!r} stands there twice; remove one")
+        for tracker, options in self.tracker_options.items():
+            if tracker not in self.trackers:
+                raise ValueError(f"logs.tracker_options.{tracker}: logs.trackers = {self.trackers} has no such tracker")
+            for name, value in options.items():
+                if SECRET_NAME.search(name) or (tracker == "wandb" and SECRET_VALUE.search(str(value))):
+                    raise ValueError(
+                        f"logs.tracker_options.{tracker}.{name} looks like a key, and a config is no place for one; "
+                        "remove it, and set it in the environment (WANDB_API_KEY)"
+                    )
+        return self
 
 
 class RunConfig(Section):

@@ -29,14 +29,14 @@ from stage_ray.files import FileDigest
 from stage_ray.learner.batch import Batch, LearnerError, make_batch
 from stage_ray.learner.finite import NonFiniteError, blame, train_finite, without_copies
 from stage_ray.learner.fitting import choose_cut, naming_memory
-from stage_ray.learner.metrics import update_metrics
+from stage_ray.learner.metrics import update_flops, update_metrics
 from stage_ray.learner.passes import Passes
 from stage_ray.learner.precision import attention, uses_bfloat16
 from stage_ray.learner.ranks import Ranks, full_state_dict, full_tensor
 from stage_ray.learner.state import LearnerParts, fingerprint, load_state, save_state
 from stage_ray.policies import load_policy
 from stage_ray.policies.base import Policy
-from stage_ray.policies.devices import device_for
+from stage_ray.policies.devices import device_for, peak_flops
 from stage_ray.policies.reference import check_reference, naming_reference, reference_config
 from stage_ray.recipes import load_recipe
 from stage_ray.recipes.base import Credit, ReferenceOutputs
@@ -167,7 +167,7 @@ class Learner:
                 metrics = update(batch, micro_batches, reference, credit, copies)
         self.version += 1
         self._release_cached_memory()
-        return metrics | seconds
+        return metrics | seconds | self._utilisation(batch, sum(seconds.values()))
 
     def _single_update(
         self, batch: Batch, micro_batches: Sequence[Tensor], reference: ReferenceOutputs, credit: Credit, copies: int
@@ -288,6 +288,13 @@ class Learner:
         start = self._now()
         yield
         seconds[name] = self._now() - start
+
+    def _utilisation(self, batch: Batch, seconds: float) -> dict[str, float]:
+        """``mfu/learner`` of an update that took so long, over all ranks; nothing where a rank's peak is not known."""
+        peak = peak_flops(self._device, torch.bfloat16 if self._bfloat16 else torch.float32)
+        if peak is None or (sizes := self.policy.codec.sizes()) is None:
+            return {}
+        return {"mfu/learner": update_flops(batch, sizes, self._run.learner) / (seconds * peak * self._ranks.count)}
 
     def _now(self) -> float:
         if self._device.type == "cuda":

@@ -16,7 +16,10 @@ from stage_ray.algorithm.off_policy import (
     effective_sample_size,
     importance_ratio,
 )
-from stage_ray.config import RunConfig
+from stage_ray.config import LearnerConfig, RunConfig
+from stage_ray.config.flops import forward_flops, training_flops
+from stage_ray.config.model_sizes import ModelSizes
+from stage_ray.learner.batch import Batch
 from stage_ray.recipes.base import Credit, GroupBatch, ReferenceOutputs, correction_of
 
 
@@ -66,6 +69,19 @@ def update_metrics(
         metrics[f"reward/{name}"] = batch.scores[..., column].mean().item()
     metrics |= _mismatch(batch, outputs) | _staleness(batch, run.pipeline.max_staleness)
     return metrics | _ratios(batch, outputs, correction_of(run.algorithm)) | credit.metrics | outputs.sums
+
+
+def update_flops(batch: Batch, model: ModelSizes, learner: LearnerConfig) -> int:
+    """Model FLOPs of one update: the reference forward, the policy forward and backward, as every recipe needs them.
+
+    What a recipe wants besides, such as the unconditional branch, does not count.
+    """
+    lengths = [len(prompt.conditional) for prompt in batch.prompts]
+    forwards = 1 + learner.several_updates  # several updates begin with a forward pass of the policy
+    passes = [
+        forwards * forward_flops(model, n) + learner.updates_per_batch * training_flops(model, n) for n in lengths
+    ]
+    return batch.tokens.shape[1] * sum(passes)
 
 
 def _mismatch(batch: GroupBatch, outputs: UpdateOutputs) -> dict[str, float]:

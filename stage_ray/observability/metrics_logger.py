@@ -1,4 +1,4 @@
-"""Where a run's numbers go: ``metrics.jsonl``, ``alarms.jsonl`` and, by the same names, TensorBoard and Prometheus."""
+"""Where a run's numbers go: ``metrics.jsonl``, ``alarms.jsonl`` and, by the same names, trackers and Prometheus."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
-from torch.utils.tensorboard import SummaryWriter
 
+from stage_ray.config import RunConfig
 from stage_ray.config.hardware import machine_metadata
+from stage_ray.config.schema import LogsConfig
 from stage_ray.errors import RunError
 from stage_ray.files import atomic_write
 from stage_ray.observability.registry import ALARMS, PREFIX, find
+from stage_ray.observability.trackers import TrackedRun, open_trackers
+from stage_ray.observability.trackers.base import Tracker
 
 METRICS_FILE = "metrics.jsonl"
 ALARMS_FILE = "alarms.jsonl"
@@ -24,7 +27,7 @@ MACHINE_FILE = "machine.json"
 
 
 class MetricsLogger:
-    """Writes one JSON object per step, one scalar a metric and step for TensorBoard, and serves Prometheus.
+    """Writes one JSON object per step, hands numbers and pictures to the run's trackers, and serves Prometheus.
 
     Invariant: ``metrics.jsonl`` holds whole lines with growing steps, whatever was killed when. A line is with the
     system before `step` returns; a half-written last line is dropped when a run goes on, and the lines of steps that
@@ -36,42 +39,45 @@ class MetricsLogger:
         port: of the Prometheus endpoint; None where there is none.
     """
 
-    def __init__(self, run_dir: Path, port: int | None, host: str, resume_step: int = 0) -> None:
+    def __init__(
+        self, run_dir: Path, port: int | None, host: str, resume_step: int = 0, run: RunConfig | None = None
+    ) -> None:
         """Bind the Prometheus endpoint to ``host`` and ``port`` (0: a free one; None: none), then open the files.
 
         Args:
-            run_dir: gets ``metrics.jsonl``, ``alarms.jsonl``, ``tensorboard/`` and ``machine.json`` (what ran it).
+            run_dir: gets ``metrics.jsonl``, ``alarms.jsonl``, ``machine.json`` (what ran it) and trackers' files.
             resume_step: as `rewind`.
+            run: the config, with the trackers; None is TensorBoard alone.
 
         Raises:
             RunError: the port is taken or the address is not this machine's.
         """
-        self._run_dir = run_dir
+        self._run_dir, self._run = run_dir, run
         self._prometheus = None if port is None else PrometheusEndpoint(host, port)
         self.port = None if self._prometheus is None else self._prometheus.port
-        self._tensorboard: SummaryWriter | None = None
+        self._trackers: list[Tracker] | None = None  # not opened yet
+        self._replaces = True  # whether the next step takes the place of later ones
         atomic_write(run_dir / MACHINE_FILE, json.dumps(machine_metadata(), indent=1))
         self._keep(math.inf)  # all but what a crash left half-written
         self.rewind(resume_step)
 
     def step(self, step: int, metrics: Mapping[str, float | Sequence[str] | None]) -> None:
         """Record the metrics of one step. Numbers that are not finite become null; trackers get a list's length."""
-        if self._tensorboard is None:
+        if self._replaces:
             self._keep(self._resume_step)
-            directory = self._run_dir / "tensorboard"
-            # A purge hides the later steps that were written before, by whichever run began here.
-            purge_step = self._resume_step + 1 if directory.exists() else None
-            self._tensorboard = SummaryWriter(str(directory), purge_step=purge_step)
+            self._replaces = False
         row: dict[str, Any] = {"step": step, **metrics}
         row |= {name: None for name, it in row.items() if isinstance(it, numbers.Real) and not math.isfinite(it)}
         self._append(METRICS_FILE, row)
-        row |= {name: len(value) for name, value in row.items() if isinstance(value, Sequence)}
-        for name, number in row.items():
-            if number is not None and name != "step":
-                self._tensorboard.add_scalar(name, number, step)
-        self._tensorboard.flush()
+        for tracker in self._opened():
+            tracker.step(step, _tracked(row))
         if self._prometheus is not None:
-            self._prometheus.serve(row)
+            self._prometheus.serve({**dict.fromkeys(row), **_tracked(row), "step": step})
+
+    def image(self, name: str, step: int, path: Path) -> None:
+        """Hand a picture to the trackers: a PNG drawn after update ``step``."""
+        for tracker in self._opened():
+            tracker.image(name, step, path)
 
     def alarm(self, step: int, name: str, text: str) -> None:
         """Record one alarm of a step in ``alarms.jsonl``; Prometheus counts it."""
@@ -81,18 +87,36 @@ class MetricsLogger:
 
     def rewind(self, step: int) -> None:
         """Go on after ``step``: the next `step` first removes the lines of all later ones, which it replaces."""
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-        self._tensorboard, self._resume_step = None, step
+        self._close_trackers()
+        self._resume_step, self._replaces = step, True
         if self._prometheus is not None:
             self._prometheus.set("step", step)  # before the first update too: a run that hangs there must be seen
 
     def close(self) -> None:
         """Close the files and free the port."""
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        self._close_trackers()
         if self._prometheus is not None:
             self._prometheus.close()
+
+    def _opened(self) -> list[Tracker]:
+        """The trackers, opened now if they are not: what they recorded of later steps gives way from here on."""
+        if self._trackers is None:
+            logs = LogsConfig() if self._run is None else self._run.logs
+            rows, at = read_steps(self._run_dir / METRICS_FILE), self._resume_step
+            tracked = TrackedRun(
+                run_dir=self._run_dir,
+                config={} if self._run is None else self._run.model_dump(mode="json"),
+                step=at,
+                history=[(row["step"], _tracked(row)) for row in rows if row["step"] <= at],
+                pictures=_pictures(self._run_dir, at),
+            )
+            self._trackers = open_trackers(logs, tracked)
+        return self._trackers
+
+    def _close_trackers(self) -> None:
+        trackers, self._trackers = self._trackers, None
+        for tracker in trackers or ():
+            tracker.close()
 
     def _keep(self, step: float) -> None:
         """Keep the whole lines up to ``step``."""
@@ -123,6 +147,20 @@ def read_steps(path: Path) -> list[dict[str, Any]]:
             raise RunError(f"{path} line {number} is not an object with a step; remove the line") from error
         rows.append(row)
     return rows
+
+
+def _tracked(row: Mapping[str, Any]) -> dict[str, float]:
+    """What trackers get of a row: its numbers, and the length of a list."""
+    measured = {name: value for name, value in row.items() if value is not None and name != "step"}
+    return {name: len(value) if isinstance(value, Sequence) else value for name, value in measured.items()}
+
+
+def _pictures(run_dir: Path, step: int) -> list[tuple[str, int, Path]]:
+    """Name, step and file of each picture that a run drew up to an update."""
+    drawn = [("evaluation/before", 0, run_dir / "evaluation" / "before.png")] * (step > 0)
+    samples = sorted((run_dir / "samples").glob("step-*.png"))
+    drawn += [("samples", int(path.stem.removeprefix("step-")), path) for path in samples]
+    return [(name, at, path) for name, at, path in drawn if at <= step and path.is_file()]
 
 
 class PrometheusEndpoint:

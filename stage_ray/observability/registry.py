@@ -64,7 +64,7 @@ def _read_table() -> Iterator[Metric]:
 
 _METRICS = tuple(_read_table())
 RECORDED = tuple(metric for metric in _METRICS if not metric.worker and metric.where != "alarms")
-"""What a run records: ``metrics.jsonl``, TensorBoard and the driver's Prometheus endpoint."""
+"""What a run records: ``metrics.jsonl``, trackers and the driver's Prometheus endpoint."""
 WORKER = tuple(metric for metric in _METRICS if metric.worker)
 """What every worker reports on its node's Ray metrics endpoint, with the labels ``role`` and ``worker``."""
 ALARMS = {metric.name: metric.meaning for metric in _METRICS if metric.where == "alarms"}

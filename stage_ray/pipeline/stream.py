@@ -81,6 +81,7 @@ class GroupStream:
         self._tasks: set[asyncio.Task[None]] = set()
         self._failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()  # of the first task that fails
         self._numbers = dict.fromkeys(COUNTED, 0.0)
+        self._utilised: list[tuple[float, float]] = []  # seconds and MFU of each generation batch since the last call
         self._measured = time.perf_counter()
 
     async def __aenter__(self) -> GroupStream:
@@ -152,6 +153,9 @@ class GroupStream:
         workers = self._cluster.workers()
         numbers, self._numbers = self._numbers, dict.fromkeys(COUNTED, 0.0)
         numbers |= {f"busy/{role}": s / elapsed / max(1, workers[role]) for role, s in self._cluster.busy().items()}
+        if utilised := sum(seconds for seconds, _ in self._utilised):
+            numbers["mfu/rollout"] = sum(seconds * mfu for seconds, mfu in self._utilised) / utilised
+        self._utilised = []
         numbers |= {"queue/pending": float(self._buffer.pending), "queue/ready": float(self._buffer.waiting)}
         numbers |= {f"workers/{role}": float(workers[role]) for role in ("rollout", "reward")}
         return numbers | {"workers/restarts": float(self._cluster.restarts())}
@@ -223,7 +227,10 @@ class GroupStream:
         turn = self._batches if self._strict else None
         self._batches += 1
         groups = await self._cluster.generate(requests, turn=turn, on_retry=lambda: self._count_reissued(ids))
-        self._numbers["time/rollout_s"] += groups[0].generate_s  # of the whole batch, which one version generated
+        seconds, mfu = groups[0].generate_s, groups[0].mfu  # of the whole batch, which one version generated
+        self._numbers["time/rollout_s"] += seconds
+        if mfu is not None:
+            self._utilised.append((seconds, mfu))
         self._note("generated", ids, groups[0].policy_version)
         self._fail([group for group in groups if group.error])
         groups = [group for group in groups if not group.error]

@@ -6,6 +6,7 @@ import socket
 
 import torch
 
+from stage_ray.config.flops import BFLOAT16_FLOPS
 from stage_ray.errors import ConfigError
 
 
@@ -46,3 +47,15 @@ def compute_dtype(choice: str, device: torch.device) -> torch.dtype:
     if choice != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[choice]
     return torch.bfloat16 if hardware_has_bfloat16(device) else torch.float32
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """Dense operations a second that a device can do in a dtype, by its data sheet; None where that is not known.
+
+    Example:
+        >>> peak_flops(torch.device("cpu"), torch.bfloat16) is None
+        True
+    """
+    if device.type != "cuda" or dtype != torch.bfloat16:
+        return None
+    return BFLOAT16_FLOPS.get(torch.cuda.get_device_name(device))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import yaml
@@ -28,6 +29,8 @@ from stage_ray.report.charts import chart
 
 MOST_SAMPLES = 6
 TOTAL = "whole step"
+IDLE = "Idle share of each role"
+ROLES = ("rollout", "reward", "learner")
 CHARTS: Mapping[str, Mapping[str, str]] = {  # title -> metric: legend, in the order of the page
     "Reward, mean over images": {"reward/mean": "reward"},
     "Each scorer, mean over images": {},  # whatever scorers there are
@@ -42,6 +45,8 @@ CHARTS: Mapping[str, Mapping[str, str]] = {  # title -> metric: legend, in the o
     },
     "Loss": {"loss": "loss"},
     "Images a second, whole step": {"images_per_s": "images/s"},
+    IDLE: {f"busy/{role}": role for role in ROLES},  # drawn as 1 - busy
+    "Model FLOPs utilisation while working": {f"mfu/{role}": role for role in ("rollout", "learner")},
     "Seconds a step, by stage": {
         **{f"time/{stage}_s": stage for stage in ("rollout", "score", "update", "publish")},
         "time/step_s": TOTAL,
@@ -87,6 +92,7 @@ def write_report(run_dir: Path) -> Path:
         tones=_tones(before, changed),
         pair=_pictures({run_dir / "evaluation" / f"{name}.png": name.capitalize() for name in ("before", "after")}),
         alarms=alarms,
+        roles=_roles(rows),
         charts=_charts(rows),
         samples=_pictures({sheet: f"After step {int(sheet.stem.partition('-')[2])}" for sheet in sheets}),
         config=config_text,
@@ -146,6 +152,22 @@ def _cards(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
     return cards
 
 
+def _idle(busy: Iterable[float | None]) -> list[float | None]:
+    """Shares of time without work; the clocks of workers and driver may differ by a little."""
+    return [None if share is None else max(0.0, 1 - share) for share in busy]
+
+
+def _roles(rows: Sequence[dict[str, Any]]) -> dict[str, tuple[str, ...]]:
+    """Role -> its idle share and its MFU, means over steps; "" where the MFU is not known."""
+    roles: dict[str, tuple[str, ...]] = {}
+    for role in ROLES:
+        idle = [share for share in _idle(row.get(f"busy/{role}") for row in rows) if share is not None]
+        mfu = [row[f"mfu/{role}"] for row in rows if row.get(f"mfu/{role}") is not None]
+        if idle or mfu:
+            roles[role] = tuple(f"{100 * fmean(values):.0f}%" if values else "" for values in (idle, mfu))
+    return roles
+
+
 def _charts(rows: Sequence[dict[str, Any]]) -> dict[str, Markup]:
     """Charts of the metrics that are there, by title."""
     names = sorted({name for row in rows for name in row})
@@ -155,7 +177,8 @@ def _charts(rows: Sequence[dict[str, Any]]) -> dict[str, Markup]:
     for title, columns in CHARTS.items():
         labels = {name: label for name, label in (columns or scorers).items() if name in names}
         if labels:
-            series = {label: [row.get(name) for row in rows] for name, label in labels.items()}
+            shown = _idle if title == IDLE else list[float | None]
+            series = {label: shown(row.get(name) for row in rows) for name, label in labels.items()}
             total = TOTAL if "time/step_s" in columns else ""
             charts[title] = Markup(chart([row["step"] for row in rows], series, total))
     return charts

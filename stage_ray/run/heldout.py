@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,10 +27,17 @@ class HeldOutEvaluation:
     """
 
     def __init__(
-        self, cluster: Cluster, run: RunConfig, prompts: Sequence[Prompt], run_dir: Path, progress: Progress
+        self,
+        cluster: Cluster,
+        run: RunConfig,
+        prompts: Sequence[Prompt],
+        run_dir: Path,
+        progress: Progress,
+        image: Callable[[str, int, Path], None] = lambda name, step, path: None,
     ) -> None:
+        """``image`` gets name, step and PNG of each picture that was drawn."""
         self._backend, self._run, self._config = ClusterBackend(cluster, run), run, run.evaluation
-        self._prompts, self._dir, self._progress = list(prompts), run_dir, progress
+        self._prompts, self._dir, self._progress, self._image = list(prompts), run_dir, progress, image
         self._benchmark = find_benchmark(run.evaluation.benchmark)
         self._wait_for_pictures = run.pipeline.max_staleness == 0
         self._drawing: asyncio.Task[None] | None = None
@@ -56,7 +63,7 @@ class HeldOutEvaluation:
             result = await evaluate(self._backend, self._benchmark, requests, advance)
         result = replace(result, conditions=now)
         write_result(path, result, policy_version=policy_version)
-        await self._picture(path.with_suffix(".png"))
+        await self._draw(f"evaluation/{name}", policy_version, path.with_suffix(".png"))
         shown = {result.headline: result.headline_value, **result.scores}
         told = ", ".join(f"{metric} {value:.3f}" for metric, value in shown.items() if value is not None)
         self._progress.note(f"evaluation {name}: held-out {told}")
@@ -67,7 +74,8 @@ class HeldOutEvaluation:
         unless it is synchronous."""
         if step % self._config.sample_every == 0:
             await self.drawn()
-            self._drawing = asyncio.create_task(self._picture(self._dir / "samples" / f"step-{step:06d}.png"))
+            path = self._dir / "samples" / f"step-{step:06d}.png"
+            self._drawing = asyncio.create_task(self._draw("samples", step, path))
         if self._wait_for_pictures:
             await self.drawn()
 
@@ -76,6 +84,10 @@ class HeldOutEvaluation:
         drawing, self._drawing = self._drawing, None
         if drawing is not None:
             await drawing
+
+    async def _draw(self, name: str, step: int, path: Path) -> None:
+        await self._picture(path)
+        self._image(name, step, path)
 
     async def _picture(self, path: Path) -> None:
         count = self._config.sample_prompts

@@ -18,6 +18,7 @@ from stage_ray.config.inputs import files_of, hub_inputs
 from stage_ray.engines.vllm.environment import require_fitting_build
 from stage_ray.errors import ConfigError
 from stage_ray.evaluation.base import find_benchmark
+from stage_ray.observability.trackers import check_trackers
 from stage_ray.pipeline.prompt_files import load_mix, load_prompts
 from stage_ray.policies import policy_class
 from stage_ray.policies.base import ImageCodec
@@ -45,12 +46,13 @@ def preflight(run: RunConfig, *, fetch: bool = True) -> tuple[list[Prompt], list
     ``fetch`` only what is here already is checked.
 
     Raises:
-        ConfigError: the recipe, the sampler, the model family or the benchmark is unknown, or has no such option or
-            value, vLLM is a build for GPUs and none is reserved, the object store is too small, or the model directory
-            or a prompt file is missing, incomplete or malformed.
+        ConfigError: the recipe, the sampler, the model family, the benchmark or a tracker is unknown, or has no such
+            option or value, vLLM is a build for GPUs and none is reserved, the object store is too small, or the model
+            directory or a prompt file is missing, incomplete or malformed.
     """
     load_recipe(run)
     load_rule(run.rollout)
+    check_trackers(run.logs)
     starts_ray_here = run.cluster.address is None and "RAY_ADDRESS" not in os.environ
     if starts_ray_here:
         require_fitting_build(run.rollout)

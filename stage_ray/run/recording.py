@@ -24,7 +24,7 @@ class StepRecorder:
     def __init__(self, run: RunConfig, run_dir: Path, steps: int, progress: Progress, *, resume_step: int = 0) -> None:
         self._run, self._steps, self._progress = run, steps, progress
         self._groups = run_dir / GROUPS
-        self._logger = MetricsLogger(run_dir, run.cluster.metrics_port, run.cluster.metrics_host, resume_step)
+        self._logger = MetricsLogger(run_dir, run.cluster.metrics_port, run.cluster.metrics_host, resume_step, run)
         self._ringing: set[str] = set()  # alarms of the last step
 
     def step(self, step: int, metrics: dict[str, float]) -> None:
@@ -45,6 +45,10 @@ class StepRecorder:
         """Record an alarm of a step."""
         self._logger.alarm(step, name, text)
         self._progress.alarm(name, text)
+
+    def image(self, name: str, step: int, path: Path) -> None:
+        """Hand a picture, drawn after update ``step``, to the trackers."""
+        self._logger.image(name, step, path)
 
     async def groups(self, step: int, learner: ClusterLearner) -> None:
         """Let the learner write the groups of the last update, where ``pipeline.record`` wants that."""

@@ -11,8 +11,10 @@ import numpy as np
 
 from stage_ray.actors.client import Client, Worker, loading
 from stage_ray.config import RunConfig
+from stage_ray.config.flops import sampling_flops
 from stage_ray.observability.logs import redirect_output
 from stage_ray.observability.worker_metrics import WorkerMetrics
+from stage_ray.policies.devices import device_for, peak_flops
 from stage_ray.records import RECORDED, GroupRefs, RolloutGroup, RolloutRequest, WeightManifest
 from stage_ray.weights.manifest import Chunk, WeightError, unpack
 from stage_ray.weights.process_groups import BroadcastGroup, GroupMember
@@ -47,18 +49,18 @@ class RolloutWorker(Worker):
         return str(self._engine.dtype).removeprefix("torch.")
 
     def generate(self, *requests: RolloutRequest) -> tuple[Any, ...]:
-        """Policy version and seconds, then for each request its group (``images`` empty) and its pictures.
+        """Policy version, seconds and MFU, then for each request its group (``images`` empty) and its pictures.
 
         The learner never reads pictures (uint8 [G, H, W, 3]) and the driver reads neither: each object goes only where
         it is used. Of several ranks the first one answers; the others' objects are None.
         """
         answer, *objects = self.generate_any(*requests)
-        if fault := next(filter(None, answer[2:]), ""):
+        if fault := next(filter(None, answer[3:]), ""):
             raise RuntimeError(fault)
-        return (answer[:2], *objects)
+        return (answer[:3], *objects)
 
     def generate_any(self, *requests: RolloutRequest) -> tuple[Any, ...]:
-        """As `generate`, with what of each group's records is not finite, "" if nothing, beside version and seconds."""
+        """As `generate`; beside version, seconds and MFU what of each group's records is not finite, "" if nothing."""
         start = time.perf_counter()
         self._metrics.begin(request.group_id for request in requests)
         groups = self._engine.generate(requests)
@@ -69,11 +71,27 @@ class RolloutWorker(Worker):
             if fault := _fault(request, group, self._engine.codebook_size):
                 raise RuntimeError(f"group {request.group_id} {fault}")
         self._metrics.done(groups if self._rank == 0 else (), version=self._engine.policy_version)
-        objects: list[Any] = [(self._engine.policy_version, seconds, *map(_not_finite, groups))]
+        mfu = self._utilisation(requests, seconds)
+        objects: list[Any] = [(self._engine.policy_version, seconds, mfu, *map(_not_finite, groups))]
         for group in groups:
             bare = np.empty((len(group.seeds), 0, 0, 3), np.uint8)
             objects += [replace(group, images=bare), group.images] if self._rank == 0 else [None, None]
         return tuple(objects)
+
+    def _utilisation(self, requests: Sequence[RolloutRequest], seconds: float) -> float | None:
+        """Model FLOPs utilisation of a batch that took so long, on all of this worker's GPUs."""
+        rollout = self._run.rollout
+        if not rollout.gpus:
+            return None
+        peak = peak_flops(device_for(rollout.gpus, "rollout.gpus"), self._engine.dtype)
+        if peak is None or (sizes := self._engine.codec.sizes()) is None:
+            return None
+        flops = 0
+        for request in requests:
+            prompt = self._engine.encode_prompt(request.prompt.text)
+            branches = (prompt.conditional, prompt.unconditional)[: 1 + self._engine.params.guided]
+            flops += len(request.seeds) * sum(sampling_flops(sizes, len(branch)) for branch in branches)
+        return flops / (seconds * peak * rollout.tensor_parallel)
 
     def sleep(self) -> None:
         """Leave the GPU's memory to the learner until the next generation batch or version."""
@@ -101,9 +119,9 @@ class RolloutClient(Client):
         """Sample one generation batch. In a ``last`` attempt groups that are not finite come with that ``error``."""
         method = RolloutWorker.generate_any if last else RolloutWorker.generate
         answer, refs = self.ask_objects(method, 2 * len(requests), *requests)
-        version, seconds, *errors = await answer
+        version, seconds, mfu, *errors = await answer
         return [
-            GroupRefs(request.group_id, version, tokens, images, error=error, generate_s=seconds)
+            GroupRefs(request.group_id, version, tokens, images, error=error, generate_s=seconds, mfu=mfu)
             for request, tokens, images, error in zip(
                 requests, refs[::2], refs[1::2], errors or [""] * len(requests), strict=True
             )  # objects alternate

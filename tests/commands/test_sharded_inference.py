@@ -118,7 +118,7 @@ class Draws:
         await asyncio.sleep(0)  # here the driver sees a signal
         groups = self._engine.generate(requests)
         bare = np.empty((2, 0, 0, 3), np.uint8)
-        return (0, 0.0), *chain(*((replace(group, images=bare), group.images) for group in groups))
+        return (0, 0.0, None), *chain(*((replace(group, images=bare), group.images) for group in groups))
 
 
 class Scores:

@@ -125,6 +125,32 @@ def test_a_batch_that_lost_groups_with_a_node_is_requeued_and_they_are_generated
     assert again == taken if order == "strict" else len(again) == len(taken)
 
 
+class MeasuredCluster(FlakyCluster):
+    """Batches of one group: those of even groups take three seconds and use a tenth, the others one second and half."""
+
+    async def generate(self, requests: Sequence[RolloutRequest], **more: Any) -> list[GroupRefs]:
+        groups = await super().generate(requests, **more)
+        return [replace(g, **dict(zip(("generate_s", "mfu"), self.told(g.group_id), strict=True))) for g in groups]
+
+    def told(self, group_id: int) -> tuple[float, float]:
+        return (1.0, 0.5) if group_id % 2 else (3.0, 0.1)
+
+
+def test_the_utilisation_of_rollout_weighs_every_batch_by_its_seconds_and_is_absent_without_any(tmp_path):
+    run = timed_run(tmp_path, steps=1, staleness=0)
+
+    async def metrics_of(cluster: FlakyCluster, name: str) -> dict[str, float]:
+        ledger = Ledger(tmp_path / name)
+        async with GroupStream(cluster, run, PromptCursor(PROMPTS, 0), ledger, 0, step=0) as stream:  # type: ignore
+            await stream.next_batch()
+            first = stream.metrics()
+            assert "mfu/rollout" not in stream.metrics(), "nothing was generated since"
+            return first
+
+    assert asyncio.run(metrics_of(MeasuredCluster(run), "known"))["mfu/rollout"] == pytest.approx(0.2)
+    assert "mfu/rollout" not in asyncio.run(metrics_of(FlakyCluster(run), "unknown"))
+
+
 class UnfiniteCluster(FlakyCluster):
     """Its engines draw no numbers for some groups, whoever draws them."""
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from stage_ray.errors import ConfigError, RunError
+from stage_ray.observability.metrics_logger import MetricsLogger
 from stage_ray.report.report import changes, write_report
 from tests.fake_run import PROMPTS, TASKS, result, scored, write_fake_run
 
@@ -46,6 +47,19 @@ def test_it_shows_score_tasks_pictures_alarms_curves_and_config(finished: str) -
     assert "entropy_collapse" in finished and "<td>3</td><td>7</td><td>30</td>" in finished
     for text in ("Each scorer", "Seconds a step, by stage", "steps: 60", "torch"):
         assert text in finished
+
+
+def test_it_shows_how_idle_each_role_was_and_what_of_the_gpus_the_model_used(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("steps: 2\n")
+    recorder = MetricsLogger(tmp_path, port=None, host="127.0.0.1")
+    recorder.step(1, {"busy/rollout": 0.9, "busy/reward": 0.25, "busy/learner": 1.01, "mfu/learner": 0.4})
+    recorder.step(2, {"busy/rollout": 0.7, "busy/reward": 0.25, "busy/learner": 0.9, "mfu/learner": 0.5})
+    recorder.close()
+    text = write_report(tmp_path).read_text(encoding="utf-8")
+    rows = re.findall(r"<tr><td>(\w+)</td><td>([^<]*)</td><td>([^<]*)</td></tr>", text)
+    assert rows[:3] == [("rollout", "20%", "not known"), ("reward", "75%", "not known"), ("learner", "5%", "45%")]
+    captions = re.findall(r"<figcaption>([^<]*)</figcaption><svg", text)
+    assert captions == ["Idle share of each role", "Model FLOPs utilisation while working"]
 
 
 def test_only_changes_of_which_more_is_better_are_coloured(finished: str) -> None:

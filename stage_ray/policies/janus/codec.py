@@ -43,6 +43,7 @@ class JanusCodec(ImageCodec):
     """
 
     vqmodel: JanusVQVAE | None = None
+    _sizes: ModelSizes | None = None
 
     def __init__(self, location: Path, config: JanusConfig, processor: JanusProcessor, template: str) -> None:
         """``template`` is a config's ``policy.template``: the official roles or the paper's.
@@ -100,10 +101,12 @@ class JanusCodec(ImageCodec):
         return codec
 
     def sizes(self) -> ModelSizes:
-        """Counted from the config; see `ImageCodec.sizes`."""
+        """Counted from the config, once; see `ImageCodec.sizes`."""
         from stage_ray.policies.janus.builder import config_sizes  # late: see the top
 
-        return config_sizes(self.config, self.location.name, str(self.location))
+        if self._sizes is None:
+            self._sizes = config_sizes(self.config, self.location.name, str(self.location))
+        return self._sizes
 
     def texts(self) -> dict[str, str]:
         """The chat template as it was trained with, where that is not the checkpoint's own."""

@@ -1,0 +1,56 @@
+"""Floating-point operations of a model's work, and of a device's second: model FLOPs utilisation (MFU).
+
+After PaLM (arXiv 2204.02311, appendix B): a token costs two operations a parameter that multiplies it (its forward
+pass), twice that more in a backward pass; attention costs 4 operations a pair of positions, layer and unit of width
+(scores and values), and twice that more. What is recomputed to save memory does not count. The image head is frozen, so
+its backward pass makes the gradient of its input alone.
+"""
+
+from __future__ import annotations
+
+from stage_ray.config.model_sizes import ModelSizes
+
+BFLOAT16_FLOPS = {
+    "NVIDIA A100-PCIE-40GB": 312e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H100 NVL": 835e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA L4": 121e12,
+    "NVIDIA L40S": 362e12,
+    "NVIDIA GeForce RTX 4090": 165e12,
+}
+"""GPU, as torch names it -> dense bfloat16 operations a second by NVIDIA's data sheets (no sparsity)."""
+
+
+def forward_flops(model: ModelSizes, prompt: int) -> int:
+    """One image read at once, after a prompt of so many tokens."""
+    positions = _positions(model, prompt)
+    return _layers(model, positions, positions**2) + _head(model)
+
+
+def training_flops(model: ModelSizes, prompt: int) -> int:
+    """The forward and backward pass of one image."""
+    positions = _positions(model, prompt)
+    return 3 * _layers(model, positions, positions**2) + 2 * _head(model)
+
+
+def sampling_flops(model: ModelSizes, prompt: int) -> int:
+    """One sequence drawn token after token, with a cache: the prompt at once, each token with all before it."""
+    positions = _positions(model, prompt)
+    return _layers(model, positions, prompt**2 + sum(range(prompt + 1, positions + 1))) + _head(model)
+
+
+def _positions(model: ModelSizes, prompt: int) -> int:
+    return prompt + model.image_tokens - 1  # nothing reads the last token
+
+
+def _layers(model: ModelSizes, positions: int, pairs: int) -> int:
+    return model.layers * (2 * model.matrices * positions + 4 * model.heads * model.head_dim * pairs)
+
+
+def _head(model: ModelSizes) -> int:
+    return 2 * model.head * model.image_tokens
