@@ -10,4 +10,5 @@ from stage_ray.config.schema import (
     RunConfig,
     ScoringConfig,
     Section,
+    SuiteConfig,
 )

@@ -15,26 +15,36 @@ from stage_ray.rewards import build_rewards, score_groups
 
 
 class RewardWorker(Worker):
-    """Every scorer of the run, called on whole batches of groups."""
+    """Every scorer of the run and of its evaluation, called on whole batches of groups."""
 
     def __init__(self, name: str, run: RunConfig, log: str | None, rank: int = 0) -> None:
         """Load nothing yet: `setup` does."""
         redirect_output(log, "reward", name)
         self._metrics = WorkerMetrics("reward", name)
         self._rewards = run.rewards
+        self._suites = run.evaluation.suites if run.evaluation.enabled else []
 
     @loading()
     def setup(self, address: str = "") -> None:
         """Make every scorer."""
         self._scorers = build_rewards(self._rewards)
+        self._suite_scorers = {
+            str(suite.name): self._scorers
+            if suite.rewards == self._rewards
+            else build_rewards(suite.rewards or [], f"evaluation.suites.{number}.rewards")
+            for number, suite in enumerate(self._suites)
+        }
 
-    def score(self, *objects: Any) -> tuple[Any, ...]:
-        """Groups and pictures, alternating, as a rollout worker returned them -> `score_error`s, then scored groups."""
+    def score(self, *objects: Any, suite: str | None = None) -> tuple[Any, ...]:
+        """Groups and pictures, alternating, as a rollout worker returned them -> `score_error`s, then scored groups.
+
+        By the run's own scorers, or those of a ``suite``.
+        """
         groups: list[RolloutGroup] = [
             replace(group, images=images) for group, images in zip(objects[::2], objects[1::2], strict=True)
         ]
         self._metrics.begin(group.group_id for group in groups)
-        scored = score_groups(self._scorers, groups)
+        scored = score_groups(self._scorers if suite is None else self._suite_scorers[suite], groups)
         self._metrics.done(groups)
         return (tuple(map(score_error, scored)), *scored)
 
@@ -52,9 +62,10 @@ def score_error(group: ScoredGroup) -> str:
 class RewardClient(Client):
     """A reward worker as the driver asks it."""
 
-    async def score(self, groups: Sequence[GroupRefs]) -> list[GroupRefs]:
-        """The groups with their ``scores`` and ``error``."""
+    async def score(self, groups: Sequence[GroupRefs], suite: str | None = None) -> list[GroupRefs]:
+        """The groups with their ``scores`` and ``error``; ``suite``: whose scorers, None for the run's own."""
         objects = [ref for group in groups for ref in (group.tokens, group.images)]
-        errors, scored = self.ask_objects(RewardWorker.score, len(groups), *objects)
+        named = {} if suite is None else {"suite": suite}
+        errors, scored = self.ask_objects(RewardWorker.score, len(groups), *objects, **named)
         answers = zip(groups, scored, await errors, strict=True)
         return [replace(group, scores=scores, error=error) for group, scores, error in answers]
