@@ -56,14 +56,14 @@ def train(run: RunConfig, *, resume: Resume = False, progress: Progress | None =
     ):
         recorder = StepRecorder(run, run_dir, run.steps, progress, resume_step=state.step)
         try:
-            before, after, best = asyncio.run(_train(run, run_dir, state, recorder, prompts, progress))
+            before, after = asyncio.run(_train(run, run_dir, state, recorder, prompts, progress))
         except NoValidRewardError as error:
             recorder.alarm(error.step, "no_valid_reward", str(error))
             raise
         finally:
             recorder.close()
             report = _report(run_dir, progress)  # also of a run that failed
-    return RunSummary(run_dir, run.steps, before, after, report, best)
+    return RunSummary(run_dir, run.steps, before, after, report, state.best)
 
 
 def _report(run_dir: Path, progress: Progress) -> Path:
@@ -77,7 +77,7 @@ def _report(run_dir: Path, progress: Progress) -> Path:
 
 async def _train(
     run: RunConfig, run_dir: Path, state: RunState, recorder: StepRecorder, prompts: RunPrompts, progress: Progress
-) -> tuple[float | None, float | None, int | None]:
+) -> tuple[float | None, float | None]:
     progress.stage("starting Ray, the rollout engine, the scorers and the learner")
     async with StopSignal(progress) as stop, Cluster.start(run, run_dir) as cluster:  # warm, all at one version
         suites = SuiteEvaluations(cluster, run, prompts, run_dir, progress)
@@ -93,9 +93,9 @@ async def _train(
                 state.rate(suites.scores())
                 progress.stage("writing the trained model and the report")
                 await cluster.learner.export(run_dir / "final")
-                best = await state.export_best(cluster, run_dir / "best")
-                suites.record_best(best)
-                return before, after, best
+                await state.export_best(cluster, run_dir / "best")
+                suites.record_best(state.best)
+                return before, after
             except LearnerLostError as lost:  # all that it learned since the last checkpoint; the workers stay
                 state.rewind(lost)
                 recorder.rewind(state.step)

@@ -43,6 +43,7 @@ class RunState:
 
     Attributes:
         step: updates that the newest whole checkpoint holds; 0 without one.
+        best: updates of the model that `export_best` has written; None without one.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class RunState:
         self._store = CheckpointStore(run_dir / "checkpoints", run.checkpoint.keep)
         self._saving: asyncio.Task[None] | None = None
         self._losses = 0
+        self.best: int | None = None
         saved = self._store.latest(note) if resume else None
         if resume and saved is None:
             _require_unsaved(run_dir, run.checkpoint.every)
@@ -139,14 +141,14 @@ class RunState:
         """Keep the best checkpoint by the ``scores`` of steps, whatever ``checkpoint.keep`` says."""
         self._store.scores = {step: score for step, score in scores.items() if step}  # 0: no checkpoint
 
-    async def export_best(self, cluster: Cluster, directory: Path) -> int | None:
-        """Export the best checkpoint once the last step is done, and remove older ones that were; its step, if any.
+    async def export_best(self, cluster: Cluster, directory: Path) -> None:
+        """Export the best checkpoint, if any, once the last step is done, and remove older ones that were best.
 
         Raises:
             RunError: it is damaged.
         """
         if (step := self._store.best()) is None:
-            return None
+            return
         self._store.prune(self._run.steps)
         if step != self._run.steps:
             path = self._store.path(step)
@@ -156,7 +158,7 @@ class RunState:
                 raise RunError(f"the best step, {step}, was not exported: {error}") from error
             await cluster.learner.load_state(path)
         await cluster.learner.export(directory)
-        return step
+        self.best = step
 
     def close(self) -> None:
         """Close the ledger."""
