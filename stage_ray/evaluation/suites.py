@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from stage_ray.config import RunConfig, SuiteConfig
+from stage_ray.config import RewardConfig, RunConfig, SuiteConfig
 from stage_ray.errors import ConfigError, suggest
 from stage_ray.evaluation.base import EvaluationResult, find_benchmark, read_result
 from stage_ray.files import read_json
@@ -47,13 +47,18 @@ def own_suite(run: RunConfig) -> SuiteConfig:
 def is_rewarded(run: RunConfig, suite: SuiteConfig) -> bool:
     """Whether a scorer that judges a suite is one that the run trains on.
 
-    Those judge that are of a type which the benchmark asks for, or all of the suite's where there is none.
+    Those judge that are of a type which the benchmark asks for, or all of the suite's where there is none. Two are the
+    same unless an option that both give differs.
     """
+
+    def same(one: RewardConfig, other: RewardConfig) -> bool:
+        both = one.options.keys() & other.options.keys()
+        return one.type == other.type and all(one.options[key] == other.options[key] for key in both)
+
     asked = {reward.type for reward in find_benchmark(suite.benchmark).rewards}
     scorers = suite.rewards or []
     judges = [reward for reward in scorers if reward.type in asked] or scorers
-    trained = [(reward.type, reward.options) for reward in run.rewards if reward.weight]
-    return any((judge.type, judge.options) in trained for judge in judges)
+    return any(same(judge, reward) for judge in judges for reward in run.rewards if reward.weight)
 
 
 def suite_dirs(run_dir: Path) -> list[Path]:

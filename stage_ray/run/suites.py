@@ -31,11 +31,12 @@ class SuiteEvaluations:
         self, cluster: Cluster, run: RunConfig, prompts: RunPrompts, run_dir: Path, progress: Progress
     ) -> None:
         self.own = HeldOutEvaluation(cluster, run, prompts.heldout, run_dir, progress)
-        self._evaluations = {str(self.own.suite.name): self.own} if run.prompts.heldout is not None else {}
-        for suite in run.evaluation.suites:
+        self._evaluations: dict[str, HeldOutEvaluation] = {}
+        if run.evaluation.enabled and run.prompts.heldout is not None:
+            self._evaluations[str(self.own.suite.name)] = self.own
+        for suite in run.evaluation.suites if run.evaluation.enabled else []:
             name = str(suite.name)
             self._evaluations[name] = HeldOutEvaluation(cluster, run, prompts.suites[name], run_dir, progress, suite)
-        self._evaluations = self._evaluations if run.evaluation.enabled else {}
         self._run, self._run_dir, self._progress = run, run_dir, progress
         self._found: dict[str, dict[int, EvaluationResult]] = {}  # suite -> updates done -> result
 

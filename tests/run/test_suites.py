@@ -131,6 +131,13 @@ def test_an_alarm_rings_when_the_reward_rises_while_a_suite_that_is_not_rewarded
     assert alarms == []
 
 
+def test_suites_that_are_switched_off_are_not_evaluated(tmp_path):
+    run = tiny_run(tmp_path, tmp_path / "plain", evaluation={"suites": [BRIGHT], "enabled": False})
+    cluster: Any = None  # it is not asked
+    suites = SuiteEvaluations(cluster, resolve_suites(run), RunPrompts(NAMES, NAMES, {}), tmp_path, Progress())
+    assert [asyncio.run(suites.before(0)), asyncio.run(suites.after())] == [None, None]
+
+
 def test_a_suite_is_rewarded_where_the_run_trains_on_what_judges_it(tmp_path):
     run = suites_run(tmp_path)
     (dark,) = run.evaluation.suites
