@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 from stage_ray.config import RewardConfig, RunConfig, SuiteConfig
@@ -68,7 +69,7 @@ def suite_dirs(run_dir: Path) -> list[Path]:
 
 
 def results(directory: Path) -> dict[int, EvaluationResult]:
-    """The evaluations in a directory by the updates done, in that order.
+    """The evaluations in a directory by the updates done, in that order, without their images.
 
     Raises:
         RunError: a file is damaged.
@@ -76,7 +77,7 @@ def results(directory: Path) -> dict[int, EvaluationResult]:
     found = {}
     for path in [directory / "before.json", *directory.glob("step-*.json"), directory / "after.json"]:
         if (result := read_result(path)) is not None:
-            found[int((read_json(path) or {}).get("policy_version", -1))] = result
+            found[int((read_json(path) or {}).get("policy_version", -1))] = replace(result, images=())
     return dict(sorted((step, result) for step, result in found.items() if step >= 0))  # an early version gave none
 
 

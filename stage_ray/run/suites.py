@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from stage_ray.cluster.cluster import Cluster
@@ -97,7 +98,7 @@ class SuiteEvaluations:
     async def _evaluate(self, label: str, step: int) -> None:
         for name, evaluation in self._evaluations.items():
             if (result := await evaluation.result(label, step)) is not None:
-                self._found[name][step] = result
+                self._found[name][step] = replace(result, images=())  # of hundreds of evaluations they are too many
 
     def _headline(self, step: int) -> float | None:
         """Of the first suite after ``step`` updates."""
