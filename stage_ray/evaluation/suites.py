@@ -86,10 +86,14 @@ def _resolved(run: RunConfig, suite: SuiteConfig, key: str) -> SuiteConfig:
     name = suite.name or benchmark.name
     if not re.fullmatch(r"\w[\w.-]*", name):
         raise ConfigError(f"{key}.name: {name!r}, the benchmark's, is no name of a directory; set one of letters, -, _")
+    rewards = suite.rewards or list(benchmark.rewards) or run.rewards
+    columns = [reward.column for reward in rewards]
+    if repeated := next((name for name in columns if columns.count(name) > 1), None):
+        raise ConfigError(f"{key}.rewards: the name {repeated!r} is used twice; give each scorer a name of its own")
     return SuiteConfig(
         benchmark=suite.benchmark,
         name=name,
         prompts=suite.prompts or benchmark.prompts,
         images_per_prompt=suite.images_per_prompt or benchmark.images_per_prompt,
-        rewards=suite.rewards or list(benchmark.rewards) or run.rewards,
+        rewards=rewards,
     )
