@@ -13,28 +13,32 @@ from stage_ray.cluster.cluster import Cluster
 from stage_ray.config import RunConfig
 from stage_ray.config.inputs import pin
 from stage_ray.errors import GroupsLostError, LearnerLostError, RunError
+from stage_ray.evaluation.suites import resolve_suites
 from stage_ray.files import name_disk_errors
 from stage_ray.observability.progress import Progress, progress_for
 from stage_ray.pipeline.stream import NoValidRewardError
-from stage_ray.records import Prompt
 from stage_ray.report.report import write_report
-from stage_ray.run.heldout import HeldOutEvaluation
-from stage_ray.run.preflight import preflight
+from stage_ray.run.preflight import RunPrompts, preflight
 from stage_ray.run.recording import StepClock, StepRecorder
 from stage_ray.run.run_dir import Resume, known_commits, open_run_dir
 from stage_ray.run.state import RunState
 from stage_ray.run.stop import StopSignal
+from stage_ray.run.suites import SuiteEvaluations
 
 
 @dataclass(frozen=True, slots=True)
 class RunSummary:
-    """What a finished run leaves: the headline of its benchmark before and after, None where nothing was evaluated."""
+    """What a finished run leaves: the headline of its first suite before and after, None where nothing was evaluated.
+
+    ``best``: the step whose model is in ``best/``, by ``checkpoint.keep_best``.
+    """
 
     run_dir: Path
     steps: int
     before: float | None
     after: float | None
     report: Path
+    best: int | None = None
 
 
 def train(run: RunConfig, *, resume: Resume = False, progress: Progress | None = None) -> RunSummary:
@@ -47,24 +51,24 @@ def train(run: RunConfig, *, resume: Resume = False, progress: Progress | None =
     Example:
         train(load_config("stage_shapeworld", ["steps=20"], run_dir="runs/short")).report
     """
-    run, commits = pin(run, known_commits(Path(run.run_dir)) if resume else {})
-    prompts, heldout_prompts = preflight(run)
+    run, commits = pin(resolve_suites(run), known_commits(Path(run.run_dir)) if resume else {})
+    prompts = preflight(run)
     progress = progress or Progress()
     with (
         name_disk_errors(Path(run.run_dir)),
         open_run_dir(run, resume, commits, progress.note) as run_dir,
-        closing(RunState(run, run_dir, prompts, resume=bool(resume), note=progress.note)) as state,
+        closing(RunState(run, run_dir, prompts.train, resume=bool(resume), note=progress.note)) as state,
     ):
         recorder = StepRecorder(run, run_dir, run.steps, progress, resume_step=state.step)
         try:
-            before, after = asyncio.run(_train(run, run_dir, state, recorder, heldout_prompts, progress))
+            before, after = asyncio.run(_train(run, run_dir, state, recorder, prompts, progress))
         except NoValidRewardError as error:
             recorder.alarm(error.step, "no_valid_reward", str(error))
             raise
         finally:
             recorder.close()
             report = _report(run_dir, progress)  # also of a run that failed
-    return RunSummary(run_dir, run.steps, before, after, report)
+    return RunSummary(run_dir, run.steps, before, after, report, state.best)
 
 
 def _report(run_dir: Path, progress: Progress) -> Path:
@@ -77,21 +81,25 @@ def _report(run_dir: Path, progress: Progress) -> Path:
 
 
 async def _train(
-    run: RunConfig, run_dir: Path, state: RunState, recorder: StepRecorder, prompts: list[Prompt], progress: Progress
+    run: RunConfig, run_dir: Path, state: RunState, recorder: StepRecorder, prompts: RunPrompts, progress: Progress
 ) -> tuple[float | None, float | None]:
     progress.stage("starting Ray, the rollout engine, the scorers and the learner")
     async with StopSignal(progress) as stop, Cluster.start(run, run_dir) as cluster:  # warm, all at one version
-        heldout = HeldOutEvaluation(cluster, run, prompts, run_dir, progress, recorder.image)
+        suites = SuiteEvaluations(cluster, run, prompts, run_dir, progress, recorder.image)
         while True:
             try:
                 await state.restore(cluster)
-                before = await heldout.evaluate("before", state.step)
+                before = await suites.before(state.step)
+                state.rate(suites.scores())
                 if state.step < run.steps:
                     with stop.steps():
-                        await _steps(run, cluster, state, recorder, heldout, stop)
-                after = await heldout.evaluate("after", run.steps)
+                        await _steps(run, cluster, state, recorder, suites, stop)
+                after = await suites.after()
+                state.rate(suites.scores())
                 progress.stage("writing the trained model and the report")
                 await cluster.learner.export(run_dir / "final")
+                await state.export_best(cluster, run_dir / "best")
+                suites.record_best(state.best)
                 return before, after
             except LearnerLostError as lost:  # all that it learned since the last checkpoint; the workers stay
                 state.rewind(lost)
@@ -104,7 +112,7 @@ async def _steps(
     cluster: Cluster,
     state: RunState,
     recorder: StepRecorder,
-    heldout: HeldOutEvaluation,
+    suites: SuiteEvaluations,
     stop: StopSignal,
 ) -> None:
     async with state.stream(cluster) as stream:  # meanwhile it admits, generates and scores the groups to come
@@ -123,9 +131,13 @@ async def _steps(
             stream.mark_trained(groups, step)
             step += 1
             images = len(groups) * run.rollout.group_size
-            recorder.step(step, update.metrics | stream.metrics() | clock.metrics(images))
+            metrics = update.metrics | stream.metrics() | clock.metrics(images)
+            found = await stop.unless_requested(suites.during(step, metrics.get("reward/mean")))
+            measured, alarms = found or ({}, [])
+            recorder.step(step, metrics | measured, alarms)
+            state.rate(suites.scores())
             await recorder.groups(step, cluster.learner)
-            await heldout.sample(step)
+            await suites.own.sample(step)
             await state.checkpoint(step, cluster, stream, now=stop.requested is not None)
             if stop.requested is not None:
                 raise stop.error(step)
@@ -133,7 +145,7 @@ async def _steps(
                 stream.release(groups)  # only now do their slots free
             clock = StepClock()
         await state.saved()
-        await heldout.drawn()
+        await suites.own.drawn()
         await cluster.settle()
 
 

@@ -100,11 +100,11 @@ class Client:
         return self._together([getattr(rank, method.__name__).remote(*args, **kwargs) for rank in self._ranks])
 
     def ask_objects(
-        self, method: Callable[..., Iterable[Any]], count: int, *args: Any
+        self, method: Callable[..., Iterable[Any]], count: int, *args: Any, **named: Any
     ) -> tuple[Awaitable[Any], list[Any]]:
         """Ask for an answer and ``count`` > 0 objects: the answer to come, and rank 0's references."""
         methods = [getattr(rank, method.__name__).options(num_returns=1 + count) for rank in self._ranks]
-        answers = [method.remote(*args) for method in methods]
+        answers = [method.remote(*args, **named) for method in methods]
         return self._together([first for first, *_ in answers]), answers[0][1:]
 
     async def setup(self) -> None:

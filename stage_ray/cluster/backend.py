@@ -16,9 +16,15 @@ from stage_ray.records import RolloutRequest, ScoredGroup
 
 
 class ClusterBackend:
-    """A `stage_ray.evaluation.loop.Backend` over rollout and reward workers; without ``scoring`` it draws only."""
+    """A `stage_ray.evaluation.loop.Backend` over rollout and reward workers; without ``scoring`` it draws only.
 
-    def __init__(self, cluster: InferenceCluster, run: RunConfig, *, scoring: bool = True) -> None:
+    With a ``suite`` its scorers judge, else the run's own.
+    """
+
+    def __init__(
+        self, cluster: InferenceCluster, run: RunConfig, *, scoring: bool = True, suite: str | None = None
+    ) -> None:
+        self._suite = {} if suite is None else {"suite": suite}
         self._cluster, self._attempts, self._scoring = cluster, run.cluster.attempts, scoring
         self.images_per_batch = run.rollout.images_per_batch
         drawing, judging = (pool.max_workers or pool.workers for pool in (run.rollout, run.scoring))
@@ -42,7 +48,7 @@ class ClusterBackend:
         """One attempt."""
         groups = await self._cluster.generate(requests)
         if self._scoring:
-            groups = await self._cluster.score(groups)
+            groups = await self._cluster.score(groups, **self._suite)
             for group in groups:
                 if group.scores is None:
                     raise _NotScoredError(group.error)

@@ -107,10 +107,11 @@ class InferenceCluster:
                 on_retry=on_retry,
             )
 
-    async def score(self, groups: Sequence[GroupRefs]) -> list[GroupRefs]:
+    async def score(self, groups: Sequence[GroupRefs], suite: str | None = None) -> list[GroupRefs]:
         """Score a batch of groups; where a worker is too slow or fails, its groups come back with that ``error``.
 
-        One that dies says nothing about them: they go to others, up to ``cluster.attempts`` times in all.
+        One that dies says nothing about them: they go to others, up to ``cluster.attempts`` times in all. ``suite``:
+        whose scorers judge, None for the run's own.
 
         Raises:
             GroupsLostError: some of them are gone, with the node that held them; none is scored.
@@ -120,7 +121,7 @@ class InferenceCluster:
         try:
             with self._fatal(NoWorkersLeft):
                 return await self.rewards.call(
-                    lambda worker: worker.score(groups), timeout, attempts=attempts, retry=WorkerDied
+                    lambda worker: worker.score(groups, suite), timeout, attempts=attempts, retry=WorkerDied
                 )
         except WorkerLost as lost:
             return [replace(group, error=str(lost)) for group in groups]

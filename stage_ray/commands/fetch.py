@@ -24,8 +24,9 @@ def fetch(
     from stage_ray.config.hub import commit_of, download, named
     from stage_ray.config.inputs import files_of, hub_inputs
     from stage_ray.config.load import load_config
+    from stage_ray.evaluation.suites import resolve_suites
 
-    found = hub_inputs(load_config(config, overrides))
+    found = hub_inputs(resolve_suites(load_config(config, overrides)))
     for key, uri in found.items():
         try:
             commit = commit_of(uri, key)

@@ -23,7 +23,7 @@ import yaml
 import stage_ray
 from stage_ray.config import RunConfig
 from stage_ray.config.hub import HUB
-from stage_ray.config.inputs import inputs
+from stage_ray.config.inputs import inputs, takes_prompts
 from stage_ray.config.load import config_files, load_config, read_mapping
 from stage_ray.config.paths import PACKAGE
 from stage_ray.config.shipped import DIRECTORY, config_path
@@ -180,9 +180,9 @@ def _named_files(run: RunConfig, root: Path, called: str) -> dict[str, Path]:
             continue
         inside = os.path.normpath(name)  # not resolved: the job looks it up by its name, so a link stays a link
         path = root / inside
-        if inside.startswith("..") and (path.exists() or key.startswith("prompts.")):
+        if inside.startswith("..") and (path.exists() or takes_prompts(key)):
             raise ConfigError(f"{key} = {name!r} leads out of {called}, and a job finds only what lies below; {fix}")
-        if key.startswith("prompts.") and not path.exists():
+        if takes_prompts(key) and not path.exists():
             raise ConfigError(f"{key} = {name!r} is no file in {called}; {fix}")
         if path.exists():
             size = sum(file.stat().st_size for file in (path, *path.rglob("*")) if file.is_file()) / 2**20

@@ -57,17 +57,22 @@ def train(
             progress.note(f"replayed into {replay_run(run, replay, progress)}")
         return
     from stage_ray.evaluation.base import read_result, unlike
+    from stage_ray.evaluation.suites import EVALUATION, suite_dirs
     from stage_ray.train import train as train_run
 
     with progress_for(run) as progress:
         summary = train_run(run, resume="extend" if extend else "auto" if auto_resume else resume, progress=progress)
-        before, after = (read_result(summary.run_dir / "evaluation" / f"{name}.json") for name in ("before", "after"))
-        if before and after and summary.before is not None and summary.after is not None:
-            first = f"held-out {before.headline} {summary.before:.3f} before, "
-            other = f"{after.headline} " * (after.headline != before.headline)
-            progress.note(f"{first}{other}{summary.after:.3f} after {summary.steps} steps")
-            if why := unlike(before.conditions, after.conditions):
-                progress.note(why)
+        for directory in suite_dirs(summary.run_dir):
+            before, after = (read_result(directory / f"{name}.json") for name in ("before", "after"))
+            was, now = before and before.headline_value, after and after.headline_value
+            if before and after and was is not None and now is not None and summary.after is not None:
+                suite = "held-out" if directory.name == EVALUATION else f"suite {directory.name}:"
+                other = f"{after.headline} " * (after.headline != before.headline)
+                progress.note(
+                    f"{suite} {before.headline} {was:.3f} before, {other}{now:.3f} after {summary.steps} steps"
+                )
+                if why := unlike(before.conditions, after.conditions):
+                    progress.note(why)
         progress.note(f"report: {summary.report}")
 
 

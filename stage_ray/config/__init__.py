@@ -12,4 +12,5 @@ from stage_ray.config.schema import (
     RunConfig,
     ScoringConfig,
     Section,
+    SuiteConfig,
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ SECTIONS: dict[str, Any] = {
     "prompts": {"train", "heldout"},
     "policy": {"path", "reference"},
     "rewards": {"__all__": {"options"}},
+    "evaluation": {"suites": {"__all__": {"prompts": True, "rewards": {"__all__": {"options"}}}}},
 }
 MODEL_KEYS = ("path", "reference")  # names of keys that take a model: a directory or a hub id
 
@@ -46,7 +48,7 @@ def pin(run: RunConfig, known: Mapping[str, str]) -> tuple[RunConfig, dict[str, 
     pinned = []
     for key, uri in hub_inputs(run).items():
         location = inputs(run)[key]
-        if "@" not in location and key.startswith("rewards.") and "." in run.rewards[int(key.split(".")[1])].type:
+        if "@" not in location and _of_own_scorer(run, key):
             continue
         commits[location] = known.get(location) or commits.get(location) or commit_of(uri, key)
         pinned.append(f"{key}={json.dumps(at_commit(uri, commits[location]))}")
@@ -58,9 +60,28 @@ def takes_model(key: str) -> bool:
     return not key.startswith("prompts.") and key.rpartition(".")[2] in MODEL_KEYS
 
 
+def takes_prompts(key: str) -> bool:
+    """Whether a key's value is a place of prompts.
+
+    Example:
+        >>> takes_prompts("prompts.train"), takes_prompts("evaluation.suites.0.prompts"), takes_prompts("policy.path")
+        (True, True, False)
+    """
+    return re.fullmatch(r"prompts\.\w+|evaluation\.suites\.\d+\.prompts", key) is not None
+
+
 def files_of(key: str) -> tuple[str, ...]:
     """Patterns of the files that are downloaded for a key."""
-    return PROMPT_FILES if key.startswith("prompts.") else MODEL_FILES
+    return PROMPT_FILES if takes_prompts(key) else MODEL_FILES
+
+
+def _of_own_scorer(run: RunConfig, key: str) -> bool:
+    """Whether a key is an option of a scorer of the user's own."""
+    scorer, options, _ = key.partition(".options.")
+    value: Any = run
+    for part in scorer.split("."):
+        value = value[int(part)] if part.isdigit() else getattr(value, part)
+    return bool(options) and "." in value.type
 
 
 def leaves(value: Any, key: str = "") -> dict[str, Any]:

@@ -230,13 +230,38 @@ class CheckpointConfig(Section):
 
     every: int = Field(50, ge=1, description="Steps between checkpoints; the last step is always saved")
     keep: int = Field(2, ge=1, description="Newest checkpoints kept")
+    keep_best: str | None = Field(
+        None, description="Suite by whose headline the best evaluated step is saved, kept, and exported to best/"
+    )
+
+
+class SuiteConfig(Section):
+    """A further benchmark of a run; its name alone stands for one with all defaults."""
+
+    benchmark: str = Field(description="geneval, or package.module.Class")
+    name: str | None = Field(
+        None, pattern=r"^\w[\w.-]*$", description="In metrics, files and checkpoint.keep_best; null: the benchmark's"
+    )
+    prompts: str | None = Field(None, description="As prompts.heldout; null: the benchmark's own")
+    images_per_prompt: int | None = Field(None, ge=1, description="Images of each prompt; null: the benchmark's own")
+    rewards: list[RewardConfig] | None = Field(
+        None, description="Its scorers, which train nothing; null: the benchmark's own, or where it has none the run's"
+    )
+
+
+def _by_name(value: Any) -> Any:
+    return {"benchmark": value} if isinstance(value, str) else value
 
 
 class EvaluationConfig(Section):
-    """Held-out evaluation before the first and after the last step, and the fixed sample grid."""
+    """Evaluation before the first step, after the last one and between, and the fixed sample grid."""
 
-    enabled: bool = Field(True, description="Evaluate on prompts.heldout before and after")
+    enabled: bool = Field(True, description="Evaluate on prompts.heldout, and every suite")
     benchmark: str = Field("geneval", description="What the run's scores add up to: geneval, or package.module.Class")
+    suites: list[Annotated[SuiteConfig, BeforeValidator(_by_name)]] = Field(
+        [], description="Benchmarks beside that one, each with prompts and scorers of its own: names, or SuiteConfig"
+    )
+    every: int | None = Field(None, ge=1, description="Steps between evaluations; null: only before and after")
     images_per_prompt: int = Field(4, ge=1, description="Images of each held-out prompt")
     seed: int = Field(20, ge=0, description="Seed of evaluation and sample images")
     sample_every: int = Field(50, ge=1, description="Steps between pictures of samples")
@@ -341,8 +366,7 @@ class RunConfig(Section):
                 raise ValueError(f"rewards: {other!r} and {name!r} would share one metric; rename one of them")
         if all(reward.weight == 0 for reward in self.rewards):
             raise ValueError("rewards: every weight is 0, so nothing would be trained")
-        if self.evaluation.enabled and self.prompts.heldout is None:
-            raise ValueError("prompts.heldout is not set; set it, or evaluation.enabled=false")
+        self._check_evaluation()
         for name, pool in (("rollout", rollout), ("scoring", self.scoring)):
             if pool.max_workers is not None and pool.max_workers < pool.workers:
                 raise ValueError(
@@ -374,6 +398,20 @@ class RunConfig(Section):
                 f"and be a multiple of learner.ranks = {learner.ranks}"
             )
         return self
+
+    def _check_evaluation(self) -> None:
+        """Raise a ValueError where something is asked of an evaluation that does not take place."""
+        config, best = self.evaluation, self.checkpoint.keep_best
+        if config.enabled and self.prompts.heldout is None and not config.suites:
+            raise ValueError("prompts.heldout is not set; set it, or evaluation.suites, or evaluation.enabled=false")
+        if config.every is not None and not config.enabled:
+            raise ValueError(
+                f"evaluation.every = {config.every} needs evaluation.enabled = true; set that, or evaluation.every=null"
+            )
+        if best is not None and config.every is None:
+            raise ValueError(
+                f"checkpoint.keep_best = {best!r} needs evaluation.every: without it only the last step is evaluated"
+            )
 
     def _check_colocated(self) -> None:
         """Raise a ValueError unless each rollout worker can share a GPU with one rank of the learner."""

@@ -156,6 +156,26 @@ def unlike(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
     return f"before and after cannot be compared: {'; '.join(said)}" if said else ""
 
 
+def changes(before: EvaluationResult, after: EvaluationResult) -> dict[str, MetricValue]:
+    """Change of each metric that two evaluations of one benchmark have, with its standard error.
+
+    Both draw the same prompts with the same seeds, so the change is estimated prompt by prompt: its standard error is
+    that of the prompts' differences, which is smaller than what the two values' errors suggest. The change of a mean
+    of metrics is the mean of their changes.
+    """
+    found: dict[str, MetricValue] = {}
+    for name, was in before.metrics.items():
+        now = after.metrics.get(name)
+        if now is None or any(part not in found for part in was.parts):
+            continue
+        both = was.by_prompt.keys() & now.by_prompt.keys()  # prompts with a judged image in both
+        differences = {prompt: [now.by_prompt[prompt] - was.by_prompt[prompt]] for prompt in sorted(both)}
+        parts = {part: found[part] for part in was.parts}  # empty where the metric is measured itself
+        if (change := mean_of_metrics(parts) or mean_over_images(differences)) is not None:
+            found[name] = change
+    return found
+
+
 def write_result(path: Path, result: EvaluationResult, **more: Any) -> None:
     """Write a result as JSON, whole or not at all; ``more`` are keys beside its own."""
     atomic_write(path, json.dumps(asdict(result) | more, indent=1))

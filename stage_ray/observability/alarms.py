@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 ENTROPY_COLLAPSE_RATIO = 0.5  # the policy's token entropy by the reference's, on the same tokens
 KL_BLOWUP = 0.5  # k3 to the reference, nats a token; healthy runs of the paper's kind stay an order below
@@ -18,7 +18,8 @@ def alarms(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
 
     Names and meanings are in `stage_ray.observability.registry.ALARMS`. ``no_valid_reward`` also rings where a run
     stops because no group can be scored (`stage_ray.pipeline.stream`), and ``learner_lost`` where the learner died and
-    the run goes back to a checkpoint (`stage_ray.train`). A metric that is absent raises no alarm.
+    the run goes back to a checkpoint (`stage_ray.train`). A metric that is absent raises no alarm. `overoptimization`
+    needs evaluations.
     """
     policy, reference = metrics.get("entropy/policy", math.nan), metrics.get("entropy/reference", math.nan)
     kl, mismatch = metrics.get("kl", 0.0), metrics.get("mismatch/abs_logprob", 0.0)
@@ -38,5 +39,28 @@ def alarms(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
         "kl_blowup": kl > KL_BLOWUP and f"KL to the reference is {kl:.3g} nats a token; raise algorithm.beta",
         "mismatch": (mismatch > MISMATCH and f"rollout and learner differ by {mismatch:.3g} nats a token; {dtypes}")
         or (drifted > MISMATCH and f"{older}; {dtypes}, and if they agree lower learner.lr"),
+    }
+    return [(name, text) for name, text in found.items() if text]
+
+
+def overoptimization(
+    metric: str, since: int, change: float, error: float | None, rewards: Sequence[float]
+) -> list[tuple[str, str]]:
+    """The alarm of an evaluation by scorers that are not rewarded: it falls while the reward rises.
+
+    Args:
+        metric: the headline that fell, for people.
+        since: updates done where it was best.
+        change: how far it has come since, and its standard error; without one nothing can be said.
+        rewards: ``reward/mean`` of the updates since; it rises where their second half is above the first.
+    """
+    half = len(rewards) // 2
+    first, last = (sum(some) / half if half else math.nan for some in (rewards[:half], rewards[len(rewards) - half :]))
+    fell = error is not None and change < -2 * error
+    found = {
+        "overoptimization": fell
+        and last > first
+        and f"{metric} fell by {-change:.3g} ± {error:.2g} since step {since}, while the reward rose from {first:.3g} "
+        f"to {last:.3g}; raise algorithm.beta, stop there, or reward what the suite measures"
     }
     return [(name, text) for name, text in found.items() if text]

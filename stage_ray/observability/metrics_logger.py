@@ -186,16 +186,22 @@ class PrometheusEndpoint:
         self.port = self._server.server_port
 
     def serve(self, numbers: Mapping[str, float | None]) -> None:
-        """Serve a step's numbers; those that an earlier step measured and this one did not are NaN."""
-        for name in self._gauges.keys() | numbers.keys():
-            self.set(name, numbers.get(name))
+        """Serve a step's numbers; those that an earlier step measured and this one did not are NaN.
 
-    def set(self, name: str, number: float | None) -> None:
-        """Serve one number; None as NaN."""
-        if name not in self._gauges:
-            served = PREFIX + re.sub(r"\W", "_", name)  # Prometheus takes letters, digits and _ only
-            self._gauges[name] = Gauge(served, _help(name), registry=self._registry)
-        self._gauges[name].set(math.nan if number is None else number)
+        But for evaluations: theirs are served until the next one.
+        """
+        measured = {self.set(name, number) for name, number in numbers.items()}
+        for served in self._gauges.keys() - measured:
+            if not served.startswith(f"{PREFIX}eval_"):
+                self._gauges[served].set(math.nan)
+
+    def set(self, name: str, number: float | None) -> str:
+        """Serve one number; None as NaN. The name by which it is served."""
+        served = PREFIX + re.sub(r"\W", "_", name)  # Prometheus takes letters, digits and _ only
+        if served not in self._gauges:
+            self._gauges[served] = Gauge(served, _help(name), registry=self._registry)
+        self._gauges[served].set(math.nan if number is None else number)
+        return served
 
     def close(self) -> None:
         """Free the port."""

@@ -75,7 +75,8 @@ def find(name: str) -> Metric | None:
     """The entry of a recorded metric: its own before that of a family, None where there is none."""
 
     def matches(metric: Metric) -> bool:
-        family = metric.name.replace("<scorer>", "[^/]+").replace("<updates>", r"\d+")
+        family = metric.name.replace("<updates>", r"\d+").replace("<metric>", ".+")
+        family = re.sub(r"<\w+>", "[^/]+", family)
         return re.fullmatch(family, name) is not None
 
     return min(filter(matches, RECORDED), key=lambda metric: metric.name != name, default=None)  # its own comes first

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -14,18 +15,12 @@ from markupsafe import Markup
 
 from stage_ray.config.hardware import machine_metadata
 from stage_ray.errors import ConfigError
-from stage_ray.evaluation.base import (
-    EvaluationResult,
-    MetricValue,
-    mean_of_metrics,
-    mean_over_images,
-    read_result,
-    unlike,
-)
+from stage_ray.evaluation.base import EvaluationResult, MetricValue, changes, read_result, unlike
+from stage_ray.evaluation.suites import BEST_FILE, EVALUATION, results, suite_dirs
 from stage_ray.files import atomic_write, read_json
 from stage_ray.observability.metrics_logger import ALARMS_FILE, MACHINE_FILE, METRICS_FILE, read_steps
 from stage_ray.observability.registry import find
-from stage_ray.report.charts import chart
+from stage_ray.report.charts import banded_chart, chart
 
 MOST_SAMPLES = 6
 TOTAL = "whole step"
@@ -65,9 +60,7 @@ def write_report(run_dir: Path) -> Path:
         raise ConfigError(f"{run_dir} holds no run: there is no config.yaml in it")
     config_text = (run_dir / "config.yaml").read_text(encoding="utf-8")
     rows = read_steps(run_dir / METRICS_FILE)
-    before, after = (read_result(run_dir / "evaluation" / f"{name}.json") for name in ("before", "after"))
-    why = unlike(before.conditions, after.conditions) if before and after else ""
-    changed = changes(before, after) if before and after and not why else {}
+    own, *suites = [_Comparison.read(directory) for directory in suite_dirs(run_dir)]
     alarms: dict[str, list[dict[str, Any]]] = {}  # by name, in the order they first rang
     for row in read_steps(run_dir / ALARMS_FILE):
         alarms.setdefault(row["alarm"], []).append(row)
@@ -77,7 +70,12 @@ def write_report(run_dir: Path) -> Path:
     config = yaml.safe_load(config_text)
     done, wanted = rows[-1]["step"] if rows else 0, config.get("steps", 0)
     state = f"{done} steps" if done >= wanted else f"{done} of {wanted} steps so far"
-    if done >= wanted and after is None and config.get("evaluation", {}).get("enabled", True):
+    evaluated = [one for one in (own, *suites) if one.before or one.after]
+    if (
+        done >= wanted
+        and all(one.after is None for one in (own, *suites))
+        and config.get("evaluation", {}).get("enabled", True)
+    ):
         state += ", not evaluated afterwards"
     loader = PackageLoader("stage_ray.report")
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
@@ -85,15 +83,14 @@ def write_report(run_dir: Path) -> Path:
         name=run_dir.resolve().name,
         state=state,
         cards=_cards(rows),
-        before=before,
-        after=after,
-        unlike=why,
-        changed=changed,
-        tones=_tones(before, changed),
+        evaluated=evaluated,
+        shown=evaluated[0] if evaluated else own,
+        own=own,
+        best=read_json(run_dir / BEST_FILE),
         pair=_pictures({run_dir / "evaluation" / f"{name}.png": name.capitalize() for name in ("before", "after")}),
         alarms=alarms,
         roles=_roles(rows),
-        charts=_charts(rows),
+        charts=_evaluation_charts([own, *suites]) | _charts(rows),
         samples=_pictures({sheet: f"After step {int(sheet.stem.partition('-')[2])}" for sheet in sheets}),
         config=config_text,
         machine=read_json(run_dir / MACHINE_FILE) or machine_metadata(),
@@ -103,24 +100,52 @@ def write_report(run_dir: Path) -> Path:
     return path
 
 
-def changes(before: EvaluationResult, after: EvaluationResult) -> dict[str, MetricValue]:
-    """Change of each metric that two evaluations of one benchmark have, with its standard error.
+@dataclass(frozen=True, slots=True)
+class _Comparison:
+    """The evaluations of one suite: before and after training, and all of them by the updates done."""
 
-    Both draw the same prompts with the same seeds, so the change is estimated prompt by prompt: its standard error is
-    that of the prompts' differences, which is smaller than what the two values' errors suggest. The change of a mean
-    of metrics is the mean of their changes.
-    """
-    found: dict[str, MetricValue] = {}
-    for name, was in before.metrics.items():
-        now = after.metrics.get(name)
-        if now is None or any(part not in found for part in was.parts):
-            continue
-        both = was.by_prompt.keys() & now.by_prompt.keys()  # prompts with a judged image in both
-        differences = {prompt: [now.by_prompt[prompt] - was.by_prompt[prompt]] for prompt in sorted(both)}
-        parts = {part: found[part] for part in was.parts}  # empty where the metric is measured itself
-        if (change := mean_of_metrics(parts) or mean_over_images(differences)) is not None:
-            found[name] = change
-    return found
+    name: str  # "" for the run's own
+    before: EvaluationResult | None
+    after: EvaluationResult | None
+    found: Mapping[int, EvaluationResult]
+
+    @classmethod
+    def read(cls, directory: Path) -> _Comparison:
+        name = "" if directory.name == EVALUATION else directory.name
+        before, after = (read_result(directory / f"{when}.json") for when in ("before", "after"))
+        return cls(name, before, after, results(directory))
+
+    @property
+    def unlike(self) -> str:
+        """Why the two cannot be compared; "" where they can."""
+        return unlike(self.before.conditions, self.after.conditions) if self.before and self.after else ""
+
+    @property
+    def changed(self) -> dict[str, MetricValue]:
+        return changes(self.before, self.after) if self.before and self.after and not self.unlike else {}
+
+    @property
+    def tones(self) -> dict[str, str]:
+        return _tones(self.before, self.changed)
+
+
+def _evaluation_charts(suites: Sequence[_Comparison]) -> dict[str, Markup]:
+    """A chart of each suite that was evaluated between: the headline and its parts where they are like the newest."""
+    charts = {}
+    for suite in suites:
+        newest = suite.found[max(suite.found)] if suite.found else None
+        found = {at: it for at, it in suite.found.items() if newest and not unlike(it.conditions, newest.conditions)}
+        if newest is not None and len(found) > 2 and newest.headline in newest.metrics:
+            names = (newest.headline, *newest.metrics[newest.headline].parts)
+            series = {name: [_with_error(result.metrics.get(name)) for result in found.values()] for name in names}
+            charts[f"{suite.name or 'Held-out'}: {newest.headline}, ± one standard error"] = Markup(
+                banded_chart(list(found), series)
+            )
+    return charts
+
+
+def _with_error(metric: MetricValue | None) -> tuple[float, float] | None:
+    return None if metric is None else (metric.value, metric.error or 0.0)
 
 
 def _tones(before: EvaluationResult | None, changed: Mapping[str, MetricValue]) -> dict[str, str]:

@@ -19,8 +19,8 @@ from stage_ray.rewards.base import GroupReward, Reward
 REWARDS = Registry("stage_ray.rewards", "Reward", "scorer")
 
 
-def build_rewards(configs: Sequence[RewardConfig]) -> list[tuple[str, Reward | GroupReward]]:
-    """Build every scorer of a run, with the name of its column.
+def build_rewards(configs: Sequence[RewardConfig], key: str = "rewards") -> list[tuple[str, Reward | GroupReward]]:
+    """Build every scorer of a list, with the name of its column; ``key`` is the list's, for messages.
 
     Raises:
         ConfigError: an unknown scorer, or options that its constructor does not take; names the key and the fix.
@@ -28,24 +28,26 @@ def build_rewards(configs: Sequence[RewardConfig]) -> list[tuple[str, Reward | G
     Example:
         build_rewards([RewardConfig(type="geneval", options={"detector": "my_package.MyDetector"})])
     """
-    return [(config.column, _build(config, f"rewards.{index}")) for index, config in enumerate(configs)]
+    return [(config.column, _build(config, f"{key}.{index}")) for index, config in enumerate(configs)]
 
 
-def check_rewards(configs: Sequence[RewardConfig], prompts: Sequence[Prompt]) -> list[tuple[Prompt, str]]:
-    """Check every scorer of a run without building it: the prompts that one cannot judge, and why, scorer by scorer.
+def check_rewards(
+    configs: Sequence[RewardConfig], prompts: Sequence[Prompt], key: str = "rewards"
+) -> list[tuple[Prompt, str]]:
+    """Check every scorer of a list without building it: the prompts that one cannot judge, and why, scorer by scorer.
 
     Raises:
         ConfigError: as `build_rewards`, and what a scorer's own `check` finds wrong with its options.
     """
     found = []
     for index, config in enumerate(configs):
-        kind, options = _resolve(config, f"rewards.{index}")
+        kind, options = _resolve(config, f"{key}.{index}")
         check = getattr(kind, "check", None)
         if check is not None:
             try:
                 found += [(prompt, f"{config.column}: {why}") for prompt, why in check(prompts, **options)]
             except ConfigError as error:
-                raise ConfigError(f"rewards.{index}.options of {config.type}: {error}") from error
+                raise ConfigError(f"{key}.{index}.options of {config.type}: {error}") from error
     return found
 
 

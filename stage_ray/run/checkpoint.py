@@ -45,15 +45,23 @@ class Checkpoint:
 
 
 class CheckpointStore:
-    """The checkpoints of one run, newest ``keep`` of them. One writer at a time.
+    """The checkpoints of one run, newest ``keep`` of them, and that of the best score. One writer at a time.
 
     Invariant: a directory named ``step-*`` was complete when it got that name.
+
+    Attributes:
+        scores: step -> how good its policy is, for the steps of which that is known; more is better.
     """
 
     def __init__(self, root: Path, keep: int) -> None:
         if keep < 1:
             raise ValueError(f"keep is {keep}; at least the newest checkpoint must be kept")
         self.root, self.keep = root, keep
+        self.scores: Mapping[int, float] = {}
+
+    def path(self, step: int) -> Path:
+        """The directory of a step's checkpoint."""
+        return self.root / f"step-{step:06d}"
 
     def begin(self, step: int) -> Path:
         """An empty directory to fill and `finish`, or to remove; removes what earlier crashes left behind.
@@ -69,7 +77,7 @@ class CheckpointStore:
         self, step: int, directory: Path, metadata: Mapping[str, Any], written: Mapping[str, FileDigest] | None = None
     ) -> Path:
         """Give a filled directory of `begin` its final name, which replaces an older checkpoint of this step, and keep
-        the newest ``keep``; returns the final directory.
+        the newest ``keep`` and the best; returns the final directory.
 
         Later checkpoints (damaged ones that a resumed run skipped) do not count.
 
@@ -86,15 +94,25 @@ class CheckpointStore:
         (directory / MANIFEST).write_text(text + "\n", encoding="utf-8")
         for path in (*directory.rglob("*"), directory):
             sync_path(path)
-        final = self.root / f"step-{step:06d}"
+        final = self.path(step)
         if final.exists():  # a directory cannot be renamed onto another
             os.rename(final, self.root / f"{UNFINISHED}replaced-{final.name}-{uuid.uuid4().hex}")
         os.rename(directory, final)
         sync_path(self.root)
         self._remove_unfinished()
-        for _, path in [found for found in self._steps() if found[0] <= step][: -self.keep]:  # all but the newest
-            shutil.rmtree(path)
+        self.prune(step)
         return final
+
+    def prune(self, step: int) -> None:
+        """Remove the checkpoints up to ``step`` but for the newest and the best."""
+        best = self.best()
+        for older, path in [found for found in self._steps() if found[0] <= step][: -self.keep]:  # all but the newest
+            if older != best:
+                shutil.rmtree(path)
+
+    def best(self) -> int | None:
+        """Step of the checkpoint with the best score, the first of equals; None where none has one."""
+        return best_of({step: self.scores[step] for step, _ in self._steps() if step in self.scores})
 
     def latest(self, on_problem: Callable[[str], None] = log.warning) -> Checkpoint | None:
         """The newest checkpoint that verifies, or None; ``on_problem`` is told of each damaged one."""
@@ -113,6 +131,16 @@ class CheckpointStore:
     def _remove_unfinished(self) -> None:
         for leftover in self.root.glob(f"{UNFINISHED}*"):
             shutil.rmtree(leftover, ignore_errors=True)  # one that is still written into goes the next time
+
+
+def best_of(scores: Mapping[int, float]) -> int | None:
+    """The step with the best score, the first of equals; None without any.
+
+    Example:
+        >>> best_of({1: 0.5, 2: 0.7, 3: 0.7})
+        2
+    """
+    return max(sorted(scores), key=scores.__getitem__, default=None)
 
 
 def verify(path: Path, step: int) -> dict[str, Any]:

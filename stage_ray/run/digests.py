@@ -12,7 +12,7 @@ import xxhash
 
 from stage_ray.config import RunConfig
 from stage_ray.config.hub import hub_uri
-from stage_ray.config.inputs import inputs, takes_model
+from stage_ray.config.inputs import inputs, takes_model, takes_prompts
 from stage_ray.config.paths import resolve_path
 from stage_ray.errors import ConfigError
 
@@ -22,9 +22,11 @@ NOTED_BYTES = 2 * 2**30  # more take seconds to read
 def digest_inputs(run: RunConfig, note: Callable[[str], None]) -> dict[str, str]:
     """xxh3-64 of the contents of prompts, models and scorers' files that lie here, by the config's keys.
 
-    A model of a hub has none: its commit stands in the config. ``note`` hears of files that take long to read.
+    A model of a hub has none: its commit stands in the config. What only an evaluation reads may change, and has none.
+    ``note`` hears of files that take long to read.
     """
-    found = {key: files for key, location in inputs(run).items() if (files := _files(key, location))}
+    texts = {key: location for key, location in inputs(run).items() if not key.startswith("evaluation.")}
+    found = {key: files for key, location in texts.items() if (files := _files(key, location))}
     different = {file for files in found.values() for file in files.values()}
     if (size := sum(file.stat().st_size for file in different)) > NOTED_BYTES:
         note(f"reading {size / 2**30:.1f} GiB of models and prompts, to know them again")
@@ -39,7 +41,7 @@ def _files(key: str, location: str) -> dict[str, Path]:
     Of a directory neither hidden files nor model cards. A scorer's directory counts if its key says that it is a model:
     into another one the scorer may write.
     """
-    prompts = key.startswith("prompts.")
+    prompts = takes_prompts(key)
     try:
         path = resolve_path(location) if prompts or hub_uri(location) is None else None
         if path is None or not os.access(path, os.R_OK):

@@ -1,4 +1,4 @@
-"""The held-out evaluation by the run's own workers, before and after training; and the sample pictures."""
+"""One suite's evaluation by the run's own workers; and the sample pictures."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ import numpy as np
 
 from stage_ray.cluster.backend import ClusterBackend
 from stage_ray.cluster.cluster import Cluster
-from stage_ray.config import RunConfig
-from stage_ray.evaluation.base import find_benchmark, read_result, unlike, write_result
+from stage_ray.config import RunConfig, SuiteConfig
+from stage_ray.evaluation.base import EvaluationResult, find_benchmark, read_result, unlike, write_result
 from stage_ray.evaluation.loop import conditions, evaluate, judge_in_batches, requests_for
+from stage_ray.evaluation.suites import EVALUATION, own_suite
 from stage_ray.observability.progress import Progress
 from stage_ray.records import Prompt
 from stage_ray.report.samples import contact_sheet
 
 
 class HeldOutEvaluation:
-    """What a run evaluates with its own workers, and what it makes of that.
+    """What a run evaluates with its own workers, and what it makes of that: a ``suite``, by default the run's own.
 
     Every evaluation has the same prompts and seeds, so its pictures can be laid side by side; a run that goes on with
     others says so.
@@ -34,40 +35,51 @@ class HeldOutEvaluation:
         run_dir: Path,
         progress: Progress,
         image: Callable[[str, int, Path], None] = lambda name, step, path: None,
+        suite: SuiteConfig | None = None,
     ) -> None:
         """``image`` gets name, step and PNG of each picture that was drawn."""
-        self._backend, self._run, self._config = ClusterBackend(cluster, run), run, run.evaluation
+        self._own, self.suite = suite is None, suite or own_suite(run)
+        self._backend = ClusterBackend(cluster, run, suite=None if suite is None else suite.name)
+        self._run, self._config = run, run.evaluation
         self._prompts, self._dir, self._progress, self._image = list(prompts), run_dir, progress, image
-        self._benchmark = find_benchmark(run.evaluation.benchmark)
+        self.directory = run_dir / EVALUATION / ("" if suite is None else str(suite.name))
+        self._benchmark = find_benchmark(self.suite.benchmark)
         self._wait_for_pictures = run.pipeline.max_staleness == 0
         self._drawing: asyncio.Task[None] | None = None
 
     async def evaluate(self, name: str, policy_version: int) -> float | None:
-        """Evaluate all held-out prompts, write ``evaluation/NAME.json`` and a picture; the headline of the benchmark.
+        """As `result`: the headline of the benchmark."""
+        result = await self.result(name, policy_version)
+        return None if result is None else result.headline_value
+
+    async def result(self, name: str, policy_version: int) -> EvaluationResult | None:
+        """Evaluate all prompts and write ``NAME.json``, and of the run's own prompts before and after a picture.
 
         An evaluation "before" that is on disk already, in a resumed run, is read, not repeated.
         """
         if not self._config.enabled:
             return None
-        path = self._dir / "evaluation" / f"{name}.json"
-        requests = requests_for(self._prompts, self._config.images_per_prompt, self._config.seed)
-        now = conditions(self._run, self._benchmark, requests, self._config.seed)
+        path, title = self.directory / f"{name}.json", f"evaluation {'' if self._own else f'{self.suite.name} '}{name}"
+        requests = requests_for(self._prompts, self.suite.images_per_prompt or 1, self._config.seed)
+        judged_by = self._run.model_copy(update={"rewards": self.suite.rewards})
+        now = conditions(judged_by, self._benchmark, requests, self._config.seed)
         if name == "before" and (kept := read_result(path)):  # the run before this one evaluated it
             if why := unlike(kept.conditions, now):
                 self._progress.note(why)
-            return kept.headline_value
+            return kept
         if name == "before" and policy_version:
-            self._progress.note("no evaluation before training: this run began without one")
+            self._progress.note(f"no {title} training: this run began without one")
             return None
-        with self._progress.bar(f"evaluation {name}", len(self._prompts)) as advance:
+        with self._progress.bar(title, len(self._prompts)) as advance:
             result = await evaluate(self._backend, self._benchmark, requests, advance)
         result = replace(result, conditions=now)
         write_result(path, result, policy_version=policy_version)
-        await self._draw(f"evaluation/{name}", policy_version, path.with_suffix(".png"))
+        if self._own and name in ("before", "after"):
+            await self._draw(f"evaluation/{name}", policy_version, path.with_suffix(".png"))
         shown = {result.headline: result.headline_value, **result.scores}
         told = ", ".join(f"{metric} {value:.3f}" for metric, value in shown.items() if value is not None)
-        self._progress.note(f"evaluation {name}: held-out {told}")
-        return result.headline_value
+        self._progress.note(f"{title}: held-out {told}")
+        return result
 
     async def sample(self, step: int) -> None:
         """Draw the fixed sample prompts with their fixed seeds, when a picture is due; training does not wait for it,

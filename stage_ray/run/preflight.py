@@ -5,19 +5,21 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
+from collections.abc import Collection, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import yaml
 
 from stage_ray.cluster.object_store import two_versions_mb
-from stage_ray.config import RunConfig
+from stage_ray.config import RewardConfig, RunConfig
 from stage_ray.config.hub import cached, download, is_pinned, named
-from stage_ray.config.inputs import files_of, hub_inputs
+from stage_ray.config.inputs import files_of, hub_inputs, takes_prompts
 from stage_ray.engines.vllm.environment import require_fitting_build
 from stage_ray.errors import ConfigError
 from stage_ray.evaluation.base import find_benchmark
+from stage_ray.evaluation.suites import resolve_suites
 from stage_ray.observability.trackers import check_trackers
 from stage_ray.pipeline.prompt_files import load_mix, load_prompts
 from stage_ray.policies import policy_class
@@ -38,8 +40,16 @@ log = logging.getLogger(__name__)
 SHOWN = 3  # prompts that an error names
 
 
-def preflight(run: RunConfig, *, fetch: bool = True) -> tuple[list[Prompt], list[Prompt]]:
-    """Check the options of recipe and sampler, the prompts and the models; the prompts to train on, and those held out.
+class RunPrompts(NamedTuple):
+    """The prompts of a run: to train on, held out (for the samples the same without any), of each further suite."""
+
+    train: list[Prompt]
+    heldout: list[Prompt]
+    suites: dict[str, list[Prompt]]
+
+
+def preflight(run: RunConfig, *, fetch: bool = True) -> RunPrompts:
+    """Check options, prompts and models of a run of `resolve_suites`; its prompts.
 
     Where the workers will run on this machine, its vLLM must be one for the hardware they reserve, the object store
     must have room for the weights, and what `pin` has pinned is fetched now; elsewhere each node fetches it. Without
@@ -64,14 +74,16 @@ def preflight(run: RunConfig, *, fetch: bool = True) -> tuple[list[Prompt], list
         for key, uri in unfetched(run).items():
             if is_pinned(uri):  # else it is a text that a scorer of the user's own reads in its own way
                 download(uri, files_of(key), key)
-    _require_scorable(run, train + heldout * run.evaluation.enabled)
+    _require_scorable(run.rewards, train + heldout * run.evaluation.enabled, "rewards")
+    suites = _suite_prompts(run, left)
     codec = policy_class(run.policy).check(run.policy)
     check_reference(run.policy)
     if starts_ray_here:
         _require_room_for_weights(run)
     by_file = [list(prompts) for _, prompts in groupby(train, lambda prompt: prompt.source)]
     train = [prompt for prompts in by_file for prompt in drawable_prompts(run, codec, prompts)]  # some of each are left
-    return train, drawable_prompts(run, codec, heldout) if heldout else train
+    suites = {name: drawable_prompts(run, codec, prompts) for name, prompts in suites.items()}
+    return RunPrompts(train, drawable_prompts(run, codec, heldout) if heldout else train, suites)
 
 
 def drawable_prompts(run: RunConfig, codec: ImageCodec | None, prompts: list[Prompt]) -> list[Prompt]:
@@ -111,9 +123,20 @@ def _require_room_for_weights(run: RunConfig) -> None:
         )
 
 
-def _require_scorable(run: RunConfig, prompts: list[Prompt]) -> None:
+def _suite_prompts(run: RunConfig, left: Collection[str]) -> dict[str, list[Prompt]]:
+    """The prompts of each further suite by its name, those ``left`` for later without any; its scorers are checked."""
+    found: dict[str, list[Prompt]] = {}
+    for number, suite in enumerate(run.evaluation.suites if run.evaluation.enabled else []):
+        key = f"evaluation.suites.{number}"
+        prompts = load_prompts(str(suite.prompts)) if f"{key}.prompts" not in left else []
+        _require_scorable(suite.rewards or [], prompts, f"{key}.rewards")
+        found[str(suite.name)] = prompts
+    return found
+
+
+def _require_scorable(rewards: Sequence[RewardConfig], prompts: list[Prompt], key: str) -> None:
     """Raise a ConfigError that names the first prompts which a scorer could not judge: the run would fail on them."""
-    if problems := check_rewards(run.rewards, prompts):
+    if problems := check_rewards(rewards, prompts, key):
         some = _some([f"{prompt.where}: {why}" for prompt, why in problems])
         raise ConfigError(f"{len(problems)} of {len(prompts)} prompts cannot be scored: {some}")
 
@@ -130,7 +153,7 @@ def unfetched(run: RunConfig) -> dict[str, HfUri]:
 
 
 def _in_cache(key: str, uri: HfUri) -> Path | None:
-    return cached(uri, files_of(key)) if key.startswith("prompts.") else located(uri.to_uri())
+    return cached(uri, files_of(key)) if takes_prompts(key) else located(uri.to_uri())
 
 
 def describe(run: RunConfig, *, strict: bool = False) -> str:
@@ -139,7 +162,8 @@ def describe(run: RunConfig, *, strict: bool = False) -> str:
     Raises:
         ConfigError: of `preflight`; or, if ``strict``, something could not be checked.
     """
-    train, heldout = preflight(run, fetch=False)
+    run = resolve_suites(run)
+    train, heldout, suites = preflight(run, fetch=False)
     left = [f"{key} = {named(uri)}" + " (newest)" * (uri.revision is None) for key, uri in unfetched(run).items()]
     if left and strict:
         raise ConfigError(f"--strict: not checked, since it would be fetched: {'; '.join(left)}")
@@ -153,6 +177,7 @@ def describe(run: RunConfig, *, strict: bool = False) -> str:
         f"model: {located(run.policy.path) or run.policy.path}",
         f"reference: {located(anchor) or anchor}",
         f"prompts: {_counted(run, train)} to train on, {len(heldout) if run.prompts.heldout else 0} held out",
+        *(f"suite {name}: {len(prompts)} prompts" for name, prompts in suites.items()),
         f"{run.steps} steps of {rollout.groups_per_step} groups x {rollout.group_size} images = {images} images a step",
         f"rollout: {rollout.workers * rollout.tensor_parallel} x {rollout.cpus:g} CPU, {rollout.gpus:g} GPU; "
         f"engine {rollout.engine}",

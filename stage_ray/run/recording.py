@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,9 +28,9 @@ class StepRecorder:
         self._logger = MetricsLogger(run_dir, run.cluster.metrics_port, run.cluster.metrics_host, resume_step, run)
         self._ringing: set[str] = set()  # alarms of the last step
 
-    def step(self, step: int, metrics: dict[str, float]) -> None:
-        """Record update ``step``, counted from 1, and the alarms that its metrics raise."""
-        found = alarms(metrics)
+    def step(self, step: int, metrics: dict[str, float], more: Sequence[tuple[str, str]] = ()) -> None:
+        """Record update ``step``, counted from 1, and the alarms that its metrics raise, and ``more``."""
+        found = [*alarms(metrics), *more]
         self._logger.step(step, {**metrics, "alarms": [name for name, _ in found]})
         for directory in self._groups.glob("step-*"):
             if int(directory.name.removeprefix("step-")) >= step:  # of an earlier run, whose steps these replace

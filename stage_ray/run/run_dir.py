@@ -16,7 +16,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from stage_ray.config import RunConfig
-from stage_ray.config.inputs import leaves
+from stage_ray.config.inputs import leaves, takes_prompts
 from stage_ray.config.load import read_mapping, validate_config
 from stage_ray.config.paths import resolve_path
 from stage_ray.errors import ConfigError
@@ -165,7 +165,7 @@ def _check_same(run: RunConfig, config_file: Path, resume: Resume, digests: Mapp
     began = _inputs(config_file.parent).get("digests", {})
     for key in sorted(began.keys() & digests.keys()):
         if began[key] != digests[key]:
-            what = "prompts" if key.startswith("prompts.") else "files"
+            what = "prompts" if takes_prompts(key) else "files"
             raise ConfigError(
                 f"--resume: {key} = {new[key]!r} holds other {what} than when the run began; bring those back, or "
                 "name another --run-dir"

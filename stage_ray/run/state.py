@@ -18,7 +18,7 @@ from stage_ray.pipeline.ledger import Ledger
 from stage_ray.pipeline.prompts import PromptCursor
 from stage_ray.pipeline.stream import GroupStream, Outcome
 from stage_ray.records import GroupRefs, Prompt
-from stage_ray.run.checkpoint import Checkpoint, CheckpointStore
+from stage_ray.run.checkpoint import Checkpoint, CheckpointError, CheckpointStore, best_of, verify
 from stage_ray.run.recording import GROUPS
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ class RunState:
 
     Attributes:
         step: updates that the newest whole checkpoint holds; 0 without one.
+        best: updates of the model that `export_best` has written; None without one.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class RunState:
         self._store = CheckpointStore(run_dir / "checkpoints", run.checkpoint.keep)
         self._saving: asyncio.Task[None] | None = None
         self._losses = 0
+        self.best: int | None = None
         saved = self._store.latest(note) if resume else None
         if resume and saved is None:
             _require_unsaved(run_dir, run.checkpoint.every)
@@ -113,13 +115,13 @@ class RunState:
                     self._saving = None
 
     async def checkpoint(self, step: int, cluster: Cluster, stream: GroupStream, *, now: bool = False) -> None:
-        """Save everything after update ``step``, when it is due or wanted ``now``.
+        """Save everything after update ``step``, when it is due, the best so far, or wanted ``now``.
 
         The learner's state is taken here; the groups on their way follow as they are scored, while the run goes on,
         unless this was the last step or wanted now.
         """
         last = now or step == self._run.steps
-        if step % self._run.checkpoint.every and not last:
+        if step % self._run.checkpoint.every and not last and step != best_of(self._store.scores):
             return
         await self.saved()  # one at a time
         # Without an await between: the ledger at that byte must have these very groups open.
@@ -141,6 +143,29 @@ class RunState:
         """
         if self._saving is not None:
             await self._saving
+
+    def rate(self, scores: Mapping[int, float]) -> None:
+        """Keep the best checkpoint by the ``scores`` of steps, whatever ``checkpoint.keep`` says."""
+        self._store.scores = {step: score for step, score in scores.items() if step}  # 0: no checkpoint
+
+    async def export_best(self, cluster: Cluster, directory: Path) -> None:
+        """Export the best checkpoint, if any, once the last step is done, and remove older ones that were best.
+
+        One that is damaged is said to be, and none is exported.
+        """
+        if (step := self._store.best()) is None:
+            return
+        self._store.prune(self._run.steps)
+        if step != self._run.steps:
+            path = self._store.path(step)
+            try:
+                await asyncio.to_thread(verify, path, step)
+            except CheckpointError as error:
+                self._note(f"the best step, {step}, is not exported: {error}")
+                return
+            await cluster.learner.load_state(path)
+        await cluster.learner.export(directory)
+        self.best = step
 
     def close(self) -> None:
         """Close the ledger."""

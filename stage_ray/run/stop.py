@@ -10,13 +10,16 @@ import asyncio
 import contextlib
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
+from typing import Any, TypeVar
 
 import psutil
 
 from stage_ray.errors import Interrupted
 from stage_ray.observability.progress import Progress
 from stage_ray.signals import SIGNALS
+
+T = TypeVar("T")
 
 
 class StopSignal:
@@ -33,6 +36,7 @@ class StopSignal:
         self._go_on = go_on
         self._progress, self._saves = progress, False
         self._task: asyncio.Task[object] | None = None
+        self._work: asyncio.Task[Any] | None = None
         self._numbers = _heeded()
 
     def error(self, step: int | None = None) -> Interrupted:
@@ -51,6 +55,20 @@ class StopSignal:
         if self.requested is not None:
             raise self.error()
 
+    async def unless_requested(self, work: Coroutine[Any, Any, T]) -> T | None:
+        """What ``work`` returns; within `steps` a signal, also one that has come, cancels it: None."""
+        self._work = asyncio.ensure_future(work)
+        if self.requested is not None:
+            self._work.cancel()
+        try:
+            return await self._work
+        except asyncio.CancelledError:
+            if self.requested is None:
+                raise
+            return None
+        finally:
+            self._work = None
+
     async def __aenter__(self) -> StopSignal:
         self._task = asyncio.current_task()
         for number in self._numbers:
@@ -68,6 +86,8 @@ class StopSignal:
             self.requested = number
             when = "after this step and its checkpoint" if self._saves else "now"
             self._progress.note(f"stopping {when}; Ctrl-C leaves at once")
+            if self._work is not None:
+                self._work.cancel()
             if self._task is not None and not self._saves:
                 self._task.cancel()
         elif number == signal.SIGINT:

@@ -17,32 +17,40 @@ from stage_ray.rewards import build_rewards, score_groups
 
 
 class RewardWorker(Worker):
-    """Every scorer of the run, called on whole batches of groups."""
+    """Every scorer of the run and of its evaluation, called on whole batches of groups."""
 
     def __init__(self, name: str, run: RunConfig, log: str | None, rank: int = 0) -> None:
         """Load nothing yet: `setup` does."""
         redirect_output(log, "reward", name)
         self._metrics = WorkerMetrics("reward", name)
         self._rewards = run.rewards
+        self._suites = run.evaluation.suites if run.evaluation.enabled else []
 
     @loading()
     def setup(self, address: str = "") -> None:
         """Make every scorer."""
         self._scorers = build_rewards(self._rewards)
+        self._suite_scorers = {
+            str(suite.name): self._scorers
+            if suite.rewards == self._rewards
+            else build_rewards(suite.rewards or [], f"evaluation.suites.{number}.rewards")
+            for number, suite in enumerate(self._suites)
+        }
 
-    def score(self, *objects: Any) -> tuple[Any, ...]:
+    def score(self, *objects: Any, suite: str | None = None) -> tuple[Any, ...]:
         """Groups and pictures, alternating, as a rollout worker returned them -> verdicts, then scored groups.
 
-        A verdict is `score_error` and `is_silent` of a group.
+        A verdict is `score_error` and `is_silent` of a group, by the run's own scorers or those of a ``suite``.
         """
         groups: list[RolloutGroup] = [
             replace(group, images=images) for group, images in zip(objects[::2], objects[1::2], strict=True)
         ]
         self._metrics.begin(group.group_id for group in groups)
-        scored = score_groups(self._scorers, groups)
+        scored = score_groups(self._scorers if suite is None else self._suite_scorers[suite], groups)
         self._metrics.done(groups)
         weights = [reward.weight for reward in self._rewards]
-        return (tuple((score_error(group), is_silent(group, weights)) for group in scored), *scored)
+        verdicts = ((score_error(group), suite is None and is_silent(group, weights)) for group in scored)
+        return (tuple(verdicts), *scored)
 
 
 def score_error(group: ScoredGroup) -> str:
@@ -64,9 +72,10 @@ def is_silent(group: ScoredGroup, weights: Sequence[float]) -> bool:
 class RewardClient(Client):
     """A reward worker as the driver asks it."""
 
-    async def score(self, groups: Sequence[GroupRefs]) -> list[GroupRefs]:
-        """The groups with their ``scores``, ``error`` and ``silent``."""
+    async def score(self, groups: Sequence[GroupRefs], suite: str | None = None) -> list[GroupRefs]:
+        """The groups with their ``scores``, ``error`` and ``silent``; ``suite``: whose scorers, None: the run's own."""
         objects = [ref for group in groups for ref in (group.tokens, group.images)]
-        verdicts, scored = self.ask_objects(RewardWorker.score, len(groups), *objects)
+        named = {} if suite is None else {"suite": suite}
+        verdicts, scored = self.ask_objects(RewardWorker.score, len(groups), *objects, **named)
         answers = zip(groups, scored, await verdicts, strict=True)
         return [replace(group, scores=ref, error=error, silent=silent) for group, ref, (error, silent) in answers]

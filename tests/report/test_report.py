@@ -4,9 +4,11 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from stage_ray.errors import ConfigError, RunError
+from stage_ray.evaluation.base import write_result
 from stage_ray.observability.metrics_logger import MetricsLogger
 from stage_ray.report.report import changes, write_report
 from tests.fake_run import PROMPTS, TASKS, result, scored, write_fake_run
@@ -139,6 +141,19 @@ def test_evaluations_that_were_made_otherwise_are_shown_but_not_compared(after, 
     rows = re.findall(r"<td>([^<]+)</td><td>144</td><td>[^<]+</td><td>[^<]+</td><td class=\"\"></td></tr>", text)
     assert rows == ["GenEval", "soft score"]
     assert "→" not in title[1] and "change of held-out" not in text and "same prompts and seeds" not in text
+
+
+def test_each_suite_has_its_metrics_and_its_curve_and_the_best_step_is_named(tmp_path: Path) -> None:
+    tmp_path = tmp_path / "run"
+    write_fake_run(tmp_path, examined=())
+    noise = np.random.default_rng(1)
+    for name, step in (("before", 0), ("step-000030", 30), ("after", 60)):
+        found = result([scored(i, prompt, 0.4, noise) for i, prompt in enumerate(PROMPTS)])
+        write_result(tmp_path / "evaluation" / "rings" / f"{name}.json", found, policy_version=step)
+    (tmp_path / "best.json").write_text('{"suite": "rings", "step": 30, "headline": "GenEval", "value": 0.41}')
+    page = write_report(tmp_path).read_text(encoding="utf-8")
+    assert "Suite rings, every metric" in page and "rings: GenEval, ± one standard error" in page
+    assert "<b>step 30</b><span>best GenEval of suite rings, 0.410" in page and page.count("<svg") == 11
 
 
 def test_an_evaluation_of_another_benchmark_or_with_none_before_has_its_own_rows(tmp_path: Path) -> None:

@@ -72,6 +72,16 @@ def test_only_the_newest_are_kept(store: CheckpointStore) -> None:
     assert names(store) == ["step-000002", "step-000030"]
 
 
+def test_the_best_is_kept_beside_the_newest_until_another_one_is_better(store: CheckpointStore) -> None:
+    store.scores = {1: 0.5, 2: 0.4, 3: 0.5, 9: 0.9}  # 9 was never saved
+    for step in (3, 4, 5):
+        save(store, step, writer(str(step)), {})
+    assert names(store) == ["step-000001", "step-000004", "step-000005"] and store.best() == 1
+    store.scores = {**store.scores, 5: 0.6}
+    save(store, 6, writer("six"), {})
+    assert names(store) == ["step-000005", "step-000006"] and store.best() == 5
+
+
 def test_a_checkpoint_of_the_same_step_is_replaced(store: CheckpointStore) -> None:
     save(store, 2, writer("new"), {"cursor": 22})
     found = store.latest()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
 import signal
 import subprocess
 import sys
@@ -10,6 +12,9 @@ import time
 import psutil
 import pytest
 
+from stage_ray.errors import Interrupted
+from stage_ray.observability.progress import Progress
+from stage_ray.run.stop import StopSignal
 from stage_ray.signals import SIGNALS, blocked_signals
 
 DRIVER = """
@@ -146,3 +151,19 @@ def test_a_worker_hears_no_signal_from_its_start_on_but_its_own_processes_do():
                 worker.send_signal(number)
             worker.stdin.write("go on\n")
     assert worker.returncode == 0
+
+
+def test_a_signal_between_two_steps_cancels_what_need_not_be_finished():
+    found: list[object] = []
+
+    async def scenario() -> None:
+        async with StopSignal(Progress()) as stop:
+            with stop.steps():
+                found.append(await stop.unless_requested(asyncio.sleep(0, "done")))
+                asyncio.get_running_loop().call_soon(os.kill, os.getpid(), signal.SIGUSR1)
+                found.append(await stop.unless_requested(asyncio.Event().wait()))
+                found.append(await stop.unless_requested(asyncio.sleep(0, "done")))  # it has come before
+
+    with pytest.raises(Interrupted):
+        asyncio.run(scenario())
+    assert found == ["done", None, None]

@@ -1,0 +1,99 @@
+"""The suites of a run: benchmarks with their prompts and scorers, and what evaluations of one have found so far."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+from stage_ray.config import RewardConfig, RunConfig, SuiteConfig
+from stage_ray.errors import ConfigError, suggest
+from stage_ray.evaluation.base import EvaluationResult, find_benchmark, read_result
+from stage_ray.files import read_json
+
+EVALUATION, BEST_FILE = "evaluation", "best.json"
+
+
+def resolve_suites(run: RunConfig) -> RunConfig:
+    """The config with every suite's name, prompts, scorers and images a prompt written out.
+
+    Raises:
+        ConfigError: a benchmark is unknown, a name is taken or no name of a directory, or ``checkpoint.keep_best``
+            names none.
+    """
+    suites = [_resolved(run, suite, f"evaluation.suites.{i}") for i, suite in enumerate(run.evaluation.suites)]
+    run = run.model_copy(update={"evaluation": run.evaluation.model_copy(update={"suites": suites})})
+    names = [str(suite.name) for suite in [own_suite(run)] * (run.prompts.heldout is not None) + suites]
+    served: dict[str, str] = {}
+    for name in names:
+        other = served.setdefault(re.sub(r"\W", "_", name), name)  # as Prometheus has it
+        if names.count(name) > 1 or other != name:
+            raise ConfigError(f"evaluation.suites: {other!r} and {name!r} would share one name; give each its own name")
+    if (best := run.checkpoint.keep_best) is not None and best not in names:
+        raise ConfigError(f"checkpoint.keep_best = {best!r} is no suite of this run; {suggest(best, names)}")
+    return run
+
+
+def own_suite(run: RunConfig) -> SuiteConfig:
+    """That of ``evaluation.benchmark``, ``evaluation.images_per_prompt`` and the run's own prompts and scorers."""
+    return SuiteConfig.model_construct(
+        benchmark=run.evaluation.benchmark,
+        name=find_benchmark(run.evaluation.benchmark).name,
+        prompts=run.prompts.heldout,
+        images_per_prompt=run.evaluation.images_per_prompt,
+        rewards=run.rewards,
+    )
+
+
+def is_rewarded(run: RunConfig, suite: SuiteConfig) -> bool:
+    """Whether a scorer that judges a suite is one that the run trains on.
+
+    Those judge that are of a type which the benchmark asks for, or all of the suite's where there is none. Two are the
+    same unless an option that both give differs.
+    """
+
+    def same(one: RewardConfig, other: RewardConfig) -> bool:
+        both = one.options.keys() & other.options.keys()
+        return one.type == other.type and all(one.options[key] == other.options[key] for key in both)
+
+    asked = {reward.type for reward in find_benchmark(suite.benchmark).rewards}
+    scorers = suite.rewards or []
+    judges = [reward for reward in scorers if reward.type in asked] or scorers
+    return any(same(judge, reward) for judge in judges for reward in run.rewards if reward.weight)
+
+
+def suite_dirs(run_dir: Path) -> list[Path]:
+    """Where the results of a run's suites are: those of its own prompts first, then each further one's."""
+    root = run_dir / EVALUATION
+    return [root, *sorted(path for path in root.glob("*") if path.is_dir())]
+
+
+def results(directory: Path) -> dict[int, EvaluationResult]:
+    """The evaluations in a directory by the updates done, in that order, without their images.
+
+    Raises:
+        RunError: a file is damaged.
+    """
+    found = {}
+    for path in [directory / "before.json", *directory.glob("step-*.json"), directory / "after.json"]:
+        if (result := read_result(path)) is not None:
+            found[int((read_json(path) or {}).get("policy_version", -1))] = replace(result, images=())
+    return dict(sorted((step, result) for step, result in found.items() if step >= 0))  # an early version gave none
+
+
+def _resolved(run: RunConfig, suite: SuiteConfig, key: str) -> SuiteConfig:
+    benchmark = find_benchmark(suite.benchmark, f"{key}.benchmark")
+    name = suite.name or benchmark.name
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise ConfigError(f"{key}.name: {name!r}, the benchmark's, is no name of a directory; set one of letters, -, _")
+    rewards = suite.rewards or list(benchmark.rewards) or run.rewards
+    columns = [reward.column for reward in rewards]
+    if repeated := next((name for name in columns if columns.count(name) > 1), None):
+        raise ConfigError(f"{key}.rewards: the name {repeated!r} is used twice; give each scorer a name of its own")
+    return SuiteConfig(
+        benchmark=suite.benchmark,
+        name=name,
+        prompts=suite.prompts or benchmark.prompts,
+        images_per_prompt=suite.images_per_prompt or benchmark.images_per_prompt,
+        rewards=rewards,
+    )
