@@ -87,9 +87,9 @@ class RolloutConfig(PoolConfig):
 
 
 class RewardConfig(Section):
-    """One scorer. ``type`` is a name of the registry (geneval, clip) or the dotted path of your own class."""
+    """One scorer. ``type`` is a name of the registry (geneval, clip, win_rate) or the dotted path of your own class."""
 
-    type: str = Field(description="geneval, clip, or package.module.Class")
+    type: str = Field(description="geneval, clip, win_rate, or package.module.Class")
     name: str | None = Field(None, description="Column name in metrics; the type by default")
     weight: float = Field(1.0, description="Weight in the sum of scorers")
     options: dict[str, Any] = Field({}, description="Keyword arguments of the scorer")
