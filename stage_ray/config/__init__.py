@@ -1,13 +1,12 @@
 """A run's configuration: schema, file, paths, and the hardware it meets. Imports neither torch, ray nor vllm."""
 
 # ruff: noqa: F401  they are here for other rooms
+from stage_ray.config.base import Section
 from stage_ray.config.schema import (
     AlgorithmConfig,
     LearnerConfig,
     PolicyConfig,
-    RewardConfig,
     RolloutConfig,
     RunConfig,
-    ScoringConfig,
-    Section,
 )
+from stage_ray.config.scoring import OwnPool, RewardConfig, RuntimeEnvConfig, ScoringConfig, ScoringPool

@@ -9,15 +9,12 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
+
+from stage_ray.config.base import PoolConfig, Section
+from stage_ray.config.scoring import RewardConfig, ScoringConfig, ScoringPool
 
 TAKEN = {"mean", "std", "informative"}  # reward/mean and its like, which no scorer may be called
-
-
-class Section(BaseModel):
-    """Base of every section: closed to unknown keys, frozen after validation."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class PromptsConfig(Section):
@@ -49,15 +46,6 @@ class PolicyConfig(Section):
     trust_remote_code: bool = Field(False, description="Run code that comes with a checkpoint. Off unless you wrote it")
 
 
-class PoolConfig(Section):
-    """A pool of actors that do the same work, each on groups of its own."""
-
-    workers: int = Field(1, ge=1, description="Actors that the run needs")
-    max_workers: int | None = Field(None, ge=1, description="Most actors, where the cluster has room; null: as workers")
-    gpus: float = Field(0.0, ge=0, description="GPUs reserved for one worker, or each of its processes")
-    resources: dict[str, float] = Field({}, description="Custom Ray resources of one worker (or process): {rollout: 1}")
-
-
 class RolloutConfig(PoolConfig):
     """How images are sampled."""
 
@@ -84,29 +72,6 @@ class RolloutConfig(PoolConfig):
     )
     gpu_memory_utilization: float = Field(0.5, gt=0, le=1, description="vLLM's share of a GPU's memory")
     timeout_s: float = Field(600.0, gt=0, description="Seconds one generation batch may take")
-
-
-class RewardConfig(Section):
-    """One scorer. ``type`` is a name of the registry (geneval, clip, win_rate) or the dotted path of your own class."""
-
-    type: str = Field(description="geneval, clip, win_rate, or package.module.Class")
-    name: str | None = Field(None, description="Column name in metrics; the type by default")
-    weight: float = Field(1.0, description="Weight in the sum of scorers")
-    options: dict[str, Any] = Field({}, description="Keyword arguments of the scorer")
-
-    @property
-    def column(self) -> str:
-        """Name of this scorer's column."""
-        return self.name or self.type.rsplit(".", 1)[-1]
-
-
-class ScoringConfig(PoolConfig):
-    """The pool of reward actors; each holds every scorer."""
-
-    groups_per_call: int = Field(8, ge=1, description="Groups scored in one batched call")
-    timeout_s: float = Field(120.0, gt=0, description="Seconds a call may take before its groups are scored again")
-    attempts: int = Field(2, ge=1, description="Times a group is scored, dead workers apart, before it is replaced")
-    cpus: float = Field(0.5, gt=0, description="CPUs reserved for one worker")
 
 
 class AlgorithmConfig(Section):
@@ -291,7 +256,8 @@ class RunConfig(Section):
             raise ValueError("rewards: every weight is 0, so nothing would be trained")
         if self.evaluation.enabled and self.prompts.heldout is None:
             raise ValueError("prompts.heldout is not set; set it, or evaluation.enabled=false")
-        for name, pool in (("rollout", rollout), ("scoring", self.scoring)):
+        own = [(f"rewards.{index}", self._own_pool(reward)) for index, reward in enumerate(self.rewards)]
+        for name, pool in (("rollout", rollout), ("scoring", self.scoring), *own):
             if pool.max_workers is not None and pool.max_workers < pool.workers:
                 raise ValueError(
                     f"{name}.max_workers = {pool.max_workers} is less than {name}.workers = {pool.workers}"
@@ -322,6 +288,17 @@ class RunConfig(Section):
                 f"and be a multiple of learner.ranks = {learner.ranks}"
             )
         return self
+
+    @property
+    def scoring_pools(self) -> list[ScoringPool]:
+        """The pools of reward actors: the one that scorers share, unless each has its own, then those."""
+        shared = tuple(reward.column for reward in self.rewards if not reward.own)
+        common = [ScoringPool(**dict(self.scoring), role="reward", columns=shared)] if shared else []
+        return common + [self._own_pool(reward) for reward in self.rewards if reward.own]
+
+    def _own_pool(self, reward: RewardConfig) -> ScoringPool:
+        role = "reward-" + re.sub(r"\W", "_", reward.column)  # no two columns make the same
+        return ScoringPool(**dict(self.scoring) | reward.own, role=role, columns=(reward.column,))
 
     def _check_colocated(self) -> None:
         """Raise a ValueError unless each rollout worker can share a GPU with one rank of the learner."""

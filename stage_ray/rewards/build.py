@@ -20,8 +20,10 @@ REWARDS = Registry("stage_ray.rewards", "Reward", "scorer")
 METHODS = ("score(images, prompts)", "score_groups(groups)")  # a scorer has one of them
 
 
-def build_rewards(configs: Sequence[RewardConfig]) -> list[tuple[str, Reward | GroupReward]]:
-    """Build every scorer of a run, with the name of its column.
+def build_rewards(
+    configs: Sequence[RewardConfig], columns: Sequence[str] | None = None
+) -> list[tuple[str, Reward | GroupReward]]:
+    """Build the scorers of a run, all or those of some ``columns``, each with the name of its column.
 
     Raises:
         ConfigError: an unknown scorer, or options that its constructor does not take; names the key and the fix.
@@ -29,11 +31,17 @@ def build_rewards(configs: Sequence[RewardConfig]) -> list[tuple[str, Reward | G
     Example:
         build_rewards([RewardConfig(type="geneval", options={"detector": "my_package.MyDetector"})])
     """
-    return [(config.column, build_reward(config, f"rewards.{index}")) for index, config in enumerate(configs)]
+    return [
+        (config.column, build_reward(config, f"rewards.{index}"))
+        for index, config in enumerate(configs)
+        if columns is None or config.column in columns
+    ]
 
 
-def check_rewards(configs: Sequence[RewardConfig], prompts: Sequence[Prompt]) -> list[tuple[Prompt, str]]:
-    """Check every scorer of a run without building it: the prompts that one cannot judge, and why, scorer by scorer.
+def check_rewards(
+    configs: Sequence[RewardConfig], prompts: Sequence[Prompt], columns: Sequence[str] | None = None
+) -> list[tuple[Prompt, str]]:
+    """Check scorers of a run without building them: the prompts that one cannot judge, and why, scorer by scorer.
 
     Raises:
         ConfigError: as `build_rewards`, and what a scorer's own `check` finds wrong with its options.
@@ -41,6 +49,7 @@ def check_rewards(configs: Sequence[RewardConfig], prompts: Sequence[Prompt]) ->
     return [
         (prompt, f"{config.column}: {why}")
         for index, config in enumerate(configs)
+        if columns is None or config.column in columns
         for prompt, why in check_reward(config, prompts, f"rewards.{index}")
     ]
 

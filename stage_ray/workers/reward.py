@@ -15,18 +15,18 @@ from stage_ray.rewards import build_rewards, score_groups
 
 
 class RewardWorker(Worker):
-    """Every scorer of the run, called on whole batches of groups."""
+    """Scorers of the run that share a pool, called on whole batches of groups."""
 
-    def __init__(self, name: str, run: RunConfig, log: str | None, rank: int = 0) -> None:
-        """Load nothing yet: `setup` does."""
+    def __init__(self, name: str, run: RunConfig, log: str | None, rank: int, columns: Sequence[str]) -> None:
+        """Load nothing yet: `setup` does; ``columns``: of its scorers."""
         redirect_output(log, "reward", name)
         self._metrics = WorkerMetrics("reward", name)
-        self._rewards = run.rewards
+        self._rewards, self._columns = run.rewards, columns
 
     @loading()
     def setup(self, address: str = "") -> None:
-        """Make every scorer."""
-        self._scorers = build_rewards(self._rewards)
+        """Make its scorers."""
+        self._scorers = build_rewards(self._rewards, self._columns)
 
     def score(self, *objects: Any) -> tuple[Any, ...]:
         """Groups and pictures, alternating, as a rollout worker returned them -> `score_error`s, then scored groups."""
@@ -57,4 +57,4 @@ class RewardClient(Client):
         objects = [ref for group in groups for ref in (group.tokens, group.images)]
         errors, scored = self.ask_objects(RewardWorker.score, len(groups), *objects)
         answers = zip(groups, scored, await errors, strict=True)
-        return [replace(group, scores=scores, error=error) for group, scores, error in answers]
+        return [replace(group, scores=(scores,), error=error) for group, scores, error in answers]
