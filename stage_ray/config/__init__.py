@@ -9,4 +9,4 @@ from stage_ray.config.schema import (
     RolloutConfig,
     RunConfig,
 )
-from stage_ray.config.scoring import OwnPool, RewardConfig, RuntimeEnvConfig, ScoringConfig, ScoringPool
+from stage_ray.config.scoring import OWN_POOL, RewardConfig, RuntimeEnvConfig, ScoringConfig, ScoringPool

@@ -8,6 +8,8 @@ from pydantic import Field
 
 from stage_ray.config.base import PoolConfig, Section
 
+OWN_POOL = ("workers", "max_workers", "cpus", "gpus", "resources", "groups_per_call", "timeout_s", "runtime_env")
+
 
 class RuntimeEnvConfig(Section):
     """What Ray gives the processes of a pool beside what is installed; same Python and Ray."""
@@ -24,9 +26,16 @@ class RuntimeEnvConfig(Section):
         return bool(self.pip or self.py_modules)
 
 
-class OwnPool(Section):
-    """What one scorer may have otherwise than ``scoring`` says; null: as there."""
+class RewardConfig(Section):
+    """One scorer. ``type`` is a name of the registry (geneval, clip, win_rate) or the dotted path of your own class.
 
+    With any key of `OWN_POOL` it has actors of its own; the others of these keys are as in ``scoring``.
+    """
+
+    type: str = Field(description="geneval, clip, win_rate, or package.module.Class")
+    name: str | None = Field(None, description="Column name in metrics; the type by default")
+    weight: float = Field(1.0, description="Weight in the sum of scorers")
+    options: dict[str, Any] = Field({}, description="Keyword arguments of the scorer")
     workers: int | None = Field(None, ge=1, description="Actors of this scorer that the run needs")
     max_workers: int | None = Field(None, ge=1, description="Most actors of this scorer")
     cpus: float | None = Field(None, gt=0, description="CPUs reserved for one of them")
@@ -36,15 +45,6 @@ class OwnPool(Section):
     timeout_s: float | None = Field(None, gt=0, description="Seconds one of its calls may take")
     runtime_env: RuntimeEnvConfig | None = Field(None, description="Packages and variables of its actors")
 
-
-class RewardConfig(OwnPool):
-    """One scorer. ``type`` is a name of the registry (geneval, clip, win_rate) or the dotted path of your own class."""
-
-    type: str = Field(description="geneval, clip, win_rate, or package.module.Class")
-    name: str | None = Field(None, description="Column name in metrics; the type by default")
-    weight: float = Field(1.0, description="Weight in the sum of scorers")
-    options: dict[str, Any] = Field({}, description="Keyword arguments of the scorer")
-
     @property
     def column(self) -> str:
         """Name of this scorer's column."""
@@ -53,11 +53,11 @@ class RewardConfig(OwnPool):
     @property
     def own(self) -> dict[str, Any]:
         """What sets its actors apart from the other scorers'; none where it shares theirs."""
-        return {name: value for name in OwnPool.model_fields if (value := getattr(self, name)) is not None}
+        return {name: value for name in OWN_POOL if (value := getattr(self, name)) is not None}
 
 
 class ScoringConfig(PoolConfig):
-    """The pool of reward actors; each holds every scorer without a pool of its own. A default for those."""
+    """The pool of reward actors; each holds every scorer that has no pool of its own. Defaults of those pools too."""
 
     groups_per_call: int = Field(8, ge=1, description="Groups scored in one batched call")
     timeout_s: float = Field(120.0, gt=0, description="Seconds a call may take before its groups are scored again")

@@ -17,8 +17,10 @@ from stage_ray.rewards import build_rewards, score_groups
 class RewardWorker(Worker):
     """Scorers of the run that share a pool, called on whole batches of groups."""
 
-    def __init__(self, name: str, run: RunConfig, log: str | None, rank: int, columns: Sequence[str]) -> None:
-        """Load nothing yet: `setup` does; ``columns``: of its scorers."""
+    def __init__(
+        self, name: str, run: RunConfig, log: str | None, rank: int = 0, columns: Sequence[str] | None = None
+    ) -> None:
+        """Load nothing yet: `setup` does; ``columns``: of its scorers, all by default."""
         redirect_output(log, "reward", name)
         self._metrics = WorkerMetrics("reward", name)
         self._rewards, self._columns = run.rewards, columns
