@@ -40,7 +40,7 @@ def suggest(name: str, known: Collection[str], prefix: str = "") -> str:
         >>> suggest("clop", ["clip", "geneval"], "rewards."), suggest("x", ["geneval", "clip"])
         ("did you mean 'rewards.clip'?", 'known here: clip, geneval')
     """
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.55)
     return f"did you mean {prefix + near[0]!r}?" if near else f"known here: {', '.join(sorted(known))}"
 
 

@@ -109,7 +109,8 @@ class GroupRefs:
     Attributes:
         tokens: reference to its `RolloutGroup`, whose ``images`` are empty.
         images: reference to its pictures, uint8 [G, H, W, 3]; None once they are no longer needed.
-        scores: reference to its `ScoredGroup`; None before scoring, and where the scorers gave no answer.
+        scores: references to its `ScoredGroup`s, one of each pool of scorers, for `merge_scores`; empty before scoring,
+            and where a pool gave no answer.
         error: why the group, or not every score of it, may be used; "" where all may.
         silent: no scorer told its images apart, so there is nothing to learn from it.
         generate_s: seconds that the generation batch took in which the group was sampled.
@@ -120,7 +121,7 @@ class GroupRefs:
     policy_version: int
     tokens: Any
     images: Any = None
-    scores: Any = None
+    scores: tuple[Any, ...] = ()
     error: str = ""
     silent: bool = False
     generate_s: float = 0.0

@@ -73,7 +73,7 @@ class FlakyCluster(TimedCluster):
         if group.group_id in self.gates:
             await self.gates[group.group_id].wait()
         error = "it is beyond me" if self._fails(group.group_id) else ""
-        return [replace(group, scores="scores", error=error)]
+        return [replace(group, scores=("scores",), error=error)]
 
     def accept(self) -> None:
         """There is only one learner."""
@@ -97,7 +97,7 @@ class FlakyCluster(TimedCluster):
     async def load_groups(self, directory: Path, group_ids: Sequence[int]) -> list[GroupRefs]:
         """Groups of the kept versions."""
         versions = {group_id: int((directory / str(group_id)).read_text()) for group_id in group_ids}
-        return [GroupRefs(group_id, version, "tokens", scores="scores") for group_id, version in versions.items()]
+        return [GroupRefs(group_id, version, "tokens", scores=("scores",)) for group_id, version in versions.items()]
 
 
 async def drive(run: RunConfig, cluster: Any, *, resume: bool = False, until: int | None = None) -> None:

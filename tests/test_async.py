@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import psutil
@@ -22,6 +23,7 @@ from stage_ray.errors import ConfigError, RunError
 from stage_ray.observability.progress import Progress
 from stage_ray.observability.registry import RECORDED, find
 from stage_ray.train import train
+from stage_ray.workers.group_files import load_group
 from tests.audit import Audit
 from tests.chaos import audited, end_session, of_session, start_driver
 from tests.plain import FAMILY
@@ -68,6 +70,37 @@ def test_generation_runs_ahead_to_the_bound_and_no_further_and_records_what_the_
     assert None not in named.values(), named
     assert {metric.name for metric in RECORDED} - {metric.name for metric in named.values()} == {"alarm"}
     assert sound(run).trained == 12
+
+
+PINNED = """
+import os
+from stage_ray.rewards.base import RewardOutput
+
+class Pinned:
+    def score(self, images, prompts):
+        darkness = 1 - images.mean(axis=(1, 2, 3), dtype="float32") / 255
+        answers = ({"said": os.environ["JUDGE"]},) * len(images)
+        return RewardOutput(darkness, darkness >= 0, answers)
+"""
+
+
+def test_a_scorer_may_have_actors_of_its_own_and_packages_and_variables_that_others_lack(tmp_path, plain):
+    wheel = tmp_path / "pinned-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as file:
+        about = "pinned-1.0.dist-info"
+        file.writestr("pinned.py", PINNED)
+        file.writestr(f"{about}/METADATA", "Metadata-Version: 2.1\nName: pinned\nVersion: 1.0\n")
+        file.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        file.writestr(f"{about}/RECORD", "")
+    given = {"py_modules": [str(wheel)], "env_vars": {"JUDGE": "its own"}}
+    pinned = {"type": "pinned.Pinned", "weight": 2, "groups_per_call": 2, "runtime_env": given}
+    rewards = [pinned, {"type": "tests.scorers.Brightness"}]
+    run = tiny_run(tmp_path, plain, steps=2, rewards=rewards, pipeline={"record": True}, **QUICK)
+    done = train(run).run_dir
+    assert [row["workers/reward"] for row in lines(done / "metrics.jsonl")] == [2, 2]
+    _, scored = load_group(min((done / "groups").rglob("*.safetensors")))
+    assert scored.names == ("Pinned", "Brightness") and scored.details[0]["Pinned"] == {"said": "its own"}
+    assert scored.scores.sum(axis=1) == pytest.approx(1.0)
 
 
 def test_a_strict_asynchronous_run_that_drops_groups_is_repeated_and_resumed_bit_for_bit(tmp_path, plain):

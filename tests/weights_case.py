@@ -14,7 +14,7 @@ from stage_ray.actors.client import Client
 from stage_ray.bench.base import bench_run
 from stage_ray.cluster.cluster import Cluster
 from stage_ray.cluster.placement import Actors, actor_of
-from stage_ray.config import RunConfig
+from stage_ray.config import RunConfig, ScoringPool
 from stage_ray.engines.base import ImageEngine
 from stage_ray.engines.sampling import SamplingParams
 from stage_ray.workers.learner import LearnerWorker
@@ -119,7 +119,7 @@ class SyncActors(Actors):
         """As the run's, around `WeightsEngine`."""
         return RolloutClient(actor_of(SyncRolloutWorker, 1, 0, {}).remote(*self._size))
 
-    def reward(self, name: str) -> RewardClient:
+    def reward(self, name: str, pool: ScoringPool) -> RewardClient:
         """Never asked."""
         return RewardClient(actor_of(SyncRolloutWorker, 1, 0, {}).remote(0))
 

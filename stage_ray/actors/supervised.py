@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, Generic, TypeVar
 
 import ray
-from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskError
+from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskError, RuntimeEnvSetupError
 
 from stage_ray.actors.client import (
     ActorNotReady,
@@ -191,7 +191,7 @@ class SupervisedActor(Generic[C]):
             if isinstance(cause, ConfigError):
                 raise ConfigError(str(cause)) from error
             raise WorkerFailed(f"{self.name} failed: {type(cause).__name__}: {first_line(cause)}") from error
-        except RayActorError as error:
+        except (RayActorError, RuntimeEnvSetupError) as error:
             cause = error.__cause__ or getattr(error, "cause", None) or error
             _, _, last_line = str(cause).strip().rpartition("\n")
             raise WorkerDied(f"{self.name} died: {last_line}") from error

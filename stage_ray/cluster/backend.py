@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,6 +14,7 @@ from stage_ray.config import RunConfig
 from stage_ray.errors import GroupsLostError, RunError
 from stage_ray.evaluation.loop import JudgedGroup
 from stage_ray.records import RolloutRequest, ScoredGroup
+from stage_ray.rewards import merge_scores
 
 
 class ClusterBackend:
@@ -27,8 +29,10 @@ class ClusterBackend:
         self._suite = {} if suite is None else {"suite": suite}
         self._cluster, self._attempts, self._scoring = cluster, run.cluster.attempts, scoring
         self.images_per_batch = run.rollout.images_per_batch
-        drawing, judging = (pool.max_workers or pool.workers for pool in (run.rollout, run.scoring))
-        self.batches_at_once = 2 * drawing + judging  # one is drawn and one waits for each worker; one is scored
+        own = {str(one.name): one.rewards for one in run.evaluation.suites}.get(str(suite)) or run.rewards
+        self._columns = [reward.column for reward in own]
+        drawing, *judging = (pool.max_workers or pool.workers for pool in (run.rollout, *run.scoring_pools))
+        self.batches_at_once = 2 * drawing + max(judging)  # one is drawn and one waits for each worker; one is scored
 
     async def judge(self, requests: Sequence[RolloutRequest], *, images: bool) -> list[JudgedGroup]:
         """As `Backend.judge`; up to ``cluster.attempts`` times where workers or nodes are lost.
@@ -50,9 +54,10 @@ class ClusterBackend:
         if self._scoring:
             groups = await self._cluster.score(groups, **self._suite)
             for group in groups:
-                if group.scores is None:
+                if not group.scores:
                     raise _NotScoredError(group.error)
-            scored = await self._cluster.fetch([group.scores for group in groups])
+            parts = await asyncio.gather(*(self._cluster.fetch(group.scores) for group in groups))
+            scored = [merge_scores(each, self._columns) for each in parts]
         else:
             scored = [_unscored(request) for request in requests]
         wanted = [group.images for group in groups] if images else []

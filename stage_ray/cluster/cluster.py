@@ -6,20 +6,20 @@ import asyncio
 import itertools
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
 import ray
 
-from stage_ray.actors.client import ArgumentsLost, NoWorkersLeft, WorkerDied, WorkerLost
+from stage_ray.actors.client import NoWorkersLeft, WorkerLost
 from stage_ray.actors.supervised import Pool, SupervisedActor, Sync, heartbeats
-from stage_ray.cluster.learner import ClusterLearner, missing
+from stage_ray.cluster.learner import ClusterLearner
 from stage_ray.cluster.placement import Actors
 from stage_ray.cluster.runtime import start_ray
+from stage_ray.cluster.scorers import ScorerPools
 from stage_ray.cluster.transport import Broadcast, ObjectStore
 from stage_ray.config import RunConfig
-from stage_ray.errors import GroupsLostError, RunError
+from stage_ray.errors import RunError
 from stage_ray.records import GroupRefs, RolloutRequest
 from stage_ray.workers.rollout import RolloutClient, RolloutWorker
 
@@ -50,8 +50,7 @@ class InferenceCluster:
         limits: dict[str, Any] = {"start_timeout_s": run.cluster.start_timeout_s, "attempts": run.cluster.attempts}
         workers, more = run.rollout.workers, run.rollout.max_workers
         self.rollouts = Pool("rollout", workers, more, start.rollout, sync=sync, **limits)
-        workers, more = (run.scoring.workers, run.scoring.max_workers) if scoring else (0, None)
-        self.rewards = Pool("reward", workers, more, start.reward, **limits)
+        self.rewards = ScorerPools(run, start.reward if scoring else None, limits)
         self._roles: dict[str, Sequence[SupervisedActor[Any]]] = {
             "rollout": self.rollouts.actors,
             "reward": self.rewards.actors,
@@ -108,25 +107,12 @@ class InferenceCluster:
             )
 
     async def score(self, groups: Sequence[GroupRefs], suite: str | None = None) -> list[GroupRefs]:
-        """Score a batch of groups; where a worker is too slow or fails, its groups come back with that ``error``.
+        """Score a batch of groups, by the scorers of a ``suite`` or the run's own.
 
-        One that dies says nothing about them: they go to others, up to ``cluster.attempts`` times in all. ``suite``:
-        whose scorers judge, None for the run's own.
-
-        Raises:
-            GroupsLostError: some of them are gone, with the node that held them; none is scored.
-            RunError: no worker is left.
+        Raises as `ScorerPools.score`, and RunError where no worker is left.
         """
-        timeout, attempts = self.run.scoring.timeout_s, self.run.cluster.attempts
-        try:
-            with self._fatal(NoWorkersLeft):
-                return await self.rewards.call(
-                    lambda worker: worker.score(groups, suite), timeout, attempts=attempts, retry=WorkerDied
-                )
-        except WorkerLost as lost:
-            return [replace(group, error=str(lost)) for group in groups]
-        except ArgumentsLost as lost:
-            raise GroupsLostError(await missing(groups)) from lost
+        with self._fatal(NoWorkersLeft):
+            return await self.rewards.score(groups, suite)
 
     async def fetch(self, refs: Sequence[Any]) -> list[Any]:
         """Bring small objects (scores, a few pictures for a person to look at) to the driver."""

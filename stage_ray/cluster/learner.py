@@ -80,7 +80,7 @@ class ClusterLearner:
             arguments = directory.resolve(), group_ids
             answer, refs = client.first.ask_objects(LearnerWorker.load_groups, 2 * len(group_ids), *arguments)
             loaded = zip(group_ids, await answer, refs[::2], refs[1::2], strict=True)  # groups and scores alternate
-            return [GroupRefs(i, version, tokens, scores=scores) for i, version, tokens, scores in loaded]
+            return [GroupRefs(i, version, tokens, scores=(scores,)) for i, version, tokens, scores in loaded]
 
         return await self.call(load) if group_ids else []
 
@@ -119,8 +119,8 @@ class ClusterLearner:
 
 
 def _objects(groups: Sequence[GroupRefs]) -> list[Any]:
-    """Rollout groups and scored groups, alternating: Ray resolves references only where they are arguments."""
-    return [ref for group in groups for ref in (group.tokens, group.scores)]
+    """Rollout groups, each followed by its scored groups: Ray resolves references only where they are arguments."""
+    return [ref for group in groups for ref in (group.tokens, *group.scores)]
 
 
 async def missing(groups: Sequence[GroupRefs]) -> list[int]:
@@ -128,7 +128,7 @@ async def missing(groups: Sequence[GroupRefs]) -> list[int]:
     found = []
     for group in groups:
         try:
-            await asyncio.gather(*(ref for ref in (group.tokens, group.images, group.scores) if ref is not None))
+            await asyncio.gather(*(ref for ref in (group.tokens, group.images, *group.scores) if ref is not None))
         except ObjectLostError:
             found.append(group.group_id)
     return found

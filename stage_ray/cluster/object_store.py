@@ -37,10 +37,11 @@ def store_mb(run: RunConfig, *, weights: bool = True) -> int:
     """MB of the object store of a cluster that the run starts; ``weights``: whether versions of them travel."""
     if run.cluster.object_store_mb is not None:
         return run.cluster.object_store_mb
-    rollout, scoring = run.rollout, run.scoring
+    rollout = run.rollout
     waiting = rollout.groups_per_step * rollout.group_size * (run.pipeline.max_staleness + 1)
     # As `stage_ray.run.heldout` asks for them; not while images to train on wait.
-    workers = 2 * (rollout.max_workers or rollout.workers) + (scoring.max_workers or scoring.workers)
+    drawing, *judging = (pool.max_workers or pool.workers for pool in (rollout, *run.scoring_pools))
+    workers = 2 * drawing + max(judging)
     images = max(waiting, workers * rollout.images_per_batch * run.evaluation.enabled)
     versions = (two_versions_mb(run) or 0) if weights else 0
     return max(LEAST_MB, math.ceil(SLACK * (versions + images * IMAGE_BYTES / MB)))

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import ray
+from ray._private.runtime_env.py_modules import upload_py_modules_if_needed
 from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from stage_ray.actors.client import Client, Worker
-from stage_ray.config import LearnerConfig, RolloutConfig, RunConfig, ScoringConfig
+from stage_ray.config import LearnerConfig, RolloutConfig, RunConfig, RuntimeEnvConfig, ScoringConfig, ScoringPool
 from stage_ray.engines.vllm.environment import vllm_environment
 from stage_ray.observability.logs import worker_environment
 from stage_ray.workers.learner import LearnerWorker
@@ -44,9 +46,9 @@ class Actors:
         actors = self._ranks(RolloutWorker, name, rollout, env, _places(group, ranks, first))
         return RolloutClient(*actors, name=name, placement=None if self._learners else group)
 
-    def reward(self, name: str) -> RewardClient:
-        """A reward worker."""
-        return RewardClient(*self._ranks(RewardWorker, name, self._run.scoring, {}, [None]))
+    def reward(self, name: str, pool: ScoringPool) -> RewardClient:
+        """A reward worker of a pool."""
+        return RewardClient(*self._ranks(RewardWorker, name, pool, {}, [None], pool.columns))
 
     def learner(self, name: str) -> Client:
         """The learner: one actor, or ranks as close together as may be, each with room for a colocated worker."""
@@ -60,17 +62,18 @@ class Actors:
         return Client(*actors, name=name, placement=group)
 
     def _ranks(
-        self, role: type[Worker], name: str, share: Share, env: Mapping[str, str], places: Sequence[Place]
+        self, role: type[Worker], name: str, share: Share, env: Mapping[str, str], places: Sequence[Place], *more: Any
     ) -> list[Any]:
-        """A worker's actors, one for each place."""
+        """A worker's actors, one for each place; ``more``: what this role's take besides."""
         # The worker sees for itself once it is where it runs; but libraries read the variable when they are loaded.
         threads = 1 if isinstance(share, ScoringConfig) else own_threads(self._run, share)
         env, actors = {**env, "OMP_NUM_THREADS": str(threads)}, []
+        packages = share.runtime_env if isinstance(share, ScoringConfig) else RuntimeEnvConfig()
         for rank, place in enumerate(places):
-            make = actor_of(role, share.cpus, share.gpus, env, share.resources, place)
+            make = actor_of(role, share.cpus, share.gpus, env, share.resources, place, packages)
             own = f"{name}-rank-{rank}" if len(places) > 1 else name
             log = str((self._logs / f"{own}.log").resolve()) if self._logs else None
-            actors.append(make.remote(own, self._run, log, rank))
+            actors.append(make.remote(own, self._run, log, rank, *more))
         return actors
 
 
@@ -94,15 +97,24 @@ def actor_of(
     env: Mapping[str, str],
     resources: Mapping[str, float] | None = None,
     place: Place = None,
+    given: RuntimeEnvConfig | None = None,
 ) -> Any:
-    """The actor class of a role, with what it reserves and its environment. Its ``.remote(...)`` starts one."""
+    """The actor class of a role, with what it reserves and its environment. Its ``.remote(...)`` starts one.
+
+    ``given``: the environment of a config; of variables that this run sets too, those that keep its processes apart
+    and its logs together win.
+    """
     # Ray shows a process without a GPU of its own every GPU of the node, and a process that sees one takes it.
     hidden = {} if gpus else {"CUDA_VISIBLE_DEVICES": ""}
+    packages = given.model_dump(exclude_none=True) if given else {}
+    # Of an actor Ray takes only what is in the cluster already.
+    upload_py_modules_if_needed(packages, include_gitignore=True, scratch_dir=tempfile.gettempdir())
+    variables = packages.pop("env_vars", {})
     # Pings are answered by a thread of their own, also while the actor works.
     return ray.remote(concurrency_groups={"health": 1})(role).options(
         num_cpus=cpus,
         num_gpus=gpus,
         resources=dict(resources or {}),
-        runtime_env={"env_vars": {**env, **hidden, **worker_environment()}},
+        runtime_env=packages | {"env_vars": {**env, **variables, **hidden, **worker_environment()}},
         scheduling_strategy=place,
     )

@@ -51,7 +51,7 @@ def start_ray(run: RunConfig, run_dir: Path, *, weights: bool = True) -> bool:
         ConfigError: the address is none that a driver can join, or no directory can hold Ray's sockets.
         RunError: no cluster at that address, or too little memory for the object store.
     """
-    cluster, rollout, scoring, learner = run.cluster, run.rollout, run.scoring, run.learner
+    cluster, rollout, learner = run.cluster, run.rollout, run.learner
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing leaves the machine unasked
     address = cluster.address or ("auto" if "RAY_ADDRESS" in os.environ else None)
     if address is not None:
@@ -70,8 +70,8 @@ def start_ray(run: RunConfig, run_dir: Path, *, weights: bool = True) -> bool:
             f"cluster.object_store_mb = {wanted_mb} is more than the {free_mb} MB of memory that are free; {fix}"
         )
     _tell_of_little_shared_memory(wanted_mb)
-    cpus = rollout.workers * rollout.tensor_parallel * rollout.cpus + scoring.workers * scoring.cpus
-    cpus += learner.ranks * learner.cpus
+    cpus = rollout.workers * rollout.tensor_parallel * rollout.cpus + learner.ranks * learner.cpus
+    cpus += sum(pool.workers * pool.cpus for pool in run.scoring_pools)
     directory = private_directory()  # Ray opens its own directories, and the sockets in them, to every user (0777)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # vLLM's torch.distributed, which knows no token
     remove_dead_sessions(directory / "ray")

@@ -9,50 +9,16 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
+
+from stage_ray.config.base import PoolConfig, Section
+from stage_ray.config.prompts import PromptsConfig
+from stage_ray.config.scoring import RewardConfig, ScoringConfig, ScoringPool
 
 TAKEN = {"mean", "std", "informative"}  # reward/mean and its like, which no scorer may be called
-FORMS = ("(file)", "(files)")  # of prompts.train, as pydantic names them in the place of an error
 
 SECRET_NAME = re.compile(r"(?i)(^|_)(key|secret|token|password)$|apikey")
 SECRET_VALUE = re.compile(r"\b[0-9a-f]{40}\b|\bwandb_v\d+_")  # W&B's keys of both kinds
-
-
-class Section(BaseModel):
-    """Base of every section: closed to unknown keys, frozen after validation."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class PromptFile(Section):
-    """One of several prompt files that are mixed."""
-
-    path: str = Field(description="As prompts.train, where that is one file")
-    weight: float = Field(1.0, gt=0, description="Prompts that are drawn of it, relative to the other files")
-
-
-class PromptsConfig(Section):
-    """Which prompts are trained on, and which are held out."""
-
-    train: Annotated[
-        Annotated[str, Tag(FORMS[0])] | Annotated[list[PromptFile], Field(min_length=1), Tag(FORMS[1])],
-        Discriminator(lambda value: FORMS[not isinstance(value, str)]),
-    ] = Field(
-        description="JSON Lines (GenEval's format) or text, a prompt a line; package:MODULE/FILE; or "
-        "hf://datasets/OWNER/NAME[@REVISION]/FILE of a hub; or several files: [{path: FILE, weight: 3}, ...]"
-    )
-    heldout: str | None = Field(None, description="Prompts of the evaluation before and after; same formats")
-    shuffle: bool = Field(True, description="A new order every epoch, fixed by the run's seed")
-    too_long: Literal["refuse", "drop"] = Field(
-        "refuse", description="What becomes of prompts longer than rollout.max_prompt_tokens"
-    )
-
-    @property
-    def files(self) -> dict[str, PromptFile]:
-        """The files that are trained on, by the config's keys of their paths."""
-        if isinstance(self.train, str):
-            return {"prompts.train": PromptFile(path=self.train)}
-        return {f"prompts.train.{index}.path": file for index, file in enumerate(self.train)}
 
 
 class PolicyConfig(Section):
@@ -68,15 +34,6 @@ class PolicyConfig(Section):
         "checkpoint", description="Type of the trained weights in final/; checkpoint: as they came"
     )
     trust_remote_code: bool = Field(False, description="Run code that comes with a checkpoint. Off unless you wrote it")
-
-
-class PoolConfig(Section):
-    """A pool of actors that do the same work, each on groups of its own."""
-
-    workers: int = Field(1, ge=1, description="Actors that the run needs")
-    max_workers: int | None = Field(None, ge=1, description="Most actors, where the cluster has room; null: as workers")
-    gpus: float = Field(0.0, ge=0, description="GPUs reserved for one worker, or each of its processes")
-    resources: dict[str, float] = Field({}, description="Custom Ray resources of one worker (or process): {rollout: 1}")
 
 
 class RolloutConfig(PoolConfig):
@@ -109,29 +66,6 @@ class RolloutConfig(PoolConfig):
     )
     gpu_memory_utilization: float = Field(0.5, gt=0, le=1, description="vLLM's share of a GPU's memory")
     timeout_s: float = Field(600.0, gt=0, description="Seconds one generation batch may take")
-
-
-class RewardConfig(Section):
-    """One scorer. ``type`` is a name of the registry (geneval, clip) or the dotted path of your own class."""
-
-    type: str = Field(description="geneval, clip, or package.module.Class")
-    name: str | None = Field(None, description="Column name in metrics; the type by default")
-    weight: float = Field(1.0, description="Weight in the sum of scorers")
-    options: dict[str, Any] = Field({}, description="Keyword arguments of the scorer")
-
-    @property
-    def column(self) -> str:
-        """Name of this scorer's column."""
-        return self.name or self.type.rsplit(".", 1)[-1]
-
-
-class ScoringConfig(PoolConfig):
-    """The pool of reward actors; each holds every scorer."""
-
-    groups_per_call: int = Field(8, ge=1, description="Groups scored in one batched call")
-    timeout_s: float = Field(120.0, gt=0, description="Seconds a call may take before its groups are scored again")
-    attempts: int = Field(2, ge=1, description="Times a group is scored, dead workers apart, before it is replaced")
-    cpus: float = Field(0.5, gt=0, description="CPUs reserved for one worker")
 
 
 class AlgorithmConfig(Section):
@@ -367,7 +301,8 @@ class RunConfig(Section):
         if all(reward.weight == 0 for reward in self.rewards):
             raise ValueError("rewards: every weight is 0, so nothing would be trained")
         self._check_evaluation()
-        for name, pool in (("rollout", rollout), ("scoring", self.scoring)):
+        own = [(f"rewards.{index}", self._own_pool(reward)) for index, reward in enumerate(self.rewards)]
+        for name, pool in (("rollout", rollout), ("scoring", self.scoring), *own):
             if pool.max_workers is not None and pool.max_workers < pool.workers:
                 raise ValueError(
                     f"{name}.max_workers = {pool.max_workers} is less than {name}.workers = {pool.workers}"
@@ -412,6 +347,17 @@ class RunConfig(Section):
             raise ValueError(
                 f"checkpoint.keep_best = {best!r} needs evaluation.every: without it only the last step is evaluated"
             )
+
+    @property
+    def scoring_pools(self) -> list[ScoringPool]:
+        """The pools of reward actors: the one that scorers share, unless each has its own, then those."""
+        shared = tuple(reward.column for reward in self.rewards if not reward.own)
+        common = [ScoringPool(**dict(self.scoring), role="reward", columns=shared)] if shared else []
+        return common + [self._own_pool(reward) for reward in self.rewards if reward.own]
+
+    def _own_pool(self, reward: RewardConfig) -> ScoringPool:
+        role = "reward-" + re.sub(r"\W", "_", reward.column)  # no two columns make the same
+        return ScoringPool(**dict(self.scoring) | reward.own, role=role, columns=(reward.column,))
 
     def _check_colocated(self) -> None:
         """Raise a ValueError unless each rollout worker can share a GPU with one rank of the learner."""

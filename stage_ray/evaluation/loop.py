@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import numpy as np
 import xxhash
 
-from stage_ray.config import RunConfig
+from stage_ray.config import OWN_POOL, RunConfig
 from stage_ray.evaluation.base import Benchmark, EvaluationResult, summarise
 from stage_ray.records import Prompt, RolloutRequest, ScoredGroup, image_seeds
 from stage_ray.rewards import score_groups
@@ -138,5 +138,5 @@ def conditions(run: RunConfig, benchmark: Benchmark, requests: Sequence[RolloutR
         "prompts.heldout": f"{len(prompts)} prompts ({digest})",
         "policy.template": run.policy.template,
         **{f"rollout.{name}": value for name, value in sampling.items()},
-        "rewards": [reward.model_dump(mode="json", exclude={"weight"}) for reward in run.rewards],
+        "rewards": [reward.model_dump(mode="json", exclude={"weight", *OWN_POOL}) for reward in run.rewards],
     }

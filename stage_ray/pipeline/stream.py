@@ -69,7 +69,8 @@ class GroupStream:
         self.cursor, self.next_group, self.step = cursor, next_group, step
         self.redrawn: dict[int, int] = {}
         self._cluster, self._ledger = cluster, ledger
-        self._seed, self._rollout, self._scoring = run.seed, run.rollout, run.scoring
+        self._seed, self._rollout, self._attempts = run.seed, run.rollout, run.scoring.attempts
+        self._groups_per_call = max(pool.groups_per_call for pool in run.scoring_pools)  # a pool may take fewer
         self._redraw_silent = run.algorithm.redraw_silent
         self._max_staleness, self._strict = run.pipeline.max_staleness, run.pipeline.order == "strict"
         self._buffer: GroupBuffer[GroupRefs] = GroupBuffer(
@@ -234,13 +235,13 @@ class GroupStream:
         self._note("generated", ids, groups[0].policy_version)
         self._fail([group for group in groups if group.error])
         groups = [group for group in groups if not group.error]
-        size = self._scoring.groups_per_call
+        size = self._groups_per_call
         for start in range(0, len(groups), size):
             self._spawn(self._score(groups[start : start + size]))
 
     async def _score(self, groups: Sequence[GroupRefs]) -> None:
         pending, attempt = list(groups), 0
-        while pending and attempt < self._scoring.attempts:
+        while pending and attempt < self._attempts:
             self._numbers["scoring/rescored"] += len(pending) if attempt else 0
             start = time.perf_counter()
             try:

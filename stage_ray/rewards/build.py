@@ -17,10 +17,13 @@ from stage_ray.registry import Registry
 from stage_ray.rewards.base import GroupReward, Reward
 
 REWARDS = Registry("stage_ray.rewards", "Reward", "scorer")
+METHODS = ("score(images, prompts)", "score_groups(groups)")  # a scorer has one of them
 
 
-def build_rewards(configs: Sequence[RewardConfig], key: str = "rewards") -> list[tuple[str, Reward | GroupReward]]:
-    """Build every scorer of a list, with the name of its column; ``key`` is the list's, for messages.
+def build_rewards(
+    configs: Sequence[RewardConfig], columns: Sequence[str] | None = None, key: str = "rewards"
+) -> list[tuple[str, Reward | GroupReward]]:
+    """Build the scorers of a list, all or those of some ``columns``, with their columns; ``key`` is the list's.
 
     Raises:
         ConfigError: an unknown scorer, or options that its constructor does not take; names the key and the fix.
@@ -28,42 +31,58 @@ def build_rewards(configs: Sequence[RewardConfig], key: str = "rewards") -> list
     Example:
         build_rewards([RewardConfig(type="geneval", options={"detector": "my_package.MyDetector"})])
     """
-    return [(config.column, _build(config, f"{key}.{index}")) for index, config in enumerate(configs)]
+    return [
+        (config.column, build_reward(config, f"{key}.{index}"))
+        for index, config in enumerate(configs)
+        if columns is None or config.column in columns
+    ]
 
 
 def check_rewards(
-    configs: Sequence[RewardConfig], prompts: Sequence[Prompt], key: str = "rewards"
+    configs: Sequence[RewardConfig],
+    prompts: Sequence[Prompt],
+    columns: Sequence[str] | None = None,
+    key: str = "rewards",
 ) -> list[tuple[Prompt, str]]:
-    """Check every scorer of a list without building it: the prompts that one cannot judge, and why, scorer by scorer.
+    """Check scorers of a list without building them: the prompts that one cannot judge, and why, scorer by scorer.
 
     Raises:
         ConfigError: as `build_rewards`, and what a scorer's own `check` finds wrong with its options.
     """
-    found = []
-    for index, config in enumerate(configs):
-        kind, options = _resolve(config, f"{key}.{index}")
-        check = getattr(kind, "check", None)
-        if check is not None:
-            try:
-                found += [(prompt, f"{config.column}: {why}") for prompt, why in check(prompts, **options)]
-            except ConfigError as error:
-                raise ConfigError(f"{key}.{index}.options of {config.type}: {error}") from error
-    return found
+    return [
+        (prompt, f"{config.column}: {why}")
+        for index, config in enumerate(configs)
+        if columns is None or config.column in columns
+        for prompt, why in check_reward(config, prompts, f"{key}.{index}")
+    ]
 
 
-def _build(config: RewardConfig, key: str) -> Reward | GroupReward:
-    kind, options = _resolve(config, key)
+def build_reward(config: RewardConfig, key: str, methods: Sequence[str] = METHODS) -> Any:
+    """Build one scorer, whose config stands at ``key`` and whose class has one of ``methods``; raises as above."""
+    kind, options = _resolve(config, key, methods)
     try:
         return kind(**options)
     except ConfigError as error:
         raise ConfigError(f"{key}.options of {config.type}: {error}") from error
 
 
-def _resolve(config: RewardConfig, key: str) -> tuple[Any, dict[str, Any]]:
+def check_reward(
+    config: RewardConfig, prompts: Sequence[Prompt], key: str, methods: Sequence[str] = METHODS
+) -> list[tuple[Prompt, str]]:
+    """Check one scorer, as `check_rewards` does all."""
+    kind, options = _resolve(config, key, methods)
+    check = getattr(kind, "check", None)
+    try:
+        return list(check(prompts, **options)) if check is not None else []
+    except ConfigError as error:
+        raise ConfigError(f"{key}.options of {config.type}: {error}") from error
+
+
+def _resolve(config: RewardConfig, key: str, methods: Sequence[str]) -> tuple[Any, dict[str, Any]]:
     """The scorer's class, and its options as its constructor wants them."""
     kind = REWARDS.find(config.type, f"{key}.type")
-    if not callable(kind) or not any(callable(getattr(kind, name, None)) for name in ("score", "score_groups")):
-        raise ConfigError(f"{key}.type = {config.type!r} is not a class with a method score(images, prompts)")
+    if not callable(kind) or not any(callable(getattr(kind, name.partition("(")[0], None)) for name in methods):
+        raise ConfigError(f"{key}.type = {config.type!r} is not a class with a method {' or '.join(methods)}")
     key = f"{key}.options"
     parameters = inspect.signature(kind).parameters
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)

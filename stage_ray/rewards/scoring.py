@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import ChainMap
 from collections.abc import Sequence
 
 import numpy as np
@@ -53,6 +54,26 @@ def score_groups(
             )
         )
     return scored
+
+
+def merge_scores(parts: Sequence[ScoredGroup], columns: Sequence[str]) -> ScoredGroup:
+    """What several pools of scorers said of one group, as one of them would have: in the order of ``columns``."""
+    if len(parts) == 1:
+        return parts[0]
+    names = [name for part in parts for name in part.names]
+    order = sorted(range(len(names)), key=lambda i: columns.index(names[i]))
+    ordered = tuple(names[i] for i in order)
+    said = [ChainMap(*map(dict, each)) for each in zip(*(part.details for part in parts), strict=True)]  # an image each
+    features = {name: array for part in parts for name, array in part.features.items()}
+    return ScoredGroup(
+        group_id=parts[0].group_id,
+        names=ordered,
+        scores=np.concatenate([part.scores for part in parts], axis=1)[:, order],
+        valid=np.concatenate([part.valid for part in parts], axis=1)[:, order],
+        details=tuple({name: detail[name] for name in ordered} for detail in said),
+        score_s=sum(part.score_s for part in parts),
+        features={name: features[name] for name in ordered if name in features},
+    )
 
 
 def _run(name: str, scorer: Reward | GroupReward, groups: Sequence[RolloutGroup], images: np.ndarray) -> RewardOutput:

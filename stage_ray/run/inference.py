@@ -13,7 +13,7 @@ from typing import Any
 
 import xxhash
 
-from stage_ray.config import RunConfig
+from stage_ray.config import OWN_POOL, RunConfig
 from stage_ray.engines import build_engine
 from stage_ray.engines.base import ImageEngine
 from stage_ray.errors import Interrupted
@@ -42,7 +42,8 @@ def inputs_of(
     inputs = {f"{name}.{key}": it for name, keys in sections.items() for key, it in keys.items() if key not in FREE}
     directory = located(run.policy.path)
     inputs["policy.path"] = f"files of xxh3 {digest(directory)}" if directory else run.policy.path
-    inputs["rewards"] = [reward.model_dump(mode="json") for reward in run.rewards] if scoring else []
+    rewards = run.rewards if scoring else []
+    inputs["rewards"] = [reward.model_dump(mode="json", exclude=set(OWN_POOL)) for reward in rewards]
     texts = json.dumps([[prompt.index, prompt.text, dict(prompt.record)] for prompt in prompts], default=str)
     return inputs | {"prompts": f"{len(prompts)} of xxh3 {xxhash.xxh3_64_hexdigest(texts.encode())}", **options}
 

@@ -74,7 +74,9 @@ def preflight(run: RunConfig, *, fetch: bool = True) -> RunPrompts:
         for key, uri in unfetched(run).items():
             if is_pinned(uri):  # else it is a text that a scorer of the user's own reads in its own way
                 download(uri, files_of(key), key)
-    _require_scorable(run.rewards, train + heldout * run.evaluation.enabled, "rewards")
+    pools = [pool for pool in run.scoring_pools if not pool.runtime_env.brings_packages]  # the others are not here
+    here = [column for pool in pools for column in pool.columns]
+    _require_scorable(run.rewards, train + heldout * run.evaluation.enabled, "rewards", here)
     suites = _suite_prompts(run, left)
     codec = policy_class(run.policy).check(run.policy)
     check_reference(run.policy)
@@ -134,9 +136,11 @@ def _suite_prompts(run: RunConfig, left: Collection[str]) -> dict[str, list[Prom
     return found
 
 
-def _require_scorable(rewards: Sequence[RewardConfig], prompts: list[Prompt], key: str) -> None:
-    """Raise a ConfigError that names the first prompts which a scorer could not judge: the run would fail on them."""
-    if problems := check_rewards(rewards, prompts, key):
+def _require_scorable(
+    rewards: Sequence[RewardConfig], prompts: list[Prompt], key: str, columns: Sequence[str] | None = None
+) -> None:
+    """Raise a ConfigError that names the first prompts which a scorer (of ``columns``) could not judge in the run."""
+    if problems := check_rewards(rewards, prompts, columns, key):
         some = _some([f"{prompt.where}: {why}" for prompt, why in problems])
         raise ConfigError(f"{len(problems)} of {len(prompts)} prompts cannot be scored: {some}")
 
@@ -167,9 +171,8 @@ def describe(run: RunConfig, *, strict: bool = False) -> str:
     left = [f"{key} = {named(uri)}" + " (newest)" * (uri.revision is None) for key, uri in unfetched(run).items()]
     if left and strict:
         raise ConfigError(f"--strict: not checked, since it would be fetched: {'; '.join(left)}")
-    rollout, scoring, learner = run.rollout, run.scoring, run.learner
+    rollout, learner = run.rollout, run.learner
     images = rollout.groups_per_step * rollout.group_size
-    scorers = ", ".join(reward.column for reward in run.rewards)
     where = "; on the GPUs of the rollout workers" * rollout.colocated  # "" where not
     config = yaml.safe_dump(resolved(run).model_dump(mode="json"), sort_keys=False).rstrip()
     anchor = run.policy.reference or run.policy.path
@@ -181,7 +184,10 @@ def describe(run: RunConfig, *, strict: bool = False) -> str:
         f"{run.steps} steps of {rollout.groups_per_step} groups x {rollout.group_size} images = {images} images a step",
         f"rollout: {rollout.workers * rollout.tensor_parallel} x {rollout.cpus:g} CPU, {rollout.gpus:g} GPU; "
         f"engine {rollout.engine}",
-        f"reward: {scoring.workers} x {scoring.cpus:g} CPU, {scoring.gpus:g} GPU; scorers {scorers}",
+        *(
+            f"{pool.role}: {pool.workers} x {pool.cpus:g} CPU, {pool.gpus:g} GPU; scorers {', '.join(pool.columns)}"
+            for pool in run.scoring_pools
+        ),
         f"learner: {learner.ranks} x {learner.cpus:g} CPU, {learner.gpus:g} GPU{where}",
         f"run directory: {Path(run.run_dir).resolve()}" + " (exists)" * Path(run.run_dir).exists(),
         *(f"not checked: would be fetched: {name}" for name in left),

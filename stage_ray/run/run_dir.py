@@ -32,7 +32,15 @@ LOCK, INPUTS = ".lock", "inputs.json"
 # Keys that a resumed run may change: placement, speed and logging, never what is computed.
 FREE_KEYS = {"run_dir", "cluster", "checkpoint", "evaluation", "scoring", "logs"}
 FREE_NAMES = {"workers", "max_workers", "ranks", "tensor_parallel", "cpus", "gpus", "gpu_memory_utilization"}
-FREE_NAMES |= {"resources", "timeout_s", "export_dtype", "reference_offload", "gradient_checkpointing"}
+FREE_NAMES |= {
+    "resources",
+    "timeout_s",
+    "groups_per_call",
+    "runtime_env",
+    "export_dtype",
+    "reference_offload",
+    "gradient_checkpointing",
+}
 
 EXTENDED = {"steps", "learner.lr", "learner.schedule", "learner.warmup_steps"}
 """Keys that ``--extend`` may change besides, to train a run further from its weights and optimizer."""
@@ -172,8 +180,8 @@ def _check_same(run: RunConfig, config_file: Path, resume: Resume, digests: Mapp
             )
         new[key] = old[key]  # wherever they lie now
     for key in sorted(old.keys() | new.keys()):
-        section, _, name = key.partition(".")
-        free = section in FREE_KEYS or name.partition(".")[0] in FREE_NAMES
+        section, *names = key.split(".")
+        free = section in FREE_KEYS or next((name for name in names if not name.isdigit()), "") in FREE_NAMES
         if free or (resume == "extend" and key in EXTENDED and _extends(key, old.get(key), new.get(key))):
             continue
         if old.get(key) != new.get(key) and not _same_place(old.get(key), new.get(key)):

@@ -14,7 +14,8 @@ from stage_ray.config import RunConfig
 from stage_ray.files import FileDigest
 from stage_ray.observability.logs import redirect_output
 from stage_ray.observability.worker_metrics import WorkerMetrics
-from stage_ray.records import Update, WeightManifest
+from stage_ray.records import RolloutGroup, ScoredGroup, Update, WeightManifest
+from stage_ray.rewards import merge_scores
 from stage_ray.weights.manifest import DTYPES, Chunk, WeightError, describe, pack
 from stage_ray.weights.process_groups import DEVICES, BroadcastGroup, GroupMember
 from stage_ray.workers.group_files import group_file, load_group, save_group
@@ -33,7 +34,7 @@ class LearnerWorker(Worker):
         self._metrics = WorkerMetrics("learner", name)
         self._run, self._rank = run, rank
         self._chunks: Iterator[Chunk] = iter(())
-        self._batch: tuple[Any, ...] = ()
+        self._batch: list[tuple[RolloutGroup, ScoredGroup]] = []
 
     @loading()
     def setup(self, address: str = "") -> None:
@@ -49,17 +50,27 @@ class LearnerWorker(Worker):
         self._learner = Learner(self._run, threads=learner.threads, ranks=self._ranks)
 
     def set_batch(self, *objects: Any) -> None:
-        """Hold the rollout groups and scored groups, alternating, of the next update."""
-        self._batch = objects
+        """Hold the rollout groups of the next update, each followed by its scored groups, one of each pool."""
+        self._batch = self._merged(objects)
 
     def update(self) -> Update:
         """Train on the groups of `set_batch`."""
-        groups = self._batch[::2]
+        groups, scored = [group for group, _ in self._batch], [scored for _, scored in self._batch]
         self._metrics.begin((group.group_id for group in groups), step=self._learner.version + 1)
-        metrics = self._learner.update(groups, self._batch[1::2])
+        metrics = self._learner.update(groups, scored)
         # Each rank counts the groups that it ran, so that the counts of all add up to the work done.
         self._metrics.done(groups[self._ranks.rows(len(groups))], version=self._learner.version)
         return Update(self._learner.version, metrics)
+
+    def _merged(self, objects: Sequence[RolloutGroup | ScoredGroup]) -> list[tuple[RolloutGroup, ScoredGroup]]:
+        """Each rollout group with the scores that follow it."""
+        columns, batch = [reward.column for reward in self._run.rewards], list[tuple[RolloutGroup, list[ScoredGroup]]]()
+        for item in objects:
+            if isinstance(item, RolloutGroup):
+                batch.append((item, []))
+            else:
+                batch[-1][1].append(item)
+        return [(group, merge_scores(parts, columns)) for group, parts in batch]
 
     def pack(self, dtype: str) -> WeightManifest:
         """Pack the current version in the dtype of the engines; `chunks` makes its chunks before the next update."""
@@ -109,9 +120,8 @@ class LearnerWorker(Worker):
         return self._learner.version
 
     def save_groups(self, directory: Path, *objects: Any) -> None:
-        """Write rollout groups and scored groups, alternating; without any, those of the last `set_batch`."""
-        objects = objects or self._batch
-        for group, scored in zip(objects[::2], objects[1::2], strict=True):
+        """Write rollout groups, each followed by its scored groups; without any, those of the last `set_batch`."""
+        for group, scored in self._merged(objects) if objects else self._batch:
             save_group(directory, group, scored)
 
     def load_groups(self, directory: Path, group_ids: Sequence[int]) -> tuple[Any, ...]:

@@ -17,25 +17,27 @@ from stage_ray.rewards import build_rewards, score_groups
 
 
 class RewardWorker(Worker):
-    """Every scorer of the run and of its evaluation, called on whole batches of groups."""
+    """Scorers of the run that share a pool, called on whole batches of groups; in the first pool also the suites'."""
 
-    def __init__(self, name: str, run: RunConfig, log: str | None, rank: int = 0) -> None:
-        """Load nothing yet: `setup` does."""
+    def __init__(
+        self, name: str, run: RunConfig, log: str | None, rank: int = 0, columns: Sequence[str] | None = None
+    ) -> None:
+        """Load nothing yet: `setup` does; ``columns``: of its scorers, all by default."""
         redirect_output(log, "reward", name)
         self._metrics = WorkerMetrics("reward", name)
-        self._rewards = run.rewards
-        self._suites = run.evaluation.suites if run.evaluation.enabled else []
+        self._rewards = [reward for reward in run.rewards if columns is None or reward.column in columns]
+        self._run, self._columns = run, columns
 
     @loading()
     def setup(self, address: str = "") -> None:
-        """Make every scorer."""
-        self._scorers = build_rewards(self._rewards)
-        self._suite_scorers = {
-            str(suite.name): self._scorers
-            if suite.rewards == self._rewards
-            else build_rewards(suite.rewards or [], f"evaluation.suites.{number}.rewards")
-            for number, suite in enumerate(self._suites)
-        }
+        """Make its scorers."""
+        self._scorers = build_rewards(self._run.rewards, self._columns)
+        self._suite_scorers = {}
+        first = self._columns is None or tuple(self._columns) == self._run.scoring_pools[0].columns
+        for number, suite in enumerate(self._run.evaluation.suites if self._run.evaluation.enabled and first else []):
+            if suite.rewards != self._run.rewards:
+                found = build_rewards(suite.rewards or [], key=f"evaluation.suites.{number}.rewards")
+                self._suite_scorers[str(suite.name)] = found
 
     def score(self, *objects: Any, suite: str | None = None) -> tuple[Any, ...]:
         """Groups and pictures, alternating, as a rollout worker returned them -> verdicts, then scored groups.
@@ -78,4 +80,4 @@ class RewardClient(Client):
         named = {} if suite is None else {"suite": suite}
         verdicts, scored = self.ask_objects(RewardWorker.score, len(groups), *objects, **named)
         answers = zip(groups, scored, await verdicts, strict=True)
-        return [replace(group, scores=ref, error=error, silent=silent) for group, ref, (error, silent) in answers]
+        return [replace(group, scores=(ref,), error=error, silent=silent) for group, ref, (error, silent) in answers]

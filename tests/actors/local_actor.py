@@ -13,7 +13,7 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from stage_ray.actors.client import Client
 from stage_ray.cluster.cluster import Cluster
-from stage_ray.config import RunConfig
+from stage_ray.config import RunConfig, ScoringPool
 from stage_ray.config.load import validate_config
 from stage_ray.workers.reward import RewardClient
 from stage_ray.workers.rollout import RolloutClient
@@ -91,7 +91,7 @@ class Roles:
         self.inside = inside or (lambda name: Role(self, name))
         self.calls: list[str] = []
         self.actors: dict[str, LocalActor] = {}
-        self.takes: dict[str, float] = {}  # seconds of a method, or of NAME ping
+        self.takes: dict[str, float] = {}  # seconds of a method, or of NAME METHOD
 
     def make(self, name: str) -> LocalActor:
         self.actors[name] = LocalActor(self.inside(name))
@@ -100,7 +100,7 @@ class Roles:
     def rollout(self, name: str) -> RolloutClient:
         return RolloutClient(self.make(name))
 
-    def reward(self, name: str) -> RewardClient:
+    def reward(self, name: str, pool: ScoringPool) -> RewardClient:
         return RewardClient(self.make(name))
 
     def learner(self, name: str) -> Client:
@@ -115,7 +115,8 @@ class Role:
 
     async def score(self, *objects: Any) -> tuple[Any, ...]:
         await self._note("score")
-        return (("",), "scores")
+        groups = len(objects) // 2
+        return (("",) * groups, *["scores"] * groups)
 
     async def ping(self) -> tuple[int, str]:
         await asyncio.sleep(self._roles.takes.get(f"{self._name} ping", 0.0))
@@ -126,7 +127,7 @@ class Role:
 
     async def _note(self, method: str) -> None:
         self._roles.calls.append(f"{self._name} {method}")
-        await asyncio.sleep(self._roles.takes.get(method, 0.0))
+        await asyncio.sleep(self._roles.takes.get(f"{self._name} {method}", self._roles.takes.get(method, 0.0)))
         self._roles.calls.append(f"{self._name} {method} done")
 
 

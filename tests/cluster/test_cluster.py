@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from stage_ray.config import RunConfig
+from stage_ray.config.load import validate_config
 from stage_ray.errors import LearnerLostError, RunError
 from stage_ray.records import GroupRefs
 from stage_ray.workers.rollout import RolloutWorker
@@ -49,7 +51,7 @@ def test_reward_workers_that_die_over_a_group_cost_it_no_attempt_of_its_scorers(
             await asked(roles, f"{name} score")
             roles.actors[name].kill()
         [group] = await soon(scoring)
-        assert (not group.error) is ok and (await group.scores == "scores" if ok else group.scores is None)
+        assert (not group.error) is ok and [await ref for ref in group.scores] == ["scores"] * ok
         assert ok or "died: it was killed" in group.error
         await cluster.rewards.close()
 
@@ -76,6 +78,61 @@ def test_where_no_reward_worker_is_left_the_run_ends_and_no_group_is_blamed():
         cluster.rewards.actors[0].stop()
         with pytest.raises(RunError, match=r"no reward worker is left and none started within 0.2 s"):
             await soon(cluster.score(GROUP))
+
+    asyncio.run(scenario())
+
+
+GROUPS = [GroupRefs(i, 0, "tokens", "images") for i in range(2)]
+
+
+def two_pools() -> RunConfig:
+    """A scorer in the common pool, and one with two workers that take a group at a time and have longer for it."""
+    own = {"type": "geneval", "workers": 2, "groups_per_call": 1, "timeout_s": 1.0}
+    return validate_config(run_of().model_dump(mode="json") | {"rewards": [{"type": "clip"}, own]})
+
+
+def test_a_scorer_with_its_own_workers_gets_a_group_at_once_and_keeps_no_other_scorer_waiting():
+    async def scenario() -> None:
+        roles = Roles()
+        slow = [f"reward-geneval-{i} score" for i in range(2)]
+        roles.takes |= dict.fromkeys(slow, 60.0)
+        cluster = LocalCluster(two_pools(), roles)
+        await cluster.rewards.ready()
+        waiting = [asyncio.create_task(cluster.score(GROUPS)) for _ in range(2)]
+        await asked(roles, "reward-0 score done", 2)
+        assert all(call in roles.calls for call in slow) and not any(task.done() for task in waiting)
+        for task in waiting:
+            task.cancel()
+        await cluster.rewards.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_group_has_the_scores_of_every_pool_and_a_pool_takes_no_more_groups_at_once_than_it_may():
+    async def scenario() -> None:
+        roles = Roles()
+        cluster = LocalCluster(two_pools(), roles)
+        await cluster.rewards.ready()
+        scored = await soon(cluster.score(GROUPS))
+        assert [(group.group_id, group.error, len(group.scores)) for group in scored] == [(0, "", 2), (1, "", 2)]
+        asked_for = sorted(call for call in roles.calls if call.endswith(" score"))
+        assert asked_for == ["reward-0 score", "reward-geneval-0 score", "reward-geneval-1 score"]
+        assert cluster.workers()["reward"] == 3
+        await cluster.rewards.close()
+
+    asyncio.run(scenario())
+
+
+def test_where_one_pool_of_several_gives_no_answer_only_its_groups_have_its_error_and_no_scores():
+    async def scenario() -> None:
+        roles = Roles()
+        roles.takes["reward-geneval-1 score"] = 60.0
+        cluster = LocalCluster(two_pools(), roles)
+        await cluster.rewards.ready()
+        good, bad = sorted(await soon(cluster.score(GROUPS)), key=lambda group: group.error)
+        assert (good.error, len(good.scores)) == ("", 2)
+        assert (bad.error, bad.scores) == ("reward-geneval-1 gave no answer within 1 s", ())
+        await cluster.rewards.close()
 
     asyncio.run(scenario())
 

@@ -93,6 +93,15 @@ def test_the_shipped_configs_are_valid_and_differ_only_in_the_algorithm() -> Non
         ("rewards=[]", "rewards = []: list should have at least 1 item"),
         ("rewards=[{type: clip}, {type: clip}]", "rewards: the name 'clip' is used twice"),
         ("rewards.0.weight=0", "rewards: every weight is 0"),
+        (
+            "rewards=[{type: clip, workers: 4, max_workers: 2}]",
+            "rewards.0.max_workers = 2 is less than rewards.0.workers",
+        ),
+        ("rewards.0.runtime_env={conda: x}", "unknown key 'rewards.0.runtime_env.conda': known here: "),
+        (
+            "rewards.0.runtime_env={env_vars: {DEBUG: 1}}",
+            "rewards.0.runtime_env.env_vars.DEBUG = 1: input should be",
+        ),
         ("prompts.heldout=null", "prompts.heldout is not set"),
         ("prompts.train=[]", "prompts.train = []: list should have at least 1 item"),
         ("prompts.train=3", "prompts.train = 3: input should be a valid list"),

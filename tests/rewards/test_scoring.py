@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from stage_ray.records import Prompt, RolloutGroup
-from stage_ray.rewards import score_groups
+from stage_ray.rewards import merge_scores, score_groups
 from stage_ray.rewards.base import RewardOutput
 
 
@@ -160,3 +160,18 @@ def test_a_scorer_that_sees_groups_and_raises_spoils_its_own_column_only():
 def test_without_scorers_groups_have_no_columns():
     (scored,) = score_groups([], [group(1, 2)])
     assert scored.scores.shape == (2, 0) and scored.details == ({}, {})
+
+
+def test_scores_of_several_pools_are_put_together_as_one_pool_would_have_given_them():
+    def seen(images, prompts):
+        return replace(number(images, prompts), features=np.ones((len(images), 2)))
+
+    scorers = [("one", Scorer(number)), ("two", Scorer(seen)), ("three", Scorer(number))]
+    (whole,) = score_groups(scorers, [group(1, 2)])
+    parts = [score_groups(some, [group(1, 2)])[0] for some in (scorers[::2], scorers[1:2])]
+    merged = merge_scores(parts, ["one", "two", "three"])
+    assert merged.names == whole.names and [*merged.details[0]] == [*whole.names] and merged.details == whole.details
+    np.testing.assert_array_equal(merged.scores, whole.scores)
+    np.testing.assert_array_equal(merged.valid, whole.valid)
+    assert merged.features.keys() == {"two"} and merged.score_s == sum(part.score_s for part in parts)
+    assert merge_scores(parts[:1], ["one", "three"]) is parts[0]

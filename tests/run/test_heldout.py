@@ -46,7 +46,7 @@ class CountingCluster:
         async with self.scorer:
             await asyncio.sleep(0)
             self.scored += len(groups)
-        return [replace(group, scores=scored(group.tokens)) for group in groups]
+        return [replace(group, scores=(scored(group.tokens),)) for group in groups]
 
     async def fetch(self, refs: Sequence[Any]) -> list[Any]:
         images = np.zeros((1, 8, 8, 3), np.uint8)

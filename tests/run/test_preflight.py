@@ -42,6 +42,14 @@ def test_a_samplers_options_are_checked_and_printed_with_its_defaults(capsys):
     assert "rollout.sampler_options.t = 1 is no option of sampler entropy_informed" in capsys.readouterr().err
 
 
+def test_what_pools_of_scorers_are_started_is_shown_and_one_with_packages_of_its_own_is_not_looked_for_here(capsys):
+    own = "{type: my.Scorer, workers: 2, gpus: 0.5, runtime_env: {pip: [my]}}"
+    assert dry_run(f"rewards=[{own}, {{type: tests.scorers.Brightness}}]") == 0
+    said = capsys.readouterr().out
+    assert "reward: 1 x 0.5 CPU, 0 GPU; scorers Brightness\n" in said
+    assert "reward-Scorer: 2 x 0.5 CPU, 0.5 GPU; scorers Scorer\n" in said
+
+
 @pytest.mark.parametrize("key", ["prompts.train", "prompts.heldout"])
 @pytest.mark.parametrize(
     ("record", "sentence"),

@@ -65,6 +65,14 @@ def test_a_run_is_not_written_over(run, trained):
     assert opened(run, resume=True) == opened(run, resume="auto") == trained
 
 
+def test_a_run_may_go_on_with_other_workers_of_a_scorer_and_not_with_another_weight(tmp_path, run, trained):
+    own = {"workers": 3, "groups_per_call": 2, "resources": {"reward": 1}, "runtime_env": {"env_vars": {"DEBUG": "1"}}}
+    more = run.rewards[0].model_dump() | own
+    assert opened(tiny_run(tmp_path, tmp_path / "janus", rewards=[more]), resume=True) == trained
+    with pytest.raises(ConfigError, match=r"--resume: rewards.0.weight was 1.0 in .* and is 2.0 now"):
+        opened(tiny_run(tmp_path, tmp_path / "janus", rewards=[more | {"weight": 2}]), resume=True)
+
+
 def test_resuming_with_another_learning_rate_names_the_key(tmp_path, trained):
     with pytest.raises(ConfigError, match=r"--resume: learner.lr was 0.0001 in .* and is 1.0 now"):
         opened(tiny_run(tmp_path, tmp_path / "janus", learner={"lr": 1.0}), resume=True)

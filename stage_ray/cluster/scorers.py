@@ -1,0 +1,102 @@
+"""The pools of reward workers, and how a group goes through all of them at once."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from stage_ray.actors.client import ArgumentsLost, NoWorkersLeft, WorkerDied, WorkerLost
+from stage_ray.actors.supervised import Pool, SupervisedActor
+from stage_ray.cluster.learner import missing
+from stage_ray.config import RunConfig, ScoringPool
+from stage_ray.errors import GroupsLostError
+from stage_ray.records import GroupRefs
+from stage_ray.workers.reward import RewardClient
+
+
+class ScorerPools:
+    """One pool that scorers share, and one of each scorer that has its own actors. None waits for another."""
+
+    def __init__(self, run: RunConfig, start: Callable[..., RewardClient] | None, limits: Mapping[str, Any]) -> None:
+        """Start every worker without waiting for any.
+
+        Args:
+            start: makes a worker from its name and ``pool``, a `ScoringPool`; None: there are no pools.
+            limits: of every pool, as `Pool` takes them.
+        """
+        self._attempts = run.cluster.attempts
+        suites = run.evaluation.suites if run.evaluation.enabled else []
+        self._others = {str(suite.name) for suite in suites if suite.rewards != run.rewards}
+        self._pools = [
+            (Pool(config.role, config.workers, config.max_workers, partial(start, pool=config), **limits), config)
+            for config in run.scoring_pools
+            if start is not None
+        ]
+
+    @property
+    def actors(self) -> list[SupervisedActor[RewardClient]]:
+        """Every worker of every pool."""
+        return [actor for pool, _ in self._pools for actor in pool.actors]
+
+    async def ready(self) -> None:
+        """Wait until the workers that the run needs are warm."""
+        await asyncio.gather(*(pool.ready() for pool, _ in self._pools))
+
+    async def close(self) -> None:
+        """Refill no actor any more."""
+        await asyncio.gather(*(pool.close() for pool, _ in self._pools))
+
+    async def score(self, groups: Sequence[GroupRefs], suite: str | None = None) -> list[GroupRefs]:
+        """Score groups in every pool; where a worker is too slow or fails, its groups come back with that ``error``.
+
+        With a ``suite`` that has scorers of its own, in the first pool, whose workers have them.
+
+        One that dies says nothing about them: they go to others, up to ``cluster.attempts`` times in all. Where there
+        are several pools, each gets no more than its ``groups_per_call`` in a call.
+
+        Raises:
+            GroupsLostError: some of them are gone, with the node that held them; none is scored.
+            NoWorkersLeft: a pool has no worker.
+        """
+        named = suite if suite in self._others else None
+        pools = self._pools[:1] if named else self._pools
+        answers = await asyncio.gather(*(self._score(pool, config, groups, named) for pool, config in pools))
+        return [_together(parts) for parts in zip(*answers, strict=True)]
+
+    async def _score(
+        self, pool: Pool[RewardClient], config: ScoringPool, groups: Sequence[GroupRefs], suite: str | None
+    ) -> list[GroupRefs]:
+        """The groups as one pool leaves them."""
+        # Where it is the only one, its caller has cut the groups for it.
+        size = config.groups_per_call if len(self._pools) > 1 else len(groups)
+
+        async def call(part: Sequence[GroupRefs]) -> list[GroupRefs]:
+            try:
+                return await pool.call(
+                    lambda worker: worker.score(part, suite),
+                    config.timeout_s,
+                    attempts=self._attempts,
+                    retry=WorkerDied,
+                )
+            except NoWorkersLeft:
+                raise
+            except WorkerLost as lost:
+                return [replace(group, error=str(lost)) for group in part]
+            except ArgumentsLost as lost:
+                raise GroupsLostError(await missing(part)) from lost
+
+        parts = await asyncio.gather(*(call(groups[i : i + size]) for i in range(0, len(groups), size)))
+        return [group for part in parts for group in part]
+
+
+def _together(answers: Sequence[GroupRefs]) -> GroupRefs:
+    """One group as all pools leave it: the scores of all, where all gave some, and the first error.
+
+    It is silent where no pool's scorers told its images apart.
+    """
+    scores = tuple(ref for answer in answers for ref in answer.scores) if all(one.scores for one in answers) else ()
+    error = next((one.error for one in answers if one.error), "")
+    return replace(answers[0], scores=scores, error=error, silent=all(one.silent for one in answers))
