@@ -67,7 +67,7 @@ def takes_prompts(key: str) -> bool:
         >>> takes_prompts("prompts.train"), takes_prompts("evaluation.suites.0.prompts"), takes_prompts("policy.path")
         (True, True, False)
     """
-    return re.fullmatch(r"prompts\.\w+|evaluation\.suites\.\d+\.prompts", key) is not None
+    return re.fullmatch(r"prompts\.\w+(\.\d+\.path)?|evaluation\.suites\.\d+\.prompts", key) is not None
 
 
 def files_of(key: str) -> tuple[str, ...]:

@@ -116,7 +116,7 @@ class Role:
     async def score(self, *objects: Any) -> tuple[Any, ...]:
         await self._note("score")
         groups = len(objects) // 2
-        return (("",) * groups, *["scores"] * groups)
+        return ((("", False),) * groups, *["scores"] * groups)
 
     async def ping(self) -> tuple[int, str]:
         await asyncio.sleep(self._roles.takes.get(f"{self._name} ping", 0.0))

@@ -134,7 +134,7 @@ class Scores:
     async def score(self, *refs: Any) -> tuple[Any, ...]:
         objects = await asyncio.gather(*refs)
         groups = [replace(group, images=images) for group, images in zip(objects[::2], objects[1::2], strict=True)]
-        return ("",) * len(groups), *score_groups(self._scorers, groups)
+        return (("", False),) * len(groups), *score_groups(self._scorers, groups)
 
 
 class Workers(Roles):

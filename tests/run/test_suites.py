@@ -55,7 +55,7 @@ class Lamp:
             scores = np.full((count, 1), self.light.get(suite, 0.5) + group.group_id / 100, np.float32)
             return ScoredGroup(group.group_id, ("light",), scores, scores > 0, ({},) * count, 0.0)
 
-        return [replace(group, scores=scored(group)) for group in groups]
+        return [replace(group, scores=(scored(group),)) for group in groups]
 
     async def fetch(self, refs: Sequence[Any]) -> list[Any]:
         return [np.zeros((1, 8, 8, 3), np.uint8) if ref == "images" else ref for ref in refs]
