@@ -68,7 +68,9 @@ def test_generation_runs_ahead_to_the_bound_and_no_further_and_records_what_the_
     assert [row["staleness/max"] for row in rows] == [0, 1, 2, 2, 2, 2]
     named = {name: find(name) for row in rows for name in row}
     assert None not in named.values(), named
-    assert {metric.name for metric in RECORDED} - {metric.name for metric in named.values()} == {"alarm"}
+    # Others are of some recipes, of GPUs and of evaluations between the steps.
+    every_run = {metric.name for metric in RECORDED if metric.where in ("driver", "learner", "stream")}
+    assert every_run - {metric.name for metric in named.values()} == {"alarm"}
     assert sound(run).trained == 12
 
 
