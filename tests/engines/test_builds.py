@@ -57,7 +57,7 @@ def test_on_a_machine_with_gpus_the_default_job_ends_in_a_sentence_and_the_docto
     assert main(["train", DEFAULT_JOB, "--dry-run"]) == 2
     assert "rollout.gpus is 0" in capsys.readouterr().err
     (finding,) = doctor._vllm_build()
-    assert finding.state == "missing" and finding.fix.startswith("stage-ray train configs/stage_shapeworld.yaml --set")
+    assert finding.state == "missing" and finding.fix.startswith("stage-ray train stage_shapeworld --set")
     assert main(["train", DEFAULT_JOB, *ON_A_GPU.split(), "--dry-run"]) == 0
     assert "learner: 1 x 1 CPU, 0.5 GPU" in capsys.readouterr().out
 
