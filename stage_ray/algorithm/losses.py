@@ -151,6 +151,20 @@ def policy_loss(
     return -(shares * surrogate(logprobs, behavior_logprobs, advantages, clip=clip, correction=correction)).sum()
 
 
+def policy_term(
+    logprobs: Tensor,
+    behavior_logprobs: Tensor | None,
+    advantages: Tensor,
+    weight: Tensor,
+    *,
+    clip: float | None = None,
+    correction: Correction | None = None,
+) -> Tensor:
+    """``-sum(w A ratio)`` over the tokens of some images: the part of `weighted_loss` that is no KL, a scalar."""
+    terms = surrogate(logprobs, behavior_logprobs, _per_token(advantages, logprobs), clip=clip, correction=correction)
+    return -(weight * terms).sum()  # minus: the objective is maximised
+
+
 def weighted_loss(
     logprobs: Tensor,
     reference_logprobs: Tensor,
@@ -171,8 +185,7 @@ def weighted_loss(
         weights: the `TokenWeights` of the same images, cut from those of the whole batch.
         beta: weight of the KL; ``clip`` and ``correction`` as in `policy_loss`, ``kl_ratio_cap`` as in `k3_kl`.
     """
-    terms = surrogate(logprobs, behavior_logprobs, _per_token(advantages, logprobs), clip=clip, correction=correction)
-    policy = -(weights.policy * terms).sum()  # minus: the objective is maximised
+    policy = policy_term(logprobs, behavior_logprobs, advantages, weights.policy, clip=clip, correction=correction)
     kl = (weights.kl * k3_kl(logprobs, reference_logprobs, ratio_cap=kl_ratio_cap)).sum()
     return StageLoss(loss=policy + beta * kl, policy=policy.detach(), kl=kl.detach())
 

@@ -10,6 +10,7 @@ from ray.exceptions import ObjectLostError
 
 from stage_ray.actors.client import first_line
 from stage_ray.cluster.cluster import InferenceCluster
+from stage_ray.cluster.object_store import batches_at_once
 from stage_ray.config import RunConfig
 from stage_ray.errors import GroupsLostError, RunError
 from stage_ray.evaluation.loop import JudgedGroup
@@ -31,8 +32,7 @@ class ClusterBackend:
         self.images_per_batch = run.rollout.images_per_batch
         own = {str(one.name): one.rewards for one in run.evaluation.suites}.get(str(suite)) or run.rewards
         self._columns = [reward.column for reward in own]
-        drawing, *judging = (pool.max_workers or pool.workers for pool in (run.rollout, *run.scoring_pools))
-        self.batches_at_once = 2 * drawing + max(judging)  # one is drawn and one waits for each worker; one is scored
+        self.batches_at_once = batches_at_once(run)
 
     async def judge(self, requests: Sequence[RolloutRequest], *, images: bool) -> list[JudgedGroup]:
         """As `Backend.judge`; up to ``cluster.attempts`` times where workers or nodes are lost.

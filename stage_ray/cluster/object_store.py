@@ -33,16 +33,20 @@ def two_versions_mb(run: RunConfig) -> int | None:
     return trained and math.ceil(2 * trained * _width(run) / MB)
 
 
+def batches_at_once(run: RunConfig) -> int:
+    """Batches that an evaluation asks for at once: one is drawn and one waits for each worker; one is scored."""
+    drawing, *judging = (pool.max_workers or pool.workers for pool in (run.rollout, *run.scoring_pools))
+    return 2 * drawing + max(judging)
+
+
 def store_mb(run: RunConfig, *, weights: bool = True) -> int:
     """MB of the object store of a cluster that the run starts; ``weights``: whether versions of them travel."""
     if run.cluster.object_store_mb is not None:
         return run.cluster.object_store_mb
     rollout = run.rollout
     waiting = rollout.groups_per_step * rollout.group_size * (run.pipeline.max_staleness + 1)
-    # As `stage_ray.run.heldout` asks for them; not while images to train on wait.
-    drawing, *judging = (pool.max_workers or pool.workers for pool in (rollout, *run.scoring_pools))
-    workers = 2 * drawing + max(judging)
-    images = max(waiting, workers * rollout.images_per_batch * run.evaluation.enabled)
+    # An evaluation's are not there while images to train on wait.
+    images = max(waiting, batches_at_once(run) * rollout.images_per_batch * run.evaluation.enabled)
     versions = (two_versions_mb(run) or 0) if weights else 0
     return max(LEAST_MB, math.ceil(SLACK * (versions + images * IMAGE_BYTES / MB)))
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from stage_ray.algorithm.losses import weighted_loss
 from stage_ray.config import RunConfig
 from stage_ray.errors import ConfigError
 from stage_ray.recipes.base import Credit, Objective, PolicyOutputs, ReferenceOutputs
@@ -42,15 +41,7 @@ class ArGrpoRecipe(GrpoRecipe):
 
     def objective(self, policy: PolicyOutputs, reference: ReferenceOutputs, credit: Credit) -> Objective:
         """``-sum(w A ratio) + beta * sum(v k3)`` over tokens, all of the guided distribution."""
-        assert policy.guided_logprobs is not None and reference.guided_logprobs is not None
-        parts = weighted_loss(
-            policy.guided_logprobs,
-            reference.guided_logprobs,
-            policy.guided_behavior_logprobs,
-            credit.advantages,
-            credit.weights,
-            beta=self.options.beta,
-            clip=self.shared.clip,
-            correction=self.correction,
-        )
-        return Objective(parts.loss, {"policy_loss": parts.policy})
+        assert policy.guided_logprobs is not None and policy.guided_behavior_logprobs is not None
+        assert reference.guided_logprobs is not None
+        guided = PolicyOutputs(policy.guided_logprobs, policy.guided_behavior_logprobs, policy.entropy)
+        return super().objective(guided, ReferenceOutputs(reference.guided_logprobs, reference.entropy), credit)

@@ -23,7 +23,7 @@ from pydantic import Field
 from torch import Tensor
 
 from stage_ray.algorithm.divergence import Divergence, estimated_divergence
-from stage_ray.algorithm.losses import weighted_loss
+from stage_ray.algorithm.losses import policy_term
 from stage_ray.config import AlgorithmConfig
 from stage_ray.recipes.base import Credit, GroupBatch, Objective, PolicyOutputs, ReferenceOutputs
 from stage_ray.recipes.grpo import GrpoRecipe
@@ -54,20 +54,17 @@ class FDivergenceRecipe(StageRecipe):
 
     def objective(self, policy: PolicyOutputs, reference: ReferenceOutputs, credit: Credit) -> Objective:
         """``-sum(w A ratio) + beta * sum(v D)`` over tokens."""
-        parts = weighted_loss(
+        term = policy_term(
             policy.logprobs,
-            reference.logprobs,
             policy.behavior_logprobs,
             credit.advantages,
-            credit.weights,
-            beta=0.0,
+            credit.weights.policy,
             clip=self.shared.clip,
             correction=self.correction,
         )
         held = (credit.weights.kl * self._divergence(policy, reference)).sum()
-        return Objective(
-            parts.loss + self.options.beta * held, {"policy_loss": parts.policy, "divergence": held.detach()}
-        )
+        told = {"policy_loss": term.detach(), "divergence": held.detach()}
+        return Objective(term + self.options.beta * held, told)
 
     def _divergence(self, policy: PolicyOutputs, reference: ReferenceOutputs) -> Tensor:
         if policy.divergence is not None:

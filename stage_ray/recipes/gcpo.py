@@ -12,12 +12,14 @@ images are compared by codebook vectors, as in STAGE (there by the embeddings th
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from stage_ray.algorithm.losses import TokenWeights, weighted_loss
+from stage_ray.algorithm.losses import TokenWeights
 from stage_ray.recipes.base import Credit, GroupBatch, Objective, PolicyOutputs, ReferenceOutputs
 from stage_ray.recipes.grpo import GrpoOptions, GrpoRecipe
 
@@ -64,17 +66,8 @@ class GcpoRecipe(GrpoRecipe):
         drift = (policy.logprobs.detach() - reference.logprobs).clamp(-self.options.drift, self.options.drift)  # [B, T]
         seen = torch.arange(1, drift.shape[-1] + 1, device=drift.device)
         dynamic = drift.exp().cumsum(dim=-1) / seen
-        parts = weighted_loss(
-            policy.logprobs,
-            reference.logprobs,
-            policy.behavior_logprobs,
-            credit.advantages,
-            TokenWeights(credit.weights.policy * dynamic, credit.weights.kl),
-            beta=self.options.beta,
-            clip=self.shared.clip,
-            correction=self.correction,
-        )
-        return Objective(parts.loss, {"policy_loss": parts.policy})
+        weights = TokenWeights(credit.weights.policy * dynamic, credit.weights.kl)
+        return super().objective(policy, reference, replace(credit, weights=weights))
 
 
 def entropy_gradient(entropy: Tensor) -> Tensor:

@@ -49,5 +49,6 @@ class PcpoRecipe(GrpoRecipe):
         log_ratio = policy.logprobs - policy.behavior_logprobs.detach()
         hinge = torch.relu(self.options.xi * advantages.abs() - advantages * log_ratio)
         term = (credit.weights.policy * hinge).sum()
-        kl = (credit.weights.kl * k3_kl(policy.logprobs, reference.logprobs)).sum()
+        k3 = k3_kl(policy.logprobs, reference.logprobs, ratio_cap=self.shared.kl_ratio_cap)
+        kl = (credit.weights.kl * k3).sum()
         return Objective(term + self.options.beta * kl, {"policy_loss": term.detach()})

@@ -224,3 +224,22 @@ def test_f_divergence_is_its_base_recipe_with_another_distance(base: str, exact:
     held = vocabulary if exact else estimated_divergence(rows, reference.flatten(0, 1), "jensen_shannon")
     assert mine.exact_divergence == ("jensen_shannon" if exact else None)
     assert found.item() == pytest.approx((plain + 0.1 * (credits[0].weights.kl.flatten(0, 1) * held).sum()).item())
+
+
+@pytest.mark.parametrize("recipe", ["grpo", "stage", "ar_grpo", "gcpo", "eg_grpo", "pcpo"])
+def test_every_recipe_caps_the_kl_of_a_token_that_the_reference_likes_far_better(recipe: str) -> None:
+    group = a_group(16)
+    group.reference[0][0] = group.logp[0][0] + 95.0  # the first token is one that every recipe trains on
+    uncapped, _ = loss_and_gradient(load_recipe(run_with(recipe)), [group], 2 * G)
+    capped, _ = loss_and_gradient(load_recipe(run_with(recipe, algorithm={"kl_ratio_cap": 2.0})), [group], 2 * G)
+    assert uncapped > 1e30 and abs(capped) < 100
+
+
+def test_a_bounded_divergence_stays_so_however_far_the_reference_is() -> None:
+    recipe = load_recipe(run_with("f_divergence", algorithm={"base": "grpo"}))
+    batch = batch_of([a_group(17)])
+    credit = recipe.credit(batch, ReferenceOutputs(batch.logprobs, batch.entropy), 0)
+    every, rows = torch.arange(G), batch.logprobs.flatten(0, 1)
+    far = ReferenceOutputs(batch.logprobs + 1000.0, batch.entropy)
+    outputs = PolicyOutputs(rows, rows, rows, divergence=torch.full_like(rows, math.log(2)))
+    assert math.isfinite(recipe.objective(outputs, far.take(every), credit.take(every)).loss.item())
