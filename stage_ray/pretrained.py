@@ -79,7 +79,7 @@ def check_directory(directory: Path, model_type: str, key: str = KEY) -> None:
     if found == DEEPSEEK and model_type != DEEPSEEK:
         raise ConfigError(
             f"{key}: {directory} is in the layout of DeepSeek's own code (model_type {found!r}), which transformers "
-            f"does not read; run `stage-ray convert {directory} OUT` and name OUT here"
+            "does not read; convert it with `stage-ray convert SOURCE OUT`, and name OUT here"
         )
     if found != model_type:
         needs = "policy.family needs" if key == KEY else "it needs"
