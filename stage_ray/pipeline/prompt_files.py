@@ -20,6 +20,7 @@ from stage_ray.config.paths import resolve_path
 from stage_ray.errors import ConfigError
 from stage_ray.pipeline.geneval_prompts import SCHEME, geneval_prompts
 from stage_ray.records import Prompt
+from stage_ray.registry import require_extra
 
 TEXT_KEYS = ("prompt", "caption", "text", "prompts", "prompt_en")  # the first that a record or a header has
 EXAMPLE = '{"prompt": "a photo of a circle"}'
@@ -165,10 +166,9 @@ def _table(text: str, path: Path) -> Iterator[Record]:
 
 
 def _parquet(path: Path) -> Iterator[Record]:
-    try:
-        import pyarrow.parquet
-    except ModuleNotFoundError as error:
-        raise ConfigError(f"prompt file {path} needs pyarrow to be read: pip install 'stage-ray[parquet]'") from error
+    require_extra("parquet", "pyarrow")
+    import pyarrow.parquet
+
     try:
         rows = pyarrow.parquet.read_table(path).to_pylist()
     except (OSError, pyarrow.ArrowException) as error:
