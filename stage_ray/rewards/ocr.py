@@ -1,7 +1,7 @@
 """OCR as a reward: how much of the quoted text of a prompt can be read in the picture.
 
 ``1 - min(d, n) / n``, d the Levenshtein distance of what was read to the target of n characters, both lower case
-without spaces, and d = 0 where the target is part of it: 0..1, as in STAGE (arXiv 2509.25027) and Flow-GRPO (2505.05470).
+without spaces, and d = 0 where the target is part of it: 0..1 (STAGE, arXiv 2509.25027; Flow-GRPO, arXiv 2505.05470).
 """
 
 from __future__ import annotations
