@@ -1,4 +1,4 @@
-"""GenEval as a reward: a detector finds the picture's objects, `geneval_rules` judges them."""
+"""GenEval as a reward: a detector finds the objects of a picture, `geneval_rules` judges them."""
 
 from __future__ import annotations
 
@@ -12,48 +12,11 @@ from stage_ray.errors import ConfigError, suggest
 from stage_ray.records import Prompt
 from stage_ray.registry import import_dotted
 from stage_ray.rewards.base import RewardOutput
+from stage_ray.rewards.build import check_options
 from stage_ray.rewards.detection import Detection, Detector
 from stage_ray.rewards.geneval_rules import Requirement, requirements, soft_score, strict_verdict, task_of
 
 Share = Annotated[float, Field(ge=0, le=1)]
-
-
-def judged_by(
-    record: Mapping[str, Any], detector: Detector | type[Detector]
-) -> tuple[list[Requirement], list[Requirement], str | None]:
-    """What a record includes and excludes, and its task, in words that the detector has.
-
-    Raises:
-        ValueError: the record cannot be evaluated, or asks for what the detector never sees.
-    """
-    try:
-        include, exclude, tag = requirements(record, "include"), requirements(record, "exclude"), task_of(record)
-    except ValueError as error:
-        raise ValueError(f"cannot be judged by GenEval's rules: {error}") from error
-    if not include:
-        raise ValueError('has no "include": GenEval needs to know what should be seen')
-    for key, needs in (("include", include), ("exclude", exclude)):
-        for index, need in enumerate(needs):
-            for what, word in (("label", need.label), ("color", need.color)):
-                known = getattr(detector, f"{what}s", None)  # of a detector that does not say, any word is taken
-                if known is not None and word is not None and word not in known:
-                    name = "class" if what == "label" else what
-                    raise ValueError(
-                        f"asks in {key}[{index}] for {name} {word!r}, unknown here; {suggest(word, known)}"
-                    )
-    return include, exclude, tag
-
-
-def find_detector(name: str) -> type[Detector]:
-    """The detector of a dotted path.
-
-    Raises:
-        ConfigError: nothing is there, or it has no method `detect`.
-    """
-    found = import_dotted(name, "detector")
-    if not callable(found) or not callable(getattr(found, "detect", None)):
-        raise ConfigError(f"detector {name!r} is no detector: it is not a class with a method detect(images)")
-    return found
 
 
 class GenEvalReward:
@@ -80,20 +43,37 @@ class GenEvalReward:
         threshold: Share = 0.3,
         counting_threshold: Share = 0.9,
         max_per_class: Annotated[int, Field(ge=1)] = 16,
+        detector_options: Mapping[str, Any] | None = None,
     ) -> None:
         """Build the detector.
 
         Args:
-            detector: dotted path of a `Detector` class; built without arguments.
+            detector: dotted path of a `Detector` class.
             score: ``soft``; ``strict`` (0 or 1); or ``soft_published``, soft with the released code's error.
             threshold: confidence above which a detection counts. The defaults are GenEval's.
             counting_threshold: the same, for prompts with the tag ``counting``.
             max_per_class: most confident detections of a class that are looked at.
+            detector_options: keyword arguments of the detector.
         """
-        self._detector: Detector = find_detector(detector)()
+        kind, options = _find_detector(detector, detector_options)
+        self._detector: Detector = kind(**options)
         self._score = score
         self._threshold, self._counting_threshold = threshold, counting_threshold
         self._max_per_class = max_per_class
+
+    @classmethod
+    def check(
+        cls, prompts: Sequence[Prompt], detector: str, detector_options: Mapping[str, Any] | None = None, **others: Any
+    ) -> Iterator[tuple[Prompt, str]]:
+        """The prompts that it could not judge, each with why; see `Reward`. The detector's own `check` comes first."""
+        kind, options = _find_detector(detector, detector_options)
+        if hasattr(kind, "check"):
+            kind.check(**options)
+        for prompt in prompts:
+            try:
+                _parse(prompt.record, kind)
+            except ValueError as error:
+                yield prompt, str(error)
 
     def score(self, images: np.ndarray, prompts: Sequence[Prompt]) -> RewardOutput:
         """Score images, uint8 [B, H, W, 3], each against its prompt's record."""
@@ -105,19 +85,9 @@ class GenEvalReward:
             detail.pop("soft_published", None)  # a score of its own, and not for people
         return RewardOutput(scores, np.isfinite(scores), details)
 
-    @classmethod
-    def check(cls, prompts: Sequence[Prompt], detector: str, **options: Any) -> Iterator[tuple[Prompt, str]]:
-        """The prompts that it could not judge, each with why; see `Reward.check`."""
-        eyes = find_detector(detector)
-        for prompt in prompts:
-            try:
-                judged_by(prompt.record, eyes)
-            except ValueError as error:
-                yield prompt, str(error)
-
     def _judge(self, prompt: Prompt, found: Sequence[Detection]) -> dict[str, Any]:
         try:
-            include, exclude, tag = judged_by(prompt.record, self._detector)
+            include, exclude, tag = _parse(prompt.record, self._detector)
         except ValueError as error:
             return {"error": f"prompt {prompt.text!r} {error}"}
         threshold = self._counting_threshold if tag == "counting" else self._threshold
@@ -134,3 +104,39 @@ class GenEvalReward:
             "tag": tag,
             "reason": reason,
         }
+
+
+def _find_detector(name: str, options: Mapping[str, Any] | None) -> tuple[Any, dict[str, Any]]:
+    """The class of a dotted path, and its options as its constructor wants them.
+
+    Raises:
+        ConfigError: nothing is there, it has no method `detect`, or it does not take the options.
+    """
+    kind = import_dotted(name, "detector")
+    if not callable(kind) or not callable(getattr(kind, "detect", None)):
+        raise ConfigError(f"detector {name!r} is no detector: it is not a class with a method detect(images)")
+    return kind, check_options(kind, name, options or {}, "detector_options")
+
+
+def _parse(
+    record: Mapping[str, Any], detector: Detector | type[Detector]
+) -> tuple[list[Requirement], list[Requirement], str | None]:
+    """What a record includes and excludes, and its task, in words that the detector knows.
+
+    Raises:
+        ValueError: the record cannot be evaluated, or asks for what the detector never sees.
+    """
+    try:
+        include, exclude, tag = requirements(record, "include"), requirements(record, "exclude"), task_of(record)
+    except ValueError as error:
+        raise ValueError(f"cannot be judged by GenEval's rules: {error}") from error
+    if not include:
+        raise ValueError('has no "include": GenEval needs to know what should be seen')
+    labels, colors = (getattr(detector, words, None) for words in ("labels", "colors"))  # None: it takes any word
+    for key, needs in (("include", include), ("exclude", exclude)):
+        for index, need in enumerate(needs):
+            for what, word, known in (("class", need.label, labels), ("color", need.color, colors)):
+                if known is not None and word is not None and word not in known:
+                    fix = suggest(word, known)
+                    raise ValueError(f"asks in {key}[{index}] for {what} {word!r}, unknown here; {fix}")
+    return include, exclude, tag
