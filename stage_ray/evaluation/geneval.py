@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from stage_ray.config import RewardConfig
 from stage_ray.evaluation.base import MetricValue, mean_of_metrics, mean_over_images
 from stage_ray.records import Prompt, ScoredGroup
-from stage_ray.rewards.geneval import is_nothing
+from stage_ray.rewards.geneval_rules import is_nothing
 
 DETECTOR = "stage_ray.shapeworld.detector.ShapeDetector"
 JUDGE = {"type": "geneval", "options": {"detector": DETECTOR, "threshold": 0.5, "counting_threshold": 0.5}}
