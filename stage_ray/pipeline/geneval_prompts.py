@@ -15,7 +15,7 @@ import numpy as np
 
 from stage_ray.errors import ConfigError
 from stage_ray.rewards.coco import COLORS, OBJECTS
-from stage_ray.rewards.geneval import RELATIONS
+from stage_ray.rewards.geneval_rules import RELATIONS
 
 SCHEME = "geneval:"  # of a location of prompts: geneval:test, geneval:train, geneval:train:COUNT
 TEST_SEED, DRAWS_PER_TASK = 43, 100  # of the official file

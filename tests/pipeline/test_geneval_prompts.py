@@ -12,7 +12,7 @@ from stage_ray.pipeline.geneval_prompts import geneval_prompts
 from stage_ray.pipeline.prompt_files import load_prompts
 from stage_ray.records import Prompt
 from stage_ray.rewards.coco import COLORS, OBJECTS
-from stage_ray.rewards.geneval import requirements
+from stage_ray.rewards.geneval_rules import requirements
 
 OFFICIAL = "5c48e0813e812e3c373fa5c8ed07a8f0a483be30272b4427b0559c8048e67c13"
 """SHA-256 of ``prompts/evaluation_metadata.jsonl`` of github.com/djghosh13/geneval."""
