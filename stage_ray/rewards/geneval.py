@@ -10,12 +10,13 @@ from pydantic import Field
 
 from stage_ray.errors import ConfigError, suggest
 from stage_ray.records import Prompt
-from stage_ray.registry import import_dotted
+from stage_ray.registry import Registry
 from stage_ray.rewards.base import RewardOutput
 from stage_ray.rewards.build import check_options
 from stage_ray.rewards.detection import Detection, Detector
 from stage_ray.rewards.geneval_rules import Requirement, requirements, soft_score, strict_verdict, task_of
 
+DETECTORS = Registry("stage_ray.rewards", "Detector", "detector")
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -38,7 +39,7 @@ class GenEvalReward:
 
     def __init__(
         self,
-        detector: str,
+        detector: str = "mask2former",
         score: Literal["soft", "strict", "soft_published"] = "soft",
         threshold: Share = 0.3,
         counting_threshold: Share = 0.9,
@@ -48,7 +49,7 @@ class GenEvalReward:
         """Build the detector.
 
         Args:
-            detector: dotted path of a `Detector` class.
+            detector: ``mask2former``, or the dotted path of a `Detector` class of your own.
             score: ``soft``; ``strict`` (0 or 1); or ``soft_published``, soft with the released code's error.
             threshold: confidence above which a detection counts. The defaults are GenEval's.
             counting_threshold: the same, for prompts with the tag ``counting``.
@@ -63,7 +64,11 @@ class GenEvalReward:
 
     @classmethod
     def check(
-        cls, prompts: Sequence[Prompt], detector: str, detector_options: Mapping[str, Any] | None = None, **others: Any
+        cls,
+        prompts: Sequence[Prompt],
+        detector: str = "mask2former",
+        detector_options: Mapping[str, Any] | None = None,
+        **others: Any,
     ) -> Iterator[tuple[Prompt, str]]:
         """The prompts that it could not judge, each with why; see `Reward`. The detector's own `check` comes first."""
         kind, options = _find_detector(detector, detector_options)
@@ -107,12 +112,12 @@ class GenEvalReward:
 
 
 def _find_detector(name: str, options: Mapping[str, Any] | None) -> tuple[Any, dict[str, Any]]:
-    """The class of a dotted path, and its options as its constructor wants them.
+    """The class of a name or dotted path, and its options as its constructor wants them.
 
     Raises:
         ConfigError: nothing is there, it has no method `detect`, or it does not take the options.
     """
-    kind = import_dotted(name, "detector")
+    kind = DETECTORS.find(name, "detector")
     if not callable(kind) or not callable(getattr(kind, "detect", None)):
         raise ConfigError(f"detector {name!r} is no detector: it is not a class with a method detect(images)")
     return kind, check_options(kind, name, options or {}, "detector_options")
