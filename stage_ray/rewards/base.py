@@ -33,6 +33,14 @@ class RewardOutput:
     features: np.ndarray | None = None
 
 
+UNAVAILABLE = "service unavailable"
+"""Stands in the ``error`` of an image whose scorer raised a `ServiceUnavailableError`."""
+
+
+class ServiceUnavailableError(Exception):
+    """A service that a scorer asks is down, or has no room: its groups wait for it, up to ``scoring.outage_s``."""
+
+
 class Reward(Protocol):
     """A scorer. Built once in a reward worker from its config's ``options``; knows nothing of who calls it.
 

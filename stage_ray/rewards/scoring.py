@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from stage_ray.records import RolloutGroup, ScoredGroup
-from stage_ray.rewards.base import GroupReward, Reward, RewardOutput
+from stage_ray.rewards.base import UNAVAILABLE, GroupReward, Reward, RewardOutput, ServiceUnavailableError
 
 log = logging.getLogger(__name__)
 
@@ -88,6 +88,9 @@ def _run(name: str, scorer: Reward | GroupReward, groups: Sequence[RolloutGroup]
         valid = np.asarray(output.valid, bool)
         details = [dict(said) for said in output.details]  # copies: `error` may be added below
         features = None if output.features is None else np.asarray(output.features, np.float32)
+    except ServiceUnavailableError as down:
+        log.warning("scorer %s: %s", name, down)
+        reason = f"{UNAVAILABLE}: {down}"
     # A scorer is a user's code, or a service, and may fail in any way. This is the one place that must outlive it: its
     # failure becomes part of the record, and the group is scored again or replaced.
     except Exception as error:
