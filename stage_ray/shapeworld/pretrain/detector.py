@@ -20,31 +20,30 @@ from transformers import JanusVQVAE
 
 from stage_ray.shapeworld.detector import CLASSES, CROP_SIZE, NONE, WEIGHTS_FILE, build_classifier, crop_segments
 from stage_ray.shapeworld.pretrain.loop import Budget, TrainingRun
-from stage_ray.shapeworld.pretrain.tokenizer import random_images, reconstruct
+from stage_ray.shapeworld.pretrain.tokenizer import load_exported, random_images, reconstruct
 from stage_ray.shapeworld.scene import COLORS, SHAPES, Shape, coverage, on_random_paper, place_squares, render
 from stage_ray.shapeworld.segmentation import Segment, segment
 
-CHECKPOINT = "training/detector.safetensors"
+CHECKPOINT = "work/training/detector.safetensors"
 BATCH = 256
-PEAK_LR = 2e-3
 CHUNK = 64  # pictures segmented at once
 RANDOM_SHARE = 3 / 16  # pictures decoded from random tokens, as a share of the drawn ones
 WRONG_SHARE = 0.5  # of the drawn objects
 WRONG = ("turned", "squeezed", "cut", "bitten", "merged", "between", "wobbly", "blob", "washed")
 
 
-def train_detector(out: Path, work: Path, tokenizer: JanusVQVAE, budget: Budget, pictures: int, seed: int = 0) -> None:
+def train_detector(out: Path, budget: Budget, pictures: int, seed: int) -> None:
     """Train (or resume) the classifier on the CPU; writes `out/detector/model.safetensors`.
 
     `pictures`, a multiple of `CHUNK`, are drawn; each is seen twice: as drawn or degraded, and as the tokenizer's
     reconstruction.
     """
     torch.manual_seed(seed)
-    crops, labels = _dataset(np.random.default_rng(seed), tokenizer, pictures // CHUNK)
+    crops, labels = _dataset(np.random.default_rng(seed), load_exported(out / "janus"), pictures // CHUNK)
     # Gentler than 1 / frequency: "none" has the most crops, and it is also the most varied class.
     weight = (torch.bincount(labels, minlength=len(CLASSES)) / len(labels)).clamp(min=1e-3).rsqrt()
     model = build_classifier()
-    run = TrainingRun(work / CHECKPOINT, model, PEAK_LR, budget, warmup=0.3)
+    run = TrainingRun(out / CHECKPOINT, model, 2e-3, budget, warmup=0.3)
     for step, _ in run:
         generator = torch.Generator().manual_seed(2**20 * seed + step)
         chosen = torch.randint(len(crops), (BATCH,), generator=generator)

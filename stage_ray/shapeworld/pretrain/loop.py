@@ -35,8 +35,7 @@ def autocast() -> torch.autocast:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A `TrainingRun`'s checkpoint on the CPU: tensors of ``module`` and ``optimizers`` by name, ``step``,
-    ``elapsed_s``, and ``history``, a row of figures every few steps."""
+    """A `TrainingRun`: ``step``, ``elapsed_s``, ``history``; on the CPU, tensors of ``module`` and ``optimizers``."""
     with safe_open(path, "pt") as file:
         saved: dict[str, Any] = json.loads(file.metadata()["progress"]) | {"module": {}, "optimizers": {}}
         for name in file.keys():  # noqa: SIM118
@@ -75,8 +74,8 @@ class TrainingRun:
         warmup: float = 0.03,
         hidden: nn.Module | None = None,
     ) -> None:
-        """``hidden``: the part of the module whose matrices Muon trains (Jordan et al., 2024): in small transformers a
-        step of it is worth about two of AdamW. AdamW trains the rest."""
+        """AdamW trains the module, but Muon (Jordan et al., 2024) the matrices of its part ``hidden``: in small
+        transformers a step of it is worth about two."""
         self.path, self.module, self.budget, self.peak_lr, self.warmup = path, module, budget, peak_lr, warmup
         matrices = [p for p in hidden.parameters() if p.requires_grad and p.dim() == 2] if hidden else []
         taken = {id(p) for p in matrices}
