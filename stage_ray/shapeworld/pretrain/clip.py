@@ -1,7 +1,6 @@
 """Trains a small `CLIPModel` on captioned training scenes: a learned, and therefore hackable, reward.
 
-Plain symmetric contrastive training on fresh renders. Each batch holds distinct captions, and a caption that is also
-true of another picture of the batch is rare enough to leave alone ("a photo of a ring" beside "a photo of a red ring").
+Symmetric contrastive training on fresh renders, with distinct captions in a batch.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """Trains the detector's shape classifier, on renders and on what the tokenizer makes of them.
 
-A policy under training draws things between a clear shape and a smear. The classifier must not be fooled by them, so it
-also learns from wrong objects: turned, squeezed, cut, merged, broken, half-way between two shapes, and plain blobs.
+It also learns from wrong objects (WRONG), since a policy draws things between a clear shape and a smear.
 """
 
 from __future__ import annotations
@@ -35,8 +34,7 @@ WRONG = ("turned", "squeezed", "cut", "bitten", "merged", "between", "wobbly", "
 def train_detector(out: Path, budget: Budget, pictures: int, seed: int) -> None:
     """Train (or resume) the classifier on the CPU; writes `out/detector/model.safetensors`.
 
-    `pictures`, a multiple of `CHUNK`, are drawn; each is seen twice: as drawn or degraded, and as the tokenizer's
-    reconstruction.
+    Each picture is seen twice: as drawn or degraded, and as the tokenizer's reconstruction.
     """
     torch.manual_seed(seed)
     crops, labels = _dataset(np.random.default_rng(seed), load_exported(out / "janus"), pictures // CHUNK)
@@ -54,8 +52,7 @@ def train_detector(out: Path, budget: Budget, pictures: int, seed: int) -> None:
 
 
 def _dataset(rng: np.random.Generator, tokenizer: JanusVQVAE, chunks: int) -> tuple[Tensor, Tensor]:
-    """Crops float32 [K, 1, 24, 24] and labels int64 [K]: drawn pictures, half of them as reconstructed, and pictures
-    of random tokens, in which nothing is a shape."""
+    """Crops float32 [K, 1, 24, 24] and labels int64 [K]; in pictures of random tokens nothing is a shape."""
     crops: list[Tensor] = []
     labels: list[int] = []
 
@@ -91,10 +88,7 @@ def _augment(crops: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _draw(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, list[int]]:
-    """One picture of 1 to 4 objects, `WRONG_SHARE` of them wrong ("none").
-
-    The picture uint8 [64, 64, 3], where each object is, bool [n, 64, 64], and what it is: indices into CLASSES.
-    """
+    """A picture of 1 to 4 objects, uint8 [64, 64, 3]; where each is, bool [n, 64, 64]; and its index into CLASSES."""
     count = int(rng.choice([1, 2, 3, 4], p=[0.2, 0.3, 0.25, 0.25]))
     # Smaller and larger than in the world: generated objects are not as regular as rendered ones.
     low, high = {1: (16.0, 42.0), 2: (15.0, 27.0), 3: (15.0, 22.0), 4: (15.0, 20.0)}[count]
@@ -126,8 +120,7 @@ def _label(piece: Segment, masks: np.ndarray, labels: list[int]) -> int | None:
 
 def _degrade(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """What a lossy tokenizer does, simulated: blur, drifting colours, a contrast change, noise. uint8 [64, 64, 3]."""
-    pixels = image.astype(np.float32)
-    pixels = ndimage.gaussian_filter(pixels, sigma=(*([rng.uniform(0.3, 1.2)] * 2), 0))
+    pixels = ndimage.gaussian_filter(image.astype(np.float32), sigma=(*([rng.uniform(0.3, 1.2)] * 2), 0))
     drift = ndimage.gaussian_filter(rng.normal(0, 1, pixels.shape), sigma=(6, 6, 0))
     pixels += drift / max(float(np.abs(drift).max()), 1e-6) * rng.uniform(0, 24)
     pixels = 255 - (255 - pixels) * rng.uniform(0.85, 1.05) + rng.normal(0, rng.uniform(0, 4), pixels.shape)

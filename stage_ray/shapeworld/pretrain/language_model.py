@@ -1,12 +1,9 @@
 """Trains the policy: a small Llama that writes the image tokens of a caption, with plain next-token cross-entropy.
 
-Its text side is a word-level tokenizer of the grammar (CLIP has it too) inside Janus' processor.
-
-Captions and scenes come from the training split of the grammar alone, and pictures show no held-out (shape, colour)
-either. A third of the captions go beyond the six tasks (`sample_mixture`): from the tasks alone a model learns eight
-pairs of shapes by heart. One caption in ten is replaced by its unconditional form, in exactly the shape guidance uses.
-Captions say nothing of grain, of a tint, or of half a pixel to the left, so the pictures to learn from have plain
-paper, places on a lattice, two sizes, and thrifty codes.
+Captions and scenes come from the training split alone, and pictures show no held-out (shape, colour) either. A third of
+the captions go beyond the six tasks: from these alone a model learns eight pairs of shapes by heart. One caption in ten
+is replaced by its unconditional form, in exactly the shape guidance uses. Captions say nothing of grain, of a tint, or
+of half a pixel to the left, so the pictures have plain paper, places on a lattice, two sizes, and thrifty codes.
 """
 
 from __future__ import annotations
@@ -46,9 +43,7 @@ SPECIAL = (PAD, BOS, BOI, EOI, IMAGE, EOS, "<|User|>", "<|Assistant|>", UNKNOWN)
 
 
 def text_tokenizer(append_eos: bool = False, **special: str) -> PreTrainedTokenizerFast:
-    """A word-level tokenizer of the grammar: lower-cased, split at white space and punctuation, unknown words `<unk>`.
-
-    `append_eos` ends every text in EOS, whose state CLIP reads. `special` names further special tokens."""
+    """A word-level tokenizer of the grammar, lower-cased; `append_eos`: texts end in EOS, whose state CLIP reads."""
     names = (*SHAPES, *map(plural, SHAPES), *COLORS)
     words = (":", "a", "an", "photo", "of", "and", *NUMBERS.values(), *names, *" ".join(RELATIONS).split())
     vocabulary = {word: index for index, word in enumerate(dict.fromkeys((*SPECIAL, *words)))}  # each word once
@@ -83,10 +78,7 @@ def janus_processor() -> JanusProcessor:
 
 
 def build_corpus(out: Path, pictures: int, seed: int) -> tuple[list[str], np.ndarray, Tensor]:
-    """Draws `pictures` training scenes and tokenizes them.
-
-    Every distinct caption; the index of each picture's own, int64 [K]; its tokens int16 [K, 64], 0..511.
-    """
+    """Every distinct caption of K training pictures; the index of each one's own, int64 [K]; tokens int16 [K, 64]."""
     tokenizer = load_tokenizer(out)
     rng = np.random.default_rng([seed, 1])
     index: dict[str, int] = {}
@@ -109,10 +101,7 @@ def build_corpus(out: Path, pictures: int, seed: int) -> tuple[list[str], np.nda
 
 
 def load_policy(out: Path, seed: int = 0) -> JanusForConditionalGeneration:
-    """The policy that `train_language_model` wrote, or an untrained one around the trained tokenizer.
-
-    Its generation embedding starts at the codebook.
-    """
+    """The policy as trained so far, around the trained tokenizer; its generation embedding starts at the codebook."""
     torch.manual_seed(seed)
     policy = build_model(SIZES, janus_processor().tokenizer)
     policy.model.vqmodel.load_state_dict(load_tokenizer(out).state_dict())
