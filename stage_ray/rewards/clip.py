@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -43,10 +42,11 @@ class ClipReward:
             device: a torch device; a GPU where this process sees one, by default.
         """
         location = local_checkpoint(path, "clip", "path")
-        with _loading(location):
-            self._tokenizer = AutoTokenizer.from_pretrained(location)
-            self._processor = AutoImageProcessor.from_pretrained(location, backend="pil")
+        self._tokenizer, self._processor = _processors(location)
+        try:
             self._model, report = CLIPModel.from_pretrained(location, output_loading_info=True)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise ConfigError(f"path {path!r} is not a CLIP checkpoint: {' '.join(str(error).split())}") from error
         if missing := sorted(report["missing_keys"]):
             raise ConfigError(f"path: {location} lacks {len(missing)} tensors, the first is {missing[0]}")
         for name, parameter in self._model.named_parameters():
@@ -62,9 +62,7 @@ class ClipReward:
         location = located(path)
         if location is not None:
             check_directory(location, "clip", "path")
-            with _loading(location):
-                AutoTokenizer.from_pretrained(location)
-                AutoImageProcessor.from_pretrained(location, backend="pil")
+            _processors(location)
             with torch.device("meta"):  # shapes alone, no memory
                 expected = CLIPModel(CLIPConfig.from_pretrained(location)).state_dict()
             check_tensors(location, {name: tensor.shape for name, tensor in expected.items()}, "path")
@@ -101,10 +99,14 @@ class ClipReward:
         return F.normalize(self._model.get_image_features(pixels).pooler_output, dim=-1)
 
 
-@contextmanager
-def _loading(location: Path) -> Iterator[None]:
-    """Raise a `ConfigError` for parts that are missing or damaged."""
+def _processors(location: Path) -> tuple[Any, Any]:
+    """Tokenizer and image processor of a checkpoint.
+
+    Raises:
+        ConfigError: one of them is missing or damaged.
+    """
     try:
-        yield
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(location)
+        return tokenizer, AutoImageProcessor.from_pretrained(location, backend="pil")
+    except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"path: {location} is not a CLIP checkpoint: {' '.join(str(error).split())}") from error
