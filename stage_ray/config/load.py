@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from stage_ray.config import RunConfig
 from stage_ray.config.paths import PACKAGE, resolve_path
-from stage_ray.config.prompts import FORMS
+from stage_ray.config.sections import FORMS
 from stage_ray.config.shipped import config_path
 from stage_ray.errors import ConfigError, impossible, suggest
 
