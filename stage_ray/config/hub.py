@@ -53,7 +53,7 @@ def hub_uri(location: str) -> HfUri | None:
 
 
 def is_pinned(uri: HfUri) -> bool:
-    """Whether its revision is a whole commit, which never means anything else."""
+    """Whether its revision is a whole commit."""
     return COMMIT.fullmatch(uri.revision or "") is not None
 
 

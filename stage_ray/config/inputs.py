@@ -20,7 +20,6 @@ SECTIONS: dict[str, Any] = {
     "rewards": {"__all__": {"options"}},
     "evaluation": {"suites": {"__all__": {"prompts": True, "rewards": {"__all__": {"options"}}}}},
 }
-MODEL_KEYS = ("path", "reference")  # names of keys that take a model: a directory or a hub id
 
 
 def inputs(run: RunConfig) -> dict[str, str]:
@@ -57,7 +56,7 @@ def pin(run: RunConfig, known: Mapping[str, str]) -> tuple[RunConfig, dict[str, 
 
 def takes_model(key: str) -> bool:
     """Whether a key's value is a directory with a model, or a repository."""
-    return not key.startswith("prompts.") and key.rpartition(".")[2] in MODEL_KEYS
+    return not key.startswith("prompts.") and key.rpartition(".")[2] in ("path", "reference")
 
 
 def takes_prompts(key: str) -> bool:

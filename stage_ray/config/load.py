@@ -30,8 +30,7 @@ def load_config(
     beside it or ``package:MODULE/FILE``: what it says goes on top, section by section.
 
     Raises:
-        ConfigError: missing or unreadable file (with the nearest shipped name), unknown key (with the nearest right
-            one), impossible value.
+        ConfigError: missing or unreadable file, unknown key, impossible value; names the nearest right one.
 
     Example:
         load_config("stage_shapeworld", ["learner.lr=1e-5", "rewards.0.weight=2"], run_dir="runs/slow")
@@ -137,9 +136,9 @@ def _explain(item: Any) -> str:
     *parents, last = location = [str(part) for part in item["loc"] if part not in FORMS] or ["config"]
     key = ".".join(location)
     if item["type"] == "extra_forbidden":
-        fix = suggest(last, _fields_at(parents), "".join(f"{part}." for part in parents))
-        fix = REVISION if last == "revision" else fix
-        return f"unknown key {key!r}: " + (f"it is called {RENAMED[key]!r} now" if key in RENAMED else fix)
+        nearest = suggest(last, _fields_at(parents), "".join(f"{part}." for part in parents))
+        renamed = f"it is called {RENAMED[key]!r} now" if key in RENAMED else ""
+        return f"unknown key {key!r}: {renamed or (REVISION if last == 'revision' else nearest)}"
     if item["type"] == "missing":
         return f"{key} is missing"
     return str(item["ctx"]["error"]) if item["type"] == "value_error" else impossible(key, item)

@@ -1,7 +1,7 @@
-"""How large the published Janus models are: all that a plan of memory needs to know, without loading anything.
+"""How large the published Janus models are, without loading anything.
 
-From arXiv 2501.17811, table 1, and ``config.json`` of deepseek-ai/Janus-Pro-1B and -7B (the latter leaves Llama's
-defaults unsaid). Both draw 24 x 24 tokens of 16384 codes in 8 dimensions, 384 x 384 pixels.
+From arXiv 2501.17811, table 1, and ``config.json`` of deepseek-ai/Janus-Pro-1B and -7B. Both draw 24 x 24 tokens of
+16384 codes in 8 dimensions, 384 x 384 pixels.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ class ModelSizes:
         base_channels: channels of the image decoder's feature maps at full size, ``side_pixels`` squared.
         layer, embedding, head, image_embedding, vqmodel: parameters of one decoder layer, the text embeddings, the
             image head, codebook and aligner of the image tokens, and the image tokenizer.
-        frozen: parameters of the checkpoint that are not trained; images need ``head``, ``image_embedding`` and, to
-            become pictures, ``vqmodel``.
+        frozen: all parameters of the checkpoint that are not trained.
     """
 
     name: str
@@ -48,7 +47,7 @@ class ModelSizes:
 
     @property
     def matrices(self) -> int:
-        """Parameters of a layer but for its two norms."""
+        """Parameters of a layer that multiply: without its two norms."""
         return self.layer - 2 * self.hidden
 
     @property

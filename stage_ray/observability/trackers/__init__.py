@@ -14,14 +14,9 @@ TRACKERS = Registry("stage_ray.observability.trackers", "Tracker", "tracker")
 
 
 def check_trackers(logs: LogsConfig) -> None:
-    """Check every tracker without opening it.
-
-    Raises:
-        ConfigError: an unknown tracker, options that it does not take, or what its own `check` finds missing here.
-    """
+    """Raise a `ConfigError` for an unknown tracker, options that it does not take, or what its own `check` misses."""
     for name in logs.trackers:
-        kind = _find(logs, name)
-        if (check := getattr(kind, "check", None)) is not None:
+        if (check := getattr(_find(logs, name), "check", None)) is not None:
             check(**logs.tracker_options.get(name, {}))
 
 
