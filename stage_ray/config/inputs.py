@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from stage_ray.config.hub import HUB, MODEL_FILES, PROMPT_FILES, at_commit, commit_of, hub_uri
-from stage_ray.config.load import build_config
+from stage_ray.config.load import validate_config
 from stage_ray.config.schema import RunConfig
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def pin(run: RunConfig, known: Mapping[str, str]) -> tuple[RunConfig, dict[str, 
             continue
         commits[location] = known.get(location) or commits.get(location) or commit_of(uri, key)
         pinned.append(f"{key}={json.dumps(at_commit(uri, commits[location]))}")
-    return (build_config(run.model_dump(mode="json"), pinned), commits) if pinned else (run, commits)
+    return (validate_config(run.model_dump(mode="json"), pinned), commits) if pinned else (run, commits)
 
 
 def takes_model(key: str) -> bool:

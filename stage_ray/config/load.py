@@ -41,7 +41,7 @@ def load_config(
     data.pop("base", None)
     if run_dir is not None:
         overrides = [*(overrides or []), f"run_dir={json.dumps(str(run_dir))}"]
-    return build_config(data, overrides, source=str(path))
+    return validate_config(data, overrides, source=str(path))
 
 
 def config_files(config: str | Path) -> list[Path]:
@@ -75,13 +75,6 @@ def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     return below | both
 
 
-def build_config(data: dict[str, Any], overrides: Sequence[str] | None = None, source: str = "config") -> RunConfig:
-    """Apply ``KEY=VALUE`` overrides to plain data and validate; raises a `ConfigError` as `load_config` does."""
-    for override in overrides or []:
-        _apply_override(data, override)
-    return validate_config(data, source)
-
-
 def read_mapping(path: Path, what: str, known: str) -> dict[str, Any]:
     """The mapping that a YAML file holds; ``what`` names the file in errors, ``known`` ends the one of another value.
 
@@ -97,8 +90,10 @@ def read_mapping(path: Path, what: str, known: str) -> dict[str, Any]:
     return data
 
 
-def validate_config(data: dict[str, Any], source: str = "config") -> RunConfig:
-    """Validate plain data into a `RunConfig`; raises a `ConfigError` as `load_config` does."""
+def validate_config(data: dict[str, Any], overrides: Sequence[str] | None = None, source: str = "config") -> RunConfig:
+    """Apply ``KEY=VALUE`` overrides to plain data and validate; raises a `ConfigError` as `load_config` does."""
+    for override in overrides or []:
+        _apply_override(data, override)
     try:
         return RunConfig.model_validate(data)
     except ValidationError as error:
