@@ -43,11 +43,10 @@ def pin(run: RunConfig, known: Mapping[str, str]) -> tuple[RunConfig, dict[str, 
     Raises:
         ConfigError: as `commit_of`.
     """
-    commits: dict[str, str] = {}
-    pinned = []
+    commits, pinned, config = dict[str, str](), [], leaves(run.model_dump(mode="json"))
     for key, uri in hub_inputs(run).items():
-        location = inputs(run)[key]
-        if "@" not in location and _of_own_scorer(run, key):
+        location, (scorer, option, _) = config[key], key.partition(".options.")
+        if option and "." in config[f"{scorer}.type"] and "@" not in location:
             continue
         commits[location] = known.get(location) or commits.get(location) or commit_of(uri, key)
         pinned.append(f"{key}={json.dumps(at_commit(uri, commits[location]))}")
@@ -72,15 +71,6 @@ def takes_prompts(key: str) -> bool:
 def files_of(key: str) -> tuple[str, ...]:
     """Patterns of the files that are downloaded for a key."""
     return PROMPT_FILES if takes_prompts(key) else MODEL_FILES
-
-
-def _of_own_scorer(run: RunConfig, key: str) -> bool:
-    """Whether a key is an option of a scorer of the user's own."""
-    scorer, options, _ = key.partition(".options.")
-    value: Any = run
-    for part in scorer.split("."):
-        value = value[int(part)] if part.isdigit() else getattr(value, part)
-    return bool(options) and "." in value.type
 
 
 def leaves(value: Any, key: str = "") -> dict[str, Any]:

@@ -122,9 +122,7 @@ class LearnerConfig(Section):
     groups_per_update: int | None = Field(
         None, ge=1, description="Groups of one optimizer step; null: all of a batch. Fewer need algorithm.clip"
     )
-    gradient_checkpointing: bool | None = Field(
-        None, description="Recompute activations to save memory; null: where they do not fit"
-    )
+    gradient_checkpointing: bool | None = Field(None, description="Recompute activations; null: where they do not fit")
     reference_dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="What the reference is kept and computed in; auto: what the policy is computed in"
     )
