@@ -45,11 +45,8 @@ def overoptimization(
 ) -> list[tuple[str, str]]:
     """The alarm of an evaluation by scorers that are not rewarded: it falls while the reward rises.
 
-    Args:
-        metric: the headline that fell, for people.
-        since: updates done where it was best.
-        change: how far it has come since, and its standard error; without one nothing can be said.
-        rewards: ``reward/mean`` of the updates since; it rises where their second half is above the first.
+    ``change`` is how far the headline ``metric`` has come from its best, at step ``since``, and ``error`` the standard
+    error of that. ``rewards`` are ``reward/mean`` from then on; they rise where their second half is above the first.
     """
     half = len(rewards) // 2
     first, last = (sum(some) / half if half else math.nan for some in (rewards[:half], rewards[len(rewards) - half :]))

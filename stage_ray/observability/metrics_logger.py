@@ -33,10 +33,8 @@ class MetricsLogger:
     system before `step` returns; a half-written last line is dropped when a run goes on, and the lines of steps that
     will be trained again when the first of these is.
 
-    ``step`` counts updates done, from 1, so a checkpoint of step 50 resumes with ``resume_step=50``.
-
-    Attributes:
-        port: of the Prometheus endpoint; None where there is none.
+    ``step`` counts updates done, from 1, so a checkpoint of step 50 resumes with ``resume_step=50``. ``port``: of
+    the Prometheus endpoint, or None.
     """
 
     def __init__(
