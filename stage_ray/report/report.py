@@ -145,7 +145,9 @@ def _evaluation_charts(suites: Sequence[_Comparison]) -> dict[str, Markup]:
         if newest is not None and len(found) > 2 and newest.headline in newest.metrics:
             names = (newest.headline, *newest.metrics[newest.headline].parts)
             values = {name: [result.metrics.get(name) for result in found.values()] for name in names}
-            series = {name: [it and (it.value, it.error or 0.0) for it in some] for name, some in values.items()}
+            series = {
+                name: [(it.value, it.error or 0.0) if it else None for it in some] for name, some in values.items()
+            }
             title = f"{suite.name or 'Held-out'}: {newest.headline}, ± one standard error"
             charts[title] = Markup(banded_chart(list(found), series))
     return charts
