@@ -6,7 +6,7 @@ import base64
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median_high
 from typing import Any
 
 import yaml
@@ -155,19 +155,15 @@ def _evaluation_charts(suites: Sequence[_Comparison]) -> dict[str, Markup]:
 
 def _cards(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
     """Label -> number in large type, of the training."""
-    cards = {}
-
-    def known(name: str) -> list[float]:
-        return [row[name] for row in rows if row.get(name) is not None]
-
-    seconds, speeds, rewards = known("time/step_s"), sorted(known("images_per_s")), known("reward/mean")
+    names, cards = ("time/step_s", "images_per_s", "reward/mean"), {}
+    seconds, speeds, rewards = ([row[name] for row in rows if row.get(name) is not None] for name in names)
     if rewards:
         window = max(1, min(10, len(rewards) // 2))  # the two do not overlap
         cards[f"training reward, first and last {window} steps"] = (
             f"{fmean(rewards[:window]):.2f} → {fmean(rewards[-window:]):.2f}"
         )
     if speeds:
-        cards["images a second, median"] = f"{speeds[len(speeds) // 2]:.1f}"
+        cards["images a second, median"] = f"{median_high(speeds):.1f}"
     if seconds:
         cards["minutes in training steps"] = f"{sum(seconds) / 60:.1f}"
     return cards
