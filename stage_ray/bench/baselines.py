@@ -80,10 +80,7 @@ def full_logprobs(logits: Tensor, tokens: Tensor) -> TokenLogprobs:
 
 
 class PlainLearner(Learner):
-    """The learner with its update written down directly: one batch, all logits, one backward.
-
-    Entropies of the policy come from its own forward, not from the engine.
-    """
+    """The learner with its update written down directly: one batch, all logits and their entropies, one backward."""
 
     policy: JanusPolicy
 
@@ -116,8 +113,8 @@ class PlainLearner(Learner):
 class SingleProcessTrainer:
     """The whole training step in one process: sample from the model that is trained, decode, score, `PlainLearner`.
 
-    As in the published code, no forward is run for log-probabilities alone. All prompts of a step are sampled in one
-    batch; to need no padding they are equally long, which makes this a little faster than any prompts would.
+    As in the published code, no forward is run for log-probabilities alone. All prompts of a step are one batch; they
+    are equally long, which makes this a little faster than any prompts would.
     """
 
     def __init__(self, run: RunConfig) -> None:

@@ -11,9 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
-from stage_ray.config.base import PoolConfig, Section
-from stage_ray.config.prompts import PromptsConfig
-from stage_ray.config.scoring import RewardConfig, ScoringConfig, ScoringPool
+from stage_ray.config.sections import PoolConfig, PromptsConfig, RewardConfig, ScoringConfig, ScoringPool, Section
 
 TAKEN = {"mean", "std", "informative"}  # reward/mean and its like, which no scorer may be called
 
@@ -124,9 +122,7 @@ class LearnerConfig(Section):
     groups_per_update: int | None = Field(
         None, ge=1, description="Groups of one optimizer step; null: all of a batch. Fewer need algorithm.clip"
     )
-    gradient_checkpointing: bool | None = Field(
-        None, description="Recompute activations to save memory; null: where they do not fit"
-    )
+    gradient_checkpointing: bool | None = Field(None, description="Recompute activations; null: where they do not fit")
     reference_dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="What the reference is kept and computed in; auto: what the policy is computed in"
     )
@@ -303,10 +299,8 @@ class RunConfig(Section):
         self._check_evaluation()
         own = [(f"rewards.{index}", self._own_pool(reward)) for index, reward in enumerate(self.rewards)]
         for name, pool in (("rollout", rollout), ("scoring", self.scoring), *own):
-            if pool.max_workers is not None and pool.max_workers < pool.workers:
-                raise ValueError(
-                    f"{name}.max_workers = {pool.max_workers} is less than {name}.workers = {pool.workers}"
-                )
+            if (most := pool.max_workers or pool.workers) < pool.workers:
+                raise ValueError(f"{name}.max_workers = {most} is less than {name}.workers = {pool.workers}")
         if rollout.tensor_parallel > 1 and rollout.engine != "vllm":
             raise ValueError(f"rollout.tensor_parallel = {rollout.tensor_parallel} needs rollout.engine = vllm")
         if rollout.colocated:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from stage_ray.config import RunConfig
 from stage_ray.config.hardware import usable_cpus
-from stage_ray.config.load import build_config
+from stage_ray.config.load import validate_config
 from stage_ray.config.paths import require_lasting
 from stage_ray.engines.vllm.environment import require_fitting_build
 from stage_ray.errors import ConfigError, RunError
@@ -187,7 +187,7 @@ def _run(
         "rollout": rollout,
         "cluster": {"address": address},
     }
-    run = build_config(data, overrides, source="--set")
+    run = validate_config(data, overrides, source="--set")
     load_rule(run.rollout)  # a wrong option is said before anything starts
     if run.cluster.address is None:  # else vLLM runs elsewhere
         require_fitting_build(run.rollout)
