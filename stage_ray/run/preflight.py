@@ -130,7 +130,8 @@ def _suite_prompts(run: RunConfig, left: Collection[str]) -> dict[str, list[Prom
     found: dict[str, list[Prompt]] = {}
     for number, suite in enumerate(run.evaluation.suites if run.evaluation.enabled else []):
         key = f"evaluation.suites.{number}"
-        prompts = load_prompts(str(suite.prompts)) if f"{key}.prompts" not in left else []
+        benchmark, left_out = find_benchmark(suite.benchmark), f"{key}.prompts" in left
+        prompts = [] if left_out else benchmark.load(suite.prompts or "", load_prompts)
         _require_scorable(suite.rewards or [], prompts, f"{key}.rewards")
         found[str(suite.name)] = prompts
     return found

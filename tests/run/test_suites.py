@@ -15,7 +15,7 @@ import pytest
 from stage_ray.config import RunConfig
 from stage_ray.config.load import validate_config
 from stage_ray.errors import ConfigError
-from stage_ray.evaluation.base import MetricValue, mean_over_images
+from stage_ray.evaluation import Benchmark, MetricValue, mean_over_images
 from stage_ray.evaluation.suites import is_rewarded, resolve_suites
 from stage_ray.observability.progress import Progress
 from stage_ray.records import GroupRefs, Prompt, ScoredGroup
@@ -28,7 +28,7 @@ NAMES = [Prompt(i, text) for i, text in enumerate(PROMPTS)]
 BRIGHT = {"benchmark": "tests.run.test_suites.LightBenchmark", "prompts": "prompts.txt"}
 
 
-class LightBenchmark:
+class LightBenchmark(Benchmark):
     """Mean of all scores, by scorers of its own."""
 
     name, headline, prompts, images_per_prompt = "light", "mean light", "prompts.txt", 2
