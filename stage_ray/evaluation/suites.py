@@ -96,4 +96,6 @@ def _resolved(run: RunConfig, suite: SuiteConfig, key: str) -> SuiteConfig:
         prompts=suite.prompts or benchmark.prompts,
         images_per_prompt=suite.images_per_prompt or benchmark.images_per_prompt,
         rewards=rewards,
+        search=suite.search,
+        search_options=suite.search_options,
     )

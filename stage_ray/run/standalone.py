@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from stage_ray.config import RunConfig
+from stage_ray.config import RewardConfig, RunConfig
 from stage_ray.config.hardware import usable_cpus
 from stage_ray.config.load import build_config
 from stage_ray.config.paths import require_lasting
@@ -31,11 +31,12 @@ from stage_ray.report.samples import contact_sheet
 from stage_ray.rewards import check_rewards
 from stage_ray.run.inference import inputs_of, judge
 from stage_ray.run.preflight import SHOWN, drawable_prompts
-from stage_ray.samplers import load_rule
+from stage_ray.samplers import resolve_samplers
 
 IMAGES_PER_BATCH = 64  # drawn at once, where as many are asked for
 SHEET_IMAGES = 120  # more make a picture that no viewer likes
 GO_ON = "go on with the same command"
+NO_REWARD = RewardConfig(type="none")  # where nothing is scored
 
 
 def evaluate(
@@ -146,8 +147,11 @@ def generate(
         raise ConfigError(f"--out {out} exists and is not an empty directory; name another")
     require_writable(out, "--out")
     run = _run(model, engine, guidance, address, workers, overrides, images=images * len(asked))
+    scoring = run.rollout.search is not None  # which then chooses by scores
+    if scoring:
+        _require_judgeable(run, asked)
     asked = drawable_prompts(run, policy_class(run.policy).check(run.policy), asked)
-    partial = PartialResult(kept, inputs_of(run, asked, {"--images": images, "--seed": seed}, scoring=False))
+    partial = PartialResult(kept, inputs_of(run, asked, {"--images": images, "--seed": seed}, scoring=scoring))
     requests = requests_for(asked, images, seed)
     for request in requests:
         if not all(file.is_file() for file in _pictures(out, request)):
@@ -159,7 +163,7 @@ def generate(
             write_png(file, image)
 
     with name_disk_errors(out, GO_ON), Progress() as progress:
-        judge(run, requests, partial, progress, title="drawing", go_on=GO_ON, scoring=False, use=save)
+        judge(run, requests, partial, progress, title="drawing", go_on=GO_ON, scoring=scoring, use=save)
         _write_sheet(out, requests)
         partial.remove()
         progress.note(f"contact sheet: {out / 'sheet.png'}")
@@ -198,13 +202,15 @@ def _run(
         # A cluster's workers are not where this command was given.
         "policy": {"path": str(Path(model).absolute() if Path(model).exists() else model)},
         "prompts": {"train": "-"},  # those of the command line are drawn
-        "rewards": rewards or [{"type": "none"}],
+        "rewards": rewards or [NO_REWARD.model_dump()],
         "evaluation": {"enabled": False},
         "rollout": rollout,
         "cluster": {"address": address},
     }
     run = build_config(data, overrides, source="--set")
-    load_rule(run.rollout)  # a wrong option is said before anything starts
+    resolve_samplers(run)  # a wrong option is said before anything starts
+    if run.rollout.search is not None and run.rewards == [NO_REWARD]:
+        raise ConfigError(f"rollout.search = {run.rollout.search!r} chooses by a scorer; name one in rewards")
     if run.cluster.address is None:  # else vLLM runs elsewhere
         require_fitting_build(run.rollout)
     return run
