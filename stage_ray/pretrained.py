@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ NOT_EXPORTED = (".safetensors", ".bin", ".pt", ".pth", ".md", ".gguf", ".h5", ".
 DEEPSEEK = "multi_modality"  # the layout of DeepSeek's own code, which transformers does not read
 
 
-def local_checkpoint(path: str, model_type: str, key: str = KEY) -> Path:
+def local_checkpoint(path: str, model_type: str | Sequence[str], key: str = KEY) -> Path:
     """The directory that holds a checkpoint, checked; a hub id is downloaded to (or found in) the hub's cache first.
 
     ``path`` is a directory, ``package:MODULE/DIR``, or ``OWNER/NAME[@REVISION]`` of a hub.
@@ -61,7 +61,7 @@ def located(path: str) -> Path | None:
     return directory if directory is not None and _has_weights(directory) else None
 
 
-def check_directory(directory: Path, model_type: str, key: str = KEY) -> None:
+def check_directory(directory: Path, model_type: str | Sequence[str], key: str = KEY) -> None:
     """Check ``config.json`` and every weight file of a local checkpoint (headers and sizes only, nothing is loaded).
 
     Raises:
@@ -76,14 +76,15 @@ def check_directory(directory: Path, model_type: str, key: str = KEY) -> None:
             f"({base}) with peft's merge_and_unload, save that, and give its directory"
         )
     found = read_object(directory / "config.json", key).get("model_type")
-    if found == DEEPSEEK and model_type != DEEPSEEK:
+    allowed = [model_type] if isinstance(model_type, str) else model_type
+    if found == DEEPSEEK and found not in allowed:
         raise ConfigError(
             f"{key}: {directory} is in the layout of DeepSeek's own code (model_type {found!r}), which transformers "
             "does not read; take the same model in transformers' layout, such as deepseek-community/Janus-Pro-1B"
         )
-    if found != model_type:
+    if found not in allowed:
         needs = "policy.family needs" if key == KEY else "it needs"
-        raise ConfigError(f"{key}: {directory} holds a {found!r} model, but {needs} {model_type!r}")
+        raise ConfigError(f"{key}: {directory} holds a {found!r} model, but {needs} {' or '.join(map(repr, allowed))}")
     for file in weight_files(directory, key):
         if not file.is_file():
             raise ConfigError(f"{key}: {file} is missing, though {WEIGHTS_INDEX} names it; copy or download it again")

@@ -26,7 +26,8 @@ class PromptsConfig(Section):
         Discriminator(lambda value: FORMS[not isinstance(value, str)]),
     ] = Field(
         description="JSON Lines (GenEval's format) or text, a prompt a line; package:MODULE/FILE; or "
-        "hf://datasets/OWNER/NAME[@REVISION]/FILE of a hub; or several files: [{path: FILE, weight: 3}, ...]"
+        "hf://datasets/OWNER/NAME[@REVISION]/FILE of a hub; geneval:train or geneval:test, which are made here; "
+        "or several files: [{path: FILE, weight: 3}, ...]"
     )
     heldout: str | None = Field(None, description="Prompts of the evaluation before and after; same formats")
     shuffle: bool = Field(True, description="A new order every epoch, fixed by the run's seed")

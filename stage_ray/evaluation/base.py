@@ -21,7 +21,7 @@ from stage_ray.errors import ConfigError, RunError
 from stage_ray.files import atomic_write, read_json
 from stage_ray.records import Prompt, ScoredGroup
 from stage_ray.registry import Registry
-from stage_ray.rewards.geneval import is_nothing
+from stage_ray.rewards.geneval_rules import is_nothing
 
 BENCHMARKS = Registry("stage_ray.evaluation", "Benchmark", "benchmark")
 

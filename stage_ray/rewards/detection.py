@@ -34,10 +34,11 @@ class Detection:
 
 
 class Detector(Protocol):
-    """Finds objects. Named in a config by the dotted path of a class without required arguments.
+    """Finds objects. Named in a config by the dotted path of its class, whose arguments are ``detector_options``.
 
     Where the class (or, once built, the object) has ``labels`` or ``colors``, the words that it knows, prompts that ask
-    for others are refused before a run and never count as a failure of the model.
+    for others are refused before a run and never count as a failure of the model. It may have a class method
+    ``check(**options)``, which raises a `ConfigError` before a run for options such as a directory without weights.
     """
 
     def detect(self, images: np.ndarray) -> list[list[Detection]]:

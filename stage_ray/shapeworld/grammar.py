@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from stage_ray.rewards.geneval import RELATIONS
+from stage_ray.rewards.geneval_rules import RELATIONS
 from stage_ray.shapeworld.scene import COLORS, SHAPES, Scene, Shape, on_random_paper, random_places
 
 Record = dict[str, Any]
@@ -161,7 +161,7 @@ def sample_mixture(rng: np.random.Generator) -> Record:
 
 
 def _margin(a: Shape, b: Shape, relation: str) -> float:
-    """How clearly `a` stands in `relation` to `b`: by GenEval's rule (`geneval.relations`) it does above 0.5."""
+    """How clearly `a` stands in `relation` to `b`: by GenEval's rule (`geneval_rules.relations`) it does above 0.5."""
     offset = np.asarray([a.cx - b.cx, a.cy - b.cy])
     shrunk = np.maximum(np.abs(offset) - 0.1 * (a.size + b.size), 0) * np.sign(offset)
     dx, dy = shrunk / max(float(np.linalg.norm(offset)), 1e-6)

@@ -12,7 +12,7 @@ from scipy import ndimage
 from transformers import CLIPModel, JanusVQVAE
 
 from stage_ray.rewards.detection import Detection, Detector
-from stage_ray.rewards.geneval import requirements, strict_verdict
+from stage_ray.rewards.geneval_rules import requirements, strict_verdict
 from stage_ray.shapeworld.detector import CLASSES, ShapeDetector
 from stage_ray.shapeworld.grammar import TASKS, Record, sample_record, sample_scene
 from stage_ray.shapeworld.pretrain import clip, detector, language_model, tokenizer
