@@ -177,11 +177,13 @@ def find_benchmark(name: str, key: str = "evaluation.benchmark") -> Benchmark:
     """The benchmark of a name or dotted path; ``key`` is the config's, for messages.
 
     Raises:
-        ConfigError: there is none (with the nearest name), or it does not derive from `Benchmark`.
+        ConfigError: there is none (with the nearest name), or it is no `Benchmark` with a name and a headline.
     """
     kind = BENCHMARKS.find(name, key)
     if not (isinstance(kind, type) and issubclass(kind, Benchmark)):
         raise ConfigError(f"{key} = {name!r} is no class that derives from stage_ray.evaluation.Benchmark")
+    if lacking := [attribute for attribute in ("name", "headline") if not hasattr(kind, attribute)]:
+        raise ConfigError(f"{key} = {name!r} has no {' and no '.join(lacking)}; give the class that attribute, a text")
     return kind()
 
 

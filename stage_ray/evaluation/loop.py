@@ -86,7 +86,7 @@ class SearchBackend:
 
 
 def searching(backend: Backend, run: RunConfig) -> Backend:
-    """The backend with the search of ``rollout.search`` around it; without one the same."""
+    """The backend with the search that ``rollout.search`` names around it; without one the same."""
     search = load_search(run.rollout, [reward.column for reward in run.rewards])
     return backend if search is None else SearchBackend(backend, search)
 

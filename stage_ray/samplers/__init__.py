@@ -3,6 +3,7 @@
 ``rollout.sampler``, ``prompt_transform`` and ``search`` name the file, or the dotted path of a class from elsewhere.
 """
 
+# ruff: noqa: F401  they are here for other rooms
 from stage_ray.samplers.base import Context, ImageSearch, Judge, PromptTransform, TokenRule
 from stage_ray.samplers.load import (
     SAMPLERS,
@@ -14,22 +15,3 @@ from stage_ray.samplers.load import (
     resolve_samplers,
 )
 from stage_ray.samplers.params import SamplingParams, keep_top_k, keep_top_p, process_logits
-
-__all__ = [
-    "SAMPLERS",
-    "SEARCHES",
-    "TRANSFORMS",
-    "Context",
-    "ImageSearch",
-    "Judge",
-    "PromptTransform",
-    "SamplingParams",
-    "TokenRule",
-    "keep_top_k",
-    "keep_top_p",
-    "load_rule",
-    "load_search",
-    "load_transform",
-    "process_logits",
-    "resolve_samplers",
-]

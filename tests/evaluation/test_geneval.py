@@ -241,6 +241,8 @@ def test_a_benchmark_of_a_users_own_is_named_by_its_dotted_path(monkeypatch: pyt
         ConfigError, match=r"evaluation.benchmark = .* no class that derives from stage_ray.evaluation.Benchmark"
     ):
         find_benchmark("my_benchmarks.Eyes")
+    with pytest.raises(ConfigError, match=r"evaluation.benchmark = .* has no name and no headline"):
+        find_benchmark("my_benchmarks.Benchmark")
 
 
 def test_a_mistyped_benchmark_is_answered_with_the_nearest_one():
