@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import chain, repeat
 from typing import Any
 
 from stage_ray.actors.client import ArgumentsLost, NoWorkersLeft, WorkerDied, WorkerLost
 from stage_ray.actors.supervised import Pool, SupervisedActor
 from stage_ray.cluster.learner import missing
 from stage_ray.config import RunConfig, ScoringPool
-from stage_ray.errors import GroupsLostError
+from stage_ray.errors import GroupsLostError, RunError
 from stage_ray.records import GroupRefs
+from stage_ray.rewards.base import UNAVAILABLE
 from stage_ray.workers.reward import RewardClient
+
+log = logging.getLogger(__name__)
 
 
 class ScorerPools:
@@ -73,7 +79,7 @@ class ScorerPools:
         # Where it is the only one, its caller has cut the groups for it.
         size = config.groups_per_call if len(self._pools) > 1 else len(groups)
 
-        async def call(part: Sequence[GroupRefs]) -> list[GroupRefs]:
+        async def ask(part: Sequence[GroupRefs]) -> list[GroupRefs]:
             try:
                 return await pool.call(
                     lambda worker: worker.score(part, suite),
@@ -87,6 +93,22 @@ class ScorerPools:
                 return [replace(group, error=str(lost)) for group in part]
             except ArgumentsLost as lost:
                 raise GroupsLostError(await missing(part)) from lost
+
+        async def call(part: Sequence[GroupRefs]) -> list[GroupRefs]:
+            """Ask again while a service is down: an outage uses up no attempt, and no group."""
+            pauses_s, began = chain((1.0, 2.0, 5.0), repeat(10.0)), time.monotonic()
+            scored = await ask(part)
+            while down := next((group.error for group in scored if UNAVAILABLE in group.error), ""):
+                left_s = began + config.outage_s - time.monotonic()
+                if left_s < 0:
+                    raise RunError(
+                        f"{down}: for longer than scoring.outage_s = {config.outage_s:g} s; start the service again, "
+                        "then go on with --resume"
+                    )
+                log.warning("%s; the run waits for it, up to %.0f s more", down, left_s)
+                await asyncio.sleep(next(pauses_s))
+                scored = await ask(part)
+            return scored
 
         parts = await asyncio.gather(*(call(groups[i : i + size]) for i in range(0, len(groups), size)))
         return [group for part in parts for group in part]

@@ -61,6 +61,11 @@ class ScoringConfig(PoolConfig):
 
     groups_per_call: int = Field(8, ge=1, description="Groups scored in one batched call")
     timeout_s: float = Field(120.0, gt=0, description="Seconds a call may take before its groups are scored again")
+    outage_s: float = Field(
+        600.0,
+        gt=0,
+        description="Seconds that a service which a scorer asks may be down, the run waiting; then it fails",
+    )
     attempts: int = Field(2, ge=1, description="Times a group is scored, dead workers apart, before it is replaced")
     cpus: float = Field(0.5, gt=0, description="CPUs reserved for one worker")
     runtime_env: RuntimeEnvConfig = Field(RuntimeEnvConfig(), description="Packages and variables of the actors")

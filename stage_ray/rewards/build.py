@@ -31,11 +31,7 @@ def build_rewards(
     Example:
         build_rewards([RewardConfig(type="geneval", options={"detector": "my_package.MyDetector"})])
     """
-    return [
-        (config.column, build_reward(config, f"{key}.{index}"))
-        for index, config in enumerate(configs)
-        if columns is None or config.column in columns
-    ]
+    return [(config.column, build_reward(config, place)) for config, place in _chosen(configs, columns, key)]
 
 
 def check_rewards(
@@ -51,10 +47,13 @@ def check_rewards(
     """
     return [
         (prompt, f"{config.column}: {why}")
-        for index, config in enumerate(configs)
-        if columns is None or config.column in columns
-        for prompt, why in check_reward(config, prompts, f"{key}.{index}")
+        for config, place in _chosen(configs, columns, key)
+        for prompt, why in check_reward(config, prompts, place)
     ]
+
+
+def _chosen(configs: Sequence[RewardConfig], columns: Sequence[str] | None, key: str) -> list[tuple[RewardConfig, str]]:
+    return [(c, f"{key}.{i}") for i, c in enumerate(configs) if columns is None or c.column in columns]
 
 
 def build_reward(config: RewardConfig, key: str, methods: Sequence[str] = METHODS) -> Any:

@@ -1,4 +1,4 @@
-"""What a detector is: the eyes of GenEval and of every other object-level scorer."""
+"""What a detector is, for GenEval and every other object-level scorer."""
 
 from __future__ import annotations
 
@@ -19,10 +19,6 @@ class Detection:
         color: colour name as prompts use it, or None where it is unclear.
         color_confidence: 0..1.
         mask: bool [H, W] or None where the detector has none.
-
-    Example:
-        >>> Detection("ring", 0.9, (0.0, 0.0, 8.0, 8.0), "red", 0.8).label
-        'ring'
     """
 
     label: str

@@ -17,7 +17,8 @@ from stage_ray.rewards.detection import Detection
 
 RELATIONS = ("left of", "right of", "above", "below")
 POSITION_SLACK = 0.1  # share of both boxes' sides by which centres must be apart to count
-Objects = Mapping[str, Sequence[Detection]]
+Objects = Mapping[str, Sequence[Detection]]  # class -> detections, most confident first, cut by confidence
+Box = tuple[float, float, float, float]  # x1, y1, x2, y2 in pixels
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,13 +53,6 @@ def requirements(record: Mapping[str, Any], key: str = "include") -> list[Requir
     return [_requirement(clause, f"{key}[{index}]", index) for index, clause in enumerate(clauses)]
 
 
-def is_nothing(value: Any) -> bool:
-    """Whether a value is what JSON, pandas and CSV files hold where there is none: null, NaN, "", "None", "nan"."""
-    if isinstance(value, str):
-        return value.strip().lower() in ("", "none", "nan", "null")
-    return value is None or (isinstance(value, float) and math.isnan(value))
-
-
 def task_of(record: Mapping[str, Any]) -> str | None:
     """The record's ``tag``, None without one.
 
@@ -73,19 +67,29 @@ def task_of(record: Mapping[str, Any]) -> str | None:
     return tag
 
 
+def is_nothing(value: Any) -> bool:
+    """Whether a value is what JSON, pandas and CSV files hold where there is none: null, NaN, "", "None", "nan"."""
+    if isinstance(value, str):
+        return value.strip().lower() in ("", "none", "nan", "null")
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
 def _requirement(clause: Any, where: str, index: int) -> Requirement:
     if not isinstance(clause, Mapping) or not isinstance(clause.get("class"), str) or is_nothing(clause["class"]):
         raise ValueError(f'{where} has no "class"')
-    number = 1 if is_nothing(clause.get("count")) else _count(clause["count"], where)
-    color, position = (None if is_nothing(clause.get(key)) else clause[key] for key in ("color", "position"))
+    count, color, position = (None if is_nothing(clause.get(k)) else clause[k] for k in ("count", "color", "position"))
+    try:
+        number = 1 if count is None else _whole(count)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"{where}: count {count!r} is not a whole number") from error
+    if number < 1:
+        raise ValueError(f"{where}: count {number} is below 1")
     if color is not None and not isinstance(color, str):
         raise ValueError(f'{where}: color {color!r} is not one text, such as "red"')
     if position is None:
         return Requirement(clause["class"], number, color)
     try:
-        relation, target = position[0], int(position[1])
-        if isinstance(position[1], bool) or target != float(position[1]):
-            raise TypeError
+        relation, target = position[0], _whole(position[1])
     except (TypeError, ValueError, IndexError, KeyError, OverflowError) as error:
         raise ValueError(f'{where}: position {position!r} is not like ["left of", 0]') from error
     if relation not in RELATIONS:
@@ -95,34 +99,30 @@ def _requirement(clause: Any, where: str, index: int) -> Requirement:
     return Requirement(clause["class"], number, color, relation, target)
 
 
-def _count(value: Any, where: str) -> int:
-    """A whole number from 1 on."""
-    try:
-        number = int(value)
-        if isinstance(value, bool) or number != float(value):
-            raise ValueError
-    except (TypeError, ValueError, OverflowError) as error:
-        raise ValueError(f"{where}: count {value!r} is not a whole number") from error
-    if number < 1:
-        raise ValueError(f"{where}: count {number} is below 1")
-    return number
+def _whole(value: Any) -> int:
+    if isinstance(value, bool) or int(value) != float(value):
+        raise ValueError
+    return int(value)
 
 
-def relations(a: Detection, b: Detection, slack: float = POSITION_SLACK) -> set[str]:
-    """Where `a` is, seen from `b`: none, one or two of RELATIONS.
+def placement(a: Box, b: Box) -> dict[str, float]:
+    """How clearly `a` stands in each of RELATIONS to `b`, -1..1; above one half it does.
 
-    The offset of the boxes' centres is shrunk by `slack` times both boxes' sides, then divided by its full length; an
-    axis counts where more than one half is left.
+    The offset of the boxes' centres is shrunk by POSITION_SLACK times both boxes' sides, then divided by its full
+    length.
     """
-    boxes = np.asarray([a.box, b.box], np.float64).reshape(2, 2, 2)  # [box, corner, axis]
+    boxes = np.asarray([a, b], np.float64).reshape(2, 2, 2)  # [box, corner, axis]
     offset = boxes[0].mean(axis=0) - boxes[1].mean(axis=0)  # from centre to centre, pixels
     sides = np.ptp(boxes, axis=1).sum(axis=0)  # of both boxes, by axis
-    shrunk = np.maximum(np.abs(offset) - slack * sides, 0.0) * np.sign(offset)
-    if np.all(np.abs(shrunk) < 1e-3):  # one on top of the other
-        return set()
-    dx, dy = shrunk / np.linalg.norm(offset)
-    holds = {"left of": dx < -0.5, "right of": dx > 0.5, "above": dy < -0.5, "below": dy > 0.5}  # y grows downwards
-    return {name for name, true in holds.items() if true}
+    shrunk = np.maximum(np.abs(offset) - POSITION_SLACK * sides, 0.0) * np.sign(offset)
+    on_top = np.all(np.abs(shrunk) < 1e-3)  # one box on the other
+    dx, dy = (0.0, 0.0) if on_top else (shrunk / np.linalg.norm(offset)).tolist()
+    return {"left of": -dx, "right of": dx, "above": -dy, "below": dy}  # y grows downwards
+
+
+def relations(a: Detection, b: Detection) -> set[str]:
+    """Where `a` is, seen from `b`: none, one or two of RELATIONS."""
+    return {name for name, clarity in placement(a.box, b.box).items() if clarity > 0.5}
 
 
 def _misplaced(found: Sequence[Detection], relation: str, targets: Sequence[Detection]) -> bool:
@@ -173,16 +173,13 @@ def soft_score(include: Sequence[Requirement], objects: Objects, *, published: b
         found = objects.get(need.label, ())
         parts.append(1.0 - abs(need.count - len(found)) / need.count)  # below 0 for many too many
         good = len(found) == need.count
-        if not good:
-            if need.color is not None or need.relation is not None:
-                parts.append(0.0)
-            matched.append(None)
-            continue
-        if need.color is not None:
+        if not good and (need.color is not None or need.relation is not None):
+            parts.append(0.0)
+        if good and need.color is not None:
             colored = sum(one.color == need.color for one in found)
             parts.append(1.0 - abs(need.count - colored) / need.count)
             good = colored == need.count
-        if need.relation is not None and good:
+        if good and need.relation is not None:
             targets = matched[need.target]
             good = targets is not None and not _misplaced(found, need.relation, targets)
             parts.append(1.0 if good else 0.0)
