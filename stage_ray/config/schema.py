@@ -48,6 +48,14 @@ class RolloutConfig(PoolConfig):
         "guided", description="Token rule: guided, entropy_informed, or package.module.Class; gets the four keys above"
     )
     sampler_options: dict[str, Any] = Field({}, description="The token rule's own options")
+    prompt_transform: str | None = Field(
+        None, description="From a prompt to the text that is drawn: template, or package.module.Class; null: as it is"
+    )
+    prompt_transform_options: dict[str, Any] = Field({}, description="The prompt transform's own options")
+    search: str | None = Field(
+        None, description="Which images evaluate and generate keep: best_of, or package.module.Class; null: all"
+    )
+    search_options: dict[str, Any] = Field({}, description="The search's own options")
     images_per_batch: int = Field(64, ge=1, description="Images in flight at once on one worker")
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 if the hardware has it")
     tensor_parallel: int = Field(1, ge=1, description="Processes of one machine that share a worker's model (vLLM)")
@@ -177,6 +185,8 @@ class SuiteConfig(Section):
     rewards: list[RewardConfig] | None = Field(
         None, description="Its scorers, which train nothing; null: the benchmark's own, or where it has none the run's"
     )
+    search: str | None = Field(None, description="As rollout.search, for this suite")
+    search_options: dict[str, Any] = Field({}, description="The search's own options")
 
 
 def _by_name(value: Any) -> Any:

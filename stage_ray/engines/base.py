@@ -5,15 +5,16 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from stage_ray.config import RolloutConfig
 from stage_ray.policies.base import ImageCodec, PromptIds
 from stage_ray.records import RECORDED, RolloutGroup, RolloutRequest
-from stage_ray.samplers import SamplingParams
+from stage_ray.samplers import SamplingParams, load_transform
 from stage_ray.weights.manifest import finite
 
 
@@ -60,11 +61,11 @@ class ImageEngine(ABC):
     codec: ImageCodec
     dtype: torch.dtype = torch.float32
 
-    def __init__(self, worker: str, images_per_batch: int, params: SamplingParams) -> None:
+    def __init__(self, worker: str, rollout: RolloutConfig) -> None:
         self.policy_version = 0
         self.worker = worker
-        self.images_per_batch = images_per_batch
-        self.params = params
+        self.images_per_batch = rollout.images_per_batch
+        self.params, self._transform = SamplingParams.of(rollout), load_transform(rollout)
         self._complete = True  # False while a weight update is under way, and after one that failed
         self._asleep = False
 
@@ -119,15 +120,18 @@ class ImageEngine(ABC):
     def generate(self, requests: Sequence[RolloutRequest], params: SamplingParams | None = None) -> list[RolloutGroup]:
         """Sample every image of every request, ``images_per_batch`` at a time; groups in the order of the requests.
 
-        ``params`` replace the config's for this call (evaluation has a guidance scale of its own).
+        A group's ``prompt`` says what was drawn. ``params`` replace the config's for this call.
 
         Raises:
             RuntimeError: the last weight update failed half-way.
+            ValueError: a prompt transform made an empty prompt, or one is too long.
         """
         if not self._complete:
             raise RuntimeError(f"{self.worker} holds half of a weight update; load a whole version before generating")
         self._wake()
-        prompts = [self.encode_prompt(request.prompt.text) for request in requests]
+        if (transform := self._transform) is not None:
+            requests = [replace(one, prompt=transform.apply(one.prompt, one.seeds[0])) for one in requests]
+        prompts = [self.encode_prompt(request.prompt.drawn_text) for request in requests]
         # One sequence an image, request after request.
         pairs = zip(prompts, requests, strict=True)
         sequences = [ImageSequence(prompt, seed) for prompt, request in pairs for seed in request.seeds]

@@ -19,7 +19,7 @@ class TorchEngine(ImageEngine):
     """Guided sampling where the conditional and unconditional sequence of an image share a batch."""
 
     def __init__(self, policy: PolicyConfig, rollout: RolloutConfig, *, worker: str) -> None:
-        super().__init__(worker, rollout.images_per_batch, SamplingParams.of(rollout))
+        super().__init__(worker, rollout)
         device = device_for(rollout.gpus, "rollout.gpus")
         self._device = device
         self.dtype = compute_dtype(rollout.dtype, device)

@@ -116,7 +116,7 @@ def make_batch(
         features={name: _features(name, scored, device) for name in scored[0].features},
         codebook=codebook,
         grid=policy.codec.grid,
-        prompts=tuple(policy.codec.encode_prompt(group.prompt.text) for group in groups),
+        prompts=tuple(policy.codec.encode_prompt(group.prompt.drawn_text) for group in groups),
     )
 
 

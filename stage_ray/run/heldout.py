@@ -13,7 +13,7 @@ from stage_ray.cluster.backend import ClusterBackend
 from stage_ray.cluster.cluster import Cluster
 from stage_ray.config import RunConfig, SuiteConfig
 from stage_ray.evaluation.base import EvaluationResult, find_benchmark, read_result, unlike, write_result
-from stage_ray.evaluation.loop import conditions, evaluate, judge_in_batches, requests_for
+from stage_ray.evaluation.loop import conditions, evaluate, judge_in_batches, requests_for, searching
 from stage_ray.evaluation.suites import EVALUATION, own_suite
 from stage_ray.observability.progress import Progress
 from stage_ray.records import Prompt
@@ -39,8 +39,12 @@ class HeldOutEvaluation:
     ) -> None:
         """``image`` gets name, step and PNG of each picture that was drawn."""
         self._own, self.suite = suite is None, suite or own_suite(run)
-        self._backend = ClusterBackend(cluster, run, suite=None if suite is None else suite.name)
         self._run, self._config = run, run.evaluation
+        choice = {"search": self.suite.search, "search_options": self.suite.search_options}
+        rollout = run.rollout.model_copy(update=choice)
+        self._judged_by = run.model_copy(update={"rewards": self.suite.rewards, "rollout": rollout})
+        backend = ClusterBackend(cluster, run, suite=None if suite is None else suite.name)
+        self._backend = searching(backend, self._judged_by)
         self._prompts, self._dir, self._progress, self._image = list(prompts), run_dir, progress, image
         self.directory = run_dir / EVALUATION / ("" if suite is None else str(suite.name))
         self._benchmark = find_benchmark(self.suite.benchmark)
@@ -61,8 +65,7 @@ class HeldOutEvaluation:
             return None
         path, title = self.directory / f"{name}.json", f"evaluation {'' if self._own else f'{self.suite.name} '}{name}"
         requests = requests_for(self._prompts, self.suite.images_per_prompt or 1, self._config.seed)
-        judged_by = self._run.model_copy(update={"rewards": self.suite.rewards})
-        now = conditions(judged_by, self._benchmark, requests, self._config.seed)
+        now = conditions(self._judged_by, self._benchmark, requests, self._config.seed)
         if name == "before" and (kept := read_result(path)):  # the run before this one evaluated it
             if why := unlike(kept.conditions, now):
                 self._progress.note(why)

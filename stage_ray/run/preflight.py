@@ -30,7 +30,7 @@ from stage_ray.recipes import load_recipe
 from stage_ray.records import Prompt
 from stage_ray.rewards import check_rewards
 from stage_ray.run.run_dir import resolved
-from stage_ray.samplers import load_rule
+from stage_ray.samplers import load_rule, load_search, load_transform
 
 if TYPE_CHECKING:
     from huggingface_hub import HfUri
@@ -62,6 +62,12 @@ def preflight(run: RunConfig, *, fetch: bool = True) -> RunPrompts:
     """
     load_recipe(run)
     load_rule(run.rollout)
+    if run.rollout.search is not None:
+        raise ConfigError(
+            f"rollout.search = {run.rollout.search!r} would train on images that a scorer chose, and their "
+            "log-probabilities leave the choice out; set it to null here: it is for evaluate and generate, and a suite "
+            "of evaluation.suites has a search of its own"
+        )
     check_trackers(run.logs)
     starts_ray_here = run.cluster.address is None and "RAY_ADDRESS" not in os.environ
     if starts_ray_here:
@@ -96,15 +102,18 @@ def drawable_prompts(run: RunConfig, codec: ImageCodec | None, prompts: list[Pro
     Raises:
         ConfigError: one cannot be drawn and is not to be dropped, or none can; names their lines.
     """
+    transform = load_transform(run.rollout)
     if codec is None:
         return prompts
     kept, problems = [], []
     for prompt in prompts:
         try:
-            codec.check_prompt(prompt.text, run.rollout.max_prompt_tokens)
+            drawn = prompt if transform is None else transform.apply(prompt, seed=0)
+            codec.check_prompt(drawn.drawn_text, run.rollout.max_prompt_tokens)
             kept.append(prompt)
         except ValueError as error:
-            problems.append(f"{prompt.where or '--prompt'}: {error}")
+            made = f", which {run.rollout.prompt_transform} makes of {prompt.text[:80]!r}" if transform else ""
+            problems.append(f"{prompt.where or '--prompt'}: {error}{made}")
     if problems and (run.prompts.too_long == "refuse" or not kept):
         raise ConfigError(
             f"{len(problems)} of {len(prompts)} prompts cannot be drawn: {_some(problems)}; shorten them, raise "
@@ -130,8 +139,10 @@ def _suite_prompts(run: RunConfig, left: Collection[str]) -> dict[str, list[Prom
     found: dict[str, list[Prompt]] = {}
     for number, suite in enumerate(run.evaluation.suites if run.evaluation.enabled else []):
         key = f"evaluation.suites.{number}"
-        prompts = load_prompts(str(suite.prompts)) if f"{key}.prompts" not in left else []
+        benchmark, left_out = find_benchmark(suite.benchmark), f"{key}.prompts" in left
+        prompts = [] if left_out else benchmark.load(suite.prompts or "", load_prompts)
         _require_scorable(suite.rewards or [], prompts, f"{key}.rewards")
+        load_search(suite, [reward.column for reward in suite.rewards or []], key)
         found[str(suite.name)] = prompts
     return found
 

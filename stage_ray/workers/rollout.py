@@ -71,14 +71,14 @@ class RolloutWorker(Worker):
             if fault := _fault(request, group, self._engine.codebook_size):
                 raise RuntimeError(f"group {request.group_id} {fault}")
         self._metrics.done(groups if self._rank == 0 else (), version=self._engine.policy_version)
-        mfu = self._utilisation(requests, seconds)
+        mfu = self._utilisation(groups, seconds)
         objects: list[Any] = [(self._engine.policy_version, seconds, mfu, *map(_not_finite, groups))]
         for group in groups:
             bare = np.empty((len(group.seeds), 0, 0, 3), np.uint8)
             objects += [replace(group, images=bare), group.images] if self._rank == 0 else [None, None]
         return tuple(objects)
 
-    def _utilisation(self, requests: Sequence[RolloutRequest], seconds: float) -> float | None:
+    def _utilisation(self, groups: Sequence[RolloutGroup], seconds: float) -> float | None:
         """Model FLOPs utilisation of a batch that took so long, on all of this worker's GPUs."""
         rollout = self._run.rollout
         if not rollout.gpus:
@@ -87,10 +87,10 @@ class RolloutWorker(Worker):
         if peak is None or (sizes := self._engine.codec.sizes()) is None:
             return None
         flops = 0
-        for request in requests:
-            prompt = self._engine.encode_prompt(request.prompt.text)
+        for group in groups:
+            prompt = self._engine.encode_prompt(group.prompt.drawn_text)
             branches = (prompt.conditional, prompt.unconditional)[: 1 + self._engine.params.guided]
-            flops += len(request.seeds) * sum(sampling_flops(sizes, len(branch)) for branch in branches)
+            flops += len(group.seeds) * sum(sampling_flops(sizes, len(branch)) for branch in branches)
         return flops / (seconds * peak * rollout.tensor_parallel)
 
     def sleep(self) -> None:

@@ -37,7 +37,7 @@ class VllmEngine(ImageEngine):
         self, policy: PolicyConfig, rollout: RolloutConfig, *, worker: str, rank: int = 0, address: str = ""
     ) -> None:
         require_fitting_build(rollout)
-        super().__init__(worker, rollout.images_per_batch, SamplingParams.of(rollout))
+        super().__init__(worker, rollout)
         family = policy_class(policy)
         if not family.vllm_model:
             raise ConfigError(f"policy.family = {policy.family!r} has no model for vLLM; set rollout.engine=torch")
