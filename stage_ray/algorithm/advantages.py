@@ -45,7 +45,7 @@ def combine_rewards(scores: Tensor, *, weights: Tensor | None = None, drop_const
         float [N, G].
 
     Raises:
-        ValueError: wrong shape, fewer than two images, or a score that is not finite.
+        ValueError: of `informative_scorers`, or another number of weights.
 
     Example:
         >>> scores = torch.tensor([[[1.0, 0.5], [0.0, 0.5]]])

@@ -22,8 +22,7 @@ WEIGHT_EPS = 1e-6
 def k3_kl(logprobs: Tensor, reference_logprobs: Tensor, *, ratio_cap: float | None = None) -> Tensor:
     """Per-token estimate of KL(policy || reference): ``exp(d) - d - 1`` with ``d = logp_ref - logp`` ("k3").
 
-    Never negative, unbiased for tokens sampled from the policy, and differentiable in ``logprobs``. Written with expm1:
-    near the reference the plain form is all rounding error in float32.
+    Never negative, unbiased for tokens sampled from the policy, and differentiable in ``logprobs``.
 
     It grows as ``exp(d)``: one token that the reference likes far better than the policy outweighs all others. With
     ``ratio_cap``, ``p_ref / p`` counts for no more than that, which bounds the estimate by ``cap - 1 - log cap`` and
@@ -48,18 +47,12 @@ def k3_kl(logprobs: Tensor, reference_logprobs: Tensor, *, ratio_cap: float | No
         # 0 + the cap: the difference to itself carries the gradient, as if the token were at the cap.
         at_cap = difference - difference.detach() + math.log(ratio_cap)
         difference = torch.where(difference.detach() > math.log(ratio_cap), at_cap, difference)
-    return torch.expm1(difference) - difference  # exp(d) - 1 - d
+    return torch.expm1(difference) - difference  # near the reference, exp(d) - d - 1 is all rounding error in float32
 
 
 @dataclass(frozen=True, slots=True)
 class StageLoss:
-    """What a loss is made of: ``loss = policy + beta * kl``. Scalars; ``policy`` and ``kl`` carry no gradient.
-
-    Example:
-        >>> one = torch.ones(())
-        >>> StageLoss(loss=one, policy=one, kl=0 * one).loss.item()
-        1.0
-    """
+    """What a loss is made of: ``loss = policy + beta * kl``. Scalars; ``policy`` and ``kl`` carry no gradient."""
 
     loss: Tensor
     policy: Tensor
@@ -72,10 +65,6 @@ class TokenWeights:
 
     Invariants: ``policy`` sums to 1/N over a group (a little less by 1e-6; 0 where all its images agree everywhere);
     ``kl`` is ``kappa / (N G T)``.
-
-    Example:
-        >>> token_weights(torch.zeros(1, 2, 1), None).kl.flatten().tolist()
-        [0.5, 0.5]
     """
 
     policy: Tensor
@@ -111,11 +100,6 @@ def token_weights(
     return TokenWeights(policy=_normalised(policy), kl=kappa / like.numel())
 
 
-def _per_token(advantages: Tensor, logprobs: Tensor) -> Tensor:
-    """Advantages of images to the shape of their tokens; those that are one a token already pass."""
-    return advantages.unsqueeze(-1) if advantages.dim() == logprobs.dim() - 1 else advantages
-
-
 def policy_loss(
     logprobs: Tensor,
     behavior_logprobs: Tensor | None,
@@ -147,8 +131,7 @@ def policy_loss(
         (-0.0, [-0.3535, 0.3535])
     """
     shares = _normalised(torch.ones_like(logprobs) if weight is None else weight)  # [N, G, T], 1/N a group in sum
-    advantages = _per_token(advantages, logprobs)
-    return -(shares * surrogate(logprobs, behavior_logprobs, advantages, clip=clip, correction=correction)).sum()
+    return policy_term(logprobs, behavior_logprobs, advantages, shares, clip=clip, correction=correction)
 
 
 def policy_term(
@@ -161,7 +144,9 @@ def policy_term(
     correction: Correction | None = None,
 ) -> Tensor:
     """``-sum(w A ratio)`` over the tokens of some images: the part of `weighted_loss` that is no KL, a scalar."""
-    terms = surrogate(logprobs, behavior_logprobs, _per_token(advantages, logprobs), clip=clip, correction=correction)
+    if advantages.dim() == logprobs.dim() - 1:  # one an image, not one a token
+        advantages = advantages.unsqueeze(-1)
+    terms = surrogate(logprobs, behavior_logprobs, advantages, clip=clip, correction=correction)
     return -(weight * terms).sum()  # minus: the objective is maximised
 
 
@@ -177,7 +162,7 @@ def weighted_loss(
     correction: Correction | None = None,
     kl_ratio_cap: float | None = None,
 ) -> StageLoss:
-    """The share of some images in the batch's loss: a sum over tokens, so micro-batches add up to the whole.
+    """The share of some images in the batch's loss, a sum over tokens.
 
     Args:
         logprobs: float [..., T], with gradient, nats; ``reference_logprobs`` and ``behavior_logprobs`` alike.

@@ -9,13 +9,7 @@ from torch import Tensor
 from stage_ray.algorithm.advantages import combine_rewards, informative_scorers
 from stage_ray.algorithm.credit import entropy_closeness
 from stage_ray.algorithm.losses import k3_kl
-from stage_ray.algorithm.off_policy import (
-    Correction,
-    beyond,
-    corrected_ratio,
-    effective_sample_size,
-    importance_ratio,
-)
+from stage_ray.algorithm.off_policy import Correction, beyond, corrected_ratio, effective_sample_size
 from stage_ray.config import LearnerConfig, RunConfig
 from stage_ray.config.flops import forward_flops, training_flops
 from stage_ray.config.model_sizes import ModelSizes
@@ -109,7 +103,7 @@ def _ratios(batch: GroupBatch, outputs: UpdateOutputs, correction: Correction) -
     if not bool(stale.any()):  # a fresh group's ratio is 1 by construction
         return {"ratio/mean": 1.0, "ratio/max": 1.0, "ratio/clipped": 0.0, "ess": 1.0}
     logprobs, behavior = outputs.logprobs[stale], outputs.behavior[stale]
-    ratio = importance_ratio(logprobs, behavior)
+    ratio = corrected_ratio(logprobs, behavior, Correction())
     return {
         "ratio/mean": ratio.mean().item(),
         "ratio/max": ratio.max().item(),
