@@ -20,11 +20,6 @@ class LearnerError(RuntimeError):
     """An update that must not happen: one sentence naming the cause. No weight has changed when it is raised."""
 
 
-# Fields with a value a group.
-BY_GROUP = {"groups", "scored", "tokens", *RECORDED, "scores", "staleness", "prompts"}
-BY_GROUP |= {"behavior_logprobs", "guided_behavior_logprobs"}
-
-
 @dataclass(frozen=True, slots=True)
 class Batch(GroupBatch):
     """What a recipe sees of a batch, and what the learner needs beside it.
@@ -41,15 +36,12 @@ class Batch(GroupBatch):
 
     def select(self, groups: Tensor) -> Batch:
         """The batch of some of its groups: ``groups`` int64 [n], in the order of the batch."""
-
-        def some(value: Any) -> Any:
-            if isinstance(value, tuple):
-                return tuple(value[n] for n in groups.tolist())
-            return value[groups.to(value.device)]
-
-        found = {name: some(getattr(self, name)) for name in BY_GROUP if getattr(self, name) is not None}
-        found["features"] = {name: some(features) for name, features in self.features.items()}
-        return replace(self, **found)
+        rows = ("tokens", *RECORDED, "scores", "staleness", "behavior_logprobs", "guided_behavior_logprobs")
+        index = groups.to(self.tokens.device)
+        found: dict[str, Any] = {name: value[index] for name in rows if (value := getattr(self, name)) is not None}
+        for name in ("groups", "scored", "prompts"):
+            found[name] = tuple(getattr(self, name)[n] for n in groups.tolist())
+        return replace(self, **found, features={name: values[index] for name, values in self.features.items()})
 
     def micro_batches(self, images: int, groups: slice = slice(None)) -> list[Tensor]:
         """Indices n * G + g of each micro-batch: int64 [<= images]; prompts of like length together, to pad little.
@@ -99,7 +91,11 @@ def make_batch(
     for group, scores in zip(groups, scored, strict=True):
         _check_scores(group, scores, columns)
         _check_tokens(group, size=groups[0].tokens.shape[0], shape=shape)
-        _check_version(group, version, run.pipeline.max_staleness)
+        if not 0 <= version - group.policy_version <= run.pipeline.max_staleness:
+            raise LearnerError(
+                f"group {group.group_id} was sampled at version {group.policy_version}, the learner is at {version}; "
+                f"pipeline.max_staleness allows a lag of 0 to {run.pipeline.max_staleness}"
+            )
 
     def stacked(name: str, dtype: torch.dtype) -> Tensor:
         return torch.as_tensor(np.stack([getattr(group, name) for group in groups]), dtype=dtype, device=device)
@@ -122,13 +118,11 @@ def make_batch(
 
 def _features(name: str, scored: Sequence[ScoredGroup], device: torch.device) -> Tensor:
     """A scorer's features of all images, float32 [N, G, D]; a LearnerError where a group lacks them."""
-    found = [item.features.get(name) for item in scored]
-    shapes = {None if array is None else array.shape for array in found}
+    found = [item.features.get(name, np.empty(0)) for item in scored]
+    shapes = {array.shape for array in found}
     if len(shapes) > 1:
         raise LearnerError(f"scorer {name} gave features of different shapes in one batch: {sorted(map(str, shapes))}")
-    return torch.as_tensor(
-        np.stack([array for array in found if array is not None]), dtype=torch.float32, device=device
-    )
+    return torch.as_tensor(np.stack(found), dtype=torch.float32, device=device)
 
 
 def _check_scores(group: RolloutGroup, scores: ScoredGroup, columns: tuple[str, ...]) -> None:
@@ -155,12 +149,3 @@ def _check_tokens(group: RolloutGroup, *, size: int, shape: tuple[int, int]) -> 
         values = getattr(group, name)
         if values.shape != group.tokens.shape or not np.isfinite(values).all():
             raise LearnerError(f"{what}: its recorded {name} must be finite, of shape {list(group.tokens.shape)}")
-
-
-def _check_version(group: RolloutGroup, version: int, bound: int) -> None:
-    staleness = version - group.policy_version
-    if not 0 <= staleness <= bound:
-        raise LearnerError(
-            f"group {group.group_id} was sampled at version {group.policy_version}, the learner is at {version}; "
-            f"pipeline.max_staleness allows a lag of 0 to {bound}"
-        )

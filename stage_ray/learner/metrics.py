@@ -56,12 +56,16 @@ def update_metrics(
         "kl": kl.mean().item(),
         "kl/max": kl.max().item(),
         "kl/weighted": (credit.weights.kl * capped).sum().item(),
+        "staleness/mean": batch.staleness.float().mean().item(),
+        "staleness/max": float(batch.staleness.max().item()),
         "images": float(batch.tokens.shape[0] * batch.tokens.shape[1]),
         "tokens": float(batch.tokens.numel()),
     }
     for column, name in enumerate(batch.scorers):
         metrics[f"reward/{name}"] = batch.scores[..., column].mean().item()
-    metrics |= _mismatch(batch, outputs) | _staleness(batch, run.pipeline.max_staleness)
+    for updates in range(run.pipeline.max_staleness + 1):
+        metrics[f"staleness/{updates}"] = (batch.staleness == updates).float().mean().item()
+    metrics |= _mismatch(batch, outputs)
     return metrics | _ratios(batch, outputs, correction_of(run.algorithm)) | credit.metrics | outputs.sums
 
 
@@ -87,14 +91,6 @@ def _mismatch(batch: GroupBatch, outputs: UpdateOutputs) -> dict[str, float]:
         metrics["mismatch/max_abs_logprob"] = difference[fresh].max().item()
     if not bool(fresh.all()):
         metrics["mismatch/with_drift_abs_logprob"] = difference[~fresh].mean().item()
-    return metrics
-
-
-def _staleness(batch: GroupBatch, bound: int) -> dict[str, float]:
-    lag = batch.staleness
-    metrics = {"staleness/mean": lag.float().mean().item(), "staleness/max": float(lag.max().item())}
-    for updates in range(bound + 1):
-        metrics[f"staleness/{updates}"] = (lag == updates).float().mean().item()
     return metrics
 
 

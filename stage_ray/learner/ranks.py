@@ -97,12 +97,7 @@ class Ranks:
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """A tensor with all its shards; every rank must call it.
-
-    Example:
-        >>> full_tensor(torch.ones(2)).shape
-        torch.Size([2])
-    """
+    """A tensor with all its shards; every rank must call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
