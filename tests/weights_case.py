@@ -16,7 +16,7 @@ from stage_ray.cluster.cluster import Cluster
 from stage_ray.cluster.placement import Actors, actor_of
 from stage_ray.config import RunConfig, ScoringPool
 from stage_ray.engines.base import ImageEngine
-from stage_ray.engines.sampling import SamplingParams
+from stage_ray.samplers import SamplingParams
 from stage_ray.workers.learner import LearnerWorker
 from stage_ray.workers.reward import RewardClient
 from stage_ray.workers.rollout import RolloutClient, RolloutWorker

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stage_ray.engines.sampling import Sample
 from stage_ray.policies.base import ImageCodec, PromptIds
 from stage_ray.records import RECORDED, RolloutGroup, RolloutRequest
 from stage_ray.samplers import SamplingParams
@@ -19,29 +20,10 @@ from stage_ray.weights.manifest import finite
 
 @dataclass(frozen=True, slots=True)
 class ImageSequence:
-    """One image to sample.
-
-    Example:
-        >>> ImageSequence(PromptIds((1, 5, 9), (1, 0, 9)), seed=7).seed
-        7
-    """
+    """One image to sample."""
 
     prompt: PromptIds
     seed: int
-
-
-@dataclass(frozen=True, slots=True)
-class Rollouts:
-    """What a generation batch of B images gave, on the CPU: tokens int64 [B, T], the rest float32 [B, T].
-
-    `RolloutGroup` says what each is.
-    """
-
-    tokens: Tensor
-    logprobs: Tensor
-    guided_logprobs: Tensor
-    entropy: Tensor
-    guided_entropy: Tensor
 
 
 class ImageEngine(ABC):
@@ -69,8 +51,8 @@ class ImageEngine(ABC):
         self._asleep = False
 
     @abstractmethod
-    def sample(self, sequences: Sequence[ImageSequence], params: SamplingParams) -> Rollouts:
-        """Sample one generation batch."""
+    def sample(self, sequences: Sequence[ImageSequence], params: SamplingParams) -> Sample:
+        """Sample one generation batch; [B, T] on the CPU."""
 
     @abstractmethod
     def weight_shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -155,14 +137,6 @@ class ImageEngine(ABC):
         Raises:
             ValueError: a tensor is unknown, missing, given twice, of another shape, or not finite; nothing changes.
         """
-        checked = self._checked(tensors, known_finite)
-        self._wake()
-        self._complete = False  # `install` may fail half-way
-        self.install(checked)
-        self._complete = True
-        self.policy_version = version
-
-    def _checked(self, tensors: Iterable[tuple[str, Tensor]], known_finite: bool) -> dict[str, Tensor]:
         shapes = self.weight_shapes()
         found: dict[str, Tensor] = {}
         for name, tensor in tensors:
@@ -178,7 +152,11 @@ class ImageEngine(ABC):
         missing = sorted(shapes.keys() - found.keys())  # an update is whole or refused
         if missing:
             raise ValueError(f"weight update: {len(missing)} tensors are missing, the first is {missing[0]!r}")
-        return found
+        self._wake()
+        self._complete = False  # `install` may fail half-way
+        self.install(found)
+        self._complete = True
+        self.policy_version = version
 
     def _groups(
         self, requests: Sequence[RolloutRequest], columns: tuple[np.ndarray, ...], seconds: Sequence[float]

@@ -34,10 +34,8 @@ class GroupBatch:
         groups: the N records as the engine made them: prompts, seeds, images (empty where those go to scorers only).
         scored: theirs from the scorers, with what each scorer said of each image (``details``).
         tokens: int64 [N, G, T], codebook ids.
-        logprobs: float32 [N, G, T], recorded while sampling: conditional branch, temperature 1.
-        guided_logprobs: float32 [N, G, T], recorded likewise, of the distribution that the tokens were drawn from.
-        entropy: float32 [N, G, T], recorded likewise, conditional branch, temperature 1.
-        guided_entropy: float32 [N, G, T], recorded likewise, of the distribution that the tokens were drawn from.
+        logprobs, entropy: float32 [N, G, T], recorded while sampling: conditional branch, temperature 1.
+        guided_logprobs, guided_entropy: likewise, of the distribution that the tokens were drawn from.
         scores: float32 [N, G, R], all valid.
         scorers: the R names, in column order.
         scorer_weights: float32 [R].
@@ -185,11 +183,6 @@ class Recipe(ABC):
 
 
 def correction_of(algorithm: AlgorithmConfig) -> Correction:
-    """What a config does with ratios far from 1.
-
-    Example:
-        >>> correction_of(AlgorithmConfig()).kind
-        'truncate'
-    """
+    """What a config does with ratios far from 1."""
     low, high = algorithm.ratio_range
     return Correction(algorithm.correction, cap=algorithm.ratio_cap, low=low, high=high)

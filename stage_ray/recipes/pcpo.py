@@ -4,19 +4,17 @@
 ``xi`` nats in the direction that its advantage wants, and then no more. At the first update of a batch the ratio is 1,
 so the gradient is GRPO's: use ``learner.updates_per_batch`` of 2 or more.
 
-The paper's proportionate credit evens out what denoising steps weigh. Tokens in raster order all weigh alike, so
-`position_weights` is 1 here; a next-scale model overrides it with ``1 / (h_k w_k)`` of a token's scale. The code was
-not read.
+The paper's proportionate credit evens out what denoising steps weigh; tokens in raster order all weigh alike, so it is
+left out. A next-scale model would weigh a token by ``1 / (h_k w_k)`` of its scale. The code was not read.
 """
 
 from __future__ import annotations
 
 import torch
 from pydantic import Field
-from torch import Tensor
 
-from stage_ray.algorithm.losses import TokenWeights, k3_kl, token_weights
-from stage_ray.recipes.base import Credit, GroupBatch, Objective, PolicyOutputs, ReferenceOutputs
+from stage_ray.algorithm.losses import k3_kl
+from stage_ray.recipes.base import Credit, Objective, PolicyOutputs, ReferenceOutputs
 from stage_ray.recipes.grpo import GrpoOptions, GrpoRecipe
 
 
@@ -33,22 +31,11 @@ class PcpoRecipe(GrpoRecipe):
     options: PcpoOptions
     bounded = True
 
-    def position_weights(self, batch: GroupBatch) -> Tensor:
-        """Weight of each position of an image, float [T], mean 1: all alike in raster order."""
-        return torch.ones(batch.tokens.shape[-1], device=batch.tokens.device)
-
-    def credit(self, batch: GroupBatch, reference: ReferenceOutputs, step: int) -> Credit:
-        """GRPO's advantages and weights, times those of the positions."""
-        credit, weights = super().credit(batch, reference, step), self.position_weights(batch)
-        even = token_weights(reference.logprobs, None)
-        return Credit(credit.advantages, TokenWeights(even.policy * weights, even.kl), credit.metrics)
-
     def objective(self, policy: PolicyOutputs, reference: ReferenceOutputs, credit: Credit) -> Objective:
         """``sum(w max(0, xi |A| - A log ratio)) + beta * sum(v k3)`` over tokens."""
         advantages = credit.advantages.unsqueeze(-1)  # [B, 1]
         log_ratio = policy.logprobs - policy.behavior_logprobs.detach()
         hinge = torch.relu(self.options.xi * advantages.abs() - advantages * log_ratio)
         term = (credit.weights.policy * hinge).sum()
-        k3 = k3_kl(policy.logprobs, reference.logprobs, ratio_cap=self.shared.kl_ratio_cap)
-        kl = (credit.weights.kl * k3).sum()
+        kl = (credit.weights.kl * k3_kl(policy.logprobs, reference.logprobs, ratio_cap=self.shared.kl_ratio_cap)).sum()
         return Objective(term + self.options.beta * kl, {"policy_loss": term.detach()})

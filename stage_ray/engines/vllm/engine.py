@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,9 +12,10 @@ import torch
 from torch import Tensor
 
 from stage_ray.config import PolicyConfig, RolloutConfig
-from stage_ray.engines.base import ImageEngine, ImageSequence, Rollouts
+from stage_ray.engines.base import ImageEngine, ImageSequence
 from stage_ray.engines.memory import CPU_CACHE_BLOCK
-from stage_ray.engines.vllm.environment import require_fitting_build, set_environment
+from stage_ray.engines.sampling import Sample
+from stage_ray.engines.vllm.environment import require_fitting_build, vllm_environment
 from stage_ray.engines.vllm.plugin import architecture, register_family
 from stage_ray.engines.vllm.ranks import TensorRanks
 from stage_ray.errors import ConfigError
@@ -56,7 +58,8 @@ class VllmEngine(ImageEngine):
         config = spec.config | {"architectures": [architecture(family)], "image_tokens": self.codec.image_tokens}
         (directory / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
         link_weights(self.codec.location, directory)
-        set_environment(rollout)
+        for name, value in vllm_environment(rollout).items():  # an actor has them already
+            os.environ.setdefault(name, value)
         register_family(family)
         self._ranks.init_process_group(self._device, rollout.timeout_s, self._directory.name)
         self._start(rollout)
@@ -105,14 +108,16 @@ class VllmEngine(ImageEngine):
         heads = config["num_key_value_heads"] // self._ranks.count or 1
         width = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
         token = 2 * config["num_hidden_layers"] * heads * width * self.dtype.itemsize  # keys and values
-        blocks = -(-(self._longest_prompt + self.codec.image_tokens) // CPU_CACHE_BLOCK)  # of a sequence, rounded up
-        return (2 * rollout.images_per_batch * blocks + 2) * CPU_CACHE_BLOCK * token  # vLLM keeps one for itself
+        return (self._blocks(rollout, CPU_CACHE_BLOCK) + 2) * CPU_CACHE_BLOCK * token  # vLLM keeps one for itself
+
+    def _blocks(self, rollout: RolloutConfig, tokens: int) -> int:
+        """Blocks of so many tokens that the sequences of a whole generation batch fill, each rounded up."""
+        return 2 * rollout.images_per_batch * -(-(self._longest_prompt + self.codec.image_tokens) // tokens)
 
     def _check_cache(self, rollout: RolloutConfig) -> None:
         """Raise a `ConfigError` unless the key-value cache holds a whole generation batch."""
         cache = self._llm.llm_engine.vllm_config.cache_config
-        longest = self._longest_prompt + self.codec.image_tokens
-        needed = 2 * rollout.images_per_batch * -(-longest // cache.block_size)  # rounded up to blocks
+        needed = self._blocks(rollout, cache.block_size)
         if cache.num_gpu_blocks <= needed:  # vLLM keeps one block for itself
             self.close()
             key = "kv_cache_gib" if self._device.type == "cpu" else "gpu_memory_utilization"
@@ -154,7 +159,7 @@ class VllmEngine(ImageEngine):
         if self._device.type == "cuda":
             self._llm.wake_up()
 
-    def sample(self, sequences: Sequence[ImageSequence], params: SamplingParams) -> Rollouts:
+    def sample(self, sequences: Sequence[ImageSequence], params: SamplingParams) -> Sample:
         """Sample one generation batch.
 
         Raises:
@@ -175,7 +180,7 @@ class VllmEngine(ImageEngine):
                 request_params.append(image_params(self.codec.image_tokens, image, branch, sequence.seed, params))
         outputs = self._llm.generate(prompts, request_params, use_tqdm=False)
         # One answer for each worker of this process, which has one.
-        drawn: Rollouts = self._llm.collective_rpc("recorded_batch", args=(len(sequences),))[0]
+        drawn: Sample = self._llm.collective_rpc("recorded_batch", args=(len(sequences),))[0]
         served = torch.tensor([output.outputs[0].token_ids for output in outputs])
         # Every token comes back once for each branch.
         if not torch.equal(served, drawn.tokens.repeat_interleave(len(prompts) // len(sequences), dim=0)):

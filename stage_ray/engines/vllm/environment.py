@@ -5,8 +5,6 @@ Imports neither torch nor vLLM: the driver asks before anything is started.
 
 from __future__ import annotations
 
-import os
-
 from stage_ray.config import RolloutConfig
 from stage_ray.config.hardware import package_version
 from stage_ray.errors import ConfigError
@@ -50,9 +48,3 @@ def vllm_environment(rollout: RolloutConfig) -> dict[str, str]:
         "VLLM_NO_USAGE_STATS": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
-
-
-def set_environment(rollout: RolloutConfig) -> None:
-    """Set in this process what is not set yet, for an engine that is built without an actor around it."""
-    for name, value in vllm_environment(rollout).items():
-        os.environ.setdefault(name, value)
