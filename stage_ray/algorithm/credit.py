@@ -10,12 +10,7 @@ from stage_ray.algorithm.similarity import opposite_sign_similarity
 
 
 def entropy_closeness(policy_entropy: Tensor, reference_entropy: Tensor) -> Tensor:
-    """``e = 1 / (1 + (H_ref - H)^2)``: 1 where both entropies agree, towards 0 as they part. Same shape as the inputs.
-
-    Example:
-        >>> entropy_closeness(torch.tensor([2.0, 3.0]), torch.tensor([2.0, 2.0])).tolist()
-        [1.0, 0.5]
-    """
+    """``e = 1 / (1 + (H_ref - H)^2)``: 1 where both entropies agree, towards 0 as they part. Of any shape."""
     return 1.0 / (1.0 + (reference_entropy - policy_entropy).square())
 
 
@@ -88,12 +83,6 @@ def stage_credit(
 
     Raises:
         ValueError: shapes that do not fit, or a score that is not finite.
-
-    Example:
-        >>> still, book = torch.zeros(1, 2), torch.eye(2)
-        >>> scores, tokens = torch.tensor([[[1.0], [0.0]]]), torch.tensor([[[0], [1]]])
-        >>> stage_credit(scores, still, still, tokens, book)[1].flatten().tolist()
-        [0.0, 0.0]
     """
     rewards = combine_rewards(scores, weights=weights, drop_constant=drop_constant)
     if entropy_weight > 0:

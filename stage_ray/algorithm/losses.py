@@ -72,7 +72,7 @@ class TokenWeights:
 
 
 def _normalised(weight: Tensor) -> Tensor:
-    """Weights [N, G, T] -> their shares in the batch: each group's sum to one, groups count alike."""
+    """Weights [N, G, T] to their shares in the batch, in which groups count alike."""
     return weight / (weight.sum(dim=(1, 2), keepdim=True) + WEIGHT_EPS) / weight.shape[0]
 
 
@@ -167,7 +167,7 @@ def weighted_loss(
     Args:
         logprobs: float [..., T], with gradient, nats; ``reference_logprobs`` and ``behavior_logprobs`` alike.
         advantages: float [...], one an image, or [..., T].
-        weights: the `TokenWeights` of the same images, cut from those of the whole batch.
+        weights: of the same images, cut from those of the whole batch.
         beta: weight of the KL; ``clip`` and ``correction`` as in `policy_loss`, ``kl_ratio_cap`` as in `k3_kl`.
     """
     policy = policy_term(logprobs, behavior_logprobs, advantages, weights.policy, clip=clip, correction=correction)

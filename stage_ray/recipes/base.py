@@ -6,8 +6,7 @@ exact: ``credit`` normalises over whole groups, before anything is cut, and ``ob
 Every term of it is weighed by ``credit.weights``: where groups that are not finite are left out, copies of others may
 fill the ranks' shares, and weigh 0.
 
-``N`` groups, ``G`` images a group, ``T`` tokens an image, ``R`` scorers, ``V`` codebook entries of dimension ``D``,
-``B`` images of one micro-batch. Log-probabilities and entropies are in nats.
+Letters are those of `stage_ray.algorithm`, and ``B`` images of one micro-batch; log-probabilities are in nats.
 """
 
 from __future__ import annotations

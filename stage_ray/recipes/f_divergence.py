@@ -20,7 +20,6 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from pydantic import Field
-from torch import Tensor
 
 from stage_ray.algorithm.divergence import Divergence, estimated_divergence
 from stage_ray.algorithm.losses import policy_term
@@ -62,11 +61,9 @@ class FDivergenceRecipe(StageRecipe):
             clip=self.shared.clip,
             correction=self.correction,
         )
-        held = (credit.weights.kl * self._divergence(policy, reference)).sum()
+        divergence = policy.divergence  # over the vocabulary, where it is exact
+        if divergence is None:
+            divergence = estimated_divergence(policy.logprobs, reference.logprobs, self.options.divergence)
+        held = (credit.weights.kl * divergence).sum()
         told = {"policy_loss": term.detach(), "divergence": held.detach()}
         return Objective(term + self.options.beta * held, told)
-
-    def _divergence(self, policy: PolicyOutputs, reference: ReferenceOutputs) -> Tensor:
-        if policy.divergence is not None:
-            return policy.divergence
-        return estimated_divergence(policy.logprobs, reference.logprobs, self.options.divergence)
