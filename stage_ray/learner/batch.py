@@ -25,7 +25,7 @@ class Batch(GroupBatch):
     """What a recipe sees of a batch, and what the learner needs beside it.
 
     Attributes:
-        prompts: token ids of both branches, one a group.
+        prompts: one a group.
         behavior_logprobs, guided_behavior_logprobs: float32 [N, G, T], what ratios are taken against, where that was
             fixed before the first of several updates.
     """
@@ -70,16 +70,11 @@ def make_batch(
     codebook: Tensor,
     device: torch.device,
 ) -> Batch:
-    """Check and stack groups.
+    """Check and stack groups of one size, and their scores in the same order.
 
     Args:
-        groups: any number >= 1, of one size.
-        scored: the scores of the same groups in the same order, every score valid.
-        run: names and weights of scorers, and the staleness bound.
         version: updates the learner has done.
-        policy: encodes prompts, and says how many tokens of which codebook an image has.
         codebook: float32 [V, D], the policy's.
-        device: where the tensors go.
 
     Raises:
         LearnerError: nothing to train on, groups and scores that do not belong together, an invalid score, shapes or

@@ -24,11 +24,7 @@ def choose_cut(
 ) -> Cut:
     """Images of a micro-batch and whether activations are recomputed: the config's, else the first cut that fits.
 
-    Every rank must call it, before it puts anything on its device. Without sizes (a family that has none) nothing is
-    reckoned.
-
-    Args:
-        bfloat16, reference_bfloat16: whether policy and reference are computed in it.
+    Every rank must call it, before it puts anything on its device. For a family without sizes nothing is reckoned.
 
     Raises:
         ConfigError: none fits; names what needs most, and the keys.
@@ -44,14 +40,16 @@ def choose_cut(
     prompt = run.rollout.max_prompt_tokens
     if codec.positions is not None:
         prompt = min(prompt, codec.positions - codec.image_tokens)
+    dtype, reference_dtype = ("bfloat16" if narrow else "float32" for narrow in (bfloat16, reference_bfloat16))
+    offload = learner.reference_offload and device.type == "cuda"
     memory = partial(
         learner_memory,
         sizes,
         ranks=ranks.count,
         prompt=prompt,
-        dtype="bfloat16" if bfloat16 else "float32",
-        reference_dtype="bfloat16" if reference_bfloat16 else "float32",
-        offload=learner.reference_offload and device.type == "cuda",
+        dtype=dtype,
+        reference_dtype=reference_dtype,
+        offload=offload,
     )
     # The least of all ranks: one that ran other micro-batches than the others would wait for them for ever.
     free = int(ranks.all_gather(torch.tensor([free_memory(run, device)], device=device)).min())

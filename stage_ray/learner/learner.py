@@ -2,9 +2,8 @@
 
 The reference runs once (forward), then the recipe gives credit, then the policy runs once (forward and backward):
 
-* the policy's entropies, which credit may need before the loss is known, are those that the engine recorded while it
-  sampled the same tokens at that version;
-* in a group sampled at the learner's own version the importance ratio is taken against the learner's own detached
+* the policy's entropies, which credit may need, are those that the engine recorded while it sampled;
+* in a group of the learner's own version the importance ratio is taken against the learner's own detached
   log-probabilities, so it is exactly 1 as in the paper's code, and what lies between engine and learner shows as a
   metric (``mismatch/...``) and not as a gradient. Older groups use the log-probabilities recorded at sampling, with
   ``algorithm.correction`` (see `stage_ray.algorithm.off_policy`).
@@ -97,14 +96,8 @@ class Learner:
         # One is cut before the other is loaded, each from the machine's memory: no GPU ever holds a whole one.
         self.policy = load_policy(run.policy, device=CPU)
         self._codebook = self.policy.codec.codebook().to(self._device)
-        self._cut = choose_cut(
-            run,
-            self.policy.codec,
-            self._ranks,
-            self._device,
-            bfloat16=self._bfloat16,
-            reference_bfloat16=self._reference_bfloat16,
-        )
+        narrow = {"bfloat16": self._bfloat16, "reference_bfloat16": self._reference_bfloat16}
+        self._cut = choose_cut(run, self.policy.codec, self._ranks, self._device, **narrow)
         if self._cut[1]:
             self.policy.enable_gradient_checkpointing()
         self._keep_share(self.policy, bfloat16=self._bfloat16)
@@ -118,17 +111,11 @@ class Learner:
             fused=True,
         )
         self._state = LearnerParts(self._parameters, self._optimizer, base, self._ranks)
-        bfloat16 = (self._bfloat16, self._reference_bfloat16)
-        models = (self.policy, self._reference)
-        self._passes = Passes(run, self._recipe, models, self._ranks, bfloat16=bfloat16)
+        self._passes = Passes(run, self._recipe, (self.policy, self._reference), self._ranks, **narrow)
         self._release_cached_memory()
 
     def update(self, groups: Sequence[RolloutGroup], scored: Sequence[ScoredGroup]) -> dict[str, float]:
-        """Train on whole groups once and move to the next version.
-
-        Args:
-            groups: N groups of G images, none older than ``pipeline.max_staleness``.
-            scored: their scores, in the same order, all valid.
+        """Train on whole groups once, with their scores in the same order, and move to the next version.
 
         Returns:
             The metrics of `update_metrics`, gradient norm, learning rate, seconds, and how many groups were left out
@@ -163,8 +150,12 @@ class Learner:
             naming_memory(f"update {self.version}", self._run.learner, self._cut, bfloat16=self._bfloat16),
             sdpa_kernel(SDPBackend.MATH) if by_matrices else nullcontext(),
         ):
-            with self._clock(seconds, "time/reference_s"), self._reference_on_device():
+            with self._clock(seconds, "time/reference_s"):
+                if offload := self._run.learner.reference_offload:
+                    self._reference.model.to(self._device)
                 reference = self._passes.reference(batch, micro_batches)
+                if offload:
+                    self._reference.model.to(CPU)
             credit = without_copies(self._recipe.credit(batch, reference, self.version), copies)
             with self._clock(seconds, "time/policy_s"):
                 if self._run.learner.several_updates:
@@ -247,9 +238,9 @@ class Learner:
         base = fingerprint(reference.trained_parameters())
         reference.model.requires_grad_(False)
         if self._reference_bfloat16:  # the matrices, which autocast rounds anyway; norms and embeddings it does not
-            matrices = (m for layer in reference.backbone.layers for m in layer.modules() if isinstance(m, nn.Linear))
-            for matrix in matrices:
-                matrix.weight.data = matrix.weight.data.to(torch.bfloat16)
+            for module in nn.ModuleList(reference.backbone.layers).modules():
+                if isinstance(module, nn.Linear):
+                    module.weight.data = module.weight.data.to(torch.bfloat16)
         self._keep_share(reference, bfloat16=self._reference_bfloat16)
         if self._run.learner.reference_offload:
             reference.model.to(CPU)
@@ -260,16 +251,6 @@ class Learner:
         policy.drop_image_decoder()
         self._ranks.shard(policy.fsdp_modules(), bfloat16)
         policy.model.to(self._device)
-
-    @contextmanager
-    def _reference_on_device(self) -> Iterator[None]:
-        """Fetch an offloaded reference for its pass."""
-        offloaded = self._run.learner.reference_offload
-        if offloaded:
-            self._reference.model.to(self._device)
-        yield
-        if offloaded:
-            self._reference.model.to(CPU)
 
     def _release_cached_memory(self) -> None:
         """Release torch's cached memory on a GPU that an engine shares: the engine allocates from it next."""
@@ -300,8 +281,7 @@ class Learner:
     ) -> dict[str, float]:
         """Check, clip and step; the learning rate, and the gradient norm before clipping.
 
-        ``metrics`` of the batch say how far engine and learner differ; ``blame`` finds the groups that made a loss or
-        gradient other than finite.
+        ``blame`` finds the groups that made a loss or gradient other than finite.
         """
         # Parameters that no token reached have no gradient.
         gradients = [p.grad for p in self._parameters.values() if p.grad is not None]

@@ -33,12 +33,13 @@ class Passes:
         models: tuple[Policy, Policy],
         ranks: Ranks,
         *,
-        bfloat16: tuple[bool, bool],
+        bfloat16: bool,
+        reference_bfloat16: bool,
     ) -> None:
-        """``models``: policy and reference; ``bfloat16``: whether each computes in it."""
+        """``models``: policy and reference; ``bfloat16``, ``reference_bfloat16``: whether each computes in it."""
         self._recipe, self._ranks = recipe, ranks
         self._policy_model, self._reference_model = models
-        self._bfloat16, self._reference_bfloat16 = bfloat16
+        self._bfloat16, self._reference_bfloat16 = bfloat16, reference_bfloat16
         self._device = next(iter(models[0].trained_parameters().values())).device
         self._sampling = SamplingParams.of(run.rollout)
         # Plain sampling draws from the conditional distribution itself: there is no second ratio.
