@@ -29,14 +29,14 @@ class ImageSequence:
 class ImageEngine(ABC):
     """Guided sampling of autoregressive image tokens.
 
-    Sampling is replayable: token t of an image with seed s depends on (s, t), the logits and the tokens before it only,
-    since a token rule (`stage_ray.samplers`) is a pure function of them. Weights change only between calls of
-    `generate`, so every token of an image comes from the version in ``policy_version``. An update that is refused
-    changes nothing; one that fails half-way leaves an engine that refuses to generate until an update succeeds.
+    Sampling is replayable: token t of an image with seed s depends on (s, t), the logits and the tokens before it only.
+    Weights change only between calls of `generate`, so every token of an image comes from the version in
+    ``policy_version``. An update that is refused changes nothing; one that fails half-way leaves an engine that refuses
+    to generate until an update succeeds.
 
-    Attributes:
-        codec: prompts and pictures of the policy that it serves; a subclass sets it.
-        dtype: of the trained tensors that it holds; it casts what `load_weights` brings. A subclass sets it.
+    Attributes (set by a subclass):
+        codec: prompts and pictures of the policy that it serves.
+        dtype: of the trained tensors that it holds; it casts what `load_weights` brings.
     """
 
     codec: ImageCodec

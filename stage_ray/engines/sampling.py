@@ -46,14 +46,12 @@ def sample(
     params: SamplingParams,
     sequences: Tensor | None = None,
 ) -> Sample:
-    """Draw the token at ``positions`` of the images with these ``seeds``.
+    """Draw the token at ``positions`` of the images with these ``seeds``, int64 [B] each.
 
     Args:
         conditional: logits [B, V], any float dtype.
-        unconditional: logits [B, V]; None where ``params.guided`` is False.
-        seeds, positions: int64 [B].
-        sequences: int64 [B, T], the tokens before ``positions``, for rules that read them (`Context`); None: there are
-            none.
+        unconditional: likewise; None where ``params.guided`` is False.
+        sequences: int64 [B, T], the tokens before ``positions``, for rules that read them (`Context`).
 
     Raises:
         ValueError: of `process_logits`.

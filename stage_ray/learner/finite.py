@@ -85,10 +85,8 @@ def without_copies(credit: Credit, copies: int) -> Credit:
     if not copies:
         return credit
     count = len(credit.advantages)
-    scale = credit.advantages.new_full((count,), count / (count - copies))
+    scale = credit.advantages.new_full((count, 1, 1), count / (count - copies))
     scale[count - copies :] = 0.0
-    weights = TokenWeights(
-        policy=credit.weights.policy * scale[:, None, None], kl=credit.weights.kl * scale[:, None, None]
-    )
-    shape = (count, *[1] * (credit.advantages.dim() - 1))
-    return replace(credit, advantages=credit.advantages * (scale > 0).view(shape), weights=weights)
+    kept = (scale > 0).view(count, *[1] * (credit.advantages.dim() - 1))
+    weights = TokenWeights(credit.weights.policy * scale, credit.weights.kl * scale)
+    return replace(credit, advantages=credit.advantages * kept, weights=weights)

@@ -40,16 +40,14 @@ def choose_cut(
     prompt = run.rollout.max_prompt_tokens
     if codec.positions is not None:
         prompt = min(prompt, codec.positions - codec.image_tokens)
-    dtype, reference_dtype = ("bfloat16" if narrow else "float32" for narrow in (bfloat16, reference_bfloat16))
-    offload = learner.reference_offload and device.type == "cuda"
     memory = partial(
         learner_memory,
         sizes,
         ranks=ranks.count,
         prompt=prompt,
-        dtype=dtype,
-        reference_dtype=reference_dtype,
-        offload=offload,
+        dtype="bfloat16" if bfloat16 else "float32",
+        reference_dtype="bfloat16" if reference_bfloat16 else "float32",
+        offload=learner.reference_offload and device.type == "cuda",
     )
     # The least of all ranks: one that ran other micro-batches than the others would wait for them for ever.
     free = int(ranks.all_gather(torch.tensor([free_memory(run, device)], device=device)).min())
@@ -64,14 +62,11 @@ def choose_cut(
 
 
 def free_memory(run: RunConfig, device: torch.device) -> int:
-    """Bytes that an update may fill: of a GPU what is free, of a CPU half of all, so that a resumed run cuts alike.
-
-    A learner that shares its GPU with others at the same time counts on its share alone.
-    """
+    """Bytes that an update may fill: of a GPU what is free, of a CPU half of all, so that a resumed run cuts alike."""
     if device.type == "cpu":
         return usable_memory() // 2  # sampling and scoring have the other half
     free, total = torch.cuda.mem_get_info(device)
-    share = 1.0 if run.rollout.colocated else min(1.0, run.learner.gpus)
+    share = 1.0 if run.rollout.colocated else min(1.0, run.learner.gpus)  # of a GPU that others use at the same time
     return fillable(min(free, int(share * total)))
 
 

@@ -51,10 +51,9 @@ class Ranks:
     def shard(self, modules: Sequence[nn.Module], bfloat16: bool) -> None:
         """Keep a shard of each module's parameters here; a module's are gathered while it runs.
 
-        Gradients are summed over ranks, not averaged: every rank's loss is a part of the whole batch's.
-
-        With ``bfloat16`` the gathers, the layers and the sums between layers are in bfloat16. A single rank keeps those
-        sums in float32 under autocast, so log-probabilities differ by rounding, on average some hundredths of a nat.
+        Gradients are summed over ranks, not averaged: every rank's loss is a part of the whole batch's. ``bfloat16`` is
+        of gathers, layers and the sums between layers; a single rank keeps those sums in float32 under autocast, so
+        log-probabilities differ by rounding, on average some hundredths of a nat.
         """
         if self.mesh is None:
             return
@@ -102,10 +101,7 @@ def full_tensor(tensor: Tensor) -> Tensor:
 
 
 def full_state_dict(state: Mapping[str, Tensor], *, keep: bool, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """A state with all shards on the CPU, one tensor gathered after another and cast to ``dtype``.
-
-    It is empty on ranks that do not ``keep`` it.
-    """
+    """A state with all shards on the CPU, gathered one by one and cast to ``dtype``; empty unless it is to ``keep``."""
     found = {}
     for name, tensor in state.items():
         full = full_tensor(tensor.detach())  # a collective call: also where it is not kept

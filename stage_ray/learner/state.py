@@ -38,13 +38,10 @@ class LearnerParts:
 
 
 def save_state(directory: Path, version: int, parts: LearnerParts) -> dict[str, FileDigest]:
-    """Write this rank's shards of weights and optimizer moments (``<moment>/<name>``); the first rank also the rest.
+    """Write this rank's shards of weights and optimizer moments (``<moment>/<name>``); what all ranks wrote, by path.
 
-    Every rank must call it. The rest are random states, the first rank's for all, and metadata as JSON. The learning
+    Every rank must call it. The first also writes random states, its own for all, and metadata as JSON. The learning
     rate is a function of the version and the config, so there is no scheduler to store.
-
-    Returns:
-        What the ranks wrote into their shards, by path in ``directory``.
 
     Raises:
         LearnerError: this rank could not write (a full disk, say). The others return without an error.

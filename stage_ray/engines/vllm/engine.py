@@ -27,12 +27,10 @@ from stage_ray.samplers import SamplingParams
 
 
 class VllmEngine(ImageEngine):
-    """Guided sampling with vLLM's paged attention.
+    """Guided sampling with vLLM's paged attention; under tensor parallelism every rank is one (`TensorRanks`).
 
     At start it is made sure that a whole generation batch fits vLLM's batch and key-value cache, so that the two
     requests of an image are always in the same step.
-
-    With tensor parallelism every rank is such an engine (`TensorRanks`); only rank 0 decodes pictures.
     """
 
     def __init__(

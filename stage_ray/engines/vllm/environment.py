@@ -14,12 +14,7 @@ ON_A_GPU = "--set rollout.gpus=0.5 --set learner.gpus=0.5"
 
 
 def needs_gpu() -> bool:
-    """Whether the vLLM that is installed here is a build for GPUs, as vLLM itself tells: such a build has no CPU code.
-
-    Example:
-        >>> needs_gpu() and package_version("vllm") is None
-        False
-    """
+    """Whether the vLLM that is installed is a build for GPUs, as vLLM itself tells: such a build has no CPU code."""
     version = package_version("vllm")
     return version is not None and "cpu" not in version
 
