@@ -29,12 +29,8 @@ def k3_kl(logprobs: Tensor, reference_logprobs: Tensor, *, ratio_cap: float | No
     its slope by ``cap - 1``. A token beyond keeps that greatest slope, not none: it is the one to be pulled back most.
 
     Args:
-        logprobs: float, any shape, nats.
-        reference_logprobs: the same shape.
+        logprobs, reference_logprobs: float, any shape, nats; the estimate has it too.
         ratio_cap: > 1; None is off, as published.
-
-    Returns:
-        float, the same shape, nats.
 
     Example:
         >>> k3_kl(torch.zeros(2), torch.tensor([0.0, 1.0])).mul(1e4).round().tolist()

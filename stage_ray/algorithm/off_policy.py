@@ -93,7 +93,7 @@ def corrected_ratio(logprobs: Tensor, behavior_logprobs: Tensor | None, correcti
 
     Args:
         logprobs: float, any shape, nats, with gradient.
-        behavior_logprobs: the same shape; None: the policy itself (ratio exactly 1).
+        behavior_logprobs: the same shape, recorded when the tokens were drawn; None: ``logprobs`` (ratio exactly 1).
 
     Returns:
         float, the same shape, >= 0; its gradient is itself, as a constant, times ``grad logp``.
@@ -129,9 +129,8 @@ def surrogate(
     gradient where the ratio has already moved beyond it in the direction that the advantage wants.
 
     Args:
-        logprobs: float, any shape, nats, with gradient.
-        behavior_logprobs: the same shape; None: the policy itself (ratio exactly 1).
-        advantages: float, a shape that broadcasts to it.
+        logprobs, behavior_logprobs: as in `corrected_ratio`.
+        advantages: float, a shape that broadcasts to theirs.
         clip, correction: None is off.
 
     Returns:
@@ -152,13 +151,7 @@ def effective_sample_size(weights: Tensor) -> Tensor:
     """``(sum w)^2 / (n sum w^2)``: the share of n weighted samples that as many equally weighted ones are worth.
 
     Kong, Liu and Wong 1994, divided by n. 1 where all weights are alike, 1/n where one carries everything, 0 where all
-    are 0; 1 of no samples at all.
-
-    Args:
-        weights: float, any shape, >= 0.
-
-    Returns:
-        scalar float64, 0..1.
+    are 0; 1 of no samples at all. ``weights`` are float of any shape, >= 0; the share is a scalar float64.
 
     Example:
         >>> effective_sample_size(torch.tensor([1.0, 1.0, 0.0, 0.0])).item()

@@ -34,10 +34,8 @@ def train_finite(
     """The metrics of ``train``, which is called again without the groups that a NonFiniteError blames.
 
     Every rank blames and leaves out the same groups. Ranks train as many groups each: where what is left does not
-    divide, copies of its first group fill the batch, their number being ``train``'s third argument.
-
-    Raises:
-        LearnerError: no group is left, or none is to blame.
+    divide, copies of its first group fill the batch, their number being ``train``'s third argument. Raises a
+    LearnerError where no group is left, or none is to blame.
     """
     left, judged, copies = list(groups), list(scored), 0
     while True:

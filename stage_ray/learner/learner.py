@@ -72,9 +72,9 @@ class Learner:
     """
 
     def __init__(self, run: RunConfig, threads: int | None = None, ranks: Ranks | None = None) -> None:
-        """Load the policy, keep this rank's share of it, then the same for the reference. Seeds torch's generators.
+        """Load the policy, keep this rank's share of it, then the same for the reference.
 
-        With ``threads``, sets torch's threads, process-wide.
+        Seeds torch's generators, and with ``threads`` sets its threads, process-wide.
 
         Raises:
             ConfigError: ``policy.*`` leads to no usable model, ``recipe`` and ``algorithm`` to no recipe, or no cut of
@@ -167,16 +167,19 @@ class Learner:
                     metrics |= self._step(outputs.sums["loss"], metrics, find)
         self.version += 1
         self._release_cached_memory()
-        return metrics | seconds | self._utilisation(batch, sum(seconds.values()))
+        peak = peak_flops(self._device, torch.bfloat16 if self._bfloat16 else torch.float32)
+        if peak is not None and (sizes := self.policy.codec.sizes()) is not None:
+            flops = update_flops(batch, sizes, self._run.learner)
+            metrics["mfu/learner"] = flops / (sum(seconds.values()) * peak * self._ranks.count)  # over all ranks
+        return metrics | seconds
 
     def _several_updates(
         self, batch: Batch, micro_batches: Sequence[Tensor], reference: ReferenceOutputs, credit: Credit, copies: int
     ) -> dict[str, float]:
         """``updates_per_batch`` passes over mini-batches of whole groups, an optimizer step each.
 
-        Ratios are taken against the policy before the first one (against what was recorded, in older groups). Metrics
-        are of that policy; losses and gradient norms are means. A mini-batch after the first that is not finite is
-        left out.
+        Ratios (but those of older groups) and metrics are of the policy before the first one; losses and gradient norms
+        are means. A mini-batch after the first that is not finite is left out.
         """
         batch, outputs = self._passes.start(batch, micro_batches)
         metrics = update_metrics(batch, reference, credit, outputs, self._run)
@@ -263,13 +266,6 @@ class Learner:
         start = self._now()
         yield
         seconds[name] = self._now() - start
-
-    def _utilisation(self, batch: Batch, seconds: float) -> dict[str, float]:
-        """``mfu/learner`` of an update that took so long, over all ranks; nothing where a rank's peak is not known."""
-        peak = peak_flops(self._device, torch.bfloat16 if self._bfloat16 else torch.float32)
-        if peak is None or (sizes := self.policy.codec.sizes()) is None:
-            return {}
-        return {"mfu/learner": update_flops(batch, sizes, self._run.learner) / (seconds * peak * self._ranks.count)}
 
     def _now(self) -> float:
         if self._device.type == "cuda":

@@ -20,10 +20,6 @@ class Ranks:
     """Which rank this process is, and of how many.
 
     Invariant: every rank makes the same calls in the same order; all but `shard` and `rows` wait for the other ranks.
-
-    Example:
-        >>> Ranks().rows(8), Ranks(rank=1, count=2).rows(8)
-        (slice(0, 8, None), slice(4, 8, None))
     """
 
     rank: int = 0

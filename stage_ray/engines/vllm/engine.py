@@ -125,11 +125,7 @@ class VllmEngine(ImageEngine):
             )
 
     def encode_prompt(self, text: str) -> PromptIds:
-        """Both branches of a prompt.
-
-        Raises:
-            ValueError: the prompt is longer than memory was reserved for.
-        """
+        """Both branches of a prompt; a ValueError where it is longer than memory was reserved for."""
         return self.codec.check_prompt(text, self._longest_prompt)
 
     def decode(self, tokens: Tensor) -> Tensor:

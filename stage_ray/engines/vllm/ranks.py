@@ -39,8 +39,7 @@ class TensorRanks:
     def init_process_group(self, device: torch.device, timeout_s: float, private: str) -> None:
         """Make torch's process group: vLLM takes the one that is there. Its own would listen on every interface.
 
-        Args:
-            private: a directory that is closed to other users, for sockets at which vLLM unpickles what comes.
+        ``private`` is a directory that is closed to other users, for sockets at which vLLM unpickles what comes.
         """
         if self.count == 1:
             return
