@@ -126,11 +126,10 @@ def _check_scores(group: RolloutGroup, scores: ScoredGroup, columns: tuple[str, 
         raise LearnerError(f"{what} came with the scores of group {scores.group_id}")
     if tuple(scores.names) != columns:
         raise LearnerError(f"{what} was scored by {list(scores.names)}, but rewards[] names {list(columns)}")
-    if scores.scores.shape != (group.tokens.shape[0], len(columns)) or scores.valid.shape != scores.scores.shape:
-        images = group.tokens.shape[0]
+    images = group.tokens.shape[0]
+    if scores.scores.shape != (images, len(columns)) or scores.valid.shape != scores.scores.shape:
         raise LearnerError(f"{what} has {images} images, but scores of shape {list(scores.scores.shape)}")
-    if not scores.valid.all() or not np.isfinite(scores.scores).all():  # the driver replaces such groups before
-        bad = int((~(scores.valid & np.isfinite(scores.scores))).sum())
+    if bad := int((~(scores.valid & np.isfinite(scores.scores))).sum()):  # the driver replaces such groups before
         raise LearnerError(f"{what} has {bad} invalid scores; it must be scored again or replaced, not trained on")
 
 

@@ -100,15 +100,9 @@ def spectral_clusters(features: Tensor, *, sigma: float, clusters: int | None = 
     count = clusters or int(np.argmax(values[:-1] - values[1:])) + 1
     rows = vectors[:, : min(count, len(values))]
     rows = rows / np.linalg.norm(rows, axis=1, keepdims=True).clip(min=1e-12)
-    _, labels = kmeans2(rows, rows[_spread(rows)], minit="matrix")
+    chosen = [0]  # rows to begin with: the first, then always the one farthest from those chosen
+    while len(chosen) < rows.shape[1]:
+        chosen.append(int(np.linalg.norm(rows[:, None] - rows[chosen], axis=-1).min(axis=1).argmax()))
+    _, labels = kmeans2(rows, rows[chosen], minit="matrix")
     _, first, labels = np.unique(labels, return_index=True, return_inverse=True)
     return np.argsort(np.argsort(first))[labels]  # numbered in the order of their first images
-
-
-def _spread(rows: np.ndarray) -> list[int]:
-    """Rows to begin with, as many as there are columns: the first, then always the one farthest from those chosen."""
-    chosen = [0]
-    while len(chosen) < rows.shape[1]:
-        distances = np.linalg.norm(rows[:, None] - rows[chosen], axis=-1).min(axis=1)
-        chosen.append(int(distances.argmax()))
-    return chosen

@@ -154,12 +154,7 @@ class VllmEngine(ImageEngine):
             self._llm.wake_up()
 
     def sample(self, sequences: Sequence[ImageSequence], params: SamplingParams) -> Sample:
-        """Sample one generation batch.
-
-        Raises:
-            RuntimeError: vLLM returned other tokens than were drawn, split a pair, or still holds a batch that failed;
-                or another rank drew other tokens.
-        """
+        """Sample one generation batch; a RuntimeError where vLLM or another rank has other tokens than were drawn."""
         if self._llm.llm_engine.has_unfinished_requests():
             raise RuntimeError("vLLM still holds requests of a batch that failed; start this worker again")
         from stage_ray.engines.vllm.guidance import CONDITIONAL, UNCONDITIONAL, image_params
