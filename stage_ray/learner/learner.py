@@ -88,7 +88,7 @@ class Learner:
         self._recipe = load_recipe(run)
         self._ranks = ranks or Ranks()
         self._device = device_for(run.learner.gpus, "learner.gpus")
-        # Elsewhere than where the hardware computes in bfloat16 it is emulated, and slow.
+        # Where the hardware does not compute in bfloat16 it is emulated and slow, so auto is float32 there.
         autocast, wanted = run.learner.autocast, run.learner.reference_dtype
         self._bfloat16 = autocast != "off" and compute_dtype(autocast, self._device) is torch.bfloat16
         self._reference_bfloat16 = self._bfloat16 if wanted == "auto" else wanted == "bfloat16"
