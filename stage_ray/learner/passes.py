@@ -36,7 +36,7 @@ class Passes:
         bfloat16: bool,
         reference_bfloat16: bool,
     ) -> None:
-        """``models``: policy and reference; ``bfloat16``, ``reference_bfloat16``: whether each computes in it."""
+        """``models``: policy and reference, computed in bfloat16 or not."""
         self._recipe, self._ranks = recipe, ranks
         self._policy_model, self._reference_model = models
         self._bfloat16, self._reference_bfloat16 = bfloat16, reference_bfloat16

@@ -133,8 +133,7 @@ class Objective:
 
     Attributes:
         loss: scalar with gradient, a sum over tokens.
-        parts: scalars, sums over tokens too, under the same names in every call: the learner adds them over
-            micro-batches and ranks and reports them as metrics.
+        parts: metrics: scalars, sums over tokens too, under the same names in every call.
     """
 
     loss: Tensor

@@ -6,9 +6,8 @@
 * ``reference_policy``: ``KL(q || p)``, keeps every mode of the reference;
 * ``jensen_shannon``: half of each against the mean of both; bounded by log 2.
 
-``exact`` adds up over the vocabulary, at one more forward of the reference. Else a token drawn from p estimates
-``D = E_p[f(r)]`` with ``r = q / p``: the value reported is ``f(r)``, made non-negative, and the gradient that of D
-itself, ``E_p[(f(r) - r f'(r)) grad log p]``. GRPO's k3, differentiated as it stands, has the gradient of
+``exact`` adds up over the vocabulary, at one more forward of the reference. Else a token drawn from p estimates value
+and gradient (`algorithm/divergence.py`). GRPO's k3, differentiated as it stands, has the gradient of
 ``reference_policy`` although its value estimates ``policy_reference``.
 
 After "Balancing performance and diversity" (arXiv 2606.21498), whose formulas could not be read: derived here. Older
