@@ -165,6 +165,6 @@ def free_address(host: str) -> str:
         return f"{host}:{probe.getsockname()[1]}"
 
 
-def first_line(error: BaseException | None) -> str:
+def first_line(error: BaseException | str) -> str:
     """The first line of what an error says."""
     return next(iter(str(error).strip().splitlines()), "")
