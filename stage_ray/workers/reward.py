@@ -77,7 +77,6 @@ class RewardClient(Client):
     async def score(self, groups: Sequence[GroupRefs], suite: str | None = None) -> list[GroupRefs]:
         """The groups with their ``scores``, ``error`` and ``silent``; ``suite``: whose scorers, None: the run's own."""
         objects = [ref for group in groups for ref in (group.tokens, group.images)]
-        named = {} if suite is None else {"suite": suite}
-        verdicts, scored = self.ask_objects(RewardWorker.score, len(groups), *objects, **named)
+        verdicts, scored = self.ask_objects(RewardWorker.score, len(groups), *objects, suite=suite)
         answers = zip(groups, scored, await verdicts, strict=True)
         return [replace(group, scores=(ref,), error=error, silent=silent) for group, ref, (error, silent) in answers]

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from stage_ray.actors.client import Client, Worker, loading
+from stage_ray.actors.client import Client, Worker, WorkerFailed, loading
 from stage_ray.config import RunConfig
 from stage_ray.config.flops import sampling_flops
 from stage_ray.observability.logs import redirect_output
@@ -49,18 +49,12 @@ class RolloutWorker(Worker):
         return str(self._engine.dtype).removeprefix("torch.")
 
     def generate(self, *requests: RolloutRequest) -> tuple[Any, ...]:
-        """Policy version, seconds and MFU, then for each request its group (``images`` empty) and its pictures.
+        """The answer, then for each request its group (``images`` empty) and its pictures (uint8 [G, H, W, 3]).
 
-        The learner never reads pictures (uint8 [G, H, W, 3]) and the driver reads neither: each object goes only where
-        it is used. Of several ranks the first one answers; the others' objects are None.
+        The answer: policy version, seconds, MFU, and what of each group's records is not finite, "" if nothing. The
+        learner never reads pictures and the driver reads neither: each object goes only where it is used. Of several
+        ranks the first one answers; the others' objects are None.
         """
-        answer, *objects = self.generate_any(*requests)
-        if fault := next(filter(None, answer[3:]), ""):
-            raise RuntimeError(fault)
-        return (answer[:3], *objects)
-
-    def generate_any(self, *requests: RolloutRequest) -> tuple[Any, ...]:
-        """As `generate`; beside version, seconds and MFU what of each group's records is not finite, "" if nothing."""
         start = time.perf_counter()
         self._metrics.begin(request.group_id for request in requests)
         groups = self._engine.generate(requests)
@@ -116,15 +110,18 @@ class RolloutClient(Client):
     """A rollout worker as the driver asks it."""
 
     async def generate(self, requests: Sequence[RolloutRequest], *, last: bool = False) -> list[GroupRefs]:
-        """Sample one generation batch. In a ``last`` attempt groups that are not finite come with that ``error``."""
-        method = RolloutWorker.generate_any if last else RolloutWorker.generate
-        answer, refs = self.ask_objects(method, 2 * len(requests), *requests)
+        """Sample one generation batch.
+
+        Groups that are not finite raise WorkerFailed; in a ``last`` attempt they come with that ``error``.
+        """
+        answer, refs = self.ask_objects(RolloutWorker.generate, 2 * len(requests), *requests)
         version, seconds, mfu, *errors = await answer
+        if not last and any(errors):
+            raise WorkerFailed(f"{self._name} failed: {next(filter(None, errors))}")
+        drawn = zip(requests, refs[::2], refs[1::2], errors, strict=True)  # groups and pictures alternate
         return [
             GroupRefs(request.group_id, version, tokens, images, error=error, generate_s=seconds, mfu=mfu)
-            for request, tokens, images, error in zip(
-                requests, refs[::2], refs[1::2], errors or [""] * len(requests), strict=True
-            )  # objects alternate
+            for request, tokens, images, error in drawn
         ]
 
 
