@@ -27,19 +27,19 @@ class WorkerLost(Exception):
 
 
 class WorkerLate(WorkerLost):
-    """A worker that gave no answer in time."""
+    """It gave no answer in time."""
 
 
 class WorkerFailed(WorkerLost):
-    """A worker that lives but raised, or answered what cannot be used."""
+    """It lives but raised, or answered what cannot be used."""
 
 
 class WorkerDied(WorkerLost):
-    """A worker whose process ended: by itself, with its node, or because it answered no ping."""
+    """Its process ended: by itself, with its node, or because it answered no ping."""
 
 
 class ActorNotReady(WorkerLost):
-    """A worker that was lost before a call's turn came; its successor is not ready yet."""
+    """It was lost before a call's turn came; its successor is not ready yet."""
 
 
 class NoWorkersLeft(WorkerLost):

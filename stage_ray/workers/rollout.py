@@ -30,7 +30,6 @@ class RolloutWorker(Worker):
     _group: BroadcastGroup | None = None
 
     def __init__(self, name: str, run: RunConfig, log: str | None, rank: int = 0) -> None:
-        """Load nothing yet: `setup` does."""
         redirect_output(log, "rollout", name)
         self._metrics = WorkerMetrics("rollout", name)
         self._name, self._run, self._rank = name, run, rank
@@ -73,12 +72,10 @@ class RolloutWorker(Worker):
         return tuple(objects)
 
     def _utilisation(self, requests: Sequence[RolloutRequest], seconds: float) -> float | None:
-        """Model FLOPs utilisation of a batch that took so long, on all of this worker's GPUs."""
+        """Model FLOPs utilisation of a batch that took so long, on all of this worker's GPUs; None if not known."""
         rollout = self._run.rollout
-        if not rollout.gpus:
-            return None
-        peak = peak_flops(device_for(rollout.gpus, "rollout.gpus"), self._engine.dtype)
-        if peak is None or (sizes := self._engine.codec.sizes()) is None:
+        peak = rollout.gpus and peak_flops(device_for(rollout.gpus, "rollout.gpus"), self._engine.dtype)
+        if not peak or (sizes := self._engine.codec.sizes()) is None:
             return None
         flops = 0
         for request in requests:
