@@ -118,7 +118,8 @@ class Draws:
         await asyncio.sleep(0)  # here the driver sees a signal
         groups = self._engine.generate(requests)
         bare = np.empty((len(requests[0].seeds), 0, 0, 3), np.uint8)
-        return (0, 0.0, None), *chain(*((replace(group, images=bare), group.images) for group in groups))
+        answer = (0, 0.0, None, *[""] * len(groups))
+        return answer, *chain(*((replace(group, images=bare), group.images) for group in groups))
 
 
 class Scores:
@@ -131,7 +132,7 @@ class Scores:
     async def setup(self) -> None:
         self._scorers = build_rewards(self._rewards)
 
-    async def score(self, *refs: Any) -> tuple[Any, ...]:
+    async def score(self, *refs: Any, suite: str | None = None) -> tuple[Any, ...]:
         objects = await asyncio.gather(*refs)
         groups = [replace(group, images=images) for group, images in zip(objects[::2], objects[1::2], strict=True)]
         return (("", False),) * len(groups), *score_groups(self._scorers, groups)

@@ -42,7 +42,7 @@ class CountingCluster:
         self.most_alive = max(self.most_alive, len(self.alive))
         return groups
 
-    async def score(self, groups: Sequence[GroupRefs]) -> list[GroupRefs]:
+    async def score(self, groups: Sequence[GroupRefs], suite: str | None = None) -> list[GroupRefs]:
         async with self.scorer:
             await asyncio.sleep(0)
             self.scored += len(groups)
