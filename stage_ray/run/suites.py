@@ -54,7 +54,7 @@ class SuiteEvaluations:
         """Evaluate before training, or read what a resumed run has found up to ``step``; the first suite's headline."""
         self._found = {}
         for name, evaluation in self._evaluations.items():
-            first = await evaluation.result("before", step)
+            first = await evaluation.evaluate("before", step)
             known = results(evaluation.directory) if step else {}
             before_last = min(step, self._run.steps - 1)  # "after" is evaluated anew
             known = {at: result for at, result in known.items() if at <= before_last}
@@ -106,7 +106,7 @@ class SuiteEvaluations:
 
     async def _evaluate(self, label: str, step: int) -> None:
         for name, evaluation in self._evaluations.items():
-            if (result := await evaluation.result(label, step)) is not None:
+            if (result := await evaluation.evaluate(label, step)) is not None:
                 self._found[name][step] = replace(result, images=())  # of hundreds of evaluations they are too many
 
     def _headline(self, step: int) -> float | None:
