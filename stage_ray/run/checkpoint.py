@@ -1,8 +1,7 @@
 """Checkpoints that are whole or absent (promise 7).
 
 ``step-000050/`` appears by one rename, after every file in it and a manifest with their xxh3 are on disk. What a
-crash leaves behind has another name, and the next save removes it. Loading verifies every byte. Older checkpoints are
-removed only once a newer one is complete.
+crash leaves behind has another name, and the next save removes it. Loading verifies every byte.
 """
 
 from __future__ import annotations
@@ -162,26 +161,23 @@ def verify(path: Path, step: int) -> dict[str, Any]:
         raise CheckpointError(f"{manifest} has format {body['format']}, this version reads formats up to {FORMAT}")
     if body["step"] != step:
         raise CheckpointError(f"{path} says it is of step {body['step']}")
-    for name, expected in body["files"].items():
-        file = path / name
-        if not file.is_file():
-            raise CheckpointError(f"{file} is missing")
-        size = file.stat().st_size
-        if size != expected["bytes"]:
-            raise CheckpointError(f"{file} has {size} bytes instead of {expected['bytes']}; it is truncated or changed")
     with ThreadPoolExecutor() as pool:
-        list(pool.map(lambda name: _check_digest(path / name, body["files"][name]), body["files"]))
+        list(pool.map(lambda name: _verify_file(path / name, **body["files"][name]), body["files"]))
     return dict(body["metadata"])
 
 
-def _check_digest(file: Path, expected: Mapping[str, Any]) -> None:
-    (algorithm,) = expected.keys() - {"bytes"}
+def _verify_file(file: Path, *, bytes: int, **expected: str) -> None:
+    if not file.is_file():
+        raise CheckpointError(f"{file} is missing")
+    if (size := file.stat().st_size) != bytes:
+        raise CheckpointError(f"{file} has {size} bytes instead of {bytes}; it is truncated or changed")
+    (algorithm,) = expected
     if _digest(file, algorithm) != expected[algorithm]:
         raise CheckpointError(f"{file} has another {algorithm} than its manifest says; its bytes changed")
 
 
 def _files(directory: Path, written: Mapping[str, FileDigest]) -> dict[str, FileDigest]:
-    """Every file below a directory, by path; those that are not known from their writer are read."""
+    """Every file below a directory, by path; only those are read whose writer has not told their digests."""
     found = {}
     for path in sorted(directory.rglob("*")):
         if path.is_file():
@@ -190,9 +186,8 @@ def _files(directory: Path, written: Mapping[str, FileDigest]) -> dict[str, File
             if size != found[name].bytes:
                 raise OSError(f"{path} has {size} bytes, and {found[name].bytes} were written")
     if lacking := sorted(written.keys() - found.keys()):
-        raise OSError(
-            f"{directory / lacking[0]} was written and is not here: is run_dir on storage that all nodes share?"
-        )
+        gone = directory / lacking[0]
+        raise OSError(f"{gone} was written and is not here: is run_dir on storage that all nodes share?")
     return found
 
 

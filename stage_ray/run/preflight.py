@@ -164,11 +164,11 @@ def _some(problems: list[str]) -> str:
 
 def unfetched(run: RunConfig) -> dict[str, HfUri]:
     """What a config names in a hub and is not, or not whole, in the cache of this machine."""
-    return {key: uri for key, uri in hub_inputs(run).items() if _in_cache(key, uri) is None}
 
+    def in_cache(key: str, uri: HfUri) -> Path | None:
+        return cached(uri, files_of(key)) if takes_prompts(key) else located(uri.to_uri())
 
-def _in_cache(key: str, uri: HfUri) -> Path | None:
-    return cached(uri, files_of(key)) if takes_prompts(key) else located(uri.to_uri())
+    return {key: uri for key, uri in hub_inputs(run).items() if in_cache(key, uri) is None}
 
 
 def describe(run: RunConfig, *, strict: bool = False) -> str:

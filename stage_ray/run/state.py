@@ -93,8 +93,7 @@ class RunState:
 
         When the context ends, however it ends, nothing is being saved any more.
         """
-        at = self._position
-        prompts = self._run.prompts
+        at, prompts = self._position, self._run.prompts
         weights = [file.weight for file in prompts.files.values()]
         cursor = PromptCursor(self._prompts, self._run.seed, prompts.shuffle, position=at.cursor, weights=weights)
         stream = GroupStream(cluster, self._run, cursor, self._ledger, at.next_group, step=self.step)
@@ -126,9 +125,8 @@ class RunState:
         await self.saved()  # one at a time
         # Without an await between: the ledger at that byte must have these very groups open.
         held = stream.held()
-        redrawn = {
-            str(slot.group_id): stream.redrawn[slot.group_id] for slot in held if slot.group_id in stream.redrawn
-        }
+        ids = [slot.group_id for slot in held]
+        redrawn = {str(group_id): stream.redrawn[group_id] for group_id in ids if group_id in stream.redrawn}
         position = Position(self._ledger.position(), stream.cursor.position, stream.next_group, redrawn=redrawn)
         self._saving = asyncio.create_task(self._save(step, cluster, stream, held, position))
         await asyncio.sleep(0)  # queues `save_state` at the learner before the next update
@@ -239,9 +237,8 @@ def _failures_named(step: int) -> Iterator[None]:
     except LearnerLostError:
         raise
     except (OSError, RunError) as error:
-        raise RunError(
-            f"checkpoint of step {step} could not be written ({error}); the ones before it are whole"
-        ) from error
+        what = f"checkpoint of step {step} could not be written ({error})"
+        raise RunError(f"{what}; the ones before it are whole") from error
 
 
 async def _in_thread(work: Callable[[], object]) -> None:
