@@ -9,9 +9,8 @@ from __future__ import annotations
 import typer
 from typer.exceptions import TyperException
 
-from stage_ray.commands.configs import configs, init
+from stage_ray.commands.configs import configs, fetch, init
 from stage_ray.commands.doctor import doctor
-from stage_ray.commands.fetch import fetch
 from stage_ray.commands.inference import evaluate, generate
 from stage_ray.commands.plan import plan
 from stage_ray.commands.prompts import prompts

@@ -18,8 +18,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 import stage_ray
 from stage_ray.config import RunConfig
 from stage_ray.config.hub import HUB
@@ -42,7 +40,6 @@ class Job:
         run_dir: where the run writes, as the cluster's machines see it.
         entrypoint: shell command of the driver.
         files: what the job carries, name in its working directory to file or directory here.
-        cpus, resources: reserved for the driver; CPUs let it leave the head node.
         digest: of the run directory and the whole config; a name stands for one of them. Not of the code, so that a
             fixed scorer goes on with the run that it broke.
         runtime_env: Ray's, all but the working directory. ``env_vars`` are those of the driver and all workers; they
@@ -53,8 +50,6 @@ class Job:
     run_dir: str
     entrypoint: str
     files: dict[str, Path] = field(repr=False)
-    cpus: float = 0.0
-    resources: dict[str, float] = field(default_factory=dict)
     digest: str = ""
     runtime_env: dict[str, Any] = field(default_factory=dict, repr=False)
 
@@ -75,8 +70,6 @@ def plan_job(
     image_has_code: bool = False,
     scratch: bool = False,
     env: Sequence[str] = (),
-    cpus: float = 0.0,
-    resources: str | None = None,
     runtime_env: Path | None = None,
 ) -> Job:
     """Check everything that can be checked here.
@@ -116,8 +109,6 @@ def plan_job(
         run_dir=run.run_dir,
         entrypoint=shlex.join(command) + here,
         files=files,
-        cpus=cpus,
-        resources=_resources(resources),
         digest=digest,
         # Of a user's directory no hidden file is sent, such as .env, whatever the ignore files say.
         runtime_env=_runtime_env(runtime_env, env) | {"excludes": [".[!.]*"] if working_dir else []},
@@ -227,13 +218,3 @@ def _read_runtime_env(path: Path) -> dict[str, Any]:
     except (OSError, TypeError, ValueError) as error:
         raise ConfigError(f"--runtime-env {path}: {' '.join(str(error).split())}") from error
     return values
-
-
-def _resources(text: str | None) -> dict[str, float]:
-    try:
-        value = yaml.safe_load(text or "{}")
-        return {str(name): float(amount) for name, amount in value.items()}
-    except (AttributeError, TypeError, ValueError, yaml.YAMLError) as error:
-        raise ConfigError(
-            f"--entrypoint-resources {text!r} is not a mapping of names to numbers, such as {{driver: 1}}"
-        ) from error
