@@ -36,7 +36,7 @@ class CheckpointError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """One verified checkpoint: updates done when it was written, its directory, and the JSON data beside its files."""
+    """One verified checkpoint; ``step``: updates done when it was written."""
 
     step: int
     path: Path

@@ -21,10 +21,9 @@ from stage_ray.report.samples import contact_sheet
 
 
 class HeldOutEvaluation:
-    """What a run evaluates with its own workers, and what it makes of that: a ``suite``, by default the run's own.
+    """The evaluations of one ``suite``, by default the run's own, by the run's workers.
 
-    Every evaluation has the same prompts and seeds, so its pictures can be laid side by side; a run that goes on with
-    others says so.
+    All have the same prompts and seeds, so that their pictures can be laid side by side.
     """
 
     def __init__(
@@ -79,8 +78,7 @@ class HeldOutEvaluation:
         return result
 
     async def sample(self, step: int) -> None:
-        """Draw the fixed sample prompts with their fixed seeds, when a picture is due; training does not wait for it,
-        unless it is synchronous."""
+        """Draw the fixed sample prompts when a picture is due; only synchronous training waits for it."""
         if step % self._config.sample_every == 0:
             await self.drawn()
             path = self._dir / "samples" / f"step-{step:06d}.png"

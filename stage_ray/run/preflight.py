@@ -56,9 +56,7 @@ def preflight(run: RunConfig, *, fetch: bool = True) -> RunPrompts:
     ``fetch`` only what is here already is checked.
 
     Raises:
-        ConfigError: the recipe, the sampler, the model family, the benchmark or a tracker is unknown, or has no such
-            option or value, vLLM is a build for GPUs and none is reserved, the object store is too small, or the model
-            directory or a prompt file is missing, incomplete or malformed.
+        ConfigError: the first thing that is unknown, missing, malformed or too small.
     """
     load_recipe(run)
     load_rule(run.rollout)
@@ -97,10 +95,10 @@ def preflight(run: RunConfig, *, fetch: bool = True) -> RunPrompts:
 def drawable_prompts(run: RunConfig, codec: ImageCodec | None, prompts: list[Prompt]) -> list[Prompt]:
     """The prompts that the model (``codec``: of `Policy.check`) has room for.
 
-    All of them, unless ``prompts.too_long`` is drop; a model that is not here has none that is too long.
+    A model that is not here has none that is too long.
 
     Raises:
-        ConfigError: one cannot be drawn and is not to be dropped, or none can; names their lines.
+        ConfigError: one is too long and ``prompts.too_long`` is refuse, or all are; names their lines.
     """
     transform = load_transform(run.rollout)
     if codec is None:
@@ -157,7 +155,6 @@ def _require_scorable(
 
 
 def _some(problems: list[str]) -> str:
-    """The first of them, and how many more there are."""
     more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
     return "; ".join(problems[:SHOWN]) + more
 

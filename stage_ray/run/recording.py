@@ -61,7 +61,7 @@ class StepClock:
         self._laps: dict[str, float] = {}
 
     def lap(self, name: str) -> None:
-        """The time since the last lap belongs to `name`."""
+        """The time since the last lap belongs to ``name``."""
         key, now = f"time/{name}_s", time.perf_counter()
         self._laps[key] = self._laps.get(key, 0.0) + now - self._last  # a step that lost groups waits more than once
         self._last = now
