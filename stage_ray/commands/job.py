@@ -72,7 +72,7 @@ def plan_job(
     env: Sequence[str] = (),
     runtime_env: Path | None = None,
 ) -> Job:
-    """Check everything that can be checked here.
+    """Check everything that can be checked here, and make the job of it; each argument is an option of the command.
 
     Raises:
         ConfigError: a wrong config, a run directory that would be lost, a variable that is not set, a wrong option.
@@ -118,8 +118,8 @@ def plan_job(
 def stage_files(job: Job, directory: Path) -> Path:
     """Make an empty directory into the job's: links to its files, which Ray's client follows, and a file of its own.
 
-    Ray names a package by its content and deletes it when its last job ends. A next attempt that came at that moment
-    with the same content would be told that the cluster has it already, and then find it gone. So no two are the same.
+    By that no two packages are the same. Ray names one by its content and deletes it when its last job ends; a next
+    attempt at that moment with the same content would be told that the cluster has it, and then find it gone.
     """
     for name, path in job.files.items():
         (directory / name).parent.mkdir(parents=True, exist_ok=True)

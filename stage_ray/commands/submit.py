@@ -88,8 +88,7 @@ def submit_job(job: Job, address: str, driver: Mapping[str, Any] | None = None, 
 
     Raises:
         ConfigError: the address is not that of a dashboard.
-        RunError: the cluster does not answer, wants another token, another job writes into the run directory, or the
-            name is that of a job with another config.
+        RunError: the cluster refuses or does not answer, or another job has the run directory or the name.
         Interrupted: Ctrl-C; the job goes on.
     """
     if not re.fullmatch(r"https?://[^/\s]+/?", address):
@@ -119,11 +118,8 @@ def submit_job(job: Job, address: str, driver: Mapping[str, Any] | None = None, 
             return 0
         return _exit_code(_follow(client, name, address))
     except KeyboardInterrupt:
-        raise Interrupted(
-            f"stopped following; job {name} goes on if it was started. Follow it again: the same command. "
-            f"Stop it: ray job stop {name} --address {address}",
-            130,
-        ) from None
+        again = f"Follow it again: the same command. Stop it: ray job stop {name} --address {address}"
+        raise Interrupted(f"stopped following; job {name} goes on if it was started. {again}", 130) from None
 
 
 def _resources(text: str | None) -> dict[str, float] | None:
