@@ -43,7 +43,7 @@ def doctor() -> None:
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One line of the table. ``missing`` means the default job cannot run; ``fix`` says what to do."""
+    """One line of the table; where one is ``missing`` the default job cannot run."""
 
     subject: str
     state: State
@@ -72,7 +72,6 @@ def examine(console: Console | None = None) -> bool:
 
 
 def _judge(subject: str, good: bool, found: str, otherwise: State, fix: str) -> Finding:
-    """Fine where ``good``, else another state with its fix."""
     return Finding(subject, "ok", found) if good else Finding(subject, otherwise, found, fix)
 
 

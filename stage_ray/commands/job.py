@@ -33,7 +33,7 @@ ENVIRONMENT = ("conda", "config", "env_vars", "pip", "py_modules", "uv")  # the 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What a cluster is asked to run; made on this machine alone, nothing sent yet.
+    """What a cluster is asked to run.
 
     Attributes:
         name: submission id of the first attempt; later ones are ``name.2``, ``name.3`` ...
@@ -89,10 +89,9 @@ def plan_job(
         load_rule(run.rollout)
     relative = not Path(run.run_dir).is_absolute()
     if relative and not scratch:
-        raise ConfigError(
-            f"run_dir = {run.run_dir!r} is relative: on the cluster it would lie in the job's temporary directory and "
-            "be lost with it; name shared storage, such as --run-dir /shared/runs/first, or add --scratch"
-        )
+        fix = "name shared storage, such as --run-dir /shared/runs/first, or add --scratch"
+        why = "on the cluster it would lie in the job's temporary directory and be lost with it"
+        raise ConfigError(f"run_dir = {run.run_dir!r} is relative: {why}; {fix}")
     if name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}", name):
         raise ConfigError(f"--id {name!r}: use up to 100 letters, digits, '-' and '_'")
     if working_dir is not None and image_has_code:

@@ -96,11 +96,7 @@ class Plan:
 
 
 def model_sizes(model: str) -> ModelSizes:
-    """Sizes of a known name, or of a local checkpoint directory, whose ``config.json`` is enough.
-
-    Raises:
-        ConfigError: neither; or the directory holds no Janus config.
-    """
+    """Sizes of a known name, or of a directory with the ``config.json`` of a Janus; a ConfigError if it is neither."""
     if known := KNOWN.get(model.lower()):
         return known
     from stage_ray.policies.janus.builder import checkpoint_sizes  # late: it imports torch
@@ -125,10 +121,8 @@ def make_plan(
     if not gib:
         raise ConfigError(f"--gpu {gpu} is neither known ({', '.join(GPUS)}) nor a number of GiB, such as 47")
     if gpus < 3:
-        raise ConfigError(
-            f"--gpus {gpus} is too few: rollout, reward and learner take one each; give --gpus 3 or more, "
-            f"or let roles share a GPU by hand (rollout.gpus and learner.gpus of 0.5)"
-        )
+        fix = "give --gpus 3 or more, or let roles share a GPU by hand (rollout.gpus and learner.gpus of 0.5)"
+        raise ConfigError(f"--gpus {gpus} is too few: rollout, reward and learner take one each; {fix}")
     space = room(gib)
     _check_one_gpu(model, gpu, space, dtype)
     learner = partial(memory.learner_memory, model, prompt=LONGEST_PROMPT, dtype=dtype)
@@ -179,14 +173,13 @@ def _check_one_gpu(model: ModelSizes, gpu: str, space: int, dtype: str) -> None:
     larger = "take a GPU with more memory or a smaller model"
     narrower = "" if dtype == "bfloat16" else ", or take --dtype bfloat16"
     rollout = sum(rollout_memory(model, images=1, dtype=dtype).values())
-    for role, what, size, fix in (
-        ("rollout", f"{model.name} with one image in flight needs", rollout, larger + narrower),
-        ("reward", "the scorers need", sum(REWARD.values()), "take a larger GPU"),
-    ):
+    needs = [
+        (rollout, f"rollout does not fit: {model.name} with one image in flight needs", larger + narrower),
+        (sum(REWARD.values()), "reward does not fit: the scorers need", "take a larger GPU"),
+    ]
+    for size, what, fix in needs:
         if size > space:
-            raise ConfigError(
-                f"{role} does not fit: {what} {size / GIB:.1f} GiB and {gpu} has {space / GIB:.1f} GiB to fill; {fix}"
-            )
+            raise ConfigError(f"{what} {size / GIB:.1f} GiB and {gpu} has {space / GIB:.1f} GiB to fill; {fix}")
 
 
 def config_of(made: Plan) -> dict[str, Any]:
@@ -224,7 +217,6 @@ def config_of(made: Plan) -> dict[str, Any]:
 
 
 def print_plan(made: Plan) -> None:
-    """Everything, top down: who gets what, what fits, the rest in sentences."""
     from rich.console import Console
 
     def gib(size: int) -> str:

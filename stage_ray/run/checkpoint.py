@@ -75,17 +75,14 @@ class CheckpointStore:
     def finish(
         self, step: int, directory: Path, metadata: Mapping[str, Any], written: Mapping[str, FileDigest] | None = None
     ) -> Path:
-        """Give a filled directory of `begin` its final name, which replaces an older checkpoint of this step, and keep
-        the newest ``keep`` and the best; returns the final directory.
-
-        Later checkpoints (damaged ones that a resumed run skipped) do not count.
+        """Give a filled directory of `begin` its final name, in place of an older checkpoint of this step, and `prune`.
 
         Args:
+            metadata: JSON data.
             written: what the learner wrote, by path in ``directory``. It is not read again, but must be there.
 
         Raises:
             OSError: the disk, or a file that is not as it was written; older checkpoints are untouched.
-            TypeError: ``metadata`` is not JSON data.
         """
         files = {name: asdict(file) for name, file in _files(directory, written or {}).items()}
         body = {"format": FORMAT, "step": step, "metadata": dict(metadata), "files": files}
@@ -103,7 +100,7 @@ class CheckpointStore:
         return final
 
     def prune(self, step: int) -> None:
-        """Remove the checkpoints up to ``step`` but for the newest and the best."""
+        """Keep the newest and the best of those up to ``step``; later ones are damaged, and a resume skipped them."""
         best = self.best()
         for older, path in [found for found in self._steps() if found[0] <= step][: -self.keep]:  # all but the newest
             if older != best:
