@@ -1,7 +1,6 @@
 """Signals that end a job: what was trained is saved first; what can be repeated is stopped at once.
 
-Besides SIGINT and SIGTERM these are SIGHUP (the connection was lost) and SIGUSR1 and SIGUSR2, by which schedulers such
-as Slurm say that the time is nearly up.
+SIGHUP says that the connection was lost, SIGUSR1 and SIGUSR2 of schedulers such as Slurm that the time is nearly up.
 """
 
 from __future__ import annotations
