@@ -37,9 +37,6 @@ class JanusCodec(ImageCodec):
     Attributes:
         config, processor: transformers' own.
         vqmodel: the image tokenizer; None where nothing is decoded here.
-
-    Example:
-        JanusCodec.load(PolicyConfig(path="deepseek-community/Janus-Pro-1B"), torch.device("cpu")).codebook()
     """
 
     vqmodel: JanusVQVAE | None = None
