@@ -11,8 +11,6 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from stage_ray.algorithm.divergence import Divergence, exact_divergence
-from stage_ray.samplers import SamplingParams as SamplingParams
-from stage_ray.samplers import process_logits as process_logits
 
 Head = Callable[[Tensor], Tensor]
 LOWEST = -1e3  # in place of minus infinity, which times a probability of 0 is NaN; exp(-1e3) is 0 in float32

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -114,7 +113,7 @@ def build_model(
     image, boi = (tokenizer.convert_tokens_to_ids(token) for token in (tokenizer.image_token, tokenizer.boi_token))
     vq = build_vq_config(sizes)
     config = JanusConfig(text_config=text, vision_config=vision, vq_config=vq, image_token_id=image)
-    with nullcontext() if seed is None else torch.random.fork_rng():
+    with torch.random.fork_rng(enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
         model = JanusForConditionalGeneration(config)
@@ -148,11 +147,7 @@ def write_checkpoint(directory: Path, model: JanusForConditionalGeneration, proc
 
 
 def checkpoint_sizes(model: str) -> ModelSizes:
-    """Sizes of a local checkpoint directory (or package:MODULE/DIR), whose ``config.json`` is enough.
-
-    Raises:
-        ConfigError: there is none, or it holds no Janus config.
-    """
+    """Sizes of a local checkpoint, of which ``config.json`` is enough; a ConfigError where there is none of Janus."""
     directory = resolve_path(model) if model.startswith(PACKAGE) else Path(model).expanduser()
     if not (directory / "config.json").is_file():
         raise ConfigError(
