@@ -26,8 +26,12 @@ class TorchEngine(ImageEngine):
         self.dtype = compute_dtype(rollout.dtype, device)
         self._policy = load_policy(policy, device=device, dtype=self.dtype, trainable=False)
         self.codec = self._policy.codec
-        with torch.no_grad():  # of every image token, once: the modules that make them are not trained
-            self._image_embeds = self._policy.embed_image_tokens(torch.arange(self.codebook_size, device=device))
+        self._embed_image_tokens()
+
+    @torch.no_grad()
+    def _embed_image_tokens(self) -> None:
+        """Embed every image token once a version: a family may train the modules that do it."""
+        self._image_embeds = self._policy.embed_image_tokens(torch.arange(self.codebook_size, device=self._device))
 
     def weight_shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Names and shapes of the trained parameters."""
@@ -41,6 +45,7 @@ class TorchEngine(ImageEngine):
                 parameter.data = tensors[name].to(parameter.dtype)  # no copy where the dtype is the same
             else:
                 parameter.copy_(tensors[name])
+        self._embed_image_tokens()
 
     def offload(self) -> None:
         """Move the model to the machine's memory; caches live only as long as a batch."""

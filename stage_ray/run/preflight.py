@@ -114,8 +114,8 @@ def drawable_prompts(run: RunConfig, codec: ImageCodec | None, prompts: list[Pro
             problems.append(f"{prompt.where or '--prompt'}: {error}{made}")
     if problems and (run.prompts.too_long == "refuse" or not kept):
         raise ConfigError(
-            f"{len(problems)} of {len(prompts)} prompts cannot be drawn: {_some(problems)}; shorten them, raise "
-            "rollout.max_prompt_tokens where the model has room, or set prompts.too_long=drop"
+            f"{len(problems)} of {len(prompts)} prompts cannot be drawn: {_some(problems)}; correct or shorten them, "
+            "raise rollout.max_prompt_tokens where the model has room, or set prompts.too_long=drop"
         )
     if problems:
         log.warning("%d of %d prompts are dropped: %s", len(problems), len(prompts), _some(problems))

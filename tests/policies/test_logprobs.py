@@ -14,14 +14,8 @@ from stage_ray.algorithm.divergence import Divergence, exact_divergence
 from stage_ray.config import PolicyConfig
 from stage_ray.policies import load_policy, logprobs
 from stage_ray.policies.janus import JanusPolicy
-from stage_ray.policies.logprobs import (
-    SamplingParams,
-    chunked_divergence,
-    chunked_logprobs,
-    process_logits,
-    token_logprobs,
-)
-from stage_ray.samplers import TokenRule
+from stage_ray.policies.logprobs import chunked_divergence, chunked_logprobs, token_logprobs
+from stage_ray.samplers import SamplingParams, TokenRule, process_logits
 from stage_ray.samplers.entropy_informed import EntropyInformedRule
 from stage_ray.samplers.guided import GuidedRule
 from tests.tiny import CODES, IMAGE_TOKENS, tiny_janus
