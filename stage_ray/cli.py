@@ -10,6 +10,7 @@ import typer
 from typer.exceptions import TyperException
 
 from stage_ray.commands.configs import configs, fetch, init
+from stage_ray.commands.convert import convert
 from stage_ray.commands.doctor import doctor
 from stage_ray.commands.inference import evaluate, generate
 from stage_ray.commands.plan import plan
@@ -30,7 +31,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (init, train, fetch, prompts, submit, evaluate, generate, pretrain, bench, plan, report):
+for command in (init, train, fetch, convert, prompts, submit, evaluate, generate, pretrain, bench, plan, report):
     app.command(no_args_is_help=True)(command)
 app.command()(configs)  # a bare command does its work
 app.command()(metrics)

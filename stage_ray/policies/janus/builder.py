@@ -110,21 +110,26 @@ def build_model(
         depth=sizes.aligner_layers,
         num_image_tokens=sizes.side**2,
     )
-    image, boi = (tokenizer.convert_tokens_to_ids(token) for token in (tokenizer.image_token, tokenizer.boi_token))
+    image = tokenizer.convert_tokens_to_ids(tokenizer.image_token)
     vq = build_vq_config(sizes)
     config = JanusConfig(text_config=text, vision_config=vision, vq_config=vq, image_token_id=image)
     with torch.random.fork_rng(enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
         model = JanusForConditionalGeneration(config)
-    model.generation_config = GenerationConfig(
+    model.generation_config = generation_config(tokenizer, guidance_scale)
+    return model.eval()
+
+
+def generation_config(tokenizer: PreTrainedTokenizerFast, guidance_scale: float) -> GenerationConfig:
+    """What transformers' own image sampling reads: the ids of special tokens, temperature and guidance."""
+    return GenerationConfig(
         do_sample=True,
         temperature=1.0,
         guidance_scale=guidance_scale,
-        generation_kwargs={"boi_token_id": boi},
-        **special,
+        generation_kwargs={"boi_token_id": tokenizer.convert_tokens_to_ids(tokenizer.boi_token)},
+        **{f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")},
     )
-    return model.eval()
 
 
 def build_processor(sizes: JanusSizes, tokenizer: PreTrainedTokenizerFast, chat_template: str) -> JanusProcessor:
