@@ -84,7 +84,7 @@ def check_directory(directory: Path, model_type: str | Sequence[str], key: str =
     if found == DEEPSEEK and found not in allowed:
         raise ConfigError(
             f"{key}: {directory} is in the layout of DeepSeek's own code (model_type {found!r}), which transformers "
-            f"does not read; run `stage-ray convert {directory} OUT` and name OUT here"
+            "does not read; convert it with `stage-ray convert SOURCE OUT`, and name OUT here"
         )
     if found not in allowed:
         needs = "policy.family needs" if key == KEY else "it needs"

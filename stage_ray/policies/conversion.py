@@ -81,7 +81,7 @@ class Layout(ABC):
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One file to be written: its name, the source's file and tensors, their new names, its size and main dtype."""
+    """One file to be written: its name, the source's file and tensors, their new names, and its size."""
 
     name: str
     source: Path

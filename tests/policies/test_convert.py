@@ -114,13 +114,15 @@ def test_weights_that_a_trainer_saved_need_no_processor_files(original, tmp_path
     source = publish(tmp_path / "source", {n: t.bfloat16() for n, t in original.state_dict().items()}, "*.safetensors")
     for name in ("tokenizer_config.json", "processor_config.json", "preprocessor_config.json"):
         (source / name).unlink()
-    language = CONFIG["language_config"] | {"rms_norm_eps": 1e-6, "rope_theta": 10000.0, "tie_word_embeddings": False}
+    more = {"rope_theta": 5000.0, "rope_scaling": None, "tie_word_embeddings": False, "top_k": 50, "_name_or_path": "a"}
+    language = CONFIG["language_config"] | more
     (source / "config.json").write_text(json.dumps(CONFIG | {"language_config": language, "tie_word_embeddings": True}))
     out = convert(tmp_path)
     tensors = {name: tensor for file in weight_files(out) for name, tensor in load_file(file).items()}
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
     assert torch.equal(tensors["lm_head.weight"], original.language_model.lm_head.weight.bfloat16())
-    assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
+    config = JanusForConditionalGeneration.from_pretrained(out).config
+    assert config.dtype == torch.bfloat16 and config.text_config.rope_parameters["rope_theta"] == 5000
     assert load(out).codec.encode_prompt(TEXT).conditional[0] == 1
     assert AutoProcessor.from_pretrained(out).image_processor.size["height"] == PIXELS
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -44,6 +45,24 @@ TOKENS = {  # special token -> its key in processor_config.json, and the default
     "pad_token": ("pad_tag", "<｜▁pad▁｜>"),
 }
 ENDS = {"bos_token": "<｜begin▁of▁sentence｜>", "eos_token": "<｜end▁of▁sentence｜>"}
+TEXT_KEYS = (  # of ``language_config``: what describes the model; trainers save sampling and file settings too
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_act",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "rope_theta",
+    "rope_scaling",
+    "rope_parameters",
+    "attention_bias",
+    "mlp_bias",
+    "tie_word_embeddings",
+)
 
 UNUSED = re.compile(r"vision_model\.vision_tower\.attn_pool\.|gen_vision_model\.quantize\.codebook_used$|.*\.inv_freq$")
 RENAMED = [
@@ -90,9 +109,11 @@ class DeepSeekLayout(Layout):
         return config.get("model_type") == DEEPSEEK
 
     def __init__(self, source: Path, config: Mapping[str, Any], template: str) -> None:
-        self.source = source
         self.tokenizer = _tokenizer(source)
-        self.config = _config(source, config, self.tokenizer)
+        try:
+            self.config = _config(source, config, self.tokenizer)
+        except (StrictDataclassError, TypeError, AttributeError) as error:
+            raise ConfigError(f"{KEY}: {source / 'config.json'} describes no Janus model: {error}") from error
         chat_template = resolve_path(CHAT_TEMPLATE).read_text(encoding="utf-8")
         for official, paper in PAPER_ROLES.items() if template == "paper" else ():
             chat_template = chat_template.replace(official, paper)
@@ -170,9 +191,8 @@ def _config(source: Path, config: Mapping[str, Any], tokenizer: PreTrainedTokeni
     layers = min(count, count + select + 1 if select <= 0 else select)
     text = dict(config.get("language_config") or {})
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    tied = bool(text.get("tie_word_embeddings", False))  # Llama's default; that of transformers' Janus is True
     return JanusConfig(
-        text_config=LlamaConfig(**{key: text[key] for key in text if key not in NOT_TAKEN} | special),
+        text_config=LlamaConfig(**{key: text[key] for key in TEXT_KEYS if text.get(key) is not None} | special),
         vision_config=JanusVisionConfig(
             **(tower | {"num_hidden_layers": layers}),
             image_size=vision["image_size"],
@@ -189,12 +209,8 @@ def _config(source: Path, config: Mapping[str, Any], tokenizer: PreTrainedTokeni
             image_token_embed_dim=head["n_embed"],
         ),
         image_token_id=tokenizer.convert_tokens_to_ids(tokenizer.image_token),
-        tie_word_embeddings=tied,
+        tie_word_embeddings=bool(text.get("tie_word_embeddings")),  # Llama's default; transformers' Janus ties
     )
-
-
-NOT_TAKEN = ("architectures", "torch_dtype", "dtype", "_name_or_path", "transformers_version")
-"""Keys of ``language_config`` that say how a file was written."""
 
 
 def _known(table: Mapping[str, Any], name: Any, key: str) -> dict[str, Any]:
