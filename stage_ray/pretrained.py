@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ NOT_EXPORTED = (".safetensors", ".bin", ".pt", ".pth", ".md", ".gguf", ".h5", ".
 DEEPSEEK = "multi_modality"  # the layout of DeepSeek's own code, which transformers does not read
 
 
-def local_checkpoint(path: str, model_type: str, key: str = KEY) -> Path:
+def local_checkpoint(path: str, model_type: str | Sequence[str], key: str = KEY) -> Path:
     """The directory that holds a checkpoint, checked; a hub id is downloaded to (or found in) the hub's cache first.
 
     ``path`` is a directory, ``package:MODULE/DIR``, or ``OWNER/NAME[@REVISION]`` of a hub.
@@ -58,10 +59,13 @@ def located(path: str) -> Path | None:
     if uri is None:
         return resolve_path(path)
     directory = cached(uri, MODEL_FILES)
-    return directory if directory is not None and _has_weights(directory) else None
+    with suppress(ConfigError):  # the cache also keeps what was left of a download, or a config alone
+        if directory is not None and all(file.is_file() for file in weight_files(directory)):
+            return directory
+    return None
 
 
-def check_directory(directory: Path, model_type: str, key: str = KEY) -> None:
+def check_directory(directory: Path, model_type: str | Sequence[str], key: str = KEY) -> None:
     """Check ``config.json`` and every weight file of a local checkpoint (headers and sizes only, nothing is loaded).
 
     Raises:
@@ -76,14 +80,15 @@ def check_directory(directory: Path, model_type: str, key: str = KEY) -> None:
             f"({base}) with peft's merge_and_unload, save that, and give its directory"
         )
     found = read_object(directory / "config.json", key).get("model_type")
-    if found == DEEPSEEK and model_type != DEEPSEEK:
+    allowed = [model_type] if isinstance(model_type, str) else model_type
+    if found == DEEPSEEK and found not in allowed:
         raise ConfigError(
             f"{key}: {directory} is in the layout of DeepSeek's own code (model_type {found!r}), which transformers "
             "does not read; convert it with `stage-ray convert SOURCE OUT`, and name OUT here"
         )
-    if found != model_type:
+    if found not in allowed:
         needs = "policy.family needs" if key == KEY else "it needs"
-        raise ConfigError(f"{key}: {directory} holds a {found!r} model, but {needs} {model_type!r}")
+        raise ConfigError(f"{key}: {directory} holds a {found!r} model, but {needs} {' or '.join(map(repr, allowed))}")
     for file in weight_files(directory, key):
         if not file.is_file():
             raise ConfigError(f"{key}: {file} is missing, though {WEIGHTS_INDEX} names it; copy or download it again")
@@ -137,14 +142,6 @@ def weight_files(directory: Path, key: str = KEY) -> list[Path]:
             "load it with transformers where you trust it, and save_pretrained() writes safetensors"
         )
     raise ConfigError(f"{key}: {directory} has no {WEIGHTS}; the model directory is incomplete")
-
-
-def _has_weights(directory: Path) -> bool:
-    """Whether its weights are all there: the cache also keeps what was left of a download, or a config alone."""
-    try:
-        return all(file.is_file() for file in weight_files(directory))
-    except ConfigError:
-        return False
 
 
 def read_tensors(directory: Path, prefixes: tuple[str, ...], key: str = KEY) -> dict[str, Tensor]:
@@ -229,14 +226,12 @@ def export_checkpoint(
         (partial / name).write_text(text, encoding="utf-8")
     for path in (*partial.iterdir(), partial):
         sync_path(path)  # before it replaces another
+    old = directory.with_name(f".{directory.name}.replaced")
     if directory.exists():
-        old = directory.with_name(f".{directory.name}.replaced")
         shutil.rmtree(old, ignore_errors=True)
         os.rename(directory, old)
-        os.rename(partial, directory)
-        shutil.rmtree(old)
-    else:
-        os.rename(partial, directory)
+    os.rename(partial, directory)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def read_object(file: Path, key: str = KEY) -> dict[str, Any]:

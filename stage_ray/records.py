@@ -28,7 +28,8 @@ class Prompt:
 
     ``record`` is the whole line as read (GenEval's format: ``tag``, ``include``, ``exclude``, ``prompt``); scorers that
     need only text read ``text``. ``where`` says where it was read, for messages: "prompts.jsonl, line 3". ``index`` is
-    unique over all files of ``prompts.train``; ``source`` is the number of the prompt's own among them.
+    unique over all files of ``prompts.train``; ``source`` is the number of the prompt's own among them. ``drawn`` is
+    the text that images were generated from, where a prompt transform made another of ``text``.
     """
 
     index: int
@@ -36,6 +37,12 @@ class Prompt:
     record: Mapping[str, Any] = field(default_factory=dict)
     where: str = field(default="", compare=False)
     source: int = field(default=0, compare=False)
+    drawn: str = ""
+
+    @property
+    def drawn_text(self) -> str:
+        """What images are generated from; scorers judge ``text``."""
+        return self.drawn or self.text
 
 
 @dataclass(frozen=True, slots=True)

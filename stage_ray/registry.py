@@ -6,7 +6,7 @@ recipe, family or benchmark is one new file: no list of names is kept anywhere.
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,3 +80,9 @@ def import_dotted(name: str, key: str) -> Any:
         raise ConfigError(f"{key} {name!r}: no module named {error.name!r}") from error
     except AttributeError as error:
         raise ConfigError(f"{key} {name!r}: module {module!r} has no {attribute!r}") from error
+
+
+def require_extra(extra: str, *modules: str) -> None:
+    """Raise a ConfigError that names the extra where one of its modules is not installed."""
+    if missing := [module for module in modules if importlib.util.find_spec(module) is None]:
+        raise ConfigError(f"{', '.join(missing)} is not installed here; pip install 'stage-ray[{extra}]'")

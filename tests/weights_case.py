@@ -14,9 +14,8 @@ from stage_ray.actors.client import Client
 from stage_ray.bench.base import bench_run
 from stage_ray.cluster.cluster import Cluster
 from stage_ray.cluster.placement import Actors, actor_of
-from stage_ray.config import RunConfig, ScoringPool
+from stage_ray.config import RolloutConfig, RunConfig, ScoringPool
 from stage_ray.engines.base import ImageEngine
-from stage_ray.engines.sampling import SamplingParams
 from stage_ray.workers.learner import LearnerWorker
 from stage_ray.workers.reward import RewardClient
 from stage_ray.workers.rollout import RolloutClient, RolloutWorker
@@ -58,7 +57,7 @@ class WeightsEngine(ImageEngine):
     """An engine that only takes weights: the checks of every engine, then what `TorchEngine` does with them."""
 
     def __init__(self, nbytes: int) -> None:
-        super().__init__("test", 1, SamplingParams())
+        super().__init__("test", RolloutConfig())
         self.tensors: Mapping[str, Tensor] = tensors_of(nbytes)
 
     def weight_shapes(self) -> Mapping[str, tuple[int, ...]]:

@@ -19,10 +19,6 @@ def informative_scorers(scores: Tensor) -> Tensor:
 
     Raises:
         ValueError: wrong shape, fewer than two images, or a score that is not finite.
-
-    Example:
-        >>> informative_scorers(torch.tensor([[[1.0, 0.5], [0.0, 0.5]]])).tolist()
-        [[True, False]]
     """
     if scores.dim() != 3 or scores.shape[1] < 2:
         raise ValueError(f"scores must be [N, G, R] with at least 2 images a group, not {list(scores.shape)}")
@@ -45,7 +41,7 @@ def combine_rewards(scores: Tensor, *, weights: Tensor | None = None, drop_const
         float [N, G].
 
     Raises:
-        ValueError: wrong shape, fewer than two images, or a score that is not finite.
+        ValueError: of `informative_scorers`, or another number of weights.
 
     Example:
         >>> scores = torch.tensor([[[1.0, 0.5], [0.0, 0.5]]])

@@ -1,7 +1,6 @@
 """The frame: a bench declares variants, their trials run in turn, and each claim about them is a row.
 
-Every variant lives in a fresh process of its own, so that state which leaks (vLLM's environment, Ray, the peak of the
-resident memory) stays there, and what slows the machine for a minute slows all variants alike.
+Every variant has a fresh process: what leaks (vLLM's environment, Ray, the peak of the resident memory) stays there.
 """
 
 from __future__ import annotations
@@ -97,7 +96,7 @@ class Variant:
 def interleave(
     variants: Sequence[Variant], *, repeats: int, progress: Progress, title: str, warmups: int = 1
 ) -> dict[str, list[Measurement]]:
-    """Run the trials of the variants in turn, A B A B, each with every core while the others wait.
+    """Run the trials of the variants in turn, A B A B, so that what slows the machine for a minute slows all alike.
 
     Returns the measurements of each variant by its name, without the first ``warmups``. Raises a RunError where a
     variant fails; it says why and where its log is.
@@ -136,9 +135,9 @@ def _process(variant: Variant, logs: Path) -> Iterator[Callable[[], Measurement]
     process.start()
     other_end.close()
 
-    def ask(question: Variant | bool) -> Measurement:
+    def trial() -> Measurement:
         try:
-            pipe.send(question)
+            pipe.send(True)
             found, error = pipe.recv()
         except (EOFError, OSError):
             process.join()
@@ -148,8 +147,8 @@ def _process(variant: Variant, logs: Path) -> Iterator[Callable[[], Measurement]
         return found
 
     try:
-        ask(variant)
-        yield lambda: ask(True)
+        pipe.send(variant)
+        yield trial
     finally:
         with suppress(OSError):  # it has ended already
             pipe.send(False)
@@ -163,7 +162,6 @@ def _serve(pipe: Connection, log: str, cpus: int) -> None:
     redirect_output(log)
     try:
         variant: Variant = pipe.recv()
-        pipe.send(({}, ""))
         trials = variant.trials(**variant.options)
         while pipe.recv():
             pipe.send((next(trials), ""))

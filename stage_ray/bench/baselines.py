@@ -17,7 +17,6 @@ from stage_ray.bench.inputs import equal_prompts, groups_of
 from stage_ray.config import PolicyConfig, RunConfig
 from stage_ray.learner.batch import make_batch
 from stage_ray.learner.learner import Learner
-from stage_ray.learner.precision import autocast
 from stage_ray.policies.base import PromptIds
 from stage_ray.policies.devices import device_for
 from stage_ray.policies.janus import JanusPolicy
@@ -80,10 +79,7 @@ def full_logprobs(logits: Tensor, tokens: Tensor) -> TokenLogprobs:
 
 
 class PlainLearner(Learner):
-    """The learner with its update written down directly: one batch, all logits, one backward.
-
-    Entropies of the policy come from its own forward, not from the engine.
-    """
+    """The learner with its update written down directly: one batch, all logits and their entropies, one backward."""
 
     policy: JanusPolicy
 
@@ -97,7 +93,7 @@ class PlainLearner(Learner):
         images = torch.arange(len(tokens), device=device)
         prompts = [ids.conditional for ids in batch.prompts_of(images)]
         self._optimizer.zero_grad(set_to_none=True)
-        with autocast(self._bfloat16, device):
+        with torch.autocast(device.type, torch.bfloat16, enabled=self._bfloat16):
             found = full_logprobs(policy.image_logits(prompts, tokens), tokens)
             with torch.no_grad():
                 fixed = full_logprobs(self._reference.image_logits(prompts, tokens), tokens)
@@ -116,8 +112,8 @@ class PlainLearner(Learner):
 class SingleProcessTrainer:
     """The whole training step in one process: sample from the model that is trained, decode, score, `PlainLearner`.
 
-    As in the published code, no forward is run for log-probabilities alone. All prompts of a step are sampled in one
-    batch; to need no padding they are equally long, which makes this a little faster than any prompts would.
+    As in the published code, no forward is run for log-probabilities alone. All prompts of a step are one batch; they
+    are equally long, which makes this a little faster than any prompts would.
     """
 
     def __init__(self, run: RunConfig) -> None:

@@ -33,6 +33,9 @@ def evaluate(
     address: AddressOption = None,
     workers: WorkersOption = None,
     json_file: Annotated[Path | None, Option("--json", help="Also write the whole result here")] = None,
+    pictures: Annotated[
+        Path | None, Option(metavar="DIR", help="Also write the pictures here, laid out as the suite's own code has it")
+    ] = None,
 ) -> None:
     """Draw held-out prompts with a model and score the pictures.
 
@@ -55,6 +58,7 @@ def evaluate(
         address=address,
         workers=workers,
         json_file=json_file,
+        pictures=pictures,
     )
     width = max(map(len, result.metrics), default=0)
     for name, metric in result.metrics.items():

@@ -1,8 +1,6 @@
 """A run's configuration: schema, file, paths, and the hardware it meets. Imports neither torch, ray nor vllm."""
 
 # ruff: noqa: F401  they are here for other rooms
-from stage_ray.config.base import Section
-from stage_ray.config.prompts import PromptFile, PromptsConfig
 from stage_ray.config.schema import (
     AlgorithmConfig,
     LearnerConfig,
@@ -11,4 +9,12 @@ from stage_ray.config.schema import (
     RunConfig,
     SuiteConfig,
 )
-from stage_ray.config.scoring import OWN_POOL, RewardConfig, RuntimeEnvConfig, ScoringConfig, ScoringPool
+from stage_ray.config.sections import (
+    OWN_POOL,
+    PromptsConfig,
+    RewardConfig,
+    RuntimeEnvConfig,
+    ScoringConfig,
+    ScoringPool,
+    Section,
+)

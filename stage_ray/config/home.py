@@ -15,10 +15,7 @@ log = logging.getLogger(__name__)
 def ensure_home() -> None:
     """Where the home directory is missing or closed, let libraries keep their caches in another one, and say so.
 
-    Models that Hugging Face has cached in a closed one are still found.
-
-    Raises:
-        ConfigError: no other directory can be used either.
+    Models that Hugging Face has cached in a closed one are still found. Raises as `private_directory`.
     """
     try:
         getpass.getuser()

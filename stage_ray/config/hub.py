@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -52,7 +53,7 @@ def hub_uri(location: str) -> HfUri | None:
 
 
 def is_pinned(uri: HfUri) -> bool:
-    """Whether its revision is a whole commit, which never means anything else."""
+    """Whether its revision is a whole commit."""
     return COMMIT.fullmatch(uri.revision or "") is not None
 
 
@@ -82,20 +83,10 @@ def commit_of(uri: HfUri, key: str) -> str:
 
 def cached(uri: HfUri, patterns: Sequence[str]) -> Path | None:
     """What `download` gives, if all of it is in the cache of this machine; the hub is not asked."""
-    from huggingface_hub import snapshot_download
-
-    try:
-        root = snapshot_download(
-            uri.id,
-            repo_type=uri.type,
-            revision=uri.revision,
-            allow_patterns=_below(uri.path_in_repo, patterns),
-            local_files_only=True,
-        )
-    except _errors():
-        return None
-    path = Path(root, uri.path_in_repo)
-    return path if path.exists() else None
+    with suppress(*_errors()):
+        path = _snapshot(uri, patterns, local_files_only=True)
+        return path if path.exists() else None
+    return None
 
 
 def download(uri: HfUri, patterns: Sequence[str], key: str) -> Path:
@@ -104,14 +95,10 @@ def download(uri: HfUri, patterns: Sequence[str], key: str) -> Path:
     Raises:
         ConfigError: as `commit_of`, or the repository has no such file.
     """
-    from huggingface_hub import snapshot_download
-
-    allowed = _below(uri.path_in_repo, patterns)
     try:
-        root = snapshot_download(uri.id, repo_type=uri.type, revision=uri.revision, allow_patterns=allowed)
+        path = _snapshot(uri, patterns)
     except _errors() as error:
         raise ConfigError(f"{key}: {_reason(uri, error)}") from error
-    path = Path(root, uri.path_in_repo)
     if not path.exists():
         raise ConfigError(f"{key}: {named(uri)}: the repository has no {uri.path_in_repo}")
     return path
@@ -122,45 +109,50 @@ def named(uri: HfUri) -> str:
     return f"{uri.id}@{uri.revision}" if uri.revision else uri.id
 
 
-def _below(path: str, patterns: Sequence[str]) -> list[str]:
-    return [path, *(f"{path}/{pattern}" for pattern in patterns)] if path else list(patterns)
+def _snapshot(uri: HfUri, patterns: Sequence[str], local_files_only: bool = False) -> Path:
+    """Where a repository's file or directory is now, if it has it."""
+    from huggingface_hub import snapshot_download
+
+    inside = uri.path_in_repo
+    allowed = [inside, *(f"{inside}/{pattern}" for pattern in patterns)] if inside else list(patterns)
+    root = snapshot_download(
+        uri.id,
+        repo_type=uri.type,
+        revision=uri.revision,
+        allow_patterns=allowed,
+        local_files_only=local_files_only,
+    )
+    return Path(root, inside)
 
 
 def _errors() -> tuple[type[Exception], ...]:
     """What huggingface_hub raises where a repository cannot be had; OSError is a full disk too."""
     from httpx2 import HTTPError
-    from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RevisionResolutionError
+    from huggingface_hub import errors
 
-    return HTTPError, EntryNotFoundError, HFValidationError, RevisionResolutionError, OSError
+    return HTTPError, errors.EntryNotFoundError, errors.HFValidationError, errors.RevisionResolutionError, OSError
 
 
 def _reason(uri: HfUri, error: Exception) -> str:
     """One sentence that says what is wrong with a repository and what helps."""
+    from huggingface_hub import errors
     from huggingface_hub.constants import HF_HUB_CACHE
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-        RevisionResolutionError,
-    )
 
     match error:
-        case GatedRepoError():
+        case errors.GatedRepoError():
             return f"{uri.id} is gated: accept its terms at {uri.to_url()}, and set HF_TOKEN to a token of that account"
-        case RepositoryNotFoundError():
+        case errors.RepositoryNotFoundError():
             return (
                 f"{uri.id} is no directory here and was not found on the hub; check the name, or set HF_TOKEN to a "
                 "token that may read it if it is private"
             )
-        case RevisionNotFoundError():
+        case errors.RevisionNotFoundError():
             return f"{uri.id} has no revision {uri.revision!r} on the hub; name a branch, a tag or a commit of it"
-        case HfHubHTTPError() if error.response.status_code in (401, 403):
+        case errors.HfHubHTTPError() if error.response.status_code in (401, 403):
             return (
                 f"the hub refuses {named(uri)} ({error.response.status_code}); set HF_TOKEN to a token that may read it"
             )
-        case LocalEntryNotFoundError() | RevisionResolutionError():
+        case errors.LocalEntryNotFoundError() | errors.RevisionResolutionError():
             return (
                 f"{named(uri)} is no directory here, is not (or not whole) in the cache {HF_HUB_CACHE}, and the hub "
                 "cannot be reached; run `stage-ray fetch CONFIG` where it can be, or name a directory"

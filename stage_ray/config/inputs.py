@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from stage_ray.config.hub import HUB, MODEL_FILES, PROMPT_FILES, at_commit, commit_of, hub_uri
-from stage_ray.config.load import build_config
+from stage_ray.config.load import validate_config
 from stage_ray.config.schema import RunConfig
 
 if TYPE_CHECKING:
@@ -20,7 +20,6 @@ SECTIONS: dict[str, Any] = {
     "rewards": {"__all__": {"options"}},
     "evaluation": {"suites": {"__all__": {"prompts": True, "rewards": {"__all__": {"options"}}}}},
 }
-MODEL_KEYS = ("path", "reference")  # names of keys that take a model: a directory or a hub id
 
 
 def inputs(run: RunConfig) -> dict[str, str]:
@@ -44,20 +43,19 @@ def pin(run: RunConfig, known: Mapping[str, str]) -> tuple[RunConfig, dict[str, 
     Raises:
         ConfigError: as `commit_of`.
     """
-    commits: dict[str, str] = {}
-    pinned = []
+    commits, pinned, config = dict[str, str](), [], leaves(run.model_dump(mode="json"))
     for key, uri in hub_inputs(run).items():
-        location = inputs(run)[key]
-        if "@" not in location and _of_own_scorer(run, key):
+        location, (scorer, option, _) = config[key], key.partition(".options.")
+        if option and "." in config[f"{scorer}.type"] and "@" not in location:
             continue
         commits[location] = known.get(location) or commits.get(location) or commit_of(uri, key)
         pinned.append(f"{key}={json.dumps(at_commit(uri, commits[location]))}")
-    return (build_config(run.model_dump(mode="json"), pinned), commits) if pinned else (run, commits)
+    return (validate_config(run.model_dump(mode="json"), pinned), commits) if pinned else (run, commits)
 
 
 def takes_model(key: str) -> bool:
     """Whether a key's value is a directory with a model, or a repository."""
-    return not key.startswith("prompts.") and key.rpartition(".")[2] in MODEL_KEYS
+    return not key.startswith("prompts.") and key.rpartition(".")[2] in ("path", "reference")
 
 
 def takes_prompts(key: str) -> bool:
@@ -73,15 +71,6 @@ def takes_prompts(key: str) -> bool:
 def files_of(key: str) -> tuple[str, ...]:
     """Patterns of the files that are downloaded for a key."""
     return PROMPT_FILES if takes_prompts(key) else MODEL_FILES
-
-
-def _of_own_scorer(run: RunConfig, key: str) -> bool:
-    """Whether a key is an option of a scorer of the user's own."""
-    scorer, options, _ = key.partition(".options.")
-    value: Any = run
-    for part in scorer.split("."):
-        value = value[int(part)] if part.isdigit() else getattr(value, part)
-    return bool(options) and "." in value.type
 
 
 def leaves(value: Any, key: str = "") -> dict[str, Any]:

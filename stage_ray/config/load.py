@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from stage_ray.config import RunConfig
 from stage_ray.config.paths import PACKAGE, resolve_path
-from stage_ray.config.prompts import FORMS
+from stage_ray.config.sections import FORMS
 from stage_ray.config.shipped import config_path
 from stage_ray.errors import ConfigError, impossible, suggest
 
@@ -30,8 +30,7 @@ def load_config(
     beside it or ``package:MODULE/FILE``: what it says goes on top, section by section.
 
     Raises:
-        ConfigError: missing or unreadable file (with the nearest shipped name), unknown key (with the nearest right
-            one), impossible value.
+        ConfigError: missing or unreadable file, unknown key, impossible value; names the nearest right one.
 
     Example:
         load_config("stage_shapeworld", ["learner.lr=1e-5", "rewards.0.weight=2"], run_dir="runs/slow")
@@ -42,7 +41,7 @@ def load_config(
     data.pop("base", None)
     if run_dir is not None:
         overrides = [*(overrides or []), f"run_dir={json.dumps(str(run_dir))}"]
-    return build_config(data, overrides, source=str(path))
+    return validate_config(data, overrides, source=str(path))
 
 
 def config_files(config: str | Path) -> list[Path]:
@@ -76,13 +75,6 @@ def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     return below | both
 
 
-def build_config(data: dict[str, Any], overrides: Sequence[str] | None = None, source: str = "config") -> RunConfig:
-    """Apply ``KEY=VALUE`` overrides to plain data and validate; raises a `ConfigError` as `load_config` does."""
-    for override in overrides or []:
-        _apply_override(data, override)
-    return validate_config(data, source)
-
-
 def read_mapping(path: Path, what: str, known: str) -> dict[str, Any]:
     """The mapping that a YAML file holds; ``what`` names the file in errors, ``known`` ends the one of another value.
 
@@ -98,8 +90,10 @@ def read_mapping(path: Path, what: str, known: str) -> dict[str, Any]:
     return data
 
 
-def validate_config(data: dict[str, Any], source: str = "config") -> RunConfig:
-    """Validate plain data into a `RunConfig`; raises a `ConfigError` as `load_config` does."""
+def validate_config(data: dict[str, Any], overrides: Sequence[str] | None = None, source: str = "config") -> RunConfig:
+    """Apply ``KEY=VALUE`` overrides to plain data and validate; raises a `ConfigError` as `load_config` does."""
+    for override in overrides or []:
+        _apply_override(data, override)
     try:
         return RunConfig.model_validate(data)
     except ValidationError as error:
@@ -137,9 +131,9 @@ def _explain(item: Any) -> str:
     *parents, last = location = [str(part) for part in item["loc"] if part not in FORMS] or ["config"]
     key = ".".join(location)
     if item["type"] == "extra_forbidden":
-        fix = suggest(last, _fields_at(parents), "".join(f"{part}." for part in parents))
-        fix = REVISION if last == "revision" else fix
-        return f"unknown key {key!r}: " + (f"it is called {RENAMED[key]!r} now" if key in RENAMED else fix)
+        nearest = suggest(last, _fields_at(parents), "".join(f"{part}." for part in parents))
+        renamed = f"it is called {RENAMED[key]!r} now" if key in RENAMED else ""
+        return f"unknown key {key!r}: {renamed or (REVISION if last == 'revision' else nearest)}"
     if item["type"] == "missing":
         return f"{key} is missing"
     return str(item["ctx"]["error"]) if item["type"] == "value_error" else impossible(key, item)

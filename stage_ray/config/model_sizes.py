@@ -1,7 +1,7 @@
-"""How large the published Janus models are: all that a plan of memory needs to know, without loading anything.
+"""How large the published Janus models are, without loading anything.
 
-From arXiv 2501.17811, table 1, and ``config.json`` of deepseek-ai/Janus-Pro-1B and -7B (the latter leaves Llama's
-defaults unsaid). Both draw 24 x 24 tokens of 16384 codes in 8 dimensions, 384 x 384 pixels.
+From arXiv 2501.17811, table 1, and ``config.json`` of deepseek-ai/Janus-Pro-1B and -7B. Both draw 24 x 24 tokens of
+16384 codes in 8 dimensions, 384 x 384 pixels.
 """
 
 from __future__ import annotations
@@ -11,19 +11,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSizes:
-    """What the formulas of `stage_ray.engines.memory` and `stage_ray.learner.memory` need of a model.
-
-    Attributes:
-        path: what ``policy.path`` of a config takes.
-        base_channels: channels of the image decoder's feature maps at full size, ``side_pixels`` squared.
-        layer, embedding, head, image_embedding, vqmodel: parameters of one decoder layer, the text embeddings, the
-            image head, codebook and aligner of the image tokens, and the image tokenizer.
-        frozen: parameters of the checkpoint that are not trained; images need ``head``, ``image_embedding`` and, to
-            become pictures, ``vqmodel``.
-    """
+    """What the formulas of `stage_ray.engines.memory` and `stage_ray.learner.memory` need of a model."""
 
     name: str
-    path: str
+    path: str  # what ``policy.path`` of a config takes
     hidden: int
     intermediate: int
     layers: int
@@ -33,13 +24,13 @@ class ModelSizes:
     codes: int = 16_384
     image_tokens: int = 576
     side_pixels: int = 384
-    base_channels: int = 128
-    layer: int
-    embedding: int
-    head: int
-    image_embedding: int
-    vqmodel: int
-    frozen: int
+    base_channels: int = 128  # of the image decoder's feature maps at full size, ``side_pixels`` squared
+    layer: int  # from here on parameters: of one decoder layer
+    embedding: int  # of text
+    head: int  # of images
+    image_embedding: int  # codebook and aligner of the image tokens
+    vqmodel: int  # image tokenizer
+    frozen: int  # all that are not trained, of which images need the three above
 
     @property
     def trained(self) -> int:
@@ -48,7 +39,7 @@ class ModelSizes:
 
     @property
     def matrices(self) -> int:
-        """Parameters of a layer but for its two norms."""
+        """Parameters of a layer that multiply: without its two norms."""
         return self.layer - 2 * self.hidden
 
     @property

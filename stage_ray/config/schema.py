@@ -11,9 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
-from stage_ray.config.base import PoolConfig, Section
-from stage_ray.config.prompts import PromptsConfig
-from stage_ray.config.scoring import RewardConfig, ScoringConfig, ScoringPool
+from stage_ray.config.sections import PoolConfig, PromptsConfig, RewardConfig, ScoringConfig, ScoringPool, Section
 
 TAKEN = {"mean", "std", "informative"}  # reward/mean and its like, which no scorer may be called
 
@@ -50,6 +48,14 @@ class RolloutConfig(PoolConfig):
         "guided", description="Token rule: guided, entropy_informed, or package.module.Class; gets the four keys above"
     )
     sampler_options: dict[str, Any] = Field({}, description="The token rule's own options")
+    prompt_transform: str | None = Field(
+        None, description="From a prompt to the text that is drawn: template, or package.module.Class; null: as it is"
+    )
+    prompt_transform_options: dict[str, Any] = Field({}, description="The prompt transform's own options")
+    search: str | None = Field(
+        None, description="Which images evaluate and generate keep: best_of, or package.module.Class; null: all"
+    )
+    search_options: dict[str, Any] = Field({}, description="The search's own options")
     images_per_batch: int = Field(64, ge=1, description="Images in flight at once on one worker")
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 if the hardware has it")
     tensor_parallel: int = Field(1, ge=1, description="Processes of one machine that share a worker's model (vLLM)")
@@ -124,9 +130,7 @@ class LearnerConfig(Section):
     groups_per_update: int | None = Field(
         None, ge=1, description="Groups of one optimizer step; null: all of a batch. Fewer need algorithm.clip"
     )
-    gradient_checkpointing: bool | None = Field(
-        None, description="Recompute activations to save memory; null: where they do not fit"
-    )
+    gradient_checkpointing: bool | None = Field(None, description="Recompute activations; null: where they do not fit")
     reference_dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="What the reference is kept and computed in; auto: what the policy is computed in"
     )
@@ -181,6 +185,8 @@ class SuiteConfig(Section):
     rewards: list[RewardConfig] | None = Field(
         None, description="Its scorers, which train nothing; null: the benchmark's own, or where it has none the run's"
     )
+    search: str | None = Field(None, description="As rollout.search, for this suite")
+    search_options: dict[str, Any] = Field({}, description="The search's own options")
 
 
 def _by_name(value: Any) -> Any:
@@ -303,10 +309,8 @@ class RunConfig(Section):
         self._check_evaluation()
         own = [(f"rewards.{index}", self._own_pool(reward)) for index, reward in enumerate(self.rewards)]
         for name, pool in (("rollout", rollout), ("scoring", self.scoring), *own):
-            if pool.max_workers is not None and pool.max_workers < pool.workers:
-                raise ValueError(
-                    f"{name}.max_workers = {pool.max_workers} is less than {name}.workers = {pool.workers}"
-                )
+            if (most := pool.max_workers or pool.workers) < pool.workers:
+                raise ValueError(f"{name}.max_workers = {most} is less than {name}.workers = {pool.workers}")
         if rollout.tensor_parallel > 1 and rollout.engine != "vllm":
             raise ValueError(f"rollout.tensor_parallel = {rollout.tensor_parallel} needs rollout.engine = vllm")
         if rollout.colocated:

@@ -39,7 +39,7 @@ def opening(path: Path) -> list[str]:
 
 
 def copy_to_edit(name: str) -> str:
-    """The text of a shipped config, comments and all, that means the same wherever it lies: its base is ours.
+    """The text of a shipped config that means the same wherever it lies: its base is ours.
 
     Raises:
         ConfigError: no config of that name ships; names the nearest.

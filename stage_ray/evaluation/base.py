@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from abc import ABC
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
+from PIL import Image
 from pydantic import TypeAdapter, ValidationError
 
 from stage_ray.config import RewardConfig
@@ -17,6 +21,7 @@ from stage_ray.errors import ConfigError, RunError
 from stage_ray.files import atomic_write, read_json
 from stage_ray.records import Prompt, ScoredGroup
 from stage_ray.registry import Registry
+from stage_ray.rewards.geneval_rules import is_nothing
 
 BENCHMARKS = Registry("stage_ray.evaluation", "Benchmark", "benchmark")
 
@@ -47,41 +52,155 @@ class MetricValue:
         return f"{self.value:.3f}" + (f" ± {self.error:.3f}" if self.error is not None else "")
 
 
-class Benchmark(Protocol):
+class Benchmark(ABC):
     """Which prompts are drawn, what scores the images, and what the scores add up to. Built without arguments.
+
+    A subclass names its attributes; most need to say nothing else than `values` (``README.md`` beside this file).
 
     Attributes:
         name: as ``evaluation.benchmark`` and ``evaluate --suite`` know it.
         headline: the metric that stands for all of them in a run's summary; more of it is better.
-        prompts, rewards: location of its prompt file, and its scorers, as in a config. A run's evaluation takes the
-            run's own instead.
+        prompts: location of its prompts, as in a config; "" where the user names a copy, got from ``source``.
+        files: category -> file below that location, for prompts in several files; without any it is one file.
+        counts: category -> number of its prompts; a copy with others is refused. Empty: any prompts will do.
+        category_key: key of a prompt's record that holds its category.
         images_per_prompt: as the benchmark defines it.
+        rewards: its scorers, as in a config; none: those of the run. A run's own evaluation takes the run's prompts
+            and scorers instead.
+        aside: metrics of `values` that the headline leaves out.
     """
 
     name: str
     headline: str
-    prompts: str
-    rewards: Sequence[RewardConfig]
-    images_per_prompt: int
+    prompts: str = ""
+    source: str = ""
+    files: Mapping[str, str] = MappingProxyType({})
+    counts: Mapping[str, int] = MappingProxyType({})
+    category_key: str = "tag"
+    images_per_prompt: int = 1
+    rewards: Sequence[RewardConfig] = ()
+    aside: tuple[str, ...] = ()
+
+    def load(self, location: str, read: Callable[[str], list[Prompt]]) -> list[Prompt]:
+        """The prompts of a copy at a location, all of them; ``read`` reads one file.
+
+        Raises:
+            ConfigError: of ``read``; no location; or another number of prompts than the benchmark has.
+        """
+        whole = f"get the whole from {self.source}" if self.source else "name the whole"
+        if not location:
+            raise ConfigError(
+                f"benchmark {self.name} ships no prompts; {whole}, and give its place: evaluate --prompts, or prompts "
+                "of the suite in evaluation.suites"
+            )
+        found: list[Prompt] = []
+        for category, file in (self.files or {"": ""}).items():
+            for prompt in read(f"{location.rstrip('/')}/{file}" if file else location):
+                record = {**prompt.record, self.category_key: category} if category else prompt.record
+                found.append(replace(prompt, record=record))
+        prompts = [replace(prompt, index=index) for index, prompt in enumerate(self.prepare(found))]
+        counts = Counter(map(self.category, prompts))
+        for category in self.counts and [*self.counts, *counts]:
+            if (count := counts[category]) != (wanted := self.counts.get(category, 0)):
+                raise ConfigError(
+                    f"prompts of benchmark {self.name}: {location} has {count} of category {category!r} and not "
+                    f"{wanted}, so its score would be no score of {self.name}; {whole}"
+                )
+        return prompts
+
+    def prepare(self, prompts: list[Prompt]) -> list[Prompt]:
+        """The prompts to draw, from those of the files: where several lines are one prompt, or text stands elsewhere.
+
+        They are numbered afterwards, and the number of a prompt gives its images' seeds.
+        """
+        return prompts
+
+    def category(self, prompt: Prompt) -> str:
+        """The row of the benchmark's table that a prompt belongs to; "all" without one."""
+        found = prompt.record.get(self.category_key)
+        return found if isinstance(found, str) and not is_nothing(found) else "all"
+
+    def values(
+        self, prompt: Prompt, scores: Mapping[str, float | None], details: Mapping[str, Mapping[str, Any]]
+    ) -> Mapping[str, float]:
+        """What one image counts in each metric; it counts in none that is absent. Here: the first score, by category.
+
+        Args:
+            scores: by scorer, in the order of the config; None where it failed.
+            details: what each scorer said of the image.
+        """
+        score = next(iter(scores.values()), None)
+        return {} if score is None else {self.category(prompt): score}
 
     def aggregate(self, prompts: Sequence[Prompt], scored: Sequence[ScoredGroup]) -> dict[str, MetricValue]:
         """Metrics in the order in which people read them, from one scored group for each prompt, in their order.
 
-        A metric without a usable image is absent, never 0; the headline too.
+        Means over the images of `values`: categories in the order of the prompts, the headline, what stands
+        ``aside``. The headline is the mean of the categories unless `values` has one of its own. A metric without a
+        usable image is absent, never 0; the headline too.
         """
-        ...
+        found: dict[str, dict[int, list[float]]] = {self.category(prompt): {} for prompt in prompts}
+        for prompt, group in zip(prompts, scored, strict=True):
+            for scores, details in zip(valid_scores(group), group.details, strict=True):
+                for metric, value in self.values(prompt, scores, details).items():
+                    found.setdefault(metric, {}).setdefault(prompt.index, []).append(value)
+        means = {metric: mean for metric, by_prompt in found.items() if (mean := mean_over_images(by_prompt))}
+        aside = {metric: mean for metric, mean in means.items() if metric in self.aside}
+        table = {metric: mean for metric, mean in means.items() if metric not in (self.headline, *aside)}
+        headline = means.get(self.headline) or mean_of_metrics(table)
+        return table | ({self.headline: headline} if headline else {}) | aside
+
+    def picture(self, prompt: Prompt, image: int) -> str:
+        """Where the benchmark's official code looks for an image, below the directory of all; ends in ``.png``.
+
+        Images of a prompt that share a place are laid out there as one square grid, row by row.
+        """
+        return f"{prompt.index:05d}-{image}.png"
+
+    def save_pictures(self, directory: Path, prompt: Prompt, images: np.ndarray) -> None:
+        """Write the images of a prompt, uint8 [G, H, W, 3], to their places; each file whole or not at all."""
+        places: dict[str, list[np.ndarray]] = {}
+        for number, image in enumerate(images):
+            places.setdefault(self.picture(prompt, number), []).append(image)
+        for place, tiles in places.items():
+            columns = math.ceil(math.sqrt(len(tiles)))
+            tiles += [np.zeros_like(tiles[0])] * (-len(tiles) % columns)  # black where the last row has no more
+            rows = [np.concatenate(tiles[i : i + columns], axis=1) for i in range(0, len(tiles), columns)]
+            write_png(directory / place, np.concatenate(rows))
+
+    def has_pictures(self, directory: Path, prompt: Prompt, images: int) -> bool:
+        """Whether the pictures of a prompt are there."""
+        return all((directory / self.picture(prompt, number)).is_file() for number in range(images))
 
 
 def find_benchmark(name: str, key: str = "evaluation.benchmark") -> Benchmark:
     """The benchmark of a name or dotted path; ``key`` is the config's, for messages.
 
     Raises:
-        ConfigError: there is none (with the nearest name), or it has no method `aggregate`.
+        ConfigError: there is none (with the nearest name), or it is no `Benchmark` with a name and a headline.
     """
     kind = BENCHMARKS.find(name, key)
-    if not callable(kind) or not callable(getattr(kind, "aggregate", None)):
-        raise ConfigError(f"{key} = {name!r} is not a class with a method aggregate(prompts, scored)")
+    if not (isinstance(kind, type) and issubclass(kind, Benchmark)):
+        raise ConfigError(f"{key} = {name!r} is no class that derives from stage_ray.evaluation.Benchmark")
+    if lacking := [attribute for attribute in ("name", "headline") if not hasattr(kind, attribute)]:
+        raise ConfigError(f"{key} = {name!r} has no {' and no '.join(lacking)}; give the class that attribute, a text")
     return kind()
+
+
+def valid_scores(group: ScoredGroup) -> list[dict[str, float | None]]:
+    """Of each image its score by scorer, None where that failed."""
+    return [
+        {name: float(score) if valid else None for name, score, valid in zip(group.names, *image, strict=True)}
+        for image in zip(group.scores, group.valid, strict=True)
+    ]
+
+
+def write_png(path: Path, image: np.ndarray) -> None:
+    """Write uint8 [H, W, 3], whole or not at all; its directory is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(path.name + ".tmp")
+    Image.fromarray(image).save(scratch, format="PNG")
+    scratch.replace(path)
 
 
 def mean_over_images(by_prompt: Mapping[int, Sequence[float]]) -> MetricValue | None:
@@ -215,9 +334,7 @@ def summarise(benchmark: Benchmark, prompts: Sequence[Prompt], scored: Sequence[
     for prompt, group in zip(prompts, ordered, strict=True):
         # Details are a user's: a trip through JSON makes NaN null, and whatever JSON does not know what `plain` says.
         details = json.loads(json.dumps(group.details, default=plain), parse_constant=lambda _: None)
-        for image, said in enumerate(details):
-            judged = zip(group.names, group.scores[image], group.valid[image], strict=True)
-            scores = {name: float(score) if valid else None for name, score, valid in judged}
+        for image, (scores, said) in enumerate(zip(valid_scores(group), details, strict=True)):
             for name, score in scores.items():
                 columns[name] += [] if score is None else [score]
             where = {"prompt_index": prompt.index, "prompt": prompt.text, "image": image}

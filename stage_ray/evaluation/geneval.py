@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from stage_ray.config import RewardConfig
-from stage_ray.evaluation.base import MetricValue, mean_of_metrics, mean_over_images
-from stage_ray.records import Prompt, ScoredGroup
-from stage_ray.rewards.geneval import is_nothing
+from stage_ray.evaluation.base import Benchmark
+from stage_ray.records import Prompt
 
 DETECTOR = "stage_ray.shapeworld.detector.ShapeDetector"
 JUDGE = {"type": "geneval", "options": {"detector": DETECTOR, "threshold": 0.5, "counting_threshold": 0.5}}
 
 
-class GenEvalBenchmark:
+class GenEvalBenchmark(Benchmark):
     """GenEval's six tasks over ShapeWorld's held-out prompts, judged by its detector.
 
     Metrics, each 0..1: every task (the prompts' ``tag``; "all" for prompts without one), their mean ``GenEval``, and
@@ -23,25 +27,27 @@ class GenEvalBenchmark:
 
     name = "geneval"
     headline = "GenEval"
+    aside = ("soft score",)
     prompts = "package:stage_ray/shapeworld/assets/prompts/heldout.jsonl"
     rewards = (RewardConfig.model_validate(JUDGE),)
     images_per_prompt = 4
 
-    def aggregate(self, prompts: Sequence[Prompt], scored: Sequence[ScoredGroup]) -> dict[str, MetricValue]:
-        """Tasks in the order of the prompts, then the two means."""
-        strict: dict[str, dict[int, list[float]]] = {}  # task -> prompt -> verdicts of its images
-        soft: dict[int, list[float]] = {}
-        for prompt, group in zip(prompts, scored, strict=True):
-            tag = prompt.record.get("tag")
-            task = strict.setdefault(tag if isinstance(tag, str) and not is_nothing(tag) else "all", {})
-            for details in group.details:
-                # What the first scorer with a verdict said of the image; None where every scorer failed.
-                judged = next((said for said in details.values() if "verdict" in said), None)
-                if judged is not None:
-                    task.setdefault(prompt.index, []).append(float(judged["verdict"]))
-                    if judged.get("soft") is not None:
-                        soft.setdefault(prompt.index, []).append(float(judged["soft"]))
-        # A task without any verdict is absent.
-        tasks = {name: mean for name, by_prompt in strict.items() if (mean := mean_over_images(by_prompt))}
-        metrics = {**tasks, self.headline: mean_of_metrics(tasks), "soft score": mean_over_images(soft)}
-        return {name: metric for name, metric in metrics.items() if metric is not None}
+    def values(
+        self, prompt: Prompt, scores: Mapping[str, float | None], details: Mapping[str, Mapping[str, Any]]
+    ) -> Mapping[str, float]:
+        """The verdict by task, and the soft score."""
+        judged = next((said for said in details.values() if "verdict" in said), None)  # None: every scorer failed
+        if judged is None:
+            return {}
+        soft = judged.get("soft")
+        return {self.category(prompt): float(judged["verdict"])} | ({} if soft is None else {"soft score": float(soft)})
+
+    def picture(self, prompt: Prompt, image: int) -> str:
+        """As GenEval's own generation writes it."""
+        return f"{prompt.index:05d}/samples/{image:05d}.png"
+
+    def save_pictures(self, directory: Path, prompt: Prompt, images: np.ndarray) -> None:
+        """Beside the pictures lies ``metadata.jsonl``, the prompt's line, from which GenEval's own code judges."""
+        super().save_pictures(directory, prompt, images)
+        metadata = directory / f"{prompt.index:05d}" / "metadata.jsonl"
+        metadata.write_text(json.dumps(dict(prompt.record)) + "\n", encoding="utf-8")

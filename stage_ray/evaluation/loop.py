@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
@@ -16,7 +17,7 @@ from stage_ray.evaluation.base import Benchmark, EvaluationResult, summarise
 from stage_ray.records import Prompt, RolloutRequest, ScoredGroup, image_seeds
 from stage_ray.rewards import score_groups
 from stage_ray.rewards.base import GroupReward, Reward
-from stage_ray.samplers import resolve_sampler
+from stage_ray.samplers import ImageSearch, load_search, resolve_samplers
 
 if TYPE_CHECKING:
     from stage_ray.engines.base import ImageEngine
@@ -69,6 +70,25 @@ class EngineBackend:
         groups = self._engine.generate(requests)
         judged = zip(requests, score_groups(self._scorers, groups), groups, strict=True)
         return [JudgedGroup(request, scored, group.images if images else None) for request, scored, group in judged]
+
+
+class SearchBackend:
+    """A backend of whose images a search keeps some: for each that is asked for it draws and scores candidates."""
+
+    def __init__(self, backend: Backend, search: ImageSearch) -> None:
+        self._backend, self._search = backend, search
+        self.images_per_batch = max(1, backend.images_per_batch // search.candidates)
+        self.batches_at_once = backend.batches_at_once
+
+    async def judge(self, requests: Sequence[RolloutRequest], *, images: bool) -> list[JudgedGroup]:
+        """As `Backend.judge`."""
+        return await self._search.search(requests, partial(self._backend.judge, images=images))
+
+
+def searching(backend: Backend, run: RunConfig) -> Backend:
+    """The backend with the search that ``rollout.search`` names around it; without one the same."""
+    search = load_search(run.rollout, [reward.column for reward in run.rewards])
+    return backend if search is None else SearchBackend(backend, search)
 
 
 def requests_for(prompts: Sequence[Prompt], images_per_prompt: int, seed: int) -> list[RolloutRequest]:
@@ -129,8 +149,13 @@ def conditions(run: RunConfig, benchmark: Benchmark, requests: Sequence[RolloutR
     """
     prompts = [(request.prompt.index, request.prompt.text, request.prompt.record) for request in requests]
     digest = xxhash.xxh3_64_hexdigest(json.dumps(prompts, default=str).encode())
+    rollout = resolve_samplers(run).rollout
     keys = {"engine", "guidance_scale", "temperature", "top_k", "top_p", "sampler", "sampler_options"}
-    sampling = resolve_sampler(run).rollout.model_dump(mode="json", include=keys)
+    # Those that are off are absent, as in results of before they were there.
+    keys |= {
+        f"{key}{part}" for key in ("prompt_transform", "search") if getattr(rollout, key) for part in ("", "_options")
+    }
+    sampling = rollout.model_dump(mode="json", include=keys)
     return {
         "evaluation.benchmark": benchmark.name,
         "evaluation.seed": seed,

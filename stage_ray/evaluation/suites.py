@@ -90,10 +90,6 @@ def _resolved(run: RunConfig, suite: SuiteConfig, key: str) -> SuiteConfig:
     columns = [reward.column for reward in rewards]
     if repeated := next((name for name in columns if columns.count(name) > 1), None):
         raise ConfigError(f"{key}.rewards: the name {repeated!r} is used twice; give each scorer a name of its own")
-    return SuiteConfig(
-        benchmark=suite.benchmark,
-        name=name,
-        prompts=suite.prompts or benchmark.prompts,
-        images_per_prompt=suite.images_per_prompt or benchmark.images_per_prompt,
-        rewards=rewards,
-    )
+    prompts, images = suite.prompts or benchmark.prompts, suite.images_per_prompt or benchmark.images_per_prompt
+    resolved = {"name": name, "prompts": prompts, "images_per_prompt": images, "rewards": rewards}
+    return suite.model_copy(update=resolved)

@@ -9,13 +9,7 @@ from torch import Tensor
 from stage_ray.algorithm.advantages import combine_rewards, informative_scorers
 from stage_ray.algorithm.credit import entropy_closeness
 from stage_ray.algorithm.losses import k3_kl
-from stage_ray.algorithm.off_policy import (
-    Correction,
-    beyond,
-    corrected_ratio,
-    effective_sample_size,
-    importance_ratio,
-)
+from stage_ray.algorithm.off_policy import Correction, beyond, corrected_ratio, effective_sample_size
 from stage_ray.config import LearnerConfig, RunConfig
 from stage_ray.config.flops import forward_flops, training_flops
 from stage_ray.config.model_sizes import ModelSizes
@@ -62,12 +56,16 @@ def update_metrics(
         "kl": kl.mean().item(),
         "kl/max": kl.max().item(),
         "kl/weighted": (credit.weights.kl * capped).sum().item(),
+        "staleness/mean": batch.staleness.float().mean().item(),
+        "staleness/max": float(batch.staleness.max().item()),
         "images": float(batch.tokens.shape[0] * batch.tokens.shape[1]),
         "tokens": float(batch.tokens.numel()),
     }
     for column, name in enumerate(batch.scorers):
         metrics[f"reward/{name}"] = batch.scores[..., column].mean().item()
-    metrics |= _mismatch(batch, outputs) | _staleness(batch, run.pipeline.max_staleness)
+    for updates in range(run.pipeline.max_staleness + 1):
+        metrics[f"staleness/{updates}"] = (batch.staleness == updates).float().mean().item()
+    metrics |= _mismatch(batch, outputs)
     return metrics | _ratios(batch, outputs, correction_of(run.algorithm)) | credit.metrics | outputs.sums
 
 
@@ -96,20 +94,12 @@ def _mismatch(batch: GroupBatch, outputs: UpdateOutputs) -> dict[str, float]:
     return metrics
 
 
-def _staleness(batch: GroupBatch, bound: int) -> dict[str, float]:
-    lag = batch.staleness
-    metrics = {"staleness/mean": lag.float().mean().item(), "staleness/max": float(lag.max().item())}
-    for updates in range(bound + 1):
-        metrics[f"staleness/{updates}"] = (lag == updates).float().mean().item()
-    return metrics
-
-
 def _ratios(batch: GroupBatch, outputs: UpdateOutputs, correction: Correction) -> dict[str, float]:
     stale = batch.staleness > 0  # [N]
     if not bool(stale.any()):  # a fresh group's ratio is 1 by construction
         return {"ratio/mean": 1.0, "ratio/max": 1.0, "ratio/clipped": 0.0, "ess": 1.0}
     logprobs, behavior = outputs.logprobs[stale], outputs.behavior[stale]
-    ratio = importance_ratio(logprobs, behavior)
+    ratio = corrected_ratio(logprobs, behavior, Correction())
     return {
         "ratio/mean": ratio.mean().item(),
         "ratio/max": ratio.max().item(),

@@ -16,10 +16,7 @@ In older groups the policy's own drift counts too: a healthy update moves it by 
 def alarms(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
     """Alarms of one update, as (name, one sentence with the numbers and what to look at).
 
-    Names and meanings are in `stage_ray.observability.registry.ALARMS`. ``no_valid_reward`` also rings where a run
-    stops because no group can be scored (`stage_ray.pipeline.stream`), and ``learner_lost`` where the learner died and
-    the run goes back to a checkpoint (`stage_ray.train`). A metric that is absent raises no alarm. `overoptimization`
-    needs evaluations.
+    Names and meanings are in `stage_ray.observability.registry.ALARMS`. A metric that is absent raises no alarm.
     """
     policy, reference = metrics.get("entropy/policy", math.nan), metrics.get("entropy/reference", math.nan)
     kl, mismatch = metrics.get("kl", 0.0), metrics.get("mismatch/abs_logprob", 0.0)
@@ -48,19 +45,13 @@ def overoptimization(
 ) -> list[tuple[str, str]]:
     """The alarm of an evaluation by scorers that are not rewarded: it falls while the reward rises.
 
-    Args:
-        metric: the headline that fell, for people.
-        since: updates done where it was best.
-        change: how far it has come since, and its standard error; without one nothing can be said.
-        rewards: ``reward/mean`` of the updates since; it rises where their second half is above the first.
+    ``change`` is how far the headline ``metric`` has come from its best, at step ``since``, and ``error`` the standard
+    error of that. ``rewards`` are ``reward/mean`` from then on; they rise where their second half is above the first.
     """
     half = len(rewards) // 2
     first, last = (sum(some) / half if half else math.nan for some in (rewards[:half], rewards[len(rewards) - half :]))
-    fell = error is not None and change < -2 * error
-    found = {
-        "overoptimization": fell
-        and last > first
-        and f"{metric} fell by {-change:.3g} ± {error:.2g} since step {since}, while the reward rose from {first:.3g} "
-        f"to {last:.3g}; raise algorithm.beta, stop there, or reward what the suite measures"
-    }
-    return [(name, text) for name, text in found.items() if text]
+    if error is None or change >= -2 * error or not last > first:
+        return []
+    text = f"{metric} fell by {-change:.3g} ± {error:.2g} since step {since}, while the reward rose from {first:.3g} "
+    text += f"to {last:.3g}; raise algorithm.beta, stop there, or reward what the suite measures"
+    return list({"overoptimization": text}.items())

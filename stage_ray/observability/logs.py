@@ -51,8 +51,7 @@ def worker_environment() -> dict[str, str]:
 
 
 def redirect_output(log_file: str | None, role: str = "worker", worker: str = "worker") -> None:
-    """Send this worker's stdout and stderr, C++ included, to a file; None leaves them to Ray's own log files, which Ray
-    rotates.
+    """Send this worker's stdout and stderr, C++ included, to a file; None leaves them to Ray's own, which Ray rotates.
 
     Every actor begins with this, so from here on files of a run are also writable by their owner only (a worker of a
     cluster that the run joined has that cluster's umask), and signals that end a job are the driver's alone. JSON lines

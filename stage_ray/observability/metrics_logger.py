@@ -33,10 +33,8 @@ class MetricsLogger:
     system before `step` returns; a half-written last line is dropped when a run goes on, and the lines of steps that
     will be trained again when the first of these is.
 
-    ``step`` counts updates done, from 1, so a checkpoint of step 50 resumes with ``resume_step=50``.
-
-    Attributes:
-        port: of the Prometheus endpoint; None where there is none.
+    ``step`` counts updates done, from 1, so a checkpoint of step 50 resumes with ``resume_step=50``. ``port``: of
+    the Prometheus endpoint, or None.
     """
 
     def __init__(
@@ -44,10 +42,7 @@ class MetricsLogger:
     ) -> None:
         """Bind the Prometheus endpoint to ``host`` and ``port`` (0: a free one; None: none), then open the files.
 
-        Args:
-            run_dir: gets ``metrics.jsonl``, ``alarms.jsonl``, ``machine.json`` (what ran it) and trackers' files.
-            resume_step: as `rewind`.
-            run: the config, with the trackers; None is TensorBoard alone.
+        ``resume_step`` is as in `rewind`; ``run`` names the trackers, and None is TensorBoard alone.
 
         Raises:
             RunError: the port is taken or the address is not this machine's.
@@ -132,8 +127,7 @@ class MetricsLogger:
 def read_steps(path: Path) -> list[dict[str, Any]]:
     """Rows of a JSON Lines file with a ``step`` each, without a half-written last line; empty if there is no file.
 
-    Raises:
-        RunError: a line other than the last is not such an object.
+    A line other than the last that is not such an object is a RunError.
     """
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
     rows = []
@@ -164,13 +158,9 @@ def _pictures(run_dir: Path, step: int) -> list[tuple[str, int, Path]]:
 
 
 class PrometheusEndpoint:
-    """One gauge a metric, such as ``stage_ray_reward_mean``, and the counter ``stage_ray_alarm_total{name="..."}``.
-
-    The gauges serve the newest step; ``port`` says where.
-    """
+    """One gauge a metric, such as ``stage_ray_reward_mean``, and the counter ``stage_ray_alarm_total{name="..."}``."""
 
     def __init__(self, host: str, port: int) -> None:
-        """Bind the endpoint; port 0 picks a free one. Raises as `MetricsLogger` does."""
         self._registry = CollectorRegistry()
         self._gauges: dict[str, Gauge] = {}
         self.alarms = Counter(f"{PREFIX}alarm", _help("alarm"), ["name"], registry=self._registry)

@@ -102,7 +102,7 @@ class Progress:
         def advance(units: int = 1) -> None:
             nonlocal done, printed
             done += units
-            self._bars.update(task, completed=done)
+            self._bars.advance(task, units)
             if not self.console.is_terminal and done < total and time.monotonic() - printed >= PLAIN_EVERY_S:
                 printed = time.monotonic()
                 self.note(f"{description}: {done} of {total}")

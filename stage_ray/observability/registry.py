@@ -18,21 +18,13 @@ TABLE = (HERE / "metrics.txt").read_text(encoding="utf-8")
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """One metric, or a family of them: ``reward/<scorer>`` stands for every scorer's.
+    """One metric, or a family of them: ``reward/<scorer>`` stands for every scorer's."""
 
-    Attributes:
-        name: in ``metrics.jsonl`` and trackers, or of a worker's metric.
-        unit: of its value; "share" is 0..1.
-        meaning: one sentence without its full stop.
-        where: what records it.
-        kind: gauge, or a counter, which only grows while its process lives.
-    """
-
-    name: str
-    unit: str
-    meaning: str
-    where: str
-    kind: str = "gauge"
+    name: str  # in ``metrics.jsonl`` and trackers, or of a worker's metric
+    unit: str  # "share" is 0..1
+    meaning: str  # one sentence without its full stop
+    where: str  # what records it
+    kind: str = "gauge"  # or a counter, which only grows while its process lives
 
     @property
     def worker(self) -> bool:

@@ -1,4 +1,4 @@
-"""Prompt files: text, JSON Lines, JSON, CSV, compressed or not, or a directory of texts, into prompts.
+"""Prompt files: text, JSON Lines, JSON, CSV, Parquet, compressed or not, or a directory of texts, into prompts.
 
 What has a plain meaning is read; everything else is refused with the file, the line and what is wanted there.
 """
@@ -18,10 +18,13 @@ from typing import Any
 from stage_ray.config import PromptsConfig
 from stage_ray.config.paths import resolve_path
 from stage_ray.errors import ConfigError
+from stage_ray.pipeline.geneval_prompts import SCHEME, geneval_prompts
 from stage_ray.records import Prompt
+from stage_ray.registry import require_extra
 
-TEXT_KEYS = ("prompt", "caption", "text", "prompts")  # the first that a record or a table's header has
+TEXT_KEYS = ("prompt", "caption", "text", "prompts", "prompt_en")  # the first that a record or a header has
 EXAMPLE = '{"prompt": "a photo of a circle"}'
+PARQUET = ".parquet"
 GZIP_MAGIC = b"\x1f\x8b"
 
 Record = tuple[str, dict[str, Any]]  # where it stands ("p.jsonl, line 3"), and the whole of it, with "prompt"
@@ -31,13 +34,17 @@ def load_prompts(location: str) -> list[Prompt]:
     """Read prompts, in the order of the file (of a directory: of its files' names).
 
     ``.jsonl``, ``.ndjson``: an object or a text a line. ``.json``: the same, or one array of them. ``.csv``, ``.tsv``:
-    a header with ``prompt``, ``caption`` or ``text``. ``.txt`` or no suffix: a prompt a line. Each may be compressed
-    (``.gz``). A directory: each ``.txt`` in it is one prompt. ``\\n`` and ``\\r\\n`` alone end a line; a byte order
-    mark is no part of anything.
+    a header with ``prompt``, ``caption`` or ``text``. ``.parquet``: such a column (needs pyarrow). ``.txt`` or no
+    suffix: a prompt a line. Each may be compressed (``.gz``). A directory: each ``.txt`` in it is one prompt. ``\\n``
+    and ``\\r\\n`` alone end a line; a byte order mark is no part of anything. ``geneval:test``, ``geneval:train``: see
+    `geneval_prompts`.
 
     Raises:
         ConfigError: a missing, empty or malformed file; names the line.
     """
+    if location.startswith(SCHEME):
+        made = enumerate(geneval_prompts(location))
+        return [Prompt(index, record["prompt"], record, f"{location}, {index + 1}") for index, record in made]
     path = resolve_path(location)
     records = list(_directory(path) if path.is_dir() else _file(path))
     if not records:
@@ -69,8 +76,11 @@ def _directory(path: Path) -> Iterator[Record]:
 
 def _file(path: Path) -> Iterator[Record]:
     suffix = Path(path.name.lower().removesuffix(".gz")).suffix
+    if suffix == PARQUET:
+        yield from _parquet(path)
+        return
     if suffix not in READERS:
-        known = ", ".join(filter(None, READERS))
+        known = ", ".join([*filter(None, READERS), PARQUET])
         raise ConfigError(f"prompt file {path} ends in {suffix}, which is not read here; save it as one of {known}")
     yield from READERS[suffix](_read(path), path)
 
@@ -96,7 +106,7 @@ def _read(path: Path) -> str:
 
 
 def _lines(text: str, path: Path) -> Iterator[tuple[str, str]]:
-    """Where each line stands and what is on it, empty ones left out. No other character than these ends a line."""
+    """Where each line stands and what is on it, empty ones left out."""
     for number, line in enumerate(text.replace("\r\n", "\n").split("\n"), start=1):
         line = line.strip("\ufeff").strip()  # files that were laid one after another bring their marks along
         if line:
@@ -155,11 +165,24 @@ def _table(text: str, path: Path) -> Iterator[Record]:
         raise ConfigError(f"{path}, line {rows.line_num}: not CSV ({error})") from error
 
 
+def _parquet(path: Path) -> Iterator[Record]:
+    require_extra("parquet", "pyarrow")
+    import pyarrow.parquet
+
+    try:
+        rows = pyarrow.parquet.read_table(path).to_pylist()
+    except (OSError, pyarrow.ArrowException) as error:
+        raise ConfigError(f"prompt file {path} cannot be read: {' '.join(str(error).split())}") from error
+    for number, row in enumerate(rows, start=1):
+        yield f"{path}, row {number}", _record(row, f"{path}, row {number}")
+
+
 def _record(value: Any, where: str) -> dict[str, Any]:
     """One prompt's record with its text under ``prompt``."""
     if isinstance(value, str):
         value = {"prompt": value}
-    text = next((value[key] for key in TEXT_KEYS if key in value), None) if isinstance(value, Mapping) else None
+    named = {str(key).lower(): item for key, item in value.items()} if isinstance(value, Mapping) else {}
+    text = next((named[key] for key in TEXT_KEYS if key in named), None)
     if not isinstance(text, str) or not text.strip():
         found = f"has {', '.join(map(str, value)) or 'nothing'}" if isinstance(value, Mapping) else f"is {value!r:.60}"
         raise ConfigError(

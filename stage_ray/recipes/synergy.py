@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import torch
 from pydantic import Field
-from torch import Tensor
 
 from stage_ray.algorithm.advantages import group_advantages
 from stage_ray.algorithm.losses import token_weights
@@ -51,13 +50,9 @@ class SynergyRecipe(GrpoRecipe):
         first, second = (group_advantages(batch.scores[..., i], eps=self.shared.advantage_eps) for i in (0, 1))
         product = torch.tanh(first * second)
         bonus = self.options.gamma * torch.where((first > 0) | (second > 0), product, -product)  # [N, G]
-        share = self.first_weight(batch.tokens.shape[-1]).to(first)  # [T]
-        mixed = share * first.unsqueeze(-1) + (1 - share) * second.unsqueeze(-1) + bonus.unsqueeze(-1)
-        return Credit(mixed.clamp(-MOST, MOST), token_weights(reference.logprobs, None), {"weight/mean": 1.0})
-
-    def first_weight(self, tokens: int) -> Tensor:
-        """Weight of the first scorer at each of an image's tokens, float64 [T]."""
-        high, low = self.options.high, self.options.low
+        high, low, tokens = self.options.high, self.options.low, batch.tokens.shape[-1]
         time = torch.arange(tokens, dtype=torch.float64) * STEPS // tokens
         falling = low + (high - low) * (1 - torch.sigmoid(SLOPE * (time - CENTER)))
-        return torch.where(time < FALLING, high, torch.where(time >= LAST, 0.5, falling))
+        share = torch.where(time < FALLING, high, torch.where(time >= LAST, 0.5, falling)).to(first)  # [T], w_1
+        mixed = share * first.unsqueeze(-1) + (1 - share) * second.unsqueeze(-1) + bonus.unsqueeze(-1)
+        return Credit(mixed.clamp(-MOST, MOST), token_weights(reference.logprobs, None), {"weight/mean": 1.0})

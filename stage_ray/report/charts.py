@@ -40,7 +40,7 @@ def chart(steps: Sequence[int], series: Mapping[str, Sequence[float | None]], to
 
     With ``total`` the series are areas on top of each other instead, but for the one of that name: a line.
     """
-    with _figure(series) as (axes, written):
+    with _figure(series) as (axes, svg):
         data = {label: np.asarray(values, dtype=float) for label, values in series.items()}  # None becomes NaN
         if total:
             if total in data:
@@ -56,12 +56,12 @@ def chart(steps: Sequence[int], series: Mapping[str, Sequence[float | None]], to
                 axes.plot(steps, _running_mean(values), color=color, linewidth=1.6, label=label)
             if len(data) > 1:
                 axes.legend(loc="best")
-    return _inline(written)
+    return svg[0]
 
 
 def banded_chart(steps: Sequence[int], series: Mapping[str, Sequence[tuple[float, float] | None]]) -> str:
     """Curves of values with their standard errors as bands, the first one strong. None is a gap."""
-    with _figure(series) as (axes, written):
+    with _figure(series) as (axes, svg):
         for color, (label, points) in zip(PALETTE * 3, series.items(), strict=False):
             data = np.asarray([point or (np.nan, np.nan) for point in points], dtype=float)  # [n, 2]
             values, errors = data.T
@@ -70,29 +70,25 @@ def banded_chart(steps: Sequence[int], series: Mapping[str, Sequence[tuple[float
             axes.fill_between(steps, values - errors, values + errors, color=color, alpha=0.15, linewidth=0)
         if len(series) > 1:
             axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    return _inline(written)
+    return svg[0]
 
 
 @contextmanager
-def _figure(series: Iterable[str]) -> Iterator[tuple[Axes, io.StringIO]]:
-    """The axes of a chart to draw into, and where it is written when the context ends."""
+def _figure(series: Iterable[str]) -> Iterator[tuple[Axes, list[str]]]:
+    """The axes of a chart to draw into, and a list that holds its ``<svg>`` when the context ends."""
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": "-".join(series)}):
-        figure, buffer = Figure(figsize=(4.6, 2.3), layout="constrained"), io.StringIO()
+        figure, buffer, svg = Figure(figsize=(4.6, 2.3), layout="constrained"), io.StringIO(), list[str]()
         axes = figure.add_subplot()
         axes.grid(axis="y")
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(5))
-        yield axes, buffer
+        yield axes, svg
         unnamed = dict.fromkeys(("Creator", "Date", "Format", "Type"))  # without any of them there is no <metadata>
         figure.savefig(buffer, format="svg", transparent=True, metadata=unnamed)
-
-
-def _inline(written: io.StringIO) -> str:
-    """A written chart as part of a page."""
-    head, _, body = written.getvalue().partition("<svg")[2].partition(">")
+    head, _, body = buffer.getvalue().partition("<svg")[2].partition(">")
     # The page decides size and font; namespaces are for XML, not for SVG inside HTML.
     head = re.sub(r' (width|height|xmlns(:xlink)?)="[^"]*"', "", head)
-    return re.sub(r" font-family: [^;\"]*;", "", f"<svg{head}>{body}".replace(INK, "currentColor"))
+    svg.append(re.sub(r" font-family: [^;\"]*;", "", f"<svg{head}>{body}".replace(INK, "currentColor")))
 
 
 def _running_mean(data: np.ndarray) -> np.ndarray:

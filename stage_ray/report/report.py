@@ -6,7 +6,7 @@ import base64
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median_high
 from typing import Any
 
 import yaml
@@ -71,11 +71,8 @@ def write_report(run_dir: Path) -> Path:
     done, wanted = rows[-1]["step"] if rows else 0, config.get("steps", 0)
     state = f"{done} steps" if done >= wanted else f"{done} of {wanted} steps so far"
     evaluated = [one for one in (own, *suites) if one.before or one.after]
-    if (
-        done >= wanted
-        and all(one.after is None for one in (own, *suites))
-        and config.get("evaluation", {}).get("enabled", True)
-    ):
+    last_missing = all(one.after is None for one in (own, *suites))
+    if done >= wanted and last_missing and config.get("evaluation", {}).get("enabled", True):
         state += ", not evaluated afterwards"
     loader = PackageLoader("stage_ray.report")
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
@@ -126,7 +123,17 @@ class _Comparison:
 
     @property
     def tones(self) -> dict[str, str]:
-        return _tones(self.before, self.changed)
+        """Colours of the changes that are more than two standard errors away from zero.
+
+        Only of the headline, of which more is better, and its parts: of another metric less may be better, or neither.
+        """
+        changed, judged = self.changed, tuple[str, ...]()
+        if self.before and self.before.headline in changed:
+            judged = (*self.before.metrics[self.before.headline].parts, self.before.headline)
+        clear = {name: changed[name] for name in judged if name in changed and changed[name].error is not None}
+        return {
+            name: "good" if c.value > 0 else "bad" for name, c in clear.items() if abs(c.value) > 2 * (c.error or 0)
+        }
 
 
 def _evaluation_charts(suites: Sequence[_Comparison]) -> dict[str, Markup]:
@@ -137,41 +144,26 @@ def _evaluation_charts(suites: Sequence[_Comparison]) -> dict[str, Markup]:
         found = {at: it for at, it in suite.found.items() if newest and not unlike(it.conditions, newest.conditions)}
         if newest is not None and len(found) > 2 and newest.headline in newest.metrics:
             names = (newest.headline, *newest.metrics[newest.headline].parts)
-            series = {name: [_with_error(result.metrics.get(name)) for result in found.values()] for name in names}
-            charts[f"{suite.name or 'Held-out'}: {newest.headline}, ± one standard error"] = Markup(
-                banded_chart(list(found), series)
-            )
+            values = {name: [result.metrics.get(name) for result in found.values()] for name in names}
+            series = {
+                name: [(it.value, it.error or 0.0) if it else None for it in some] for name, some in values.items()
+            }
+            title = f"{suite.name or 'Held-out'}: {newest.headline}, ± one standard error"
+            charts[title] = Markup(banded_chart(list(found), series))
     return charts
-
-
-def _with_error(metric: MetricValue | None) -> tuple[float, float] | None:
-    return None if metric is None else (metric.value, metric.error or 0.0)
-
-
-def _tones(before: EvaluationResult | None, changed: Mapping[str, MetricValue]) -> dict[str, str]:
-    """Colours of the changes that are more than two standard errors away from zero.
-
-    Only of the headline, of which more is better, and its parts: of another metric less may be better, or neither.
-    """
-    judged = before.metrics[before.headline].parts + (before.headline,) if before and before.headline in changed else ()
-    clear = {name: changed[name] for name in judged if name in changed and changed[name].error is not None}
-    return {name: "good" if c.value > 0 else "bad" for name, c in clear.items() if abs(c.value) > 2 * (c.error or 0)}
 
 
 def _cards(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
     """Label -> number in large type, of the training."""
-    cards = {}
-
-    def known(name: str) -> list[float]:
-        return [row[name] for row in rows if row.get(name) is not None]
-
-    seconds, speeds, rewards = known("time/step_s"), sorted(known("images_per_s")), known("reward/mean")
+    names, cards = ("time/step_s", "images_per_s", "reward/mean"), {}
+    seconds, speeds, rewards = ([row[name] for row in rows if row.get(name) is not None] for name in names)
     if rewards:
         window = max(1, min(10, len(rewards) // 2))  # the two do not overlap
-        first, last = sum(rewards[:window]) / window, sum(rewards[-window:]) / window
-        cards[f"training reward, first and last {window} steps"] = f"{first:.2f} → {last:.2f}"
+        cards[f"training reward, first and last {window} steps"] = (
+            f"{fmean(rewards[:window]):.2f} → {fmean(rewards[-window:]):.2f}"
+        )
     if speeds:
-        cards["images a second, median"] = f"{speeds[len(speeds) // 2]:.1f}"
+        cards["images a second, median"] = f"{median_high(speeds):.1f}"
     if seconds:
         cards["minutes in training steps"] = f"{sum(seconds) / 60:.1f}"
     return cards
@@ -195,12 +187,11 @@ def _roles(rows: Sequence[dict[str, Any]]) -> dict[str, tuple[str, ...]]:
 
 def _charts(rows: Sequence[dict[str, Any]]) -> dict[str, Markup]:
     """Charts of the metrics that are there, by title."""
-    names = sorted({name for row in rows for name in row})
-    families = {name: metric.name for name in names if (metric := find(name))}
-    scorers = {name: name.partition("/")[2] for name, family in families.items() if family == "reward/<scorer>"}
+    found = {name: find(name) for name in sorted({name for row in rows for name in row})}
+    scorers = {name: name.partition("/")[2] for name, it in found.items() if it and it.name == "reward/<scorer>"}
     charts = {}
     for title, columns in CHARTS.items():
-        labels = {name: label for name, label in (columns or scorers).items() if name in names}
+        labels = {name: label for name, label in (columns or scorers).items() if name in found}
         if labels:
             shown = _idle if title == IDLE else list[float | None]
             series = {label: shown(row.get(name) for row in rows) for name, label in labels.items()}

@@ -21,10 +21,6 @@ class RewardOutput:
         details: what is behind each score, JSON-able, one mapping an image. ``verdict`` (bool), where a scorer gives
             it, says whether the image is right: pictures for people are framed by it.
         features: float32 [B, D], vectors of the images that recipes may compare; they travel with the scores.
-
-    Example:
-        >>> RewardOutput(np.ones(1, np.float32), np.ones(1, bool), ({"verdict": True},)).details[0]["verdict"]
-        True
     """
 
     scores: np.ndarray
@@ -33,12 +29,20 @@ class RewardOutput:
     features: np.ndarray | None = None
 
 
+UNAVAILABLE = "service unavailable"
+"""Stands in the ``error`` of an image whose scorer raised a `ServiceUnavailableError`."""
+
+
+class ServiceUnavailableError(Exception):
+    """A service that a scorer asks is down, or has no room: its groups wait for it, up to ``scoring.outage_s``."""
+
+
 class Reward(Protocol):
     """A scorer. Built once in a reward worker from its config's ``options``; knows nothing of who calls it.
 
-    A scorer may have a class method ``check(prompts, **options)``, which is asked before anything is started, without
-    building it: it gives the prompts that it could not judge, each with the reason, as pairs (`Prompt`, text), and
-    raises a `ConfigError` for options that lead nowhere, such as a directory without the weights of its model.
+    A scorer may have a class method ``check(prompts, **options)``, which is asked before anything is started: it gives
+    the prompts that it could not judge, each with the reason, as pairs (`Prompt`, text), and raises a `ConfigError` for
+    options that lead nowhere, such as a directory without the weights of its model.
     """
 
     def score(self, images: np.ndarray, prompts: Sequence[Prompt]) -> RewardOutput:

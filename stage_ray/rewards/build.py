@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, get_type_hints
 
 from pydantic import PydanticSchemaGenerationError, TypeAdapter, ValidationError
@@ -31,11 +31,7 @@ def build_rewards(
     Example:
         build_rewards([RewardConfig(type="geneval", options={"detector": "my_package.MyDetector"})])
     """
-    return [
-        (config.column, build_reward(config, f"{key}.{index}"))
-        for index, config in enumerate(configs)
-        if columns is None or config.column in columns
-    ]
+    return [(config.column, build_reward(config, place)) for config, place in _chosen(configs, columns, key)]
 
 
 def check_rewards(
@@ -51,10 +47,13 @@ def check_rewards(
     """
     return [
         (prompt, f"{config.column}: {why}")
-        for index, config in enumerate(configs)
-        if columns is None or config.column in columns
-        for prompt, why in check_reward(config, prompts, f"{key}.{index}")
+        for config, place in _chosen(configs, columns, key)
+        for prompt, why in check_reward(config, prompts, place)
     ]
+
+
+def _chosen(configs: Sequence[RewardConfig], columns: Sequence[str] | None, key: str) -> list[tuple[RewardConfig, str]]:
+    return [(c, f"{key}.{i}") for i, c in enumerate(configs) if columns is None or c.column in columns]
 
 
 def build_reward(config: RewardConfig, key: str, methods: Sequence[str] = METHODS) -> Any:
@@ -83,26 +82,33 @@ def _resolve(config: RewardConfig, key: str, methods: Sequence[str]) -> tuple[An
     kind = REWARDS.find(config.type, f"{key}.type")
     if not callable(kind) or not any(callable(getattr(kind, name.partition("(")[0], None)) for name in methods):
         raise ConfigError(f"{key}.type = {config.type!r} is not a class with a method {' or '.join(methods)}")
-    key = f"{key}.options"
+    return kind, check_options(kind, config.type, config.options, f"{key}.options")
+
+
+def check_options(kind: Any, name: str, options: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """Options, which stand at ``key`` of a config, as the constructor of a class called ``name`` wants them.
+
+    Raises:
+        ConfigError: one is unknown, missing, or not what the type hint says; names it and the fix.
+    """
     parameters = inspect.signature(kind).parameters
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    allowed = [name for name, parameter in parameters.items() if parameter.kind in named]  # neither *args nor **kwargs
+    allowed = [one for one, parameter in parameters.items() if parameter.kind in named]  # neither *args nor **kwargs
     free = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     listing = ", ".join(allowed) or "none"
-    for name in config.options:
-        if name not in allowed and not free:
-            fix = "".join(f"did you mean {near!r}? " for near in difflib.get_close_matches(name, allowed, 1, 0.5))
-            fix = f"{REVISION}; " if name == "revision" else fix
-            raise ConfigError(f"{key}.{name} is no option of {config.type}; {fix}allowed: {listing}")
-    for name in allowed:
-        if name not in config.options and parameters[name].default is inspect.Parameter.empty:
-            raise ConfigError(f"{key}.{name} is missing: {config.type} needs it; allowed: {listing}")
+    for one in options:
+        if one not in allowed and not free:
+            fix = "".join(f"did you mean {near!r}? " for near in difflib.get_close_matches(one, allowed, 1, 0.5))
+            fix = f"{REVISION}; " if one == "revision" else fix
+            raise ConfigError(f"{key}.{one} is no option of {name}; {fix}allowed: {listing}")
+    for one in allowed:
+        if one not in options and parameters[one].default is inspect.Parameter.empty:
+            raise ConfigError(f"{key}.{one} is missing: {name} needs it; allowed: {listing}")
     try:
         hints = get_type_hints(kind.__init__, include_extras=True) if inspect.isclass(kind) else {}
     except NameError:
         hints = {}  # types that only a type checker imports: there is nothing to check by
-    options = {name: _converted(value, hints.get(name, Any), f"{key}.{name}") for name, value in config.options.items()}
-    return kind, options
+    return {one: _converted(value, hints.get(one, Any), f"{key}.{one}") for one, value in options.items()}
 
 
 def _converted(value: Any, hint: Any, key: str) -> Any:

@@ -1,4 +1,4 @@
-"""What a detector is: the eyes of GenEval and of every other object-level scorer."""
+"""What a detector is, for GenEval and every other object-level scorer."""
 
 from __future__ import annotations
 
@@ -19,10 +19,6 @@ class Detection:
         color: colour name as prompts use it, or None where it is unclear.
         color_confidence: 0..1.
         mask: bool [H, W] or None where the detector has none.
-
-    Example:
-        >>> Detection("ring", 0.9, (0.0, 0.0, 8.0, 8.0), "red", 0.8).label
-        'ring'
     """
 
     label: str
@@ -34,10 +30,11 @@ class Detection:
 
 
 class Detector(Protocol):
-    """Finds objects. Named in a config by the dotted path of a class without required arguments.
+    """Finds objects. Named in a config by the dotted path of its class, whose arguments are ``detector_options``.
 
     Where the class (or, once built, the object) has ``labels`` or ``colors``, the words that it knows, prompts that ask
-    for others are refused before a run and never count as a failure of the model.
+    for others are refused before a run and never count as a failure of the model. It may have a class method
+    ``check(**options)``, which raises a `ConfigError` before a run for options such as a directory without weights.
     """
 
     def detect(self, images: np.ndarray) -> list[list[Detection]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections import ChainMap
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from stage_ray.records import RolloutGroup, ScoredGroup
-from stage_ray.rewards.base import GroupReward, Reward, RewardOutput
+from stage_ray.rewards.base import UNAVAILABLE, GroupReward, Reward, RewardOutput, ServiceUnavailableError
 
 log = logging.getLogger(__name__)
 
@@ -36,23 +37,21 @@ def score_groups(
         scores[:, column], valid[:, column] = output.scores, output.valid
     scored, first = [], 0
     for group in groups:
-        mine = range(first, first + len(group.images))  # its rows of the batch
-        first = mine.stop
+        last = first + len(group.images)
+        mine = slice(first, last)  # its rows of the batch
+        vectors = {name: output.features[mine] for name, output in outputs.items() if output.features is not None}
         scored.append(
             ScoredGroup(
                 group_id=group.group_id,
                 names=tuple(outputs),
-                scores=scores[mine.start : mine.stop],
-                valid=valid[mine.start : mine.stop],
-                details=tuple({name: output.details[i] for name, output in outputs.items()} for i in mine),
-                score_s=seconds * len(mine),
-                features={
-                    name: output.features[mine.start : mine.stop]
-                    for name, output in outputs.items()
-                    if output.features is not None
-                },
+                scores=scores[mine],
+                valid=valid[mine],
+                details=tuple({name: one.details[i] for name, one in outputs.items()} for i in range(first, last)),
+                score_s=seconds * len(group.images),
+                features=vectors,
             )
         )
+        first = last
     return scored
 
 
@@ -62,9 +61,9 @@ def merge_scores(parts: Sequence[ScoredGroup], columns: Sequence[str]) -> Scored
         return parts[0]
     names = [name for part in parts for name in part.names]
     order = sorted(range(len(names)), key=lambda i: columns.index(names[i]))
-    ordered = tuple(names[i] for i in order)
     said = [ChainMap(*map(dict, each)) for each in zip(*(part.details for part in parts), strict=True)]  # an image each
     features = {name: array for part in parts for name, array in part.features.items()}
+    ordered = tuple(names[i] for i in order)
     return ScoredGroup(
         group_id=parts[0].group_id,
         names=ordered,
@@ -88,13 +87,15 @@ def _run(name: str, scorer: Reward | GroupReward, groups: Sequence[RolloutGroup]
         valid = np.asarray(output.valid, bool)
         details = [dict(said) for said in output.details]  # copies: `error` may be added below
         features = None if output.features is None else np.asarray(output.features, np.float32)
+    except ServiceUnavailableError as down:
+        log.warning("scorer %s: %s", name, down)
+        reason = f"{UNAVAILABLE}: {down}"
     # A scorer is a user's code, or a service, and may fail in any way. This is the one place that must outlive it: its
     # failure becomes part of the record, and the group is scored again or replaced.
     except Exception as error:
         log.exception("scorer %s failed on %d images", name, count)
         reason = f"{type(error).__name__}: {error}"
     else:
-        shape = "" if features is None else f", features {list(features.shape)}"
         fits = features is None or (features.ndim == 2 and len(features) == count)
         if fits and scores.shape == valid.shape == (len(details),) == (count,):
             known = np.ones(count, bool)  # [B]: the image's features are finite
@@ -102,17 +103,13 @@ def _run(name: str, scorer: Reward | GroupReward, groups: Sequence[RolloutGroup]
                 known &= np.isfinite(features).all(axis=1)
             usable = valid & known & np.isfinite(scores)
             for image in np.flatnonzero(~usable):
-                details[image].setdefault("error", _reason(scores[image], known[image]))
+                why = "the scorer calls it invalid" if known[image] else "its features are not finite"
+                score = float(scores[image])
+                details[image].setdefault("error", why if math.isfinite(score) else f"the score is {score}")
             return RewardOutput(np.where(usable, scores, np.nan).astype(np.float32), usable, tuple(details), features)
+        shape = "" if features is None else f", features {list(features.shape)}"
         got = f"scores {list(scores.shape)}, valid {list(valid.shape)}{shape} and {len(details)} details"
         log.error("scorer %s answered %s for %d images", name, got, count)
         reason = f"answered {got} for {count} images"
     failed = tuple({"error": reason} for _ in range(count))
     return RewardOutput(np.full(count, np.nan, np.float32), np.zeros(count, bool), failed)
-
-
-def _reason(score: np.float32, known: np.bool_) -> str:
-    """Why a score is not used; ``known``: its image's features are finite."""
-    if not np.isfinite(score):
-        return f"the score is {float(score)}"
-    return "the scorer calls it invalid" if known else "its features are not finite"

@@ -37,10 +37,10 @@ class PairwiseJudge(Protocol):
 class WinRateReward:
     """Scores an image by the others of its group that it beats, 0..1.
 
-    A judge is asked once about each pair of a group, all pairs in one call. Where an image has no valid score of the
-    inner scorer, or no answer of the judge about any of its pairs, its win rate is invalid too.
+    A judge is asked once about each pair of a group, all pairs in one call. An image without a valid score of the inner
+    scorer, or without an answer of the judge about any of its pairs, has no valid win rate.
 
-    Details of an image: those of the inner scorer, and ``score``, what that gave it; none with a judge.
+    Details of an image: those of the inner scorer and its ``score``; none with a judge.
     """
 
     def __init__(

@@ -17,7 +17,7 @@ from stage_ray.config import OWN_POOL, RunConfig
 from stage_ray.engines import build_engine
 from stage_ray.engines.base import ImageEngine
 from stage_ray.errors import Interrupted
-from stage_ray.evaluation.loop import Backend, EngineBackend, JudgedGroup, judge_in_batches
+from stage_ray.evaluation.loop import Backend, EngineBackend, JudgedGroup, judge_in_batches, searching
 from stage_ray.evaluation.partial import PartialResult
 from stage_ray.files import digest
 from stage_ray.observability.progress import Progress
@@ -84,7 +84,7 @@ def judge(
             progress.bar(title, total=len(requests)) as advance,
         ):
             advance(len(requests) - len(left))
-            images, at_once = use is not None, backend.batches_at_once
+            images, at_once, backend = use is not None, backend.batches_at_once, searching(backend, run)
             await judge_in_batches(backend, left, keep, images=images, advance=advance, at_once=at_once)
 
     if len(left) < len(requests):

@@ -30,7 +30,7 @@ from stage_ray.recipes import load_recipe
 from stage_ray.records import Prompt
 from stage_ray.rewards import check_rewards
 from stage_ray.run.run_dir import resolved
-from stage_ray.samplers import load_rule
+from stage_ray.samplers import load_rule, load_search, load_transform
 
 if TYPE_CHECKING:
     from huggingface_hub import HfUri
@@ -56,12 +56,16 @@ def preflight(run: RunConfig, *, fetch: bool = True) -> RunPrompts:
     ``fetch`` only what is here already is checked.
 
     Raises:
-        ConfigError: the recipe, the sampler, the model family, the benchmark or a tracker is unknown, or has no such
-            option or value, vLLM is a build for GPUs and none is reserved, the object store is too small, or the model
-            directory or a prompt file is missing, incomplete or malformed.
+        ConfigError: the first thing that is unknown, missing, malformed or too small.
     """
     load_recipe(run)
     load_rule(run.rollout)
+    if run.rollout.search is not None:
+        raise ConfigError(
+            f"rollout.search = {run.rollout.search!r} would train on images that a scorer chose, and their "
+            "log-probabilities leave the choice out; set it to null here: it is for evaluate and generate, and a suite "
+            "of evaluation.suites has a search of its own"
+        )
     check_trackers(run.logs)
     starts_ray_here = run.cluster.address is None and "RAY_ADDRESS" not in os.environ
     if starts_ray_here:
@@ -91,24 +95,27 @@ def preflight(run: RunConfig, *, fetch: bool = True) -> RunPrompts:
 def drawable_prompts(run: RunConfig, codec: ImageCodec | None, prompts: list[Prompt]) -> list[Prompt]:
     """The prompts that the model (``codec``: of `Policy.check`) has room for.
 
-    All of them, unless ``prompts.too_long`` is drop; a model that is not here has none that is too long.
+    A model that is not here has none that is too long.
 
     Raises:
-        ConfigError: one cannot be drawn and is not to be dropped, or none can; names their lines.
+        ConfigError: one is too long and ``prompts.too_long`` is refuse, or all are; names their lines.
     """
+    transform = load_transform(run.rollout)
     if codec is None:
         return prompts
     kept, problems = [], []
     for prompt in prompts:
         try:
-            codec.check_prompt(prompt.text, run.rollout.max_prompt_tokens)
+            drawn = prompt if transform is None else transform.apply(prompt, seed=0)
+            codec.check_prompt(drawn.drawn_text, run.rollout.max_prompt_tokens)
             kept.append(prompt)
         except ValueError as error:
-            problems.append(f"{prompt.where or '--prompt'}: {error}")
+            made = f", which {run.rollout.prompt_transform} makes of {prompt.text[:80]!r}" if transform else ""
+            problems.append(f"{prompt.where or '--prompt'}: {error}{made}")
     if problems and (run.prompts.too_long == "refuse" or not kept):
         raise ConfigError(
-            f"{len(problems)} of {len(prompts)} prompts cannot be drawn: {_some(problems)}; shorten them, raise "
-            "rollout.max_prompt_tokens where the model has room, or set prompts.too_long=drop"
+            f"{len(problems)} of {len(prompts)} prompts cannot be drawn: {_some(problems)}; correct or shorten them, "
+            "raise rollout.max_prompt_tokens where the model has room, or set prompts.too_long=drop"
         )
     if problems:
         log.warning("%d of %d prompts are dropped: %s", len(problems), len(prompts), _some(problems))
@@ -130,8 +137,10 @@ def _suite_prompts(run: RunConfig, left: Collection[str]) -> dict[str, list[Prom
     found: dict[str, list[Prompt]] = {}
     for number, suite in enumerate(run.evaluation.suites if run.evaluation.enabled else []):
         key = f"evaluation.suites.{number}"
-        prompts = load_prompts(str(suite.prompts)) if f"{key}.prompts" not in left else []
+        benchmark, left_out = find_benchmark(suite.benchmark), f"{key}.prompts" in left
+        prompts = [] if left_out else benchmark.load(suite.prompts or "", load_prompts)
         _require_scorable(suite.rewards or [], prompts, f"{key}.rewards")
+        load_search(suite, [reward.column for reward in suite.rewards or []], key)
         found[str(suite.name)] = prompts
     return found
 
@@ -146,18 +155,17 @@ def _require_scorable(
 
 
 def _some(problems: list[str]) -> str:
-    """The first of them, and how many more there are."""
     more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
     return "; ".join(problems[:SHOWN]) + more
 
 
 def unfetched(run: RunConfig) -> dict[str, HfUri]:
     """What a config names in a hub and is not, or not whole, in the cache of this machine."""
-    return {key: uri for key, uri in hub_inputs(run).items() if _in_cache(key, uri) is None}
 
+    def in_cache(key: str, uri: HfUri) -> Path | None:
+        return cached(uri, files_of(key)) if takes_prompts(key) else located(uri.to_uri())
 
-def _in_cache(key: str, uri: HfUri) -> Path | None:
-    return cached(uri, files_of(key)) if takes_prompts(key) else located(uri.to_uri())
+    return {key: uri for key, uri in hub_inputs(run).items() if in_cache(key, uri) is None}
 
 
 def describe(run: RunConfig, *, strict: bool = False) -> str:

@@ -23,7 +23,7 @@ from stage_ray.errors import ConfigError
 from stage_ray.files import atomic_write, deny_others_writing, read_json
 from stage_ray.recipes import resolve_recipe
 from stage_ray.run.digests import digest_inputs
-from stage_ray.samplers import resolve_sampler
+from stage_ray.samplers import resolve_samplers
 
 log = logging.getLogger(__name__)
 
@@ -54,12 +54,12 @@ RETRY_WAIT_S = 150.0
 
 
 def resolved(run: RunConfig) -> RunConfig:
-    """The same run, with every option of its recipe and of its sampler, defaults included.
+    """The same run, with every option of its recipe and of its samplers, defaults included.
 
     Raises:
-        ConfigError: of `resolve_recipe` and `resolve_sampler`.
+        ConfigError: of `resolve_recipe` and `resolve_samplers`.
     """
-    return resolve_sampler(resolve_recipe(run))
+    return resolve_samplers(resolve_recipe(run))
 
 
 @contextlib.contextmanager

@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from stage_ray.config import RunConfig
+from stage_ray.config import RewardConfig, RunConfig
 from stage_ray.config.hardware import usable_cpus
-from stage_ray.config.load import build_config
+from stage_ray.config.load import validate_config
 from stage_ray.config.paths import require_lasting
 from stage_ray.engines.vllm.environment import require_fitting_build
 from stage_ray.errors import ConfigError, RunError
-from stage_ray.evaluation.base import EvaluationResult, find_benchmark, summarise, write_result
+from stage_ray.evaluation.base import EvaluationResult, find_benchmark, summarise, write_png, write_result
 from stage_ray.evaluation.loop import JudgedGroup, conditions, requests_for
 from stage_ray.evaluation.partial import PartialResult
 from stage_ray.files import name_disk_errors, require_writable
@@ -31,11 +31,12 @@ from stage_ray.report.samples import contact_sheet
 from stage_ray.rewards import check_rewards
 from stage_ray.run.inference import inputs_of, judge
 from stage_ray.run.preflight import SHOWN, drawable_prompts
-from stage_ray.samplers import load_rule
+from stage_ray.samplers import resolve_samplers
 
 IMAGES_PER_BATCH = 64  # drawn at once, where as many are asked for
 SHEET_IMAGES = 120  # more make a picture that no viewer likes
 GO_ON = "go on with the same command"
+NO_REWARD = RewardConfig(type="none")  # where nothing is scored
 
 
 def evaluate(
@@ -51,6 +52,7 @@ def evaluate(
     address: str | None = None,
     workers: int | None = None,
     json_file: str | Path | None = None,
+    pictures: str | Path | None = None,
 ) -> EvaluationResult:
     """Draw held-out prompts with a model and score the pictures; each argument is an option of `stage-ray evaluate`.
 
@@ -70,9 +72,13 @@ def evaluate(
         if file.is_dir():
             raise ConfigError(f"--json {file} is a directory; name a file in it")
         require_writable(file.parent, "--json")
+    shown = None if pictures is None else Path(pictures)
+    require_lasting(shown, "--pictures")
+    if shown is not None:
+        require_writable(shown, "--pictures")
     benchmark = find_benchmark(suite, "--suite")
     images = benchmark.images_per_prompt if images_per_prompt is None else images_per_prompt
-    asked = load_prompts(str(prompts or benchmark.prompts))
+    asked = benchmark.load(str(prompts or benchmark.prompts), load_prompts)
     rewards = [reward.model_dump() for reward in benchmark.rewards]
     run = _run(model, engine, guidance, address, workers, overrides, images=images * len(asked), rewards=rewards)
     _require_judgeable(run, asked)
@@ -82,8 +88,20 @@ def evaluate(
         inputs = inputs_of(run, asked, {"--images-per-prompt": images, "--seed": seed})
         partial, go_on = PartialResult(file.with_name(f"{file.name}.partial"), inputs), GO_ON
     requests = requests_for(asked, images, seed)
+    if shown is not None:
+        if not partial.groups and shown.exists() and any(shown.iterdir()):
+            raise ConfigError(f"--pictures {shown} is not empty; name another directory")
+        drawn = {request.group_id for request in requests if benchmark.has_pictures(shown, request.prompt, images)}
+        partial.groups = {number: group for number, group in partial.groups.items() if number in drawn}
+
+    def save(group: JudgedGroup) -> None:
+        assert shown is not None and group.images is not None, "they are asked for"
+        benchmark.save_pictures(shown, group.request.prompt, group.images)
+
     with name_disk_errors(file or Path(), go_on), Progress() as progress:
-        result = summarise(benchmark, asked, judge(run, requests, partial, progress, title=suite, go_on=go_on))
+        use = None if shown is None else save
+        scored = judge(run, requests, partial, progress, title=suite, go_on=go_on, use=use)
+        result = summarise(benchmark, asked, scored)
         result = replace(result, conditions=conditions(run, benchmark, requests, seed))
         if file is not None:
             write_result(file, result)
@@ -129,21 +147,23 @@ def generate(
         raise ConfigError(f"--out {out} exists and is not an empty directory; name another")
     require_writable(out, "--out")
     run = _run(model, engine, guidance, address, workers, overrides, images=images * len(asked))
+    scoring = run.rollout.search is not None  # which then chooses by scores
+    if scoring:
+        _require_judgeable(run, asked)
     asked = drawable_prompts(run, policy_class(run.policy).check(run.policy), asked)
-    partial = PartialResult(kept, inputs_of(run, asked, {"--images": images, "--seed": seed}, scoring=False))
+    partial = PartialResult(kept, inputs_of(run, asked, {"--images": images, "--seed": seed}, scoring=scoring))
     requests = requests_for(asked, images, seed)
     for request in requests:
         if not all(file.is_file() for file in _pictures(out, request)):
             partial.groups.pop(request.group_id, None)
 
     def save(group: JudgedGroup) -> None:
-        out.mkdir(parents=True, exist_ok=True)
         assert group.images is not None, "they are asked for"
         for image, file in zip(group.images, _pictures(out, group.request), strict=True):
-            _write_png(image, file)
+            write_png(file, image)
 
     with name_disk_errors(out, GO_ON), Progress() as progress:
-        judge(run, requests, partial, progress, title="drawing", go_on=GO_ON, scoring=False, use=save)
+        judge(run, requests, partial, progress, title="drawing", go_on=GO_ON, scoring=scoring, use=save)
         _write_sheet(out, requests)
         partial.remove()
         progress.note(f"contact sheet: {out / 'sheet.png'}")
@@ -182,13 +202,15 @@ def _run(
         # A cluster's workers are not where this command was given.
         "policy": {"path": str(Path(model).absolute() if Path(model).exists() else model)},
         "prompts": {"train": "-"},  # those of the command line are drawn
-        "rewards": rewards or [{"type": "none"}],
+        "rewards": rewards or [NO_REWARD.model_dump()],
         "evaluation": {"enabled": False},
         "rollout": rollout,
         "cluster": {"address": address},
     }
-    run = build_config(data, overrides, source="--set")
-    load_rule(run.rollout)  # a wrong option is said before anything starts
+    run = validate_config(data, overrides, source="--set")
+    resolve_samplers(run)  # a wrong option is said before anything starts
+    if run.rollout.search is not None and run.rewards == [NO_REWARD]:
+        raise ConfigError(f"rollout.search = {run.rollout.search!r} chooses by a scorer; name one in rewards")
     if run.cluster.address is None:  # else vLLM runs elsewhere
         require_fitting_build(run.rollout)
     return run
@@ -206,13 +228,6 @@ def _require_judgeable(run: RunConfig, prompts: Sequence[Prompt]) -> None:
 def _pictures(out: Path, request: RolloutRequest) -> list[Path]:
     """The files of a group's images."""
     return [out / f"{request.prompt.index:04d}-{number}.png" for number in range(len(request.seeds))]
-
-
-def _write_png(image: np.ndarray, path: Path) -> None:
-    """Write uint8 [H, W, 3], whole or not at all."""
-    scratch = path.with_name(path.name + ".tmp")
-    Image.fromarray(image).save(scratch, format="PNG")
-    scratch.replace(path)
 
 
 def _write_sheet(out: Path, requests: Sequence[RolloutRequest]) -> None:

@@ -1,24 +1,17 @@
-"""Token rules, one file each; ``rollout.sampler`` names the file, or the dotted path of a class from elsewhere."""
+"""How images are drawn: token rules, prompt transforms and searches over images, one file each (``README.md``).
 
-from stage_ray.samplers.base import Context, TokenRule
-from stage_ray.samplers.params import (
+``rollout.sampler``, ``prompt_transform`` and ``search`` name the file, or the dotted path of a class from elsewhere.
+"""
+
+# ruff: noqa: F401  they are here for other rooms
+from stage_ray.samplers.base import Context, ImageSearch, Judge, PromptTransform, TokenRule
+from stage_ray.samplers.load import (
     SAMPLERS,
-    SamplingParams,
-    keep_top_k,
-    keep_top_p,
+    SEARCHES,
+    TRANSFORMS,
     load_rule,
-    process_logits,
-    resolve_sampler,
+    load_search,
+    load_transform,
+    resolve_samplers,
 )
-
-__all__ = [
-    "SAMPLERS",
-    "Context",
-    "SamplingParams",
-    "TokenRule",
-    "keep_top_k",
-    "keep_top_p",
-    "load_rule",
-    "process_logits",
-    "resolve_sampler",
-]
+from stage_ray.samplers.params import SamplingParams, keep_top_k, keep_top_p, process_logits

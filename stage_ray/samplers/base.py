@@ -1,17 +1,21 @@
-"""The contract between engines, learner and a token rule: which distribution each image token is drawn from."""
+"""The three kinds of samplers: a token rule, a prompt transform, a search over images."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from stage_ray.config import Section
+from stage_ray.records import Prompt, RolloutRequest, image_seeds
 
 if TYPE_CHECKING:
+    from stage_ray.evaluation.loop import JudgedGroup
     from stage_ray.samplers.params import SamplingParams
 
 
@@ -61,3 +65,63 @@ class TokenRule(Section):
             params: of the config; `SamplingParams.guide` and `SamplingParams.truncate` apply guidance, top-k and top-p.
             context: of the B tokens.
         """
+
+
+class PromptTransform(Section):
+    """From a prompt to the text that images are generated from. Its fields are its options, checked by pydantic.
+
+    An engine asks once a group, and the group carries the answer: the learner takes log-probabilities under what was
+    drawn, scorers judge what was asked for.
+
+    Example: `stage_ray.samplers.template`.
+    """
+
+    @abstractmethod
+    def rewrite(self, prompt: Prompt, seed: int) -> str:
+        """The text to generate from: a pure function, so that a group is made again from its prompt and seeds.
+
+        Args:
+            prompt: as its file has it; ``record`` is its whole line.
+            seed: of the group's first image, for a transform that draws; 0 in the check before a run.
+        """
+
+    def apply(self, prompt: Prompt, seed: int) -> Prompt:
+        """The prompt with what is drawn for it.
+
+        Raises:
+            ValueError: that is empty; names the prompt.
+        """
+        drawn = self.rewrite(prompt, seed)
+        if not drawn.strip():
+            raise ValueError(f"{type(self).__name__} makes an empty prompt of {prompt.text[:80]!r}")
+        return replace(prompt, drawn=drawn)
+
+
+Judge = Callable[[Sequence[RolloutRequest]], Awaitable[list["JudgedGroup"]]]
+"""Draws the images of requests and scores them, wherever engines and scorers are; groups in the requests' order."""
+
+
+class ImageSearch(Section):
+    """Which images stand for a prompt, out of more that are drawn and scored. Its fields are its options.
+
+    It works in `generate`, `evaluate` and suites. A run does not train on its images: which one is kept depends on the
+    scorers, so their log-probabilities are not those of the choice.
+
+    Example: `stage_ray.samplers.best_of`.
+    """
+
+    candidates: int = Field(4, ge=1, description="Images drawn for each that is kept")
+    scorer: str | None = Field(None, description="Column of the scorer that chooses; null: the first")
+
+    @abstractmethod
+    async def search(self, requests: Sequence[RolloutRequest], judge: Judge) -> list[JudgedGroup]:
+        """The kept images of each request, one a seed, with their scores; ``judge`` may be asked any number of times.
+
+        Invariants: what is kept for a seed depends on that seed, the prompt and the scorers only, not on the other
+        requests. A score that failed is never a reason to keep an image; an image all of whose candidates failed has
+        ``valid`` False.
+        """
+
+    def candidate_seeds(self, seed: int) -> tuple[int, ...]:
+        """Seeds of an image's candidates: its own, then a hash of it and a counter; fewer candidates have the first."""
+        return (seed, *image_seeds(f"search:{seed}", 0, self.candidates - 1))

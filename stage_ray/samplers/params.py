@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 
-from stage_ray.config import RolloutConfig, RunConfig
-from stage_ray.errors import ConfigError, impossible, suggest
-from stage_ray.registry import Registry, import_dotted
+from stage_ray.config import RolloutConfig
+from stage_ray.registry import import_dotted
 from stage_ray.samplers.base import Context, TokenRule
 from stage_ray.samplers.guided import GuidedRule
-
-SAMPLERS = Registry("stage_ray.samplers", "Rule", "sampler")
+from stage_ray.samplers.load import load_rule
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,43 +85,6 @@ class SamplingParams:
         if self.top_p < 1.0:
             logits = keep_top_p(logits, self.top_p)
         return logits
-
-
-def load_rule(rollout: RolloutConfig) -> TokenRule:
-    """The token rule that a config names, its options checked.
-
-    Raises:
-        ConfigError: no such rule, an option that it does not have (with the nearest one), or an impossible value.
-
-    Example:
-        >>> load_rule(RolloutConfig(sampler="entropy_informed", sampler_options={"b": 2}))
-        EntropyInformedRule(a=2.5, b=2.0, c=0.6)
-    """
-    kind = SAMPLERS.find(rollout.sampler, "rollout.sampler")
-    if not (isinstance(kind, type) and issubclass(kind, TokenRule)) or inspect.isabstract(kind):
-        raise ConfigError(
-            f"rollout.sampler = {rollout.sampler!r} is no class that derives from stage_ray.samplers.TokenRule"
-        )
-    key = "rollout.sampler_options."
-    for name, value in rollout.sampler_options.items():
-        if name not in kind.model_fields:
-            fix = suggest(name, kind.model_fields, key) if kind.model_fields else "it has none"
-            raise ConfigError(f"{key}{name} = {value!r} is no option of sampler {rollout.sampler}: {fix}")
-    try:
-        return kind.model_validate(rollout.sampler_options)
-    except ValidationError as error:
-        problems = [impossible(key + ".".join(map(str, item["loc"])), item) for item in error.errors()]
-        raise ConfigError("; ".join(problems)) from error
-
-
-def resolve_sampler(run: RunConfig) -> RunConfig:
-    """The same run, with every option of its sampler under ``rollout.sampler_options``, defaults included.
-
-    Raises:
-        ConfigError: as `load_rule`.
-    """
-    options = load_rule(run.rollout).model_dump(mode="json")
-    return run.model_copy(update={"rollout": run.rollout.model_copy(update={"sampler_options": options})})
 
 
 def process_logits(

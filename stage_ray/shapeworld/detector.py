@@ -1,8 +1,4 @@
-"""Finds ShapeWorld's objects: class, colour, box, mask, and a confidence that is low for non-objects.
-
-Colour and outline come from image processing (`segmentation`), the shape from a small network that sees 24 x 24 pixels
-of opacity and no colour.
-"""
+"""Finds ShapeWorld's objects: colour and outline by image processing, the shape by a small network over opacity."""
 
 from __future__ import annotations
 
@@ -35,24 +31,15 @@ NONE = len(SHAPES)
 class ShapeDetector:
     """Finds ShapeWorld's objects in pictures, drawn or generated. Deterministic; runs on the CPU.
 
-    The confidence of an object is the classifier's probability of its shape, lowered where the segment is tiny, of
-    mixed colour, or pale.
+    The confidence of an object is the classifier's probability of its shape times the segment's `soundness`.
     """
 
     labels, colors = SHAPES, tuple(COLORS)
 
     def __init__(self, assets: str | Path = ASSETS) -> None:
-        """Load the classifier from a directory or a ``package:`` location.
-
-        Raises:
-            FileNotFoundError: there are no weights; says how to make them.
-            RuntimeError: the weights are of another network.
-        """
-        path = (assets if isinstance(assets, Path) else resolve_path(assets)) / WEIGHTS_FILE
-        if not path.is_file():
-            raise FileNotFoundError(f"the detector has no weights at {path}; `stage-ray pretrain` makes them")
+        """Load the classifier from a directory or a ``package:`` location."""
         self._classifier = build_classifier().eval()
-        self._classifier.load_state_dict(load_file(path))
+        self._classifier.load_state_dict(load_file(resolve_path(str(assets)) / WEIGHTS_FILE))
 
     @torch.inference_mode()
     def detect(self, images: np.ndarray) -> list[list[Detection]]:
@@ -78,7 +65,7 @@ class ShapeDetector:
 
 
 def soundness(piece: Segment) -> float:
-    """How much a segment looks like one painted object rather than a smear: 0..1, and 1 for every rendered object."""
+    """How much a segment looks like one painted object, no smear: 0..1, less where tiny, of mixed colour, or pale."""
     side = min(piece.box[2] - piece.box[0], piece.box[3] - piece.box[1])
     opacity = float(piece.alpha[piece.mask].mean())
     factors = [

@@ -1,12 +1,12 @@
 """ShapeWorld's prompts: GenEval's six tasks, in GenEval's record format, split by composition.
 
-A record is `{"tag", "include", "exclude"?, "prompt"}`, exactly as in GenEval's `evaluation_metadata.jsonl`. Two
-liberties: classes are shapes, and counting prompts may also name a colour ("a photo of three red rings").
+A record is `{"tag", "include", "exclude"?, "prompt"}`, as in GenEval's `evaluation_metadata.jsonl`; classes are shapes,
+and counting prompts may name a colour too.
 
-The held-out split asks for *compositions* that no training prompt or training caption ever mentions: pairs (shape,
-colour), pairs of shapes, triples (A, relation, B) and pairs (shape, count). Every single shape, colour, relation and
-count is frequent in training. A triple is held out together with its mirror image ("A left of B" and "B right of A").
-`single_object` has nothing to compose: its five prompts are the same in both splits.
+The held-out split asks for *compositions* that no training prompt or caption ever mentions: pairs (shape, colour),
+pairs of shapes, pairs (shape, count), and triples (A, relation, B) together with their mirror images. Every single
+shape, colour, relation and count is frequent in training. `single_object` has nothing to compose: its prompts are the
+same in both splits.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from stage_ray.rewards.geneval import RELATIONS
+from stage_ray.rewards.geneval_rules import RELATIONS, placement
 from stage_ray.shapeworld.scene import COLORS, SHAPES, Scene, Shape, on_random_paper, random_places
 
 Record = dict[str, Any]
@@ -64,10 +64,9 @@ def item(kind: str, count: int = 1, color: str | None = None) -> Record:
 
 
 def make_record(tag: str, items: Sequence[Record], relation: str | None = None) -> Record:
-    """The record of a caption over its items, in the caption's order.
+    """The record of a caption over its items, in the caption's order; of two in a relation, the second comes first.
 
-    With a relation the second item comes first, since a position points back: "a ring left of a square" includes
-    [square, ring], the ring with ``"position": ["left of", 0]``. Counting forbids one object more, as GenEval does.
+    Counting forbids one object more, as GenEval does.
     """
     record: Record = {"tag": tag, "include": list(items)}
     if relation is not None:
@@ -84,7 +83,6 @@ def make_record(tag: str, items: Sequence[Record], relation: str | None = None) 
 
 
 def plural(kind: str) -> str:
-    """`rings`, `crosses`."""
     return kind + ("es" if kind.endswith("s") else "s")
 
 
@@ -123,11 +121,7 @@ def _compositions(split: Split) -> dict[str, list[Record]]:
 
 
 def prompts(split: Split) -> list[Record]:
-    """The prompt file of a split, always the same.
-
-    "train" holds about 340, none mentioning a held-out composition, those of some tasks `TRAIN_REPEATS` times;
-    "heldout" about 100, all but `single_object` asking for one.
-    """
+    """The prompt file of a split, always the same: about 340 records for training, 100 held out."""
     rng = np.random.default_rng(SPLIT_SEED + 1)
     result: list[Record] = []
     for tag, records in _compositions(split).items():
@@ -145,8 +139,8 @@ def sample_record(rng: np.random.Generator, task_weights: dict[str, float], spli
 
 
 def sample_mixture(rng: np.random.Generator) -> Record:
-    """A caption beyond the six tasks, for pretraining: two or three kinds of object, each with or without a number
-    and a colour, or two in a relation: "a photo of two red rings and a square". Mentions nothing held out."""
+    """A training caption beyond the six tasks: two or three kinds of object, each with or without number and colour, or
+    two in a relation, like "a photo of two red rings and a square"."""
     while True:
         kinds = [str(kind) for kind in rng.permutation(SHAPES)[: rng.integers(2, 4)]]
         related = len(kinds) == 2 and rng.random() < 0.5
@@ -160,34 +154,27 @@ def sample_mixture(rng: np.random.Generator) -> Record:
             return record
 
 
-def _margin(a: Shape, b: Shape, relation: str) -> float:
-    """How clearly `a` stands in `relation` to `b`: by GenEval's rule (`geneval.relations`) it does above 0.5."""
-    offset = np.asarray([a.cx - b.cx, a.cy - b.cy])
-    shrunk = np.maximum(np.abs(offset) - 0.1 * (a.size + b.size), 0) * np.sign(offset)
-    dx, dy = shrunk / max(float(np.linalg.norm(offset)), 1e-6)
-    return float({"left of": -dx, "right of": dx, "above": -dy, "below": dy}[relation])
-
-
 def sample_scene(
     record: Record, rng: np.random.Generator, *, avoid_held_out: bool = True, lattice: bool = False
 ) -> Scene:
-    """A random scene that satisfies `record` and shows nothing beyond it.
+    """A random scene that shows what `record` asks for, positions with a margin, and nothing else.
 
-    What the record leaves open (colours, places, sizes, background) is random; counted objects share one colour.
-    With `avoid_held_out` an open colour never completes a held-out (shape, colour) pair, so that training pictures do
-    not show what training captions may not mention. Positions hold by GenEval's rule with a margin.
+    Counted objects share one colour. With `avoid_held_out` a colour that the record leaves open completes no held-out
+    (shape, colour), so that training pictures do not show what training captions may not mention.
     """
     wanted: list[tuple[str, str]] = []  # (kind, colour) of each object
-    relation: tuple[int, str, int] | None = None  # index of A, relation, index of B
+    related: tuple[int, str, int] | None = None  # index of A, relation, index of B
     hidden = held_out() if avoid_held_out else frozenset()
     for index, clause in enumerate(record["include"]):
         kind = clause["class"]
         color = clause.get("color") or str(rng.choice([c for c in COLORS if (kind, c) not in hidden]))
         wanted += [(kind, color)] * clause["count"]
         if "position" in clause:
-            relation = (index, *clause["position"])
+            related = (index, *clause["position"])
     while True:
         places = random_places(len(wanted), rng, lattice=lattice)
         shapes = [Shape(*look, *place) for look, place in zip(wanted, places, strict=True)]
-        if relation is None or _margin(shapes[relation[0]], shapes[relation[2]], relation[1]) > 0.6:
+        boxes = [shape.box for shape in shapes]
+        # GenEval asks for one half.
+        if related is None or placement(boxes[related[0]], boxes[related[2]])[related[1]] > 0.6:
             return on_random_paper(shapes, rng)

@@ -1,7 +1,6 @@
 """What a ShapeWorld picture is made of, five shapes, eight colours and pale backgrounds, and how it is drawn.
 
-Shapes and colours were chosen to stay apart after the 64-token tokenizer has blurred them: every stroke is at least
-five pixels wide, every colour stands out from every (pale) background, and objects keep a gap of five pixels.
+All of it stays apart after the 64-token tokenizer has blurred it: strokes and gaps are at least five pixels wide.
 """
 
 from __future__ import annotations
@@ -13,8 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 IMAGE_SIZE = 64  # pixels, both sides
-MIN_GAP = 5.0  # pixels between the bounding boxes of two objects
-MIN_BORDER = 2.0  # pixels between an object and the picture's edge
+MIN_GAP, MIN_BORDER = 5.0, 2.0  # pixels between the boxes of two objects, and between one and the picture's edge
 MIN_STROKE = 5.0  # pixels: arms of the cross, band of the ring
 NOISE_SIGMA, TEXTURE_AMPLITUDE = 3.0, 4.0  # grey levels of 255
 
@@ -86,16 +84,13 @@ class Scene:
 
 
 def boxes_apart(a: Square, b: Square, gap: float = MIN_GAP) -> bool:
-    """Whether two squares keep `gap` pixels between them."""
     reach = (a[2] + b[2]) / 2 + gap
     return abs(a[0] - b[0]) >= reach or abs(a[1] - b[1]) >= reach
 
 
 def place_squares(sizes: Sequence[float], rng: np.random.Generator, *, lattice: bool = False) -> list[Square]:
-    """Random places for squares of these sizes (pixels) that keep MIN_GAP and MIN_BORDER.
-
-    With `lattice`, centres are multiples of LATTICE. Starts over when the first squares leave no room for the rest.
-    """
+    """Random places for squares of these sizes (pixels) that keep MIN_GAP and MIN_BORDER; with `lattice`, centres are
+    multiples of LATTICE. Starts over when the first squares leave no room for the rest."""
     for _ in range(1000):
         placed: list[Square] = []
         for size in sizes:
@@ -106,9 +101,8 @@ def place_squares(sizes: Sequence[float], rng: np.random.Generator, *, lattice: 
             else:
                 centres = rng.uniform(low, high, size=(20, 2))
             candidates = ((float(cx), float(cy), float(size)) for cx, cy in centres)
-            # The first of the twenty that keeps its distance from all placed before.
-            place = next((one for one in candidates if all(boxes_apart(one, other) for other in placed)), None)
-            if place is None:
+            free = (one for one in candidates if all(boxes_apart(one, other) for other in placed))
+            if (place := next(free, None)) is None:  # none of the twenty keeps its distance from those before
                 break
             placed.append(place)
         else:  # all of them have found a place
@@ -130,7 +124,7 @@ def random_places(count: int, rng: np.random.Generator, *, lattice: bool = False
 
 
 def random_scene(rng: np.random.Generator) -> Scene:
-    """A scene of 1 to 4 random objects, of any composition: for training the tokenizer and the detector."""
+    """A scene of 1 to 4 random objects, of any composition."""
     count = int(rng.integers(1, 5))
     kinds, colors = rng.choice(SHAPES, size=count).tolist(), rng.choice(list(COLORS), size=count).tolist()
     places = random_places(count, rng)
@@ -160,10 +154,7 @@ def coverage(shape: Shape) -> np.ndarray:
 
 
 def render(scene: Scene, *, plain: bool = False) -> np.ndarray:
-    """The picture of a scene: uint8 [64, 64, 3], RGB. The same scene always gives the same pixels.
-
-    `plain` leaves out texture and noise: paper of one tint.
-    """
+    """The picture of a scene, uint8 [64, 64, 3], RGB; `plain` leaves out texture and noise."""
     rng = np.random.default_rng(scene.seed)
     canvas = np.full((IMAGE_SIZE, IMAGE_SIZE, 3), BACKGROUNDS[scene.background], np.float32)
     if not plain:  # three long waves

@@ -1,14 +1,14 @@
 """Cuts a ShapeWorld picture into single-coloured objects, by plain image processing; no learning here.
 
-The palette is known, so a pixel is explained as ``background + alpha * (colour - background)``. Colours are voted on by
-the *core* of the foreground (one pixel away from every edge), because a blurred edge of red on white looks pink. Every
-other pixel goes to its nearest core. Where cores of different colours touch, they may be two objects or one that
-changed colour on the way (a tokenizer turns a corner of a red square orange): both readings are returned, and
-`ShapeDetector` lets the shape decide.
+A pixel is ``background + alpha * (colour - background)``, of a known palette. Colours are voted on by the *core* of the
+foreground (one pixel away from every edge), because a blurred edge of red on white looks pink; every other pixel goes
+to its nearest core. Where cores of different colours touch, they may be two objects, or one that the tokenizer gave a
+corner of another colour: both readings are returned, and `ShapeDetector` lets the shape decide.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -129,9 +129,9 @@ def _wholes(parts: list[Segment]) -> list[Segment]:
         if len(members) < 2:
             continue
         total = sum(part.core for part in members)
-        shares: dict[str, float] = {}  # colour -> share of the region's core pixels
+        shares: dict[str, float] = defaultdict(float)  # colour -> share of the region's core pixels
         for part in members:
-            shares[part.color] = shares.get(part.color, 0.0) + part.purity * part.core / total
+            shares[part.color] += part.purity * part.core / total
         color, purity = max(shares.items(), key=lambda share: share[1])
         off_color = sum(part.off_color * part.core for part in members) / total
         alpha = np.sum([part.alpha for part in members], axis=0)  # each pixel has one owner, so alphas never overlap

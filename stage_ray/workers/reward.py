@@ -22,7 +22,7 @@ class RewardWorker(Worker):
     def __init__(
         self, name: str, run: RunConfig, log: str | None, rank: int = 0, columns: Sequence[str] | None = None
     ) -> None:
-        """Load nothing yet: `setup` does; ``columns``: of its scorers, all by default."""
+        """``columns``: of its scorers, all by default."""
         redirect_output(log, "reward", name)
         self._metrics = WorkerMetrics("reward", name)
         self._rewards = [reward for reward in run.rewards if columns is None or reward.column in columns]
@@ -30,7 +30,6 @@ class RewardWorker(Worker):
 
     @loading()
     def setup(self, address: str = "") -> None:
-        """Make its scorers."""
         self._scorers = build_rewards(self._run.rewards, self._columns)
         self._suite_scorers = {}
         first = self._columns is None or tuple(self._columns) == self._run.scoring_pools[0].columns
@@ -77,7 +76,6 @@ class RewardClient(Client):
     async def score(self, groups: Sequence[GroupRefs], suite: str | None = None) -> list[GroupRefs]:
         """The groups with their ``scores``, ``error`` and ``silent``; ``suite``: whose scorers, None: the run's own."""
         objects = [ref for group in groups for ref in (group.tokens, group.images)]
-        named = {} if suite is None else {"suite": suite}
-        verdicts, scored = self.ask_objects(RewardWorker.score, len(groups), *objects, **named)
+        verdicts, scored = self.ask_objects(RewardWorker.score, len(groups), *objects, suite=suite)
         answers = zip(groups, scored, await verdicts, strict=True)
         return [replace(group, scores=(ref,), error=error, silent=silent) for group, ref, (error, silent) in answers]

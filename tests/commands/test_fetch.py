@@ -18,7 +18,7 @@ from stage_ray import train as loop
 from stage_ray.cli import main
 from stage_ray.commands.job import plan_job
 from stage_ray.config.inputs import pin
-from stage_ray.config.load import build_config
+from stage_ray.config.load import validate_config
 from stage_ray.errors import ConfigError
 from stage_ray.policies import policy_class
 from stage_ray.train import train
@@ -98,7 +98,7 @@ def trained(monkeypatch):
     monkeypatch.setattr(loop, "write_report", lambda run_dir: run_dir / "report.html")
 
     def run(config: Path, *overrides: str, resume=False):
-        train(build_config(yaml.safe_load(config.read_text()), list(overrides)), resume=resume)
+        train(validate_config(yaml.safe_load(config.read_text()), list(overrides)), resume=resume)
         return seen[-1]
 
     return run
@@ -240,7 +240,7 @@ def test_a_scorer_of_the_users_own_gets_its_text_as_it_is_unless_it_names_a_revi
 
     def pinned(kind: str, path: str) -> str:
         rewards = [{"type": kind, "options": {"path": path}}]
-        return pin(build_config(data | {"rewards": rewards}), {})[0].rewards[0].options["path"]
+        return pin(validate_config(data | {"rewards": rewards}), {})[0].rewards[0].options["path"]
 
     newest = f"me/plain@{commit(online, MODEL, 'main')}"
     assert pinned("my.Scorer", "me/plain") == "me/plain"

@@ -117,8 +117,9 @@ class Draws:
         self._workers.busy.add(self._name)
         await asyncio.sleep(0)  # here the driver sees a signal
         groups = self._engine.generate(requests)
-        bare = np.empty((2, 0, 0, 3), np.uint8)
-        return (0, 0.0, None), *chain(*((replace(group, images=bare), group.images) for group in groups))
+        bare = np.empty((len(requests[0].seeds), 0, 0, 3), np.uint8)
+        answer = (0, 0.0, None, *[""] * len(groups))
+        return answer, *chain(*((replace(group, images=bare), group.images) for group in groups))
 
 
 class Scores:
@@ -131,7 +132,7 @@ class Scores:
     async def setup(self) -> None:
         self._scorers = build_rewards(self._rewards)
 
-    async def score(self, *refs: Any) -> tuple[Any, ...]:
+    async def score(self, *refs: Any, suite: str | None = None) -> tuple[Any, ...]:
         objects = await asyncio.gather(*refs)
         groups = [replace(group, images=images) for group, images in zip(objects[::2], objects[1::2], strict=True)]
         return (("", False),) * len(groups), *score_groups(self._scorers, groups)
@@ -160,15 +161,19 @@ def workers(local_actors: None, drawn: Drawn, monkeypatch: pytest.MonkeyPatch) -
     yield workers
 
 
+SEARCH = ("--set", "rollout.search=best_of", "--set", "rollout.search_options.candidates=3")
+
+
+@pytest.mark.parametrize("search", [(), SEARCH])
 @pytest.mark.parametrize("command", ["evaluate", "generate"])
-def test_workers_that_share_the_prompts_make_what_one_process_makes(call, drawn, workers, tmp_path, command):
-    assert call(command, "alone", "--set", "rollout.images_per_batch=64") == 0 and not workers.busy
+def test_workers_that_share_the_prompts_make_what_one_process_makes(call, drawn, workers, tmp_path, command, search):
+    assert call(command, "alone", "--set", "rollout.images_per_batch=64", *search) == 0 and not workers.busy
     drawn.prompts.clear()
-    assert call(command, "shared", "--workers", "2") == 0
+    assert call(command, "shared", "--workers", "2", *search) == 0
     assert sorted(drawn.prompts) == sorted(PROMPTS) and same(tmp_path / "alone", tmp_path / "shared")
-    used = {"rollout-0-restart-1", "rollout-1"} | ({"reward-0"} if command == "evaluate" else set())
+    used = {"rollout-0-restart-1", "rollout-1"} | ({"reward-0"} if command == "evaluate" or search else set())
     assert workers.busy <= used and "rollout-1" in workers.busy
-    assert ("reward-0" in workers.busy) is (command == "evaluate")
+    assert ("reward-0" in workers.busy) is ("reward-0" in used)
 
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2]
@@ -192,6 +197,20 @@ def test_after_a_signal_the_same_command_goes_on(call, drawn, workers, tmp_path,
     assert call(command, "part") == 0  # in this process, wherever it was begun
     assert more or drawn.prompts == PROMPTS[2:]  # workers were at others too
     assert same(tmp_path / "whole", tmp_path / "part") and not (tmp_path / "part.partial").exists()
+
+
+@pytest.mark.parametrize("command", ["evaluate", "generate"])
+def test_a_search_goes_on_after_the_prompts_whose_images_it_has_kept(call, drawn, tmp_path, capsys, command):
+    assert call(command, "whole", *SEARCH) == 0
+    drawn.prompts.clear()
+    drawn.stop = (2, signal.SIGTERM)
+    assert call(command, "part", *SEARCH) == 128 + signal.SIGTERM
+    drawn.stop = None
+    drawn.prompts.clear()
+    capsys.readouterr()
+    assert call(command, "part") == 2 and "rollout.search" in capsys.readouterr().err
+    assert call(command, "part", *SEARCH) == 0 and drawn.prompts == PROMPTS[2:]
+    assert same(tmp_path / "whole", tmp_path / "part")
 
 
 @pytest.fixture

@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import save_file
 
 from stage_ray.config import PolicyConfig, RolloutConfig
-from stage_ray.engines.sampling import SamplingParams
 from stage_ray.engines.torch import TorchEngine
 from stage_ray.engines.vllm.environment import vllm_environment
 from stage_ray.errors import ConfigError
 from stage_ray.policies.janus.codec import JanusCodec
 from stage_ray.records import Prompt, RolloutRequest
+from stage_ray.samplers import SamplingParams
 from stage_ray.weights.manifest import describe
 from stage_ray.weights.process_groups import BroadcastGroup, GroupMember
 from tests.tiny import CODES, tiny_janus
@@ -115,14 +115,17 @@ def test_engines_draw_the_same_images_a_batch_that_does_not_fit_and_a_long_promp
     with pytest.raises(ConfigError, match="rollout.images_per_batch = 12 needs .* rollout.kv_cache_gib = 0.0002"):
         VllmEngine(*configs(directory, kv_cache_gib=0.0002), worker="w")
 
-    engine = VllmEngine(*configs(directory), worker="vllm")
+    settings = configs(directory, prompt_transform="template")
+    engine = VllmEngine(*settings, worker="vllm")
     (addresses,) = engine._llm.collective_rpc(watch_addresses)
-    reference = TorchEngine(*configs(directory), worker="torch")
+    reference = TorchEngine(*settings, worker="torch")
     requests = [
         RolloutRequest(i, Prompt(i, "a photo of a red circle"), tuple(range(8 * i, 8 * i + 8))) for i in range(6)
     ]
     pairs = list(zip(engine.generate(requests), reference.generate(requests), strict=True))
     different = np.concatenate([(a.tokens != b.tokens).any(axis=1) for a, b in pairs])
+    drawn = "a photo of a photo of a red circle, high quality"
+    assert all(a.prompt == b.prompt and a.prompt.drawn == drawn for a, b in pairs)
     assert different.mean() <= 0.05, f"{different.sum()} of {different.size} images differ"
     same = ~different
     delta = np.concatenate([np.abs(a.logprobs - b.logprobs) for a, b in pairs])[same]

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from stage_ray.errors import ConfigError, RunError
+from stage_ray.evaluation import Benchmark
 from stage_ray.evaluation.base import EvaluationResult, MetricValue, find_benchmark, read_result, write_result
 from stage_ray.evaluation.base import summarise as summarise_with
 from stage_ray.evaluation.loop import (
@@ -204,7 +205,7 @@ def test_a_run_that_goes_on_with_another_evaluation_says_which_key_differs(key, 
     cluster: Any = None  # it is not asked
     for run, asked in ((began, PROMPTS), (now, prompts)):
         heldout = HeldOutEvaluation(cluster, run, asked, tmp_path, Progress())
-        assert asyncio.run(heldout.evaluate("before", 2)) == summarise(PROMPTS, GROUPS).headline_value
+        assert asyncio.run(heldout.evaluate("before", 2)).headline_value == summarise(PROMPTS, GROUPS).headline_value
     said = capsys.readouterr().out
     assert said.count("cannot be compared") == 1 and f"cannot be compared: {key} was" in " ".join(said.split())
 
@@ -223,7 +224,7 @@ def test_pictures_are_handed_over_batch_by_batch_where_they_are_wanted():
     assert [(group.images, group.verdict(0)) for group in without] == [(None, None)] * 3
 
 
-class BrightnessBenchmark:
+class BrightnessBenchmark(Benchmark):
     """A benchmark of a user's own, in one class."""
 
     name, headline, prompts, rewards, images_per_prompt = "brightness", "light", "prompts.txt", (), 1
@@ -236,8 +237,12 @@ def test_a_benchmark_of_a_users_own_is_named_by_its_dotted_path(monkeypatch: pyt
     monkeypatch.setitem(sys.modules, "my_benchmarks", sys.modules[__name__])
     result = summarise_with(find_benchmark("my_benchmarks.BrightnessBenchmark"), PROMPTS, GROUPS)
     assert (result.benchmark, result.headline, result.headline_value) == ("brightness", "light", 0.5)
-    with pytest.raises(ConfigError, match=r"evaluation.benchmark = .* method aggregate"):
+    with pytest.raises(
+        ConfigError, match=r"evaluation.benchmark = .* no class that derives from stage_ray.evaluation.Benchmark"
+    ):
         find_benchmark("my_benchmarks.Eyes")
+    with pytest.raises(ConfigError, match=r"evaluation.benchmark = .* has no name and no headline"):
+        find_benchmark("my_benchmarks.Benchmark")
 
 
 def test_a_mistyped_benchmark_is_answered_with_the_nearest_one():

@@ -74,7 +74,7 @@ def test_memory_that_runs_out_in_an_update_names_the_keys_and_changes_no_weight(
 
 def test_a_container_has_the_memory_that_it_is_given(tmp_path, monkeypatch):
     whole = hardware.usable_memory()
-    monkeypatch.setattr(hardware, "CGROUP", tmp_path)
+    monkeypatch.setattr(hardware, "CGROUPS", tmp_path)
     (tmp_path / "memory.max").write_text("max\n")
     assert hardware.usable_memory() >= whole
     (tmp_path / "memory.max").write_text("1048576\n")

@@ -42,6 +42,9 @@ RING, RINGS = '{"prompt": "a ring", "tag": "x"}', '{"prompt": "two rings"}'
         ("p.jsonl", '{"text": "a ring"}\n{"text": "two rings", "id": 2}\n'),
         ("p.csv", 'Prompts,Category\r\n"a ring",x\r\n"two rings",y\r\n'),
         ("p.tsv", "id\tcaption\n1\ta ring\n2\ttwo rings\n"),
+        ("p.csv", 'index,prompt_en,sub_dims_en\n1,a ring,"{""Testpoints"": []}"\n2,two rings,{}\n'),  # UniGenBench
+        ("p.json", '[{"Prompt": "a ring", "Category": "x", "prompt_id": 1}, {"Prompt": "two rings"}]'),  # WISE
+        ("p.json", '[{"prompt": "a ring", "nouns": ["ring"]}, {"prompt": "two rings"}]'),  # T2I-R1
         ("p.txt", "a ring\n\n  two rings \n"),
         ("p", "\ufeffa ring\n\ufefftwo rings"),
     ],
@@ -86,10 +89,14 @@ def test_nothing_but_a_newline_ends_a_line(tmp_path, break_):
         ("p.json", "[1]\n", "item 1: needs"),
         ("p.json", '[{"prompt": "a"},\n{]', "line 2: not JSON"),
         ("p.jsonl", '{"prompt": "\\ud83d"}', "line 1: half a character"),
-        ("p.csv", "title,tag\na ring,x\n", "line 1: no column is called prompt, caption, text; its columns are title"),
+        (
+            "p.csv",
+            "title,tag\na ring,x\n",
+            "line 1: no column is called prompt, caption, text, prompts; its columns are title",
+        ),
         ("p.csv", "prompt,tag\na ring,x\na, b, c\n", "line 3: 2 columns"),
         ("p.csv", 'prompt\n"a ring\n', "not CSV"),
-        ("p.parquet", "PAR1", "ends in .parquet.*save it as one of .txt"),
+        ("p.arrow", "ARROW1", "ends in .arrow.*save it as one of .txt"),
         ("p.txt", "a\0b", "holds NUL bytes"),
     ],
 )

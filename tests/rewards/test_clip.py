@@ -107,9 +107,12 @@ LAYER = "text_model.encoder.layers.0.mlp.fc1.weight"
     [
         (lambda d: cut(d, lambda t: t.pop(LAYER)), f"lacks 1 tensors, the first is {LAYER}"),
         (lambda d: cut(d, lambda t: t.update({LAYER: t[LAYER][:3].clone()})), "3, 16], but config.json makes it"),
-        (lambda d: (d / "config.json").write_text('{"model_type": "janus"}'), "a 'janus' model, but it needs 'clip'"),
-        (lambda d: (d / "tokenizer.json").write_text("{"), "is not a CLIP checkpoint"),
-        (lambda d: (d / "preprocessor_config.json").unlink(), "is not a CLIP checkpoint"),
+        (
+            lambda d: (d / "config.json").write_text('{"model_type": "janus"}'),
+            "a 'janus' model, but it needs 'clip' or 'siglip'",
+        ),
+        (lambda d: (d / "tokenizer.json").write_text("{"), "has no usable tokenizer"),
+        (lambda d: (d / "preprocessor_config.json").unlink(), "has no usable image processor"),
         (lambda d: (d / "model.safetensors").rename(d / "pytorch_model.bin"), "pytorch_model.bin alone, a pickle"),
     ],
 )

@@ -11,7 +11,7 @@ import pytest
 from stage_ray.config import RewardConfig
 from stage_ray.errors import ConfigError
 from stage_ray.records import Prompt
-from stage_ray.rewards import build_rewards
+from stage_ray.rewards import build_rewards, check_rewards
 from stage_ray.rewards.base import Reward
 from stage_ray.rewards.detection import Detection
 from stage_ray.rewards.geneval import GenEvalReward
@@ -30,6 +30,18 @@ class Rings:
             ]
             for image in images
         ]
+
+
+class Painter(Rings):
+    """Sees what `Rings` sees, in a color of its own; knows no other."""
+
+    def __init__(self, color: str, dots: int = 1) -> None:
+        self.colors = (color,)
+
+    @classmethod
+    def check(cls, color: str, **others: int) -> None:
+        if color == "infrared":
+            raise ConfigError("color 'infrared' cannot be seen")
 
 
 class NoDetector:
@@ -123,3 +135,19 @@ def test_what_is_no_detector_is_refused():
         geneval(detector="known_detectors.NoDetector")
     with pytest.raises(ConfigError, match="no module named"):
         geneval(detector="nowhere.Detector")
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({}, "detector_options.color is missing"),
+        ({"color": "red", "colour": "red"}, "detector_options.colour is no option .*did you mean 'color'"),
+        ({"color": "red", "dots": "many"}, "detector_options.dots = 'many'"),
+        ({"color": "infrared"}, "'infrared' cannot be seen"),
+    ],
+)
+def test_a_detectors_options_are_checked_before_it_is_built(options: dict, complaint: str):
+    assert geneval(detector="known_detectors.Painter", detector_options={"color": "red"}) is not None
+    with pytest.raises(ConfigError, match=f"rewards.0.options of geneval: .*{complaint}"):
+        rewards = {"detector": "known_detectors.Painter", "detector_options": options}
+        check_rewards([RewardConfig(type="geneval", options=rewards)], [])

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pytest
 
 from stage_ray.rewards.detection import Detection
-from stage_ray.rewards.geneval import (
+from stage_ray.rewards.geneval_rules import (
     Objects,
     Requirement,
     relations,

@@ -15,7 +15,7 @@ import pytest
 from stage_ray.config import RunConfig
 from stage_ray.config.load import validate_config
 from stage_ray.errors import ConfigError
-from stage_ray.evaluation.base import MetricValue, mean_over_images
+from stage_ray.evaluation import Benchmark, MetricValue, mean_over_images
 from stage_ray.evaluation.suites import is_rewarded, resolve_suites
 from stage_ray.observability.progress import Progress
 from stage_ray.records import GroupRefs, Prompt, ScoredGroup
@@ -28,7 +28,7 @@ NAMES = [Prompt(i, text) for i, text in enumerate(PROMPTS)]
 BRIGHT = {"benchmark": "tests.run.test_suites.LightBenchmark", "prompts": "prompts.txt"}
 
 
-class LightBenchmark:
+class LightBenchmark(Benchmark):
     """Mean of all scores, by scorers of its own."""
 
     name, headline, prompts, images_per_prompt = "light", "mean light", "prompts.txt", 2
@@ -106,6 +106,18 @@ def test_each_suite_is_evaluated_before_between_and_after_with_its_own_scorers(t
     lamp.light["dark"] = 9.0
     assert asyncio.run(suites.after()) == pytest.approx(0.515), "the last step was evaluated already"
     assert suites.scores()[6] == pytest.approx(0.265)
+
+
+def test_a_suite_keeps_what_its_search_chooses_of_more_images(tmp_path):
+    mine = BRIGHT | {"name": "dark", "rewards": [{"type": "tests.scorers.Bright"}], "search": "best_of"}
+    run, lamp = suites_run(tmp_path, suites=[mine]), Lamp()
+    suites = evaluations(run, lamp)
+    asyncio.run(suites.before(0))
+    own, dark = (json.loads((tmp_path / "run/evaluation" / f"{at}before.json").read_text()) for at in ("", "dark/"))
+    assert len(own["images"]) == len(dark["images"]) == 2 * len(NAMES)
+    assert dark["images"][0]["details"]["search"]["candidates"] == 4 and "search" not in own["images"][0]["details"]
+    assert dark["conditions"]["rollout.search_options"] == {"candidates": 4, "scorer": None}
+    assert "rollout.search" not in own["conditions"]
 
 
 def test_a_run_that_goes_on_knows_what_was_best_before_and_forgets_what_it_trains_again(tmp_path):

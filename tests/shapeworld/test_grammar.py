@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from stage_ray.rewards.detection import Detection
-from stage_ray.rewards.geneval import RELATIONS, relations
+from stage_ray.rewards.geneval_rules import RELATIONS, relations
 from stage_ray.shapeworld.grammar import (
     MIRROR,
     NUMBERS,

@@ -12,19 +12,14 @@ from typing import Any, Protocol
 class TrackedRun:
     """A run as a tracker finds it: new, resumed, or gone back to a checkpoint.
 
-    Attributes:
-        run_dir: of the run; a tracker may keep files of its own in it.
-        config: the resolved config, plain values.
-        step: updates done. What was recorded of later ones is replaced by what comes now.
-        history: step and metrics of the updates up to that one, for a tracker that begins a new record.
-        pictures: name, step and PNG of each picture drawn until then.
+    What was recorded of later steps is replaced by what comes now.
     """
 
-    run_dir: Path
-    config: Mapping[str, Any] = field(default_factory=dict)
-    step: int = 0
-    history: Sequence[tuple[int, Mapping[str, float]]] = ()
-    pictures: Sequence[tuple[str, int, Path]] = ()
+    run_dir: Path  # a tracker may keep files of its own in it
+    config: Mapping[str, Any] = field(default_factory=dict)  # resolved, plain values
+    step: int = 0  # updates done
+    history: Sequence[tuple[int, Mapping[str, float]]] = ()  # of the updates up to that one, for a new record
+    pictures: Sequence[tuple[str, int, Path]] = ()  # name, step and PNG of each picture drawn until then
 
 
 class Tracker(Protocol):

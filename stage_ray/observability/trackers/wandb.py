@@ -32,11 +32,7 @@ class WandbTracker:
         name: str | None = None,
         mode: str | None = None,
     ) -> None:
-        """Options as of ``wandb.init``; ``name``: null is the run directory's, ``mode``: null is ``WANDB_MODE``'s.
-
-        Raises:
-            RunError: W&B did not start the run.
-        """
+        """Options as of ``wandb.init``; ``name``: null is the run directory's, ``mode``: null is ``WANDB_MODE``'s."""
         wandb = _imported()
         group = run.run_dir.resolve().name
         try:

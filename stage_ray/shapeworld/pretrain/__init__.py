@@ -1,6 +1,6 @@
 """Builds everything ShapeWorld ships, from nothing but this package: about 80 minutes on two cores.
 
-`stage-ray pretrain --out DIR`. Each stage can be run alone and goes on where it stopped; its working files lie in
+`stage-ray pretrain --out DIR`. Each stage can be run alone and goes on where it stopped: its checkpoint lies in
 `DIR/work`, what ships in `DIR/{prompts,janus,detector,clip}`.
 """
 
@@ -19,14 +19,13 @@ from stage_ray.errors import ConfigError
 from stage_ray.files import atomic_write
 from stage_ray.policies.janus.builder import write_checkpoint
 from stage_ray.shapeworld.grammar import Split, prompts
+from stage_ray.shapeworld.pretrain import tokenizer
 from stage_ray.shapeworld.pretrain.clip import train_clip
 from stage_ray.shapeworld.pretrain.detector import train_detector
 from stage_ray.shapeworld.pretrain.language_model import janus_processor, load_policy, train_language_model
 from stage_ray.shapeworld.pretrain.loop import Budget, console
 from stage_ray.shapeworld.pretrain.measure import write_cards, write_detector_card
-from stage_ray.shapeworld.pretrain.tokenizer import load_exported, train_tokenizer
 
-# Steps, or minutes of wall clock if those pass first.
 BUDGETS = {
     "tokenizer": Budget(steps=3600, seconds=24 * 60),
     "language-model": Budget(steps=4400, seconds=40 * 60),
@@ -35,16 +34,14 @@ BUDGETS = {
 }
 STAGES = ("prompts", "tokenizer", "language-model", "detector", "clip", "cards")
 RESULTS = ("work", "prompts", "janus", "detector", "clip")  # the directories that it writes
-NEEDS = {  # stage -> a file that an earlier one leaves, and which that is
-    "language-model": ("work/training/tokenizer.safetensors", "tokenizer"),
-    "detector": ("janus/model.safetensors", "tokenizer"),
-}
+# Stage -> a file that the tokenizer's stage leaves.
+NEEDS = {"language-model": tokenizer.CHECKPOINT, "detector": "janus/model.safetensors"}
 PICTURES, DETECTOR_PICTURES = 56_000, 4096  # captioned scenes for the language model; pictures for the detector
 SMOKE_STEPS, SMOKE_PICTURES = 2, 64
 
 
 def pretrain(out: Path, *, stages: Sequence[str] | None = None, seed: int = 0, smoke: bool = False) -> None:
-    """Runs `stages` (all of `STAGES` by default, always in that order) and writes their results under `out`.
+    """Run `stages` (all of `STAGES` by default, always in that order) and write their results under `out`.
 
     `smoke` runs a few steps of each, to show that the machinery works; the models are then useless.
 
@@ -52,12 +49,12 @@ def pretrain(out: Path, *, stages: Sequence[str] | None = None, seed: int = 0, s
         ValueError: a stage has another name.
         ConfigError: of `check`; nothing was begun.
     """
-    if unknown := set(stages or ()) - set(STAGES):
+    stages = stages or STAGES
+    if unknown := set(stages) - set(STAGES):
         raise ValueError(f"no stage is called {', '.join(sorted(unknown))}; there are {', '.join(STAGES)}")
-    check(out, stages or STAGES)
-    work, janus = out / "work", out / "janus"
+    check(out, stages)
     budgets = dict.fromkeys(BUDGETS, Budget(SMOKE_STEPS)) if smoke else BUDGETS
-    for stage in (stage for stage in STAGES if stages is None or stage in stages):
+    for stage in (stage for stage in STAGES if stage in stages):
         console.print(f"[bold]{stage}[/bold]")
         match stage:
             case "prompts":  # one GenEval record a line
@@ -66,18 +63,17 @@ def pretrain(out: Path, *, stages: Sequence[str] | None = None, seed: int = 0, s
                     atomic_write(out / "prompts" / f"{split}.jsonl", "".join(lines))
             case "tokenizer" | "language-model":  # the tokenizer ships inside the policy, untrained at first
                 if stage == "tokenizer":
-                    train_tokenizer(work, budgets[stage], seed)
+                    tokenizer.train_tokenizer(out, budgets[stage], seed)
                 else:
-                    train_language_model(janus, work, budgets[stage], SMOKE_PICTURES if smoke else PICTURES, seed)
-                write_checkpoint(janus, load_policy(work).to(torch.bfloat16), janus_processor())
+                    train_language_model(out, budgets[stage], SMOKE_PICTURES if smoke else PICTURES, seed)
+                write_checkpoint(out / "janus", load_policy(out).to(torch.bfloat16), janus_processor())
             case "detector":
-                pictures = SMOKE_PICTURES if smoke else DETECTOR_PICTURES
-                train_detector(out, work, load_exported(janus), budgets[stage], pictures, seed)
-                write_detector_card(out, work, seed, count=12 if smoke else 600)
+                train_detector(out, budgets[stage], SMOKE_PICTURES if smoke else DETECTOR_PICTURES, seed)
+                write_detector_card(out, seed, count=12 if smoke else 600)
             case "clip":
-                train_clip(out, work, budgets[stage], seed)
+                train_clip(out, budgets[stage], seed)
             case "cards":
-                write_cards(out, work, count=16 if smoke else 256)
+                write_cards(out, count=16 if smoke else 256)
 
 
 def check(out: Path, stages: Sequence[str]) -> None:
@@ -91,9 +87,9 @@ def check(out: Path, stages: Sequence[str]) -> None:
         raise ConfigError(f"--out {out} is a file; name a directory")
     if out.exists() and any(out.iterdir()) and not any((out / name).exists() for name in RESULTS):
         raise ConfigError(f"--out {out} is not empty and holds nothing of a pretraining; name another")
-    for stage, (file, maker) in NEEDS.items():
-        if stage in stages and maker not in stages and not (out / file).is_file():
-            raise ConfigError(f"--stage {stage} needs {out / file}; add --stage {maker}, which makes it")
+    for stage, file in NEEDS.items():
+        if stage in stages and "tokenizer" not in stages and not (out / file).is_file():
+            raise ConfigError(f"--stage {stage} needs {out / file}; add --stage tokenizer, which makes it")
     for checkpoint in sorted((out / "work/training").glob("*.safetensors")):
         try:
             with safe_open(checkpoint, "pt") as opened:

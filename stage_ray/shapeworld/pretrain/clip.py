@@ -1,7 +1,6 @@
 """Trains a small `CLIPModel` on captioned training scenes: a learned, and therefore hackable, reward.
 
-Plain symmetric contrastive training on fresh renders. Each batch holds distinct captions, and a caption that is also
-true of another picture of the batch is rare enough to leave alone ("a photo of a ring" beside "a photo of a red ring").
+Symmetric contrastive training on fresh renders, with distinct captions in a batch.
 """
 
 from __future__ import annotations
@@ -20,9 +19,8 @@ from stage_ray.shapeworld.pretrain.loop import Budget, TrainingRun, autocast, de
 from stage_ray.shapeworld.pretrain.tokenizer import SIZES, to_pixels
 from stage_ray.shapeworld.scene import IMAGE_SIZE, render
 
-CHECKPOINT = "training/clip.safetensors"
+CHECKPOINT = "work/training/clip.safetensors"
 BATCH = 128
-PEAK_LR = 1.5e-3
 CONTEXT = 24  # text tokens; the longest caption takes 13
 
 
@@ -37,9 +35,8 @@ def _batch(rng: np.random.Generator, tokenizer: PreTrainedTokenizerFast, count: 
     return {**text, "pixel_values": to_pixels(np.stack(images))}
 
 
-def train_clip(out: Path, work: Path, budget: Budget, seed: int = 0) -> None:
-    """Trains (or resumes) the CLIP model; writes `out/clip`: bfloat16 weights, tokenizer, image processor (64x64
-    pictures, pixels to -1..1)."""
+def train_clip(out: Path, budget: Budget, seed: int) -> None:
+    """Train (or resume) the CLIP model; writes `out/clip`: bfloat16 weights, tokenizer, image processor."""
     torch.manual_seed(seed)
     tokenizer = text_tokenizer(append_eos=True)
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
@@ -51,7 +48,7 @@ def train_clip(out: Path, work: Path, budget: Budget, seed: int = 0) -> None:
     model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=128))  # 0.9 M parameters
     model.to(device()).train()
     model.set_attn_implementation("eager")  # a CPU trains faster without fused bfloat16 attention
-    run = TrainingRun(work / CHECKPOINT, model, PEAK_LR, budget, weight_decay=0.05)
+    run = TrainingRun(out / CHECKPOINT, model, 1.5e-3, budget, weight_decay=0.05)
     for step, _ in run:
         batch = _batch(np.random.default_rng([seed, 3, step]), tokenizer, BATCH, "train")
         with autocast():

@@ -1,7 +1,6 @@
 """Trains the detector's shape classifier, on renders and on what the tokenizer makes of them.
 
-A policy under training draws things between a clear shape and a smear. The classifier must not be fooled by them, so it
-also learns from wrong objects: turned, squeezed, cut, merged, broken, half-way between two shapes, and plain blobs.
+It also learns from wrong objects (WRONG), since a policy draws things between a clear shape and a smear.
 """
 
 from __future__ import annotations
@@ -20,31 +19,29 @@ from transformers import JanusVQVAE
 
 from stage_ray.shapeworld.detector import CLASSES, CROP_SIZE, NONE, WEIGHTS_FILE, build_classifier, crop_segments
 from stage_ray.shapeworld.pretrain.loop import Budget, TrainingRun
-from stage_ray.shapeworld.pretrain.tokenizer import random_images, reconstruct
+from stage_ray.shapeworld.pretrain.tokenizer import load_exported, random_images, reconstruct
 from stage_ray.shapeworld.scene import COLORS, SHAPES, Shape, coverage, on_random_paper, place_squares, render
 from stage_ray.shapeworld.segmentation import Segment, segment
 
-CHECKPOINT = "training/detector.safetensors"
+CHECKPOINT = "work/training/detector.safetensors"
 BATCH = 256
-PEAK_LR = 2e-3
 CHUNK = 64  # pictures segmented at once
 RANDOM_SHARE = 3 / 16  # pictures decoded from random tokens, as a share of the drawn ones
 WRONG_SHARE = 0.5  # of the drawn objects
 WRONG = ("turned", "squeezed", "cut", "bitten", "merged", "between", "wobbly", "blob", "washed")
 
 
-def train_detector(out: Path, work: Path, tokenizer: JanusVQVAE, budget: Budget, pictures: int, seed: int = 0) -> None:
+def train_detector(out: Path, budget: Budget, pictures: int, seed: int) -> None:
     """Train (or resume) the classifier on the CPU; writes `out/detector/model.safetensors`.
 
-    `pictures`, a multiple of `CHUNK`, are drawn; each is seen twice: as drawn or degraded, and as the tokenizer's
-    reconstruction.
+    Each picture is seen twice: as drawn or degraded, and as the tokenizer's reconstruction.
     """
     torch.manual_seed(seed)
-    crops, labels = _dataset(np.random.default_rng(seed), tokenizer, pictures // CHUNK)
+    crops, labels = _dataset(np.random.default_rng(seed), load_exported(out / "janus"), pictures // CHUNK)
     # Gentler than 1 / frequency: "none" has the most crops, and it is also the most varied class.
     weight = (torch.bincount(labels, minlength=len(CLASSES)) / len(labels)).clamp(min=1e-3).rsqrt()
     model = build_classifier()
-    run = TrainingRun(work / CHECKPOINT, model, PEAK_LR, budget, warmup=0.3)
+    run = TrainingRun(out / CHECKPOINT, model, 2e-3, budget, warmup=0.3)
     for step, _ in run:
         generator = torch.Generator().manual_seed(2**20 * seed + step)
         chosen = torch.randint(len(crops), (BATCH,), generator=generator)
@@ -55,8 +52,7 @@ def train_detector(out: Path, work: Path, tokenizer: JanusVQVAE, budget: Budget,
 
 
 def _dataset(rng: np.random.Generator, tokenizer: JanusVQVAE, chunks: int) -> tuple[Tensor, Tensor]:
-    """Crops float32 [K, 1, 24, 24] and labels int64 [K]: drawn pictures, half of them as reconstructed, and pictures
-    of random tokens, in which nothing is a shape."""
+    """Crops float32 [K, 1, 24, 24] and labels int64 [K]; in pictures of random tokens nothing is a shape."""
     crops: list[Tensor] = []
     labels: list[int] = []
 
@@ -92,10 +88,7 @@ def _augment(crops: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _draw(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, list[int]]:
-    """One picture of 1 to 4 objects, `WRONG_SHARE` of them wrong ("none").
-
-    The picture uint8 [64, 64, 3], where each object is, bool [n, 64, 64], and what it is: indices into CLASSES.
-    """
+    """A picture of 1 to 4 objects, uint8 [64, 64, 3]; where each is, bool [n, 64, 64]; and its index into CLASSES."""
     count = int(rng.choice([1, 2, 3, 4], p=[0.2, 0.3, 0.25, 0.25]))
     # Smaller and larger than in the world: generated objects are not as regular as rendered ones.
     low, high = {1: (16.0, 42.0), 2: (15.0, 27.0), 3: (15.0, 22.0), 4: (15.0, 20.0)}[count]
@@ -127,8 +120,7 @@ def _label(piece: Segment, masks: np.ndarray, labels: list[int]) -> int | None:
 
 def _degrade(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """What a lossy tokenizer does, simulated: blur, drifting colours, a contrast change, noise. uint8 [64, 64, 3]."""
-    pixels = image.astype(np.float32)
-    pixels = ndimage.gaussian_filter(pixels, sigma=(*([rng.uniform(0.3, 1.2)] * 2), 0))
+    pixels = ndimage.gaussian_filter(image.astype(np.float32), sigma=(*([rng.uniform(0.3, 1.2)] * 2), 0))
     drift = ndimage.gaussian_filter(rng.normal(0, 1, pixels.shape), sigma=(6, 6, 0))
     pixels += drift / max(float(np.abs(drift).max()), 1e-6) * rng.uniform(0, 24)
     pixels = 255 - (255 - pixels) * rng.uniform(0.85, 1.05) + rng.normal(0, rng.uniform(0, 4), pixels.shape)

@@ -1,12 +1,9 @@
 """Trains the policy: a small Llama that writes the image tokens of a caption, with plain next-token cross-entropy.
 
-Its text side is a word-level tokenizer of the grammar (CLIP has it too) inside Janus' processor.
-
-Captions and scenes come from the training split of the grammar alone, and pictures show no held-out (shape, colour)
-either. A third of the captions go beyond the six tasks (`sample_mixture`): from the tasks alone a model learns eight
-pairs of shapes by heart. One caption in ten is replaced by its unconditional form, in exactly the shape guidance uses.
-Captions say nothing of grain, of a tint, or of half a pixel to the left, so the pictures to learn from have plain
-paper, places on a lattice, two sizes, and thrifty codes.
+Captions and scenes come from the training split alone, and pictures show no held-out (shape, colour) either. A third of
+the captions go beyond the six tasks: from these alone a model learns eight pairs of shapes by heart. One caption in ten
+is replaced by its unconditional form, in exactly the shape guidance uses. Captions say nothing of grain, of a tint, or
+of half a pixel to the left, so the pictures have plain paper, places on a lattice, two sizes, and thrifty codes.
 """
 
 from __future__ import annotations
@@ -30,9 +27,8 @@ from stage_ray.shapeworld.pretrain.loop import Budget, TrainingRun, autocast, co
 from stage_ray.shapeworld.pretrain.tokenizer import BATCH_IMAGES, SIZES, cosines, load_tokenizer, thrifty_bonus
 from stage_ray.shapeworld.scene import COLORS, SHAPES, render
 
-CHECKPOINT = "training/language-model.safetensors"
+CHECKPOINT = "work/training/language-model.safetensors"
 BATCH = 32
-PEAK_LR = 3e-3
 PROMPT_DROPOUT = 0.1
 MIXTURE = 0.35  # share of captions beyond the six tasks
 SHARE_PICTURES = 2048  # pictures that give the shares of codes
@@ -47,9 +43,7 @@ SPECIAL = (PAD, BOS, BOI, EOI, IMAGE, EOS, "<|User|>", "<|Assistant|>", UNKNOWN)
 
 
 def text_tokenizer(append_eos: bool = False, **special: str) -> PreTrainedTokenizerFast:
-    """A word-level tokenizer of the grammar: lower-cased, split at white space and punctuation, unknown words `<unk>`.
-
-    `append_eos` ends every text in EOS, whose state CLIP reads. `special` names further special tokens."""
+    """A word-level tokenizer of the grammar, lower-cased; `append_eos`: texts end in EOS, whose state CLIP reads."""
     names = (*SHAPES, *map(plural, SHAPES), *COLORS)
     words = (":", "a", "an", "photo", "of", "and", *NUMBERS.values(), *names, *" ".join(RELATIONS).split())
     vocabulary = {word: index for index, word in enumerate(dict.fromkeys((*SPECIAL, *words)))}  # each word once
@@ -83,12 +77,9 @@ def janus_processor() -> JanusProcessor:
     return build_processor(SIZES, tokenizer, tokenizer.chat_template)
 
 
-def build_corpus(work: Path, pictures: int, seed: int = 0) -> tuple[list[str], np.ndarray, Tensor]:
-    """Draws `pictures` training scenes and tokenizes them.
-
-    Every distinct caption; the index of each picture's own, int64 [K]; its tokens int16 [K, 64], 0..511.
-    """
-    tokenizer = load_tokenizer(work)
+def build_corpus(out: Path, pictures: int, seed: int) -> tuple[list[str], np.ndarray, Tensor]:
+    """Every distinct caption of K training pictures; the index of each one's own, int64 [K]; tokens int16 [K, 64]."""
+    tokenizer = load_tokenizer(out)
     rng = np.random.default_rng([seed, 1])
     index: dict[str, int] = {}
 
@@ -109,36 +100,30 @@ def build_corpus(work: Path, pictures: int, seed: int = 0) -> tuple[list[str], n
     return list(index), np.asarray(captions), torch.cat(tokens)
 
 
-def load_policy(work: Path, seed: int = 0) -> JanusForConditionalGeneration:
-    """The policy that `train_language_model` wrote, or an untrained one around the trained tokenizer.
-
-    Its generation embedding starts at the codebook.
-    """
+def load_policy(out: Path, seed: int = 0) -> JanusForConditionalGeneration:
+    """The policy as trained so far, around the trained tokenizer; its generation embedding starts at the codebook."""
     torch.manual_seed(seed)
     policy = build_model(SIZES, janus_processor().tokenizer)
-    policy.model.vqmodel.load_state_dict(load_tokenizer(work).state_dict())
+    policy.model.vqmodel.load_state_dict(load_tokenizer(out).state_dict())
     policy.model.generation_embeddings.weight.data.copy_(policy.model.vqmodel.quantize.embedding.weight)
-    if (work / CHECKPOINT).exists():
-        policy.load_state_dict(read_checkpoint(work / CHECKPOINT)["module"], strict=False)  # of what makes images
+    if (out / CHECKPOINT).exists():
+        policy.load_state_dict(read_checkpoint(out / CHECKPOINT)["module"], strict=False)  # of what makes images
     return policy
 
 
-def train_language_model(janus: Path, work: Path, budget: Budget, pictures: int, seed: int = 0) -> None:
-    """Trains (or resumes) the policy on `pictures` captioned scenes; writes `work/training/language-model.safetensors`.
-
-    `janus` is the model's directory, which the tokenizer's stage has written.
-    """
-    texts, captions, codes = build_corpus(work, pictures, seed)
+def train_language_model(out: Path, budget: Budget, pictures: int, seed: int) -> None:
+    """Train (or resume) the policy of `out/janus` on `pictures` captioned scenes; writes the checkpoint alone."""
+    texts, captions, codes = build_corpus(out, pictures, seed)
     console.print(f"corpus: {pictures} pictures, {len(texts)} captions, {codes.unique().numel()} codes")
-    policy = JanusPolicy.load(PolicyConfig(path=str(janus)), device=device())
+    policy = JanusPolicy.load(PolicyConfig(path=str(out / "janus")), device=device())
     model = policy.model
-    model.load_state_dict(load_policy(work, seed).state_dict(), strict=False)  # in float32, unlike the directory's
+    model.load_state_dict(load_policy(out, seed).state_dict(), strict=False)  # in float32, unlike the directory's
     model.set_attn_implementation("eager")  # a CPU's fused bfloat16 attention is half again as slow when training
     for part in (model.model.generation_embeddings, model.model.generation_aligner, model.model.generation_head):
         part.requires_grad_(True)
     prompts = [policy.codec.encode_prompt(text) for text in texts]
     layers = model.model.language_model.layers
-    run = TrainingRun(work / CHECKPOINT, model, PEAK_LR, budget, weight_decay=0.05, hidden=layers)
+    run = TrainingRun(out / CHECKPOINT, model, 3e-3, budget, weight_decay=0.05, hidden=layers)
     for step, _ in run:
         rng = np.random.default_rng([seed, 2, step])
         chosen = rng.integers(pictures, size=BATCH)

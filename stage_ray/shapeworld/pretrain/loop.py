@@ -35,8 +35,7 @@ def autocast() -> torch.autocast:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A `TrainingRun`'s checkpoint on the CPU: tensors of ``module`` and ``optimizers`` by name, ``step``,
-    ``elapsed_s``, and ``history``, a row of figures every few steps."""
+    """A `TrainingRun`: ``step``, ``elapsed_s``, ``history``; on the CPU, tensors of ``module`` and ``optimizers``."""
     with safe_open(path, "pt") as file:
         saved: dict[str, Any] = json.loads(file.metadata()["progress"]) | {"module": {}, "optimizers": {}}
         for name in file.keys():  # noqa: SIM118
@@ -47,8 +46,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """How long a stage trains: `steps`, or `seconds` of wall-clock time if those pass first. The learning rate follows
-    whichever is further along, so a slow machine still ends on a finished schedule."""
+    """How long a stage trains: `steps`, or `seconds` of wall-clock time if those pass first."""
 
     steps: int
     seconds: float = math.inf
@@ -61,8 +59,8 @@ class Budget:
 class TrainingRun:
     """Iterate over it to get (step, progress) pairs; everything around a step happens here.
 
-    Invariant: the file at `path` always holds weights, optimizer state, step and elapsed time of one same moment, so a
-    run that is started again on it goes on as if never interrupted (each step's data depends on seed and step only).
+    Invariant: the file at `path` holds weights, optimizer state, step and elapsed time of one same moment. Each step's
+    data depends on seed and step only, so a run that is started again goes on as if never interrupted.
     """
 
     def __init__(
@@ -75,8 +73,8 @@ class TrainingRun:
         warmup: float = 0.03,
         hidden: nn.Module | None = None,
     ) -> None:
-        """``hidden``: the part of the module whose matrices Muon trains (Jordan et al., 2024): in small transformers a
-        step of it is worth about two of AdamW. AdamW trains the rest."""
+        """AdamW trains the module, but Muon (Jordan et al., 2024) the matrices of its part ``hidden``: in small
+        transformers a step of it is worth about two."""
         self.path, self.module, self.budget, self.peak_lr, self.warmup = path, module, budget, peak_lr, warmup
         matrices = [p for p in hidden.parameters() if p.requires_grad and p.dim() == 2] if hidden else []
         taken = {id(p) for p in matrices}
@@ -145,7 +143,7 @@ class TrainingRun:
             console.print(f"{self.path.stem} {self.step:5d}  {done:4.0%}  loss {value:.4f}  {self.elapsed_s:.0f} s")
 
     def save(self) -> None:
-        """Write the checkpoint under a temporary name, then rename it: there is always the old file or the new one."""
+        """Write the checkpoint whole or not at all."""
         tensors = {f"module.{name}": tensor for name, tensor in self.module.state_dict().items()}
         for number, optimizer in enumerate(self.optimizers):
             for index, state in optimizer.state_dict()["state"].items():

@@ -12,7 +12,7 @@ from scipy import ndimage
 from transformers import CLIPModel, JanusVQVAE
 
 from stage_ray.rewards.detection import Detection, Detector
-from stage_ray.rewards.geneval import requirements, strict_verdict
+from stage_ray.rewards.geneval_rules import requirements, strict_verdict
 from stage_ray.shapeworld.detector import CLASSES, ShapeDetector
 from stage_ray.shapeworld.grammar import TASKS, Record, sample_record, sample_scene
 from stage_ray.shapeworld.pretrain import clip, detector, language_model, tokenizer
@@ -23,8 +23,8 @@ CONFIDENCE = 0.5  # above which a detection counts: of the ShapeWorld suite and 
 Case = tuple[Scene, Record]  # a picture and a prompt's record
 
 
-def write_detector_card(out: Path, work: Path, seed: int, count: int) -> None:
-    """Writes the detector's card, with verdicts on `count` cases and objects seen in non-objects."""
+def write_detector_card(out: Path, seed: int, count: int) -> None:
+    """Write the detector's card, with verdicts on `count` cases and objects seen in non-objects."""
     found, codes = ShapeDetector(out / "detector"), tokenizer.load_exported(out / "janus")
     cases = draw_cases(count, seed=7)
     images = np.stack([render(scene) for scene, _ in cases])
@@ -37,7 +37,7 @@ def write_detector_card(out: Path, work: Path, seed: int, count: int) -> None:
         out / "detector",
         classes=", ".join(CLASSES),
         seed=seed,
-        steps=read_checkpoint(work / detector.CHECKPOINT)["step"],
+        steps=read_checkpoint(out / detector.CHECKPOINT)["step"],
         batch=detector.BATCH,
         threshold=CONFIDENCE,
         verdicts="\n".join(verdicts),
@@ -45,11 +45,28 @@ def write_detector_card(out: Path, work: Path, seed: int, count: int) -> None:
     )
 
 
-def _is_correct(record: Record, detections: Sequence[Detection]) -> bool:
-    """GenEval's strict verdict of a record over the detections of one picture that are surer than CONFIDENCE."""
-    sure = [one for one in detections if one.confidence > CONFIDENCE]
-    objects = {kind: [one for one in sure if one.label == kind] for kind in SHAPES}
-    return strict_verdict(requirements(record), requirements(record, "exclude"), objects)[0]
+def write_cards(out: Path, count: int) -> None:
+    """Measure the image model and CLIP on `count` pictures, where `out` holds them, and write their README.md."""
+    janus = out / "janus"
+    if (janus / "config.json").exists():
+        codes, rng = tokenizer.load_exported(janus), np.random.default_rng(11)
+        images = np.stack([render(random_scene(rng)) for _ in range(count)])
+        _write_card(
+            janus,
+            size=(janus / "model.safetensors").stat().st_size / 1e6,
+            tokenizer=_history(out / tokenizer.CHECKPOINT),
+            language_model=_history(out / language_model.CHECKPOINT),
+            error=np.abs(tokenizer.reconstruct(codes, images).astype(np.float32) - images).mean(),
+        )
+    if (out / "clip" / "config.json").exists():
+        model = CLIPModel.from_pretrained(out / "clip", dtype=torch.float32).to(device()).eval()
+        _write_card(
+            out / "clip",
+            parameters=model.num_parameters() / 1e6,
+            clip=_history(out / clip.CHECKPOINT),
+            heldout=clip.retrieval_accuracy(model, "heldout", batches=count // 16),
+            train=clip.retrieval_accuracy(model, "train", batches=count // 16),
+        )
 
 
 def draw_cases(count: int, seed: int) -> list[Case]:
@@ -81,8 +98,8 @@ def _spoiled(scene: Scene, rng: np.random.Generator) -> Scene:
     elif change == 2:
         del shapes[index]
     elif len(shapes) == 2:
-        places = zip(shapes, shapes[::-1], strict=True)  # each object, and the one whose place it takes
-        shapes = [replace(place, kind=look.kind, color=look.color) for look, place in places]
+        a, b = shapes
+        shapes = [replace(b, kind=a.kind, color=a.color), replace(a, kind=b.kind, color=b.color)]
     return replace(scene, shapes=tuple(shapes))
 
 
@@ -91,6 +108,13 @@ def judge_cases(detector: Detector, cases: Sequence[Case], images: np.ndarray) -
     found = zip(cases, detector.detect(images), strict=True)
     true = np.arange(len(cases)) % 2 == 0
     return np.asarray([_is_correct(record, seen) for (_, record), seen in found]) == true
+
+
+def _is_correct(record: Record, detections: Sequence[Detection]) -> bool:
+    """GenEval's strict verdict over the detections of one picture that are surer than CONFIDENCE."""
+    sure = [one for one in detections if one.confidence > CONFIDENCE]
+    objects = {kind: [one for one in sure if one.label == kind] for kind in SHAPES}
+    return strict_verdict(requirements(record), requirements(record, "exclude"), objects)[0]
 
 
 def draw_non_objects(count: int, seed: int, model: JanusVQVAE) -> dict[str, np.ndarray]:
@@ -115,29 +139,6 @@ def draw_non_objects(count: int, seed: int, model: JanusVQVAE) -> dict[str, np.n
 def share_with_objects(detector: Detector, images: np.ndarray) -> float:
     """Share of pictures with at least one detection above CONFIDENCE."""
     return float(np.mean([any(one.confidence > CONFIDENCE for one in found) for found in detector.detect(images)]))
-
-
-def write_cards(out: Path, work: Path, count: int) -> None:
-    """Measures the image model and CLIP on `count` pictures, where `out` holds them, and writes their README.md."""
-    if (out / "janus" / "config.json").exists():
-        codes, rng = tokenizer.load_exported(out / "janus"), np.random.default_rng(11)
-        images = np.stack([render(random_scene(rng)) for _ in range(count)])
-        _write_card(
-            out / "janus",
-            size=(out / "janus" / "model.safetensors").stat().st_size / 1e6,
-            tokenizer=_history(work / tokenizer.CHECKPOINT),
-            language_model=_history(work / language_model.CHECKPOINT),
-            error=np.abs(tokenizer.reconstruct(codes, images).astype(np.float32) - images).mean(),
-        )
-    if (out / "clip" / "config.json").exists():
-        model = CLIPModel.from_pretrained(out / "clip", dtype=torch.float32).to(device()).eval()
-        _write_card(
-            out / "clip",
-            parameters=model.num_parameters() / 1e6,
-            clip=_history(work / clip.CHECKPOINT),
-            heldout=clip.retrieval_accuracy(model, "heldout", batches=count // 16),
-            train=clip.retrieval_accuracy(model, "train", batches=count // 16),
-        )
 
 
 def _write_card(model: Path, **figures: object) -> None:

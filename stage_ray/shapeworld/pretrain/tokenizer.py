@@ -1,13 +1,12 @@
 """Trains the image tokenizer: a `JanusVQVAE` that turns 64x64 pictures into 8x8 tokens of a 512-entry codebook.
 
-It is a tokenizer, not a policy: it trains on random scenes of *all* compositions, each rendered once. Encoder outputs
-and codes have unit length (`JanusVQVAE.decode` normalises codes, so training must), and unused codes are restarted. The
-loss counts objects, and most of all their edges, several times as much as background: shape, colour and number must
-survive, the tint of the paper need not.
+It trains on random scenes of *all* compositions, each rendered once. Encoder outputs and codes have unit length
+(`JanusVQVAE.decode` normalises codes, so training must), and unused codes are restarted. The loss counts objects, and
+most of all their edges, several times as much as background: shape, colour and number must survive.
 
 Two requirements make its tokens easy to predict. It reads pictures with grain and draws them without, so that no code
 is spent on noise. And codes are *local*: pictures come in twins that differ in some objects, and where twins look alike
-their latents must agree. Without this, every object is written into every patch of empty paper (see the README).
+their latents must agree. Without this, every object is written into every patch of empty paper.
 """
 
 from __future__ import annotations
@@ -25,13 +24,12 @@ from stage_ray.shapeworld.pretrain.loop import Budget, TrainingRun, autocast, de
 from stage_ray.shapeworld.scene import IMAGE_SIZE, Scene, coverage, random_scene, render
 
 SIZES = JanusSizes(hidden=192, layers=6, heads=6, intermediate=512, codes=512, side=8, vocabulary=64)  # of the policy
-CHECKPOINT = "training/tokenizer.safetensors"
+CHECKPOINT = "work/training/tokenizer.safetensors"
 BATCH = 16  # pictures, so half as many twins
 LOCALITY = 0.25  # weight of the twins' disagreement
 MARGIN = 4  # pixels around a patch that must look alike too
 THRIFT = 0.015  # cosine given up for a code e times as frequent
 SHARE_ROUNDS = 8  # until the shares of codes no longer move
-PEAK_LR = 1e-3
 COMMITMENT = 0.25
 PATCH = 8  # pixels, a token's side
 BATCH_IMAGES = 64  # encoded or decoded at once
@@ -48,8 +46,8 @@ def to_pixels(images: np.ndarray | Tensor) -> Tensor:
 def _batch(rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Fresh pictures: row i and row i + B/2 are twins, the second with other grain and without some of the objects.
 
-    With grain and without, float32 [B, 3, 64, 64] in -1..1; loss weights of mean 1, float32 [B, 1, 64, 64]; and which
-    patches look the same in both twins, bool [B/2, 8, 8].
+    With grain and without, float32 [B, 3, 64, 64] in -1..1; weights of mean 1, [B, 1, 64, 64]; patches alike in both
+    twins, bool [B/2, 8, 8].
     """
     scenes = [random_scene(rng) for _ in range(BATCH // 2)]
     for scene in scenes[:]:
@@ -76,20 +74,20 @@ def _latents(model: JanusVQVAE, pixels: Tensor) -> Tensor:
     return F.normalize(latent.float(), dim=1)
 
 
-def train_tokenizer(work: Path, budget: Budget, seed: int = 0) -> None:
-    """Trains (or resumes) the tokenizer; writes `work/training/tokenizer.safetensors`."""
+def train_tokenizer(out: Path, budget: Budget, seed: int) -> None:
+    """Train (or resume) the tokenizer; writes the checkpoint alone."""
     torch.manual_seed(seed)
     model = JanusVQVAE(build_vq_config(SIZES)).to(device()).train()
     codebook = model.quantize.embedding.weight
     codebook.data.copy_(F.normalize(torch.randn_like(codebook), dim=1))
-    # Shift and scale the untrained encoder's outputs to mean 0 and variance 1 in every dimension. Otherwise all point
-    # nearly the same way: unit length then leaves the decoder next to nothing to read.
+    # The untrained encoder's outputs get mean 0 and variance 1 in every dimension. Otherwise all point nearly the same
+    # way, and unit length leaves the decoder next to nothing to read.
     with torch.no_grad():
         outputs = model.quant_conv(model.encoder(_batch(np.random.default_rng([seed, 2**31]))[0]))  # [B, 8, 8, 8]
         mean, std = outputs.mean(dim=(0, 2, 3)), outputs.std(dim=(0, 2, 3))
         model.quant_conv.weight.div_(std[:, None, None, None])
         model.quant_conv.bias.sub_(mean).div_(std)
-    run = TrainingRun(work / CHECKPOINT, model, PEAK_LR, budget)
+    run = TrainingRun(out / CHECKPOINT, model, 1e-3, budget)
     generator = torch.Generator().manual_seed(seed)
     used = torch.zeros(len(codebook), dtype=torch.bool, device=codebook.device)
     for step, progress in run:
@@ -127,8 +125,7 @@ def train_tokenizer(work: Path, budget: Budget, seed: int = 0) -> None:
 def _restart_codes(codebook: Tensor, unused: Tensor, outputs: Tensor, generator: torch.Generator) -> None:
     """Move the unused codes (bool [512]) of a codebook [512, 8] onto encoder outputs [B * 64, 8].
 
-    Outputs are drawn in proportion to their squared distance from their nearest code: rare shapes and colours get
-    codes, empty paper does not get them all.
+    Outputs far from their nearest code are drawn more often: empty paper does not get all codes.
     """
     cosine = (outputs @ F.normalize(codebook, dim=1).T).amax(dim=1)
     misfit = (1 - cosine).clamp_min(1e-6).cpu()
@@ -137,14 +134,13 @@ def _restart_codes(codebook: Tensor, unused: Tensor, outputs: Tensor, generator:
     codebook[unused] = outputs[picks.to(outputs.device)]
 
 
-def load_tokenizer(work: Path) -> JanusVQVAE:
-    """What `train_tokenizer` wrote, float32, in evaluation mode, on `device()`.
+def load_tokenizer(out: Path) -> JanusVQVAE:
+    """What `train_tokenizer` wrote, float32, on `device()`.
 
-    Codes are scaled to unit length, so that plain `JanusVQVAE.encode` picks the codes that training picked: its nearest
-    code is then the one of largest cosine, whatever the length of the encoder's output.
+    Codes have unit length, so that the nearest, which plain `JanusVQVAE.encode` picks, is that of largest cosine.
     """
     model = JanusVQVAE(build_vq_config(SIZES))
-    model.load_state_dict(read_checkpoint(work / CHECKPOINT)["module"])
+    model.load_state_dict(read_checkpoint(out / CHECKPOINT)["module"])
     codes = model.quantize.embedding.weight.data
     codes.copy_(F.normalize(codes, dim=1))
     return model.to(device()).eval()
@@ -152,7 +148,7 @@ def load_tokenizer(work: Path) -> JanusVQVAE:
 
 @torch.no_grad()
 def cosines(model: JanusVQVAE, images: np.ndarray) -> Tensor:
-    """How well each code fits each place: uint8 [B, 64, 64, 3] to float32 [B, 64, 512], cosines, row by row."""
+    """How well each code fits each place: images uint8 [B, 64, 64, 3] -> cosines float32 [B, 64, 512]."""
     codes = F.normalize(model.quantize.embedding.weight, dim=1)
     batches = torch.from_numpy(images).split(BATCH_IMAGES)
     return torch.cat([(_latents(model, to_pixels(b)).permute(0, 2, 3, 1) @ codes.T).flatten(1, 2) for b in batches])
@@ -162,8 +158,8 @@ def thrifty_bonus(fits: Tensor) -> Tensor:
     """What to add to each code's cosine [512], so that of codes that fit nearly alike the frequent one is taken.
 
     Entropy-constrained vector quantisation (Chou, Lookabaugh and Gray, 1989): ``THRIFT * log(share of the code)``, the
-    shares being those of the ids that it leads to, for the `cosines` of a few hundred pictures or more. Empty paper
-    then has a few codes and not dozens, which cost a language model little; what a picture shows stays the same.
+    shares being those of the ids that it leads to, for `cosines` of a few hundred pictures. Empty paper then has a few
+    codes and not dozens; what a picture shows stays the same.
     """
     bonus = torch.zeros(fits.shape[-1], device=fits.device)
     for _ in range(SHARE_ROUNDS):
@@ -173,7 +169,7 @@ def thrifty_bonus(fits: Tensor) -> Tensor:
 
 
 def load_exported(janus: Path) -> JanusVQVAE:
-    """The tokenizer of a checkpoint directory that transformers wrote, float32, on `device()`."""
+    """The tokenizer of a policy's directory, float32, on `device()`."""
     model = JanusForConditionalGeneration.from_pretrained(janus, local_files_only=True, dtype=torch.float32)
     return model.model.vqmodel.to(device()).eval()
 

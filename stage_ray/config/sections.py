@@ -1,14 +1,60 @@
-"""Scorers and the pools of actors that they run in: the sections ``rewards[]`` and ``scoring``."""
+"""What all sections of a config have in common, and the sections ``prompts``, ``rewards[]`` and ``scoring``."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
-
-from stage_ray.config.base import PoolConfig, Section
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
 OWN_POOL = ("workers", "max_workers", "cpus", "gpus", "resources", "groups_per_call", "timeout_s", "runtime_env")
+FORMS = ("(file)", "(files)")  # of prompts.train, as pydantic names them in the place of an error
+
+
+class Section(BaseModel):
+    """Base of every section: closed to unknown keys, frozen after validation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class PoolConfig(Section):
+    """A pool of actors that do the same work, each on groups of its own."""
+
+    workers: int = Field(1, ge=1, description="Actors that the run needs")
+    max_workers: int | None = Field(None, ge=1, description="Most actors, where the cluster has room; null: as workers")
+    gpus: float = Field(0.0, ge=0, description="GPUs reserved for one worker, or each of its processes")
+    resources: dict[str, float] = Field({}, description="Custom Ray resources of one worker (or process): {rollout: 1}")
+
+
+class PromptFile(Section):
+    """One of several prompt files that are mixed."""
+
+    path: str = Field(description="As prompts.train, where that is one file")
+    weight: float = Field(1.0, gt=0, description="Prompts that are drawn of it, relative to the other files")
+
+
+class PromptsConfig(Section):
+    """Which prompts are trained on, and which are held out."""
+
+    train: Annotated[
+        Annotated[str, Tag(FORMS[0])] | Annotated[list[PromptFile], Field(min_length=1), Tag(FORMS[1])],
+        Discriminator(lambda value: FORMS[not isinstance(value, str)]),
+    ] = Field(
+        description="JSON Lines (GenEval's format) or text, a prompt a line; package:MODULE/FILE; or "
+        "hf://datasets/OWNER/NAME[@REVISION]/FILE of a hub; geneval:train or geneval:test, which are made here; "
+        "or several files: [{path: FILE, weight: 3}, ...]"
+    )
+    heldout: str | None = Field(None, description="Prompts of the evaluation before and after; same formats")
+    shuffle: bool = Field(True, description="A new order every epoch, fixed by the run's seed")
+    too_long: Literal["refuse", "drop"] = Field(
+        "refuse", description="What becomes of prompts longer than rollout.max_prompt_tokens"
+    )
+
+    @property
+    def files(self) -> dict[str, PromptFile]:
+        """The files that are trained on, by the config's keys of their paths."""
+        if isinstance(self.train, str):
+            return {"prompts.train": PromptFile(path=self.train)}
+        return {f"prompts.train.{index}.path": file for index, file in enumerate(self.train)}
 
 
 class RuntimeEnvConfig(Section):
@@ -27,10 +73,7 @@ class RuntimeEnvConfig(Section):
 
 
 class RewardConfig(Section):
-    """One scorer. ``type`` is a name of the registry (geneval, clip, win_rate) or the dotted path of your own class.
-
-    With any key of `OWN_POOL` it has actors of its own; the others of these keys are as in ``scoring``.
-    """
+    """One scorer. With any key of `OWN_POOL` it has actors of its own; the rest of them is as in ``scoring``."""
 
     type: str = Field(description="geneval, clip, win_rate, or package.module.Class")
     name: str | None = Field(None, description="Column name in metrics; the type by default")
@@ -61,6 +104,11 @@ class ScoringConfig(PoolConfig):
 
     groups_per_call: int = Field(8, ge=1, description="Groups scored in one batched call")
     timeout_s: float = Field(120.0, gt=0, description="Seconds a call may take before its groups are scored again")
+    outage_s: float = Field(
+        600.0,
+        gt=0,
+        description="Seconds that a service which a scorer asks may be down, the run waiting; then it fails",
+    )
     attempts: int = Field(2, ge=1, description="Times a group is scored, dead workers apart, before it is replaced")
     cpus: float = Field(0.5, gt=0, description="CPUs reserved for one worker")
     runtime_env: RuntimeEnvConfig = Field(RuntimeEnvConfig(), description="Packages and variables of the actors")

@@ -1,0 +1,89 @@
+"""From a config's names and options to samplers of all three kinds."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pydantic import ValidationError
+
+from stage_ray.config import RolloutConfig, RunConfig, Section, SuiteConfig
+from stage_ray.errors import ConfigError, impossible, suggest
+from stage_ray.registry import Registry
+from stage_ray.samplers.base import ImageSearch, PromptTransform, TokenRule
+
+SAMPLERS = Registry("stage_ray.samplers", "Rule", "sampler")
+TRANSFORMS = Registry("stage_ray.samplers", "Transform", "prompt transform")
+SEARCHES = Registry("stage_ray.samplers", "Search", "search over images")
+
+
+def load_rule(rollout: RolloutConfig) -> TokenRule:
+    """The token rule that a config names, its options checked.
+
+    Raises:
+        ConfigError: no such rule, an option that it does not have (with the nearest one), or an impossible value.
+
+    Example:
+        >>> load_rule(RolloutConfig(sampler="entropy_informed", sampler_options={"b": 2}))
+        EntropyInformedRule(a=2.5, b=2.0, c=0.6)
+    """
+    rule: TokenRule = _load(TokenRule, SAMPLERS, rollout.sampler, rollout.sampler_options, "rollout.sampler")
+    return rule
+
+
+def load_transform(rollout: RolloutConfig) -> PromptTransform | None:
+    """The prompt transform that a config names, None without one; raises as `load_rule`."""
+    name, options = rollout.prompt_transform, rollout.prompt_transform_options
+    transform: PromptTransform | None = _load(PromptTransform, TRANSFORMS, name, options, "rollout.prompt_transform")
+    return transform
+
+
+def load_search(
+    config: RolloutConfig | SuiteConfig, scorers: Sequence[str], key: str = "rollout"
+) -> ImageSearch | None:
+    """The search over images that a section names, None without one.
+
+    Args:
+        scorers: columns of the scorers that will judge.
+        key: of the section.
+
+    Raises:
+        ConfigError: as `load_rule`; or it needs a scorer that is not among these.
+    """
+    search: ImageSearch | None = _load(ImageSearch, SEARCHES, config.search, config.search_options, f"{key}.search")
+    if search is not None and (needed := search.scorer) is not None and needed not in scorers:
+        raise ConfigError(f"{key}.search_options.scorer = {needed!r} is no scorer here; {suggest(needed, scorers)}")
+    return search
+
+
+def resolve_samplers(run: RunConfig) -> RunConfig:
+    """The same run, with every option of its samplers, defaults included; raises as those are loaded."""
+    rollout, columns = run.rollout, [reward.column for reward in run.rewards]
+    found = {
+        "sampler": load_rule(rollout),
+        "prompt_transform": load_transform(rollout),
+        "search": load_search(rollout, columns),
+    }
+    options = {f"{key}_options": it.model_dump(mode="json") for key, it in found.items() if it is not None}
+    return run.model_copy(update={"rollout": rollout.model_copy(update=options)})
+
+
+def _load(base: type[Section], registry: Registry, name: str | None, options: Mapping[str, Any], key: str) -> Any:
+    """The sampler that ``key`` names; None where it names none, and then there may be no option either."""
+    if name is None:
+        for option in options:
+            raise ConfigError(f"{key}_options.{option} is set, and {key} is null; set {key} to a {registry.what}")
+        return None
+    kind = registry.find(name, key)
+    if not (isinstance(kind, type) and issubclass(kind, base)) or inspect.isabstract(kind):
+        raise ConfigError(f"{key} = {name!r} is no class that derives from stage_ray.samplers.{base.__name__}")
+    for option, value in options.items():
+        if option not in kind.model_fields:
+            fix = suggest(option, kind.model_fields, f"{key}_options.") if kind.model_fields else "it has none"
+            raise ConfigError(f"{key}_options.{option} = {value!r} is no option of {registry.what} {name}: {fix}")
+    try:
+        return kind.model_validate(options)
+    except ValidationError as error:
+        problems = [impossible(f"{key}_options." + ".".join(map(str, item["loc"])), item) for item in error.errors()]
+        raise ConfigError("; ".join(problems)) from error
