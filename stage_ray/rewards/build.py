@@ -10,6 +10,7 @@ from typing import Any, get_type_hints
 from pydantic import PydanticSchemaGenerationError, TypeAdapter, ValidationError
 
 from stage_ray.config import RewardConfig
+from stage_ray.config.inputs import MODEL_KEYS
 from stage_ray.config.load import REVISION
 from stage_ray.errors import ConfigError, impossible
 from stage_ray.records import Prompt
@@ -54,6 +55,23 @@ def check_rewards(
 
 def _chosen(configs: Sequence[RewardConfig], columns: Sequence[str] | None, key: str) -> list[tuple[RewardConfig, str]]:
     return [(c, f"{key}.{i}") for i, c in enumerate(configs) if columns is None or c.column in columns]
+
+
+def with_models(config: RewardConfig) -> RewardConfig:
+    """The same scorer with the models that it loads by default written into its options, so that fetch sees them.
+
+    A scorer of the user's own is left as it is: it may not be installed here.
+    """
+    if "." in config.type:
+        return config
+    return config.model_copy(update={"options": models_of(REWARDS.find(config.type, "type"), config.options)})
+
+
+def models_of(kind: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a class, with its defaults of those that name models; `models` of the class may add others."""
+    defaults = {name: parameter.default for name, parameter in inspect.signature(kind).parameters.items()}
+    found = {name: defaults[name] for name in MODEL_KEYS if isinstance(defaults.get(name), str)} | dict(options)
+    return kind.models(found) if hasattr(kind, "models") else found
 
 
 def build_reward(config: RewardConfig, key: str, methods: Sequence[str] = METHODS) -> Any:
