@@ -23,7 +23,7 @@ WorkersOption = Annotated[int | None, Option(metavar="COUNT", help=WORKERS, min=
 
 def evaluate(
     model: ModelArgument,
-    suite: Annotated[str, Option(help="Which benchmark")] = "geneval",
+    suite: Annotated[str, Option(help="Which benchmark")] = "shapeworld",
     prompts: Annotated[str | None, Option(metavar="FILE", help="By default the suite's; in its format")] = None,
     images_per_prompt: Annotated[int | None, Option(metavar="COUNT", help="By default the suite's", min=1)] = None,
     engine: EngineOption = None,
@@ -42,7 +42,7 @@ def evaluate(
     With --json FILE the verdicts are kept in FILE.partial as they come. If the command is stopped, the same one again
     goes on there.
 
-    Example: stage-ray evaluate runs/stage_shapeworld/final --suite geneval --json after.json
+    Example: stage-ray evaluate runs/stage_shapeworld/final --suite shapeworld --json after.json
     """
     from stage_ray.run import standalone
 

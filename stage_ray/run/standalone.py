@@ -41,7 +41,7 @@ NO_REWARD = RewardConfig(type="none")  # where nothing is scored
 
 def evaluate(
     model: str | Path,
-    suite: str = "geneval",
+    suite: str = "shapeworld",
     *,
     prompts: str | Path | None = None,
     images_per_prompt: int | None = None,
