@@ -266,6 +266,13 @@ class EvaluationResult:
     note: str = ""
 
     @property
+    def unjudged(self) -> int:
+        """Images that count in no score."""
+        headline = self.metrics.get(self.headline)
+        silent = sum(all(score is None for score in image["scores"].values()) for image in self.images)
+        return max(silent, len(self.images) - (headline.images if headline else 0))
+
+    @property
     def headline_value(self) -> float | None:
         """Value of the headline metric; None where no image could be judged."""
         return self.metrics[self.headline].value if self.headline in self.metrics else None
