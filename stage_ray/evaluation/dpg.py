@@ -64,7 +64,7 @@ def _record(item: str, lines: Sequence[Prompt]) -> dict[str, Any]:
         questions = [
             {
                 "question": f"{row['question_natural_language']} Answer yes or no.",
-                "kind": " - ".join(part.strip() for part in row["tuple"].partition("(")[0].split(" - ")),
+                "kind": row["tuple"].partition("(")[0].strip(" -"),
                 "parents": [numbers[one] for one in each if one],  # 0: it has none
             }
             for row, each in zip(rows, parents, strict=True)
