@@ -51,7 +51,7 @@ TABLE: dict[str, dict[str, str]] = {
         TRAIN + "--set seed=$seed --run-dir runs/seed-$seed": DRY_RUN,
         TRAIN + "--set learner.lr=5e-5 --set steps=200 --run-dir runs/mine": SHORT_RUN,
         TRAIN + "--set learner.lr=5e-5 --set steps=200 --run-dir runs/mine --resume": SHORT_RUN,
-        "stage-ray evaluate runs/mine/final --suite geneval --guidance 3 --json mine.json": HERE
+        "stage-ray evaluate runs/mine/final --suite shapeworld --guidance 3 --json mine.json": HERE
         + "test_the_trained_model_is_evaluated",
         'stage-ray generate runs/mine/final --prompt "a photo of a red circle and a blue ring" --guidance 3'
         " --out pictures": HERE + "test_the_trained_model_draws",

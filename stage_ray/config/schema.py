@@ -176,7 +176,7 @@ class CheckpointConfig(Section):
 class SuiteConfig(Section):
     """A further benchmark of a run; its name alone stands for one with all defaults."""
 
-    benchmark: str = Field(description="geneval, or package.module.Class")
+    benchmark: str = Field(description="A file of stage_ray/evaluation, or package.module.Class")
     name: str | None = Field(
         None, pattern=r"^\w[\w.-]*$", description="In metrics, files and checkpoint.keep_best; null: the benchmark's"
     )
