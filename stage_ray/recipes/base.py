@@ -38,7 +38,7 @@ class GroupBatch:
         guided_logprobs: float32 [N, G, T], recorded likewise, of the distribution that the tokens were drawn from.
         entropy: float32 [N, G, T], recorded likewise, conditional branch, temperature 1.
         guided_entropy: float32 [N, G, T], recorded likewise, of the distribution that the tokens were drawn from.
-        scores: float32 [N, G, R], all valid.
+        scores: float32 [N, G, R], all valid; 0 where a scorer was not asked about a group (``scored[n].unasked``).
         scorers: the R names, in column order.
         scorer_weights: float32 [R].
         staleness: int64 [N], updates between the sampling version and the learner's; 0 is fresh.
