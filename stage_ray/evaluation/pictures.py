@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -144,9 +143,10 @@ def _named(directory: Path, prompts: Sequence[Prompt], key: str) -> list[Picture
 def score_pictures(
     pictures: Sequence[Picture], rewards: Sequence[RewardConfig], advance: Callable[[int], object]
 ) -> ScoredPictures:
-    """Score pictures, in batches of one size; ``advance`` counts them. Pictures of one prompt and size are a group.
+    """Score pictures in batches; ``advance`` counts them.
 
-    A scorer that fails, or a picture that cannot be read, is part of the answer and never a number.
+    A scorer that compares images is asked about groups, the pictures of one prompt and size. A scorer that fails, or a
+    picture that cannot be read, is part of the answer and never a number.
 
     Raises:
         ConfigError: of `build_rewards`.
@@ -158,40 +158,50 @@ def score_pictures(
     scores, asked = np.full(shape, np.nan, np.float32), np.zeros(shape, bool)
     details: list[Mapping[str, Mapping[str, Any]]] = [{} for _ in pictures]
     unreadable: dict[int, str] = {}
-
-    def score(places: Sequence[int], images: Sequence[np.ndarray]) -> None:
-        seen = dict(zip(places, images, strict=True))
-        members = [list(own) for _, own in groupby(places, key=lambda place: pictures[place].prompt.index)]
-        groups = [_group(pictures[own[0]].prompt, np.stack([seen[place] for place in own])) for own in members]
-        for own, group in zip(members, score_groups(scorers, groups), strict=True):
-            for image, place in enumerate(own):
-                scores[place], asked[place] = group.scores[image], group.asked
-                said = json.dumps(group.details[image], default=plain)
-                details[place] = json.loads(said, parse_constant=lambda _: None)
-        advance(len(places))
-
-    batches: dict[tuple[int, ...], tuple[list[int], list[np.ndarray]]] = {}  # by the shape of images
-    for place, picture in enumerate(pictures):
-        try:
-            with Image.open(picture.path) as opened:
-                image = np.asarray(ImageOps.exif_transpose(opened).convert("RGB"))
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # Pillow's, of damaged files
-            unreadable[place] = str(error)
-            advance(1)
-            continue
-        places, images = batches.setdefault(image.shape, ([], []))
-        begins_group = not places or pictures[places[-1]].prompt.index != picture.prompt.index
-        if len(places) >= IMAGES_PER_BATCH and (begins_group or not compares):
-            score(places, images)
-            batches[image.shape] = places, images = [], []
-        places.append(place)
-        images.append(image)
-    for places, images in batches.values():
-        score(places, images)
+    for batch in _batches(pictures, whole_prompts=compares):
+        groups: dict[tuple[int, ...], list[tuple[int, np.ndarray]]] = {}  # prompt and shape -> its pictures
+        for place in batch:
+            try:
+                image = np.asarray(read_picture(pictures[place].path))
+            except OSError as error:
+                unreadable[place] = str(error)
+                continue
+            # Where no scorer compares pictures, each is a group, with all that its own line says.
+            key = (pictures[place].prompt.index if compares else place, *image.shape)
+            groups.setdefault(key, []).append((place, image))
+        for size in dict.fromkeys(key[1:] for key in groups):  # one call scores images of one size
+            members = [group for key, group in groups.items() if key[1:] == size]
+            asking = [_group(pictures[own[0][0]].prompt, np.stack([image for _, image in own])) for own in members]
+            for own, group in zip(members, score_groups(scorers, asking), strict=True):
+                for number, (place, _) in enumerate(own):
+                    scores[place], asked[place] = group.scores[number], group.asked
+                    said = json.dumps(group.details[number], default=plain)
+                    details[place] = json.loads(said, parse_constant=lambda _: None)
+        advance(len(batch))
     if len(unreadable) == len(pictures):
         raise RunError(f"none of {len(pictures)} pictures can be read; the first, {pictures[0].path}: {unreadable[0]}")
     names = tuple(name for name, _ in scorers)
     return ScoredPictures(tuple(pictures), names, scores, asked, tuple(details), unreadable)
+
+
+def read_picture(path: Path) -> Image.Image:
+    """A picture as RGB, the right way up; an OSError where it cannot be read."""
+    try:
+        with Image.open(path) as opened:
+            return ImageOps.exif_transpose(opened).convert("RGB")
+    except (SyntaxError, ValueError, Image.DecompressionBombError) as error:  # Pillow's too, of damaged files
+        raise OSError(error) from error
+
+
+def _batches(pictures: Sequence[Picture], *, whole_prompts: bool) -> Iterator[range]:
+    """Places of pictures, at least `IMAGES_PER_BATCH` where a prompt must not be cut, else at most."""
+    first = 0
+    for place in range(1, len(pictures)):
+        cuts_prompt = pictures[place].prompt.index == pictures[place - 1].prompt.index
+        if place - first >= IMAGES_PER_BATCH and not (whole_prompts and cuts_prompt):
+            yield range(first, place)
+            first = place
+    yield range(first, len(pictures))
 
 
 def _group(prompt: Prompt, images: np.ndarray) -> RolloutGroup:

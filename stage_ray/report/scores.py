@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
 
 from stage_ray.evaluation.agreement import Labels, PairSummary, ScorerSummary
-from stage_ray.evaluation.pictures import ScoredPictures
+from stage_ray.evaluation.pictures import ScoredPictures, read_picture
 from stage_ray.report.page import write_page
 
 THUMBNAIL = 320  # longest side, pixels
@@ -79,13 +78,14 @@ def _name(directory: Path, scored: ScoredPictures, place: int) -> str:
 
 def _tile(directory: Path, scored: ScoredPictures, place: int, labels: Labels | None) -> _Tile:
     picture, data = scored.pictures[place], io.BytesIO()
-    with Image.open(picture.path) as opened:
-        image = ImageOps.exif_transpose(opened).convert("RGB")
+    image = read_picture(picture.path)
     small = max(image.size) <= SMALL
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     image.save(data, "PNG" if small else "JPEG", quality=85)
     row = zip(scored.names, scored.scores[place].tolist(), strict=True)
-    label = "" if labels is None or np.isnan(labels.values[place]) else f"{labels.values[place]:g}"
+    label, value = "", np.nan if labels is None else float(labels.values[place])
+    if labels is not None and np.isfinite(value):
+        label = ("no", "yes")[int(value)] if labels.binary else f"{value:g}"
     return _Tile(
         source=f"data:image/{'png' if small else 'jpeg'};base64,{base64.b64encode(data.getvalue()).decode()}",
         small=small,

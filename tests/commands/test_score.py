@@ -166,6 +166,20 @@ def test_what_fails_is_named_and_never_a_number(rings, capsys):
     assert result["scorers"][1]["mean"] is None and result["correlations"][0]["overall"]["count"] == 0
 
 
+def test_batches_hold_pictures_of_every_size_and_each_is_judged_by_its_own_line(tmp_path, capsys):
+    lines = []
+    for number in range(70):
+        save(tmp_path / "many" / f"{number}.png", np.full((16, 16 + number % 3, 3), 3 * number, np.uint8))
+        lines.append({"file": f"{number}.png", "prompt": "grey", "level": "high" if number > 34 else "low"})
+    (tmp_path / "many" / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    code, result = score(tmp_path / "many", *DARK, "--set", "rewards.0.when={level: high}", "--column", "level")
+    assert code == 2 and "'low' is neither a number" in capsys.readouterr().err
+    code, result = score(tmp_path / "many", *DARK, "--set", "rewards.0.when={level: high}")
+    found = [image["scores"]["Brightness"] for image in result["images"]]
+    assert code == 0 and found[:35] == [None] * 35
+    assert found[35:] == pytest.approx([3 * number / 255 for number in range(35, 70)])
+
+
 def test_a_config_names_the_scorers_and_their_routes(rings, capsys):
     rewards = "rewards=[{type: tests.scorers.Brightness, when: {tag: colors}}]"
     code, result = score(rings, "--config", "stage_shapeworld", "--set", rewards)
