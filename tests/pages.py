@@ -56,6 +56,9 @@ TABLE: dict[str, dict[str, str]] = {
         + "test_the_trained_model_is_evaluated",
         'stage-ray generate runs/mine/final --prompt "a photo of a red circle and a blue ring" --guidance 3'
         " --out pictures": HERE + "test_the_trained_model_draws",
+        'stage-ray score pictures --prompt "a photo of a red circle and a blue ring" --scorer clip'
+        " --set rewards.0.options.path=package:stage_ray/shapeworld/assets/clip": "tests/commands/test_score.py::"
+        "test_the_line_of_the_readme_scores_what_generate_has_drawn",
         "stage-ray configs": CONFIGS + "test_each_is_listed_with_its_three_opening_lines",
         "stage-ray init stage_shapeworld --out mine.yaml": CONFIGS + "test_the_lines_of_the_readme_do_what_they_say",
         "stage-ray train mine.yaml --dry-run": CONFIGS + "test_the_lines_of_the_readme_do_what_they_say",
