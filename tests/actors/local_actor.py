@@ -46,8 +46,8 @@ class _Method:
     def options(self, num_returns: int) -> _Method:
         return _Method(self._actor, self._name, num_returns)
 
-    def remote(self, *arguments: Any) -> Any:
-        answer = asyncio.ensure_future(self._answer(arguments))
+    def remote(self, *arguments: Any, **named: Any) -> Any:
+        answer = asyncio.ensure_future(self._answer(arguments, named))
         if self._count == 1:
             return answer
         items = [asyncio.ensure_future(_item(answer, index)) for index in range(self._count)]
@@ -55,12 +55,12 @@ class _Method:
             item.add_done_callback(lambda item: item.cancelled() or item.exception())
         return items
 
-    async def _answer(self, arguments: tuple[Any, ...]) -> Any:
+    async def _answer(self, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
         if self._name == "ping" and not hasattr(self._actor.inside, "ping"):
             return 0, "another node"
         if self._name == "weight_dtype" and not hasattr(self._actor.inside, "weight_dtype"):
             return "float32"
-        work = asyncio.ensure_future(getattr(self._actor.inside, self._name)(*arguments))
+        work = asyncio.ensure_future(getattr(self._actor.inside, self._name)(*arguments, **named))
         death = asyncio.ensure_future(self._actor.killed.wait())
         await asyncio.wait({work, death}, return_when=asyncio.FIRST_COMPLETED)
         if self._actor.killed.is_set():
