@@ -68,7 +68,9 @@ class Comparison:
 
 
 def evaluate(model: str | Path, suite: str = "shapeworld", **options: Any) -> EvaluationResult:
-    """Draw held-out prompts with a model and score the pictures: `evaluate_suites`, of one suite and one model.
+    """Draw held-out prompts with a model and score the pictures; the result of one suite and of ``model``.
+
+    Options, what it raises: as of `evaluate_suites`; each is an option of `stage-ray evaluate`.
 
     Example:
         evaluate("runs/stage_shapeworld/final", images_per_prompt=1).metrics["GenEval"].value
