@@ -106,6 +106,9 @@ def evaluate_suites(
     Raises:
         ConfigError: a wrong argument, by the name of the command's option; nothing was drawn.
         RunError: no prompt can be judged, or an engine, a scorer or the cluster failed.
+
+    Example:
+        evaluate_suites(model, ["geneval", "hpsv2"], against=base, prompts={"hpsv2": copy})["hpsv2"].changes()
     """
     file, shown = (None if place is None else Path(place) for place in (json_file, pictures))
     _require_places(file, shown)
