@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 __all__ = ["evaluate", "evaluate_suites", "generate", "load_config", "train"]
 __version__ = "0.2.0"
 
-_HOMES = {"load_config": "config.load"} | dict.fromkeys(("evaluate", "evaluate_suites", "generate"), "run.standalone")
+_HOMES = {"load_config": "config.load", "train": "train"} | dict.fromkeys(
+    ("evaluate", "evaluate_suites", "generate"), "run.standalone"
+)
 
 
 def __getattr__(name: str) -> Any:
@@ -31,9 +33,8 @@ def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     importlib.import_module("stage_ray.config.home").ensure_home()  # as the command line does
-    if name == "train":
-        return importlib.import_module("stage_ray.train")  # a module that can be called
-    return getattr(importlib.import_module(f"stage_ray.{_HOMES[name]}"), name)
+    home = importlib.import_module(f"stage_ray.{_HOMES[name]}")
+    return home if name == "train" else getattr(home, name)  # a module that can be called
 
 
 def __dir__() -> list[str]:

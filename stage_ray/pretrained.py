@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,10 @@ def located(path: str) -> Path | None:
     if uri is None:
         return resolve_path(path)
     directory = cached(uri, MODEL_FILES)
-    return directory if directory is not None and _has_weights(directory) else None
+    with suppress(ConfigError):  # the cache also keeps what was left of a download, or a config alone
+        if directory is not None and all(file.is_file() for file in weight_files(directory)):
+            return directory
+    return None
 
 
 def check_directory(directory: Path, model_type: str | Sequence[str], key: str = KEY) -> None:
@@ -80,7 +84,7 @@ def check_directory(directory: Path, model_type: str | Sequence[str], key: str =
     if found == DEEPSEEK and found not in allowed:
         raise ConfigError(
             f"{key}: {directory} is in the layout of DeepSeek's own code (model_type {found!r}), which transformers "
-            "does not read; take the same model in transformers' layout, such as deepseek-community/Janus-Pro-1B"
+            "does not read; convert it with `stage-ray convert SOURCE OUT`, and name OUT here"
         )
     if found not in allowed:
         needs = "policy.family needs" if key == KEY else "it needs"
@@ -138,14 +142,6 @@ def weight_files(directory: Path, key: str = KEY) -> list[Path]:
             "load it with transformers where you trust it, and save_pretrained() writes safetensors"
         )
     raise ConfigError(f"{key}: {directory} has no {WEIGHTS}; the model directory is incomplete")
-
-
-def _has_weights(directory: Path) -> bool:
-    """Whether its weights are all there: the cache also keeps what was left of a download, or a config alone."""
-    try:
-        return all(file.is_file() for file in weight_files(directory))
-    except ConfigError:
-        return False
 
 
 def read_tensors(directory: Path, prefixes: tuple[str, ...], key: str = KEY) -> dict[str, Tensor]:
@@ -230,14 +226,12 @@ def export_checkpoint(
         (partial / name).write_text(text, encoding="utf-8")
     for path in (*partial.iterdir(), partial):
         sync_path(path)  # before it replaces another
+    old = directory.with_name(f".{directory.name}.replaced")
     if directory.exists():
-        old = directory.with_name(f".{directory.name}.replaced")
         shutil.rmtree(old, ignore_errors=True)
         os.rename(directory, old)
-        os.rename(partial, directory)
-        shutil.rmtree(old)
-    else:
-        os.rename(partial, directory)
+    os.rename(partial, directory)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def read_object(file: Path, key: str = KEY) -> dict[str, Any]:

@@ -28,10 +28,7 @@ from stage_ray.run.suites import SuiteEvaluations
 
 @dataclass(frozen=True, slots=True)
 class RunSummary:
-    """What a finished run leaves: the headline of its first suite before and after, None where nothing was evaluated.
-
-    ``best``: the step whose model is in ``best/``, by ``checkpoint.keep_best``.
-    """
+    """What a finished run leaves: its first suite's headline before and after, if any, and the step of ``best/``."""
 
     run_dir: Path
     steps: int

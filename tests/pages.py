@@ -22,6 +22,7 @@ CONFIGS = "tests/config/test_shipped.py::"
 JOBS = "tests/commands/test_jobs.py::"
 DRY_RUN = HERE + "test_every_training_of_the_pages_is_accepted_by_a_dry_run"
 SHORT_RUN = HERE + "test_a_training_that_was_stopped_goes_on"
+PAPER_RUNS = "tests/test_paper_runs.py::test_a_config_is_accepted_by_a_dry_run_where_its_prompts_lie"
 SENT = JOBS + "test_submit_sends_code_files_and_scorers_follows_the_run_and_does_not_repeat_it"
 RAYS_OWN = "tests/deploy/test_chart_job.py::"
 RAYS_OWN += "test_the_rendered_entrypoint_trains_on_nodes_like_its_pods_and_again_does_nothing"
@@ -55,6 +56,9 @@ TABLE: dict[str, dict[str, str]] = {
         + "test_the_trained_model_is_evaluated",
         'stage-ray generate runs/mine/final --prompt "a photo of a red circle and a blue ring" --guidance 3'
         " --out pictures": HERE + "test_the_trained_model_draws",
+        'stage-ray score pictures --prompt "a photo of a red circle and a blue ring" --scorer clip'
+        " --set rewards.0.options.path=package:stage_ray/shapeworld/assets/clip": "tests/commands/test_score.py::"
+        "test_the_line_of_the_readme_scores_what_generate_has_drawn",
         "stage-ray configs": CONFIGS + "test_each_is_listed_with_its_three_opening_lines",
         "stage-ray init stage_shapeworld --out mine.yaml": CONFIGS + "test_the_lines_of_the_readme_do_what_they_say",
         "stage-ray train mine.yaml --dry-run": CONFIGS + "test_the_lines_of_the_readme_do_what_they_say",
@@ -66,6 +70,9 @@ TABLE: dict[str, dict[str, str]] = {
         "test_a_smoke_run_builds_every_model_in_a_form_that_transformers_loads",
         TRAIN + "--set steps=12 --set evaluation.enabled=false --set pipeline.max_staleness=0"
         " --run-dir runs/lockstep": DRY_RUN,
+        **dict.fromkeys(
+            [f"stage-ray train janus_pro_7b_{run}" for run in ("geneval", "hps_gdino_git", "ocr")], PAPER_RUNS
+        ),
         "make chaos MINUTES=10 SEED=7": MINUTES,
         "stage-ray bench all --json bench.json": MINUTES,
         "ray get-auth-token --generate && chmod 600 ~/.ray/auth_token": TOKEN,

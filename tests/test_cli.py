@@ -21,6 +21,7 @@ COMMANDS = (
     "init",
     "train",
     "fetch",
+    "convert",
     "submit",
     "evaluate",
     "generate",

@@ -23,7 +23,7 @@ from stage_ray import train as loop
 from stage_ray.cli import app, main
 from stage_ray.run import standalone
 from stage_ray.train import RunSummary
-from tests.pages import DEPLOY, README, REASONS, ROOT, TABLE, command_lines, named_tests, text
+from tests.pages import DEPLOY, README, REASONS, ROOT, TABLE, TRAIN, command_lines, named_tests, text
 from tests.ray_head import BIN
 
 SMALL = {
@@ -74,7 +74,7 @@ def test_every_command_line_of_the_readme_is_one_that_the_program_takes(line):
     get_command(app).commands[name].make_context(name, rest)  # type: ignore[attr-defined]
 
 
-TRAININGS = [line for line in ours(README, DEPLOY) if line.startswith("stage-ray train ") and "--dry-run" not in line]
+TRAININGS = [line for line in ours(README, DEPLOY) if line.startswith(TRAIN) and "--dry-run" not in line]
 
 
 @pytest.mark.parametrize("line", TRAININGS)

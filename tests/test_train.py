@@ -74,3 +74,14 @@ def test_a_broken_model_directory_is_a_config_error_that_names_it(tmp_path, mode
 def test_more_object_store_than_memory_is_one_sentence(tmp_path, model):
     with pytest.raises(RunError, match="cluster.object_store_mb = 99999999 is more than"):
         train(tiny_run(tmp_path, model, cluster={"object_store_mb": 99999999, "metrics_port": None}))
+
+
+def test_silent_groups_are_redrawn_in_a_real_run_and_trained_where_they_stay_so(tmp_path, model):
+    run = tiny_run(tmp_path, model, "Constant", steps=1, algorithm={"redraw_silent": 1}, evaluation={"enabled": False})
+    train(run)
+    events = lines(tmp_path / "run" / "ledger.jsonl")
+    dropped = [event for event in events if event["event"] == "dropped"]
+    assert {event["why"] for event in dropped} == {"no scorer told its images apart"}
+    (row,) = lines(tmp_path / "run" / "metrics.jsonl")
+    assert row["rollout/redrawn"] == len(dropped) >= 2
+    assert sum(event["event"] == "trained" for event in events) == 2

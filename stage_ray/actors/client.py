@@ -27,19 +27,19 @@ class WorkerLost(Exception):
 
 
 class WorkerLate(WorkerLost):
-    """A worker that gave no answer in time."""
+    """It gave no answer in time."""
 
 
 class WorkerFailed(WorkerLost):
-    """A worker that lives but raised, or answered what cannot be used."""
+    """It lives but raised, or answered what cannot be used."""
 
 
 class WorkerDied(WorkerLost):
-    """A worker whose process ended: by itself, with its node, or because it answered no ping."""
+    """Its process ended: by itself, with its node, or because it answered no ping."""
 
 
 class ActorNotReady(WorkerLost):
-    """A worker that was lost before a call's turn came; its successor is not ready yet."""
+    """It was lost before a call's turn came; its successor is not ready yet."""
 
 
 class NoWorkersLeft(WorkerLost):
@@ -165,6 +165,6 @@ def free_address(host: str) -> str:
         return f"{host}:{probe.getsockname()[1]}"
 
 
-def first_line(error: BaseException | None) -> str:
+def first_line(error: BaseException | str) -> str:
     """The first line of what an error says."""
     return next(iter(str(error).strip().splitlines()), "")

@@ -64,7 +64,6 @@ class SupervisedActor(Generic[C]):
         """Start the first worker, without waiting for it.
 
         Args:
-            name: for logs and messages; successors get a number after it.
             start: makes a worker, given its name, that answers pings as soon as there is room for it.
             start_timeout_s: seconds that ``setup`` may take.
             setup: what a worker does once (load its model).
@@ -109,10 +108,8 @@ class SupervisedActor(Generic[C]):
     async def call(self, ask: Ask[C, Result], timeout_s: float | None, *, if_ready: bool = False) -> Result:
         """Ask the worker when it is this call's turn. When it is lost another one is started, and is not asked.
 
-        Args:
-            ask: from the worker's client to the answer to come.
-            timeout_s: seconds the answer may take once it is this call's turn; None waits for ever.
-            if_ready: raise ActorNotReady where the worker is not ready when it is this call's turn.
+        From then on the answer may take ``timeout_s``, None: for ever. ``if_ready``: raise ActorNotReady where the
+        worker is not ready then, instead of setting it up.
         """
         self.waiting += 1
         try:
@@ -218,9 +215,8 @@ class Pool(Generic[C]):
     ) -> None:
         """Start every worker, without waiting for any; ``start``, ``start_timeout_s``, ``sync``: as `SupervisedActor`.
 
-        Args:
-            least, most: workers that the run needs, and may have; None: no more than it needs.
-            attempts: starts in a row that may fail in every actor before a run without any worker ends.
+        ``most`` None: ``least``. ``attempts``: starts in a row that may fail in every actor before a run without any
+        worker ends.
         """
         self.role = role
         self._least, self._attempts, self._start_timeout_s = least, attempts, start_timeout_s
@@ -258,7 +254,6 @@ class Pool(Generic[C]):
         """Ask one worker, and where it is lost another one, up to ``attempts`` times in all; raises as `wait_any` too.
 
         Args:
-            ask, timeout_s: as `SupervisedActor.call`.
             turn: which of the open actors, modulo their number; None takes the one with the shortest queue.
             retry: which losses another attempt follows.
             on_retry: called before each further attempt.
@@ -305,7 +300,7 @@ class Pool(Generic[C]):
             raise NoWorkersLeft(f"no {self.role} worker is left and none starts: {self._failure}") from self._failure
 
     def refill(self, actor: SupervisedActor[C]) -> None:
-        """Start an actor's worker as soon as there is room for it."""
+        """Set an actor's worker up as soon as there is room for it."""
         if actor not in self._refills or self._refills[actor].done():
             self._refills[actor] = asyncio.create_task(self._refill(actor))
             self._refills[actor].add_done_callback(self._refilled)

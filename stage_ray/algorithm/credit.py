@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -12,12 +10,7 @@ from stage_ray.algorithm.similarity import opposite_sign_similarity
 
 
 def entropy_closeness(policy_entropy: Tensor, reference_entropy: Tensor) -> Tensor:
-    """``e = 1 / (1 + (H_ref - H)^2)``: 1 where both entropies agree, towards 0 as they part. Same shape as the inputs.
-
-    Example:
-        >>> entropy_closeness(torch.tensor([2.0, 3.0]), torch.tensor([2.0, 2.0])).tolist()
-        [1.0, 0.5]
-    """
+    """``e = 1 / (1 + (H_ref - H)^2)``: 1 where both entropies agree, towards 0 as they part. Of any shape."""
     return 1.0 / (1.0 + (reference_entropy - policy_entropy).square())
 
 
@@ -28,8 +21,7 @@ def entropy_reward(
 
     Added to the rewards by the caller (times 0.4 in the paper's GenEval run). It is a reward, not a loss term: no
     gradient flows through an entropy. With ``best_only`` it goes to the images that share the group's best reward, so
-    it orders the winners and never lifts a loser; a single best image gets 0. In a group without any variance every
-    image is a best one, and the entropy alone decides.
+    it orders the winners and never lifts a loser. In a group without any variance every image is a best one.
 
     Args:
         policy_entropy: float [N, G], nats, mean over an image's tokens, conditional branch.
@@ -59,23 +51,6 @@ def entropy_reward(
         return (closeness - mean) * applies  # so the reward of a group stays the same in sum
 
 
-@dataclass(frozen=True, slots=True)
-class StageCredit:
-    """Everything the loss takes from rewards; no gradient anywhere.
-
-    Attributes:
-        rewards: float [N, G], combined scores, entropy reward added where it is on.
-        advantages: float [N, G].
-        similarity: float [N, G, T]; a loss without reweighting does not look at it.
-        informative: bool [N, R], the scorers that told the images of a group apart.
-    """
-
-    rewards: Tensor
-    advantages: Tensor
-    similarity: Tensor
-    informative: Tensor
-
-
 @torch.no_grad()
 def stage_credit(
     scores: Tensor,
@@ -86,10 +61,11 @@ def stage_credit(
     *,
     weights: Tensor | None = None,
     drop_constant: bool = True,
+    zscore: bool = False,
     entropy_weight: float = 0.4,
     entropy_best_only: bool = True,
     eps: float = 1e-4,
-) -> StageCredit:
+) -> tuple[Tensor, Tensor]:
     """Scores to advantages and similarities, in the order of the published training step.
 
     Without the entropy reward, a group in which no scorer tells the images apart has advantages of 0 and, as in the
@@ -100,26 +76,22 @@ def stage_credit(
         policy_entropy: float [N, G], mean token entropy of each image, nats; ``reference_entropy`` alike.
         tokens: int64 [N, G, T].
         codebook: float [V, D].
-        weights: float [R], of the scorers.
+        weights: float [R], of the scorers; ``drop_constant``, ``zscore``: as `combine_rewards` has them.
         entropy_weight: of the entropy reward; 0 is off.
+
+    Returns:
+        Advantages, float [N, G], and similarities, float [N, G, T], without gradient.
 
     Raises:
         ValueError: shapes that do not fit, or a score that is not finite.
-
-    Example:
-        >>> still, book = torch.zeros(1, 2), torch.eye(2)
-        >>> scores, tokens = torch.tensor([[[1.0], [0.0]]]), torch.tensor([[[0], [1]]])
-        >>> stage_credit(scores, still, still, tokens, book).similarity.flatten().tolist()
-        [0.0, 0.0]
     """
-    informative = informative_scorers(scores)
-    rewards = combine_rewards(scores, weights=weights, drop_constant=drop_constant)
+    rewards = combine_rewards(scores, weights=weights, drop_constant=drop_constant, zscore=zscore)
     if entropy_weight > 0:
         bonus = entropy_reward(policy_entropy, reference_entropy, rewards, best_only=entropy_best_only)
         rewards = rewards + entropy_weight * bonus  # before normalising, so it changes mean and std too
     advantages = group_advantages(rewards, eps=eps)
     similarity = opposite_sign_similarity(tokens, codebook, advantages)
     if entropy_weight == 0:  # with the entropy reward such a group still has advantages
-        silent = ~informative.any(dim=1)  # [N]
+        silent = ~informative_scorers(scores).any(dim=1)  # [N]
         similarity = similarity.masked_fill(silent[:, None, None], 1.0)  # policy weight 0, KL weight 1
-    return StageCredit(rewards, advantages, similarity, informative)
+    return advantages, similarity

@@ -22,20 +22,15 @@ WEIGHT_EPS = 1e-6
 def k3_kl(logprobs: Tensor, reference_logprobs: Tensor, *, ratio_cap: float | None = None) -> Tensor:
     """Per-token estimate of KL(policy || reference): ``exp(d) - d - 1`` with ``d = logp_ref - logp`` ("k3").
 
-    Never negative, unbiased for tokens sampled from the policy, and differentiable in ``logprobs``. Written with expm1:
-    near the reference the plain form is all rounding error in float32.
+    Never negative, unbiased for tokens sampled from the policy, and differentiable in ``logprobs``.
 
     It grows as ``exp(d)``: one token that the reference likes far better than the policy outweighs all others. With
     ``ratio_cap``, ``p_ref / p`` counts for no more than that, which bounds the estimate by ``cap - 1 - log cap`` and
     its slope by ``cap - 1``. A token beyond keeps that greatest slope, not none: it is the one to be pulled back most.
 
     Args:
-        logprobs: float, any shape, nats.
-        reference_logprobs: the same shape.
+        logprobs, reference_logprobs: float, any shape, nats; the estimate has it too.
         ratio_cap: > 1; None is off, as published.
-
-    Returns:
-        float, the same shape, nats.
 
     Example:
         >>> k3_kl(torch.zeros(2), torch.tensor([0.0, 1.0])).mul(1e4).round().tolist()
@@ -48,18 +43,12 @@ def k3_kl(logprobs: Tensor, reference_logprobs: Tensor, *, ratio_cap: float | No
         # 0 + the cap: the difference to itself carries the gradient, as if the token were at the cap.
         at_cap = difference - difference.detach() + math.log(ratio_cap)
         difference = torch.where(difference.detach() > math.log(ratio_cap), at_cap, difference)
-    return torch.expm1(difference) - difference  # exp(d) - 1 - d
+    return torch.expm1(difference) - difference  # near the reference, exp(d) - d - 1 is all rounding error in float32
 
 
 @dataclass(frozen=True, slots=True)
 class StageLoss:
-    """What a loss is made of: ``loss = policy + beta * kl``. Scalars; ``policy`` and ``kl`` carry no gradient.
-
-    Example:
-        >>> one = torch.ones(())
-        >>> StageLoss(loss=one, policy=one, kl=0 * one).loss.item()
-        1.0
-    """
+    """What a loss is made of: ``loss = policy + beta * kl``. Scalars; ``policy`` and ``kl`` carry no gradient."""
 
     loss: Tensor
     policy: Tensor
@@ -72,10 +61,6 @@ class TokenWeights:
 
     Invariants: ``policy`` sums to 1/N over a group (a little less by 1e-6; 0 where all its images agree everywhere);
     ``kl`` is ``kappa / (N G T)``.
-
-    Example:
-        >>> token_weights(torch.zeros(1, 2, 1), None).kl.flatten().tolist()
-        [0.5, 0.5]
     """
 
     policy: Tensor
@@ -83,7 +68,7 @@ class TokenWeights:
 
 
 def _normalised(weight: Tensor) -> Tensor:
-    """Weights [N, G, T] -> their shares in the batch: each group's sum to one, groups count alike."""
+    """Weights [N, G, T] to their shares in the batch, in which groups count alike."""
     return weight / (weight.sum(dim=(1, 2), keepdim=True) + WEIGHT_EPS) / weight.shape[0]
 
 
@@ -109,11 +94,6 @@ def token_weights(
     if similarity is not None and reweight_kl:
         kappa = kl_weight(similarity.to(like))
     return TokenWeights(policy=_normalised(policy), kl=kappa / like.numel())
-
-
-def _per_token(advantages: Tensor, logprobs: Tensor) -> Tensor:
-    """Advantages of images to the shape of their tokens; those that are one a token already pass."""
-    return advantages.unsqueeze(-1) if advantages.dim() == logprobs.dim() - 1 else advantages
 
 
 def policy_loss(
@@ -147,8 +127,7 @@ def policy_loss(
         (-0.0, [-0.3535, 0.3535])
     """
     shares = _normalised(torch.ones_like(logprobs) if weight is None else weight)  # [N, G, T], 1/N a group in sum
-    advantages = _per_token(advantages, logprobs)
-    return -(shares * surrogate(logprobs, behavior_logprobs, advantages, clip=clip, correction=correction)).sum()
+    return policy_term(logprobs, behavior_logprobs, advantages, shares, clip=clip, correction=correction)
 
 
 def policy_term(
@@ -161,7 +140,9 @@ def policy_term(
     correction: Correction | None = None,
 ) -> Tensor:
     """``-sum(w A ratio)`` over the tokens of some images: the part of `weighted_loss` that is no KL, a scalar."""
-    terms = surrogate(logprobs, behavior_logprobs, _per_token(advantages, logprobs), clip=clip, correction=correction)
+    if advantages.dim() == logprobs.dim() - 1:  # one an image, not one a token
+        advantages = advantages.unsqueeze(-1)
+    terms = surrogate(logprobs, behavior_logprobs, advantages, clip=clip, correction=correction)
     return -(weight * terms).sum()  # minus: the objective is maximised
 
 
@@ -177,12 +158,12 @@ def weighted_loss(
     correction: Correction | None = None,
     kl_ratio_cap: float | None = None,
 ) -> StageLoss:
-    """The share of some images in the batch's loss: a sum over tokens, so micro-batches add up to the whole.
+    """The share of some images in the batch's loss, a sum over tokens.
 
     Args:
         logprobs: float [..., T], with gradient, nats; ``reference_logprobs`` and ``behavior_logprobs`` alike.
         advantages: float [...], one an image, or [..., T].
-        weights: the `TokenWeights` of the same images, cut from those of the whole batch.
+        weights: of the same images, cut from those of the whole batch.
         beta: weight of the KL; ``clip`` and ``correction`` as in `policy_loss`, ``kl_ratio_cap`` as in `k3_kl`.
     """
     policy = policy_term(logprobs, behavior_logprobs, advantages, weights.policy, clip=clip, correction=correction)

@@ -1,20 +1,18 @@
 """Importance ratios of tokens that an older policy sampled, and how far one may weigh.
 
-An asynchronous run trains on groups that an earlier version sampled. The *importance ratio* of a token, its probability
-now over that recorded when it was drawn, weighs it: gradient ``A * ratio * grad log p``. A token of the learner's own
-version has a ratio of exactly 1, which no correction here changes. The ratio is taken token by token, as in PPO: that
-the tokens before it came from the older policy too is not corrected for, a small error while few versions lie between.
+The *importance ratio* of a token, its probability now over that recorded when it was drawn, weighs it: gradient
+``A * ratio * grad log p``. It is taken token by token, as in PPO: that the tokens before came from the older policy too
+is not corrected for, a small error while few versions lie between. A token of the learner's own version has a ratio of
+exactly 1, which no correction here changes.
 
 *Which ratio*, where tokens are drawn under guidance, from ``u + w (c - u)`` of conditional and unconditional logits:
 
-* ``conditional``: ``p_new(a | c) / p_old(a | c)``, of the branch that STAGE trains. It measures how far the trained
-  distribution has moved, so bounding it bounds the step like a trust region, and it costs nothing: the learner has both
-  numbers. It is not the true sampling ratio, because the tokens came from the guided distribution.
-* ``guided``: the ratio of the guided probabilities, temperature, top-k and top-p included: of what was truly sampled
-  from. Token for token, weighing with it is unbiased for the update that samples of the current guided policy would
-  make. It needs the unconditional branch teacher-forced under the current policy, about twice the forward cost, and
-  guidance magnifies what engine and learner differ by, up to ``2 w - 1`` times. It is a weight only: the gradient stays
-  that of the conditional log-probability, as it is for fresh tokens.
+* ``conditional``: ``p_new(a | c) / p_old(a | c)``, of the branch that STAGE trains: a trust region, at no cost. It is
+  not the true sampling ratio, because the tokens came from the guided distribution.
+* ``guided``: the ratio of what was truly sampled from, temperature, top-k and top-p included, and so unbiased token for
+  token. It needs the unconditional branch under the current policy, about twice the forward cost, and guidance
+  magnifies what engine and learner differ by, up to ``2 w - 1`` times. It is a weight only: the gradient stays that of
+  the conditional log-probability, as it is for fresh tokens.
 
 *What is done with a ratio* that is far from 1 (one such token could outweigh all others):
 
@@ -48,10 +46,6 @@ class Correction:
         kind: see the head of this file.
         cap: of ``truncate``.
         low, high: of ``mask``; both ends are kept.
-
-    Example:
-        >>> Correction("truncate", cap=2.0).kind
-        'truncate'
     """
 
     kind: Literal["none", "truncate", "mask"] = "none"
@@ -64,31 +58,10 @@ class Correction:
             raise ValueError(f"a correction needs 0 <= low < 1 < high and cap >= 1, not {self}")
 
 
-def importance_ratio(logprobs: Tensor, behavior_logprobs: Tensor | None) -> Tensor:
-    """``exp(logp - sg[behaviour logp])``; None takes the policy's own: 1, and only the gradient acts.
-
-    Args:
-        logprobs: float, any shape, nats, with gradient.
-        behavior_logprobs: the same shape, recorded when the tokens were drawn.
-
-    Returns:
-        float, the same shape, > 0; its gradient is ``ratio * grad logp``.
-
-    Example:
-        >>> importance_ratio(torch.tensor([-1.0, -2.0]), None).tolist()
-        [1.0, 1.0]
-        >>> importance_ratio(torch.tensor([0.5, 0.2]).log(), torch.tensor([0.25, 0.2]).log()).tolist()
-        [2.0, 1.0]
-    """
-    behavior = logprobs if behavior_logprobs is None else behavior_logprobs  # then the ratio is exactly 1
-    return torch.exp(logprobs - behavior.detach())
-
-
 def guided_behavior(logprobs: Tensor, guided_logprobs: Tensor, recorded_guided_logprobs: Tensor) -> Tensor:
     """The behaviour log-probability against which ``logprobs`` has the ratio of the *guided* probabilities.
 
-    Everything that takes a behaviour log-probability thereby works with either ratio, and the gradient is the same
-    ``ratio * grad logp`` of the conditional branch.
+    Everything that takes a behaviour log-probability thereby works with either ratio.
 
     Args:
         logprobs: float, any shape, nats, conditional branch.
@@ -98,23 +71,12 @@ def guided_behavior(logprobs: Tensor, guided_logprobs: Tensor, recorded_guided_l
 
     Returns:
         float, the same shape, without gradient.
-
-    Example:
-        >>> now, then = torch.tensor([0.3]).log(), torch.tensor([0.2]).log()
-        >>> round(importance_ratio(torch.tensor([-4.0]), guided_behavior(torch.tensor([-4.0]), now, then)).item(), 5)
-        1.5
     """
     return (logprobs - (guided_logprobs - recorded_guided_logprobs)).detach()
 
 
 def beyond(logprobs: Tensor, behavior_logprobs: Tensor, correction: Correction) -> Tensor:
-    """Which tokens a correction caps or masks: bool, the shape of ``logprobs`` (float, nats; behaviour alike).
-
-    Example:
-        >>> now, then = torch.tensor([0.9, 0.5, 0.1]).log(), torch.tensor([0.3, 0.5, 0.5]).log()
-        >>> beyond(now, then, Correction("truncate")).tolist(), beyond(now, then, Correction("mask")).tolist()
-        ([True, False, False], [True, False, True])
-    """
+    """Which tokens a correction caps or masks: bool, the shape of ``logprobs`` (float, nats; behaviour alike)."""
     log_ratio = (logprobs - behavior_logprobs).detach()  # decides only, carries no gradient
     if correction.kind == "truncate":
         return log_ratio > math.log(correction.cap)
@@ -125,13 +87,13 @@ def beyond(logprobs: Tensor, behavior_logprobs: Tensor, correction: Correction) 
 
 
 def corrected_ratio(logprobs: Tensor, behavior_logprobs: Tensor | None, correction: Correction) -> Tensor:
-    """The ratio as it weighs a token: capped, or 0 where masked.
+    """The ratio ``exp(logp - sg[behaviour logp])`` as it weighs a token: capped, or 0 where masked.
 
     Worked out in logarithms, so a ratio too great for a float is capped or masked like any other.
 
     Args:
         logprobs: float, any shape, nats, with gradient.
-        behavior_logprobs: the same shape; None: the policy itself (ratio exactly 1).
+        behavior_logprobs: the same shape, recorded when the tokens were drawn; None: ``logprobs`` (ratio exactly 1).
 
     Returns:
         float, the same shape, >= 0; its gradient is itself, as a constant, times ``grad logp``.
@@ -144,29 +106,13 @@ def corrected_ratio(logprobs: Tensor, behavior_logprobs: Tensor | None, correcti
         [0.0, 1.0, 0.0]
     """
     if correction.kind == "none" or behavior_logprobs is None:
-        return importance_ratio(logprobs, behavior_logprobs)
+        return torch.exp(logprobs - (logprobs if behavior_logprobs is None else behavior_logprobs).detach())
     log_ratio = (logprobs - behavior_logprobs).detach()
     if correction.kind == "truncate":
         log_ratio = log_ratio.clamp(max=math.log(correction.cap))  # before exp, which could overflow
     else:
         log_ratio = log_ratio.masked_fill(beyond(logprobs, behavior_logprobs, correction), -math.inf)
     return torch.exp(logprobs - logprobs.detach() + log_ratio)  # the difference is 0 and carries the gradient
-
-
-def pessimistic_clip(ratio: Tensor, advantages: Tensor, clip: float) -> Tensor:
-    """PPO's ``min(A * ratio, A * clip(ratio, 1 - clip, 1 + clip))`` (arXiv 1707.06347, equation 7), token by token.
-
-    No gradient where the ratio has already moved beyond the clip in the direction that the advantage wants.
-
-    Args:
-        ratio: float, any shape.
-        advantages: float, a shape that broadcasts to it.
-
-    Example:
-        >>> pessimistic_clip(torch.tensor([1.5, 1.5]), torch.tensor([1.0, -1.0]), 0.25).tolist()
-        [1.25, -1.5]
-    """
-    return torch.minimum(advantages * ratio, advantages * ratio.clamp(1.0 - clip, 1.0 + clip))
 
 
 def surrogate(
@@ -179,23 +125,22 @@ def surrogate(
 ) -> Tensor:
     """What each token adds to the objective before STAGE's weights: ``A * ratio``, corrected, then clipped.
 
+    The clip is PPO's ``min(A * ratio, A * clip(ratio, 1 - clip, 1 + clip))`` (arXiv 1707.06347, equation 7): no
+    gradient where the ratio has already moved beyond it in the direction that the advantage wants.
+
     Args:
-        logprobs: float, any shape, nats, with gradient.
-        behavior_logprobs: the same shape; None: the policy itself (ratio exactly 1).
-        advantages: float, a shape that broadcasts to it.
-        clip: of `pessimistic_clip`; None is off, and so is a ``correction`` of None.
+        logprobs, behavior_logprobs: as in `corrected_ratio`.
+        advantages: float, a shape that broadcasts to theirs.
+        clip, correction: None is off.
 
     Returns:
         float, the shape of ``logprobs``; exactly 0, value and gradient, for a masked token.
-
-    Example:
-        >>> now, then = torch.tensor([0.9, 0.5]).log(), torch.tensor([0.3, 0.5]).log()
-        >>> surrogate(now, then, torch.tensor([-1.0, -1.0]), correction=Correction("mask")).tolist()
-        [0.0, -1.0]
     """
     correction = correction or Correction()
     ratio = corrected_ratio(logprobs, behavior_logprobs, correction)
-    terms = advantages * ratio if clip is None else pessimistic_clip(ratio, advantages, clip)
+    terms = advantages * ratio
+    if clip is not None:
+        terms = torch.minimum(terms, advantages * ratio.clamp(1.0 - clip, 1.0 + clip))
     if correction.kind == "mask" and behavior_logprobs is not None:
         # The clip would lift a masked ratio of 0 to 1 - clip.
         terms = terms.masked_fill(beyond(logprobs, behavior_logprobs, correction), 0.0)
@@ -206,19 +151,11 @@ def effective_sample_size(weights: Tensor) -> Tensor:
     """``(sum w)^2 / (n sum w^2)``: the share of n weighted samples that as many equally weighted ones are worth.
 
     Kong, Liu and Wong 1994, divided by n. 1 where all weights are alike, 1/n where one carries everything, 0 where all
-    are 0; 1 of no samples at all.
-
-    Args:
-        weights: float, any shape, >= 0.
-
-    Returns:
-        scalar float64, 0..1.
+    are 0; 1 of no samples at all. ``weights`` are float of any shape, >= 0; the share is a scalar float64.
 
     Example:
         >>> effective_sample_size(torch.tensor([1.0, 1.0, 0.0, 0.0])).item()
         0.5
-        >>> effective_sample_size(torch.tensor([])).item()
-        1.0
     """
     if weights.numel() == 0:
         return torch.ones((), dtype=torch.float64, device=weights.device)

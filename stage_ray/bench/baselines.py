@@ -17,7 +17,6 @@ from stage_ray.bench.inputs import equal_prompts, groups_of
 from stage_ray.config import PolicyConfig, RunConfig
 from stage_ray.learner.batch import make_batch
 from stage_ray.learner.learner import Learner
-from stage_ray.learner.precision import autocast
 from stage_ray.policies.base import PromptIds
 from stage_ray.policies.devices import device_for
 from stage_ray.policies.janus import JanusPolicy
@@ -94,7 +93,7 @@ class PlainLearner(Learner):
         images = torch.arange(len(tokens), device=device)
         prompts = [ids.conditional for ids in batch.prompts_of(images)]
         self._optimizer.zero_grad(set_to_none=True)
-        with autocast(self._bfloat16, device):
+        with torch.autocast(device.type, torch.bfloat16, enabled=self._bfloat16):
             found = full_logprobs(policy.image_logits(prompts, tokens), tokens)
             with torch.no_grad():
                 fixed = full_logprobs(self._reference.image_logits(prompts, tokens), tokens)

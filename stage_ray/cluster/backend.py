@@ -27,8 +27,7 @@ class ClusterBackend:
     def __init__(
         self, cluster: InferenceCluster, run: RunConfig, *, scoring: bool = True, suite: str | None = None
     ) -> None:
-        self._suite = {} if suite is None else {"suite": suite}
-        self._cluster, self._attempts, self._scoring = cluster, run.cluster.attempts, scoring
+        self._cluster, self._attempts, self._scoring, self._suite = cluster, run.cluster.attempts, scoring, suite
         self.images_per_batch = run.rollout.images_per_batch
         own = {str(one.name): one.rewards for one in run.evaluation.suites}.get(str(suite)) or run.rewards
         self._columns = [reward.column for reward in own]
@@ -43,30 +42,22 @@ class ClusterBackend:
         error = ""
         for _ in range(self._attempts):
             try:
-                return await self._judge(requests, images)
-            except (GroupsLostError, ObjectLostError, _NotScoredError) as lost:
+                groups = await self._cluster.generate(requests)
+                if self._scoring:
+                    groups = await self._cluster.score(groups, self._suite)
+                    if unscored := [group for group in groups if not group.scores]:  # no reward worker gave an answer
+                        error = first_line(unscored[0].error)
+                        continue
+                    parts = await asyncio.gather(*(self._cluster.fetch(group.scores) for group in groups))
+                    scored = [merge_scores(each, self._columns) for each in parts]
+                else:
+                    scored = [_unscored(request) for request in requests]
+                wanted = [group.images for group in groups] if images else []
+                pictures = await self._cluster.fetch(wanted) or [None] * len(groups)  # None where not wanted
+                return [JudgedGroup(*judged) for judged in zip(requests, scored, pictures, strict=True)]
+            except (GroupsLostError, ObjectLostError) as lost:
                 error = first_line(lost)
         raise RunError(f"evaluation: {error}")
-
-    async def _judge(self, requests: Sequence[RolloutRequest], images: bool) -> list[JudgedGroup]:
-        """One attempt."""
-        groups = await self._cluster.generate(requests)
-        if self._scoring:
-            groups = await self._cluster.score(groups, **self._suite)
-            for group in groups:
-                if not group.scores:
-                    raise _NotScoredError(group.error)
-            parts = await asyncio.gather(*(self._cluster.fetch(group.scores) for group in groups))
-            scored = [merge_scores(each, self._columns) for each in parts]
-        else:
-            scored = [_unscored(request) for request in requests]
-        wanted = [group.images for group in groups] if images else []
-        pictures = await self._cluster.fetch(wanted) or [None] * len(groups)  # None where not wanted
-        return [JudgedGroup(*judged) for judged in zip(requests, scored, pictures, strict=True)]
-
-
-class _NotScoredError(Exception):
-    """No reward worker gave an answer; says why."""
 
 
 def _unscored(request: RolloutRequest) -> ScoredGroup:

@@ -11,7 +11,7 @@ from typing import Any, Self
 
 import ray
 
-from stage_ray.actors.client import NoWorkersLeft, WorkerLost
+from stage_ray.actors.client import WorkerLost
 from stage_ray.actors.supervised import Pool, SupervisedActor, Sync, heartbeats
 from stage_ray.cluster.learner import ClusterLearner
 from stage_ray.cluster.placement import Actors
@@ -38,12 +38,9 @@ class InferenceCluster:
         scoring: bool = True,
         sync: Sync[RolloutClient] | None = None,
     ) -> None:
-        """Start every actor without waiting for any.
+        """Start every actor without waiting for any; without ``scoring`` there are no reward workers to `score` with.
 
-        Args:
-            start: in place of the run's own.
-            scoring: with reward workers; else `score` must not be called.
-            sync: what a rollout worker does before its first request, as `SupervisedActor` has it.
+        ``start``: in place of the run's own; ``sync``: of rollout workers, as `SupervisedActor` has it.
         """
         self.run, self._hint = run, _where(logs)
         start = start or Actors(run, logs)
@@ -63,12 +60,12 @@ class InferenceCluster:
 
         Raises:
             RunError: Ray or a worker does not start; says which and where its log is.
-            ConfigError: what a worker found wrong with the config (a broken model directory, say).
+            ConfigError: what a worker found wrong with the config.
         """
         local = start_ray(run, run_dir, weights=cls.publishes)
         try:
             cluster = cls(run, run_dir / "logs" if local else None, scoring=scoring)
-            with cluster._fatal(WorkerLost):
+            with cluster._fatal():
                 await cluster._setup()
             try:
                 async with heartbeats(cluster.actors(), run.cluster.heartbeat_s, run.cluster.heartbeat_deadline_s):
@@ -86,18 +83,17 @@ class InferenceCluster:
         turn: int | None = None,
         on_retry: Callable[[], None] = lambda: None,
     ) -> list[GroupRefs]:
-        """Sample one generation batch; a worker that is lost is replaced, and the same requests go to another.
+        """Sample one generation batch; a lost worker's requests go to another, and as they hold their seeds they draw
+        the same images (at the then newest version). ``turn`` and ``on_retry``: as `Pool.call`.
 
-        They hold their seeds, so a second attempt draws the same images (at the then newest version). A group whose
-        records are not finite in the last attempt either comes with that ``error``. ``turn`` and ``on_retry``: as
-        `Pool.call`.
+        A group whose records are not finite in the last attempt either comes with that ``error``.
 
         Raises:
             RunError: the last attempt failed too, or no worker is left.
         """
         timeout, attempts = self.run.rollout.timeout_s, self.run.cluster.attempts
         tries = itertools.count(1)
-        with self._fatal(WorkerLost):
+        with self._fatal():
             return await self.rollouts.call(
                 lambda worker: worker.generate(requests, last=next(tries) >= attempts),
                 timeout,
@@ -107,11 +103,8 @@ class InferenceCluster:
             )
 
     async def score(self, groups: Sequence[GroupRefs], suite: str | None = None) -> list[GroupRefs]:
-        """Score a batch of groups, by the scorers of a ``suite`` or the run's own.
-
-        Raises as `ScorerPools.score`, and RunError where no worker is left.
-        """
-        with self._fatal(NoWorkersLeft):
+        """As `ScorerPools.score`; a RunError where no worker is left."""
+        with self._fatal():
             return await self.rewards.score(groups, suite)
 
     async def fetch(self, refs: Sequence[Any]) -> list[Any]:
@@ -138,20 +131,19 @@ class InferenceCluster:
         return sum(actor.restarts for actor in self.actors())
 
     async def _setup(self) -> None:
-        """Wait until every worker that the run needs is warm."""
         await asyncio.gather(self.rollouts.ready(), self.rewards.ready())
 
     @contextmanager
-    def _fatal(self, kind: type[WorkerLost]) -> Iterator[None]:
+    def _fatal(self) -> Iterator[None]:
         """Turn a loss that ends the run into a RunError that says where to look."""
         try:
             yield
-        except kind as lost:
+        except WorkerLost as lost:
             raise RunError(f"{lost}; {self._hint}") from lost
 
 
 class Cluster(InferenceCluster):
-    """The workers of a training run: rollout workers, reward workers and the learner.
+    """The workers of a training run, with its learner.
 
     Invariant: a rollout worker gets the newest published version before its first request (promise 6).
     """
@@ -159,7 +151,6 @@ class Cluster(InferenceCluster):
     publishes = True
 
     def __init__(self, run: RunConfig, logs: Path | None, start: Actors | None = None, *, scoring: bool = True) -> None:
-        """As the base class."""
         start = start or Actors(run, logs)
         backend, timeout_s = run.cluster.weight_transport, run.cluster.sync_timeout_s
         # The learner first: colocated rollout workers are placed beside its ranks.
@@ -195,7 +186,7 @@ class Cluster(InferenceCluster):
         loaded = await self.transport.settled()
         self.learner.require_accepted()
         if loaded and wait_any:
-            with self._fatal(WorkerLost):
+            with self._fatal():
                 await self.rollouts.wait_any()
 
     @property
@@ -204,7 +195,6 @@ class Cluster(InferenceCluster):
         return self.transport.version is not None
 
     async def _setup(self) -> None:
-        """As the base class, and the learner."""
         if self.run.rollout.colocated:
             # vLLM wants its share of a GPU free when it starts, and takes what others allocate while it measures itself
             # for its own needs; if they free some it refuses. So workers load first, alone, and then sleep.
@@ -214,10 +204,9 @@ class Cluster(InferenceCluster):
 
     @asynccontextmanager
     async def _without_rollouts(self) -> AsyncIterator[None]:
-        """Colocated workers leave their GPUs to the learner for as long as the context lasts, and none is set up.
+        """Colocated workers leave their GPUs to the learner, and none is set up; the next batch or version wakes them.
 
-        The next generation batch or version wakes them. Entered only when it is the learner's turn, so that no caller
-        that holds the workers waits for the learner.
+        Entered only when it is the learner's turn, so that no caller that holds the workers waits for the learner.
         """
         actors = self.rollouts.actors if self.run.rollout.colocated else []
         async with AsyncExitStack() as held:
@@ -233,5 +222,4 @@ class Cluster(InferenceCluster):
 
 
 def _where(logs: Path | None) -> str:
-    """Where the log of a worker is, for the error that says it is lost."""
     return f"its log is in {logs}" if logs else "see its log in Ray's dashboard or `ray logs`"

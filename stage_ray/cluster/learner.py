@@ -23,7 +23,7 @@ Alone = Callable[[], AbstractAsyncContextManager[None]]  # while it lasts, coloc
 
 
 class ClusterLearner:
-    """The supervised learner of a run, which outlives each of its workers.
+    """The supervised learner of a run: `LearnerWorker`'s methods, in turn.
 
     Every method raises LearnerLostError where the learner died or hung, in this call or in one before, and RunError
     where it refused (a loss that is not finite, say); those that take groups raise GroupsLostError where some are gone,
@@ -56,7 +56,7 @@ class ClusterLearner:
         return await self.call(update)
 
     async def save_state(self, directory: Path) -> dict[str, FileDigest]:
-        """Write weights, optimizer, schedule and random states, for an exact resume; what went into shards, by path."""
+        """Write what an exact resume needs; what went into shards, by path."""
         return await self.call(lambda client: client.ask(LearnerWorker.save_state, directory.resolve()))
 
     async def load_state(self, directory: Path) -> int:
@@ -64,7 +64,7 @@ class ClusterLearner:
         return await self.call(lambda client: client.ask(LearnerWorker.load_state, directory.resolve()))
 
     async def save_batch(self, directory: Path) -> None:
-        """Write the groups of the last update."""
+        """Write the groups of the last update, which the learner still holds."""
         await self.call(lambda client: client.first.ask(LearnerWorker.save_groups, directory.resolve()))
 
     async def save_groups(self, directory: Path, groups: Sequence[GroupRefs]) -> None:

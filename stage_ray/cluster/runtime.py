@@ -7,6 +7,7 @@ machines (loopback only) and of other users of this one (a token that only this 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import logging
 import math
 import os
@@ -26,7 +27,6 @@ from ray._private.node import Node
 
 from stage_ray.actors.client import first_line
 from stage_ray.cluster.object_store import store_mb, two_versions_mb
-from stage_ray.cluster.sessions import lock_session, remove_dead_sessions
 from stage_ray.config import RunConfig
 from stage_ray.config.hardware import usable_cpus
 from stage_ray.errors import ConfigError, RunError
@@ -192,9 +192,30 @@ def _demand_token() -> None:
 def _write_token(token: Path) -> None:
     """Write a new one, unless one is there."""
     token.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    descriptor, scratch = tempfile.mkstemp(dir=token.parent)  # mode 0600 whatever the umask
-    with os.fdopen(descriptor, "w") as file:
-        file.write(secrets.token_hex(32))
-    with contextlib.suppress(FileExistsError):  # another run was faster: its token serves both
-        os.link(scratch, token)
-    os.unlink(scratch)
+    with tempfile.NamedTemporaryFile("w", dir=token.parent) as scratch:  # mode 0600 whatever the umask
+        scratch.write(secrets.token_hex(32))
+        scratch.flush()
+        with contextlib.suppress(FileExistsError):  # another run was faster: its token serves both
+            os.link(scratch.name, token)
+
+
+# Ray leaves the directory of each session behind, with logs and what was spilled from memory. A run locks its session
+# for as long as it lives, and the system frees the lock however it ends; those of other clusters have no such lock.
+
+
+def lock_session(session: Path) -> IO[str]:
+    """Mark a session as that of a living run of ours, until the file that is returned is closed."""
+    file = session.with_name(f"{session.name}.lock").open("w", encoding="utf-8")
+    with contextlib.suppress(OSError):  # a file system without locks: it is never removed
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return file
+
+
+def remove_dead_sessions(directory: Path) -> None:
+    """Remove the sessions below ``directory`` whose runs have ended."""
+    for lock in directory.glob("session_*.lock"):
+        with contextlib.suppress(OSError), lock.open("r+", encoding="utf-8") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails where its run lives
+            shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
+            if not lock.with_suffix("").exists():  # a worker may outlive its run by a moment
+                lock.unlink()

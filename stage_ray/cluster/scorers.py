@@ -29,9 +29,7 @@ class ScorerPools:
     def __init__(self, run: RunConfig, start: Callable[..., RewardClient] | None, limits: Mapping[str, Any]) -> None:
         """Start every worker without waiting for any.
 
-        Args:
-            start: makes a worker from its name and ``pool``, a `ScoringPool`; None: there are no pools.
-            limits: of every pool, as `Pool` takes them.
+        ``start`` makes one from its name and ``pool``, a `ScoringPool`; None: no pools. ``limits``: as `Pool` has them.
         """
         self._attempts = run.cluster.attempts
         suites = run.evaluation.suites if run.evaluation.enabled else []
@@ -48,20 +46,19 @@ class ScorerPools:
         return [actor for pool, _ in self._pools for actor in pool.actors]
 
     async def ready(self) -> None:
-        """Wait until the workers that the run needs are warm."""
+        """As `Pool.ready`."""
         await asyncio.gather(*(pool.ready() for pool, _ in self._pools))
 
     async def close(self) -> None:
-        """Refill no actor any more."""
+        """As `Pool.close`."""
         await asyncio.gather(*(pool.close() for pool, _ in self._pools))
 
     async def score(self, groups: Sequence[GroupRefs], suite: str | None = None) -> list[GroupRefs]:
-        """Score groups in every pool; where a worker is too slow or fails, its groups come back with that ``error``.
+        """Score groups in every pool, or by the scorers of a ``suite`` that has its own: the first pool has them.
 
-        With a ``suite`` that has scorers of its own, in the first pool, whose workers have them.
-
-        One that dies says nothing about them: they go to others, up to ``cluster.attempts`` times in all. Where there
-        are several pools, each gets no more than its ``groups_per_call`` in a call.
+        Where a worker is too slow or fails, its groups come back with that ``error``. One that dies says nothing about
+        them: they go to others, up to ``cluster.attempts`` times in all. Of several pools each gets no more than its
+        ``groups_per_call`` in a call.
 
         Raises:
             GroupsLostError: some of them are gone, with the node that held them; none is scored.
@@ -75,7 +72,6 @@ class ScorerPools:
     async def _score(
         self, pool: Pool[RewardClient], config: ScoringPool, groups: Sequence[GroupRefs], suite: str | None
     ) -> list[GroupRefs]:
-        """The groups as one pool leaves them."""
         # Where it is the only one, its caller has cut the groups for it.
         size = config.groups_per_call if len(self._pools) > 1 else len(groups)
 
@@ -115,10 +111,7 @@ class ScorerPools:
 
 
 def _together(answers: Sequence[GroupRefs]) -> GroupRefs:
-    """One group as all pools leave it: the scores of all, where all gave some, and the first error.
-
-    It is silent where no pool's scorers told its images apart.
-    """
+    """One group as all pools leave it: scores where all gave some, the first error, silent where all say so."""
     scores = tuple(ref for answer in answers for ref in answer.scores) if all(one.scores for one in answers) else ()
     error = next((one.error for one in answers if one.error), "")
     return replace(answers[0], scores=scores, error=error, silent=all(one.silent for one in answers))

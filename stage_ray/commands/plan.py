@@ -14,30 +14,16 @@ from typer import Option
 from stage_ray.config.model_sizes import FLOAT32, KNOWN, WIDTH, ModelSizes
 from stage_ray.engines.memory import LONGEST_PROMPT, images_in_flight, rollout_memory
 from stage_ray.errors import ConfigError
-from stage_ray.learner.memory import (
-    CONTEXT,
-    FRAGMENTS,
-    fillable,
-    first_fit,
-    learner_memory,
-    loading_bytes,
-    possible_cuts,
-)
+from stage_ray.learner import memory
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-Dtype = Literal["bfloat16", "float32"]
-Bytes = dict[str, int]  # what holds memory -> bytes
 GIB = 2**30
 GPUS = {"h100": 79.2, "h200": 139.8, "b200": 178.4, "a100-80gb": 79.1, "a100-40gb": 39.4, "l40s": 44.4, "l4": 22.0}
 """GiB that torch reports on a card, a little less than its name says."""
 # Mask2Former Swin-S (69 M, arXiv 2112.01527), CLIP ViT-L/14 (428 M, arXiv 2103.00020) in float32, a batch of pictures.
 REWARD = {"scorers": int(0.5e9) * FLOAT32, "activations": 3 * GIB}
-PAPER = (
-    "Memory alone, on paper. This plan says nothing about speed, and nothing in it was measured on a GPU: "
-    "begin with it, then measure."
-)
 HEAD = """\
 # {name} on {used} x {gpu}: where to begin, as `stage-ray plan` computes from memory alone.
 # Needs those GPUs, and what is yours: prompts.train, rewards (any scorer of your own), and
@@ -51,7 +37,7 @@ def plan(
     gpus: Annotated[int, Option(help="GPUs of the whole cluster", min=1)] = 8,
     group_size: Annotated[int, Option(help="Images of one prompt", min=2)] = 8,
     groups_per_step: Annotated[int, Option(help="Prompts of one update", min=1)] = 16,
-    dtype: Annotated[Dtype, Option(help="What rollout and learner compute in")] = "bfloat16",
+    dtype: Annotated[Literal["bfloat16", "float32"], Option(help="What rollout and learner compute in")] = "bfloat16",
     as_yaml: Annotated[bool, Option("--yaml", help="Print the config alone, for stage-ray train")] = False,
     as_json: Annotated[bool, Option("--json", help="Print every number, for a program; memory in bytes")] = False,
 ) -> None:
@@ -63,8 +49,9 @@ def plan(
     """
     made = make_plan(model_sizes(model), gpu, gpus, group_size=group_size, groups=groups_per_step, dtype=dtype)
     if as_json:
-        more = {"used": made.used, "memory_room": room(made.gpu_gib), "learner_loading": loading_bytes(made.model)}
-        print(json.dumps({**asdict(made), **more, "config": config_of(made), "measured": False}, indent=1))
+        derived = {"used": made.used, "memory_room": room(made.gpu_gib), "config": config_of(made), "measured": False}
+        loading = {"learner_loading": memory.loading_bytes(made.model)}
+        print(json.dumps(asdict(made) | derived | loading, indent=1))
     elif as_yaml:
         import yaml
 
@@ -84,7 +71,7 @@ class Plan:
         split: GPUs of each role, one process each.
         in_flight: images that fit on one rollout GPU at once, at most; ``images_per_batch`` are planned.
         micro_batch: images of one micro-batch of the learner.
-        memory: by role, bytes on one GPU.
+        memory: by role and what holds it, bytes on one GPU.
     """
 
     model: ModelSizes
@@ -100,7 +87,7 @@ class Plan:
     images_per_batch: int
     micro_batch: int
     checkpointing: bool
-    memory: dict[str, Bytes]
+    memory: dict[str, dict[str, int]]
 
     @property
     def used(self) -> int:
@@ -109,11 +96,7 @@ class Plan:
 
 
 def model_sizes(model: str) -> ModelSizes:
-    """Sizes of a known name, or of a local checkpoint directory, whose ``config.json`` is enough.
-
-    Raises:
-        ConfigError: neither; or the directory holds no Janus config.
-    """
+    """Sizes of a known name, or of a directory with the ``config.json`` of a Janus; a ConfigError if it is neither."""
     if known := KNOWN.get(model.lower()):
         return known
     from stage_ray.policies.janus.builder import checkpoint_sizes  # late: it imports torch
@@ -123,7 +106,7 @@ def model_sizes(model: str) -> ModelSizes:
 
 def room(gpu_gib: float) -> int:
     """Bytes of a GPU that a plan may fill."""
-    return fillable(int(gpu_gib * GIB))
+    return memory.fillable(int(gpu_gib * GIB))
 
 
 def make_plan(
@@ -138,16 +121,17 @@ def make_plan(
     if not gib:
         raise ConfigError(f"--gpu {gpu} is neither known ({', '.join(GPUS)}) nor a number of GiB, such as 47")
     if gpus < 3:
-        raise ConfigError(
-            f"--gpus {gpus} is too few: rollout, reward and learner take one each; give --gpus 3 or more, "
-            f"or let roles share a GPU by hand (rollout.gpus and learner.gpus of 0.5)"
-        )
+        fix = "give --gpus 3 or more, or let roles share a GPU by hand (rollout.gpus and learner.gpus of 0.5)"
+        raise ConfigError(f"--gpus {gpus} is too few: rollout, reward and learner take one each; {fix}")
     space = room(gib)
     _check_one_gpu(model, gpu, space, dtype)
-    learner = partial(learner_memory, model, prompt=LONGEST_PROMPT, dtype=dtype)
-    possible = [ranks for ranks in _divisors(groups) if ranks <= gpus - 2]
-    cuts = possible_cuts(group_size)
-    fitting = {ranks: cut for ranks in possible if (cut := first_fit(cuts, space, partial(learner, ranks=ranks)))}
+    learner = partial(memory.learner_memory, model, prompt=LONGEST_PROMPT, dtype=dtype)
+    possible = [ranks for ranks in range(1, gpus - 1) if groups % ranks == 0]
+
+    def cut_for(ranks: int) -> memory.Cut | None:
+        return memory.first_fit(memory.possible_cuts(group_size), space, partial(learner, ranks=ranks))
+
+    fitting = {ranks: cut for ranks in possible if (cut := cut_for(ranks))}
     if not fitting:
         lines = learner(ranks=possible[-1], images=1, checkpointing=True)
         raise ConfigError(
@@ -161,8 +145,7 @@ def make_plan(
     rollouts = min(groups, gpus - 1 - ranks)
     in_flight = images_in_flight(model, space, dtype=dtype)
     batch = min(in_flight, -(-groups // rollouts) * group_size)  # the groups of one worker, rounded up
-    # More need less each.
-    least = next(count for count in itertools.count(1) if first_fit(cuts, space, partial(learner, ranks=count)))
+    least = next(count for count in itertools.count(1) if cut_for(count))  # more need less each
     return Plan(
         model=model,
         gpu=gpu.lower(),
@@ -185,29 +168,24 @@ def make_plan(
     )
 
 
-def _divisors(count: int) -> list[int]:
-    return [part for part in range(1, count + 1) if count % part == 0]
-
-
 def _check_one_gpu(model: ModelSizes, gpu: str, space: int, dtype: str) -> None:
     """Raise a `ConfigError` where a role fits on no number of these GPUs."""
     larger = "take a GPU with more memory or a smaller model"
     narrower = "" if dtype == "bfloat16" else ", or take --dtype bfloat16"
     rollout = sum(rollout_memory(model, images=1, dtype=dtype).values())
-    for role, what, size, fix in (
-        ("rollout", f"{model.name} with one image in flight needs", rollout, larger + narrower),
-        ("reward", "the scorers need", sum(REWARD.values()), "take a larger GPU"),
-    ):
+    needs = [
+        (rollout, f"rollout does not fit: {model.name} with one image in flight needs", larger + narrower),
+        (sum(REWARD.values()), "reward does not fit: the scorers need", "take a larger GPU"),
+    ]
+    for size, what, fix in needs:
         if size > space:
-            raise ConfigError(
-                f"{role} does not fit: {what} {size / GIB:.1f} GiB and {gpu} has {space / GIB:.1f} GiB to fill; {fix}"
-            )
+            raise ConfigError(f"{what} {size / GIB:.1f} GiB and {gpu} has {space / GIB:.1f} GiB to fill; {fix}")
 
 
 def config_of(made: Plan) -> dict[str, Any]:
     """The plan as a config that `stage-ray train` takes; prompts and rewards are to be filled in."""
     rollout = made.memory["rollout"]
-    inside_vllm = sum(rollout.values()) - rollout["image decoder"] + CONTEXT  # the decoder lives beside vLLM
+    inside_vllm = sum(rollout.values()) - rollout["image decoder"] + memory.CONTEXT  # the decoder lives beside vLLM
     return {
         "steps": 1600,  # of the published runs
         "run_dir": f"/shared/runs/{made.model.name}",
@@ -239,7 +217,6 @@ def config_of(made: Plan) -> dict[str, Any]:
 
 
 def print_plan(made: Plan) -> None:
-    """Everything, top down: who gets what, what fits, the rest in sentences."""
     from rich.console import Console
 
     def gib(size: int) -> str:
@@ -249,7 +226,11 @@ def print_plan(made: Plan) -> None:
     console.print(
         f"{made.model.name} on {made.gpus} x {made.gpu}: {made.groups} groups of {made.group_size} images a step"
     )
-    console.print(textwrap.fill(PAPER, console.width - 1) + "\n", style="yellow")
+    paper = (
+        "Memory alone, on paper. This plan says nothing about speed, and nothing in it was measured on a GPU: "
+        "begin with it, then measure."
+    )
+    console.print(textwrap.fill(paper, console.width - 1) + "\n", style="yellow")
     split = [[role, str(made.least[role]), str(count)] for role, count in made.split.items()]
     split.append(["in all", str(sum(made.least.values())), f"{made.used} of {made.gpus}"])
     console.print(_table(["GPUs", "at least", "proposed"], split))
@@ -269,8 +250,9 @@ def print_plan(made: Plan) -> None:
         f"checkpointing; the ranks divide the {made.groups} groups of a step.",
         f"on disk: {3 * trained:.0f} GB a checkpoint (weights and two moments), {whole:.0f} GB the final model.",
         f"in a node's own memory: {2 * stored:.0f} GB of Ray's object store for two versions of the weights; "
-        f"{loading_bytes(made.model) / 1e9:.0f} GB for each rank while it loads.",
-        f"kept free, both guesses: {FRAGMENTS:.0%} of a GPU for fragments, {CONTEXT / GIB:g} GiB for the CUDA context.",
+        f"{memory.loading_bytes(made.model) / 1e9:.0f} GB for each rank while it loads.",
+        f"kept free, both guesses: {memory.FRAGMENTS:.0%} of a GPU for fragments, {memory.CONTEXT / GIB:g} GiB for "
+        "the CUDA context.",
         "--yaml prints the config of this split, --json the numbers.",
     ]
     if idle := made.gpus - made.used:

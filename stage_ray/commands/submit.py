@@ -16,12 +16,13 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from ipaddress import ip_address
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import urlsplit
 
+import yaml
 from typer import Exit, Option
 
 from stage_ray.commands.job import Job, plan_job, stage_files
@@ -74,22 +75,20 @@ def submit(
         image_has_code=image_has_code,
         scratch=scratch,
         env=env or [],
-        cpus=entrypoint_cpus,
-        resources=entrypoint_resources,
         runtime_env=runtime_env,
     )
-    raise Exit(submit_job(job, address, wait=wait))
+    driver = {"entrypoint_num_cpus": entrypoint_cpus or None, "entrypoint_resources": _resources(entrypoint_resources)}
+    raise Exit(submit_job(job, address, driver, wait=wait))
 
 
-def submit_job(job: Job, address: str, *, wait: bool = True) -> int:
+def submit_job(job: Job, address: str, driver: Mapping[str, Any] | None = None, *, wait: bool = True) -> int:
     """Start the job, or its next attempt, or attach to it; follow its log on stdout; the exit code of its driver.
 
-    Without ``wait`` it returns 0 as soon as the cluster has the job.
+    ``driver`` is what Ray reserves for it. Without ``wait`` it returns 0 as soon as the cluster has the job.
 
     Raises:
         ConfigError: the address is not that of a dashboard.
-        RunError: the cluster does not answer, wants another token, another job writes into the run directory, or the
-            name is that of a job with another config.
+        RunError: the cluster refuses or does not answer, or another job has the run directory or the name.
         Interrupted: Ctrl-C; the job goes on.
     """
     if not re.fullmatch(r"https?://[^/\s]+/?", address):
@@ -112,17 +111,24 @@ def submit_job(job: Job, address: str, *, wait: bool = True) -> int:
                 name = last.submission_id
                 _note(f"job {name} is {last.status.lower()} already; attached to it")
             else:
-                name = _start(client, job, (job.attempt(last.submission_id) or 0) + 1 if last else 1)
+                attempt = (job.attempt(last.submission_id) or 0) + 1 if last else 1
+                name = _start(client, job, attempt, driver or {})
         if not wait:
             _note(f"follow it: ray job logs --follow {name} --address {address}, or this command without --no-wait")
             return 0
         return _exit_code(_follow(client, name, address))
     except KeyboardInterrupt:
-        raise Interrupted(
-            f"stopped following; job {name} goes on if it was started. Follow it again: the same command. "
-            f"Stop it: ray job stop {name} --address {address}",
-            130,
-        ) from None
+        again = f"Follow it again: the same command. Stop it: ray job stop {name} --address {address}"
+        raise Interrupted(f"stopped following; job {name} goes on if it was started. {again}", 130) from None
+
+
+def _resources(text: str | None) -> dict[str, float] | None:
+    try:
+        value = yaml.safe_load(text or "{}")
+        return {str(name): float(amount) for name, amount in value.items()} or None
+    except (AttributeError, TypeError, ValueError, yaml.YAMLError) as error:
+        why = "is not a mapping of names to numbers, such as {driver: 1}"
+        raise ConfigError(f"--entrypoint-resources {text!r} {why}") from error
 
 
 def _ask_directly(address: str) -> None:
@@ -181,7 +187,7 @@ def _last_attempt(job: Job, jobs: Iterable[JobDetails], address: str) -> JobDeta
     return last
 
 
-def _start(client: JobSubmissionClient, job: Job, attempt: int) -> str:
+def _start(client: JobSubmissionClient, job: Job, attempt: int, driver: Mapping[str, Any]) -> str:
     """Send the files and hand the job over; its submission id."""
     name = job.name if attempt == 1 else f"{job.name}.{attempt}"
     with tempfile.TemporaryDirectory(prefix="stage-ray-") as directory:
@@ -192,8 +198,7 @@ def _start(client: JobSubmissionClient, job: Job, attempt: int) -> str:
                 submission_id=name,
                 runtime_env=job.runtime_env | {"working_dir": working_dir},
                 metadata={RUN_DIR: job.run_dir, DIGEST: job.digest},
-                entrypoint_num_cpus=job.cpus or None,
-                entrypoint_resources=job.resources or None,
+                **driver,
             )
         except RuntimeError as error:
             if "already exists" not in str(error):
@@ -239,7 +244,7 @@ def _follow(client: JobSubmissionClient, name: str, address: str) -> JobDetails:
 
 
 def _exit_code(details: JobDetails) -> int:
-    """The driver's own exit code, as a shell would give it; a `RunError` where no driver could have had one."""
+    """The driver's own exit code, as a shell would give it; a `RunError` where it has none."""
     if details.status == "SUCCEEDED":
         return 0
     if details.status == "STOPPED":

@@ -80,7 +80,7 @@ def replay_run(run: RunConfig, source: Path, progress: Progress) -> Path:
     """Repeat the updates of a run of ``pipeline.record=true``, in ``source``, by the learner alone; the new run_dir.
 
     With the same config the metrics of every step are those of the recorded run, clocks apart; with another learner or
-    algorithm they show what it would have made of the same images. ``metrics.jsonl`` and ``final/`` are written.
+    algorithm they show what it would have made of the same images.
 
     Raises:
         ConfigError: ``source`` holds no recorded groups.

@@ -79,6 +79,9 @@ class AlgorithmConfig(Section):
 
     model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
 
+    combine: Literal["sum", "zscore"] = Field(
+        "sum", description="Weighted sum of the scores, or of each scorer's z-scores inside the group (Pref-GRPO)"
+    )
     drop_constant: bool = Field(True, description="Ignore, per group, scorers that gave every image the same score")
     redraw_silent: int = Field(
         0,

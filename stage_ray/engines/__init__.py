@@ -22,11 +22,7 @@ def build_engine(
         rank, address: with ``rollout.tensor_parallel`` over 1, which of its ranks this is and where they meet.
 
     Raises:
-        ConfigError: the checkpoint does not load, vLLM is not installed, or a generation batch does not fit the
-            settings.
-
-    Example:
-        engine = build_engine(run.policy, run.rollout, worker="rollout-0")
+        ConfigError: the checkpoint does not load, vLLM is not installed, or a generation batch does not fit memory.
     """
     if rollout.engine == "torch":
         from stage_ray.engines.torch import TorchEngine

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from stage_ray.config import RolloutConfig
+from stage_ray.engines.sampling import Sample
 from stage_ray.policies.base import ImageCodec, PromptIds
 from stage_ray.records import RECORDED, RolloutGroup, RolloutRequest
 from stage_ray.samplers import SamplingParams, load_transform
@@ -20,42 +21,23 @@ from stage_ray.weights.manifest import finite
 
 @dataclass(frozen=True, slots=True)
 class ImageSequence:
-    """One image to sample.
-
-    Example:
-        >>> ImageSequence(PromptIds((1, 5, 9), (1, 0, 9)), seed=7).seed
-        7
-    """
+    """One image to sample."""
 
     prompt: PromptIds
     seed: int
 
 
-@dataclass(frozen=True, slots=True)
-class Rollouts:
-    """What a generation batch of B images gave, on the CPU: tokens int64 [B, T], the rest float32 [B, T].
-
-    `RolloutGroup` says what each is.
-    """
-
-    tokens: Tensor
-    logprobs: Tensor
-    guided_logprobs: Tensor
-    entropy: Tensor
-    guided_entropy: Tensor
-
-
 class ImageEngine(ABC):
     """Guided sampling of autoregressive image tokens.
 
-    Sampling is replayable: token t of an image with seed s depends on (s, t), the logits and the tokens before it only,
-    since a token rule (`stage_ray.samplers`) is a pure function of them. Weights change only between calls of
-    `generate`, so every token of an image comes from the version in ``policy_version``. An update that is refused
-    changes nothing; one that fails half-way leaves an engine that refuses to generate until an update succeeds.
+    Sampling is replayable: token t of an image with seed s depends on (s, t), the logits and the tokens before it only.
+    Weights change only between calls of `generate`, so every token of an image comes from the version in
+    ``policy_version``. An update that is refused changes nothing; one that fails half-way leaves an engine that refuses
+    to generate until an update succeeds.
 
-    Attributes:
-        codec: prompts and pictures of the policy that it serves; a subclass sets it.
-        dtype: of the trained tensors that it holds; it casts what `load_weights` brings. A subclass sets it.
+    Attributes (set by a subclass):
+        codec: prompts and pictures of the policy that it serves.
+        dtype: of the trained tensors that it holds; it casts what `load_weights` brings.
     """
 
     codec: ImageCodec
@@ -70,8 +52,8 @@ class ImageEngine(ABC):
         self._asleep = False
 
     @abstractmethod
-    def sample(self, sequences: Sequence[ImageSequence], params: SamplingParams) -> Rollouts:
-        """Sample one generation batch."""
+    def sample(self, sequences: Sequence[ImageSequence], params: SamplingParams) -> Sample:
+        """Sample one generation batch; [B, T] on the CPU."""
 
     @abstractmethod
     def weight_shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -159,14 +141,6 @@ class ImageEngine(ABC):
         Raises:
             ValueError: a tensor is unknown, missing, given twice, of another shape, or not finite; nothing changes.
         """
-        checked = self._checked(tensors, known_finite)
-        self._wake()
-        self._complete = False  # `install` may fail half-way
-        self.install(checked)
-        self._complete = True
-        self.policy_version = version
-
-    def _checked(self, tensors: Iterable[tuple[str, Tensor]], known_finite: bool) -> dict[str, Tensor]:
         shapes = self.weight_shapes()
         found: dict[str, Tensor] = {}
         for name, tensor in tensors:
@@ -182,7 +156,11 @@ class ImageEngine(ABC):
         missing = sorted(shapes.keys() - found.keys())  # an update is whole or refused
         if missing:
             raise ValueError(f"weight update: {len(missing)} tensors are missing, the first is {missing[0]!r}")
-        return found
+        self._wake()
+        self._complete = False  # `install` may fail half-way
+        self.install(found)
+        self._complete = True
+        self.policy_version = version
 
     def _groups(
         self, requests: Sequence[RolloutRequest], columns: tuple[np.ndarray, ...], seconds: Sequence[float]

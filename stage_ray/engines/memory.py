@@ -23,8 +23,8 @@ def cache_bytes(model: ModelSizes, *, tokens: int, dtype: str) -> int:
 def rollout_memory(model: ModelSizes, *, images: int, dtype: str) -> dict[str, int]:
     """Bytes by what they hold, with ``images`` in flight, each a conditional and an unconditional sequence.
 
-    Memory is kept for prompts of `LONGEST_PROMPT` tokens, as the engine itself does: the cache holds a whole batch, and
-    vLLM tries out a prefill of every prompt at once (states and residual, MLP's gate, up and product).
+    As in the engine, the cache holds a whole batch, and vLLM tries out a prefill of every prompt at once (states and
+    residual, MLP's gate, up and product).
     """
     size, sequences = WIDTH[dtype], 2 * images
     prefill = sequences * LONGEST_PROMPT * size * (4 * model.hidden + 3 * model.intermediate)

@@ -13,9 +13,7 @@ import torch
 from torch import Tensor
 
 from stage_ray.policies.logprobs import token_logprobs
-from stage_ray.samplers import Context, SamplingParams, keep_top_k, keep_top_p, process_logits
-
-__all__ = ["Sample", "SamplingParams", "sample", "process_logits", "gumbel", "keep_top_k", "keep_top_p", "uniform"]
+from stage_ray.samplers import Context, SamplingParams, process_logits
 
 # SplitMix64 (Steele, Lea, Flood 2014): state += GOLDEN, then a two-multiply finaliser. As signed 64-bit integers.
 GOLDEN = 0x9E3779B97F4A7C15 - 2**64
@@ -25,14 +23,12 @@ LARGEST_UNIFORM = 1 - 2.0**-24
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One token of each image, and what was recorded about it (nats).
+    """Tokens that were drawn, and what was recorded about each (nats): [B], one of each image, or [B, T], all of them.
 
     Attributes:
-        tokens: int64 [B].
-        logprobs: float32 [B], log p under the conditional branch at temperature 1.
-        guided_logprobs: float32 [B], log p under the distribution the token was drawn from.
-        entropy: float32 [B], entropy of the conditional branch at temperature 1.
-        guided_entropy: float32 [B], entropy of the distribution the token was drawn from.
+        tokens: int64; the rest are float32.
+        logprobs, entropy: of the conditional branch at temperature 1.
+        guided_logprobs, guided_entropy: of the distribution that the tokens were drawn from.
     """
 
     tokens: Tensor
@@ -50,14 +46,12 @@ def sample(
     params: SamplingParams,
     sequences: Tensor | None = None,
 ) -> Sample:
-    """Draw the token at ``positions`` of the images with these ``seeds``.
+    """Draw the token at ``positions`` of the images with these ``seeds``, int64 [B] each.
 
     Args:
         conditional: logits [B, V], any float dtype.
-        unconditional: logits [B, V]; None where ``params.guided`` is False.
-        seeds, positions: int64 [B].
-        sequences: int64 [B, T], the tokens before ``positions``, for rules that read them (`Context`); None: there are
-            none.
+        unconditional: likewise; None where ``params.guided`` is False.
+        sequences: int64 [B, T], the tokens before ``positions``, for rules that read them (`Context`).
 
     Raises:
         ValueError: of `process_logits`.

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from stage_ray.config import PolicyConfig, RolloutConfig
-from stage_ray.engines.base import ImageEngine, ImageSequence, Rollouts
-from stage_ray.engines.sampling import Sample, SamplingParams, sample
+from stage_ray.engines.base import ImageEngine, ImageSequence
+from stage_ray.engines.sampling import Sample, sample
 from stage_ray.policies import load_policy
 from stage_ray.policies.devices import compute_dtype, device_for
 from stage_ray.records import RECORDED
+from stage_ray.samplers import SamplingParams
 
 
 class TorchEngine(ImageEngine):
@@ -25,8 +26,12 @@ class TorchEngine(ImageEngine):
         self.dtype = compute_dtype(rollout.dtype, device)
         self._policy = load_policy(policy, device=device, dtype=self.dtype, trainable=False)
         self.codec = self._policy.codec
-        with torch.no_grad():  # of every image token, once: the modules that make them are not trained
-            self._image_embeds = self._policy.embed_image_tokens(torch.arange(self.codebook_size, device=device))
+        self._embed_image_tokens()
+
+    @torch.no_grad()
+    def _embed_image_tokens(self) -> None:
+        """Embed every image token once a version: a family may train the modules that do it."""
+        self._image_embeds = self._policy.embed_image_tokens(torch.arange(self.codebook_size, device=self._device))
 
     def weight_shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Names and shapes of the trained parameters."""
@@ -40,6 +45,7 @@ class TorchEngine(ImageEngine):
                 parameter.data = tensors[name].to(parameter.dtype)  # no copy where the dtype is the same
             else:
                 parameter.copy_(tensors[name])
+        self._embed_image_tokens()
 
     def offload(self) -> None:
         """Move the model to the machine's memory; caches live only as long as a batch."""
@@ -60,7 +66,7 @@ class TorchEngine(ImageEngine):
         del self._policy, self.codec, self._image_embeds
 
     @torch.inference_mode()
-    def sample(self, sequences: Sequence[ImageSequence], params: SamplingParams) -> Rollouts:
+    def sample(self, sequences: Sequence[ImageSequence], params: SamplingParams) -> Sample:
         """Sample one generation batch: B conditional sequences, then the B unconditional ones where guidance is on."""
         count, steps = len(sequences), self._policy.image_tokens
         prompts = [sequence.prompt.conditional for sequence in sequences]
@@ -81,4 +87,4 @@ class TorchEngine(ImageEngine):
                 # Both branches of an image read the token that was drawn for it.
                 states = decoder.step(self._image_embeds[tokens[:, step]].repeat(len(prompts) // count, 1))
         records = (torch.stack([getattr(item, name) for item in samples], dim=1).cpu() for name in RECORDED)
-        return Rollouts(tokens.cpu(), *records)
+        return Sample(tokens.cpu(), *records)

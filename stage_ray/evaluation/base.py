@@ -131,7 +131,7 @@ class Benchmark(ABC):
         Several values of a metric, such as one for each question about the image, count one by one.
 
         Args:
-            scores: by scorer, in the order of the config; None where it failed.
+            scores: by scorer that was asked, in the order of the config; None where it failed.
             details: what each scorer said of the image.
         """
         score = next(iter(scores.values()), None)
@@ -203,9 +203,13 @@ def find_benchmark(name: str, key: str = "evaluation.benchmark") -> Benchmark:
 
 
 def valid_scores(group: ScoredGroup) -> list[dict[str, float | None]]:
-    """Of each image its score by scorer, None where that failed."""
+    """Of each image its score by scorer, None where that failed; without the scorers that were not asked."""
     return [
-        {name: float(score) if valid else None for name, score, valid in zip(group.names, *image, strict=True)}
+        {
+            name: float(score) if valid else None
+            for name, score, valid in zip(group.names, *image, strict=True)
+            if name not in group.unasked
+        }
         for image in zip(group.scores, group.valid, strict=True)
     ]
 
@@ -255,7 +259,8 @@ class EvaluationResult:
         headline: name of its headline metric.
         metrics: as `Benchmark.aggregate` gives them.
         scores: mean of every scorer, by its column; None where it scored nothing.
-        images: for each image ``prompt_index``, ``prompt``, ``image``, ``scores`` (None where invalid) and ``details``.
+        images: for each image ``prompt_index``, ``prompt``, ``image``, ``scores`` (of scorers that were asked; None
+            where invalid) and ``details``.
         conditions: what it depends on beside the weights, by key of a config: see `conditions` in ``loop.py``.
             Empty in a file of an earlier version.
         note: the benchmark's; "" where other scorers than its own judged.

@@ -20,17 +20,12 @@ class LearnerError(RuntimeError):
     """An update that must not happen: one sentence naming the cause. No weight has changed when it is raised."""
 
 
-# Fields with a value a group.
-BY_GROUP = {"groups", "scored", "tokens", *RECORDED, "scores", "staleness", "prompts"}
-BY_GROUP |= {"behavior_logprobs", "guided_behavior_logprobs"}
-
-
 @dataclass(frozen=True, slots=True)
 class Batch(GroupBatch):
     """What a recipe sees of a batch, and what the learner needs beside it.
 
     Attributes:
-        prompts: token ids of both branches, one a group.
+        prompts: one a group.
         behavior_logprobs, guided_behavior_logprobs: float32 [N, G, T], what ratios are taken against, where that was
             fixed before the first of several updates.
     """
@@ -41,15 +36,12 @@ class Batch(GroupBatch):
 
     def select(self, groups: Tensor) -> Batch:
         """The batch of some of its groups: ``groups`` int64 [n], in the order of the batch."""
-
-        def some(value: Any) -> Any:
-            if isinstance(value, tuple):
-                return tuple(value[n] for n in groups.tolist())
-            return value[groups.to(value.device)]
-
-        found = {name: some(getattr(self, name)) for name in BY_GROUP if getattr(self, name) is not None}
-        found["features"] = {name: some(features) for name, features in self.features.items()}
-        return replace(self, **found)
+        rows = ("tokens", *RECORDED, "scores", "staleness", "behavior_logprobs", "guided_behavior_logprobs")
+        index = groups.to(self.tokens.device)
+        found: dict[str, Any] = {name: value[index] for name in rows if (value := getattr(self, name)) is not None}
+        for name in ("groups", "scored", "prompts"):
+            found[name] = tuple(getattr(self, name)[n] for n in groups.tolist())
+        return replace(self, **found, features={name: values[index] for name, values in self.features.items()})
 
     def micro_batches(self, images: int, groups: slice = slice(None)) -> list[Tensor]:
         """Indices n * G + g of each micro-batch: int64 [<= images]; prompts of like length together, to pad little.
@@ -78,16 +70,11 @@ def make_batch(
     codebook: Tensor,
     device: torch.device,
 ) -> Batch:
-    """Check and stack groups.
+    """Check and stack groups of one size, and their scores in the same order.
 
     Args:
-        groups: any number >= 1, of one size.
-        scored: the scores of the same groups in the same order, every score valid.
-        run: names and weights of scorers, and the staleness bound.
         version: updates the learner has done.
-        policy: encodes prompts, and says how many tokens of which codebook an image has.
         codebook: float32 [V, D], the policy's.
-        device: where the tensors go.
 
     Raises:
         LearnerError: nothing to train on, groups and scores that do not belong together, an invalid score, shapes or
@@ -99,21 +86,30 @@ def make_batch(
     for group, scores in zip(groups, scored, strict=True):
         _check_scores(group, scores, columns)
         _check_tokens(group, size=groups[0].tokens.shape[0], shape=shape)
-        _check_version(group, version, run.pipeline.max_staleness)
+        if not 0 <= version - group.policy_version <= run.pipeline.max_staleness:
+            raise LearnerError(
+                f"group {group.group_id} was sampled at version {group.policy_version}, the learner is at {version}; "
+                f"pipeline.max_staleness allows a lag of 0 to {run.pipeline.max_staleness}"
+            )
+
+    def stack(arrays: list[np.ndarray], dtype: torch.dtype) -> Tensor:
+        return torch.as_tensor(np.stack(arrays), dtype=dtype, device=device)
 
     def stacked(name: str, dtype: torch.dtype) -> Tensor:
-        return torch.as_tensor(np.stack([getattr(group, name) for group in groups]), dtype=dtype, device=device)
+        return stack([getattr(group, name) for group in groups], dtype)
 
+    unasked = {name for item in scored for name in item.unasked}
     return Batch(
         groups=tuple(groups),
         scored=tuple(scored),
         tokens=stacked("tokens", torch.int64),
         **{name: stacked(name, torch.float32) for name in RECORDED},
-        scores=torch.as_tensor(np.stack([item.scores for item in scored]), dtype=torch.float32, device=device),
+        # 0, like every constant, counts neither in a sum of scorers nor in their z-scores.
+        scores=stack([np.where(item.asked, item.scores, 0) for item in scored], torch.float32),
         scorers=columns,
         scorer_weights=torch.tensor([reward.weight for reward in run.rewards], device=device),
         staleness=torch.tensor([version - group.policy_version for group in groups], device=device),
-        features={name: _features(name, scored, device) for name in scored[0].features},
+        features={name: _features(name, scored, device) for name in scored[0].features if name not in unasked},
         codebook=codebook,
         grid=policy.codec.grid,
         prompts=tuple(policy.codec.encode_prompt(group.prompt.drawn_text) for group in groups),
@@ -122,13 +118,11 @@ def make_batch(
 
 def _features(name: str, scored: Sequence[ScoredGroup], device: torch.device) -> Tensor:
     """A scorer's features of all images, float32 [N, G, D]; a LearnerError where a group lacks them."""
-    found = [item.features.get(name) for item in scored]
-    shapes = {None if array is None else array.shape for array in found}
+    found = [item.features.get(name, np.empty(0)) for item in scored]
+    shapes = {array.shape for array in found}
     if len(shapes) > 1:
         raise LearnerError(f"scorer {name} gave features of different shapes in one batch: {sorted(map(str, shapes))}")
-    return torch.as_tensor(
-        np.stack([array for array in found if array is not None]), dtype=torch.float32, device=device
-    )
+    return torch.as_tensor(np.stack(found), dtype=torch.float32, device=device)
 
 
 def _check_scores(group: RolloutGroup, scores: ScoredGroup, columns: tuple[str, ...]) -> None:
@@ -137,11 +131,11 @@ def _check_scores(group: RolloutGroup, scores: ScoredGroup, columns: tuple[str, 
         raise LearnerError(f"{what} came with the scores of group {scores.group_id}")
     if tuple(scores.names) != columns:
         raise LearnerError(f"{what} was scored by {list(scores.names)}, but rewards[] names {list(columns)}")
-    if scores.scores.shape != (group.tokens.shape[0], len(columns)) or scores.valid.shape != scores.scores.shape:
-        images = group.tokens.shape[0]
+    images = group.tokens.shape[0]
+    if scores.scores.shape != (images, len(columns)) or scores.valid.shape != scores.scores.shape:
         raise LearnerError(f"{what} has {images} images, but scores of shape {list(scores.scores.shape)}")
-    if not scores.valid.all() or not np.isfinite(scores.scores).all():  # the driver replaces such groups before
-        bad = int((~(scores.valid & np.isfinite(scores.scores))).sum())
+    used = (scores.valid & np.isfinite(scores.scores))[:, scores.asked]
+    if bad := int((~used).sum()):  # the driver replaces such groups before
         raise LearnerError(f"{what} has {bad} invalid scores; it must be scored again or replaced, not trained on")
 
 
@@ -155,12 +149,3 @@ def _check_tokens(group: RolloutGroup, *, size: int, shape: tuple[int, int]) -> 
         values = getattr(group, name)
         if values.shape != group.tokens.shape or not np.isfinite(values).all():
             raise LearnerError(f"{what}: its recorded {name} must be finite, of shape {list(group.tokens.shape)}")
-
-
-def _check_version(group: RolloutGroup, version: int, bound: int) -> None:
-    staleness = version - group.policy_version
-    if not 0 <= staleness <= bound:
-        raise LearnerError(
-            f"group {group.group_id} was sampled at version {group.policy_version}, the learner is at {version}; "
-            f"pipeline.max_staleness allows a lag of 0 to {bound}"
-        )

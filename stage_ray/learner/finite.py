@@ -34,10 +34,8 @@ def train_finite(
     """The metrics of ``train``, which is called again without the groups that a NonFiniteError blames.
 
     Every rank blames and leaves out the same groups. Ranks train as many groups each: where what is left does not
-    divide, copies of its first group fill the batch, their number being ``train``'s third argument.
-
-    Raises:
-        LearnerError: no group is left, or none is to blame.
+    divide, copies of its first group fill the batch, their number being ``train``'s third argument. Raises a
+    LearnerError where no group is left, or none is to blame.
     """
     left, judged, copies = list(groups), list(scored), 0
     while True:
@@ -85,10 +83,8 @@ def without_copies(credit: Credit, copies: int) -> Credit:
     if not copies:
         return credit
     count = len(credit.advantages)
-    scale = credit.advantages.new_full((count,), count / (count - copies))
+    scale = credit.advantages.new_full((count, 1, 1), count / (count - copies))
     scale[count - copies :] = 0.0
-    weights = TokenWeights(
-        policy=credit.weights.policy * scale[:, None, None], kl=credit.weights.kl * scale[:, None, None]
-    )
-    shape = (count, *[1] * (credit.advantages.dim() - 1))
-    return replace(credit, advantages=credit.advantages * (scale > 0).view(shape), weights=weights)
+    kept = (scale > 0).view(count, *[1] * (credit.advantages.dim() - 1))
+    weights = TokenWeights(credit.weights.policy * scale, credit.weights.kl * scale)
+    return replace(credit, advantages=credit.advantages * kept, weights=weights)

@@ -24,11 +24,7 @@ def choose_cut(
 ) -> Cut:
     """Images of a micro-batch and whether activations are recomputed: the config's, else the first cut that fits.
 
-    Every rank must call it, before it puts anything on its device. Without sizes (a family that has none) nothing is
-    reckoned.
-
-    Args:
-        bfloat16, reference_bfloat16: whether policy and reference are computed in it.
+    Every rank must call it, before it puts anything on its device. For a family without sizes nothing is reckoned.
 
     Raises:
         ConfigError: none fits; names what needs most, and the keys.
@@ -66,14 +62,11 @@ def choose_cut(
 
 
 def free_memory(run: RunConfig, device: torch.device) -> int:
-    """Bytes that an update may fill: of a GPU what is free, of a CPU half of all, so that a resumed run cuts alike.
-
-    A learner that shares its GPU with others at the same time counts on its share alone.
-    """
+    """Bytes that an update may fill: of a GPU what is free, of a CPU half of all, so that a resumed run cuts alike."""
     if device.type == "cpu":
         return usable_memory() // 2  # sampling and scoring have the other half
     free, total = torch.cuda.mem_get_info(device)
-    share = 1.0 if run.rollout.colocated else min(1.0, run.learner.gpus)
+    share = 1.0 if run.rollout.colocated else min(1.0, run.learner.gpus)  # of a GPU that others use at the same time
     return fillable(min(free, int(share * total)))
 
 

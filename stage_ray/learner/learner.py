@@ -2,9 +2,8 @@
 
 The reference runs once (forward), then the recipe gives credit, then the policy runs once (forward and backward):
 
-* the policy's entropies, which credit may need before the loss is known, are those that the engine recorded while it
-  sampled the same tokens at that version;
-* in a group sampled at the learner's own version the importance ratio is taken against the learner's own detached
+* the policy's entropies, which credit may need, are those that the engine recorded while it sampled;
+* in a group of the learner's own version the importance ratio is taken against the learner's own detached
   log-probabilities, so it is exactly 1 as in the paper's code, and what lies between engine and learner shows as a
   metric (``mismatch/...``) and not as a gradient. Older groups use the log-probabilities recorded at sampling, with
   ``algorithm.correction`` (see `stage_ray.algorithm.off_policy`).
@@ -17,12 +16,13 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from stage_ray.config import LearnerConfig, RunConfig
 from stage_ray.files import FileDigest
@@ -31,12 +31,11 @@ from stage_ray.learner.finite import NonFiniteError, blame, train_finite, withou
 from stage_ray.learner.fitting import choose_cut, naming_memory
 from stage_ray.learner.metrics import update_flops, update_metrics
 from stage_ray.learner.passes import Passes
-from stage_ray.learner.precision import attention, uses_bfloat16
 from stage_ray.learner.ranks import Ranks, full_state_dict, full_tensor
 from stage_ray.learner.state import LearnerParts, fingerprint, load_state, save_state
 from stage_ray.policies import load_policy
 from stage_ray.policies.base import Policy
-from stage_ray.policies.devices import device_for, peak_flops
+from stage_ray.policies.devices import compute_dtype, device_for, peak_flops
 from stage_ray.policies.reference import check_reference, naming_reference, reference_config
 from stage_ray.recipes import load_recipe
 from stage_ray.recipes.base import Credit, ReferenceOutputs
@@ -73,9 +72,9 @@ class Learner:
     """
 
     def __init__(self, run: RunConfig, threads: int | None = None, ranks: Ranks | None = None) -> None:
-        """Load the policy, keep this rank's share of it, then the same for the reference. Seeds torch's generators.
+        """Load the policy, keep this rank's share of it, then the same for the reference.
 
-        With ``threads``, sets torch's threads, process-wide.
+        Seeds torch's generators, and with ``threads`` sets its threads, process-wide.
 
         Raises:
             ConfigError: ``policy.*`` leads to no usable model, ``recipe`` and ``algorithm`` to no recipe, or no cut of
@@ -89,25 +88,20 @@ class Learner:
         self._recipe = load_recipe(run)
         self._ranks = ranks or Ranks()
         self._device = device_for(run.learner.gpus, "learner.gpus")
-        self._bfloat16 = uses_bfloat16(run.learner.autocast, self._device)
-        wanted = run.learner.reference_dtype
+        # Where the hardware does not compute in bfloat16 it is emulated and slow, so auto is float32 there.
+        autocast, wanted = run.learner.autocast, run.learner.reference_dtype
+        self._bfloat16 = autocast != "off" and compute_dtype(autocast, self._device) is torch.bfloat16
         self._reference_bfloat16 = self._bfloat16 if wanted == "auto" else wanted == "bfloat16"
         check_reference(run.policy, fetch=True)
         # One is cut before the other is loaded, each from the machine's memory: no GPU ever holds a whole one.
         self.policy = load_policy(run.policy, device=CPU)
         self._codebook = self.policy.codec.codebook().to(self._device)
-        self._cut = choose_cut(
-            run,
-            self.policy.codec,
-            self._ranks,
-            self._device,
-            bfloat16=self._bfloat16,
-            reference_bfloat16=self._reference_bfloat16,
-        )
+        narrow = {"bfloat16": self._bfloat16, "reference_bfloat16": self._reference_bfloat16}
+        self._cut = choose_cut(run, self.policy.codec, self._ranks, self._device, **narrow)
         if self._cut[1]:
             self.policy.enable_gradient_checkpointing()
         self._keep_share(self.policy, bfloat16=self._bfloat16)
-        self._reference, self._base = self._load_reference()
+        self._reference, base = self._load_reference()
         self._parameters = self.policy.trained_parameters()
         self._optimizer = torch.optim.AdamW(
             self._parameters.values(),
@@ -116,17 +110,12 @@ class Learner:
             weight_decay=run.learner.weight_decay,
             fused=True,
         )
-        bfloat16 = (self._bfloat16, self._reference_bfloat16)
-        models = (self.policy, self._reference)
-        self._passes = Passes(run, self._recipe, models, self._ranks, bfloat16=bfloat16)
+        self._state = LearnerParts(self._parameters, self._optimizer, base, self._ranks)
+        self._passes = Passes(run, self._recipe, (self.policy, self._reference), self._ranks, **narrow)
         self._release_cached_memory()
 
     def update(self, groups: Sequence[RolloutGroup], scored: Sequence[ScoredGroup]) -> dict[str, float]:
-        """Train on whole groups once and move to the next version.
-
-        Args:
-            groups: N groups of G images, none older than ``pipeline.max_staleness``.
-            scored: their scores, in the same order, all valid.
+        """Train on whole groups once, with their scores in the same order, and move to the next version.
 
         Returns:
             The metrics of `update_metrics`, gradient norm, learning rate, seconds, and how many groups were left out
@@ -154,39 +143,43 @@ class Learner:
         own_groups = self._ranks.rows(len(groups))
         micro_batches = batch.micro_batches(self._cut[0], own_groups)
         seconds: dict[str, float] = {}
+        # In bfloat16 on a CPU torch's fused attention is the slower one: its backward took a third of an update. Policy
+        # and reference, forward and backward (which may recompute the forward) do the same, so that all round alike.
+        by_matrices = self._bfloat16 and self._device.type == "cpu"
         with (
             naming_memory(f"update {self.version}", self._run.learner, self._cut, bfloat16=self._bfloat16),
-            attention(self._bfloat16, self._device),
+            sdpa_kernel(SDPBackend.MATH) if by_matrices else nullcontext(),
         ):
-            with self._clock(seconds, "time/reference_s"), self._reference_on_device():
+            with self._clock(seconds, "time/reference_s"):
+                if offload := self._run.learner.reference_offload:
+                    self._reference.model.to(self._device)
                 reference = self._passes.reference(batch, micro_batches)
+                if offload:
+                    self._reference.model.to(CPU)
             credit = without_copies(self._recipe.credit(batch, reference, self.version), copies)
             with self._clock(seconds, "time/policy_s"):
-                several = self._run.learner.several_updates
-                update = self._several_updates if several else self._single_update
-                metrics = update(batch, micro_batches, reference, credit, copies)
+                if self._run.learner.several_updates:
+                    metrics = self._several_updates(batch, micro_batches, reference, credit, copies)
+                else:
+                    outputs = self._passes.policy(batch, micro_batches, reference, credit)
+                    metrics = update_metrics(batch, reference, credit, outputs, self._run)
+                    find = partial(blame, reference, credit, outputs, self._run)
+                    metrics |= self._step(outputs.sums["loss"], metrics, find)
         self.version += 1
         self._release_cached_memory()
-        return metrics | seconds | self._utilisation(batch, sum(seconds.values()))
-
-    def _single_update(
-        self, batch: Batch, micro_batches: Sequence[Tensor], reference: ReferenceOutputs, credit: Credit, copies: int
-    ) -> dict[str, float]:
-        """One optimizer step on the whole batch."""
-        outputs = self._passes.policy(batch, micro_batches, reference, credit)
-        metrics = update_metrics(batch, reference, credit, outputs, self._run)
-        return metrics | self._step(
-            outputs.sums["loss"], metrics, partial(blame, reference, credit, outputs, self._run)
-        )
+        peak = peak_flops(self._device, torch.bfloat16 if self._bfloat16 else torch.float32)
+        if peak is not None and (sizes := self.policy.codec.sizes()) is not None:
+            flops = update_flops(batch, sizes, self._run.learner)
+            metrics["mfu/learner"] = flops / (sum(seconds.values()) * peak * self._ranks.count)  # over all ranks
+        return metrics | seconds
 
     def _several_updates(
         self, batch: Batch, micro_batches: Sequence[Tensor], reference: ReferenceOutputs, credit: Credit, copies: int
     ) -> dict[str, float]:
         """``updates_per_batch`` passes over mini-batches of whole groups, an optimizer step each.
 
-        Ratios are taken against the policy before the first one (against what was recorded, in older groups). Metrics
-        are of that policy; losses and gradient norms are means. A mini-batch after the first that is not finite is
-        left out.
+        Ratios (but those of older groups) and metrics are of the policy before the first one; losses and gradient norms
+        are means. A mini-batch after the first that is not finite is left out.
         """
         batch, outputs = self._passes.start(batch, micro_batches)
         metrics = update_metrics(batch, reference, credit, outputs, self._run)
@@ -198,11 +191,9 @@ class Learner:
             mine = without_copies(self._recipe.credit(some, theirs, self.version), last)
             own = some.micro_batches(self._cut[0], self._ranks.rows(len(part)))
             outputs = self._passes.policy(some, own, theirs, mine)
+            find = partial(blame, theirs, mine, outputs, self._run)
             try:
-                told.append(
-                    outputs.sums
-                    | self._step(outputs.sums["loss"], metrics, partial(blame, theirs, mine, outputs, self._run))
-                )
+                told.append(outputs.sums | self._step(outputs.sums["loss"], metrics, find))
             except NonFiniteError as error:
                 if number == 0:  # nothing has changed yet
                     raise NonFiniteError(str(error), {int(part[n]): why for n, why in error.blamed.items()}) from error
@@ -223,7 +214,7 @@ class Learner:
 
     def save_state(self, directory: Path) -> dict[str, FileDigest]:
         """Write all that a bit-exact resume needs (safetensors and JSON) into ``directory``, together; the shards."""
-        return save_state(directory, self.version, self._parts())
+        return save_state(directory, self.version, self._state)
 
     def load_state(self, directory: Path) -> None:
         """Go on from what `save_state` wrote.
@@ -231,7 +222,7 @@ class Learner:
         Raises:
             LearnerError: a file is missing or damaged, or of another model. Nothing has changed then.
         """
-        self.version = load_state(directory, self._parts())
+        self.version = load_state(directory, self._state)
         self._release_cached_memory()
 
     def export(self, directory: Path) -> None:
@@ -250,9 +241,9 @@ class Learner:
         base = fingerprint(reference.trained_parameters())
         reference.model.requires_grad_(False)
         if self._reference_bfloat16:  # the matrices, which autocast rounds anyway; norms and embeddings it does not
-            matrices = (m for layer in reference.backbone.layers for m in layer.modules() if isinstance(m, nn.Linear))
-            for matrix in matrices:
-                matrix.weight.data = matrix.weight.data.to(torch.bfloat16)
+            for module in nn.ModuleList(reference.backbone.layers).modules():
+                if isinstance(module, nn.Linear):
+                    module.weight.data = module.weight.data.to(torch.bfloat16)
         self._keep_share(reference, bfloat16=self._reference_bfloat16)
         if self._run.learner.reference_offload:
             reference.model.to(CPU)
@@ -263,19 +254,6 @@ class Learner:
         policy.drop_image_decoder()
         self._ranks.shard(policy.fsdp_modules(), bfloat16)
         policy.model.to(self._device)
-
-    @contextmanager
-    def _reference_on_device(self) -> Iterator[None]:
-        """Fetch an offloaded reference for its pass."""
-        offloaded = self._run.learner.reference_offload
-        if offloaded:
-            self._reference.model.to(self._device)
-        yield
-        if offloaded:
-            self._reference.model.to(CPU)
-
-    def _parts(self) -> LearnerParts:
-        return LearnerParts(self._parameters, self._optimizer, self._base, self._ranks)
 
     def _release_cached_memory(self) -> None:
         """Release torch's cached memory on a GPU that an engine shares: the engine allocates from it next."""
@@ -289,36 +267,17 @@ class Learner:
         yield
         seconds[name] = self._now() - start
 
-    def _utilisation(self, batch: Batch, seconds: float) -> dict[str, float]:
-        """``mfu/learner`` of an update that took so long, over all ranks; nothing where a rank's peak is not known."""
-        peak = peak_flops(self._device, torch.bfloat16 if self._bfloat16 else torch.float32)
-        if peak is None or (sizes := self.policy.codec.sizes()) is None:
-            return {}
-        return {"mfu/learner": update_flops(batch, sizes, self._run.learner) / (seconds * peak * self._ranks.count)}
-
     def _now(self) -> float:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         return time.perf_counter()
-
-    def _require_agreement(self, metrics: Mapping[str, float]) -> None:
-        """Raise a LearnerError where engine and learner are too far apart to be one policy."""
-        bound, mismatch = self._run.learner.max_mismatch, metrics.get("mismatch/abs_logprob", 0.0)
-        # With older groups the difference includes the policy's own drift.
-        if bound is not None and self._run.pipeline.max_staleness == 0 and mismatch > bound:
-            self._optimizer.zero_grad(set_to_none=True)
-            raise LearnerError(
-                f"update {self.version}: rollout and learner differ by {mismatch:.3g} nats a token on average, "
-                f"learner.max_mismatch is {bound}; does the engine hold other weights than the learner?"
-            )
 
     def _step(
         self, loss: float, metrics: Mapping[str, float], blame: Callable[[], Mapping[int, str]] = dict
     ) -> dict[str, float]:
         """Check, clip and step; the learning rate, and the gradient norm before clipping.
 
-        ``metrics`` of the batch say how far engine and learner differ; ``blame`` finds the groups that made a loss or
-        gradient other than finite.
+        ``blame`` finds the groups that made a loss or gradient other than finite.
         """
         # Parameters that no token reached have no gradient.
         gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
@@ -330,7 +289,14 @@ class Learner:
                 self._optimizer.zero_grad(set_to_none=True)
                 text = f"{where}: the {name} is {value}; no weight was changed. Try a lower learner.lr"
                 raise NonFiniteError(text, blame())
-        self._require_agreement(metrics)
+        bound, mismatch = self._run.learner.max_mismatch, metrics.get("mismatch/abs_logprob", 0.0)
+        # With older groups the difference includes the policy's own drift.
+        if bound is not None and self._run.pipeline.max_staleness == 0 and mismatch > bound:
+            self._optimizer.zero_grad(set_to_none=True)
+            raise LearnerError(
+                f"{where}: rollout and learner differ by {mismatch:.3g} nats a token on average, "
+                f"learner.max_mismatch is {bound}; does the engine hold other weights than the learner?"
+            )
         lr = learning_rate(self.version, self._run.steps, self._run.learner)
         torch.nn.utils.clip_grads_with_norm_(self._parameters.values(), self._run.learner.max_grad_norm, norm)
         for group in self._optimizer.param_groups:

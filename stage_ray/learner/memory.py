@@ -24,10 +24,6 @@ def possible_cuts(most: int, checkpointing: bool | None = None) -> list[Cut]:
     """Ways to cut up to ``most`` images, fastest first: large micro-batches as they are, then any with recomputing.
 
     ``checkpointing``: only with, or only without it.
-
-    Example:
-        >>> possible_cuts(8)
-        [(8, False), (4, False), (2, False), (8, True), (4, True), (2, True), (1, True)]
     """
     halves = [most >> halvings for halvings in range(most.bit_length())]
     if checkpointing is not None:
@@ -51,16 +47,13 @@ def learner_memory(
     reference_dtype: str | None = None,
     offload: bool = False,
 ) -> dict[str, int]:
-    """Bytes by what they hold: FSDP2 shards in float32, two layers and the root gathered at a time.
+    """Bytes by what they hold in the policy's pass: FSDP2 shards in float32, two layers and the root gathered.
 
-    Frozen parts (image head, embedding of image tokens) are whole on every rank, for policy and reference each. The
-    policy's pass is the larger one: gradients and activations are there only after the reference's.
+    Frozen parts (image head, embedding of image tokens) are whole on every rank, for policy and reference each.
 
     Args:
-        images: of one micro-batch.
-        prompt: tokens before the image's.
+        images, prompt: images of one micro-batch, and tokens before the image's.
         dtype: what the layers compute in; ``bfloat16`` is autocast on one rank, FSDP2's mixed precision on more.
-        checkpointing: of the layers' activations.
         reference_dtype: what the reference's layers are kept in; None is ``dtype``.
         offload: whether the reference is elsewhere while the policy runs.
     """
@@ -91,8 +84,7 @@ def layer_activations(model: ModelSizes, *, dtype: str, sharded: bool) -> int:
 
     Counted in transformers' Llama: each norm keeps its input in float32 and the normed states; each matrix its input;
     attention q, k, v and the log-sum of each head; the MLP gate, silu(gate), up and their product. Under plain autocast
-    norms work in float32, and every matrix makes a bfloat16 copy of its input for itself; under FSDP2 the states are
-    bfloat16 as the parameters are.
+    norms work in float32, and every matrix copies its input to bfloat16; under FSDP2 the states are bfloat16.
     """
     hidden, queries = model.hidden, model.heads * model.head_dim
     attention_mlp = queries + 2 * model.kv_heads * model.head_dim + 4 * model.intermediate
@@ -110,11 +102,9 @@ def batch_bytes(
     """What a micro-batch keeps from its forward to its backward pass, and what it works in beside that.
 
     Kept are every layer's activations, or with checkpointing its input alone; embeddings and last norm; and of the
-    chunked head one slope a state beside the state.
-
-    It works in the larger of two that never meet. A chunk of the head has five times its logits: log-softmax, softmax,
-    slope and gradient beside them. A layer's backward holds gradients of the MLP's three wide states and of two narrow
-    ones; with checkpointing, its activations once more.
+    chunked head one slope a state beside the state. It works in the larger of two that never meet: a chunk of the head
+    (logits, log-softmax, softmax, slope, gradient), and a layer's backward (gradients of the MLP's three wide states
+    and of two narrow ones; with checkpointing, its activations once more).
     """
     tokens = images * (prompt + model.image_tokens - 1)
     activations = layer_activations(model, dtype=dtype, sharded=sharded)
@@ -127,9 +117,8 @@ def batch_bytes(
 
 
 def loading_bytes(model: ModelSizes) -> int:
-    """Of the machine's own memory while a rank starts: one model whole, the policy and then the reference.
+    """Of the machine's own memory while a rank starts: one model whole, in float32 and as its file has it (bfloat16).
 
-    In float32, and beside it as its file has it (bfloat16, as published), for transformers reads all before it lets go.
     What the rank keeps goes to its GPU; on a CPU it stays beside what is loaded next.
     """
     return model.total * (FLOAT32 + BFLOAT16)

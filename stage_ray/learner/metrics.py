@@ -4,18 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from stage_ray.algorithm.advantages import combine_rewards, informative_scorers
 from stage_ray.algorithm.credit import entropy_closeness
 from stage_ray.algorithm.losses import k3_kl
-from stage_ray.algorithm.off_policy import (
-    Correction,
-    beyond,
-    corrected_ratio,
-    effective_sample_size,
-    importance_ratio,
-)
+from stage_ray.algorithm.off_policy import Correction, beyond, corrected_ratio, effective_sample_size
 from stage_ray.config import LearnerConfig, RunConfig
 from stage_ray.config.flops import forward_flops, training_flops
 from stage_ray.config.model_sizes import ModelSizes
@@ -44,8 +40,9 @@ def update_metrics(
     """Metrics of one update: those of every recipe, then the recipe's own (`Credit.metrics` and `Objective.parts`).
 
     ``mismatch/abs_logprob`` is absent where every group is older than the learner, ``mismatch/with_drift_abs_logprob``
-    where every group is fresh.
+    where every group is fresh, ``reward/<scorer>`` where the scorer was asked about no group.
     """
+    asked = torch.as_tensor(np.stack([scored.asked for scored in batch.scored]), device=batch.scores.device)  # [N, R]
     rewards = combine_rewards(batch.scores, weights=batch.scorer_weights)  # as given: no scorer dropped, nothing added
     zero = (credit.advantages == 0).flatten(1).all(dim=1)  # [N]
     kl = k3_kl(outputs.logprobs, reference.logprobs)
@@ -53,7 +50,7 @@ def update_metrics(
     metrics = {
         "reward/mean": rewards.mean().item(),
         "reward/std": rewards.std(dim=1).mean().item(),
-        "reward/informative": informative_scorers(batch.scores).float().mean().item(),
+        "reward/informative": informative_scorers(batch.scores)[asked].float().mean().item(),
         "advantage/mean_abs": credit.advantages.abs().mean().item(),
         "advantage/zero_groups": zero.float().mean().item(),
         "entropy_reward/mean": entropy_closeness(batch.entropy.mean(-1), reference.entropy.mean(-1)).mean().item(),
@@ -62,12 +59,17 @@ def update_metrics(
         "kl": kl.mean().item(),
         "kl/max": kl.max().item(),
         "kl/weighted": (credit.weights.kl * capped).sum().item(),
+        "staleness/mean": batch.staleness.float().mean().item(),
+        "staleness/max": float(batch.staleness.max().item()),
         "images": float(batch.tokens.shape[0] * batch.tokens.shape[1]),
         "tokens": float(batch.tokens.numel()),
     }
     for column, name in enumerate(batch.scorers):
-        metrics[f"reward/{name}"] = batch.scores[..., column].mean().item()
-    metrics |= _mismatch(batch, outputs) | _staleness(batch, run.pipeline.max_staleness)
+        if bool(asked[:, column].any()):
+            metrics[f"reward/{name}"] = batch.scores[asked[:, column], :, column].mean().item()
+    for updates in range(run.pipeline.max_staleness + 1):
+        metrics[f"staleness/{updates}"] = (batch.staleness == updates).float().mean().item()
+    metrics |= _mismatch(batch, outputs)
     return metrics | _ratios(batch, outputs, correction_of(run.algorithm)) | credit.metrics | outputs.sums
 
 
@@ -96,20 +98,12 @@ def _mismatch(batch: GroupBatch, outputs: UpdateOutputs) -> dict[str, float]:
     return metrics
 
 
-def _staleness(batch: GroupBatch, bound: int) -> dict[str, float]:
-    lag = batch.staleness
-    metrics = {"staleness/mean": lag.float().mean().item(), "staleness/max": float(lag.max().item())}
-    for updates in range(bound + 1):
-        metrics[f"staleness/{updates}"] = (lag == updates).float().mean().item()
-    return metrics
-
-
 def _ratios(batch: GroupBatch, outputs: UpdateOutputs, correction: Correction) -> dict[str, float]:
     stale = batch.staleness > 0  # [N]
     if not bool(stale.any()):  # a fresh group's ratio is 1 by construction
         return {"ratio/mean": 1.0, "ratio/max": 1.0, "ratio/clipped": 0.0, "ess": 1.0}
     logprobs, behavior = outputs.logprobs[stale], outputs.behavior[stale]
-    ratio = importance_ratio(logprobs, behavior)
+    ratio = corrected_ratio(logprobs, behavior, Correction())
     return {
         "ratio/mean": ratio.mean().item(),
         "ratio/max": ratio.max().item(),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,7 +13,6 @@ from stage_ray.algorithm.off_policy import guided_behavior
 from stage_ray.config import RunConfig
 from stage_ray.learner.batch import Batch
 from stage_ray.learner.metrics import UpdateOutputs
-from stage_ray.learner.precision import autocast
 from stage_ray.learner.ranks import Ranks
 from stage_ray.policies.base import Policy
 from stage_ray.policies.logprobs import TokenLogprobs
@@ -33,12 +33,13 @@ class Passes:
         models: tuple[Policy, Policy],
         ranks: Ranks,
         *,
-        bfloat16: tuple[bool, bool],
+        bfloat16: bool,
+        reference_bfloat16: bool,
     ) -> None:
-        """``models``: policy and reference; ``bfloat16``: whether each computes in it."""
+        """``models``: policy and reference, computed in bfloat16 or not."""
         self._recipe, self._ranks = recipe, ranks
         self._policy_model, self._reference_model = models
-        self._bfloat16, self._reference_bfloat16 = bfloat16
+        self._bfloat16, self._reference_bfloat16 = bfloat16, reference_bfloat16
         self._device = next(iter(models[0].trained_parameters().values())).device
         self._sampling = SamplingParams.of(run.rollout)
         # Plain sampling draws from the conditional distribution itself: there is no second ratio.
@@ -47,55 +48,52 @@ class Passes:
     @torch.no_grad()
     def reference(self, batch: Batch, micro_batches: Sequence[Tensor]) -> ReferenceOutputs:
         """The reference model's log-probabilities and entropies of the whole batch."""
-        logprobs = torch.empty(batch.tokens.flatten(0, 1).shape, device=self._device)
-        entropy = torch.empty_like(logprobs)
-        guided = torch.empty_like(logprobs) if self._recipe.needs_guided else None
-        for indices in micro_batches:
-            found = self._token_logprobs(
-                self._reference_model, batch, indices, bfloat16=self._reference_bfloat16, guided=guided is not None
-            )
-            logprobs[indices], entropy[indices] = found.logprobs, found.entropy
-            if guided is not None and found.guided_logprobs is not None:
-                guided[indices] = found.guided_logprobs
-        logprobs, entropy = self._all_gather(logprobs, batch), self._all_gather(entropy, batch)
-        return ReferenceOutputs(logprobs, entropy, None if guided is None else self._all_gather(guided, batch))
+        run = partial(self._token_logprobs, batch, of_reference=True, guided=self._recipe.needs_guided)
+        return ReferenceOutputs(**self._gather(batch, micro_batches, run, "logprobs", "entropy", "guided_logprobs"))
 
     def policy(
         self, batch: Batch, micro_batches: Sequence[Tensor], reference: ReferenceOutputs, credit: Credit
     ) -> UpdateOutputs:
         """Forward and backward over micro-batches; their losses and gradients add up to those of the whole batch."""
-        logprobs = torch.empty(batch.tokens.flatten(0, 1).shape, device=self._device)
-        behavior, sums = torch.empty_like(logprobs), dict[str, Tensor]()  # sums by name: of the loss and of its parts
-        guided = self._needs_guided(batch)
+        guided, sums = self._needs_guided(batch), dict[str, Tensor]()  # sums by name: of the loss and of its parts
         self._policy_model.model.zero_grad(set_to_none=True)
-        for indices in micro_batches:
+
+        def run(indices: Tensor) -> PolicyOutputs:
             outputs = self._outputs(batch, indices, guided=guided)
             objective = self._recipe.objective(outputs, reference.take(indices), credit.take(indices))
             objective.loss.backward()
-            logprobs[indices], behavior[indices] = outputs.logprobs.detach(), outputs.behavior_logprobs
             # Sums over tokens add up over micro-batches here, and over ranks below.
             for name, part in {"loss": objective.loss, **objective.parts}.items():
                 sums[name] = sums.get(name, torch.zeros_like(part)) + part.detach()
-        return UpdateOutputs(
-            self._all_gather(logprobs, batch),
-            self._all_gather(behavior, batch),
-            {name: self._ranks.all_reduce(total).item() for name, total in sums.items()},
-        )
+            return outputs
 
+        found = self._gather(batch, micro_batches, run, "logprobs", "behavior_logprobs")
+        totals = {name: self._ranks.all_reduce(total).item() for name, total in sums.items()}
+        return UpdateOutputs(found["logprobs"], found["behavior_logprobs"], totals)
+
+    @torch.no_grad()
     def start(self, batch: Batch, micro_batches: Sequence[Tensor]) -> tuple[Batch, UpdateOutputs]:
         """The policy before the first of several updates: the batch with its ratios' behaviour, and its outputs."""
-        found: dict[str, Tensor] = {}
-        with torch.no_grad():
-            for indices in micro_batches:
-                outputs = self._outputs(batch, indices, guided=self._needs_guided(batch))
-                for name in ("logprobs", "behavior_logprobs", "guided_behavior_logprobs"):
-                    if (values := getattr(outputs, name)) is not None:
-                        found.setdefault(name, torch.empty(batch.tokens.flatten(0, 1).shape, device=self._device))
-                        found[name][indices] = values
-        whole = {name: self._all_gather(values, batch) for name, values in found.items()}
-        behavior, guided = whole["behavior_logprobs"], whole.get("guided_behavior_logprobs")
+        run = partial(self._outputs, batch, guided=self._needs_guided(batch))
+        names = ("logprobs", "behavior_logprobs", "guided_behavior_logprobs")
+        found = self._gather(batch, micro_batches, run, *names)
+        behavior, guided = found["behavior_logprobs"], found.get("guided_behavior_logprobs")
         fixed = replace(batch, behavior_logprobs=behavior, guided_behavior_logprobs=guided)
-        return fixed, UpdateOutputs(whole["logprobs"], behavior, {})
+        return fixed, UpdateOutputs(found["logprobs"], behavior, {})
+
+    def _gather(
+        self, batch: Batch, micro_batches: Sequence[Tensor], run: Callable[[Tensor], object], *names: str
+    ) -> dict[str, Tensor]:
+        """Fields that are not None of what ``run`` gives for each micro-batch, of all ranks: float32 [N, G, T] each."""
+        found: dict[str, Tensor] = {}
+        for indices in micro_batches:
+            outputs = run(indices)
+            for name in names:
+                if (values := getattr(outputs, name)) is not None:
+                    found.setdefault(name, torch.empty(batch.tokens.flatten(0, 1).shape, device=self._device))
+                    found[name][indices] = values.detach()
+        own = self._ranks.rows(batch.tokens.shape[0] * batch.tokens.shape[1])  # images that this rank filled
+        return {name: self._ranks.all_gather(values[own]).view(batch.tokens.shape) for name, values in found.items()}
 
     def _needs_guided(self, batch: Batch) -> bool:
         """One answer for the whole batch: ranks that run different forwards wait for each other's gathers for ever."""
@@ -106,57 +104,39 @@ class Passes:
 
         A fresh group's ratio is taken against its own values: a mismatch of engine and learner must not weigh tokens.
         """
-        entropy_grad = self._recipe.needs_entropy_grad
-        found = self._token_logprobs(
-            self._policy_model, batch, indices, bfloat16=self._bfloat16, guided=guided, entropy_grad=entropy_grad
-        )
-        if batch.behavior_logprobs is not None:  # fixed before the first of several updates
-            fixed, guided_fixed = batch.behavior_logprobs, batch.guided_behavior_logprobs
-            return PolicyOutputs(
-                found.logprobs,
-                fixed.flatten(0, 1)[indices],
-                found.entropy,
-                found.guided_logprobs,
-                None if guided_fixed is None else guided_fixed.flatten(0, 1)[indices],
-                found.divergence,
-            )
-        stale = (batch.staleness > 0).repeat_interleave(batch.tokens.shape[1])[indices].unsqueeze(-1)  # [B, 1]
-        recorded, current = batch.logprobs.flatten(0, 1)[indices], found.logprobs.detach()
-        if found.guided_logprobs is None:  # neither the recipe nor the ratio needs them
+        found = self._token_logprobs(batch, indices, guided=guided)
+        behavior, guided_behaviors = batch.behavior_logprobs, batch.guided_behavior_logprobs
+        if behavior is not None:  # fixed before the first of several updates
+            behavior = behavior.flatten(0, 1)[indices]
+            guided_behaviors = None if guided_behaviors is None else guided_behaviors.flatten(0, 1)[indices]
+        else:
+            stale = (batch.staleness > 0).repeat_interleave(batch.tokens.shape[1])[indices].unsqueeze(-1)  # [B, 1]
+            recorded, current = batch.logprobs.flatten(0, 1)[indices], found.logprobs.detach()
+            if found.guided_logprobs is not None:  # the recipe or the ratio needs them
+                recorded_guided = batch.guided_logprobs.flatten(0, 1)[indices]
+                current_guided = found.guided_logprobs.detach()
+                guided_behaviors = torch.where(stale, recorded_guided, current_guided)
+                if self._guided_ratio:
+                    recorded = guided_behavior(current, current_guided, recorded_guided)
             behavior = torch.where(stale, recorded, current)
-            return PolicyOutputs(found.logprobs, behavior, found.entropy, divergence=found.divergence)
-        recorded_guided, current_guided = batch.guided_logprobs.flatten(0, 1)[indices], found.guided_logprobs.detach()
-        if self._guided_ratio:
-            recorded = guided_behavior(current, current_guided, recorded_guided)
         return PolicyOutputs(
-            found.logprobs,
-            torch.where(stale, recorded, current),
-            found.entropy,
-            found.guided_logprobs,
-            torch.where(stale, recorded_guided, current_guided),
-            found.divergence,
+            found.logprobs, behavior, found.entropy, found.guided_logprobs, guided_behaviors, found.divergence
         )
 
     def _token_logprobs(
-        self,
-        policy: Policy,
-        batch: Batch,
-        indices: Tensor,
-        *,
-        bfloat16: bool,
-        guided: bool,
-        entropy_grad: bool = False,
+        self, batch: Batch, indices: Tensor, *, guided: bool, of_reference: bool = False
     ) -> TokenLogprobs:
+        """The policy, or the reference, teacher-forced on some images."""
+        policy, bfloat16 = self._policy_model, self._bfloat16
+        if of_reference:
+            policy, bfloat16 = self._reference_model, self._reference_bfloat16
         prompts, tokens = batch.prompts_of(indices), batch.tokens.flatten(0, 1)[indices]
-        with autocast(bfloat16, self._device):
+        entropy_grad = self._recipe.needs_entropy_grad and not of_reference
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=bfloat16):
             if guided:
                 grads = {"entropy_grad": entropy_grad, "guided_grad": self._recipe.needs_guided_grad}
                 return policy.guided_token_logprobs(prompts, tokens, self._sampling, **grads)
             conditional = [prompt.conditional for prompt in prompts]
-            kind = self._recipe.exact_divergence if policy is self._policy_model else None
+            kind = None if of_reference else self._recipe.exact_divergence
             divergence = None if kind is None else (self._reference_model, kind)
             return policy.token_logprobs(conditional, tokens, entropy_grad=entropy_grad, divergence=divergence)
-
-    def _all_gather(self, images: Tensor, batch: Batch) -> Tensor:
-        """[N * G, T], of which this rank filled its own groups' images, filled by all: [N, G, T]."""
-        return self._ranks.all_gather(images[self._ranks.rows(images.shape[0])]).view(batch.tokens.shape)

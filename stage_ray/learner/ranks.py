@@ -20,10 +20,6 @@ class Ranks:
     """Which rank this process is, and of how many.
 
     Invariant: every rank makes the same calls in the same order; all but `shard` and `rows` wait for the other ranks.
-
-    Example:
-        >>> Ranks().rows(8), Ranks(rank=1, count=2).rows(8)
-        (slice(0, 8, None), slice(4, 8, None))
     """
 
     rank: int = 0
@@ -51,10 +47,9 @@ class Ranks:
     def shard(self, modules: Sequence[nn.Module], bfloat16: bool) -> None:
         """Keep a shard of each module's parameters here; a module's are gathered while it runs.
 
-        Gradients are summed over ranks, not averaged: every rank's loss is a part of the whole batch's.
-
-        With ``bfloat16`` the gathers, the layers and the sums between layers are in bfloat16. A single rank keeps those
-        sums in float32 under autocast, so log-probabilities differ by rounding, on average some hundredths of a nat.
+        Gradients are summed over ranks, not averaged: every rank's loss is a part of the whole batch's. ``bfloat16`` is
+        of gathers, layers and the sums between layers; a single rank keeps those sums in float32 under autocast, so
+        log-probabilities differ by rounding, on average some hundredths of a nat.
         """
         if self.mesh is None:
             return
@@ -97,20 +92,12 @@ class Ranks:
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """A tensor with all its shards; every rank must call it.
-
-    Example:
-        >>> full_tensor(torch.ones(2)).shape
-        torch.Size([2])
-    """
+    """A tensor with all its shards; every rank must call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def full_state_dict(state: Mapping[str, Tensor], *, keep: bool, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """A state with all shards on the CPU, one tensor gathered after another and cast to ``dtype``.
-
-    It is empty on ranks that do not ``keep`` it.
-    """
+    """A state with all shards on the CPU, gathered one by one and cast to ``dtype``; empty unless it is to ``keep``."""
     found = {}
     for name, tensor in state.items():
         full = full_tensor(tensor.detach())  # a collective call: also where it is not kept

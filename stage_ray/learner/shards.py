@@ -34,9 +34,6 @@ def write_parts(path: Path, parts: Mapping[str, Part]) -> FileDigest:
     """Write a file and flush it to disk; what was written.
 
     A tensor of a GPU is copied when its turn comes, so no more than the largest is held on the CPU.
-
-    Raises:
-        OSError: the disk.
     """
     digest, size = xxhash.xxh3_64(), 0
     with path.open("wb") as file:
@@ -102,10 +99,9 @@ def _empty_tensors(
         if parameter is None:
             raise LearnerError(f"learner state {directory} holds {key!r}, which this model does not train")
         if size and size != parameter.shape:
-            shapes = f"{list(size)}, this model's is {list(parameter.shape)}"
-            raise LearnerError(f"learner state {directory}: tensor {key!r} is {shapes}")
+            own = list(parameter.shape)
+            raise LearnerError(f"learner state {directory}: tensor {key!r} is {list(size)}, this model's is {own}")
         empty[key] = torch.zeros_like(parameter.detach()) if size else torch.zeros(())  # AdamW's step is a scalar
-    for name in parameters:
-        if name not in empty:
-            raise LearnerError(f"learner state {directory} is of another model: it lacks tensor {name!r}")
+    if lacking := [name for name in parameters if name not in empty]:
+        raise LearnerError(f"learner state {directory} is of another model: it lacks tensor {lacking[0]!r}")
     return empty

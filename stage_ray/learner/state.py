@@ -38,13 +38,10 @@ class LearnerParts:
 
 
 def save_state(directory: Path, version: int, parts: LearnerParts) -> dict[str, FileDigest]:
-    """Write this rank's shards of weights and optimizer moments (``<moment>/<name>``); the first rank also the rest.
+    """Write this rank's shards of weights and optimizer moments (``<moment>/<name>``); what all ranks wrote, by path.
 
-    Every rank must call it. The rest are random states, the first rank's for all, and metadata as JSON. The learning
+    Every rank must call it. The first also writes random states, its own for all, and metadata as JSON. The learning
     rate is a function of the version and the config, so there is no scheduler to store.
-
-    Returns:
-        What the ranks wrote into their shards, by path in ``directory``.
 
     Raises:
         LearnerError: this rank could not write (a full disk, say). The others return without an error.
@@ -63,7 +60,9 @@ def save_state(directory: Path, version: int, parts: LearnerParts) -> dict[str, 
     except (OSError, SafetensorError) as error:
         written, failure = FAILED, error
     # No rank leaves while others write: a group of which one rank has failed is soon given up.
-    rows = parts.ranks.all_gather(_row(written).to(next(iter(tensors.values())).device)).tolist()
+    # Less 2^63 a checksum fits an int64.
+    row = torch.tensor([[written.bytes, int(written.xxh3, 16) - 2**63]], device=next(iter(tensors.values())).device)
+    rows = parts.ranks.all_gather(row).tolist()  # [ranks, 2]
     if failure is not None:
         raise LearnerError(f"learner state {path} cannot be written: {failure}") from failure
     files = {_shard(rank): FileDigest(size, f"{digest + 2**63:016x}") for rank, (size, digest) in enumerate(rows)}
@@ -87,7 +86,11 @@ def load_state(directory: Path, parts: LearnerParts) -> int:
     Raises:
         LearnerError: a file is missing or damaged, or it is the state of another model or reference.
     """
-    metadata, random = _read_metadata(directory, parts.reference), _read_random(directory / RANDOM)
+    metadata = _read_metadata(directory, parts.reference)
+    try:
+        random = load_file(directory / RANDOM)
+    except (OSError, SafetensorError) as error:
+        raise LearnerError(f"learner state {directory / RANDOM} cannot be read: {error}") from error
     tensors = read_parts(directory / SHARDS, parts.parameters, alone=parts.ranks.count == 1)
     state: dict[int, dict[str, Tensor]] = {}
     for index, name in enumerate(parts.parameters):
@@ -100,7 +103,10 @@ def load_state(directory: Path, parts: LearnerParts) -> int:
     with torch.no_grad():
         for name, parameter in parts.parameters.items():
             parameter.copy_(tensors[name])
-    _restore_random(random)
+    torch.set_rng_state(random["cpu"])
+    for index in range(torch.cuda.device_count()):
+        if f"cuda:{index}" in random:  # the state may come from a machine with fewer GPUs
+            torch.cuda.set_rng_state(random[f"cuda:{index}"], index)
     return int(metadata["version"])
 
 
@@ -115,11 +121,6 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
 
 def _shard(rank: int) -> str:
     return f"{SHARDS}/shard-{rank + 1:05d}.safetensors"
-
-
-def _row(written: FileDigest) -> Tensor:
-    """What ranks gather of a file, int64 [1, 2]: its bytes and its checksum, less 2^63 so that it fits."""
-    return torch.tensor([[written.bytes, int(written.xxh3, 16) - 2**63]])
 
 
 def _read_metadata(directory: Path, reference: str) -> dict[str, Any]:
@@ -137,29 +138,13 @@ def _read_metadata(directory: Path, reference: str) -> dict[str, Any]:
         )
     for name, size in metadata["shards"].items():
         path = directory / SHARDS / name
-        if not path.is_file():
-            raise LearnerError(f"learner state {path} cannot be read: it is missing")
-        if path.stat().st_size != size:
-            raise LearnerError(f"learner state {path} cannot be read: it has {path.stat().st_size} bytes, not {size}")
+        there = path.stat().st_size if path.is_file() else None
+        if there != size:
+            wrong = "is missing" if there is None else f"has {there} bytes, not {size}"
+            raise LearnerError(f"learner state {path} cannot be read: it {wrong}")
     return metadata
 
 
-def _read_random(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise LearnerError(f"learner state {path} cannot be read: {error}") from error
-
-
 def _random_states() -> dict[str, Tensor]:
-    states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states.update({f"cuda:{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())})
-    return states
-
-
-def _restore_random(states: Mapping[str, Tensor]) -> None:
-    torch.set_rng_state(states["cpu"])
-    for index in range(torch.cuda.device_count()):
-        if f"cuda:{index}" in states:  # the state may come from a machine with fewer GPUs
-            torch.cuda.set_rng_state(states[f"cuda:{index}"], index)
+    gpus = {f"cuda:{index}": torch.cuda.get_rng_state(index) for index in range(torch.cuda.device_count())}
+    return {"cpu": torch.get_rng_state()} | gpus

@@ -106,7 +106,7 @@ def _read(path: Path) -> str:
 
 
 def _lines(text: str, path: Path) -> Iterator[tuple[str, str]]:
-    """Where each line stands and what is on it, empty ones left out. No other character than these ends a line."""
+    """Where each line stands and what is on it, empty ones left out."""
     for number, line in enumerate(text.replace("\r\n", "\n").split("\n"), start=1):
         line = line.strip("\ufeff").strip()  # files that were laid one after another bring their marks along
         if line:

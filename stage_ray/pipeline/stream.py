@@ -19,9 +19,7 @@ from stage_ray.records import GroupRefs, RolloutRequest, image_seeds
 if TYPE_CHECKING:
     from stage_ray.cluster.cluster import Cluster
 
-Outcome = GroupRefs | Failed
-"""What becomes of a group: its scored payload, or why it is not trained."""
-
+Outcome = GroupRefs | Failed  # what becomes of a group: its scored payload, or why it is not trained
 SILENT = "no scorer told its images apart"
 
 Result = TypeVar("Result")
@@ -148,7 +146,7 @@ class GroupStream:
             self._ledger.note("trained", [group.group_id], step=step, policy_version=group.policy_version)
 
     def metrics(self) -> dict[str, float]:
-        """Counters, depths of the queues, and busy seconds and shares of the roles since the last call."""
+        """Counters and busy shares of the roles since the last call, and depths of the queues."""
         now = time.perf_counter()
         elapsed, self._measured = now - self._measured, now
         workers = self._cluster.workers()

@@ -31,8 +31,5 @@ def load_policy(
 
     Raises:
         ConfigError: the checkpoint is missing, incomplete, or of another architecture.
-
-    Example:
-        policy = load_policy(run.policy, device=device_for(run.learner.gpus))
     """
     return policy_class(config).load(config, device=device, dtype=dtype, trainable=trainable)

@@ -1,6 +1,6 @@
 """All that engines and learner know of a model family: `Policy`, its light part `ImageCodec`, and how vLLM serves it.
 
-A family subclasses both in a folder of its own (README.md beside this file). No sampling loop lives here.
+A family subclasses both (README.md beside this file). No sampling loop lives here.
 """
 
 from __future__ import annotations
@@ -22,21 +22,16 @@ from stage_ray.policies.logprobs import TokenLogprobs, chunked_divergence, chunk
 from stage_ray.pretrained import check_directory, export_checkpoint, located
 from stage_ray.samplers import Context, SamplingParams, process_logits
 
+PROBE = "a photo of two green squares and 3 red rings, left of a 猫"  # any text: tokenizers differ on it or nowhere
 LOGITS_AT_ONCE = 2**22  # float32 logits made at once by `token_logprobs`: 16 MiB, and a few temporaries of that size
 
 Branch = tuple[int, ...]
-"""What an image is conditioned on: hashable, with a length in positions. Token ids; only its own family looks inside,
-so that a family may widen it to a class id or to feature vectors."""
+"""What an image is conditioned on, an entry a position: token ids or a class. Only its own family looks inside."""
 
 
 @dataclass(frozen=True, slots=True)
 class PromptIds:
-    """One prompt, both branches of guidance; each ends in the token that begins an image. Lengths may differ.
-
-    Example:
-        >>> PromptIds((1, 5, 9), (1, 0, 9)).conditional
-        (1, 5, 9)
-    """
+    """One prompt, both branches of guidance; the last entry of each predicts the first token. Lengths may differ."""
 
     conditional: Branch
     unconditional: Branch
@@ -58,9 +53,7 @@ class VllmSpec:
 
 
 class ImageCodec(ABC):
-    """A family without its backbone: text to prompts, image tokens to pictures, and the shapes of both.
-
-    An engine that serves the backbone elsewhere loads only this.
+    """A family without its backbone: text to prompts, image tokens to pictures. All that the vLLM engine loads.
 
     Attributes:
         location: the checkpoint's directory.
@@ -76,7 +69,7 @@ class ImageCodec(ABC):
 
     @property
     def image_tokens(self) -> int:
-        """T, tokens of one image, in the order they are sampled."""
+        """T, tokens of one image."""
         return self.grid[0] * self.grid[1]
 
     def check_prompt(self, text: str, longest: int) -> PromptIds:
@@ -89,12 +82,9 @@ class ImageCodec(ABC):
             raise ValueError(f"prompt of {count} tokens, at most {room} fit ({key}): {text[:80]!r}")
         return prompt
 
-    def allowed_tokens(self, position: int) -> Tensor | None:
-        """Ids int64 that may stand at a position 0..T-1; None is all of them, and a single one is not sampled.
-
-        Engines and log-probabilities take None for granted so far: no family here restricts its tokens.
-        """
-        return None
+    def prompt_encoding(self) -> object:
+        """What is equal in two checkpoints that encode prompts alike; the default is the encoding of `PROBE`."""
+        return self.encode_prompt(PROBE)
 
     def sizes(self) -> ModelSizes | None:
         """What the formulas of `stage_ray.learner.memory` need; None where they do not hold for this family."""
@@ -106,7 +96,11 @@ class ImageCodec(ABC):
 
     @abstractmethod
     def encode_prompt(self, text: str) -> PromptIds:
-        """Both branches of a prompt, chat template applied."""
+        """Both branches of a prompt, chat template applied.
+
+        Raises:
+            ValueError: this model cannot draw it; preflight says so with the prompt's line.
+        """
 
     @abstractmethod
     def codebook(self) -> Tensor:
@@ -126,7 +120,10 @@ class ImageCodec(ABC):
 
 
 class Backbone(nn.Module):
-    """Embeds prompt ids, puts image embeddings in their places, and runs the language model."""
+    """Embeds prompt ids, puts image embeddings in their places, and runs the language model, a decoder of transformers.
+
+    For any other model a family overrides `layers` and `forward`.
+    """
 
     def __init__(self, language_model: nn.Module) -> None:
         super().__init__()
@@ -140,8 +137,7 @@ class Backbone(nn.Module):
     def predict(self, prompts: Sequence[Sequence[int]], image_embeds: Tensor) -> Tensor:
         """States that predict each image token: B prompts, embeddings [B, T - 1, hidden] -> [B, T, hidden].
 
-        Each row is its prompt, then its image tokens but the last, then padding. Attention is causal, so padding on the
-        right changes nothing and needs no mask; any id serves.
+        Each row is its prompt, its image tokens but the last, and padding, which causal attention needs no mask for.
         """
         device, length = image_embeds.device, image_embeds.shape[1] + 1
         longest = max(map(len, prompts))
@@ -250,11 +246,7 @@ class Policy(ABC):
     def save(
         self, directory: Path, state: Mapping[str, Tensor] | None = None, dtype: torch.dtype | None = None
     ) -> None:
-        """Write the checkpoint that was loaded again, with the trained parameters (or ``state``) in their places.
-
-        All else is as it came: names, dtypes (that of the trained ones may be another), ties, configs, tokenizer. Whole
-        or not at all.
-        """
+        """Write the checkpoint again with new values of the trained parameters: ``state``, or their own."""
         state, texts = state or self.trained_parameters(), self.codec.texts()
         export_checkpoint(self.codec.location, directory, state, tied=self._tied, texts=texts, dtype=dtype)
 
@@ -275,8 +267,14 @@ class Policy(ABC):
         return {name: parameter for name, parameter in parameters if name.startswith(self.trained_prefix)}
 
     def fsdp_modules(self) -> list[nn.Module]:
-        """Modules whose parameters are gathered together in a sharded model: each layer, then the whole backbone."""
-        return [*self.backbone.layers, self.backbone]
+        """Modules whose parameters are gathered together in a sharded model: each layer, then the whole backbone.
+
+        Before these stand trained modules outside of it, such as a head: call them, do not read their weights.
+        """
+        trained, inside = set(self.trained_parameters().values()), set(self.backbone.modules())
+        others = [module for module in self.model.modules() if module not in inside]
+        outside = [module for module in others if not trained.isdisjoint(module.parameters(recurse=False))]
+        return [*outside, *self.backbone.layers, self.backbone]
 
     def hidden_states(self, prompts: Sequence[Branch], tokens: Tensor) -> Tensor:
         """States that predict the image tokens: B prompts, tokens int64 [B, T] -> float [B, T, hidden].
@@ -302,9 +300,8 @@ class Policy(ABC):
     ) -> TokenLogprobs:
         """Log-probability and entropy of each token at temperature 1, float32 [B, T].
 
-        Differentiable, the entropy only with ``entropy_grad``, which costs a second run of the head. However large the
-        batch, no more than `LOGITS_AT_ONCE` logits are held. ``divergence``: also from that policy, differentiable, at
-        one more forward of it.
+        Differentiable, the entropy only with ``entropy_grad``. No more than `LOGITS_AT_ONCE` logits are held.
+        ``divergence``: also from that policy, differentiable, at one more forward of it.
         """
         states = self.hidden_states(prompts, tokens)
         found = chunked_logprobs(states, tokens, self.head, rows=self._rows_at_once(), entropy_grad=entropy_grad)

@@ -15,10 +15,6 @@ def device_for(gpus: float, key: str = "gpus") -> torch.device:
 
     Raises:
         ConfigError: a GPU is reserved and torch cannot use it.
-
-    Example:
-        >>> device_for(0)
-        device(type='cpu')
     """
     if gpus > 0 and not torch.cuda.is_available():
         built = f"is built for CUDA {torch.version.cuda}" if torch.version.cuda else "is a build without CUDA"
@@ -38,24 +34,14 @@ def hardware_has_bfloat16(device: torch.device) -> bool:
 
 
 def compute_dtype(choice: str, device: torch.device) -> torch.dtype:
-    """What a config's dtype means on this device: ``auto`` is bfloat16 where the hardware computes in it.
-
-    Example:
-        >>> compute_dtype("float32", torch.device("cpu"))
-        torch.float32
-    """
+    """What a config's dtype means on this device: ``auto`` is bfloat16 where the hardware computes in it."""
     if choice != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[choice]
     return torch.bfloat16 if hardware_has_bfloat16(device) else torch.float32
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """Dense operations a second that a device can do in a dtype, by its data sheet; None where that is not known.
-
-    Example:
-        >>> peak_flops(torch.device("cpu"), torch.bfloat16) is None
-        True
-    """
+    """Dense operations a second that a device can do in a dtype, by its data sheet; None where that is not known."""
     if device.type != "cuda" or dtype != torch.bfloat16:
         return None
     return BFLOAT16_FLOPS.get(torch.cuda.get_device_name(device))

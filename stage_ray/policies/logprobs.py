@@ -1,8 +1,4 @@
-"""Log-probabilities and entropies of tokens from logits: pure functions that engines, learner and policies share.
-
-`token_logprobs` is the plain form. `chunked_logprobs` gives the same numbers from the states below a head without ever
-holding all logits. What distribution tokens are drawn from, `stage_ray.samplers` says.
-"""
+"""Log-probabilities and entropies of tokens, from logits or from the states below a head."""
 
 from __future__ import annotations
 
@@ -15,8 +11,6 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from stage_ray.algorithm.divergence import Divergence, exact_divergence
-from stage_ray.samplers import SamplingParams as SamplingParams
-from stage_ray.samplers import process_logits as process_logits
 
 Head = Callable[[Tensor], Tensor]
 LOWEST = -1e3  # in place of minus infinity, which times a probability of 0 is NaN; exp(-1e3) is 0 in float32
@@ -73,11 +67,6 @@ def chunked_logprobs(
 
     Returns:
         float32 [...] each.
-
-    Example:
-        >>> head = torch.nn.Linear(4, 9)
-        >>> chunked_logprobs(torch.zeros(2, 3, 4), torch.zeros(2, 3, dtype=torch.int64), head, rows=2).entropy.shape
-        torch.Size([2, 3])
     """
     flat, gradients = states.reshape(tokens.numel(), *states.shape[tokens.dim() :]), torch.is_grad_enabled()
     with torch.autocast(states.device.type, enabled=False):  # also of the products that make the states' gradients

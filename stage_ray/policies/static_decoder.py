@@ -1,7 +1,6 @@
-"""A Llama forward with a static key-value cache over the modules of transformers: no copies of weights, few calls.
+"""A Llama forward with a static key-value cache over the modules of transformers, with no copies of weights.
 
-It computes what ``LlamaModel`` computes (tests hold it to that) with about a third of the operator calls per step,
-which is what time goes to in a tiny model, and reads every prompt once, however many rows share it.
+It computes what ``LlamaModel`` computes with a third of the operator calls of a step, and reads every prompt once.
 """
 
 from __future__ import annotations
@@ -63,7 +62,7 @@ class StaticDecoder:
         return states[owners]
 
     def _new_cache(self, rows: int, length: int) -> Tensor:
-        """Keys and values of every layer, [layers, 2, rows, kv heads, length, D]; nothing is read before it is set."""
+        """Unset keys and values of every layer, [layers, 2, rows, kv heads, length, D]."""
         weight = self._llama.embed_tokens.weight
         # A CPU multiplies small bfloat16 matrices slower than float32 ones, and attention is nothing but small ones.
         dtype = torch.float32 if weight.device.type == "cpu" else weight.dtype

@@ -20,9 +20,6 @@ def load_recipe(run: RunConfig) -> Recipe:
     Raises:
         ConfigError: no such recipe, an option that it does not have (with the nearest one, or the recipe that has it),
             or an impossible value.
-
-    Example:
-        load_recipe(run).options.beta
     """
     kind = RECIPES.find(run.recipe, "recipe")
     if not (isinstance(kind, type) and issubclass(kind, Recipe)):
@@ -48,11 +45,7 @@ def load_recipe(run: RunConfig) -> Recipe:
 
 
 def resolve_recipe(run: RunConfig) -> RunConfig:
-    """The same run, with every option of its recipe under ``algorithm``, defaults included.
-
-    Raises:
-        ConfigError: as `load_recipe`.
-    """
+    """The same run, with every option of its recipe under ``algorithm``, defaults included; errors of `load_recipe`."""
     options = load_recipe(run).options.model_dump()
     return run.model_copy(update={"algorithm": run.algorithm.model_copy(update=options)})  # both are frozen
 

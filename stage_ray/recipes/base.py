@@ -6,8 +6,7 @@ exact: ``credit`` normalises over whole groups, before anything is cut, and ``ob
 Every term of it is weighed by ``credit.weights``: where groups that are not finite are left out, copies of others may
 fill the ranks' shares, and weigh 0.
 
-``N`` groups, ``G`` images a group, ``T`` tokens an image, ``R`` scorers, ``V`` codebook entries of dimension ``D``,
-``B`` images of one micro-batch. Log-probabilities and entropies are in nats.
+Letters are those of `stage_ray.algorithm`, and ``B`` images of one micro-batch; log-probabilities are in nats.
 """
 
 from __future__ import annotations
@@ -34,11 +33,9 @@ class GroupBatch:
         groups: the N records as the engine made them: prompts, seeds, images (empty where those go to scorers only).
         scored: theirs from the scorers, with what each scorer said of each image (``details``).
         tokens: int64 [N, G, T], codebook ids.
-        logprobs: float32 [N, G, T], recorded while sampling: conditional branch, temperature 1.
-        guided_logprobs: float32 [N, G, T], recorded likewise, of the distribution that the tokens were drawn from.
-        entropy: float32 [N, G, T], recorded likewise, conditional branch, temperature 1.
-        guided_entropy: float32 [N, G, T], recorded likewise, of the distribution that the tokens were drawn from.
-        scores: float32 [N, G, R], all valid.
+        logprobs, entropy: float32 [N, G, T], recorded while sampling: conditional branch, temperature 1.
+        guided_logprobs, guided_entropy: likewise, of the distribution that the tokens were drawn from.
+        scores: float32 [N, G, R], all valid; 0 where a scorer was not asked about a group (``scored[n].unasked``).
         scorers: the R names, in column order.
         scorer_weights: float32 [R].
         staleness: int64 [N], updates between the sampling version and the learner's; 0 is fresh.
@@ -136,8 +133,7 @@ class Objective:
 
     Attributes:
         loss: scalar with gradient, a sum over tokens.
-        parts: scalars, sums over tokens too, under the same names in every call: the learner adds them over
-            micro-batches and ranks and reports them as metrics.
+        parts: metrics: scalars, sums over tokens too, under the same names in every call.
     """
 
     loss: Tensor
@@ -185,11 +181,6 @@ class Recipe(ABC):
 
 
 def correction_of(algorithm: AlgorithmConfig) -> Correction:
-    """What a config does with ratios far from 1.
-
-    Example:
-        >>> correction_of(AlgorithmConfig()).kind
-        'truncate'
-    """
+    """What a config does with ratios far from 1."""
     low, high = algorithm.ratio_range
     return Correction(algorithm.correction, cap=algorithm.ratio_cap, low=low, high=high)

@@ -44,18 +44,23 @@ class DiverseGrpoRecipe(GrpoRecipe):
 
     @classmethod
     def check(cls, run: RunConfig) -> None:
-        """Refuse a name of no scorer."""
+        """Refuse a name of no scorer, or of one that is not asked about every group."""
         name, known = (run.algorithm.model_extra or {}).get("features"), [reward.column for reward in run.rewards]
         if name is not None and name not in known:
             raise ConfigError(f"algorithm.features = {name!r} is none of the scorers: {', '.join(known)}")
+        if name in [reward.column for reward in run.rewards if reward.when]:
+            raise ConfigError(f"algorithm.features = {name!r}: its `when` leaves groups without features; remove that")
 
     def rewards(self, batch: GroupBatch) -> Tensor:
         """GRPO's rewards and the cluster bonus; a group that no scorer tells apart keeps its equal rewards."""
-        rewards = super().rewards(batch)
+        rewards, options = super().rewards(batch), self.options
         features = self._features(batch)
-        sizes = torch.stack([self._sizes(group) for group in features]).to(rewards)  # [N, G]
+        labels = [spectral_clusters(group, sigma=options.sigma, clusters=options.clusters) for group in features]
+        sizes = torch.as_tensor(np.stack([np.bincount(row)[row] for row in labels])).to(
+            rewards
+        )  # [N, G], of its cluster
         told = informative_scorers(batch.scores).any(dim=1, keepdim=True)  # [N, 1]
-        return rewards + self.options.bonus * (rewards.shape[1] / sizes).sqrt() * told
+        return rewards + options.bonus * (rewards.shape[1] / sizes).sqrt() * told
 
     def credit(self, batch: GroupBatch, reference: ReferenceOutputs, step: int) -> Credit:
         """Advantages of the rewards with the bonus; the policy term weighs all tokens alike, the KL the early ones."""
@@ -72,11 +77,6 @@ class DiverseGrpoRecipe(GrpoRecipe):
             having = ", ".join(batch.features) or "none"
             raise RunError(f"algorithm.features = {name!r} must name a scorer that gives features; these do: {having}")
         return found[0]
-
-    def _sizes(self, features: Tensor) -> Tensor:
-        """How many images are in the cluster of each: features [G, F] -> float64 [G]."""
-        labels = spectral_clusters(features, sigma=self.options.sigma, clusters=self.options.clusters)
-        return torch.from_numpy(np.bincount(labels)[labels].astype(np.float64))
 
 
 def spectral_clusters(features: Tensor, *, sigma: float, clusters: int | None = None) -> np.ndarray:
@@ -102,15 +102,9 @@ def spectral_clusters(features: Tensor, *, sigma: float, clusters: int | None = 
     count = clusters or int(np.argmax(values[:-1] - values[1:])) + 1
     rows = vectors[:, : min(count, len(values))]
     rows = rows / np.linalg.norm(rows, axis=1, keepdims=True).clip(min=1e-12)
-    _, labels = kmeans2(rows, rows[_spread(rows)], minit="matrix")
+    chosen = [0]  # rows to begin with: the first, then always the one farthest from those chosen
+    while len(chosen) < rows.shape[1]:
+        chosen.append(int(np.linalg.norm(rows[:, None] - rows[chosen], axis=-1).min(axis=1).argmax()))
+    _, labels = kmeans2(rows, rows[chosen], minit="matrix")
     _, first, labels = np.unique(labels, return_index=True, return_inverse=True)
     return np.argsort(np.argsort(first))[labels]  # numbered in the order of their first images
-
-
-def _spread(rows: np.ndarray) -> list[int]:
-    """Rows to begin with, as many as there are columns: the first, then always the one farthest from those chosen."""
-    chosen = [0]
-    while len(chosen) < rows.shape[1]:
-        distances = np.linalg.norm(rows[:, None] - rows[chosen], axis=-1).min(axis=1)
-        chosen.append(int(distances.argmax()))
-    return chosen

@@ -41,17 +41,13 @@ class EgGrpoRecipe(GrpoRecipe):
 
     def credit(self, batch: GroupBatch, reference: ReferenceOutputs, step: int) -> Credit:
         """GRPO's advantages, gated; all tokens weigh alike."""
-        entropy = batch.entropy / math.log(len(batch.codebook))
-        advantages = self.gated(self.advantages(batch).unsqueeze(-1), entropy)
-        metrics = {"weight/mean": (entropy >= _at(entropy, self.options.certain)).float().mean().item()}
-        return Credit(advantages, token_weights(reference.logprobs, None), metrics)
-
-    def gated(self, advantages: Tensor, entropy: Tensor) -> Tensor:
-        """Advantages [N, G, 1] and entropies [N, G, T], of at most 1, to advantages [N, G, T]."""
-        options = self.options
+        options, entropy = self.options, batch.entropy / math.log(len(batch.codebook))  # [N, G, T], 1 at most
+        advantages = self.advantages(batch).unsqueeze(-1)  # [N, G, 1]
         gain = torch.minimum(options.bonus * advantages.abs(), options.bonus * entropy)
         raised = advantages + gain * (entropy > _at(entropy, options.uncertain))
-        return raised * (entropy >= _at(entropy, options.certain))
+        kept = entropy >= _at(entropy, options.certain)
+        metrics = {"weight/mean": kept.float().mean().item()}
+        return Credit(raised * kept, token_weights(reference.logprobs, None), metrics)
 
 
 def _at(entropy: Tensor, share: float) -> Tensor:

@@ -6,9 +6,8 @@
 * ``reference_policy``: ``KL(q || p)``, keeps every mode of the reference;
 * ``jensen_shannon``: half of each against the mean of both; bounded by log 2.
 
-``exact`` adds up over the vocabulary, at one more forward of the reference. Else a token drawn from p estimates
-``D = E_p[f(r)]`` with ``r = q / p``: the value reported is ``f(r)``, made non-negative, and the gradient that of D
-itself, ``E_p[(f(r) - r f'(r)) grad log p]``. GRPO's k3, differentiated as it stands, has the gradient of
+``exact`` adds up over the vocabulary, at one more forward of the reference. Else a token drawn from p estimates value
+and gradient (`algorithm/divergence.py`). GRPO's k3, differentiated as it stands, has the gradient of
 ``reference_policy`` although its value estimates ``policy_reference``.
 
 After "Balancing performance and diversity" (arXiv 2606.21498), whose formulas could not be read: derived here. Older
@@ -20,7 +19,6 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from pydantic import Field
-from torch import Tensor
 
 from stage_ray.algorithm.divergence import Divergence, estimated_divergence
 from stage_ray.algorithm.losses import policy_term
@@ -62,11 +60,9 @@ class FDivergenceRecipe(StageRecipe):
             clip=self.shared.clip,
             correction=self.correction,
         )
-        held = (credit.weights.kl * self._divergence(policy, reference)).sum()
+        divergence = policy.divergence  # over the vocabulary, where it is exact
+        if divergence is None:
+            divergence = estimated_divergence(policy.logprobs, reference.logprobs, self.options.divergence)
+        held = (credit.weights.kl * divergence).sum()
         told = {"policy_loss": term.detach(), "divergence": held.detach()}
         return Objective(term + self.options.beta * held, told)
-
-    def _divergence(self, policy: PolicyOutputs, reference: ReferenceOutputs) -> Tensor:
-        if policy.divergence is not None:
-            return policy.divergence
-        return estimated_divergence(policy.logprobs, reference.logprobs, self.options.divergence)

@@ -75,10 +75,6 @@ def entropy_gradient(entropy: Tensor) -> Tensor:
 
     A token's smoothed value is the mean of itself and of its neighbours to the left, upper left, above and upper right,
     as far as they exist; the gradient is of central differences, one-sided at the border. h and w are at least 2.
-
-    Example:
-        >>> entropy_gradient(torch.arange(4.0).repeat(3, 1)).shape
-        torch.Size([3, 4])
     """
     maps = F.pad(entropy, (1, 1, 1, 0))  # a column on both sides, a row above
     there = F.pad(torch.ones_like(entropy), (1, 1, 1, 0))
@@ -94,19 +90,7 @@ def entropy_gradient(entropy: Tensor) -> Tensor:
 
 
 def group_similarity(tokens: Tensor, codebook: Tensor) -> Tensor:
-    """Mean cosine of the codebook vectors of each two images of a group, place by place.
-
-    Args:
-        tokens: int64 [N, G, T], G >= 2.
-        codebook: float [V, D].
-
-    Returns:
-        float [N, T] in -1..1.
-
-    Example:
-        >>> group_similarity(torch.tensor([[[0, 0], [0, 1]]]), torch.eye(2)).tolist()
-        [[1.0, 0.0]]
-    """
+    """Mean cosine of the codebook vectors [V, D] of each two images' tokens [N, G, T], place by place: float [N, T]."""
     vectors = F.normalize(codebook, dim=-1)[tokens]  # [N, G, T, D]
     images = tokens.shape[1]
     pairs = vectors.sum(dim=1).square().sum(dim=-1) - vectors.square().sum(dim=(1, 3))  # of all i != j, both orders

@@ -11,11 +11,13 @@ not read.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from stage_ray.algorithm.losses import TokenWeights, k3_kl, token_weights
+from stage_ray.algorithm.losses import TokenWeights, k3_kl
 from stage_ray.recipes.base import Credit, GroupBatch, Objective, PolicyOutputs, ReferenceOutputs
 from stage_ray.recipes.grpo import GrpoOptions, GrpoRecipe
 
@@ -38,10 +40,10 @@ class PcpoRecipe(GrpoRecipe):
         return torch.ones(batch.tokens.shape[-1], device=batch.tokens.device)
 
     def credit(self, batch: GroupBatch, reference: ReferenceOutputs, step: int) -> Credit:
-        """GRPO's advantages and weights, times those of the positions."""
-        credit, weights = super().credit(batch, reference, step), self.position_weights(batch)
-        even = token_weights(reference.logprobs, None)
-        return Credit(credit.advantages, TokenWeights(even.policy * weights, even.kl), credit.metrics)
+        """GRPO's, its policy weights times those of the positions."""
+        credit = super().credit(batch, reference, step)
+        weights = TokenWeights(credit.weights.policy * self.position_weights(batch), credit.weights.kl)
+        return replace(credit, weights=weights)
 
     def objective(self, policy: PolicyOutputs, reference: ReferenceOutputs, credit: Credit) -> Objective:
         """``sum(w max(0, xi |A| - A log ratio)) + beta * sum(v k3)`` over tokens."""
@@ -49,6 +51,5 @@ class PcpoRecipe(GrpoRecipe):
         log_ratio = policy.logprobs - policy.behavior_logprobs.detach()
         hinge = torch.relu(self.options.xi * advantages.abs() - advantages * log_ratio)
         term = (credit.weights.policy * hinge).sum()
-        k3 = k3_kl(policy.logprobs, reference.logprobs, ratio_cap=self.shared.kl_ratio_cap)
-        kl = (credit.weights.kl * k3).sum()
+        kl = (credit.weights.kl * k3_kl(policy.logprobs, reference.logprobs, ratio_cap=self.shared.kl_ratio_cap)).sum()
         return Objective(term + self.options.beta * kl, {"policy_loss": term.detach()})

@@ -41,7 +41,7 @@ class StageRecipe(GrpoRecipe):
     def credit(self, batch: GroupBatch, reference: ReferenceOutputs, step: int) -> Credit:
         """Rewards with the entropy reward, and weights by similarity."""
         options = self.options
-        found = stage_credit(
+        advantages, similarity = stage_credit(
             batch.scores,
             batch.entropy.mean(dim=-1),  # [N, G], an image's mean
             reference.entropy.mean(dim=-1),
@@ -49,16 +49,17 @@ class StageRecipe(GrpoRecipe):
             batch.codebook,
             weights=batch.scorer_weights,
             drop_constant=self.shared.drop_constant,
+            zscore=self.shared.combine == "zscore",
             entropy_weight=options.entropy_reward,
             entropy_best_only=options.entropy_best_only,
             eps=self.shared.advantage_eps,
         )
         weights = token_weights(
             reference.logprobs,  # only its shape, dtype and device count
-            found.similarity,
+            similarity,
             reweight_advantage=options.reweight_advantage,
             reweight_kl=options.reweight_kl,
         )
-        mean_weight = advantage_weight(found.similarity).mean().item() if options.reweight_advantage else 1.0
-        metrics = {"similarity/mean": found.similarity.mean().item(), "weight/mean": mean_weight}
-        return Credit(found.advantages, weights, metrics)
+        mean_weight = advantage_weight(similarity).mean().item() if options.reweight_advantage else 1.0
+        metrics = {"similarity/mean": similarity.mean().item(), "weight/mean": mean_weight}
+        return Credit(advantages, weights, metrics)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import torch
 from pydantic import Field
-from torch import Tensor
 
 from stage_ray.algorithm.advantages import group_advantages
 from stage_ray.algorithm.losses import token_weights
@@ -42,22 +41,23 @@ class SynergyRecipe(GrpoRecipe):
 
     @classmethod
     def check(cls, run: RunConfig) -> None:
-        """Refuse any number of scorers but two."""
+        """Refuse any number of scorers but two, and another way to combine them."""
         if len(run.rewards) != 2:
             raise ConfigError(f"recipe = {run.recipe!r} mixes two scorers, but rewards has {len(run.rewards)}")
+        if run.algorithm.combine != "sum":
+            raise ConfigError(
+                f"algorithm.combine = {run.algorithm.combine!r}: recipe {run.recipe} mixes scorers in its own way; "
+                "leave it out"
+            )
 
     def credit(self, batch: GroupBatch, reference: ReferenceOutputs, step: int) -> Credit:
         """Token advantages [N, G, T]; all tokens weigh alike."""
         first, second = (group_advantages(batch.scores[..., i], eps=self.shared.advantage_eps) for i in (0, 1))
         product = torch.tanh(first * second)
         bonus = self.options.gamma * torch.where((first > 0) | (second > 0), product, -product)  # [N, G]
-        share = self.first_weight(batch.tokens.shape[-1]).to(first)  # [T]
-        mixed = share * first.unsqueeze(-1) + (1 - share) * second.unsqueeze(-1) + bonus.unsqueeze(-1)
-        return Credit(mixed.clamp(-MOST, MOST), token_weights(reference.logprobs, None), {"weight/mean": 1.0})
-
-    def first_weight(self, tokens: int) -> Tensor:
-        """Weight of the first scorer at each of an image's tokens, float64 [T]."""
-        high, low = self.options.high, self.options.low
+        high, low, tokens = self.options.high, self.options.low, batch.tokens.shape[-1]
         time = torch.arange(tokens, dtype=torch.float64) * STEPS // tokens
         falling = low + (high - low) * (1 - torch.sigmoid(SLOPE * (time - CENTER)))
-        return torch.where(time < FALLING, high, torch.where(time >= LAST, 0.5, falling))
+        share = torch.where(time < FALLING, high, torch.where(time >= LAST, 0.5, falling)).to(first)  # [T], w_1
+        mixed = share * first.unsqueeze(-1) + (1 - share) * second.unsqueeze(-1) + bonus.unsqueeze(-1)
+        return Credit(mixed.clamp(-MOST, MOST), token_weights(reference.logprobs, None), {"weight/mean": 1.0})

@@ -82,7 +82,7 @@ class Towers:
     def __init__(self, model: Any, tokenizer: Any, pixels: Callable[[np.ndarray], Tensor], batch_size: int) -> None:
         """``pixels`` makes float32 [B, 3, h, w] of images, uint8 [B, H, W, 3]."""
         self._model, self._tokenizer, self._pixels, self._batch_size = model, tokenizer, pixels, batch_size
-        self.logit_scale = float(model.logit_scale.exp())
+        self.logit_scale = float(model.logit_scale.detach().exp())
 
     def score(self, images: np.ndarray, prompts: Sequence[Prompt], scale: float) -> RewardOutput:
         """Cosines of images, uint8 [B, H, W, 3], and their prompts, times ``scale``."""

@@ -1,8 +1,7 @@
 """Checkpoints that are whole or absent (promise 7).
 
 ``step-000050/`` appears by one rename, after every file in it and a manifest with their xxh3 are on disk. What a
-crash leaves behind has another name, and the next save removes it. Loading verifies every byte. Older checkpoints are
-removed only once a newer one is complete.
+crash leaves behind has another name, and the next save removes it. Loading verifies every byte.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ class CheckpointError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """One verified checkpoint: updates done when it was written, its directory, and the JSON data beside its files."""
+    """One verified checkpoint; ``step``: updates done when it was written."""
 
     step: int
     path: Path
@@ -76,17 +75,14 @@ class CheckpointStore:
     def finish(
         self, step: int, directory: Path, metadata: Mapping[str, Any], written: Mapping[str, FileDigest] | None = None
     ) -> Path:
-        """Give a filled directory of `begin` its final name, which replaces an older checkpoint of this step, and keep
-        the newest ``keep`` and the best; returns the final directory.
-
-        Later checkpoints (damaged ones that a resumed run skipped) do not count.
+        """Give a filled directory of `begin` its final name, in place of an older checkpoint of this step, and `prune`.
 
         Args:
+            metadata: JSON data.
             written: what the learner wrote, by path in ``directory``. It is not read again, but must be there.
 
         Raises:
             OSError: the disk, or a file that is not as it was written; older checkpoints are untouched.
-            TypeError: ``metadata`` is not JSON data.
         """
         files = {name: asdict(file) for name, file in _files(directory, written or {}).items()}
         body = {"format": FORMAT, "step": step, "metadata": dict(metadata), "files": files}
@@ -104,7 +100,7 @@ class CheckpointStore:
         return final
 
     def prune(self, step: int) -> None:
-        """Remove the checkpoints up to ``step`` but for the newest and the best."""
+        """Keep the newest and the best of those up to ``step``; later ones are damaged, and a resume skipped them."""
         best = self.best()
         for older, path in [found for found in self._steps() if found[0] <= step][: -self.keep]:  # all but the newest
             if older != best:
@@ -162,26 +158,23 @@ def verify(path: Path, step: int) -> dict[str, Any]:
         raise CheckpointError(f"{manifest} has format {body['format']}, this version reads formats up to {FORMAT}")
     if body["step"] != step:
         raise CheckpointError(f"{path} says it is of step {body['step']}")
-    for name, expected in body["files"].items():
-        file = path / name
-        if not file.is_file():
-            raise CheckpointError(f"{file} is missing")
-        size = file.stat().st_size
-        if size != expected["bytes"]:
-            raise CheckpointError(f"{file} has {size} bytes instead of {expected['bytes']}; it is truncated or changed")
     with ThreadPoolExecutor() as pool:
-        list(pool.map(lambda name: _check_digest(path / name, body["files"][name]), body["files"]))
+        list(pool.map(lambda name: _verify_file(path / name, **body["files"][name]), body["files"]))
     return dict(body["metadata"])
 
 
-def _check_digest(file: Path, expected: Mapping[str, Any]) -> None:
-    (algorithm,) = expected.keys() - {"bytes"}
+def _verify_file(file: Path, *, bytes: int, **expected: str) -> None:
+    if not file.is_file():
+        raise CheckpointError(f"{file} is missing")
+    if (size := file.stat().st_size) != bytes:
+        raise CheckpointError(f"{file} has {size} bytes instead of {bytes}; it is truncated or changed")
+    (algorithm,) = expected
     if _digest(file, algorithm) != expected[algorithm]:
         raise CheckpointError(f"{file} has another {algorithm} than its manifest says; its bytes changed")
 
 
 def _files(directory: Path, written: Mapping[str, FileDigest]) -> dict[str, FileDigest]:
-    """Every file below a directory, by path; those that are not known from their writer are read."""
+    """Every file below a directory, by path; only those are read whose writer has not told their digests."""
     found = {}
     for path in sorted(directory.rglob("*")):
         if path.is_file():
@@ -190,9 +183,8 @@ def _files(directory: Path, written: Mapping[str, FileDigest]) -> dict[str, File
             if size != found[name].bytes:
                 raise OSError(f"{path} has {size} bytes, and {found[name].bytes} were written")
     if lacking := sorted(written.keys() - found.keys()):
-        raise OSError(
-            f"{directory / lacking[0]} was written and is not here: is run_dir on storage that all nodes share?"
-        )
+        gone = directory / lacking[0]
+        raise OSError(f"{gone} was written and is not here: is run_dir on storage that all nodes share?")
     return found
 
 

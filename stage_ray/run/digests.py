@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +14,7 @@ from stage_ray.config.hub import hub_uri
 from stage_ray.config.inputs import inputs, takes_model, takes_prompts
 from stage_ray.config.paths import resolve_path
 from stage_ray.errors import ConfigError
+from stage_ray.files import digest
 
 NOTED_BYTES = 2 * 2**30  # more take seconds to read
 
@@ -31,7 +31,7 @@ def digest_inputs(run: RunConfig, note: Callable[[str], None]) -> dict[str, str]
     if (size := sum(file.stat().st_size for file in different)) > NOTED_BYTES:
         note(f"reading {size / 2**30:.1f} GiB of models and prompts, to know them again")
     with ThreadPoolExecutor() as threads:
-        digests = dict(zip(different, threads.map(_digest, different), strict=True))
+        digests = dict(zip(different, threads.map(digest, different), strict=True))
     return {key: _combined({name: digests[file] for name, file in files.items()}) for key, files in found.items()}
 
 
@@ -57,13 +57,8 @@ def _files(key: str, location: str) -> dict[str, Path]:
     return {str(name): file for name, file in shown.items() if file.is_file() and file.suffix != ".md"}
 
 
-def _digest(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, xxhash.xxh3_64).hexdigest()
-
-
 def _combined(digests: dict[str, str]) -> str:
     """One of several files; of a single one its own."""
     if len(digests) == 1:
         return next(iter(digests.values()))
-    return xxhash.xxh3_64("".join(f"{name}\0{digest}\n" for name, digest in digests.items()).encode()).hexdigest()
+    return xxhash.xxh3_64_hexdigest("".join(f"{name}\0{found}\n" for name, found in digests.items()).encode())

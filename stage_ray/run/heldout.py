@@ -21,10 +21,9 @@ from stage_ray.report.samples import contact_sheet
 
 
 class HeldOutEvaluation:
-    """What a run evaluates with its own workers, and what it makes of that: a ``suite``, by default the run's own.
+    """The evaluations of one ``suite``, by default the run's own, by the run's workers.
 
-    Every evaluation has the same prompts and seeds, so its pictures can be laid side by side; a run that goes on with
-    others says so.
+    All have the same prompts and seeds, so that their pictures can be laid side by side.
     """
 
     def __init__(
@@ -51,12 +50,7 @@ class HeldOutEvaluation:
         self._wait_for_pictures = run.pipeline.max_staleness == 0
         self._drawing: asyncio.Task[None] | None = None
 
-    async def evaluate(self, name: str, policy_version: int) -> float | None:
-        """As `result`: the headline of the benchmark."""
-        result = await self.result(name, policy_version)
-        return None if result is None else result.headline_value
-
-    async def result(self, name: str, policy_version: int) -> EvaluationResult | None:
+    async def evaluate(self, name: str, policy_version: int) -> EvaluationResult | None:
         """Evaluate all prompts and write ``NAME.json``, and of the run's own prompts before and after a picture.
 
         An evaluation "before" that is on disk already, in a resumed run, is read, not repeated.
@@ -74,8 +68,7 @@ class HeldOutEvaluation:
             self._progress.note(f"no {title} training: this run began without one")
             return None
         with self._progress.bar(title, len(self._prompts)) as advance:
-            result = await evaluate(self._backend, self._benchmark, requests, advance)
-        result = replace(result, conditions=now)
+            result = replace(await evaluate(self._backend, self._benchmark, requests, advance), conditions=now)
         write_result(path, result, policy_version=policy_version)
         if self._own and name in ("before", "after"):
             await self._draw(f"evaluation/{name}", policy_version, path.with_suffix(".png"))
@@ -85,8 +78,7 @@ class HeldOutEvaluation:
         return result
 
     async def sample(self, step: int) -> None:
-        """Draw the fixed sample prompts with their fixed seeds, when a picture is due; training does not wait for it,
-        unless it is synchronous."""
+        """Draw the fixed sample prompts when a picture is due; only synchronous training waits for it."""
         if step % self._config.sample_every == 0:
             await self.drawn()
             path = self._dir / "samples" / f"step-{step:06d}.png"
@@ -101,13 +93,11 @@ class HeldOutEvaluation:
             await drawing
 
     async def _draw(self, name: str, step: int, path: Path) -> None:
-        await self._picture(path)
-        self._image(name, step, path)
-
-    async def _picture(self, path: Path) -> None:
+        """Draw the fixed sample prompts, and hand their picture over."""
         count = self._config.sample_prompts
         prompts = self._prompts[:: max(1, len(self._prompts) // count)][:count]  # spread evenly over the tasks
         requests = requests_for(prompts, 1, self._config.seed)
         groups = await judge_in_batches(self._backend, requests, lambda group: group, images=True)
         images = np.concatenate([group.images for group in groups if group.images is not None])
         contact_sheet(images, [prompt.text for prompt in prompts], [group.verdict(0) for group in groups], path)
+        self._image(name, step, path)

@@ -14,11 +14,11 @@ from typing import Any
 
 import xxhash
 
-from stage_ray.config import OWN_POOL, RunConfig
+from stage_ray.config import RunConfig
 from stage_ray.engines import build_engine
 from stage_ray.engines.base import ImageEngine
 from stage_ray.errors import Interrupted
-from stage_ray.evaluation.loop import Backend, EngineBackend, JudgedGroup, judge_in_batches, searching
+from stage_ray.evaluation.loop import Backend, EngineBackend, JudgedGroup, judge_in_batches, judge_of, searching
 from stage_ray.evaluation.partial import PartialResult
 from stage_ray.files import digest
 from stage_ray.observability.progress import Progress
@@ -44,7 +44,7 @@ def inputs_of(
     directory = located(run.policy.path)
     inputs["policy.path"] = f"files of xxh3 {digest(directory)}" if directory else run.policy.path
     rewards = run.rewards if scoring else []
-    inputs["rewards"] = [reward.model_dump(mode="json", exclude=set(OWN_POOL)) for reward in rewards]
+    inputs["rewards"] = [judge_of(reward) for reward in rewards]
     texts = json.dumps([[prompt.index, prompt.text, dict(prompt.record)] for prompt in prompts], default=str)
     return inputs | {"prompts": f"{len(prompts)} of xxh3 {xxhash.xxh3_64_hexdigest(texts.encode())}", **options}
 

@@ -29,6 +29,7 @@ from stage_ray.pretrained import located
 from stage_ray.recipes import load_recipe
 from stage_ray.records import Prompt
 from stage_ray.rewards import check_rewards
+from stage_ray.rewards.routing import is_asked
 from stage_ray.run.run_dir import resolved
 from stage_ray.samplers import load_rule, load_search, load_transform
 
@@ -56,9 +57,7 @@ def preflight(run: RunConfig, *, fetch: bool = True) -> RunPrompts:
     ``fetch`` only what is here already is checked.
 
     Raises:
-        ConfigError: the recipe, the sampler, the model family, the benchmark or a tracker is unknown, or has no such
-            option or value, vLLM is a build for GPUs and none is reserved, the object store is too small, or the model
-            directory or a prompt file is missing, incomplete or malformed.
+        ConfigError: the first thing that is unknown, missing, malformed or too small.
     """
     load_recipe(run)
     load_rule(run.rollout)
@@ -82,6 +81,8 @@ def preflight(run: RunConfig, *, fetch: bool = True) -> RunPrompts:
                 download(uri, files_of(key), key)
     pools = [pool for pool in run.scoring_pools if not pool.runtime_env.brings_packages]  # the others are not here
     here = [column for pool in pools for column in pool.columns]
+    if not left:
+        _require_matches(run, train + heldout * run.evaluation.enabled)
     _require_scorable(run.rewards, train + heldout * run.evaluation.enabled, "rewards", here)
     suites = _suite_prompts(run, left)
     codec = policy_class(run.policy).check(run.policy)
@@ -97,10 +98,10 @@ def preflight(run: RunConfig, *, fetch: bool = True) -> RunPrompts:
 def drawable_prompts(run: RunConfig, codec: ImageCodec | None, prompts: list[Prompt]) -> list[Prompt]:
     """The prompts that the model (``codec``: of `Policy.check`) has room for.
 
-    All of them, unless ``prompts.too_long`` is drop; a model that is not here has none that is too long.
+    A model that is not here has none that is too long.
 
     Raises:
-        ConfigError: one cannot be drawn and is not to be dropped, or none can; names their lines.
+        ConfigError: one is too long and ``prompts.too_long`` is refuse, or all are; names their lines.
     """
     transform = load_transform(run.rollout)
     if codec is None:
@@ -116,8 +117,8 @@ def drawable_prompts(run: RunConfig, codec: ImageCodec | None, prompts: list[Pro
             problems.append(f"{prompt.where or '--prompt'}: {error}{made}")
     if problems and (run.prompts.too_long == "refuse" or not kept):
         raise ConfigError(
-            f"{len(problems)} of {len(prompts)} prompts cannot be drawn: {_some(problems)}; shorten them, raise "
-            "rollout.max_prompt_tokens where the model has room, or set prompts.too_long=drop"
+            f"{len(problems)} of {len(prompts)} prompts cannot be drawn: {_some(problems)}; correct or shorten them, "
+            "raise rollout.max_prompt_tokens where the model has room, or set prompts.too_long=drop"
         )
     if problems:
         log.warning("%d of %d prompts are dropped: %s", len(problems), len(prompts), _some(problems))
@@ -156,19 +157,28 @@ def _require_scorable(
         raise ConfigError(f"{len(problems)} of {len(prompts)} prompts cannot be scored: {some}")
 
 
+def _require_matches(run: RunConfig, prompts: list[Prompt]) -> None:
+    """Raise a ConfigError where a ``when`` matches no prompt: its key or value is then mistyped."""
+    for index, reward in enumerate(run.rewards):
+        if not any(is_asked(reward.when, prompt) for prompt in prompts):
+            keys = ", ".join(dict.fromkeys(key for prompt in prompts for key in prompt.record))
+            raise ConfigError(
+                f"rewards.{index}.when = {reward.when} matches none of {len(prompts)} prompts, whose keys are {keys}"
+            )
+
+
 def _some(problems: list[str]) -> str:
-    """The first of them, and how many more there are."""
     more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
     return "; ".join(problems[:SHOWN]) + more
 
 
 def unfetched(run: RunConfig) -> dict[str, HfUri]:
     """What a config names in a hub and is not, or not whole, in the cache of this machine."""
-    return {key: uri for key, uri in hub_inputs(run).items() if _in_cache(key, uri) is None}
 
+    def in_cache(key: str, uri: HfUri) -> Path | None:
+        return cached(uri, files_of(key)) if takes_prompts(key) else located(uri.to_uri())
 
-def _in_cache(key: str, uri: HfUri) -> Path | None:
-    return cached(uri, files_of(key)) if takes_prompts(key) else located(uri.to_uri())
+    return {key: uri for key, uri in hub_inputs(run).items() if in_cache(key, uri) is None}
 
 
 def describe(run: RunConfig, *, strict: bool = False) -> str:

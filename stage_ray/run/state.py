@@ -29,7 +29,7 @@ LEARNER_LIVES = 3
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """Where a run stands, as the metadata of a checkpoint; the weights and groups are files beside it."""
+    """Where a run stands, as the metadata of a checkpoint."""
 
     ledger_bytes: int = 0  # length of the ledger; a resume cuts it back to that
     cursor: int = 0  # prompts drawn so far
@@ -75,11 +75,7 @@ class RunState:
         self._go_back(saved)
 
     async def restore(self, cluster: Cluster) -> None:
-        """Give the learner the checkpoint's state and every rollout worker its weights.
-
-        Raises:
-            LearnerLostError: it died meanwhile; `rewind` and try again.
-        """
+        """Give the learner the checkpoint's state and every rollout worker its weights; may raise LearnerLostError."""
         cluster.learner.accept()
         if self._checkpoint is not None:
             await cluster.learner.load_state(self._checkpoint.path)
@@ -89,12 +85,8 @@ class RunState:
 
     @asynccontextmanager
     async def stream(self, cluster: Cluster) -> AsyncIterator[GroupStream]:
-        """The stream of groups from here on, with the checkpoint's groups in their old places.
-
-        When the context ends, however it ends, nothing is being saved any more.
-        """
-        at = self._position
-        prompts = self._run.prompts
+        """The stream from here on, the checkpoint's groups in their old places; at its end nothing is being saved."""
+        at, prompts = self._position, self._run.prompts
         weights = [file.weight for file in prompts.files.values()]
         cursor = PromptCursor(self._prompts, self._run.seed, prompts.shuffle, position=at.cursor, weights=weights)
         stream = GroupStream(cluster, self._run, cursor, self._ledger, at.next_group, step=self.step)
@@ -126,9 +118,8 @@ class RunState:
         await self.saved()  # one at a time
         # Without an await between: the ledger at that byte must have these very groups open.
         held = stream.held()
-        redrawn = {
-            str(slot.group_id): stream.redrawn[slot.group_id] for slot in held if slot.group_id in stream.redrawn
-        }
+        ids = [slot.group_id for slot in held]
+        redrawn = {str(group_id): stream.redrawn[group_id] for group_id in ids if group_id in stream.redrawn}
         position = Position(self._ledger.position(), stream.cursor.position, stream.next_group, redrawn=redrawn)
         self._saving = asyncio.create_task(self._save(step, cluster, stream, held, position))
         await asyncio.sleep(0)  # queues `save_state` at the learner before the next update
@@ -136,11 +127,7 @@ class RunState:
             await self.saved()
 
     async def saved(self) -> None:
-        """Wait for the checkpoint that is being written.
-
-        Raises:
-            RunError: it could not be written; the ones before it are whole.
-        """
+        """Wait for the checkpoint that is being written; a RunError where that failed."""
         if self._saving is not None:
             await self._saving
 
@@ -149,10 +136,7 @@ class RunState:
         self._store.scores = {step: score for step, score in scores.items() if step}  # 0: no checkpoint
 
     async def export_best(self, cluster: Cluster, directory: Path) -> None:
-        """Export the best checkpoint, if any, once the last step is done, and remove older ones that were best.
-
-        One that is damaged is said to be, and none is exported.
-        """
+        """Export the best checkpoint that is whole, if any, after the last step, and remove older ones."""
         if (step := self._store.best()) is None:
             return
         self._store.prune(self._run.steps)
@@ -230,26 +214,18 @@ def _require_unsaved(run_dir: Path, every: int) -> None:
 
 @contextmanager
 def _failures_named(step: int) -> Iterator[None]:
-    """Name the checkpoint that fails with a disk, of the driver (OSError) or of the learner (RunError).
-
-    A lost learner is no such failure: the run goes back.
-    """
+    """Name the checkpoint that a disk failed, of the driver (OSError) or the learner (RunError), unless it was lost."""
     try:
         yield
     except LearnerLostError:
         raise
     except (OSError, RunError) as error:
-        raise RunError(
-            f"checkpoint of step {step} could not be written ({error}); the ones before it are whole"
-        ) from error
+        what = f"checkpoint of step {step} could not be written ({error})"
+        raise RunError(f"{what}; the ones before it are whole") from error
 
 
 async def _in_thread(work: Callable[[], object]) -> None:
-    """Run ``work`` in a thread and wait for its end, also when cancelled: a thread cannot be stopped.
-
-    Raises:
-        CancelledError: it was cancelled meanwhile, and the work is done.
-    """
+    """Run ``work`` in a thread and wait for its end, also when cancelled: a thread cannot be stopped."""
     running = asyncio.get_running_loop().run_in_executor(None, work)
     cancelled: asyncio.CancelledError | None = None
     while not running.done():

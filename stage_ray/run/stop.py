@@ -1,7 +1,6 @@
 """Signals that end a job: what was trained is saved first; what can be repeated is stopped at once.
 
-Besides SIGINT and SIGTERM these are SIGHUP (the connection was lost) and SIGUSR1 and SIGUSR2, by which schedulers such
-as Slurm say that the time is nearly up.
+SIGHUP says that the connection was lost, SIGUSR1 and SIGUSR2 of schedulers such as Slurm that the time is nearly up.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ T = TypeVar("T")
 
 class StopSignal:
     """Within this context the first signal stops the run: in `steps` after the current step and its checkpoint,
-    elsewhere (start, evaluation, export) at once. A SIGHUP that is ignored, as `nohup` wants it, stays so.
+    elsewhere (start, evaluation, export) at once.
 
     A second SIGINT ends the process at once. A second SIGTERM changes nothing: schedulers repeat it while they wait
     (Kubernetes sends one to a job that is deleted and one to its pod), and a save must survive that.
@@ -40,7 +39,7 @@ class StopSignal:
         self._numbers = _heeded()
 
     def error(self, step: int | None = None) -> Interrupted:
-        """The error that ends the run, after it has saved ``step`` or at once."""
+        """The error that ends the run, at once or after ``step``."""
         assert self.requested is not None
         return _interrupted(self.requested, "" if step is None else f" after step {step}", self._go_on)
 
@@ -99,11 +98,8 @@ class StopSignal:
 
 @contextlib.contextmanager
 def stops_at_once(go_on: str) -> Iterator[None]:
-    """Within this context, without an event loop that would see a signal in time (an engine of this process holds the
-    main thread for a whole batch), the first one ends what goes on. Repeated ones but Ctrl-C do not disturb the end.
-
-    Raises:
-        Interrupted: after a signal; says ``go_on``.
+    """Within this context the first signal raises `Interrupted`, without an event loop, which would see it late: an
+    engine of this process holds the main thread for a whole batch. Of repeated ones only Ctrl-C disturbs the end.
     """
     first = 0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from stage_ray.cluster.cluster import Cluster
@@ -20,10 +21,7 @@ from stage_ray.run.preflight import RunPrompts
 
 
 class SuiteEvaluations:
-    """The evaluations of a run, suite by suite.
-
-    Every one is drawn by a single policy version: the learner waits for it, and groups that were asked for before go
-    on meanwhile.
+    """The evaluations of a run, suite by suite, each by a single policy version: the learner waits for it.
 
     Attributes:
         own: that of the run's own prompts, which also draws the sample pictures.
@@ -39,14 +37,12 @@ class SuiteEvaluations:
         image: Callable[[str, int, Path], None] = lambda name, step, path: None,
     ) -> None:
         """``image`` gets name, step and PNG of each picture that was drawn."""
-        self.own = HeldOutEvaluation(cluster, run, prompts.heldout, run_dir, progress, image)
-        self._evaluations: dict[str, HeldOutEvaluation] = {}
-        if run.evaluation.enabled and run.prompts.heldout is not None:
-            self._evaluations[str(self.own.suite.name)] = self.own
-        for suite in run.evaluation.suites if run.evaluation.enabled else []:
-            name = str(suite.name)
-            asked = prompts.suites[name]
-            self._evaluations[name] = HeldOutEvaluation(cluster, run, asked, run_dir, progress, image, suite)
+        build = partial(HeldOutEvaluation, cluster, run, run_dir=run_dir, progress=progress, image=image)
+        self.own = build(prompts=prompts.heldout)
+        further = run.evaluation.suites if run.evaluation.enabled else []
+        evaluations = [self.own] * (run.evaluation.enabled and run.prompts.heldout is not None)
+        evaluations += [build(prompts=prompts.suites[str(suite.name)], suite=suite) for suite in further]
+        self._evaluations = {str(evaluation.suite.name): evaluation for evaluation in evaluations}
         self._run, self._run_dir, self._progress = run, run_dir, progress
         self._found: dict[str, dict[int, EvaluationResult]] = {}  # suite -> updates done -> result
 
@@ -54,9 +50,9 @@ class SuiteEvaluations:
         """Evaluate before training, or read what a resumed run has found up to ``step``; the first suite's headline."""
         self._found = {}
         for name, evaluation in self._evaluations.items():
-            first = await evaluation.result("before", step)
-            known = results(evaluation.directory) if step else {}
+            first = await evaluation.evaluate("before", step)
             before_last = min(step, self._run.steps - 1)  # "after" is evaluated anew
+            known = results(evaluation.directory) if step else {}
             known = {at: result for at, result in known.items() if at <= before_last}
             self._found[name] = known if first is None else {**known, 0: first}
         return self._headline(0)
@@ -106,11 +102,10 @@ class SuiteEvaluations:
 
     async def _evaluate(self, label: str, step: int) -> None:
         for name, evaluation in self._evaluations.items():
-            if (result := await evaluation.result(label, step)) is not None:
+            if (result := await evaluation.evaluate(label, step)) is not None:
                 self._found[name][step] = replace(result, images=())  # of hundreds of evaluations they are too many
 
     def _headline(self, step: int) -> float | None:
-        """Of the first suite after ``step`` updates."""
         result = next(iter(self._found.values()), {}).get(step)
         return None if result is None else result.headline_value
 

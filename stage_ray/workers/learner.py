@@ -54,7 +54,6 @@ class LearnerWorker(Worker):
         self._batch = self._merged(objects)
 
     def update(self) -> Update:
-        """Train on the groups of `set_batch`."""
         groups, scored = [group for group, _ in self._batch], [scored for _, scored in self._batch]
         self._metrics.begin((group.group_id for group in groups), step=self._learner.version + 1)
         metrics = self._learner.update(groups, scored)
@@ -79,7 +78,7 @@ class LearnerWorker(Worker):
         return manifest
 
     def chunks(self) -> Iterator[Any]:
-        """The version, then the packed bytes, one object a chunk, once; Ray stores each before the next is made."""
+        """The version, then each packed chunk, once; Ray stores one before the next is made."""
         chunks, self._chunks = self._chunks, iter(())
         yield self._learner.version
         yield from chunks
@@ -107,7 +106,6 @@ class LearnerWorker(Worker):
         return ""
 
     def version(self) -> int:
-        """The current version."""
         return self._learner.version
 
     def save_state(self, directory: Path) -> dict[str, FileDigest]:
@@ -115,7 +113,6 @@ class LearnerWorker(Worker):
         return self._learner.save_state(directory)
 
     def load_state(self, directory: Path) -> int:
-        """Take a saved state; its version."""
         self._learner.load_state(directory)
         return self._learner.version
 
@@ -130,5 +127,4 @@ class LearnerWorker(Worker):
         return ([group.policy_version for group, _ in pairs], *(item for pair in pairs for item in pair))
 
     def export(self, directory: Path) -> None:
-        """A Hugging Face checkpoint that plain transformers loads."""
         self._learner.export(directory)

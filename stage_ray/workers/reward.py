@@ -22,7 +22,7 @@ class RewardWorker(Worker):
     def __init__(
         self, name: str, run: RunConfig, log: str | None, rank: int = 0, columns: Sequence[str] | None = None
     ) -> None:
-        """Load nothing yet: `setup` does; ``columns``: of its scorers, all by default."""
+        """``columns``: of its scorers, all by default."""
         redirect_output(log, "reward", name)
         self._metrics = WorkerMetrics("reward", name)
         self._rewards = [reward for reward in run.rewards if columns is None or reward.column in columns]
@@ -30,7 +30,6 @@ class RewardWorker(Worker):
 
     @loading()
     def setup(self, address: str = "") -> None:
-        """Make its scorers."""
         self._scorers = build_rewards(self._run.rewards, self._columns)
         self._suite_scorers = {}
         first = self._columns is None or tuple(self._columns) == self._run.scoring_pools[0].columns
@@ -58,7 +57,7 @@ class RewardWorker(Worker):
 def score_error(group: ScoredGroup) -> str:
     """Why not every score of a group may be used, the first reason; "" where all may."""
     for column, name in enumerate(group.names):
-        if failed := int((~group.valid[:, column]).sum()):
+        if (failed := int((~group.valid[:, column]).sum())) and name not in group.unasked:
             # The first image's error that this scorer gave, where it gave any.
             why = next((str(d[name]["error"]) for d in group.details if "error" in d.get(name, {})), "")
             return f"{name}: {failed} of {len(group.valid)} scores failed" + (f" ({why})" if why else "")
@@ -67,8 +66,9 @@ def score_error(group: ScoredGroup) -> str:
 
 def is_silent(group: ScoredGroup, weights: Sequence[float]) -> bool:
     """Whether no scorer whose weight is not 0 told the images of a group apart; False where a score failed."""
-    counting = group.scores[:, np.array(weights) != 0]  # NumPy: this process may do without torch
-    return bool(group.valid.all() and (counting.std(axis=0, ddof=1) <= CONSTANT_STD).all())
+    asked = group.asked
+    counting = group.scores[:, (np.array(weights) != 0) & asked]  # NumPy: this process may do without torch
+    return bool(group.valid[:, asked].all() and (counting.std(axis=0, ddof=1) <= CONSTANT_STD).all())
 
 
 class RewardClient(Client):
@@ -77,7 +77,6 @@ class RewardClient(Client):
     async def score(self, groups: Sequence[GroupRefs], suite: str | None = None) -> list[GroupRefs]:
         """The groups with their ``scores``, ``error`` and ``silent``; ``suite``: whose scorers, None: the run's own."""
         objects = [ref for group in groups for ref in (group.tokens, group.images)]
-        named = {} if suite is None else {"suite": suite}
-        verdicts, scored = self.ask_objects(RewardWorker.score, len(groups), *objects, **named)
+        verdicts, scored = self.ask_objects(RewardWorker.score, len(groups), *objects, suite=suite)
         answers = zip(groups, scored, await verdicts, strict=True)
         return [replace(group, scores=(ref,), error=error, silent=silent) for group, ref, (error, silent) in answers]

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from stage_ray.actors.client import Client, Worker, loading
+from stage_ray.actors.client import Client, Worker, WorkerFailed, loading
 from stage_ray.config import RunConfig
 from stage_ray.config.flops import sampling_flops
 from stage_ray.observability.logs import redirect_output
@@ -30,7 +30,6 @@ class RolloutWorker(Worker):
     _group: BroadcastGroup | None = None
 
     def __init__(self, name: str, run: RunConfig, log: str | None, rank: int = 0) -> None:
-        """Load nothing yet: `setup` does."""
         redirect_output(log, "rollout", name)
         self._metrics = WorkerMetrics("rollout", name)
         self._name, self._run, self._rank = name, run, rank
@@ -49,18 +48,12 @@ class RolloutWorker(Worker):
         return str(self._engine.dtype).removeprefix("torch.")
 
     def generate(self, *requests: RolloutRequest) -> tuple[Any, ...]:
-        """Policy version, seconds and MFU, then for each request its group (``images`` empty) and its pictures.
+        """The answer, then for each request its group (``images`` empty) and its pictures (uint8 [G, H, W, 3]).
 
-        The learner never reads pictures (uint8 [G, H, W, 3]) and the driver reads neither: each object goes only where
-        it is used. Of several ranks the first one answers; the others' objects are None.
+        The answer: policy version, seconds, MFU, and what of each group's records is not finite, "" if nothing. The
+        learner never reads pictures and the driver reads neither: each object goes only where it is used. Of several
+        ranks the first one answers; the others' objects are None.
         """
-        answer, *objects = self.generate_any(*requests)
-        if fault := next(filter(None, answer[3:]), ""):
-            raise RuntimeError(fault)
-        return (answer[:3], *objects)
-
-    def generate_any(self, *requests: RolloutRequest) -> tuple[Any, ...]:
-        """As `generate`; beside version, seconds and MFU what of each group's records is not finite, "" if nothing."""
         start = time.perf_counter()
         self._metrics.begin(request.group_id for request in requests)
         groups = self._engine.generate(requests)
@@ -79,12 +72,10 @@ class RolloutWorker(Worker):
         return tuple(objects)
 
     def _utilisation(self, groups: Sequence[RolloutGroup], seconds: float) -> float | None:
-        """Model FLOPs utilisation of a batch that took so long, on all of this worker's GPUs."""
+        """Model FLOPs utilisation of a batch that took so long, on all of this worker's GPUs; None if not known."""
         rollout = self._run.rollout
-        if not rollout.gpus:
-            return None
-        peak = peak_flops(device_for(rollout.gpus, "rollout.gpus"), self._engine.dtype)
-        if peak is None or (sizes := self._engine.codec.sizes()) is None:
+        peak = rollout.gpus and peak_flops(device_for(rollout.gpus, "rollout.gpus"), self._engine.dtype)
+        if not peak or (sizes := self._engine.codec.sizes()) is None:
             return None
         flops = 0
         for group in groups:
@@ -116,15 +107,18 @@ class RolloutClient(Client):
     """A rollout worker as the driver asks it."""
 
     async def generate(self, requests: Sequence[RolloutRequest], *, last: bool = False) -> list[GroupRefs]:
-        """Sample one generation batch. In a ``last`` attempt groups that are not finite come with that ``error``."""
-        method = RolloutWorker.generate_any if last else RolloutWorker.generate
-        answer, refs = self.ask_objects(method, 2 * len(requests), *requests)
+        """Sample one generation batch.
+
+        Groups that are not finite raise WorkerFailed; in a ``last`` attempt they come with that ``error``.
+        """
+        answer, refs = self.ask_objects(RolloutWorker.generate, 2 * len(requests), *requests)
         version, seconds, mfu, *errors = await answer
+        if not last and any(errors):
+            raise WorkerFailed(f"{self._name} failed: {next(filter(None, errors))}")
+        drawn = zip(requests, refs[::2], refs[1::2], errors, strict=True)  # groups and pictures alternate
         return [
             GroupRefs(request.group_id, version, tokens, images, error=error, generate_s=seconds, mfu=mfu)
-            for request, tokens, images, error in zip(
-                requests, refs[::2], refs[1::2], errors or [""] * len(requests), strict=True
-            )  # objects alternate
+            for request, tokens, images, error in drawn
         ]
 
 

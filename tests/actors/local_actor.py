@@ -113,7 +113,7 @@ class Role:
     def __init__(self, roles: Roles, name: str) -> None:
         self._roles, self._name = roles, name
 
-    async def score(self, *objects: Any) -> tuple[Any, ...]:
+    async def score(self, *objects: Any, suite: str | None = None) -> tuple[Any, ...]:
         await self._note("score")
         groups = len(objects) // 2
         return ((("", False),) * groups, *["scores"] * groups)

@@ -41,14 +41,14 @@ def test_the_vectorised_step_equals_the_published_step_in_loops(
 ) -> None:
     data, weights, beta = batch(seed), torch.tensor([1.0, 0.5], dtype=torch.float64), 0.03
     entropy_weight = 0.4 if entropy else 0.0
-    signals = stage_credit(
+    advantages, similarities = stage_credit(
         data["scores"], data["h"], data["h_ref"], data["tokens"], data["codebook"],
         weights=weights, drop_constant=True, entropy_weight=entropy_weight,
     )  # fmt: skip
     logp = data["logp"].clone().requires_grad_()
-    similarity = signals.similarity if reweight_advantage or reweight_kl else None
+    similarity = similarities if reweight_advantage or reweight_kl else None
     switches = {"reweight_advantage": reweight_advantage, "reweight_kl": reweight_kl}
-    loss = stage_loss(logp, data["logp_ref"], None, signals.advantages, similarity, beta=beta, **switches)
+    loss = stage_loss(logp, data["logp_ref"], None, advantages, similarity, beta=beta, **switches)
     loss.loss.backward()
     literal = [
         literal_step(
@@ -64,8 +64,8 @@ def test_the_vectorised_step_equals_the_published_step_in_loops(
         )
         for n in range(3)
     ]
-    torch.testing.assert_close(signals.advantages, torch.tensor([step.advantages for step in literal]).double())
-    torch.testing.assert_close(signals.similarity, torch.tensor([step.similarity for step in literal]).double())
+    torch.testing.assert_close(advantages, torch.tensor([step.advantages for step in literal]).double())
+    torch.testing.assert_close(similarities, torch.tensor([step.similarity for step in literal]).double())
     torch.testing.assert_close(loss.loss.item(), sum(step.loss for step in literal) / 3)
     torch.testing.assert_close(loss.policy.item(), sum(step.policy for step in literal) / 3)
     torch.testing.assert_close(loss.kl.item(), sum(step.kl for step in literal) / 3)

@@ -15,7 +15,6 @@ from stage_ray.algorithm.off_policy import (
     corrected_ratio,
     effective_sample_size,
     guided_behavior,
-    importance_ratio,
     surrogate,
 )
 from stage_ray.config import AlgorithmConfig
@@ -100,7 +99,7 @@ def test_truncation_bounds_the_side_that_the_clip_leaves_open_and_a_masked_token
 def test_the_guided_ratio_is_of_the_guided_probabilities_and_its_gradient_of_the_conditional_one() -> None:
     conditional = torch.tensor([-2.0, -7.0, -1.0], requires_grad=True)
     now, then = torch.tensor([0.6, 0.1, 0.0]).log(), torch.tensor([0.3, 0.4, 0.5]).log()
-    ratio = importance_ratio(conditional, guided_behavior(conditional, now, then))
+    ratio = corrected_ratio(conditional, guided_behavior(conditional, now, then), Correction())
     torch.testing.assert_close(ratio, torch.tensor([2.0, 0.25, 0.0]))  # top-k now leaves the last token out
     torch.testing.assert_close(slope(ratio, conditional), torch.tensor([2.0, 0.25, 0.0]))
     for correction in KINDS:

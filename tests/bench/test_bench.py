@@ -33,7 +33,7 @@ from stage_ray.cli import main
 from stage_ray.config import PolicyConfig, RolloutConfig
 from stage_ray.config.model_sizes import FLOAT32
 from stage_ray.engines.base import ImageSequence
-from stage_ray.engines.sampling import gumbel, process_logits
+from stage_ray.engines.sampling import gumbel
 from stage_ray.engines.torch import TorchEngine
 from stage_ray.errors import RunError
 from stage_ray.learner.learner import Learner
@@ -43,6 +43,7 @@ from stage_ray.policies.janus import JanusPolicy
 from stage_ray.policies.janus.builder import checkpoint_sizes
 from stage_ray.recipes import load_recipe
 from stage_ray.registry import Registry
+from stage_ray.samplers import process_logits
 from tests.bench.variants import dying_variant, failing_variant, logging_variant
 from tests.learner_case import PROMPTS, sample_groups, score, tiny_run
 from tests.tiny import CODES, HIDDEN, IMAGE_TOKENS

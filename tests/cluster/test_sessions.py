@@ -7,12 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-from stage_ray.cluster.sessions import lock_session, remove_dead_sessions
+from stage_ray.cluster.runtime import lock_session, remove_dead_sessions
 
 HOLDS = """
 import sys
 from pathlib import Path
-from stage_ray.cluster.sessions import lock_session
+from stage_ray.cluster.runtime import lock_session
 held = lock_session(Path(sys.argv[1]))
 print("locked", flush=True)
 sys.stdin.read()

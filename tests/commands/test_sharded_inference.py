@@ -120,7 +120,8 @@ class Draws:
         await asyncio.sleep(0)  # here the driver sees a signal
         groups = self._engine.generate(requests)
         bare = np.empty((len(requests[0].seeds), 0, 0, 3), np.uint8)
-        return (0, 0.0, None), *chain(*((replace(group, images=bare), group.images) for group in groups))
+        answer = (0, 0.0, None, *[""] * len(groups))
+        return answer, *chain(*((replace(group, images=bare), group.images) for group in groups))
 
 
 class Scores:
@@ -132,9 +133,10 @@ class Scores:
 
     async def setup(self) -> None:
         suites = {str(suite.name): suite.rewards or [] for suite in self._run.evaluation.suites}
-        self._scorers = {name: build_rewards(rewards) for name, rewards in {"": self._run.rewards, **suites}.items()}
+        scorers = {None: self._run.rewards, **suites}
+        self._scorers = {name: build_rewards(rewards) for name, rewards in scorers.items()}
 
-    async def score(self, *refs: Any, suite: str = "") -> tuple[Any, ...]:
+    async def score(self, *refs: Any, suite: str | None = None) -> tuple[Any, ...]:
         objects = await asyncio.gather(*refs)
         groups = [replace(group, images=images) for group, images in zip(objects[::2], objects[1::2], strict=True)]
         return (("", False),) * len(groups), *score_groups(self._scorers[suite], groups)

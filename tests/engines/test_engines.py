@@ -19,12 +19,11 @@ from transformers import AutoProcessor, JanusForConditionalGeneration
 from stage_ray.config import PolicyConfig, RolloutConfig
 from stage_ray.engines import build_engine
 from stage_ray.engines.base import ImageEngine
-from stage_ray.engines.sampling import SamplingParams, process_logits
 from stage_ray.errors import ConfigError
 from stage_ray.policies import load_policy
 from stage_ray.policies.janus import JanusPolicy
 from stage_ray.records import RECORDED, Prompt, RolloutGroup, RolloutRequest
-from stage_ray.samplers import Context
+from stage_ray.samplers import Context, SamplingParams, process_logits
 from stage_ray.samplers.guided import GuidedRule
 from tests.tiny import CODES, IMAGE_SIZE, IMAGE_TOKENS, tiny_janus
 

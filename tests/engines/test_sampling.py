@@ -6,7 +6,8 @@ import pytest
 import torch
 from scipy import stats
 
-from stage_ray.engines.sampling import SamplingParams, gumbel, keep_top_k, keep_top_p, process_logits, sample, uniform
+from stage_ray.engines.sampling import gumbel, sample, uniform
+from stage_ray.samplers import SamplingParams, keep_top_k, keep_top_p, process_logits
 
 LOGITS = torch.tensor([[2.0, 1.0, 0.0, -1.0], [0.0, 0.0, 3.0, 1.0]])
 OTHER = torch.tensor([[1.0, 1.0, 1.0, 1.0], [2.0, 0.0, 0.0, 0.0]])

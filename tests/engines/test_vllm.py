@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import save_file
 
 from stage_ray.config import PolicyConfig, RolloutConfig
-from stage_ray.engines.sampling import SamplingParams
 from stage_ray.engines.torch import TorchEngine
 from stage_ray.engines.vllm.environment import vllm_environment
 from stage_ray.errors import ConfigError
 from stage_ray.policies.janus.codec import JanusCodec
 from stage_ray.records import Prompt, RolloutRequest
+from stage_ray.samplers import SamplingParams
 from stage_ray.weights.manifest import describe
 from stage_ray.weights.process_groups import BroadcastGroup, GroupMember
 from tests.tiny import CODES, tiny_janus

@@ -14,7 +14,6 @@ from stage_ray.bench.base import Trials
 from stage_ray.bench.machine import PeakMemory
 from stage_ray.config import PolicyConfig
 from stage_ray.learner.learner import Learner
-from stage_ray.learner.precision import autocast
 from stage_ray.learner.ranks import Ranks
 from stage_ray.policies.janus import JanusPolicy
 from tests.learner_case import tiny_run
@@ -35,7 +34,7 @@ def peak_of_each_form(model: str, images: int, forms: list[tuple[bool, bool]]) -
 
     def passes(count: int, bfloat16: bool) -> None:
         tokens = torch.randint(policy.codebook_size, (count, policy.image_tokens))
-        with autocast(bfloat16, cpu):
+        with torch.autocast(cpu.type, torch.bfloat16, enabled=bfloat16):
             found = policy.token_logprobs([prompt] * count, tokens, entropy_grad=False)
         found.logprobs.sum().backward()
 

@@ -17,8 +17,8 @@ from stage_ray.config import LearnerConfig
 from stage_ray.learner.batch import LearnerError
 from stage_ray.learner.learner import Learner, learning_rate
 from stage_ray.policies.devices import hardware_has_bfloat16
-from stage_ray.policies.logprobs import SamplingParams
 from stage_ray.records import RolloutGroup, ScoredGroup
+from stage_ray.samplers import SamplingParams
 from stage_ray.weights.manifest import pack, unpack
 from tests.learner_case import PROMPTS, sample_groups, score, tiny_run, train
 from tests.tiny import tiny_janus

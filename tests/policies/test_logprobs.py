@@ -9,19 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from stage_ray import samplers
 from stage_ray.algorithm.divergence import Divergence, exact_divergence
 from stage_ray.config import PolicyConfig
-from stage_ray.engines import sampling
 from stage_ray.policies import load_policy, logprobs
 from stage_ray.policies.janus import JanusPolicy
-from stage_ray.policies.logprobs import (
-    SamplingParams,
-    chunked_divergence,
-    chunked_logprobs,
-    process_logits,
-    token_logprobs,
-)
-from stage_ray.samplers import TokenRule
+from stage_ray.policies.logprobs import chunked_divergence, chunked_logprobs, token_logprobs
+from stage_ray.samplers import SamplingParams, TokenRule, process_logits
 from stage_ray.samplers.entropy_informed import EntropyInformedRule
 from stage_ray.samplers.guided import GuidedRule
 from tests.tiny import CODES, IMAGE_TOKENS, tiny_janus
@@ -155,7 +149,7 @@ def test_a_divergence_in_pieces_is_that_of_all_logits_at_once(kind: Divergence) 
 
 
 def test_engines_and_learner_share_one_definition_of_what_is_drawn_from() -> None:
-    assert sampling.process_logits is process_logits and sampling.SamplingParams is SamplingParams
+    assert samplers.process_logits is process_logits and samplers.SamplingParams is SamplingParams
 
 
 @pytest.fixture(scope="module")

@@ -140,6 +140,17 @@ def test_pcpo_stops_pulling_where_the_log_ratio_has_moved(stale: float) -> None:
     assert_literal(recipe, groups, [literal.pcpo(group, 0.1, 0.25) for group in groups])
 
 
+def test_a_next_scale_model_may_weigh_pcpos_positions(monkeypatch: pytest.MonkeyPatch) -> None:
+    group = a_group(7, stale=0.5)
+    recipe = load_recipe(run_with("pcpo", algorithm={"beta": 0.0}))
+    plain, _ = loss_and_gradient(recipe, [group], G)
+    halves = torch.cat([torch.full((T // 2,), 2.0), torch.zeros(T - T // 2)])  # the later scale counts for nothing
+    monkeypatch.setattr(type(recipe), "position_weights", lambda self, batch: halves)
+    weighted, gradient = loss_and_gradient(recipe, [group], G)
+    assert weighted != pytest.approx(plain)
+    assert gradient[..., : T // 2].abs().max() > 0 and gradient[..., T // 2 :].abs().max() == 0
+
+
 def test_diverse_grpo_rewards_small_clusters_and_holds_early_tokens() -> None:
     groups = [a_group(seed) for seed in (9, 10)]
     for group in groups:  # three images that look alike and one that does not

@@ -11,39 +11,20 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, PreTrainedTokenizerFast
+from transformers import CLIPImageProcessorPil, CLIPModel, PreTrainedTokenizerFast
 
 from stage_ray.config import RewardConfig
 from stage_ray.errors import ConfigError
 from stage_ray.records import Prompt
 from stage_ray.rewards import build_rewards, check_rewards
+from tests.rewards.checkpoints import save_clip
 
-WORDS = ["<pad>", "<bos>", "<eos>", "<unk>", "a", "photo", "of", "red", "ring"]
 TEXTS = ("a photo of a ring", "a red photo of red", "ring")
-
-
-def save_clip(directory: Path) -> None:
-    torch.manual_seed(0)
-    text = {"vocab_size": len(WORDS), "max_position_embeddings": 8, "bos_token_id": 1, "eos_token_id": 2}
-    vision = {"image_size": 32, "patch_size": 8}
-    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    CLIPModel(CLIPConfig(text_config=text | small, vision_config=vision | small, projection_dim=8)).save_pretrained(
-        directory
-    )
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    words.post_processor = processors.TemplateProcessing("<bos> $A <eos>", special_tokens=[("<bos>", 1), ("<eos>", 2)])
-    special = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"}
-    PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(directory)
-    CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(directory)
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("clip")
-    save_clip(directory)
-    return directory
+    return save_clip(tmp_path_factory.mktemp("clip"))
 
 
 def clip(path: Path, **options):

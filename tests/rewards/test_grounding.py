@@ -7,86 +7,27 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import (
-    CLIPImageProcessorPil,
-    GitConfig,
-    GitForCausalLM,
-    GroundingDinoConfig,
-    GroundingDinoForObjectDetection,
-    PreTrainedTokenizerFast,
-)
+from transformers import CLIPImageProcessorPil, GitForCausalLM, GroundingDinoForObjectDetection, PreTrainedTokenizerFast
 from transformers.models.grounding_dino.image_processing_pil_grounding_dino import GroundingDinoImageProcessorPil
-from transformers.models.swin.configuration_swin import SwinConfig
 
 from stage_ray.config import RewardConfig
 from stage_ray.errors import ConfigError
 from stage_ray.records import Prompt
 from stage_ray.rewards import build_rewards, check_rewards
 from stage_ray.rewards.grounding import SIDES, distinct, grounding_score, overlap
+from tests.rewards.checkpoints import BERT_WORDS, save_git, save_grounding
 
-WORDS = [
-    "[PAD]",
-    "[UNK]",
-    "[CLS]",
-    "[SEP]",
-    ".",
-    "?",
-    "a",
-    "car",
-    "zebra",
-    "cup",
-    "yes",
-    "no",
-    "red",
-    "stuffed",
-    "teddy",
-    "bear",
-]
 LEFT, RIGHT, LOW = (np.array([box], float) for box in ((0, 0, 100, 100), (300, 10, 400, 110), (20, 300, 120, 400)))
-
-
-def save_tokenizer(directory: Path) -> None:
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    words.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
-    special = {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]", "unk_token": "[UNK]"}
-    names = ["input_ids", "token_type_ids", "attention_mask"]
-    PreTrainedTokenizerFast(tokenizer_object=words, model_input_names=names, **special).save_pretrained(directory)
 
 
 @pytest.fixture(scope="module")
 def grounding(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("grounding")
-    torch.manual_seed(0)
-    swin = SwinConfig(
-        image_size=64, embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 1, 1], window_size=4,
-        out_features=["stage2", "stage3", "stage4"],
-    )  # fmt: skip
-    bert = {"model_type": "bert", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    bert |= {"intermediate_size": 16, "vocab_size": len(WORDS)}
-    config = GroundingDinoConfig(
-        backbone_config=swin, text_config=bert, num_queries=9, encoder_layers=1, encoder_ffn_dim=16, decoder_layers=2,
-        decoder_ffn_dim=16, encoder_attention_heads=2, decoder_attention_heads=2, d_model=32, max_text_len=64,
-    )  # fmt: skip
-    GroundingDinoForObjectDetection(config).save_pretrained(directory)
-    GroundingDinoImageProcessorPil().save_pretrained(directory)
-    save_tokenizer(directory)
-    return directory
+    return save_grounding(tmp_path_factory.mktemp("grounding"))
 
 
 @pytest.fixture(scope="module")
 def git(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("git")
-    torch.manual_seed(0)
-    small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
-    vision = small | {"image_size": 32, "patch_size": 8}
-    ids = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
-    config = GitConfig(vision_config=vision, vocab_size=len(WORDS), max_position_embeddings=16, **small, **ids)
-    GitForCausalLM(config).save_pretrained(directory)
-    CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(directory)
-    save_tokenizer(directory)
-    return directory
+    return save_git(tmp_path_factory.mktemp("git"))
 
 
 def spatial(locality: str) -> dict:
@@ -212,10 +153,10 @@ def test_git_answers_yes_or_no_about_each_noun(git):
     processor = CLIPImageProcessorPil.from_pretrained(git)
 
     def share(image: np.ndarray, noun: str) -> float:
-        tokens = [WORDS.index("[CLS]"), *tokenizer(f"{noun}?", add_special_tokens=False)["input_ids"]]
+        tokens = [BERT_WORDS.index("[CLS]"), *tokenizer(f"{noun}?", add_special_tokens=False)["input_ids"]]
         pixels = processor([image], return_tensors="pt")["pixel_values"]
         logits = model(input_ids=torch.tensor([tokens]), pixel_values=pixels).logits[0, -1].softmax(-1)
-        yes, no = logits[WORDS.index("yes")], logits[WORDS.index("no")]
+        yes, no = logits[BERT_WORDS.index("yes")], logits[BERT_WORDS.index("no")]
         return float(yes / (yes + no))
 
     expected = np.mean([share(images[0], "red car"), share(images[0], "zebra")])

@@ -11,9 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation
+from transformers import Mask2FormerForUniversalSegmentation
 from transformers.models.mask2former.image_processing_pil_mask2former import Mask2FormerImageProcessorPil
-from transformers.models.swin.configuration_swin import SwinConfig
 
 from stage_ray.config import RewardConfig
 from stage_ray.errors import ConfigError
@@ -23,35 +22,13 @@ from stage_ray.rewards import build_rewards, check_rewards
 from stage_ray.rewards.coco import COLORS, OBJECTS
 from stage_ray.rewards.detection import Detection
 from stage_ray.rewards.mask2former import Frame, Mask2FormerDetector, class_names, crop, instances
-from tests.rewards.test_clip import save_clip
-
-LABELS = {
-    i: {"motorcycle": "motorbike", "computer mouse": "mouse", "tv": "tvmonitor"}.get(n, n)
-    for i, n in enumerate(OBJECTS)
-}
-
-
-def save_mask2former(directory: Path, labels: dict[int, str] = LABELS) -> None:
-    torch.manual_seed(0)
-    backbone = SwinConfig(
-        image_size=64, embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 1, 1], window_size=4,
-        out_features=["stage1", "stage2", "stage3", "stage4"],
-    )  # fmt: skip
-    config = Mask2FormerConfig(
-        backbone_config=backbone, feature_size=32, mask_feature_size=32, hidden_dim=32, encoder_feedforward_dim=16,
-        dim_feedforward=16, encoder_layers=1, decoder_layers=2, num_attention_heads=2, num_queries=7, id2label=labels,
-    )  # fmt: skip
-    Mask2FormerForUniversalSegmentation(config).save_pretrained(directory)
-    # A checkpoint's own size, which GenEval does not use.
-    Mask2FormerImageProcessorPil(size={"height": 384, "width": 384}).save_pretrained(directory)
+from tests.rewards.checkpoints import LABELS, save_clip, save_mask2former
 
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    mask2former, clip = tmp_path_factory.mktemp("mask2former"), tmp_path_factory.mktemp("clip")
-    save_mask2former(mask2former)
-    save_clip(clip)
-    return {"path": str(mask2former), "clip": str(clip)}
+    mask2former = save_mask2former(tmp_path_factory.mktemp("mask2former"))
+    return {"path": str(mask2former), "clip": str(save_clip(tmp_path_factory.mktemp("clip")))}
 
 
 def config(**options) -> RewardConfig:

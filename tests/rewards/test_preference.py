@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import re
-import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,15 +20,14 @@ from stage_ray.errors import ConfigError
 from stage_ray.records import Prompt
 from stage_ray.rewards import build_rewards, check_rewards
 from stage_ray.rewards.hps import MEAN, STD, longest_side_padded
+from tests.rewards.checkpoints import CLIP_WORDS, save_clip, save_hps
 from tests.rewards.published import OpenClip, Vit
-from tests.rewards.test_clip import WORDS, case, save_clip
+from tests.rewards.test_clip import case
 
 
 @pytest.fixture(scope="module")
 def clip_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("clip")
-    save_clip(directory)
-    return directory
+    return save_clip(tmp_path_factory.mktemp("clip"))
 
 
 def built(kind: str, **options):
@@ -58,37 +55,22 @@ def pixels_of(images: np.ndarray, size: int) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def architecture(clip_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A CLIP of open_clip's activation and no weights."""
-    directory = Path(shutil.copytree(clip_directory, tmp_path_factory.mktemp("hps") / "clip"))
-    config = json.loads((directory / "config.json").read_text())
-    for part in ("text_config", "vision_config"):
-        config[part] |= {"hidden_act": "gelu", "intermediate_size": 64}
-    (directory / "config.json").write_text(json.dumps(config))
-    (directory / "model.safetensors").unlink()
-    return str(directory)
-
-
-@pytest.fixture(scope="module")
-def hps_file(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, OpenClip]:
-    torch.manual_seed(1)
-    model = OpenClip(len(WORDS), 8).eval()
-    path = tmp_path_factory.mktemp("hps") / "HPS_v2.1_compressed.pt"
-    torch.save({"epoch": 1, "name": "HPS", "state_dict": model.state_dict()}, path)
-    return path, model
+def hps(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, OpenClip]:
+    return save_hps(tmp_path_factory.mktemp("hps"))
 
 
 @torch.no_grad()
-def test_hps_is_the_cosine_of_the_published_architecture(hps_file, architecture):
-    path, model = hps_file
+def test_hps_is_the_cosine_of_the_published_architecture(hps):
+    path, architecture, model = hps
     images, prompts = case(3)
-    output = built("hps", path=str(path), processor=architecture).score(images, prompts)
+    options = {"path": str(path), "processor": str(architecture)}
+    output = built("hps", **options).score(images, prompts)
     tokens = AutoTokenizer.from_pretrained(architecture)([p.text for p in prompts], padding=True, return_tensors="pt")
     last = tokens["input_ids"].argmax(-1)  # open_clip's end of a text: CLIP's end token has the highest id
     expected = model.cosines(longest_side_padded(images, 32), tokens["input_ids"], last)
     np.testing.assert_allclose(output.scores, expected, atol=1e-5)
     assert output.valid.all() and output.features.shape == (3, 8)
-    scaled = built("hps", path=str(path), processor=architecture, scale=100.0).score(images, prompts)
+    scaled = built("hps", **options, scale=100.0).score(images, prompts)
     np.testing.assert_allclose(scaled.scores, 100 * output.scores, rtol=1e-5)
 
 
@@ -102,16 +84,17 @@ def test_hps_pads_the_short_side_with_black():
         torch.testing.assert_close(pixels[0, :, rows], black.view(3, 1, 1).expand(3, 4, 16), atol=1e-5, rtol=0)
 
 
-def test_an_hps_file_that_does_not_fit_is_refused_by_tensor(hps_file, architecture, tmp_path):
-    state = hps_file[1].state_dict()
+def test_an_hps_file_that_does_not_fit_is_refused_by_tensor(hps, tmp_path):
+    path, architecture, model = hps
+    state = model.state_dict()
     name = "visual.transformer.resblocks.1.mlp.c_fc.weight"
     new = "vision_model.encoder.layers.1.mlp.fc1.weight"
-    processor = {"processor": architecture}
+    processor = {"processor": str(architecture)}
     torch.save({"state_dict": {k: v for k, v in state.items() if k != name}}, tmp_path / "a.pt")
     assert f"lacks tensor {new}" in refusal("hps", path=str(tmp_path / "a.pt"), **processor)
     torch.save({"state_dict": state | {name: state[name][:3].clone()}}, tmp_path / "b.pt")
     assert f"tensor {new} is [3, 16], not [64, 16]" in refusal("hps", path=str(tmp_path / "b.pt"), **processor)
-    (tmp_path / "c.pt").write_bytes((hps_file[0]).read_bytes()[:2000])
+    (tmp_path / "c.pt").write_bytes(path.read_bytes()[:2000])
     assert "cannot be read as weights" in refusal("hps", path=str(tmp_path / "c.pt"), **processor)
     torch.save({"state_dict": state | {name: torch.full_like(state[name], torch.inf)}}, tmp_path / "d.pt")
     with pytest.raises(ConfigError, match=f"tensor {new} holds 1024 values that are not finite"):
@@ -125,9 +108,9 @@ class Evil:
         return (print, ("this must not run",))
 
 
-def test_a_file_that_would_run_code_is_refused_and_runs_none(tmp_path, architecture, capsys):
+def test_a_file_that_would_run_code_is_refused_and_runs_none(tmp_path, hps, capsys):
     torch.save({"state_dict": {"x": Evil()}}, tmp_path / "evil.pt")
-    said = refusal("hps", path=str(tmp_path / "evil.pt"), processor=architecture)
+    said = refusal("hps", path=str(tmp_path / "evil.pt"), processor=str(hps[1]))
     assert "cannot be read as weights" in said and "this must not run" not in capsys.readouterr().out
 
 
@@ -160,7 +143,7 @@ def test_image_reward_is_blips_first_token_through_the_published_head(clip_direc
     torch.manual_seed(3)
     width, vision = 128, Vit(width=128, layers=2, image=32, patch=8)
     config = BertConfig(
-        vocab_size=len(WORDS), hidden_size=width, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+        vocab_size=len(CLIP_WORDS), hidden_size=width, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
         max_position_embeddings=40, add_cross_attention=True, is_decoder=False,
     )  # fmt: skip
     text = BertModel(config.__class__(**(config.to_dict() | {"is_decoder": True})), add_pooling_layer=False).eval()
@@ -195,7 +178,7 @@ def test_image_reward_is_blips_first_token_through_the_published_head(clip_direc
 def test_siglip_fills_its_context_and_has_no_mask(clip_directory, tmp_path):
     torch.manual_seed(4)
     small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    text = small | {"vocab_size": len(WORDS), "max_position_embeddings": 8, "pad_token_id": 0}
+    text = small | {"vocab_size": len(CLIP_WORDS), "max_position_embeddings": 8, "pad_token_id": 0}
     model = SiglipModel(
         SiglipConfig(text_config=text, vision_config=small | {"image_size": 32, "patch_size": 8})
     ).eval()

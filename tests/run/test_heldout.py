@@ -42,7 +42,7 @@ class CountingCluster:
         self.most_alive = max(self.most_alive, len(self.alive))
         return groups
 
-    async def score(self, groups: Sequence[GroupRefs]) -> list[GroupRefs]:
+    async def score(self, groups: Sequence[GroupRefs], suite: str | None = None) -> list[GroupRefs]:
         async with self.scorer:
             await asyncio.sleep(0)
             self.scored += len(groups)
@@ -70,15 +70,15 @@ def evaluating_run(directory: Any) -> RunConfig:
 
 @pytest.mark.parametrize("groups", [20, 60])
 def test_pictures_of_an_evaluation_are_held_for_as_many_batches_as_keep_the_workers_busy(tmp_path, monkeypatch, groups):
-    monkeypatch.setattr(HeldOutEvaluation, "_picture", lambda self, path: asyncio.sleep(0))  # which keeps its twelve
+    monkeypatch.setattr(HeldOutEvaluation, "_draw", lambda self, *args: asyncio.sleep(0))  # which keeps its twelve
     cluster: Any = CountingCluster()
     evaluation = HeldOutEvaluation(cluster, evaluating_run(tmp_path), PROMPTS[:groups], tmp_path, Progress())
     gc.disable()  # pictures must go when their batch is done, not when cycles are looked for
     try:
-        value = asyncio.run(evaluation.evaluate("before", 0))
+        result = asyncio.run(evaluation.evaluate("before", 0))
     finally:
         gc.enable()
-    assert cluster.scored == groups and value is not None
+    assert cluster.scored == groups and result.headline_value is not None
     assert cluster.most_alive == 2 * 2 + 4
 
 

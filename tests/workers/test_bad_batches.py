@@ -65,9 +65,6 @@ class InProcess:
     async def generate(self, *requests: RolloutRequest) -> tuple[Any, ...]:
         return self.worker.generate(*requests)
 
-    async def generate_any(self, *requests: RolloutRequest) -> tuple[Any, ...]:
-        return self.worker.generate_any(*requests)
-
 
 @pytest.fixture
 def worker_process(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,10 +82,6 @@ BAD = {
         {"guided_logprobs": np.zeros((3, 4), np.float32)},
         r"guided_logprobs float32 \[3, 4\], not float32 \[3, 5\]",
     ),
-    "log-probabilities that are no numbers": (
-        {"logprobs": np.full((3, 5), np.nan, np.float32)},
-        "logprobs that are not finite",
-    ),
     "too few pictures": ({"images": np.zeros((2, 8, 8, 3), np.uint8)}, r"images uint8 \[2, 8, 8, 3\], not uint8 \[3, "),
     "pictures of another type": ({"images": np.zeros((3, 8, 8, 3), np.float32)}, "images float32"),
     "grey pictures": ({"images": np.zeros((3, 8, 8, 1), np.uint8)}, r"images uint8 \[3, 8, 8, 1\]"),
@@ -101,6 +94,12 @@ BAD = {
 def test_a_worker_says_what_is_wrong_with_what_its_engine_drew(worker_process, bad, problem):
     with pytest.raises(RuntimeError, match=f"^group 7 .*{problem}"):
         InProcess("rollout-0", Engine(**bad)).worker.generate(*REQUESTS)
+
+
+def test_a_worker_says_which_records_are_not_finite(worker_process):
+    broken = Engine(logprobs=np.full((3, 5), np.nan, np.float32))
+    answer, *_ = InProcess("rollout-0", broken).worker.generate(*REQUESTS)
+    assert answer[3] == "group 7 has logprobs that are not finite"
 
 
 def test_a_worker_says_that_its_engine_drew_too_few_groups(worker_process):

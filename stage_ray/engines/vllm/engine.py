@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,9 +12,10 @@ import torch
 from torch import Tensor
 
 from stage_ray.config import PolicyConfig, RolloutConfig
-from stage_ray.engines.base import ImageEngine, ImageSequence, Rollouts
+from stage_ray.engines.base import ImageEngine, ImageSequence
 from stage_ray.engines.memory import CPU_CACHE_BLOCK
-from stage_ray.engines.vllm.environment import require_fitting_build, set_environment
+from stage_ray.engines.sampling import Sample
+from stage_ray.engines.vllm.environment import require_fitting_build, vllm_environment
 from stage_ray.engines.vllm.plugin import architecture, register_family
 from stage_ray.engines.vllm.ranks import TensorRanks
 from stage_ray.errors import ConfigError
@@ -25,12 +27,10 @@ from stage_ray.samplers import SamplingParams
 
 
 class VllmEngine(ImageEngine):
-    """Guided sampling with vLLM's paged attention.
+    """Guided sampling with vLLM's paged attention; under tensor parallelism every rank is one (`TensorRanks`).
 
     At start it is made sure that a whole generation batch fits vLLM's batch and key-value cache, so that the two
     requests of an image are always in the same step.
-
-    With tensor parallelism every rank is such an engine (`TensorRanks`); only rank 0 decodes pictures.
     """
 
     def __init__(
@@ -56,7 +56,8 @@ class VllmEngine(ImageEngine):
         config = spec.config | {"architectures": [architecture(family)], "image_tokens": self.codec.image_tokens}
         (directory / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
         link_weights(self.codec.location, directory)
-        set_environment(rollout)
+        for name, value in vllm_environment(rollout).items():  # an actor has them already
+            os.environ.setdefault(name, value)
         register_family(family)
         self._ranks.init_process_group(self._device, rollout.timeout_s, self._directory.name)
         self._start(rollout)
@@ -105,14 +106,16 @@ class VllmEngine(ImageEngine):
         heads = config["num_key_value_heads"] // self._ranks.count or 1
         width = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
         token = 2 * config["num_hidden_layers"] * heads * width * self.dtype.itemsize  # keys and values
-        blocks = -(-(self._longest_prompt + self.codec.image_tokens) // CPU_CACHE_BLOCK)  # of a sequence, rounded up
-        return (2 * rollout.images_per_batch * blocks + 2) * CPU_CACHE_BLOCK * token  # vLLM keeps one for itself
+        return (self._blocks(rollout, CPU_CACHE_BLOCK) + 2) * CPU_CACHE_BLOCK * token  # vLLM keeps one for itself
+
+    def _blocks(self, rollout: RolloutConfig, tokens: int) -> int:
+        """Blocks of so many tokens that the sequences of a whole generation batch fill, each rounded up."""
+        return 2 * rollout.images_per_batch * -(-(self._longest_prompt + self.codec.image_tokens) // tokens)
 
     def _check_cache(self, rollout: RolloutConfig) -> None:
         """Raise a `ConfigError` unless the key-value cache holds a whole generation batch."""
         cache = self._llm.llm_engine.vllm_config.cache_config
-        longest = self._longest_prompt + self.codec.image_tokens
-        needed = 2 * rollout.images_per_batch * -(-longest // cache.block_size)  # rounded up to blocks
+        needed = self._blocks(rollout, cache.block_size)
         if cache.num_gpu_blocks <= needed:  # vLLM keeps one block for itself
             self.close()
             key = "kv_cache_gib" if self._device.type == "cpu" else "gpu_memory_utilization"
@@ -122,11 +125,7 @@ class VllmEngine(ImageEngine):
             )
 
     def encode_prompt(self, text: str) -> PromptIds:
-        """Both branches of a prompt.
-
-        Raises:
-            ValueError: the prompt is longer than memory was reserved for.
-        """
+        """Both branches of a prompt; a ValueError where it is longer than memory was reserved for."""
         return self.codec.check_prompt(text, self._longest_prompt)
 
     def decode(self, tokens: Tensor) -> Tensor:
@@ -154,13 +153,8 @@ class VllmEngine(ImageEngine):
         if self._device.type == "cuda":
             self._llm.wake_up()
 
-    def sample(self, sequences: Sequence[ImageSequence], params: SamplingParams) -> Rollouts:
-        """Sample one generation batch.
-
-        Raises:
-            RuntimeError: vLLM returned other tokens than were drawn, split a pair, or still holds a batch that failed;
-                or another rank drew other tokens.
-        """
+    def sample(self, sequences: Sequence[ImageSequence], params: SamplingParams) -> Sample:
+        """Sample one generation batch; a RuntimeError where vLLM or another rank has other tokens than were drawn."""
         if self._llm.llm_engine.has_unfinished_requests():
             raise RuntimeError("vLLM still holds requests of a batch that failed; start this worker again")
         from stage_ray.engines.vllm.guidance import CONDITIONAL, UNCONDITIONAL, image_params
@@ -175,7 +169,7 @@ class VllmEngine(ImageEngine):
                 request_params.append(image_params(self.codec.image_tokens, image, branch, sequence.seed, params))
         outputs = self._llm.generate(prompts, request_params, use_tqdm=False)
         # One answer for each worker of this process, which has one.
-        drawn: Rollouts = self._llm.collective_rpc("recorded_batch", args=(len(sequences),))[0]
+        drawn: Sample = self._llm.collective_rpc("recorded_batch", args=(len(sequences),))[0]
         served = torch.tensor([output.outputs[0].token_ids for output in outputs])
         # Every token comes back once for each branch.
         if not torch.equal(served, drawn.tokens.repeat_interleave(len(prompts) // len(sequences), dim=0)):

@@ -5,8 +5,6 @@ Imports neither torch nor vLLM: the driver asks before anything is started.
 
 from __future__ import annotations
 
-import os
-
 from stage_ray.config import RolloutConfig
 from stage_ray.config.hardware import package_version
 from stage_ray.errors import ConfigError
@@ -16,12 +14,7 @@ ON_A_GPU = "--set rollout.gpus=0.5 --set learner.gpus=0.5"
 
 
 def needs_gpu() -> bool:
-    """Whether the vLLM that is installed here is a build for GPUs, as vLLM itself tells: such a build has no CPU code.
-
-    Example:
-        >>> needs_gpu() and package_version("vllm") is None
-        False
-    """
+    """Whether the vLLM that is installed is a build for GPUs, as vLLM itself tells: such a build has no CPU code."""
     version = package_version("vllm")
     return version is not None and "cpu" not in version
 
@@ -50,9 +43,3 @@ def vllm_environment(rollout: RolloutConfig) -> dict[str, str]:
         "VLLM_NO_USAGE_STATS": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
-
-
-def set_environment(rollout: RolloutConfig) -> None:
-    """Set in this process what is not set yet, for an engine that is built without an actor around it."""
-    for name, value in vllm_environment(rollout).items():
-        os.environ.setdefault(name, value)

@@ -18,9 +18,9 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
-from stage_ray.engines.base import Rollouts
-from stage_ray.engines.sampling import SamplingParams, sample
+from stage_ray.engines.sampling import Sample, sample
 from stage_ray.records import RECORDED
+from stage_ray.samplers import SamplingParams
 
 CONDITIONAL, UNCONDITIONAL = 0, 1
 
@@ -109,9 +109,9 @@ class PairedGuidance(LogitsProcessor):
             logits[layout.unconditional, drawn.tokens] = 0.0
         return logits
 
-    def recorded(self, images: int) -> Rollouts:
+    def recorded(self, images: int) -> Sample:
         """What the finished batch's first ``images`` images recorded, on the CPU."""
-        return Rollouts(self._tokens[:images].cpu().clone(), *self._records[:, :images].cpu().clone())
+        return Sample(self._tokens[:images].cpu().clone(), *self._records[:, :images].cpu().clone())
 
 
 class RecordsExtension:
@@ -119,7 +119,7 @@ class RecordsExtension:
 
     model_runner: Any
 
-    def recorded_batch(self, images: int) -> Rollouts:
+    def recorded_batch(self, images: int) -> Sample:
         """See `PairedGuidance.recorded`."""
         processors = self.model_runner.input_batch.logitsprocs.all
         return next(p for p in processors if isinstance(p, PairedGuidance)).recorded(images)

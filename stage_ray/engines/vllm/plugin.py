@@ -7,12 +7,7 @@ from stage_ray.policies.base import Policy
 
 
 def architecture(family: type[Policy]) -> str:
-    """The name by which vLLM finds a family's model class.
-
-    Example:
-        >>> architecture(POLICIES.find("janus", "policy.family"))
-        'StageRayJanusForImageGeneration'
-    """
+    """The name by which vLLM finds a family's model class."""
     return "StageRay" + family.vllm_model.rpartition(":")[2]
 
 

@@ -21,14 +21,7 @@ from stage_ray.weights.process_groups import init_process_group
 
 @dataclass(frozen=True, slots=True)
 class TensorRanks:
-    """Which rank of how many this process is.
-
-    Example:
-        ranks = TensorRanks(rank=1, count=2, address="10.0.0.7:41234")
-        ranks.meet(device, timeout_s=600, private=tempfile.mkdtemp())
-        llm = LLM(directory, **ranks.llm_arguments())
-        ranks.unlink_shared_memory()
-    """
+    """Which rank of how many this process is; `unlink_shared_memory` follows once vLLM has started."""
 
     rank: int = 0
     count: int = 1
@@ -46,8 +39,7 @@ class TensorRanks:
     def init_process_group(self, device: torch.device, timeout_s: float, private: str) -> None:
         """Make torch's process group: vLLM takes the one that is there. Its own would listen on every interface.
 
-        Args:
-            private: a directory that is closed to other users, for sockets at which vLLM unpickles what comes.
+        ``private`` is a directory that is closed to other users, for sockets at which vLLM unpickles what comes.
         """
         if self.count == 1:
             return

@@ -1,13 +1,7 @@
-"""A Janus model of any size with random weights, for pretraining, benchmarks and tests.
-
-`JanusSizes` holds the numbers, `build_config` and `build_model` turn them into transformers' own classes, and
-`write_checkpoint` makes a directory that plain transformers (and `JanusPolicy`) loads. `checkpoint_sizes` counts what
-a checkpoint's model is made of.
-"""
+"""A Janus model of any size with random weights, for pretraining, benchmarks and tests; and what a model is made of."""
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,10 +39,6 @@ class JanusSizes:
         channel_multiplier: width of each level of the image tokenizer; every level but one halves the resolution.
         latent_channels: of the image tokenizer.
         aligner_layers: of the projection behind the image encoder, which generation never runs.
-
-    Example:
-        >>> JanusSizes(hidden=64, layers=2, heads=2, intermediate=128, codes=48, side=4).image_pixels
-        32
     """
 
     hidden: int
@@ -73,7 +63,7 @@ class JanusSizes:
 
 
 def build_vq_config(sizes: JanusSizes) -> JanusVQVAEConfig:
-    """The image tokenizer's config, with the sizes of the generation aligner and head that transformers keeps in it."""
+    """The image tokenizer's config, in which transformers keeps the sizes of the generation aligner and head too."""
     return JanusVQVAEConfig(
         embed_dim=8,
         num_embeddings=sizes.codes,
@@ -120,21 +110,26 @@ def build_model(
         depth=sizes.aligner_layers,
         num_image_tokens=sizes.side**2,
     )
-    image, boi = (tokenizer.convert_tokens_to_ids(token) for token in (tokenizer.image_token, tokenizer.boi_token))
+    image = tokenizer.convert_tokens_to_ids(tokenizer.image_token)
     vq = build_vq_config(sizes)
     config = JanusConfig(text_config=text, vision_config=vision, vq_config=vq, image_token_id=image)
-    with torch.random.fork_rng() if seed is not None else nullcontext():
+    with torch.random.fork_rng(enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
         model = JanusForConditionalGeneration(config)
-    model.generation_config = GenerationConfig(
+    model.generation_config = generation_config(tokenizer, guidance_scale)
+    return model.eval()
+
+
+def generation_config(tokenizer: PreTrainedTokenizerFast, guidance_scale: float) -> GenerationConfig:
+    """What transformers' own image sampling reads: the ids of special tokens, temperature and guidance."""
+    return GenerationConfig(
         do_sample=True,
         temperature=1.0,
         guidance_scale=guidance_scale,
-        generation_kwargs={"boi_token_id": boi},
-        **special,
+        generation_kwargs={"boi_token_id": tokenizer.convert_tokens_to_ids(tokenizer.boi_token)},
+        **{f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")},
     )
-    return model.eval()
 
 
 def build_processor(sizes: JanusSizes, tokenizer: PreTrainedTokenizerFast, chat_template: str) -> JanusProcessor:
@@ -157,11 +152,7 @@ def write_checkpoint(directory: Path, model: JanusForConditionalGeneration, proc
 
 
 def checkpoint_sizes(model: str) -> ModelSizes:
-    """Sizes of a local checkpoint directory (or package:MODULE/DIR), whose ``config.json`` is enough.
-
-    Raises:
-        ConfigError: there is none, or it holds no Janus config.
-    """
+    """Sizes of a local checkpoint, of which ``config.json`` is enough; a ConfigError where there is none of Janus."""
     directory = resolve_path(model) if model.startswith(PACKAGE) else Path(model).expanduser()
     if not (directory / "config.json").is_file():
         raise ConfigError(

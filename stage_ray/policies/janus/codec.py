@@ -37,9 +37,6 @@ class JanusCodec(ImageCodec):
     Attributes:
         config, processor: transformers' own.
         vqmodel: the image tokenizer; None where nothing is decoded here.
-
-    Example:
-        JanusCodec.load(PolicyConfig(path="deepseek-community/Janus-Pro-1B"), torch.device("cpu")).codebook()
     """
 
     vqmodel: JanusVQVAE | None = None
@@ -114,14 +111,13 @@ class JanusCodec(ImageCodec):
         return {} if own else {"chat_template.jinja": self._chat_template}
 
     def encode_prompt(self, text: str) -> PromptIds:
-        """Both branches of a prompt, chat template applied, ending in the token that begins an image."""
+        """See `_prompt_ids`."""
         return self._cached_ids(text)
 
     def _prompt_ids(self, text: str) -> PromptIds:
         """The chat with the image to begin, and the same with every token but bos and boi replaced by pad.
 
-        The unconditional branch attends to its pads, as ``generate`` of transformers does (and the paper's code, arXiv
-        2509.25027).
+        Pads are attended to, as in ``generate`` of transformers (and the paper's code, arXiv 2509.25027).
         """
         messages, template = [{"role": "user", "content": [{"type": "text", "text": text}]}], self._chat_template
         chat = self.processor.apply_chat_template(messages, add_generation_prompt=True, chat_template=template)
@@ -148,8 +144,7 @@ class JanusCodec(ImageCodec):
     def vllm_spec(self) -> VllmSpec:
         """The language model's config at the top level, and under ``janus`` what the image modules need.
 
-        **Image-first vocabulary**: ids 0..V-1 are image tokens and text ids are shifted by V. Logits are V wide, a
-        sampled id is fed back as it is, and the embedding tells the two kinds apart by value.
+        Image tokens are ids 0..V-1, so that logits are V wide and a sampled id is fed back; text ids are shifted by V.
         """
         text, vq = self.config.text_config, self.config.vq_config
         flat = {key: value for key, value in text.to_dict().items() if key not in LEFT_OUT}
@@ -168,12 +163,7 @@ class JanusCodec(ImageCodec):
 
 
 def _special_ids(location: Path, processor: JanusProcessor) -> tuple[int, int, int]:
-    """Ids of bos, pad and the token that begins an image: those of the generation config, which ``generate`` of
-    transformers reads, and the tokenizer's where it has none.
-
-    Raises:
-        ConfigError: neither has one.
-    """
+    """Ids of bos, pad and the token that begins an image: the generation config's, else the tokenizer's."""
     file, tokenizer = location / "generation_config.json", processor.tokenizer
     given = read_object(file) if file.is_file() else {}
     given |= given.get("generation_kwargs") or {}
@@ -188,8 +178,7 @@ def _special_ids(location: Path, processor: JanusProcessor) -> tuple[int, int, i
                 f"tokenizer a {name}_token; add one of them"
             )
         found.append(token)
-    bos, pad, boi = found
-    return bos, pad, boi
+    return found[0], found[1], found[2]
 
 
 def for_sampling(vqmodel: JanusVQVAE) -> JanusVQVAE:

@@ -35,7 +35,7 @@ class ImageFirstEmbedding(nn.Module):
 
 
 class JanusForImageGeneration(nn.Module):
-    """Prompt and image ids in, logits over the V image tokens out (see `export` for the vocabulary).
+    """Prompt and image ids in (`JanusCodec.vllm_spec` numbers them), logits over the V image tokens out.
 
     Ids are embedded inside of `LlamaModel`, which vLLM compiles and on a GPU cuts into CUDA graphs. A graph reads its
     inputs where they lay when it was captured. vLLM keeps ids and positions there, but embeddings made outside would

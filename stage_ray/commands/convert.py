@@ -1,0 +1,51 @@
+"""``stage-ray convert``: published weights that transformers does not read, into a checkpoint that it does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from typer import Argument, Option, echo
+
+from stage_ray.config.paths import require_lasting
+
+SOURCE = "A directory with config.json and weights (.safetensors, .bin, .pt), or a hub id: OWNER/NAME[@REVISION]"
+TEMPLATE = "Roles in the chat template: <|User|> as in Janus-Pro, or User as STAGE and T2I-R1 train"
+
+
+def convert(
+    source: Annotated[str, Argument(metavar="SOURCE", help=SOURCE)],
+    out: Annotated[Path, Argument(metavar="OUT", help="A new directory, for policy.path")],
+    template: Annotated[Literal["official", "paper"], Option(help=TEMPLATE)] = "official",
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None, Option(help="Of all weights; by default each as it came")
+    ] = None,
+) -> None:
+    """Convert weights in DeepSeek's own layout (Janus-Pro's, and what STAGE, GCPO and T2I-R1 train) to transformers'.
+
+    Shard by shard, in the memory of one. Names and shapes are compared with the model's before anything is written.
+    If it is stopped, the same command again keeps the shards that are whole.
+
+    Example: stage-ray convert deepseek-ai/Janus-Pro-1B models/janus-pro-1b
+    """
+    require_lasting(out, "OUT")
+    import torch
+
+    from stage_ray.config.hub import download, hub_uri
+    from stage_ray.config.paths import resolve_path
+    from stage_ray.files import require_writable
+    from stage_ray.observability.progress import Progress
+    from stage_ray.policies.conversion import KEY, SOURCE_FILES, convert_checkpoint
+
+    require_writable(out, "OUT")
+    uri = hub_uri(source)
+    directory = resolve_path(source) if uri is None else download(uri, SOURCE_FILES, KEY)
+    with Progress() as progress:
+        convert_checkpoint(
+            directory,
+            out,
+            template=template,
+            dtype=getattr(torch, dtype) if dtype else None,
+            bar=progress.bar,
+        )
+    echo(f"{out}: name it in policy.path")
