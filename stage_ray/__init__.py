@@ -3,7 +3,7 @@
 Read it in the direction the data flows: ``config`` -> ``records`` -> ``policies`` -> ``engines`` -> ``rewards`` ->
 ``pipeline`` -> ``algorithm`` -> ``learner`` -> ``weights`` -> ``train``.
 
-Use it from Python as from the command line: `load_config`, `train`, `evaluate`, `generate`.
+Use it from Python as from the command line: `load_config`, `train`, `evaluate`, `evaluate_suites`, `generate`.
 
 Example:
     from stage_ray import evaluate, load_config, train
@@ -17,13 +17,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from stage_ray.config.load import load_config
-    from stage_ray.run.standalone import evaluate, generate
+    from stage_ray.run.standalone import evaluate, evaluate_suites, generate
     from stage_ray.train import train
 
-__all__ = ["evaluate", "generate", "load_config", "train"]
+__all__ = ["evaluate", "evaluate_suites", "generate", "load_config", "train"]
 __version__ = "0.2.0"
 
-_HOMES = {"load_config": "config.load", "evaluate": "run.standalone", "generate": "run.standalone", "train": "train"}
+_HOMES = {"load_config": "config.load", "train": "train"} | dict.fromkeys(
+    ("evaluate", "evaluate_suites", "generate"), "run.standalone"
+)
 
 
 def __getattr__(name: str) -> Any:

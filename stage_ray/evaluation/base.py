@@ -33,7 +33,7 @@ class MetricValue:
     Attributes:
         value: the metric itself, in the benchmark's unit.
         error: its standard error; None where a single image says nothing about the spread.
-        images: values that it is the mean of: images, or questions about them.
+        images: images that count in it.
         by_prompt: prompt index -> mean over the images of that prompt; two evaluations are compared prompt by prompt.
         parts: the metrics of which this one is the mean, listed before it; empty where it is measured itself.
 
@@ -69,7 +69,7 @@ class Benchmark(ABC):
         rewards: its scorers, as in a config; none: those of the run. A run's own evaluation takes the run's prompts
             and scorers instead.
         aside: metrics of `values` that the headline leaves out.
-        note: how its figures relate to the official ones; stands in the result, and below the table.
+        note: how its figures relate to the official ones; stands in a result by its scorers, and below the table.
     """
 
     name: str
@@ -145,16 +145,20 @@ class Benchmark(ABC):
         usable image is absent, never 0; the headline too.
         """
         found: dict[str, dict[int, list[float]]] = {self.category(prompt): {} for prompt in prompts}
+        images = Counter[str]()  # that count in a metric; those that count in any under the headline's name
         for prompt, group in zip(prompts, scored, strict=True):
             for scores, details in zip(valid_scores(group), group.details, strict=True):
-                for metric, value in self.values(prompt, scores, details).items():
+                counted = self.values(prompt, scores, details)
+                images.update({*counted, self.headline} if counted else ())
+                for metric, value in counted.items():
                     values = value if isinstance(value, Sequence) else [value]
                     found.setdefault(metric, {}).setdefault(prompt.index, []).extend(values)
         means = {metric: mean for metric, by_prompt in found.items() if (mean := mean_over_images(by_prompt))}
         aside = {metric: mean for metric, mean in means.items() if self.is_aside(metric)}
         table = {metric: mean for metric, mean in means.items() if metric not in (self.headline, *aside)}
         headline = means.get(self.headline) or mean_of_metrics(table)
-        return table | ({self.headline: headline} if headline else {}) | aside
+        metrics = table | ({self.headline: headline} if headline else {}) | aside
+        return {metric: replace(mean, images=images[metric]) for metric, mean in metrics.items()}
 
     def is_aside(self, metric: str) -> bool:
         """Whether the headline leaves a metric out."""
@@ -259,7 +263,7 @@ class EvaluationResult:
             where invalid) and ``details``.
         conditions: what it depends on beside the weights, by key of a config: see `conditions` in ``loop.py``.
             Empty in a file of an earlier version.
-        note: the benchmark's.
+        note: the benchmark's; "" where other scorers than its own judged.
     """
 
     benchmark: str
@@ -274,8 +278,7 @@ class EvaluationResult:
     def unjudged(self) -> int:
         """Images that count in no score."""
         headline = self.metrics.get(self.headline)
-        silent = sum(all(score is None for score in image["scores"].values()) for image in self.images)
-        return max(silent, len(self.images) - (headline.images if headline else 0))
+        return len(self.images) - (headline.images if headline else 0)
 
     @property
     def headline_value(self) -> float | None:
@@ -366,4 +369,6 @@ def summarise(benchmark: Benchmark, prompts: Sequence[Prompt], scored: Sequence[
             images.append({**where, "scores": scores, "details": said})
     means = {name: sum(scores) / len(scores) if scores else None for name, scores in columns.items()}
     metrics = benchmark.aggregate(prompts, ordered)
-    return EvaluationResult(benchmark.name, benchmark.headline, metrics, means, tuple(images), note=benchmark.note)
+    own = all(reward.column in columns for reward in benchmark.rewards)  # else a note on its scorers is none on these
+    note = benchmark.note if own else ""
+    return EvaluationResult(benchmark.name, benchmark.headline, metrics, means, tuple(images), note=note)

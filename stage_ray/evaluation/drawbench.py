@@ -1,4 +1,4 @@
-"""DrawBench (Imagen, arXiv 2205.11487): 200 prompts of eleven kinds, by three scorers of human preference."""
+"""DrawBench (Imagen, arXiv 2205.11487): 200 prompts of eleven kinds, by scorers of human preference."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from stage_ray.records import Prompt
 
 
 class DrawBenchBenchmark(Benchmark):
-    """ImageReward by category and, as the headline, over all images; beside it HPS v2.1 (times 100) and aesthetics."""
+    """ImageReward by category and, as the headline, over all images; beside it HPS v2.1 (times 100).
+
+    A suite may add `aesthetic`, whose ``head`` is a file of the user's, for its mean.
+    """
 
     name, headline, category_key, aside = "drawbench", "ImageReward", "Category", ("hps", "aesthetic")
     source = "Imagen's DrawBench, as CSV with the columns Prompts and Category"
@@ -20,11 +23,7 @@ class DrawBenchBenchmark(Benchmark):
         **{"Colors": 25, "Conflicting": 10, "Counting": 19, "DALL-E": 20, "Descriptions": 20, "Gary Marcus et al.": 10},
         **{"Misspellings": 10, "Positional": 20, "Rare Words": 7, "Reddit": 38, "Text": 21},
     }
-    rewards = (
-        RewardConfig(type="image_reward"),
-        RewardConfig(type="hps", options={"scale": 100.0}),
-        RewardConfig(type="aesthetic"),
-    )
+    rewards = (RewardConfig(type="image_reward"), RewardConfig(type="hps", options={"scale": 100.0}))
     note = "the published scorers; DrawBench itself was judged by people, two models side by side"
 
     def values(

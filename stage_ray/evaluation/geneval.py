@@ -28,6 +28,9 @@ class GenEvalBenchmark(Benchmark):
     prompts = "geneval:test"  # 553
     rewards = (RewardConfig(type="geneval"),)
     images_per_prompt = 4
+    note = (
+        "GenEval's rules; the official detector is mmdet's Mask2Former, and conditions.rewards says which one this is"
+    )
 
     def values(
         self, prompt: Prompt, scores: Mapping[str, float | None], details: Mapping[str, Mapping[str, Any]]

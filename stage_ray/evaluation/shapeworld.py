@@ -15,3 +15,4 @@ class ShapeWorldBenchmark(GenEvalBenchmark):
     name = "shapeworld"
     prompts = "package:stage_ray/shapeworld/assets/prompts/heldout.jsonl"
     rewards = (RewardConfig.model_validate(JUDGE),)
+    note = ""

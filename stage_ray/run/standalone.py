@@ -68,7 +68,9 @@ class Comparison:
 
 
 def evaluate(model: str | Path, suite: str = "shapeworld", **options: Any) -> EvaluationResult:
-    """Draw held-out prompts with a model and score the pictures: `evaluate_suites`, of one suite and one model.
+    """Draw held-out prompts with a model and score the pictures; the result of one suite and of ``model``.
+
+    Options, what it raises: as of `evaluate_suites`; each is an option of `stage-ray evaluate`.
 
     Example:
         evaluate("runs/stage_shapeworld/final", images_per_prompt=1).metrics["GenEval"].value
@@ -104,6 +106,9 @@ def evaluate_suites(
     Raises:
         ConfigError: a wrong argument, by the name of the command's option; nothing was drawn.
         RunError: no prompt can be judged, or an engine, a scorer or the cluster failed.
+
+    Example:
+        evaluate_suites(model, ["geneval", "hpsv2"], against=base, prompts={"hpsv2": copy})["hpsv2"].changes()
     """
     file, shown = (None if place is None else Path(place) for place in (json_file, pictures))
     _require_places(file, shown)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import shutil
 import signal
@@ -18,8 +19,9 @@ import ray
 
 from stage_ray.cli import main
 from stage_ray.cluster import cluster as clusters
-from stage_ray.config import RunConfig
+from stage_ray.config import RewardConfig, RunConfig
 from stage_ray.engines import build_engine
+from stage_ray.evaluation import Benchmark
 from stage_ray.evaluation.loop import EngineBackend
 from stage_ray.rewards import build_rewards, score_groups
 from tests.actors.local_actor import Roles, local_actors  # noqa: F401
@@ -127,15 +129,17 @@ class Scores:
 
     def __init__(self, workers: Workers, name: str) -> None:
         workers.busy.add(name)
-        self._rewards = workers.run.rewards
+        self._run = workers.run
 
     async def setup(self) -> None:
-        self._scorers = build_rewards(self._rewards)
+        suites = {str(suite.name): suite.rewards or [] for suite in self._run.evaluation.suites}
+        scorers = {None: self._run.rewards, **suites}
+        self._scorers = {name: build_rewards(rewards) for name, rewards in scorers.items()}
 
     async def score(self, *refs: Any, suite: str | None = None) -> tuple[Any, ...]:
         objects = await asyncio.gather(*refs)
         groups = [replace(group, images=images) for group, images in zip(objects[::2], objects[1::2], strict=True)]
-        return (("", False),) * len(groups), *score_groups(self._scorers, groups)
+        return (("", False),) * len(groups), *score_groups(self._scorers[suite], groups)
 
 
 class Workers(Roles):
@@ -174,6 +178,32 @@ def test_workers_that_share_the_prompts_make_what_one_process_makes(call, drawn,
     used = {"rollout-0-restart-1", "rollout-1"} | ({"reward-0"} if command == "evaluate" or search else set())
     assert workers.busy <= used and "rollout-1" in workers.busy
     assert ("reward-0" in workers.busy) is ("reward-0" in used)
+
+
+class LightBenchmark(Benchmark):
+    """One suite."""
+
+    name, headline, images_per_prompt, rewards = "light", "all", 2, (RewardConfig(type="tests.scorers.Brightness"),)
+
+
+class SameBenchmark(LightBenchmark):
+    """Another, with another scorer."""
+
+    name, rewards = "same", (RewardConfig(type="tests.scorers.Constant"),)
+
+
+def test_suites_share_the_workers_and_each_has_its_own_scorers(plain, prompts, drawn, workers, tmp_path):
+    suites = ",".join(f"tests.commands.test_sharded_inference.{name}Benchmark" for name in ("Light", "Same"))
+    words = ["evaluate", str(plain), "--suite", suites, "--engine", "torch", "--set", f"policy.family={FAMILY}"]
+    words += [word for name in ("light", "same") for word in ("--prompts", f"{name}={prompts}")]
+    words += ["--set", "rollout.dtype=float32", "--against", str(plain_checkpoint(tmp_path / "other", seed=1))]
+    assert main([*words, "--json", str(tmp_path / "alone")]) == 0 and not workers.busy
+    assert main([*words, "--json", str(tmp_path / "shared"), "--workers", "2"]) == 0
+    assert workers.busy >= {"rollout-1", "reward-0"} and same(tmp_path / "alone", tmp_path / "shared")
+    found = json.loads((tmp_path / "shared").read_text())["suites"]
+    assert list(found["light"]["result"]["scores"]) == ["Brightness"] and found["same"]["result"]["scores"] == {
+        "Constant": 1.0
+    }
 
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2]
