@@ -92,12 +92,15 @@ class RolloutGroup:
 class ScoredGroup:
     """The scores of one group. A failed score is NaN with ``valid`` False, never a number (promise 4).
 
+    So are the scores of a scorer that was not asked about the group; that is no failure.
+
     Attributes:
         names: the R scorers, in column order.
         scores: float32 [G, R].
         valid: bool [G, R]; ``scores`` is finite wherever it is True.
         details: per image, what each scorer said of it (``details[i][name]``); JSON-able.
         features: vectors of the images by the scorer that gave them, float32 [G, D] each; empty for most scorers.
+        unasked: the scorers of ``names`` whose ``when`` leaves the group's prompt out.
     """
 
     group_id: int
@@ -107,6 +110,12 @@ class ScoredGroup:
     details: tuple[Mapping[str, Any], ...]
     score_s: float
     features: Mapping[str, np.ndarray] = field(default_factory=dict)
+    unasked: tuple[str, ...] = ()
+
+    @property
+    def asked(self) -> np.ndarray:
+        """The scorers that were asked about the group, bool [R]."""
+        return np.array([name not in self.unasked for name in self.names], bool)
 
 
 @dataclass(frozen=True, slots=True)

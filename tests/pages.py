@@ -52,10 +52,13 @@ TABLE: dict[str, dict[str, str]] = {
         TRAIN + "--set seed=$seed --run-dir runs/seed-$seed": DRY_RUN,
         TRAIN + "--set learner.lr=5e-5 --set steps=200 --run-dir runs/mine": SHORT_RUN,
         TRAIN + "--set learner.lr=5e-5 --set steps=200 --run-dir runs/mine --resume": SHORT_RUN,
-        "stage-ray evaluate runs/mine/final --suite geneval --guidance 3 --json mine.json": HERE
+        "stage-ray evaluate runs/mine/final --suite shapeworld --guidance 3 --json mine.json": HERE
         + "test_the_trained_model_is_evaluated",
         'stage-ray generate runs/mine/final --prompt "a photo of a red circle and a blue ring" --guidance 3'
         " --out pictures": HERE + "test_the_trained_model_draws",
+        'stage-ray score pictures --prompt "a photo of a red circle and a blue ring" --scorer clip'
+        " --set rewards.0.options.path=package:stage_ray/shapeworld/assets/clip": "tests/commands/test_score.py::"
+        "test_the_line_of_the_readme_scores_what_generate_has_drawn",
         "stage-ray configs": CONFIGS + "test_each_is_listed_with_its_three_opening_lines",
         "stage-ray init stage_shapeworld --out mine.yaml": CONFIGS + "test_the_lines_of_the_readme_do_what_they_say",
         "stage-ray train mine.yaml --dry-run": CONFIGS + "test_the_lines_of_the_readme_do_what_they_say",

@@ -249,5 +249,5 @@ def test_evaluate_writes_the_verdicts_that_its_table_sums_up(
     options = ["--prompts", str(tmp_path / "prompts.jsonl"), "--images-per-prompt", "3", "--engine", "torch"]
     assert main(["evaluate", str(model), *options, "--json", str(tmp_path / "result.json")]) == 0
     result = json.loads((tmp_path / "result.json").read_text())
-    assert (result["benchmark"], result["headline"], len(result["images"])) == ("geneval", "GenEval", 3)
+    assert (result["benchmark"], result["headline"], len(result["images"])) == ("shapeworld", "GenEval", 3)
     assert f"GenEval        {result['metrics']['GenEval']['value']:.3f}" in capsys.readouterr().out

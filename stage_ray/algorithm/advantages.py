@@ -7,6 +7,8 @@ from torch import Tensor
 
 from stage_ray.records import CONSTANT_STD
 
+ZSCORE_EPS = 1e-8  # of Pref-GRPO's z-scores
+
 
 def informative_scorers(scores: Tensor) -> Tensor:
     """Which scorers tell a group's images apart.
@@ -27,8 +29,13 @@ def informative_scorers(scores: Tensor) -> Tensor:
     return scores.std(dim=1) > CONSTANT_STD  # [N, R], unbiased
 
 
-def combine_rewards(scores: Tensor, *, weights: Tensor | None = None, drop_constant: bool = False) -> Tensor:
+def combine_rewards(
+    scores: Tensor, *, weights: Tensor | None = None, drop_constant: bool = False, zscore: bool = False
+) -> Tensor:
     """Weighted sum of scorers, image by image.
+
+    With ``zscore`` each scorer first becomes ``(s - mean) / (std + 1e-8)`` inside the group, so that weights alone say
+    what counts, whatever a scorer's scale (Pref-GRPO, arXiv 2508.20751); a constant scorer becomes exactly 0.
 
     ``drop_constant`` leaves out, group by group, the scorers that gave every image the same score, as the published
     code does for its GenEval and OCR runs; a group in which none is left gets 0 everywhere.
@@ -49,10 +56,15 @@ def combine_rewards(scores: Tensor, *, weights: Tensor | None = None, drop_const
         [[2.5, 0.5]]
         >>> combine_rewards(scores, drop_constant=True).tolist()
         [[1.0, 0.0]]
+        >>> combine_rewards(scores * 100, zscore=True).mul(1e4).round().tolist()
+        [[7071.0, -7071.0]]
     """
     informative = informative_scorers(scores)
     if weights is not None and weights.shape != scores.shape[2:]:
         raise ValueError(f"weights must be [{scores.shape[2]}], one a scorer, not {list(weights.shape)}")
+    if zscore:
+        columns = scores.transpose(1, 2)  # [N, R, G]
+        scores = group_advantages(columns.flatten(0, 1), eps=ZSCORE_EPS).view_as(columns).transpose(1, 2)
     weighted = scores if weights is None else scores * weights  # [N, G, R]
     if drop_constant:
         weighted = weighted.masked_fill(~informative.unsqueeze(1), 0.0)  # for the whole group at once

@@ -61,6 +61,7 @@ def stage_credit(
     *,
     weights: Tensor | None = None,
     drop_constant: bool = True,
+    zscore: bool = False,
     entropy_weight: float = 0.4,
     entropy_best_only: bool = True,
     eps: float = 1e-4,
@@ -75,7 +76,7 @@ def stage_credit(
         policy_entropy: float [N, G], mean token entropy of each image, nats; ``reference_entropy`` alike.
         tokens: int64 [N, G, T].
         codebook: float [V, D].
-        weights: float [R], of the scorers.
+        weights: float [R], of the scorers; ``drop_constant``, ``zscore``: as `combine_rewards` has them.
         entropy_weight: of the entropy reward; 0 is off.
 
     Returns:
@@ -84,7 +85,7 @@ def stage_credit(
     Raises:
         ValueError: shapes that do not fit, or a score that is not finite.
     """
-    rewards = combine_rewards(scores, weights=weights, drop_constant=drop_constant)
+    rewards = combine_rewards(scores, weights=weights, drop_constant=drop_constant, zscore=zscore)
     if entropy_weight > 0:
         bonus = entropy_reward(policy_entropy, reference_entropy, rewards, best_only=entropy_best_only)
         rewards = rewards + entropy_weight * bonus  # before normalising, so it changes mean and std too

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from typer import Argument, Option, echo
 
 from stage_ray.commands.train import SetOption
 from stage_ray.errors import RunError
+
+if TYPE_CHECKING:
+    from stage_ray.run.standalone import Comparison
 
 MODEL = "A Hugging Face directory (such as RUN_DIR/final), package:MODULE/DIR, or a hub id"
 ModelArgument = Annotated[str, Argument(metavar="MODEL", help=MODEL)]
@@ -17,14 +20,20 @@ GuidanceOption = Annotated[float, Option(help="Classifier-free guidance scale; 1
 SeedOption = Annotated[int, Option(help="Fixes every image", min=0)]
 ADDRESS = "Draw with workers of a Ray cluster: auto, or HOST:PORT of its head. Without it, in this process"
 AddressOption = Annotated[str | None, Option(metavar="ADDRESS", help=ADDRESS)]
+COPY = "A copy of a suite's prompts in its format, where it ships none or others are wanted; a path or hf://"
+JUDGE = "The model behind an OpenAI-compatible endpoint that answers the questions of dpg, geneval2, unigenbench, wise"
 WORKERS = "Rollout workers that share the prompts; without --address, several start a Ray on this machine"
 WorkersOption = Annotated[int | None, Option(metavar="COUNT", help=WORKERS, min=1)]
 
 
 def evaluate(
     model: ModelArgument,
-    suite: Annotated[str, Option(help="Which benchmark")] = "geneval",
-    prompts: Annotated[str | None, Option(metavar="FILE", help="By default the suite's; in its format")] = None,
+    suite: Annotated[
+        str, Option(metavar="NAME[,NAME]", help="Which benchmarks; README of stage_ray/evaluation lists them")
+    ] = "shapeworld",
+    against: Annotated[str | None, Option(metavar="BASE", help="Another model, for the differences to it")] = None,
+    prompts: Annotated[list[str] | None, Option(metavar="[SUITE=]COPY", help=COPY)] = None,
+    judge: Annotated[str | None, Option(metavar="MODEL@URL", help=JUDGE)] = None,
     images_per_prompt: Annotated[int | None, Option(metavar="COUNT", help="By default the suite's", min=1)] = None,
     engine: EngineOption = None,
     guidance: GuidanceOption = 3.0,
@@ -40,16 +49,21 @@ def evaluate(
     """Draw held-out prompts with a model and score the pictures.
 
     With --json FILE the verdicts are kept in FILE.partial as they come. If the command is stopped, the same one again
-    goes on there.
+    goes on there. With --against another model draws the same prompts with the same seeds, and the differences are
+    paired. The pictures of --pictures are MODEL's.
 
-    Example: stage-ray evaluate runs/stage_shapeworld/final --suite geneval --json after.json
+    Example: stage-ray evaluate runs/stage_shapeworld/final --suite shapeworld --json after.json
     """
     from stage_ray.run import standalone
 
-    result = standalone.evaluate(
+    suites = [name.strip() for name in suite.split(",")]
+    places = dict(place.split("=", 1) for place in prompts or () if "=" in place)
+    results = standalone.evaluate_suites(
         model,
-        suite,
-        prompts=prompts,
+        suites,
+        against=against,
+        prompts=places or (prompts[-1] if prompts else None),
+        judge_by=judge,
         images_per_prompt=images_per_prompt,
         engine=engine,
         guidance=guidance,
@@ -60,14 +74,29 @@ def evaluate(
         json_file=json_file,
         pictures=pictures,
     )
+    for name, found in results.items():
+        if len(results) > 1:
+            echo(f"\n{name}")
+        _print(found)
+    lacking = [one.headline for found in results.values() for one in found.of_both() if one.headline not in one.metrics]
+    if lacking:
+        raise RunError(f"no image could be judged, so there is no {lacking[0]}")
+
+
+def _print(found: Comparison) -> None:
+    """A table: each metric, and with another model that one's and the difference."""
+    result, before, changes = found.result, found.against, found.changes()
     width = max(map(len, result.metrics), default=0)
     for name, metric in result.metrics.items():
-        echo(f"{name:<{width}}  {metric}  ({metric.images} images)")
-    headline = result.metrics.get(result.headline)
-    if left_out := len(result.images) - (headline.images if headline else 0):
-        echo(f"{left_out} images could not be judged and count in no score")
-    if headline is None:
-        raise RunError(f"no image could be judged, so there is no {result.headline}")
+        was = before.metrics.get(name) if before else None
+        change = f"  against {was}, difference {changes[name].value:+.3f}" if was and name in changes else ""
+        error = f" ± {changes[name].error:.3f}" if change and changes[name].error is not None else ""
+        echo(f"{name:<{width}}  {metric}{change}{error}  ({metric.images} images)")
+    for one in found.of_both():
+        if left_out := one.unjudged:
+            echo(f"{left_out} images could not be judged and count in no score")
+    if result.note:
+        echo(f"{result.headline}: {result.note}")
 
 
 def generate(

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 HUB = "hf://"
 MODEL_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@(.+))?")
 MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")  # what is downloaded of a model
+PROCESSOR_FILES = ("*.json", "*.txt", "*.jinja")  # of a model whose weights are not wanted
 PROMPT_FILES = ("*.txt",)  # of a directory of prompts; a file may be of any kind
 COMMIT = re.compile(r"[0-9a-f]{40}")
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from stage_ray.config.hub import HUB, MODEL_FILES, PROMPT_FILES, at_commit, commit_of, hub_uri
+from stage_ray.config.hub import HUB, MODEL_FILES, PROCESSOR_FILES, PROMPT_FILES, at_commit, commit_of, hub_uri
 from stage_ray.config.load import validate_config
 from stage_ray.config.schema import RunConfig
 
@@ -20,6 +20,10 @@ SECTIONS: dict[str, Any] = {
     "rewards": {"__all__": {"options"}},
     "evaluation": {"suites": {"__all__": {"prompts": True, "rewards": {"__all__": {"options"}}}}},
 }
+
+
+PROCESSOR = "processor"  # a key that takes a model of which no weights are read
+MODEL_KEYS = ("path", "reference", "clip", PROCESSOR)
 
 
 def inputs(run: RunConfig) -> dict[str, str]:
@@ -55,7 +59,7 @@ def pin(run: RunConfig, known: Mapping[str, str]) -> tuple[RunConfig, dict[str, 
 
 def takes_model(key: str) -> bool:
     """Whether a key's value is a directory with a model, or a repository."""
-    return not key.startswith("prompts.") and key.rpartition(".")[2] in ("path", "reference")
+    return not key.startswith("prompts.") and key.rpartition(".")[2] in MODEL_KEYS
 
 
 def takes_prompts(key: str) -> bool:
@@ -70,6 +74,8 @@ def takes_prompts(key: str) -> bool:
 
 def files_of(key: str) -> tuple[str, ...]:
     """Patterns of the files that are downloaded for a key."""
+    if key.rpartition(".")[2] == PROCESSOR:
+        return PROCESSOR_FILES
     return PROMPT_FILES if takes_prompts(key) else MODEL_FILES
 
 

@@ -79,6 +79,9 @@ class AlgorithmConfig(Section):
 
     model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
 
+    combine: Literal["sum", "zscore"] = Field(
+        "sum", description="Weighted sum of the scores, or of each scorer's z-scores inside the group (Pref-GRPO)"
+    )
     drop_constant: bool = Field(True, description="Ignore, per group, scorers that gave every image the same score")
     redraw_silent: int = Field(
         0,
@@ -176,7 +179,7 @@ class CheckpointConfig(Section):
 class SuiteConfig(Section):
     """A further benchmark of a run; its name alone stands for one with all defaults."""
 
-    benchmark: str = Field(description="geneval, or package.module.Class")
+    benchmark: str = Field(description="A file of stage_ray/evaluation, or package.module.Class")
     name: str | None = Field(
         None, pattern=r"^\w[\w.-]*$", description="In metrics, files and checkpoint.keep_best; null: the benchmark's"
     )

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
 OWN_POOL = ("workers", "max_workers", "cpus", "gpus", "resources", "groups_per_call", "timeout_s", "runtime_env")
+Value = str | int | float | bool  # of a key of a prompt's line
 FORMS = ("(file)", "(files)")  # of prompts.train, as pydantic names them in the place of an error
 
 
@@ -79,6 +80,10 @@ class RewardConfig(Section):
     name: str | None = Field(None, description="Column name in metrics; the type by default")
     weight: float = Field(1.0, description="Weight in the sum of scorers")
     options: dict[str, Any] = Field({}, description="Keyword arguments of the scorer")
+    when: Annotated[dict[str, Value | Annotated[list[Value], Field(min_length=1)]], Field(min_length=1)] | None = Field(
+        None,
+        description="Ask it only where the prompt's line says so: {task_type: spatial} or {tag: [colors, counting]}",
+    )
     workers: int | None = Field(None, ge=1, description="Actors of this scorer that the run needs")
     max_workers: int | None = Field(None, ge=1, description="Most actors of this scorer")
     cpus: float | None = Field(None, gt=0, description="CPUs reserved for one of them")

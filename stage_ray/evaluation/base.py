@@ -33,7 +33,7 @@ class MetricValue:
     Attributes:
         value: the metric itself, in the benchmark's unit.
         error: its standard error; None where a single image says nothing about the spread.
-        images: images that count in it.
+        images: values that it is the mean of: images, or questions about them.
         by_prompt: prompt index -> mean over the images of that prompt; two evaluations are compared prompt by prompt.
         parts: the metrics of which this one is the mean, listed before it; empty where it is measured itself.
 
@@ -61,13 +61,15 @@ class Benchmark(ABC):
         name: as ``evaluation.benchmark`` and ``evaluate --suite`` know it.
         headline: the metric that stands for all of them in a run's summary; more of it is better.
         prompts: location of its prompts, as in a config; "" where the user names a copy, got from ``source``.
-        files: category -> file below that location, for prompts in several files; without any it is one file.
+        files: category -> file below that location, for prompts in several files; without any it is one file. A
+            record of such a prompt has its ``number`` in its file, from 0.
         counts: category -> number of its prompts; a copy with others is refused. Empty: any prompts will do.
         category_key: key of a prompt's record that holds its category.
         images_per_prompt: as the benchmark defines it.
         rewards: its scorers, as in a config; none: those of the run. A run's own evaluation takes the run's prompts
             and scorers instead.
         aside: metrics of `values` that the headline leaves out.
+        note: how its figures relate to the official ones; stands in the result, and below the table.
     """
 
     name: str
@@ -80,6 +82,7 @@ class Benchmark(ABC):
     images_per_prompt: int = 1
     rewards: Sequence[RewardConfig] = ()
     aside: tuple[str, ...] = ()
+    note: str = ""
 
     def load(self, location: str, read: Callable[[str], list[Prompt]]) -> list[Prompt]:
         """The prompts of a copy at a location, all of them; ``read`` reads one file.
@@ -95,9 +98,9 @@ class Benchmark(ABC):
             )
         found: list[Prompt] = []
         for category, file in (self.files or {"": ""}).items():
-            for prompt in read(f"{location.rstrip('/')}/{file}" if file else location):
-                record = {**prompt.record, self.category_key: category} if category else prompt.record
-                found.append(replace(prompt, record=record))
+            for number, prompt in enumerate(read(f"{location.rstrip('/')}/{file}" if file else location)):
+                own = {self.category_key: category, "number": number} if category else {}
+                found.append(replace(prompt, record={**prompt.record, **own}))
         prompts = [replace(prompt, index=index) for index, prompt in enumerate(self.prepare(found))]
         counts = Counter(map(self.category, prompts))
         for category in self.counts and [*self.counts, *counts]:
@@ -118,15 +121,17 @@ class Benchmark(ABC):
     def category(self, prompt: Prompt) -> str:
         """The row of the benchmark's table that a prompt belongs to; "all" without one."""
         found = prompt.record.get(self.category_key)
-        return found if isinstance(found, str) and not is_nothing(found) else "all"
+        return found.strip() if isinstance(found, str) and not is_nothing(found) else "all"
 
     def values(
         self, prompt: Prompt, scores: Mapping[str, float | None], details: Mapping[str, Mapping[str, Any]]
-    ) -> Mapping[str, float]:
+    ) -> Mapping[str, float | Sequence[float]]:
         """What one image counts in each metric; it counts in none that is absent. Here: the first score, by category.
 
+        Several values of a metric, such as one for each question about the image, count one by one.
+
         Args:
-            scores: by scorer, in the order of the config; None where it failed.
+            scores: by scorer that was asked, in the order of the config; None where it failed.
             details: what each scorer said of the image.
         """
         score = next(iter(scores.values()), None)
@@ -143,16 +148,22 @@ class Benchmark(ABC):
         for prompt, group in zip(prompts, scored, strict=True):
             for scores, details in zip(valid_scores(group), group.details, strict=True):
                 for metric, value in self.values(prompt, scores, details).items():
-                    found.setdefault(metric, {}).setdefault(prompt.index, []).append(value)
+                    values = value if isinstance(value, Sequence) else [value]
+                    found.setdefault(metric, {}).setdefault(prompt.index, []).extend(values)
         means = {metric: mean for metric, by_prompt in found.items() if (mean := mean_over_images(by_prompt))}
-        aside = {metric: mean for metric, mean in means.items() if metric in self.aside}
+        aside = {metric: mean for metric, mean in means.items() if self.is_aside(metric)}
         table = {metric: mean for metric, mean in means.items() if metric not in (self.headline, *aside)}
         headline = means.get(self.headline) or mean_of_metrics(table)
         return table | ({self.headline: headline} if headline else {}) | aside
 
-    def picture(self, prompt: Prompt, image: int) -> str:
-        """Where the benchmark's official code looks for an image, below the directory of all; ends in ``.png``.
+    def is_aside(self, metric: str) -> bool:
+        """Whether the headline leaves a metric out."""
+        return metric in self.aside
 
+    def picture(self, prompt: Prompt, image: int) -> str:
+        """Where the benchmark's official code looks for an image, below the directory of all.
+
+        The file is a PNG, whatever its name ends in.
         Images of a prompt that share a place are laid out there as one square grid, row by row.
         """
         return f"{prompt.index:05d}-{image}.png"
@@ -188,9 +199,13 @@ def find_benchmark(name: str, key: str = "evaluation.benchmark") -> Benchmark:
 
 
 def valid_scores(group: ScoredGroup) -> list[dict[str, float | None]]:
-    """Of each image its score by scorer, None where that failed."""
+    """Of each image its score by scorer, None where that failed; without the scorers that were not asked."""
     return [
-        {name: float(score) if valid else None for name, score, valid in zip(group.names, *image, strict=True)}
+        {
+            name: float(score) if valid else None
+            for name, score, valid in zip(group.names, *image, strict=True)
+            if name not in group.unasked
+        }
         for image in zip(group.scores, group.valid, strict=True)
     ]
 
@@ -240,9 +255,11 @@ class EvaluationResult:
         headline: name of its headline metric.
         metrics: as `Benchmark.aggregate` gives them.
         scores: mean of every scorer, by its column; None where it scored nothing.
-        images: for each image ``prompt_index``, ``prompt``, ``image``, ``scores`` (None where invalid) and ``details``.
+        images: for each image ``prompt_index``, ``prompt``, ``image``, ``scores`` (of scorers that were asked; None
+            where invalid) and ``details``.
         conditions: what it depends on beside the weights, by key of a config: see `conditions` in ``loop.py``.
             Empty in a file of an earlier version.
+        note: the benchmark's.
     """
 
     benchmark: str
@@ -251,6 +268,14 @@ class EvaluationResult:
     scores: Mapping[str, float | None] = field(default_factory=dict)
     images: tuple[Mapping[str, Any], ...] = ()
     conditions: Mapping[str, Any] = field(default_factory=dict)
+    note: str = ""
+
+    @property
+    def unjudged(self) -> int:
+        """Images that count in no score."""
+        headline = self.metrics.get(self.headline)
+        silent = sum(all(score is None for score in image["scores"].values()) for image in self.images)
+        return max(silent, len(self.images) - (headline.images if headline else 0))
 
     @property
     def headline_value(self) -> float | None:
@@ -341,4 +366,4 @@ def summarise(benchmark: Benchmark, prompts: Sequence[Prompt], scored: Sequence[
             images.append({**where, "scores": scores, "details": said})
     means = {name: sum(scores) / len(scores) if scores else None for name, scores in columns.items()}
     metrics = benchmark.aggregate(prompts, ordered)
-    return EvaluationResult(benchmark.name, benchmark.headline, metrics, means, tuple(images))
+    return EvaluationResult(benchmark.name, benchmark.headline, metrics, means, tuple(images), note=benchmark.note)

@@ -13,12 +13,9 @@ from stage_ray.config import RewardConfig
 from stage_ray.evaluation.base import Benchmark
 from stage_ray.records import Prompt
 
-DETECTOR = "stage_ray.shapeworld.detector.ShapeDetector"
-JUDGE = {"type": "geneval", "options": {"detector": DETECTOR, "threshold": 0.5, "counting_threshold": 0.5}}
-
 
 class GenEvalBenchmark(Benchmark):
-    """GenEval's six tasks over ShapeWorld's held-out prompts, judged by its detector.
+    """GenEval's six tasks. Any prompts with its records are judged by the same rules, such as a run's own.
 
     Metrics, each 0..1: every task (the prompts' ``tag``; "all" for prompts without one), their mean ``GenEval``, and
     the mean ``soft score`` over images. A task counts the same however many prompts it has. The first scorer that
@@ -28,8 +25,8 @@ class GenEvalBenchmark(Benchmark):
     name = "geneval"
     headline = "GenEval"
     aside = ("soft score",)
-    prompts = "package:stage_ray/shapeworld/assets/prompts/heldout.jsonl"
-    rewards = (RewardConfig.model_validate(JUDGE),)
+    prompts = "geneval:test"  # 553
+    rewards = (RewardConfig(type="geneval"),)
     images_per_prompt = 4
 
     def values(

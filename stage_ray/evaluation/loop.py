@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import numpy as np
 import xxhash
 
-from stage_ray.config import OWN_POOL, RunConfig
+from stage_ray.config import OWN_POOL, RewardConfig, RunConfig
 from stage_ray.evaluation.base import Benchmark, EvaluationResult, summarise
 from stage_ray.records import Prompt, RolloutRequest, ScoredGroup, image_seeds
 from stage_ray.rewards import score_groups
-from stage_ray.rewards.base import GroupReward, Reward
+from stage_ray.rewards.routing import Scorer
 from stage_ray.samplers import ImageSearch, load_search, resolve_samplers
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class EngineBackend:
     batches_at_once = 1
 
     def __init__(
-        self, engine: ImageEngine, scorers: Sequence[tuple[str, Reward | GroupReward]] = (), images_per_batch: int = 64
+        self, engine: ImageEngine, scorers: Sequence[tuple[str, Scorer]] = (), images_per_batch: int = 64
     ) -> None:
         self._engine, self._scorers, self.images_per_batch = engine, scorers, images_per_batch
 
@@ -142,6 +142,14 @@ async def evaluate(
     return summarise(benchmark, [request.prompt for request in requests], scored)
 
 
+def judge_of(reward: RewardConfig, *without: str) -> dict[str, Any]:
+    """What the scores of a scorer depend on, and its weight but for ``without``; JSON-able.
+
+    A ``when`` that is off is absent, as in results of before it was there.
+    """
+    return reward.model_dump(mode="json", exclude={*without, *OWN_POOL, *([] if reward.when else ["when"])})
+
+
 def conditions(run: RunConfig, benchmark: Benchmark, requests: Sequence[RolloutRequest], seed: int) -> dict[str, Any]:
     """What the result of `evaluate` depends on beside the weights, by key of a config; JSON-able.
 
@@ -163,5 +171,5 @@ def conditions(run: RunConfig, benchmark: Benchmark, requests: Sequence[RolloutR
         "prompts.heldout": f"{len(prompts)} prompts ({digest})",
         "policy.template": run.policy.template,
         **{f"rollout.{name}": value for name, value in sampling.items()},
-        "rewards": [reward.model_dump(mode="json", exclude={"weight", *OWN_POOL}) for reward in run.rewards],
+        "rewards": [judge_of(reward, "weight") for reward in run.rewards],
     }

@@ -52,10 +52,10 @@ class PartialResult:
     def add(self, group: ScoredGroup) -> None:
         """Keep a group."""
         self.groups[group.group_id] = group
-        if self._path is not None and group.valid.all():
+        if self._path is not None and group.valid[:, group.asked].all():
             self._file = self._file or self._begin(self._path)
             scores = {"scores": group.scores.tolist(), "details": group.details, "score_s": group.score_s}
-            line = {"group_id": group.group_id, "names": group.names, **scores}
+            line = {"group_id": group.group_id, "names": group.names, "unasked": group.unasked, **scores}
             self._file.write(json.dumps(line, default=plain) + "\n")
             self._file.flush()
 
@@ -96,4 +96,6 @@ class PartialResult:
 def _group(line: Mapping[str, Any]) -> ScoredGroup:
     details, names = tuple(line["details"]), tuple(line["names"])
     scores = np.asarray(line["scores"], np.float32).reshape(len(details), len(names))
-    return ScoredGroup(line["group_id"], names, scores, np.ones(scores.shape, bool), details, line["score_s"])
+    unasked = tuple(line.get("unasked", ()))
+    valid = np.isfinite(scores)  # all but those of scorers that were not asked
+    return ScoredGroup(line["group_id"], names, scores, valid, details, line["score_s"], unasked=unasked)

@@ -10,17 +10,19 @@ from stage_ray.config import RewardConfig, RunConfig, SuiteConfig
 from stage_ray.errors import ConfigError, suggest
 from stage_ray.evaluation.base import EvaluationResult, find_benchmark, read_result
 from stage_ray.files import read_json
+from stage_ray.rewards.build import with_models
 
 EVALUATION, BEST_FILE = "evaluation", "best.json"
 
 
 def resolve_suites(run: RunConfig) -> RunConfig:
-    """The config with every suite's name, prompts, scorers and images a prompt written out.
+    """The config with every suite's name, prompts, scorers and images a prompt written out, and all scorers' models.
 
     Raises:
         ConfigError: a benchmark is unknown, a name is taken or no name of a directory, or ``checkpoint.keep_best``
             names none.
     """
+    run = run.model_copy(update={"rewards": [with_models(reward) for reward in run.rewards]})
     suites = [_resolved(run, suite, f"evaluation.suites.{i}") for i, suite in enumerate(run.evaluation.suites)]
     run = run.model_copy(update={"evaluation": run.evaluation.model_copy(update={"suites": suites})})
     names = [str(suite.name) for suite in [own_suite(run)] * (run.prompts.heldout is not None) + suites]
@@ -86,7 +88,7 @@ def _resolved(run: RunConfig, suite: SuiteConfig, key: str) -> SuiteConfig:
     name = suite.name or benchmark.name
     if not re.fullmatch(r"\w[\w.-]*", name):
         raise ConfigError(f"{key}.name: {name!r}, the benchmark's, is no name of a directory; set one of letters, -, _")
-    rewards = suite.rewards or list(benchmark.rewards) or run.rewards
+    rewards = [with_models(reward) for reward in suite.rewards or benchmark.rewards or run.rewards]
     columns = [reward.column for reward in rewards]
     if repeated := next((name for name in columns if columns.count(name) > 1), None):
         raise ConfigError(f"{key}.rewards: the name {repeated!r} is used twice; give each scorer a name of its own")

@@ -92,19 +92,24 @@ def make_batch(
                 f"pipeline.max_staleness allows a lag of 0 to {run.pipeline.max_staleness}"
             )
 
-    def stacked(name: str, dtype: torch.dtype) -> Tensor:
-        return torch.as_tensor(np.stack([getattr(group, name) for group in groups]), dtype=dtype, device=device)
+    def stack(arrays: list[np.ndarray], dtype: torch.dtype) -> Tensor:
+        return torch.as_tensor(np.stack(arrays), dtype=dtype, device=device)
 
+    def stacked(name: str, dtype: torch.dtype) -> Tensor:
+        return stack([getattr(group, name) for group in groups], dtype)
+
+    unasked = {name for item in scored for name in item.unasked}
     return Batch(
         groups=tuple(groups),
         scored=tuple(scored),
         tokens=stacked("tokens", torch.int64),
         **{name: stacked(name, torch.float32) for name in RECORDED},
-        scores=torch.as_tensor(np.stack([item.scores for item in scored]), dtype=torch.float32, device=device),
+        # 0, like every constant, counts neither in a sum of scorers nor in their z-scores.
+        scores=stack([np.where(item.asked, item.scores, 0) for item in scored], torch.float32),
         scorers=columns,
         scorer_weights=torch.tensor([reward.weight for reward in run.rewards], device=device),
         staleness=torch.tensor([version - group.policy_version for group in groups], device=device),
-        features={name: _features(name, scored, device) for name in scored[0].features},
+        features={name: _features(name, scored, device) for name in scored[0].features if name not in unasked},
         codebook=codebook,
         grid=policy.codec.grid,
         prompts=tuple(policy.codec.encode_prompt(group.prompt.drawn_text) for group in groups),
@@ -129,7 +134,8 @@ def _check_scores(group: RolloutGroup, scores: ScoredGroup, columns: tuple[str, 
     images = group.tokens.shape[0]
     if scores.scores.shape != (images, len(columns)) or scores.valid.shape != scores.scores.shape:
         raise LearnerError(f"{what} has {images} images, but scores of shape {list(scores.scores.shape)}")
-    if bad := int((~(scores.valid & np.isfinite(scores.scores))).sum()):  # the driver replaces such groups before
+    used = (scores.valid & np.isfinite(scores.scores))[:, scores.asked]
+    if bad := int((~used).sum()):  # the driver replaces such groups before
         raise LearnerError(f"{what} has {bad} invalid scores; it must be scored again or replaced, not trained on")
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from stage_ray.algorithm.advantages import combine_rewards, informative_scorers
@@ -38,8 +40,9 @@ def update_metrics(
     """Metrics of one update: those of every recipe, then the recipe's own (`Credit.metrics` and `Objective.parts`).
 
     ``mismatch/abs_logprob`` is absent where every group is older than the learner, ``mismatch/with_drift_abs_logprob``
-    where every group is fresh.
+    where every group is fresh, ``reward/<scorer>`` where the scorer was asked about no group.
     """
+    asked = torch.as_tensor(np.stack([scored.asked for scored in batch.scored]), device=batch.scores.device)  # [N, R]
     rewards = combine_rewards(batch.scores, weights=batch.scorer_weights)  # as given: no scorer dropped, nothing added
     zero = (credit.advantages == 0).flatten(1).all(dim=1)  # [N]
     kl = k3_kl(outputs.logprobs, reference.logprobs)
@@ -47,7 +50,7 @@ def update_metrics(
     metrics = {
         "reward/mean": rewards.mean().item(),
         "reward/std": rewards.std(dim=1).mean().item(),
-        "reward/informative": informative_scorers(batch.scores).float().mean().item(),
+        "reward/informative": informative_scorers(batch.scores)[asked].float().mean().item(),
         "advantage/mean_abs": credit.advantages.abs().mean().item(),
         "advantage/zero_groups": zero.float().mean().item(),
         "entropy_reward/mean": entropy_closeness(batch.entropy.mean(-1), reference.entropy.mean(-1)).mean().item(),
@@ -62,7 +65,8 @@ def update_metrics(
         "tokens": float(batch.tokens.numel()),
     }
     for column, name in enumerate(batch.scorers):
-        metrics[f"reward/{name}"] = batch.scores[..., column].mean().item()
+        if bool(asked[:, column].any()):
+            metrics[f"reward/{name}"] = batch.scores[asked[:, column], :, column].mean().item()
     for updates in range(run.pipeline.max_staleness + 1):
         metrics[f"staleness/{updates}"] = (batch.staleness == updates).float().mean().item()
     metrics |= _mismatch(batch, outputs)

@@ -35,7 +35,7 @@ class GroupBatch:
         tokens: int64 [N, G, T], codebook ids.
         logprobs, entropy: float32 [N, G, T], recorded while sampling: conditional branch, temperature 1.
         guided_logprobs, guided_entropy: likewise, of the distribution that the tokens were drawn from.
-        scores: float32 [N, G, R], all valid.
+        scores: float32 [N, G, R], all valid; 0 where a scorer was not asked about a group (``scored[n].unasked``).
         scorers: the R names, in column order.
         scorer_weights: float32 [R].
         staleness: int64 [N], updates between the sampling version and the learner's; 0 is fresh.

@@ -44,10 +44,12 @@ class DiverseGrpoRecipe(GrpoRecipe):
 
     @classmethod
     def check(cls, run: RunConfig) -> None:
-        """Refuse a name of no scorer."""
+        """Refuse a name of no scorer, or of one that is not asked about every group."""
         name, known = (run.algorithm.model_extra or {}).get("features"), [reward.column for reward in run.rewards]
         if name is not None and name not in known:
             raise ConfigError(f"algorithm.features = {name!r} is none of the scorers: {', '.join(known)}")
+        if name in [reward.column for reward in run.rewards if reward.when]:
+            raise ConfigError(f"algorithm.features = {name!r}: its `when` leaves groups without features; remove that")
 
     def rewards(self, batch: GroupBatch) -> Tensor:
         """GRPO's rewards and the cluster bonus; a group that no scorer tells apart keeps its equal rewards."""

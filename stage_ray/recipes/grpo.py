@@ -32,8 +32,11 @@ class GrpoRecipe(Recipe):
     options: GrpoOptions
 
     def rewards(self, batch: GroupBatch) -> Tensor:
-        """One reward an image, float [N, G]: the weighted sum of its scores."""
-        return combine_rewards(batch.scores, weights=batch.scorer_weights, drop_constant=self.shared.drop_constant)
+        """One reward an image, float [N, G]: its scores, as ``algorithm.combine`` says."""
+        shared, weights = self.shared, batch.scorer_weights
+        return combine_rewards(
+            batch.scores, weights=weights, drop_constant=shared.drop_constant, zscore=shared.combine == "zscore"
+        )
 
     def advantages(self, batch: GroupBatch) -> Tensor:
         """Normalised rewards, float [N, G]."""

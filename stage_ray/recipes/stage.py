@@ -49,6 +49,7 @@ class StageRecipe(GrpoRecipe):
             batch.codebook,
             weights=batch.scorer_weights,
             drop_constant=self.shared.drop_constant,
+            zscore=self.shared.combine == "zscore",
             entropy_weight=options.entropy_reward,
             entropy_best_only=options.entropy_best_only,
             eps=self.shared.advantage_eps,

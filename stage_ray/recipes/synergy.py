@@ -41,9 +41,14 @@ class SynergyRecipe(GrpoRecipe):
 
     @classmethod
     def check(cls, run: RunConfig) -> None:
-        """Refuse any number of scorers but two."""
+        """Refuse any number of scorers but two, and another way to combine them."""
         if len(run.rewards) != 2:
             raise ConfigError(f"recipe = {run.recipe!r} mixes two scorers, but rewards has {len(run.rewards)}")
+        if run.algorithm.combine != "sum":
+            raise ConfigError(
+                f"algorithm.combine = {run.algorithm.combine!r}: recipe {run.recipe} mixes scorers in its own way; "
+                "leave it out"
+            )
 
     def credit(self, batch: GroupBatch, reference: ReferenceOutputs, step: int) -> Credit:
         """Token advantages [N, G, T]; all tokens weigh alike."""

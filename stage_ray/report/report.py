@@ -10,17 +10,17 @@ from statistics import fmean, median_high
 from typing import Any
 
 import yaml
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from stage_ray.config.hardware import machine_metadata
 from stage_ray.errors import ConfigError
 from stage_ray.evaluation.base import EvaluationResult, MetricValue, changes, read_result, unlike
 from stage_ray.evaluation.suites import BEST_FILE, EVALUATION, results, suite_dirs
-from stage_ray.files import atomic_write, read_json
+from stage_ray.files import read_json
 from stage_ray.observability.metrics_logger import ALARMS_FILE, MACHINE_FILE, METRICS_FILE, read_steps
 from stage_ray.observability.registry import find
 from stage_ray.report.charts import banded_chart, chart
+from stage_ray.report.page import write_page
 
 MOST_SAMPLES = 6
 TOTAL = "whole step"
@@ -74,9 +74,10 @@ def write_report(run_dir: Path) -> Path:
     last_missing = all(one.after is None for one in (own, *suites))
     if done >= wanted and last_missing and config.get("evaluation", {}).get("enabled", True):
         state += ", not evaluated afterwards"
-    loader = PackageLoader("stage_ray.report")
-    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    page = environment.get_template("report.html.j2").render(
+    path = run_dir / "report.html"
+    write_page(
+        path,
+        "report.html.j2",
         name=run_dir.resolve().name,
         state=state,
         cards=_cards(rows),
@@ -92,8 +93,6 @@ def write_report(run_dir: Path) -> Path:
         config=config_text,
         machine=read_json(run_dir / MACHINE_FILE) or machine_metadata(),
     )
-    path = run_dir / "report.html"
-    atomic_write(path, page)
     return path
 
 

@@ -10,11 +10,12 @@ from typing import Any, get_type_hints
 from pydantic import PydanticSchemaGenerationError, TypeAdapter, ValidationError
 
 from stage_ray.config import RewardConfig
+from stage_ray.config.inputs import MODEL_KEYS
 from stage_ray.config.load import REVISION
 from stage_ray.errors import ConfigError, impossible
 from stage_ray.records import Prompt
 from stage_ray.registry import Registry
-from stage_ray.rewards.base import GroupReward, Reward
+from stage_ray.rewards.routing import Routed, Scorer, is_asked
 
 REWARDS = Registry("stage_ray.rewards", "Reward", "scorer")
 METHODS = ("score(images, prompts)", "score_groups(groups)")  # a scorer has one of them
@@ -22,7 +23,7 @@ METHODS = ("score(images, prompts)", "score_groups(groups)")  # a scorer has one
 
 def build_rewards(
     configs: Sequence[RewardConfig], columns: Sequence[str] | None = None, key: str = "rewards"
-) -> list[tuple[str, Reward | GroupReward]]:
+) -> list[tuple[str, Scorer]]:
     """Build the scorers of a list, all or those of some ``columns``, with their columns; ``key`` is the list's.
 
     Raises:
@@ -31,7 +32,11 @@ def build_rewards(
     Example:
         build_rewards([RewardConfig(type="geneval", options={"detector": "my_package.MyDetector"})])
     """
-    return [(config.column, build_reward(config, place)) for config, place in _chosen(configs, columns, key)]
+    found = []
+    for config, place in _chosen(configs, columns, key):
+        scorer = build_reward(config, place)
+        found.append((config.column, Routed(scorer, config.when) if config.when else scorer))
+    return found
 
 
 def check_rewards(
@@ -42,18 +47,40 @@ def check_rewards(
 ) -> list[tuple[Prompt, str]]:
     """Check scorers of a list without building them: the prompts that one cannot judge, and why, scorer by scorer.
 
+    A scorer is asked about the prompts of its ``when`` only; at the end come prompts that no scorer of the list wants.
+
     Raises:
         ConfigError: as `build_rewards`, and what a scorer's own `check` finds wrong with its options.
     """
-    return [
+    unjudged = [
         (prompt, f"{config.column}: {why}")
         for config, place in _chosen(configs, columns, key)
-        for prompt, why in check_reward(config, prompts, place)
+        for prompt, why in check_reward(config, [one for one in prompts if is_asked(config.when, one)], place)
     ]
+    routes = "; ".join(f"{config.column} when {config.when}" for config in configs)
+    left_out = [prompt for prompt in prompts if not any(is_asked(config.when, prompt) for config in configs)]
+    return unjudged + [(prompt, f"no scorer is asked about it: {routes}") for prompt in left_out if configs]
 
 
 def _chosen(configs: Sequence[RewardConfig], columns: Sequence[str] | None, key: str) -> list[tuple[RewardConfig, str]]:
     return [(c, f"{key}.{i}") for i, c in enumerate(configs) if columns is None or c.column in columns]
+
+
+def with_models(config: RewardConfig) -> RewardConfig:
+    """The same scorer with the models that it loads by default written into its options, so that fetch sees them.
+
+    A scorer of the user's own is left as it is: it may not be installed here.
+    """
+    if "." in config.type:
+        return config
+    return config.model_copy(update={"options": models_of(REWARDS.find(config.type, "type"), config.options)})
+
+
+def models_of(kind: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a class, with its defaults of those that name models; `models` of the class may add others."""
+    defaults = {name: parameter.default for name, parameter in inspect.signature(kind).parameters.items()}
+    found = {name: defaults[name] for name in MODEL_KEYS if isinstance(defaults.get(name), str)} | dict(options)
+    return kind.models(found) if hasattr(kind, "models") else found
 
 
 def build_reward(config: RewardConfig, key: str, methods: Sequence[str] = METHODS) -> Any:

@@ -12,7 +12,7 @@ from stage_ray.errors import ConfigError, suggest
 from stage_ray.records import Prompt
 from stage_ray.registry import Registry
 from stage_ray.rewards.base import RewardOutput
-from stage_ray.rewards.build import check_options
+from stage_ray.rewards.build import check_options, models_of
 from stage_ray.rewards.detection import Detection, Detector
 from stage_ray.rewards.geneval_rules import Requirement, requirements, soft_score, strict_verdict, task_of
 
@@ -61,6 +61,16 @@ class GenEvalReward:
         self._score = score
         self._threshold, self._counting_threshold = threshold, counting_threshold
         self._max_per_class = max_per_class
+
+    @classmethod
+    def models(cls, options: dict[str, Any]) -> dict[str, Any]:
+        """The options with the models of the detector; see `models_of`."""
+        name = options.get("detector", "mask2former")
+        if "." in name:
+            return options
+        return options | {
+            "detector_options": models_of(DETECTORS.find(name, "detector"), options.get("detector_options") or {})
+        }
 
     @classmethod
     def check(

@@ -13,14 +13,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoImageProcessor, AutoTokenizer
 
-from stage_ray.config.hub import cached, download, hub_uri
+from stage_ray.config.hub import PROCESSOR_FILES, cached, download, hub_uri
 from stage_ray.config.paths import resolve_path
 from stage_ray.errors import ConfigError
 from stage_ray.pretrained import check_directory, check_finite, check_tensors, local_checkpoint, located, read_object
 
 Dtype = Literal["float32", "bfloat16"]
 PICKLED = (".pt", ".pth", ".bin")
-PROCESSOR_FILES = ("*.json", "*.txt", "*.jinja", "*.model")
 
 
 def device_of(device: str | None) -> torch.device:

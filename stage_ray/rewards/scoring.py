@@ -12,24 +12,25 @@ import numpy as np
 
 from stage_ray.records import RolloutGroup, ScoredGroup
 from stage_ray.rewards.base import UNAVAILABLE, GroupReward, Reward, RewardOutput, ServiceUnavailableError
+from stage_ray.rewards.routing import Routed, Scorer, is_asked
 
 log = logging.getLogger(__name__)
 
 
-def score_groups(
-    scorers: Sequence[tuple[str, Reward | GroupReward]], groups: Sequence[RolloutGroup]
-) -> list[ScoredGroup]:
+def score_groups(scorers: Sequence[tuple[str, Scorer]], groups: Sequence[RolloutGroup]) -> list[ScoredGroup]:
     """Score groups with every scorer, one batched call a scorer over all images of all groups.
 
     A scorer that raises, or answers with the wrong number of scores, gives NaN and ``valid`` False for every image of
-    the call; a non-finite score does so for its image. The reason is in ``details[i][name]["error"]``. ``score_s`` of a
-    group is its share, by images, of the seconds that the call took.
+    the call; a non-finite score does so for its image. The reason is in ``details[i][name]["error"]``. A group that a
+    `Routed` scorer is not asked about has NaN and nothing in the details. ``score_s`` of a group is its share, by
+    images, of the seconds that the call took.
     """
     if not groups:
         return []
     start = time.monotonic()
     images = np.concatenate([group.images for group in groups])
-    outputs = {name: _run(name, scorer, groups, images) for name, scorer in scorers}
+    outputs = {name: _routed(name, scorer, groups, images) for name, scorer in scorers}
+    routes = {name: scorer.when for name, scorer in scorers if isinstance(scorer, Routed)}
     seconds = (time.monotonic() - start) / len(images)  # an image's share
     scores = np.empty((len(images), len(outputs)), np.float32)
     valid = np.empty(scores.shape, bool)
@@ -39,7 +40,12 @@ def score_groups(
     for group in groups:
         last = first + len(group.images)
         mine = slice(first, last)  # its rows of the batch
-        vectors = {name: output.features[mine] for name, output in outputs.items() if output.features is not None}
+        unasked = tuple(name for name, when in routes.items() if not is_asked(when, group.prompt))
+        vectors = {
+            name: output.features[mine]
+            for name, output in outputs.items()
+            if output.features is not None and name not in unasked
+        }
         scored.append(
             ScoredGroup(
                 group_id=group.group_id,
@@ -49,6 +55,7 @@ def score_groups(
                 details=tuple({name: one.details[i] for name, one in outputs.items()} for i in range(first, last)),
                 score_s=seconds * len(group.images),
                 features=vectors,
+                unasked=unasked,
             )
         )
         first = last
@@ -72,7 +79,27 @@ def merge_scores(parts: Sequence[ScoredGroup], columns: Sequence[str]) -> Scored
         details=tuple({name: detail[name] for name in ordered} for detail in said),
         score_s=sum(part.score_s for part in parts),
         features={name: features[name] for name in ordered if name in features},
+        unasked=tuple(name for name in ordered if any(name in part.unasked for part in parts)),
     )
+
+
+def _routed(name: str, scorer: Scorer, groups: Sequence[RolloutGroup], images: np.ndarray) -> RewardOutput:
+    """A scorer's answer as `_run` gives it, about all images; NaN, invalid and {} where it is not asked."""
+    if not isinstance(scorer, Routed):
+        return _run(name, scorer, groups, images)
+    asked = [is_asked(scorer.when, group.prompt) for group in groups]
+    mine = np.repeat(asked, [len(group.images) for group in groups])  # [B]
+    scores, valid = np.full(len(images), np.nan, np.float32), np.zeros(len(images), bool)
+    if not mine.any():
+        return RewardOutput(scores, valid, ({},) * len(images))
+    found = _run(name, scorer.scorer, [group for group, it in zip(groups, asked, strict=True) if it], images[mine])
+    scores[mine], valid[mine] = found.scores, found.valid
+    said = iter(found.details)
+    features = None
+    if found.features is not None:
+        features = np.full((len(images), found.features.shape[1]), np.nan, np.float32)
+        features[mine] = found.features
+    return RewardOutput(scores, valid, tuple(next(said) if it else {} for it in mine), features)
 
 
 def _run(name: str, scorer: Reward | GroupReward, groups: Sequence[RolloutGroup], images: np.ndarray) -> RewardOutput:

@@ -16,7 +16,7 @@ from stage_ray.config import RewardConfig
 from stage_ray.errors import ConfigError
 from stage_ray.records import Prompt, RolloutGroup
 from stage_ray.rewards.base import GroupReward, Reward, RewardOutput
-from stage_ray.rewards.build import METHODS, build_reward, check_reward
+from stage_ray.rewards.build import METHODS, build_reward, check_reward, with_models
 from stage_ray.rewards.scoring import score_groups
 
 KINDS = (*METHODS, "compare(prompt, images_a, images_b)")  # the class inside has one of these methods
@@ -60,6 +60,12 @@ class WinRateReward:
         if margin and isinstance(self._inner, PairwiseJudge):
             raise ConfigError(f"margin = {margin:g} is of scores, and {scorer} compares images itself; leave it out")
         self._margin = margin
+
+    @classmethod
+    def models(cls, options: dict[str, Any]) -> dict[str, Any]:
+        """The options with the models of the inner scorer; see `models_of`."""
+        inner = with_models(_inner(str(options.get("scorer")), options.get("options")))
+        return options | ({"options": inner.options} if inner.options else {})
 
     @classmethod
     def check(

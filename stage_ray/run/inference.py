@@ -8,16 +8,17 @@ import shutil
 import tempfile
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
-from stage_ray.config import OWN_POOL, RunConfig
+from stage_ray.config import RunConfig
 from stage_ray.engines import build_engine
 from stage_ray.engines.base import ImageEngine
 from stage_ray.errors import Interrupted
-from stage_ray.evaluation.loop import Backend, EngineBackend, JudgedGroup, judge_in_batches, searching
+from stage_ray.evaluation.loop import Backend, EngineBackend, JudgedGroup, judge_in_batches, judge_of, searching
 from stage_ray.evaluation.partial import PartialResult
 from stage_ray.files import digest
 from stage_ray.observability.progress import Progress
@@ -43,60 +44,81 @@ def inputs_of(
     directory = located(run.policy.path)
     inputs["policy.path"] = f"files of xxh3 {digest(directory)}" if directory else run.policy.path
     rewards = run.rewards if scoring else []
-    inputs["rewards"] = [reward.model_dump(mode="json", exclude=set(OWN_POOL)) for reward in rewards]
+    inputs["rewards"] = [judge_of(reward) for reward in rewards]
     texts = json.dumps([[prompt.index, prompt.text, dict(prompt.record)] for prompt in prompts], default=str)
     return inputs | {"prompts": f"{len(prompts)} of xxh3 {xxhash.xxh3_64_hexdigest(texts.encode())}", **options}
 
 
-def judge(
-    run: RunConfig,
-    requests: Sequence[RolloutRequest],
-    partial: PartialResult,
-    progress: Progress,
-    *,
-    title: str,
-    go_on: str,
-    scoring: bool = True,
-    use: Callable[[JudgedGroup], object] | None = None,
-) -> list[ScoredGroup]:
-    """Draw and score what ``partial`` lacks, in this process or on workers (`on_workers`); all scores, in their order.
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What is drawn for one suite, or one `generate`.
 
-    Args:
+    Attributes:
+        run: the config with the scorers that judge it.
         requests: of `requests_for`.
-        title, go_on: of the progress bar; and how a user goes on after a signal, for its sentence.
-        scoring: False draws only.
+        partial: what is done of it.
+        title: of its progress bar.
         use: gets every group that is drawn, with its images, before it counts as done.
+        suite: its name in ``evaluation.suites``, where its scorers are not those of the run.
+    """
+
+    run: RunConfig
+    requests: Sequence[RolloutRequest]
+    partial: PartialResult
+    title: str
+    use: Callable[[JudgedGroup], object] | None = None
+    suite: str | None = None
+
+    def left(self) -> list[RolloutRequest]:
+        """What is not done."""
+        return [request for request in self.requests if request.group_id not in self.partial.groups]
+
+    def keep(self, group: JudgedGroup) -> None:
+        """A group is drawn and scored."""
+        if self.use is not None:
+            self.use(group)
+        self.partial.add(group.scored)
+
+
+def judge(
+    run: RunConfig, jobs: Sequence[Job], progress: Progress, *, go_on: str, scoring: bool = True
+) -> list[list[ScoredGroup]]:
+    """Draw and score what the jobs lack, one after another, with one engine or one cluster (`on_workers`).
+
+    All their scores, job by job in the order of its requests. ``go_on``: how a user goes on after a signal, for its
+    sentence; ``scoring``: False draws only.
 
     Raises:
         ConfigError, RunError: of the engine, the scorers or the cluster.
-        Interrupted: by a signal; what was done is in ``partial``.
+        Interrupted: by a signal; what was done is in each ``partial``.
     """
-    left = [request for request in requests if request.group_id not in partial.groups]
+    left = [job for job in jobs if job.left()]
 
-    def keep(group: JudgedGroup) -> None:
-        if use is not None:
-            use(group)
-        partial.add(group.scored)
+    async def work(backend_of: Callable[[Job], Backend]) -> None:
+        with suppress(KeyboardInterrupt):  # of `stops_at_once`: it has ended the event loop, which needs no second one
+            for job in left:
+                await _draw(job, backend_of(job), progress)
 
-    async def work(backend: Backend) -> None:
-        with (
-            suppress(KeyboardInterrupt),  # of `stops_at_once`: it has ended the event loop, which needs no second one
-            progress.bar(title, total=len(requests)) as advance,
-        ):
-            advance(len(requests) - len(left))
-            images, at_once, backend = use is not None, backend.batches_at_once, searching(backend, run)
-            await judge_in_batches(backend, left, keep, images=images, advance=advance, at_once=at_once)
-
-    if len(left) < len(requests):
-        progress.note(f"{title}: {len(requests) - len(left)} of {len(requests)} prompts are there already")
+    for job in jobs:
+        if done := len(job.requests) - len(job.left()):
+            progress.note(f"{job.title}: {done} of {len(job.requests)} prompts are there already")
     if left and on_workers(run):
         asyncio.run(_over_cluster(run, work, progress, go_on, scoring))
     elif left:
         with stops_at_once(go_on):
-            scorers = build_rewards(run.rewards) if scoring else []
+            scorers = {id(job): build_rewards(job.run.rewards) if scoring else [] for job in left}
             with _engine(run, progress) as engine:
-                asyncio.run(work(EngineBackend(engine, scorers, run.rollout.images_per_batch)))
-    return [partial.groups[request.group_id] for request in requests]
+                size = run.rollout.images_per_batch
+                asyncio.run(work(lambda job: EngineBackend(engine, scorers[id(job)], size)))
+    return [[job.partial.groups[request.group_id] for request in job.requests] for job in jobs]
+
+
+async def _draw(job: Job, backend: Backend, progress: Progress) -> None:
+    left, images, at_once = job.left(), job.use is not None, backend.batches_at_once
+    with progress.bar(job.title, total=len(job.requests)) as advance:
+        advance(len(job.requests) - len(left))
+        searched = searching(backend, job.run)
+        await judge_in_batches(searched, left, job.keep, images=images, advance=advance, at_once=at_once)
 
 
 def on_workers(run: RunConfig) -> bool:
@@ -108,7 +130,11 @@ def on_workers(run: RunConfig) -> bool:
 
 
 async def _over_cluster(
-    run: RunConfig, work: Callable[[Backend], Awaitable[None]], progress: Progress, go_on: str, scoring: bool
+    run: RunConfig,
+    work: Callable[[Callable[[Job], Backend]], Awaitable[None]],
+    progress: Progress,
+    go_on: str,
+    scoring: bool,
 ) -> None:
     import ray  # late: without workers there is none
 
@@ -123,7 +149,7 @@ async def _over_cluster(
                 progress.note(
                     "the cluster has GPUs and these workers reserve none; --set rollout.gpus=1 gives them one"
                 )
-            await work(ClusterBackend(cluster, run, scoring=scoring))
+            await work(lambda job: ClusterBackend(cluster, run, scoring=scoring, suite=job.suite))
     except Interrupted:
         shutil.rmtree(logs)
         raise

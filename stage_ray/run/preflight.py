@@ -29,6 +29,7 @@ from stage_ray.pretrained import located
 from stage_ray.recipes import load_recipe
 from stage_ray.records import Prompt
 from stage_ray.rewards import check_rewards
+from stage_ray.rewards.routing import is_asked
 from stage_ray.run.run_dir import resolved
 from stage_ray.samplers import load_rule, load_search, load_transform
 
@@ -80,6 +81,8 @@ def preflight(run: RunConfig, *, fetch: bool = True) -> RunPrompts:
                 download(uri, files_of(key), key)
     pools = [pool for pool in run.scoring_pools if not pool.runtime_env.brings_packages]  # the others are not here
     here = [column for pool in pools for column in pool.columns]
+    if not left:
+        _require_matches(run, train + heldout * run.evaluation.enabled)
     _require_scorable(run.rewards, train + heldout * run.evaluation.enabled, "rewards", here)
     suites = _suite_prompts(run, left)
     codec = policy_class(run.policy).check(run.policy)
@@ -152,6 +155,16 @@ def _require_scorable(
     if problems := check_rewards(rewards, prompts, columns, key):
         some = _some([f"{prompt.where}: {why}" for prompt, why in problems])
         raise ConfigError(f"{len(problems)} of {len(prompts)} prompts cannot be scored: {some}")
+
+
+def _require_matches(run: RunConfig, prompts: list[Prompt]) -> None:
+    """Raise a ConfigError where a ``when`` matches no prompt: its key or value is then mistyped."""
+    for index, reward in enumerate(run.rewards):
+        if not any(is_asked(reward.when, prompt) for prompt in prompts):
+            keys = ", ".join(dict.fromkeys(key for prompt in prompts for key in prompt.record))
+            raise ConfigError(
+                f"rewards.{index}.when = {reward.when} matches none of {len(prompts)} prompts, whose keys are {keys}"
+            )
 
 
 def _some(problems: list[str]) -> str:

@@ -32,7 +32,8 @@ class BestOfSearch(ImageSearch):
 
     def _kept(self, request: RolloutRequest, group: JudgedGroup) -> JudgedGroup:
         scored = group.scored
-        column = 0 if self.scorer is None else scored.names.index(self.scorer)
+        # Without a name the first scorer that was asked.
+        column = int(scored.asked.argmax()) if self.scorer is None else scored.names.index(self.scorer)
         valid = scored.valid[:, column].reshape(-1, self.candidates)  # [G, N]
         scores = np.where(valid, scored.scores[:, column].reshape(valid.shape), -np.inf)
         best = scores.argmax(axis=1) + np.arange(len(valid)) * self.candidates  # [G], among all candidates

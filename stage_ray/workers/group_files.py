@@ -48,6 +48,7 @@ def load_group(path: Path) -> tuple[RolloutGroup, ScoredGroup]:
         values["images"] = np.empty((len(values["seeds"]), 0, 0, 3), np.uint8)
         # An earlier version did not record it; none of its recipes reads it.
         values.setdefault("guided_entropy", np.zeros_like(values["entropy"]))
+        values.setdefault("unasked", ())
         values["features"] = {
             name.removeprefix(FEATURES): array for name, array in values.items() if name.startswith(FEATURES)
         }

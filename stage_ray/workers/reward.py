@@ -57,7 +57,7 @@ class RewardWorker(Worker):
 def score_error(group: ScoredGroup) -> str:
     """Why not every score of a group may be used, the first reason; "" where all may."""
     for column, name in enumerate(group.names):
-        if failed := int((~group.valid[:, column]).sum()):
+        if (failed := int((~group.valid[:, column]).sum())) and name not in group.unasked:
             # The first image's error that this scorer gave, where it gave any.
             why = next((str(d[name]["error"]) for d in group.details if "error" in d.get(name, {})), "")
             return f"{name}: {failed} of {len(group.valid)} scores failed" + (f" ({why})" if why else "")
@@ -66,8 +66,9 @@ def score_error(group: ScoredGroup) -> str:
 
 def is_silent(group: ScoredGroup, weights: Sequence[float]) -> bool:
     """Whether no scorer whose weight is not 0 told the images of a group apart; False where a score failed."""
-    counting = group.scores[:, np.array(weights) != 0]  # NumPy: this process may do without torch
-    return bool(group.valid.all() and (counting.std(axis=0, ddof=1) <= CONSTANT_STD).all())
+    asked = group.asked
+    counting = group.scores[:, (np.array(weights) != 0) & asked]  # NumPy: this process may do without torch
+    return bool(group.valid[:, asked].all() and (counting.std(axis=0, ddof=1) <= CONSTANT_STD).all())
 
 
 class RewardClient(Client):

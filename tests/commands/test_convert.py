@@ -102,6 +102,7 @@ class Custom:
         ),
         (lambda d: edit(d, model_type="bagel"), "holds a 'bagel' model; layouts that are converted: DeepSeek's Janus"),
         (lambda d: edit(d, gen_vision_config=None), "has no gen_vision_config.params.n_embed; it is no Janus"),
+        (lambda d: edit(d, language_config={"hidden_size": "wide"}), "config.json describes no Janus model: "),
         (
             lambda d: edit(d, **part("vision_config", model_name="sam_b")),
             "model_name = 'sam_b'; known here: siglip_large",

@@ -77,7 +77,7 @@ def test_the_endpoint_explains_a_metric_in_the_registrys_words(tmp_path):
     text = urllib.request.urlopen(f"http://127.0.0.1:{recorder.port}/metrics", timeout=10).read().decode()
     recorder.close()
     assert "# HELP stage_ray_kl k3 estimate of the KL to the reference model, unweighted [nats/token]\n" in text
-    assert "# HELP stage_ray_reward_clip Unweighted mean of one scorer over images [score]\n" in text
+    assert "# HELP stage_ray_reward_clip Unweighted mean of one scorer over the images that it was asked about" in text
 
 
 def test_every_alarm_is_served_as_zero_before_it_rings(tmp_path):

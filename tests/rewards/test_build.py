@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 
 from stage_ray.config import RewardConfig
+from stage_ray.config.inputs import files_of, hub_inputs
+from stage_ray.config.load import load_config
 from stage_ray.errors import ConfigError
+from stage_ray.evaluation.suites import resolve_suites
 from stage_ray.records import Prompt
 from stage_ray.rewards import build_rewards
 from stage_ray.rewards.base import RewardOutput
@@ -75,3 +78,20 @@ def test_a_number_that_yaml_reads_as_text_reaches_the_scorer_as_a_number():
 def test_a_mistake_is_refused_in_one_sentence(type_: str, options: dict, complaint: str):
     with pytest.raises(ConfigError, match=complaint):
         build(type_, **options)
+
+
+def test_models_that_scorers_load_by_default_are_written_out_so_that_fetch_and_pin_see_them():
+    rewards = [
+        "rewards=[{type: geneval}, {type: win_rate, options: {scorer: pickscore, options: {processor: null}}}, "
+        "{type: hps, options: {path: ./my.pt}}, {type: ocr}, {type: tests.scorers.Brightness}]"
+    ]
+    run = resolve_suites(load_config("stage_shapeworld", rewards))
+    found = {key: uri.to_uri().removeprefix("hf://models/") for key, uri in hub_inputs(run).items()}
+    assert found == {
+        "rewards.0.options.detector_options.path": "facebook/mask2former-swin-small-coco-instance",
+        "rewards.0.options.detector_options.clip": "openai/clip-vit-large-patch14",
+        "rewards.1.options.options.path": "yuvalkirstain/PickScore_v1",
+        "rewards.2.options.processor": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+    }
+    assert "*.safetensors" not in files_of("rewards.2.options.processor")
+    assert [reward.options for reward in run.rewards[3:]] == [{}, {}]

@@ -23,7 +23,7 @@ def dry_run(*overrides: str) -> int:
     ("rewards", "sentence"),
     [
         ("[{type: genevall}]", "did you mean 'geneval'"),
-        ("[{type: geneval}]", "rewards.0.options.detector is missing"),
+        ("[{type: clip}]", "rewards.0.options.path is missing"),
         ("[{type: geneval, options: {detector: nowhere.Detector}}]", "no module named 'nowhere'"),
         ("[{type: clip, options: {path: ./nowhere}}]", "./nowhere does not exist"),
         ("[{type: clip, options: {path: ./nowhere, scale: large}}]", "rewards.0.options.scale = 'large'"),

@@ -175,7 +175,7 @@ def test_generate_needs_a_scorer_to_search_with(
 def test_training_refuses_a_search_and_a_suite_has_its_own(plain: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"rollout.search = 'best_of' would train on images that a scorer chose"):
         preflight(tiny_run(tmp_path, plain, rollout={"search": "best_of"}))
-    suite = {"benchmark": "geneval", "name": "best", "prompts": str(tmp_path / "prompts.txt"), "search": "best_of"}
+    suite = {"benchmark": "shapeworld", "name": "best", "prompts": str(tmp_path / "prompts.txt"), "search": "best_of"}
     suite["rewards"] = [{"type": "tests.scorers.Bright"}]  # type: ignore[assignment]
     run = resolve_suites(tiny_run(tmp_path, plain, evaluation={"suites": [suite]}))
     assert len(preflight(run).suites["best"]) == 4
