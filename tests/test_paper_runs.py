@@ -12,16 +12,18 @@ import pytest
 import yaml
 
 from stage_ray.cli import main
-from stage_ray.config.inputs import leaves
+from stage_ray.config.inputs import hub_inputs, leaves
 from stage_ray.config.load import load_config, validate_config
 from stage_ray.config.shipped import shipped_configs
 from stage_ray.evaluation.base import find_benchmark
+from stage_ray.evaluation.suites import resolve_suites
 from stage_ray.pipeline.geneval_prompts import geneval_prompts
 from stage_ray.records import Prompt
 from stage_ray.rewards import build_rewards
+from stage_ray.rewards.build import REWARDS
 from stage_ray.train import train
 from tests.chaos import audited
-from tests.pages import README, text
+from tests.pages import README, ROOT, text
 from tests.rewards.checkpoints import save_clip, save_git, save_grounding, save_hps, save_mask2former
 from tests.runs import lines
 
@@ -116,10 +118,11 @@ def test_a_run_of_the_paper_trains_two_steps(name, home, scorers, model, tmp_pat
     overrides = [*SMALL, f"policy.path={model}", *at("rewards", written.rewards, scorers)]
     if written.prompts.train == "geneval:train":
         overrides += ["prompts.train=train_metadata.jsonl", "prompts.heldout=test_metadata.jsonl"]
-    for number, suite in enumerate(written.evaluation.suites):
-        key = f"evaluation.suites.{number}"
-        overrides += [f"{key}.prompts=test_metadata.jsonl", f"{key}.images_per_prompt=1"]
-        overrides += at(f"{key}.rewards", suite.rewards, scorers)
+    if written.evaluation.suites:
+        suite, rewards = "evaluation.suites.0", find_benchmark(written.evaluation.suites[0].benchmark).rewards
+        overrides += [f"{suite}.prompts=test_metadata.jsonl", f"{suite}.images_per_prompt=1"]
+        overrides += [f"{suite}.rewards=[{{type: {reward.type}}}]" for reward in rewards]
+        overrides += at(f"{suite}.rewards", rewards, scorers)
     run = load_config(name, overrides, run_dir=tmp_path / "run")
     assert run.rollout.engine == "vllm"
     summary = train(run)
@@ -141,10 +144,10 @@ def test_a_config_is_accepted_by_a_dry_run_where_its_prompts_lie(name, home, mon
     monkeypatch.chdir(home)
     few = ["--set", "prompts.train=geneval:train:50"] if name.endswith("geneval") else []
     assert main(["train", name, "--dry-run", *few]) == 0
-    said, run = capsys.readouterr().out, load_config(name)
-    assert f"would be fetched: policy.path = {run.policy.path} (newest)" in said
-    for key in leaves(run.model_dump(mode="json", include={"rewards"})):
-        assert not key.endswith((".path", ".clip")) or f"would be fetched: {key} = " in said  # so fetch gets it
+    said, run = capsys.readouterr().out, resolve_suites(load_config(name))
+    wanted = [key for key in hub_inputs(run) if key != "policy.reference"]
+    assert len(wanted) == {"geneval": 3, "hps_gdino_git": 7, "ocr": 1}[name[13:]]  # so fetch gets them
+    assert all(f"would be fetched: {key} = " in said for key in wanted)
 
 
 @pytest.mark.parametrize("run", RUNS)
@@ -192,6 +195,11 @@ def test_the_split_of_gpus_is_the_one_that_plan_computes(name, capsys):
     )
 
 
+def test_the_table_of_scorers_names_each():
+    rows = re.findall(r"^\| `(\w+)`", (ROOT / "stage_ray/rewards/README.md").read_text(), flags=re.MULTILINE)
+    assert sorted({*rows} - {"type"}) == REWARDS.names()
+
+
 def test_clip_hps_and_geneval_of_the_readme_score_a_picture_together(home, scorers, monkeypatch, capsys):
     (block,) = [block for block in re.findall(r"```yaml\n(.*?)```", text(README), flags=re.DOTALL) if "hps" in block]
     (home / "mine.yaml").write_text(block)
@@ -204,10 +212,3 @@ def test_clip_hps_and_geneval_of_the_readme_score_a_picture_together(home, score
     image = np.random.default_rng(0).integers(256, size=(1, 32, 32, 3), dtype=np.uint8)
     for _, scorer in build_rewards(rewards):
         assert scorer.score(image, [Prompt(0, record["prompt"], record)]).valid.all()
-
-
-def test_the_benchmark_of_text_is_flow_grpos_whole_test():
-    benchmark = find_benchmark("ocr")
-    prompts = [Prompt(i, SIGNS[0]) for i in range(1018)]
-    assert len(benchmark.load("test.txt", lambda _: prompts)) == 1018
-    assert benchmark.values(prompts[0], {"ocr": 0.5}, {}) == {"OCR accuracy": 0.5, "exact": 0.0}
