@@ -76,7 +76,7 @@ class RuntimeEnvConfig(Section):
 class RewardConfig(Section):
     """One scorer. With any key of `OWN_POOL` it has actors of its own; the rest of them is as in ``scoring``."""
 
-    type: str = Field(description="geneval, clip, win_rate, or package.module.Class")
+    type: str = Field(description="A scorer of stage_ray/rewards: geneval, clip, hps, ...; or package.module.Class")
     name: str | None = Field(None, description="Column name in metrics; the type by default")
     weight: float = Field(1.0, description="Weight in the sum of scorers")
     options: dict[str, Any] = Field({}, description="Keyword arguments of the scorer")
