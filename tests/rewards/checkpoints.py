@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch import nn
 from transformers import (
+    BertConfig,
+    BertModel,
     CLIPConfig,
     CLIPImageProcessorPil,
     CLIPModel,
+    Dinov2Config,
+    Dinov2Model,
     GitConfig,
     GitForCausalLM,
     GroundingDinoConfig,
@@ -24,8 +30,9 @@ from transformers.models.mask2former.image_processing_pil_mask2former import Mas
 from transformers.models.swin.configuration_swin import SwinConfig
 
 from stage_ray.rewards.coco import OBJECTS
-from tests.rewards.published import OpenClip
+from tests.rewards.published import OpenClip, Vit
 
+PARTS = ("weight", "bias")
 CLIP_WORDS = ["<pad>", "<bos>", "<eos>", "<unk>", "a", "photo", "of", "red", "ring"]
 BERT_WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", ".", "?", "a", "car", "zebra", "cup", "yes", "no", "red", "stuffed"]
 BERT_WORDS += ["teddy", "bear"]
@@ -61,6 +68,47 @@ def save_hps(directory: Path) -> tuple[Path, Path, OpenClip]:
     path = directory / "HPS_v2.1_compressed.pt"
     torch.save({"epoch": 1, "name": "HPS", "state_dict": model.state_dict()}, path)
     return path, architecture, model
+
+
+def save_head(file: Path, width: int = 8, prefix: str = "") -> nn.Sequential:
+    """The head of LAION's aesthetics and of ImageReward in a file of its own; the layers that do something."""
+    torch.manual_seed(2)
+    linear = nn.Sequential(*(nn.Linear(a, b) for a, b in pairwise((width, 1024, 128, 64, 16, 1))))
+    names = [f"{prefix}layers.{number}" for number in (0, 2, 4, 6, 7)]  # dropouts between them
+    torch.save({f"{n}.{p}": getattr(one, p) for n, one in zip(names, linear, strict=True) for p in PARTS}, file)
+    return linear
+
+
+def save_image_reward(file: Path) -> tuple[Vit, BertModel, nn.Sequential]:
+    """ImageReward's file over `CLIP_WORDS` and pictures of 32 pixels, and the three models in it."""
+    head = save_head(file, width=128, prefix="mlp.")
+    vision = Vit(width=128, layers=2, image=32, patch=8)
+    text = BertModel(
+        BertConfig(
+            vocab_size=len(CLIP_WORDS), hidden_size=128, num_hidden_layers=2, num_attention_heads=2,
+            intermediate_size=64, max_position_embeddings=40, add_cross_attention=True, is_decoder=True,
+        ),
+        add_pooling_layer=False,
+    ).eval()  # fmt: skip
+    for layer in text.encoder.layer:
+        layer.attention.self.is_causal = False  # an encoder that looks at a picture is a decoder to transformers alone
+    text.config.is_decoder = False
+    with torch.no_grad():
+        text.embeddings.token_type_embeddings.weight.zero_()  # BLIP has none
+    state = torch.load(file, weights_only=True)
+    state |= {f"blip.visual_encoder.{name}": value for name, value in vision.state_dict().items()}
+    state |= {f"blip.text_encoder.{name}": value for name, value in text.state_dict().items()}
+    torch.save(state | {"blip.vision_proj.weight": torch.zeros(2)}, file)
+    return vision, text, head
+
+
+def save_dino(directory: Path) -> Path:
+    """DINOv2 of pictures of 32 pixels."""
+    torch.manual_seed(5)
+    config = Dinov2Config(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8)
+    Dinov2Model(config).save_pretrained(directory)
+    _save_pixels(directory)
+    return directory
 
 
 def save_mask2former(directory: Path, labels: dict[int, str] = LABELS) -> Path:

@@ -11,8 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import nn
-from transformers import BertConfig, BertModel, CLIPModel, Dinov2Config, Dinov2Model, SiglipConfig, SiglipModel
+from transformers import CLIPModel, Dinov2Model, SiglipConfig, SiglipModel
 from transformers.models.auto.tokenization_auto import AutoTokenizer
 
 from stage_ray.config import RewardConfig
@@ -20,8 +19,8 @@ from stage_ray.errors import ConfigError
 from stage_ray.records import Prompt
 from stage_ray.rewards import build_rewards, check_rewards
 from stage_ray.rewards.hps import MEAN, STD, longest_side_padded
-from tests.rewards.checkpoints import CLIP_WORDS, save_clip, save_hps
-from tests.rewards.published import OpenClip, Vit
+from tests.rewards.checkpoints import CLIP_WORDS, save_clip, save_dino, save_head, save_hps, save_image_reward
+from tests.rewards.published import OpenClip
 from tests.rewards.test_clip import case
 
 
@@ -124,39 +123,19 @@ def test_pickscore_multiplies_by_the_checkpoints_own_scale(clip_directory):
 
 @torch.no_grad()
 def test_the_aesthetic_head_sees_unit_vectors(clip_directory, tmp_path):
-    torch.manual_seed(2)
-    linear = [nn.Linear(a, b) for a, b in ((8, 1024), (1024, 128), (128, 64), (64, 16), (16, 1))]
-    names = ("layers.0", "layers.2", "layers.4", "layers.6", "layers.7")  # dropouts between them
-    state = {f"{n}.{p}": getattr(layer, p) for n, layer in zip(names, linear, strict=True) for p in ("weight", "bias")}
-    torch.save(state, tmp_path / "head.pth")
+    head = save_head(tmp_path / "head.pth")
     images, prompts = case(4)
     output = built("aesthetic", head=str(tmp_path / "head.pth"), path=str(clip_directory)).score(images, prompts)
     vectors = torch.tensor(built("clip", path=str(clip_directory)).score(images, prompts).features)
     np.testing.assert_allclose(vectors.norm(dim=-1), 1, atol=1e-5)
-    np.testing.assert_allclose(output.scores, nn.Sequential(*linear)(vectors).squeeze(-1), atol=1e-5)
+    np.testing.assert_allclose(output.scores, head(vectors).squeeze(-1), atol=1e-5)
     said = refusal("aesthetic", head=str(tmp_path / "missing.pth"), path=str(clip_directory))
     assert "missing.pth does not exist" in said
 
 
 @torch.no_grad()
 def test_image_reward_is_blips_first_token_through_the_published_head(clip_directory, tmp_path):
-    torch.manual_seed(3)
-    width, vision = 128, Vit(width=128, layers=2, image=32, patch=8)
-    config = BertConfig(
-        vocab_size=len(CLIP_WORDS), hidden_size=width, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
-        max_position_embeddings=40, add_cross_attention=True, is_decoder=False,
-    )  # fmt: skip
-    text = BertModel(config.__class__(**(config.to_dict() | {"is_decoder": True})), add_pooling_layer=False).eval()
-    for layer in text.encoder.layer:
-        layer.attention.self.is_causal = False  # an encoder that looks at a picture is a decoder to transformers alone
-    text.config.is_decoder = False
-    text.embeddings.token_type_embeddings.weight.zero_()  # BLIP has none
-    linear = [nn.Linear(a, b) for a, b in ((width, 1024), (1024, 128), (128, 64), (64, 16), (16, 1))]
-    names = ("mlp.layers.0", "mlp.layers.2", "mlp.layers.4", "mlp.layers.6", "mlp.layers.7")
-    state = {f"{n}.{p}": getattr(layer, p) for n, layer in zip(names, linear, strict=True) for p in ("weight", "bias")}
-    state |= {f"blip.visual_encoder.{name}": value for name, value in vision.state_dict().items()}
-    state |= {f"blip.text_encoder.{name}": value for name, value in text.state_dict().items()}
-    torch.save(state | {"blip.vision_proj.weight": torch.zeros(2)}, tmp_path / "ImageReward.pt")
+    vision, text, head = save_image_reward(tmp_path / "ImageReward.pt")
     options = {"path": str(tmp_path / "ImageReward.pt"), "processor": str(clip_directory)}
     images, prompts = case(3)
     output = built("image_reward", **options).score(images, prompts)
@@ -166,8 +145,9 @@ def test_image_reward_is_blips_first_token_through_the_published_head(clip_direc
     seen = vision(pixels_of(images, 32))
     mask = tokens["attention_mask"]
     read = text(tokens["input_ids"], attention_mask=mask, encoder_hidden_states=seen).last_hidden_state[:, 0]
-    expected = (nn.Sequential(*linear)(read).squeeze(-1) - 0.16717362830052426) / 1.0333394966054072
+    expected = (head(read).squeeze(-1) - 0.16717362830052426) / 1.0333394966054072
     np.testing.assert_allclose(output.scores, expected, atol=1e-4)
+    state = torch.load(tmp_path / "ImageReward.pt", weights_only=True)
     torch.save({name: value for name, value in state.items() if "qkv.weight" not in name}, tmp_path / "cut.pt")
     assert re.search(
         r"lacks tensor \S+qkv\.weight", refusal("image_reward", **options | {"path": str(tmp_path / "cut.pt")})
@@ -195,10 +175,7 @@ def test_siglip_fills_its_context_and_has_no_mask(clip_directory, tmp_path):
 
 @torch.no_grad()
 def test_features_are_dinos_and_the_score_is_the_distance_to_the_others(clip_directory, tmp_path):
-    torch.manual_seed(5)
-    config = Dinov2Config(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8)
-    Dinov2Model(config).save_pretrained(tmp_path)
-    (tmp_path / "preprocessor_config.json").write_text((clip_directory / "preprocessor_config.json").read_text())
+    save_dino(tmp_path)
     scorer = built("features", path=str(tmp_path))
     images, _ = case(3)
     images[1] = images[0]
