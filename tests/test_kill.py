@@ -184,9 +184,9 @@ class DiesWhenAsked:
             patch.setattr(Client, name, self._watched(getattr(Client, name)))
 
     def _watched(self, ask: Callable[..., Any]) -> Callable[..., Any]:
-        def watched(client: Client, method: Callable[..., Any], *arguments: Any) -> Any:
+        def watched(client: Client, method: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
             self.ask(method.__name__)
-            return ask(client, method, *arguments)
+            return ask(client, method, *arguments, **named)
 
         return watched
 
