@@ -119,6 +119,19 @@ class ScoredGroup:
 
 
 @dataclass(frozen=True, slots=True)
+class JudgedGroup:
+    """One group of an evaluation; ``images`` are uint8 [G, H, W, 3], or None where they were not asked for."""
+
+    request: RolloutRequest
+    scored: ScoredGroup
+    images: np.ndarray | None = None
+
+    def verdict(self, image: int) -> bool | None:
+        """What the first scorer with a ``verdict`` says of an image; None without one."""
+        return next((bool(said["verdict"]) for said in self.scored.details[image].values() if "verdict" in said), None)
+
+
+@dataclass(frozen=True, slots=True)
 class GroupRefs:
     """One group as the driver holds it: references to its payload in Ray's object store, never the arrays.
 

@@ -10,8 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from stage_ray.evaluation.loop import JudgedGroup
-from stage_ray.records import Prompt, RolloutRequest
+from stage_ray.records import JudgedGroup, Prompt, RolloutRequest
 from stage_ray.samplers import Context, ImageSearch, Judge, PromptTransform, SamplingParams, TokenRule
 
 

@@ -13,8 +13,7 @@ from stage_ray.cluster.cluster import InferenceCluster
 from stage_ray.cluster.object_store import batches_at_once
 from stage_ray.config import RunConfig
 from stage_ray.errors import GroupsLostError, RunError
-from stage_ray.evaluation.loop import JudgedGroup
-from stage_ray.records import RolloutRequest, ScoredGroup
+from stage_ray.records import JudgedGroup, RolloutRequest, ScoredGroup
 from stage_ray.rewards import merge_scores
 
 

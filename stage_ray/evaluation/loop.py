@@ -5,16 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-import numpy as np
 import xxhash
 
 from stage_ray.config import OWN_POOL, RewardConfig, RunConfig
 from stage_ray.evaluation.base import Benchmark, EvaluationResult, summarise
-from stage_ray.records import Prompt, RolloutRequest, ScoredGroup, image_seeds
+from stage_ray.records import JudgedGroup, Prompt, RolloutRequest, image_seeds
 from stage_ray.rewards import score_groups
 from stage_ray.rewards.routing import Scorer
 from stage_ray.samplers import ImageSearch, load_search, resolve_samplers
@@ -23,19 +21,6 @@ if TYPE_CHECKING:
     from stage_ray.engines.base import ImageEngine
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class JudgedGroup:
-    """One group of an evaluation; ``images`` are uint8 [G, H, W, 3], or None where they were not asked for."""
-
-    request: RolloutRequest
-    scored: ScoredGroup
-    images: np.ndarray | None = None
-
-    def verdict(self, image: int) -> bool | None:
-        """What the first scorer with a ``verdict`` says of an image; None without one."""
-        return next((bool(said["verdict"]) for said in self.scored.details[image].values() if "verdict" in said), None)
 
 
 class Backend(Protocol):

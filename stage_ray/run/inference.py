@@ -18,12 +18,12 @@ from stage_ray.config import RunConfig
 from stage_ray.engines import build_engine
 from stage_ray.engines.base import ImageEngine
 from stage_ray.errors import Interrupted
-from stage_ray.evaluation.loop import Backend, EngineBackend, JudgedGroup, judge_in_batches, judge_of, searching
+from stage_ray.evaluation.loop import Backend, EngineBackend, judge_in_batches, judge_of, searching
 from stage_ray.evaluation.partial import PartialResult
 from stage_ray.files import digest
 from stage_ray.observability.progress import Progress
 from stage_ray.pretrained import located
-from stage_ray.records import Prompt, RolloutRequest, ScoredGroup
+from stage_ray.records import JudgedGroup, Prompt, RolloutRequest, ScoredGroup
 from stage_ray.rewards import build_rewards
 from stage_ray.run.run_dir import FREE_NAMES
 from stage_ray.run.stop import StopSignal, stops_at_once

@@ -31,13 +31,13 @@ from stage_ray.evaluation.base import (
     write_png,
     write_result,
 )
-from stage_ray.evaluation.loop import JudgedGroup, conditions, requests_for
+from stage_ray.evaluation.loop import conditions, requests_for
 from stage_ray.evaluation.partial import PartialResult
 from stage_ray.files import atomic_write, name_disk_errors, require_writable
 from stage_ray.observability.progress import Progress
 from stage_ray.pipeline.prompt_files import load_prompts
 from stage_ray.policies import policy_class
-from stage_ray.records import Prompt, RolloutRequest
+from stage_ray.records import JudgedGroup, Prompt, RolloutRequest
 from stage_ray.report.samples import contact_sheet
 from stage_ray.rewards import check_rewards
 from stage_ray.run.inference import Job, inputs_of, judge

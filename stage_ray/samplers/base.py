@@ -12,10 +12,9 @@ from pydantic import Field
 from torch import Tensor
 
 from stage_ray.config import Section
-from stage_ray.records import Prompt, RolloutRequest, image_seeds
+from stage_ray.records import JudgedGroup, Prompt, RolloutRequest, image_seeds
 
 if TYPE_CHECKING:
-    from stage_ray.evaluation.loop import JudgedGroup
     from stage_ray.samplers.params import SamplingParams
 
 

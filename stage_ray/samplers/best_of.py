@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from stage_ray.records import RolloutRequest
+from stage_ray.records import JudgedGroup, RolloutRequest
 from stage_ray.samplers.base import ImageSearch, Judge
-
-if TYPE_CHECKING:
-    from stage_ray.evaluation.loop import JudgedGroup
 
 
 class BestOfSearch(ImageSearch):

@@ -14,9 +14,9 @@ from PIL import Image
 from stage_ray.cli import main
 from stage_ray.config import RolloutConfig
 from stage_ray.errors import ConfigError
-from stage_ray.evaluation.loop import JudgedGroup, requests_for
+from stage_ray.evaluation.loop import requests_for
 from stage_ray.evaluation.suites import resolve_suites
-from stage_ray.records import Prompt, RolloutRequest, ScoredGroup
+from stage_ray.records import JudgedGroup, Prompt, RolloutRequest, ScoredGroup
 from stage_ray.run.preflight import preflight
 from stage_ray.samplers import SEARCHES, ImageSearch, load_search
 from stage_ray.samplers.best_of import BestOfSearch
