@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import re
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from stage_ray.errors import ConfigError
 from stage_ray.records import Prompt
 from stage_ray.rewards import build_rewards, check_rewards, score_groups
 from stage_ray.rewards.base import ServiceUnavailableError
+from tests.pages import ROOT
 from tests.rewards.services import brightness, chat, service
 from tests.rewards.test_scoring import group
 
@@ -46,6 +49,20 @@ def test_an_http_scorer_gets_png_and_records_and_null_is_no_score():
     np.testing.assert_allclose(output.scores, [0, np.nan, 0.8], atol=1e-6)
     assert output.valid.tolist() == [True, False, True] and [len(request["images"]) for request in seen] == [2, 1]
     assert seen[0]["prompts"][0] == {"tag": "x", "prompt": "a ring"} and seen[0]["path"] == "/score"
+
+
+def test_the_server_of_the_readme_serves(tmp_path: Path):
+    page = (ROOT / "stage_ray" / "rewards" / "README.md").read_text()
+    (server,) = [block for block in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL) if "do_POST" in block]
+    (tmp_path / "server.py").write_text(server)
+    command = [sys.executable, str(tmp_path / "server.py"), "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            url = process.stdout.readline().split()[-1]
+            np.testing.assert_allclose(built("http", url=url).score(IMAGES, PROMPTS).scores, [0, 0.2, 0.8], atol=1e-6)
+        finally:
+            process.kill()
 
 
 def test_details_and_features_of_an_http_scorer_come_along():
