@@ -222,6 +222,20 @@ def write_png(path: Path, image: np.ndarray) -> None:
     scratch.replace(path)
 
 
+def answers_by_kind(kinds: Sequence[str], answers: Sequence[float]) -> dict[str, list[float]]:
+    """Answers to questions about one image by their kind, in the order of names.
+
+    Example:
+        >>> answers_by_kind(["entity - part", "global", "entity - whole"], [1.0, 0.0, 0.5])
+        {'entity': [1.0, 0.5], 'entity - part': [1.0], 'entity - whole': [0.5], 'global': [0.0]}
+    """
+    found: dict[str, list[float]] = {}
+    for kind, answer in zip(kinds, answers, strict=True):
+        for name in {kind.partition(" - ")[0], kind}:  # a finer kind counts in the one before its dash too
+            found.setdefault(name, []).append(answer)
+    return dict(sorted(found.items()))
+
+
 def mean_over_images(by_prompt: Mapping[int, Sequence[float]]) -> MetricValue | None:
     """Mean over all images; None without any.
 

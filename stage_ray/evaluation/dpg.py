@@ -8,7 +8,7 @@ from typing import Any
 
 from stage_ray.config import RewardConfig
 from stage_ray.errors import ConfigError
-from stage_ray.evaluation.base import Benchmark
+from stage_ray.evaluation.base import Benchmark, answers_by_kind
 from stage_ray.records import Prompt
 
 KINDS = ("global", "entity", "attribute", "relation", "other")
@@ -45,11 +45,9 @@ class DpgBenchmark(Benchmark):
         judge, score = next(iter(scores.items()), ("", None))
         if score is None:
             return {}
-        found: dict[str, list[float]] = {}
-        for question, answer in zip(prompt.record["questions"], details[judge]["answers"], strict=True):
-            for name in {question["kind"].partition(" - ")[0], question["kind"]}:
-                found.setdefault(name, []).append(100 * answer)
-        return {**dict(sorted(found.items())), self.headline: 100 * score}
+        kinds = [question["kind"] for question in prompt.record["questions"]]
+        answers = [100 * answer for answer in details[judge]["answers"]]
+        return {**answers_by_kind(kinds, answers), self.headline: 100 * score}
 
     def picture(self, prompt: Prompt, image: int) -> str:
         """The images of a prompt in one grid, under the item's name."""

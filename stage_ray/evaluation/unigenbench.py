@@ -9,7 +9,7 @@ from typing import Any
 
 from stage_ray.config import RewardConfig
 from stage_ray.errors import ConfigError
-from stage_ray.evaluation.base import Benchmark
+from stage_ray.evaluation.base import Benchmark, answers_by_kind
 from stage_ray.records import Prompt
 
 ASKED = (
@@ -44,12 +44,10 @@ class UniGenBenchmark(Benchmark):
     ) -> Mapping[str, float | Sequence[float]]:
         """Of one image."""
         judge, score = next(iter(scores.items()), ("", None))
-        found: dict[str, list[float]] = {}
-        if score is not None:
-            for question, answer in zip(prompt.record["questions"], details[judge]["answers"], strict=True):
-                for name in {question["point"].partition(" - ")[0], question["point"]}:
-                    found.setdefault(name, []).append(answer)
-        return dict(sorted(found.items()))
+        if score is None:
+            return {}
+        points = [question["point"] for question in prompt.record["questions"]]
+        return answers_by_kind(points, details[judge]["answers"])
 
     def picture(self, prompt: Prompt, image: int) -> str:
         """By the prompt's number in the CSV."""
