@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel
 
+from stage_ray.config.hub import HUB
 from stage_ray.errors import ConfigError
 from stage_ray.records import Prompt
 from stage_ray.rewards.base import RewardOutput
@@ -58,7 +59,7 @@ class HpsReward:
         cls, prompts: Sequence[Prompt], path: str = PUBLISHED, processor: str = ARCHITECTURE, **options: Any
     ) -> Iterator[tuple[Prompt, str]]:
         """Check files that lie here, down to the shapes of tensors; see `Reward`. It judges every prompt."""
-        if not path.startswith("hf://"):
+        if not path.startswith(HUB):
             with torch.device("meta"):
                 _model(path, processor, check=True)
             load_tokenizer(processor_directory(processor), "processor")

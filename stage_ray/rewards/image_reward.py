@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel, CLIPImageProcessorPil
 
+from stage_ray.config.hub import HUB
 from stage_ray.errors import ConfigError
 from stage_ray.records import Prompt
 from stage_ray.rewards.aesthetic import Head
@@ -61,7 +62,7 @@ class ImageRewardReward:
         **options: Any,
     ) -> Iterator[tuple[Prompt, str]]:
         """Check files that lie here, down to the shapes of tensors; see `Reward`. It judges every prompt."""
-        if not path.startswith("hf://"):
+        if not path.startswith(HUB):
             state = read_state(path)
             with torch.device("meta"):
                 fill(Blip(state), transformers_names(state), path, check=True)
