@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 from stage_ray.workers.rollout import RolloutWorker
 
 
+SUCCESSORS_S = 120.0
+
+
 class Watched(RolloutWorker):
-    """Writes down what it is asked for."""
+    """Writes down what it is asked for. A successor draws nothing until the other one of two is there too."""
 
     def setup(self, address=""):
         self._note("setup")
@@ -17,6 +21,8 @@ class Watched(RolloutWorker):
 
     def generate(self, *requests):
         self._note("generate")
+        if "restart" in self._name:
+            self._wait_for_both()
         return super().generate(*requests)
 
     def sleep(self):
@@ -28,5 +34,16 @@ class Watched(RolloutWorker):
         return super().load_weights(manifest, *chunks)
 
     def _note(self, what: str) -> None:
-        with Path(os.environ["STAGE_RAY_TEST_CALLS"]).open("a") as file:
+        with _calls().open("a") as file:
             file.write(f"{self._name} {what}\n")
+
+    def _wait_for_both(self) -> None:
+        """A run may be over before the slower of two successors has started: it goes on while there is one."""
+        deadline = time.monotonic() + SUCCESSORS_S
+        while len({line for line in _calls().read_text().splitlines() if line.endswith("-restart-1 setup")}) < 2:
+            assert time.monotonic() < deadline, "one worker was not replaced"
+            time.sleep(0.05)
+
+
+def _calls() -> Path:
+    return Path(os.environ["STAGE_RAY_TEST_CALLS"])
