@@ -17,7 +17,7 @@ from stage_ray.commands.plan import plan
 from stage_ray.commands.prompts import prompts
 from stage_ray.commands.score import score
 from stage_ray.commands.submit import submit
-from stage_ray.commands.tools import bench, metrics, pretrain, report
+from stage_ray.commands.tools import bench, compare, metrics, pretrain, report
 from stage_ray.commands.train import train
 from stage_ray.config.home import ensure_home
 from stage_ray.errors import ConfigError, Interrupted, RunError
@@ -32,7 +32,23 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (init, train, fetch, convert, prompts, submit, evaluate, generate, score, pretrain, bench, plan, report):
+COMMANDS = (
+    init,
+    train,
+    fetch,
+    convert,
+    prompts,
+    submit,
+    evaluate,
+    generate,
+    score,
+    pretrain,
+    bench,
+    plan,
+    report,
+    compare,
+)
+for command in COMMANDS:
     app.command(no_args_is_help=True)(command)
 app.command()(configs)  # a bare command does its work
 app.command()(metrics)

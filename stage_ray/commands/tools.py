@@ -1,4 +1,4 @@
-"""Commands that hand over to a room of their own: ``bench``, ``pretrain``, ``report`` and ``metrics``."""
+"""Commands that hand over to a room of their own: ``bench``, ``pretrain``, ``report``, ``compare`` and ``metrics``."""
 
 from __future__ import annotations
 
@@ -70,6 +70,28 @@ def report(
     from stage_ray.report.report import write_report
 
     echo(write_report(run_dir))
+
+
+def compare(
+    run_dirs: Annotated[
+        list[Path], Argument(metavar="RUN_DIR...", help="Directories of runs; differences are to the first")
+    ],
+    page: Annotated[Path, Option(help="Where to write the page")] = Path("compare.html"),
+    json_file: Annotated[Path | None, Option("--json", help="Also write the numbers on it here")] = None,
+) -> None:
+    """Compare runs on one page: intervals of what they reached, curves, pictures at equal steps, configs.
+
+    Runs whose configs differ in nothing but the seed are one arm: its figures are means over them. An interval covers
+    95 % of a bootstrap over runs and prompts; a difference to the first arm is taken prompt by prompt, between runs of
+    one seed.
+
+    Example: stage-ray compare runs/grpo_shapeworld runs/stage_shapeworld
+    """
+    require_lasting(page, "--page")
+    require_lasting(json_file, "--json")
+    from stage_ray.report.compare import write_comparison
+
+    echo(write_comparison(run_dirs, page, json_file))
 
 
 def metrics(

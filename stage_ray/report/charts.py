@@ -53,7 +53,7 @@ def chart(steps: Sequence[int], series: Mapping[str, Sequence[float | None]], to
             for color, (label, values) in zip(PALETTE * 3, data.items(), strict=False):
                 alone = "." if len(steps) == 1 else None  # a line of one point is invisible
                 axes.plot(steps, values, color=color, alpha=0.4, linewidth=0.8, marker=alone)
-                axes.plot(steps, _running_mean(values), color=color, linewidth=1.6, label=label)
+                axes.plot(steps, running_mean(values), color=color, linewidth=1.6, label=label)
             if len(data) > 1:
                 axes.legend(loc="best")
     return svg[0]
@@ -61,12 +61,13 @@ def chart(steps: Sequence[int], series: Mapping[str, Sequence[float | None]], to
 
 def banded_chart(steps: Sequence[int], series: Mapping[str, Sequence[tuple[float, float] | None]]) -> str:
     """Curves of values with their standard errors as bands, the first one strong. None is a gap."""
+    dots = "." if len(steps) <= 20 else None
     with _figure(series) as (axes, svg):
         for color, (label, points) in zip(PALETTE * 3, series.items(), strict=False):
             data = np.asarray([point or (np.nan, np.nan) for point in points], dtype=float)  # [n, 2]
             values, errors = data.T
             strong = label == next(iter(series))
-            axes.plot(steps, values, color=color, linewidth=1.6 if strong else 0.8, marker=".", label=label)
+            axes.plot(steps, values, color=color, linewidth=1.6 if strong else 0.8, marker=dots, label=label)
             axes.fill_between(steps, values - errors, values + errors, color=color, alpha=0.15, linewidth=0)
         if len(series) > 1:
             axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
@@ -91,8 +92,9 @@ def _figure(series: Iterable[str]) -> Iterator[tuple[Axes, list[str]]]:
     svg.append(re.sub(r" font-family: [^;\"]*;", "", f"<svg{head}>{body}".replace(INK, "currentColor")))
 
 
-def _running_mean(data: np.ndarray) -> np.ndarray:
-    """Centred mean over up to nine values, gaps skipped: [n] -> [n]."""
+def running_mean(values: Sequence[float | None] | np.ndarray) -> np.ndarray:
+    """Centred mean over up to nine values, gaps (None or NaN) skipped: [n] -> [n]."""
+    data = np.asarray(values, dtype=float)
     half = min(SMOOTH, len(data)) // 2  # fewer near the ends
     windows = np.lib.stride_tricks.sliding_window_view(np.pad(data, half, constant_values=np.nan), 2 * half + 1)
     with warnings.catch_warnings(action="ignore"):  # a mean of nothing is NaN, as it should be

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,3 +17,12 @@ def write_page(path: Path, template: str, **values: Any) -> None:
     loader = PackageLoader("stage_ray.report")
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     atomic_write(path, environment.get_template(template).render(**values))
+
+
+def pictures(captions: Mapping[Path, str]) -> dict[str, str]:
+    """Caption -> data URI of each PNG file that exists."""
+    return {
+        caption: "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+        for path, caption in captions.items()
+        if path.is_file()
+    }

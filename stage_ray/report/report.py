@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from stage_ray.files import read_json
 from stage_ray.observability.metrics_logger import ALARMS_FILE, MACHINE_FILE, METRICS_FILE, read_steps
 from stage_ray.observability.registry import find
 from stage_ray.report.charts import banded_chart, chart
-from stage_ray.report.page import write_page
+from stage_ray.report.page import pictures, write_page
 
 MOST_SAMPLES = 6
 TOTAL = "whole step"
@@ -85,11 +84,11 @@ def write_report(run_dir: Path) -> Path:
         shown=evaluated[0] if evaluated else own,
         own=own,
         best=read_json(run_dir / BEST_FILE),
-        pair=_pictures({run_dir / "evaluation" / f"{name}.png": name.capitalize() for name in ("before", "after")}),
+        pair=pictures({run_dir / "evaluation" / f"{name}.png": name.capitalize() for name in ("before", "after")}),
         alarms=alarms,
         roles=_roles(rows),
         charts=_evaluation_charts([own, *suites]) | _charts(rows),
-        samples=_pictures({sheet: f"After step {int(sheet.stem.partition('-')[2])}" for sheet in sheets}),
+        samples=pictures({sheet: f"After step {int(sheet.stem.partition('-')[2])}" for sheet in sheets}),
         config=config_text,
         machine=read_json(run_dir / MACHINE_FILE) or machine_metadata(),
     )
@@ -197,12 +196,3 @@ def _charts(rows: Sequence[dict[str, Any]]) -> dict[str, Markup]:
             total = TOTAL if "time/step_s" in columns else ""
             charts[title] = Markup(chart([row["step"] for row in rows], series, total))
     return charts
-
-
-def _pictures(captions: Mapping[Path, str]) -> dict[str, str]:
-    """Caption -> data URI of each PNG file that exists."""
-    return {
-        caption: "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
-        for path, caption in captions.items()
-        if path.is_file()
-    }

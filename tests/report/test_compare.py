@@ -1,0 +1,140 @@
+"""A comparison groups runs into arms by their configs, and its intervals are those of runs and prompts."""
+
+import json
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from stage_ray.cli import main
+from stage_ray.evaluation.base import EvaluationResult, MetricValue, read_result, write_result
+from stage_ray.report.arms import difference, estimate
+from tests.fake_run import write_fake_run
+from tests.pages import README, command_lines
+
+ALIKE = {"steps": 60, "learner": {"lr": 1e-4}}
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> list[Path]:
+    """Two seeds of GRPO and of STAGE, which reached a quarter more in every prompt."""
+    found = []
+    for recipe in ("grpo", "stage"):
+        for seed in (20, 21):
+            found.append(run_dir := tmp_path / f"{recipe}-{seed}")
+            write_fake_run(run_dir)
+            configure(run_dir, seed=seed, recipe=recipe, algorithm={"beta": 0.01 if recipe == "grpo" else 0.03})
+            if recipe == "stage":
+                raise_values(run_dir / "evaluation" / "after.json", 0.25)
+    return found
+
+
+def configure(run_dir: Path, **changes: object) -> None:
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(ALIKE | {"run_dir": str(run_dir)} | changes))
+
+
+def raise_values(path: Path, by: float) -> None:
+    data = json.loads(path.read_text())
+    for metric in data["metrics"].values():
+        metric["value"] += by
+        metric["by_prompt"] = {prompt: value + by for prompt, value in metric["by_prompt"].items()}
+    path.write_text(json.dumps(data))
+
+
+def compared(runs: list[Path], tmp_path: Path) -> tuple[str, dict]:
+    page, numbers = tmp_path / "page.html", tmp_path / "numbers.json"
+    assert main(["compare", *map(str, runs), "--page", str(page), "--json", str(numbers)]) == 0
+    return page.read_text(encoding="utf-8"), json.loads(numbers.read_text())
+
+
+def test_runs_that_differ_in_their_seed_are_one_arm_named_by_what_tells_it_apart(runs, tmp_path):
+    page, numbers = compared(runs, tmp_path)
+    assert numbers["arms"] == {"grpo": [*map(str, runs[:2])], "stage": [*map(str, runs[2:])]}
+    assert "<h1>grpo, stage</h1>" in page and "seeds 20, 21" in page
+    assert '<td class="text">algorithm.beta</td><td class="text">0.01</td><td class="text">0.03</td>' in page
+    assert "learner.lr" not in page.partition("What was run")[2]  # alike in both
+    assert page.count("<img ") == 3 * 2, "three steps, two arms"
+    for title in ("KL to the reference", "entropy lost against the reference", "training reward"):
+        assert f"<td>{title}" in page
+
+
+def test_what_every_prompt_gained_is_the_difference_and_excludes_zero(runs, tmp_path):
+    page, numbers = compared(runs, tmp_path)
+    suite = numbers["suites"][""]
+    found = suite["difference to grpo"]["GenEval"]["stage"]
+    assert found["value"] == pytest.approx(0.25) and found["low"] == pytest.approx(0.25) == found["high"]
+    before, after = (suite["metrics"]["GenEval"][arm] for arm in ("grpo", "stage"))
+    assert after["value"] - before["value"] == pytest.approx(0.25)
+    assert before["low"] < before["value"] < before["high"]
+    assert '<td class="good">+0.250 [0.250, 0.250]</td>' in page
+
+
+def evaluation(by_prompt: dict[int, float]) -> EvaluationResult:
+    return EvaluationResult("b", "m", {"m": MetricValue(float(np.mean([*by_prompt.values()])), by_prompt=by_prompt)})
+
+
+def test_an_interval_covers_the_mean_of_the_population_as_often_as_it_says():
+    """Many small studies of runs and prompts with known spreads: about 95 % of the intervals hold the truth."""
+    noise, held, studies = np.random.default_rng(0), 0, 150
+    for _ in range(studies):
+        prompts, seeds = noise.normal(0, 0.3, 60), noise.normal(0, 0.05, 8)
+        runs = [evaluation(dict(enumerate(0.5 + prompts + seed + noise.normal(0, 0.1, 60)))) for seed in seeds]
+        found = estimate(runs, "m")
+        held += found.low <= 0.5 <= found.high
+    assert 0.88 <= held / studies <= 1.0
+
+
+def test_a_difference_between_like_runs_is_narrower_than_their_own_intervals():
+    noise = np.random.default_rng(1)
+    prompts = noise.normal(0.5, 0.3, 80)
+    pairs = [
+        tuple(evaluation(dict(enumerate(prompts + gain + noise.normal(0, 0.02, 80)))) for gain in (0, 0.05))
+        for _ in range(3)
+    ]
+    own, paired = estimate([first for first, _ in pairs], "m"), difference(pairs, "m")
+    assert paired.high - paired.low < (own.high - own.low) / 4
+    assert paired.excludes_zero and paired.value == pytest.approx(0.05, abs=0.01)
+
+
+def test_evaluations_made_otherwise_are_shown_and_not_subtracted(runs, tmp_path):
+    path = runs[2] / "evaluation" / "after.json"
+    result = read_result(path)
+    write_result(
+        path, EvaluationResult(result.benchmark, result.headline, result.metrics, conditions={"rollout.top_k": 5})
+    )
+    page, numbers = compared(runs, tmp_path)
+    suite = numbers["suites"][""]
+    assert "rollout.top_k" in suite["unlike"] and "cannot be compared" in page
+    assert not any(suite["difference to grpo"].values()) and suite["metrics"]["GenEval"]["stage"]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "code", "message"),
+    [
+        (lambda runs: (runs[1] / "config.yaml").unlink(), 2, "grpo-21 holds no run"),
+        (lambda runs: configure(runs[1], seed=20, recipe="grpo", algorithm={"beta": 0.01}), 2, "one seed (20)"),
+        (lambda runs: (runs[0] / "evaluation" / "after.json").write_text("{"), 1, "after.json"),
+    ],
+)
+def test_runs_that_cannot_be_compared_are_named(runs, tmp_path, capsys, spoil, code, message):
+    spoil(runs)
+    assert main(["compare", *map(str, runs), "--page", str(tmp_path / "page.html")]) == code
+    assert message in capsys.readouterr().err and not (tmp_path / "page.html").exists()
+
+
+def test_the_line_of_the_readme_writes_a_page(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for recipe in ("grpo", "stage"):
+        write_fake_run(tmp_path / "runs" / f"{recipe}_shapeworld")
+        configure(tmp_path / "runs" / f"{recipe}_shapeworld", recipe=recipe)
+    (line,) = [line for line in command_lines(README) if line.startswith("stage-ray compare ")]
+    assert main(shlex.split(line)[1:]) == 0
+    assert "<h1>grpo, stage</h1>" in Path("compare.html").read_text()
+
+
+def test_a_single_run_that_was_never_evaluated_has_a_page(tmp_path):
+    write_fake_run(tmp_path / "run", steps=3, examined=())
+    page, numbers = compared([tmp_path / "run"], tmp_path)
+    assert numbers["suites"] == {} and "<h1>all runs</h1>" in page
