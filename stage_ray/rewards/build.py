@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any, get_type_hints
+from typing import Any, Unpack, get_args, get_origin, get_type_hints
 
 from pydantic import PydanticSchemaGenerationError, TypeAdapter, ValidationError
 
@@ -119,9 +119,19 @@ def check_options(kind: Any, name: str, options: Mapping[str, Any], key: str) ->
         ConfigError: one is unknown, missing, or not what the type hint says; names it and the fix.
     """
     parameters = inspect.signature(kind).parameters
+    try:
+        hints = get_type_hints(kind.__init__, include_extras=True) if inspect.isclass(kind) else {}
+    except NameError:
+        hints = {}  # types that only a type checker imports: there is nothing to check by
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     allowed = [one for one, parameter in parameters.items() if parameter.kind in named]  # neither *args nor **kwargs
-    free = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    free = False
+    for one in (name for name, parameter in parameters.items() if parameter.kind is parameter.VAR_KEYWORD):
+        # ``**options: Unpack[SomeTypedDict]`` names what it takes, all of it optional (PEP 692).
+        more = (
+            get_type_hints(get_args(hints[one])[0], include_extras=True) if get_origin(hints.get(one)) is Unpack else {}
+        )
+        allowed, hints, free = allowed + [*more], hints | more, not more
     listing = ", ".join(allowed) or "none"
     for one in options:
         if one not in allowed and not free:
@@ -129,12 +139,8 @@ def check_options(kind: Any, name: str, options: Mapping[str, Any], key: str) ->
             fix = f"{REVISION}; " if one == "revision" else fix
             raise ConfigError(f"{key}.{one} is no option of {name}; {fix}allowed: {listing}")
     for one in allowed:
-        if one not in options and parameters[one].default is inspect.Parameter.empty:
+        if one not in options and one in parameters and parameters[one].default is inspect.Parameter.empty:
             raise ConfigError(f"{key}.{one} is missing: {name} needs it; allowed: {listing}")
-    try:
-        hints = get_type_hints(kind.__init__, include_extras=True) if inspect.isclass(kind) else {}
-    except NameError:
-        hints = {}  # types that only a type checker imports: there is nothing to check by
     return {one: _converted(value, hints.get(one, Any), f"{key}.{one}") for one, value in options.items()}
 
 

@@ -9,16 +9,52 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict, TypeVar
 
 import numpy as np
+from pydantic import Field
 
 from stage_ray.files import atomic_write, read_json
+from stage_ray.registry import require_extra
 from stage_ray.rewards.base import ServiceUnavailableError
-from stage_ray.rewards.remote import png_base64, secret
+from stage_ray.rewards.remote import at_once, png_base64, require_url, secret
 
 PACKAGES = ("judge", "openai")  # the extra and what it brings
+Item = TypeVar("Item")
+Answer = TypeVar("Answer")
 TOP = 20  # log-probabilities asked for; the most that OpenAI's own endpoint gives
+
+
+class Endpoint(TypedDict, total=False):
+    """Options that every judge behind an endpoint takes; defaults are those of `Chat`.
+
+    Attributes:
+        url: of the endpoint, up to ``/v1``.
+        at_once: requests under way.
+        requests_per_minute: most of them; null: no limit.
+        longest_side: pixels to which larger pictures are reduced.
+        cache: a directory that keeps every answer, so that the same question is not asked again.
+        timeout_s, retries: of one request, with growing pauses, before the endpoint counts as down.
+        api_key_env: name of the environment variable that holds the key, set where reward workers run.
+        extra_body: more of each request, such as ``{chat_template_kwargs: {enable_thinking: false}}``.
+    """
+
+    url: str
+    at_once: Annotated[int, Field(ge=1)]
+    requests_per_minute: Annotated[float, Field(gt=0)] | None
+    longest_side: Annotated[int, Field(ge=16)] | None
+    cache: str | None
+    timeout_s: Annotated[float, Field(gt=0)]
+    retries: Annotated[int, Field(ge=0)]
+    api_key_env: str | None
+    extra_body: Mapping[str, Any] | None
+
+
+def check_endpoint(options: Mapping[str, Any]) -> None:
+    """A ConfigError where its client is not installed or the address is none; nothing is asked."""
+    require_extra(*PACKAGES)
+    if "url" in options:
+        require_url(options["url"])
 
 
 class Chat:
@@ -27,24 +63,30 @@ class Chat:
     def __init__(
         self,
         model: str,
-        url: str,
-        timeout_s: float,
-        retries: int,
-        api_key_env: str | None,
-        requests_per_minute: float | None,
-        longest_side: int | None,
-        cache: str | None,
-        extra_body: Mapping[str, Any],
+        url: str = "http://127.0.0.1:8000/v1",
+        at_once: int = 8,
+        requests_per_minute: float | None = None,
+        longest_side: int | None = None,
+        cache: str | None = None,
+        timeout_s: float = 120.0,
+        retries: int = 3,
+        api_key_env: str | None = None,
+        extra_body: Mapping[str, Any] | None = None,
     ) -> None:
-        """Arguments: see `VlmJudgeReward`."""
+        """``model``: as the endpoint calls it; the others: see `Endpoint`."""
+        check_endpoint({"url": url})
         from openai import OpenAI
 
         key = secret(api_key_env) or "none"  # the client wants one, a server of one's own does not
         self._client = OpenAI(base_url=url, api_key=key, timeout=timeout_s, max_retries=retries)
-        self._model, self._url, self._extra, self._longest_side = model, url, dict(extra_body), longest_side
-        self._cache = None if cache is None else Path(cache).expanduser()
+        self._model, self._url, self._extra, self._longest_side = model, url, dict(extra_body or {}), longest_side
+        self._at_once, self._cache = at_once, None if cache is None else Path(cache).expanduser()
         self._gap_s = 60 / requests_per_minute if requests_per_minute else 0.0
         self._lock, self._next = threading.Lock(), 0.0
+
+    def each(self, ask: Callable[[Item], Answer], items: Sequence[Item]) -> list[Answer]:
+        """``ask(item)`` for every item, in their order, some at a time."""
+        return at_once(ask, items, self._at_once)
 
     def answer(self, question: str, images: Sequence[np.ndarray], max_tokens: int) -> str:
         """The words of the answer; images are uint8 [H, W, 3], shown before the question.

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Any, Literal
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any, Literal, Unpack
 
 import numpy as np
 from pydantic import Field
 
 from stage_ray.errors import ConfigError
 from stage_ray.records import Prompt
-from stage_ray.registry import require_extra
 from stage_ray.rewards.base import RewardOutput
-from stage_ray.rewards.chat import PACKAGES, Chat, share_of_yes
-from stage_ray.rewards.remote import at_once, finite, require_url
+from stage_ray.rewards.chat import Chat, Endpoint, check_endpoint, share_of_yes
+from stage_ray.rewards.remote import finite
 
 QUESTIONS = {
     "points": "This image was drawn for the prompt: {prompt}\nHow well does it show what the prompt asks for, and how "
@@ -33,60 +32,43 @@ class VlmJudgeReward:
     def __init__(
         self,
         model: str,
-        url: str = "http://127.0.0.1:8000/v1",
         mode: Literal["points", "yes_no"] = "points",
         question: str | None = None,
         pattern: str = r"Final Score:\s*([0-9.]+)",
         lowest: float = 1.0,
         highest: float = 5.0,
         max_tokens: Annotated[int, Field(ge=1)] = 512,
-        at_once: Annotated[int, Field(ge=1)] = 8,
-        requests_per_minute: Annotated[float, Field(gt=0)] | None = None,
-        longest_side: Annotated[int, Field(ge=16)] | None = None,
-        cache: str | None = None,
-        timeout_s: Annotated[float, Field(gt=0)] = 120.0,
-        retries: Annotated[int, Field(ge=0)] = 3,
-        api_key_env: str | None = None,
-        extra_body: Mapping[str, Any] | None = None,
+        **endpoint: Unpack[Endpoint],
     ) -> None:
         """Ask nothing yet.
 
         Args:
             model: as the endpoint calls it.
-            url: of the endpoint, up to ``/v1``.
             mode: ``points``; or ``yes_no``, for which the endpoint must return log-probabilities.
             question: put in the place of the built-in one; ``{prompt}`` is the prompt.
             pattern: regular expression whose first group is the points; the last match counts.
             lowest, highest: the ends of the points; what lies outside is no score.
             max_tokens: of an answer with points.
-            at_once: requests under way.
-            requests_per_minute: most of them; null: no limit.
-            longest_side: pixels to which larger pictures are reduced.
-            cache: a directory that keeps every answer, so that the same question is not asked again.
-            timeout_s, retries: of one request, with growing pauses, before the endpoint counts as down.
-            api_key_env: name of the environment variable that holds the key, set where reward workers run.
-            extra_body: more of each request, such as ``{chat_template_kwargs: {enable_thinking: false}}``.
+            endpoint: where it is, and how it is asked.
         """
-        _check(url, question, pattern)
-        self._chat = Chat(
-            model, url, timeout_s, retries, api_key_env, requests_per_minute, longest_side, cache, extra_body or {}
-        )
+        _check(question, pattern)
+        self._chat = Chat(model, **endpoint)
         self._mode, self._question = mode, question or QUESTIONS[mode]
         self._pattern, self._lowest, self._highest = re.compile(pattern), lowest, highest
-        self._max_tokens, self._at_once = max_tokens, at_once
+        self._max_tokens = max_tokens
 
     @classmethod
     def check(
         cls,
         prompts: Sequence[Prompt],
         model: str,
-        url: str = "http://127.0.0.1:8000/v1",
         question: str | None = None,
         pattern: str = "()",
         **options: Any,
     ) -> Iterator[tuple[Prompt, str]]:
         """Check the options without asking the endpoint; see `Reward`. It judges every prompt."""
-        _check(url, question, pattern)
+        check_endpoint(options)
+        _check(question, pattern)
         return iter(())
 
     def score(self, images: np.ndarray, prompts: Sequence[Prompt]) -> RewardOutput:
@@ -96,7 +78,7 @@ class VlmJudgeReward:
             ServiceUnavailableError: the endpoint is down.
         """
         pairs = list(zip(images, prompts, strict=True))
-        answers = at_once(lambda pair: self._judge(*pair), pairs, self._at_once)
+        answers = self._chat.each(lambda pair: self._judge(*pair), pairs)
         values = finite([value for value, _ in answers])
         return RewardOutput(values, np.isfinite(values), tuple(details for _, details in answers))
 
@@ -118,9 +100,7 @@ class VlmJudgeReward:
         return (points - self._lowest) / (self._highest - self._lowest), {"said": said}
 
 
-def _check(url: str, question: str | None, pattern: str) -> None:
-    require_extra(*PACKAGES)
-    require_url(url)
+def _check(question: str | None, pattern: str) -> None:
     if question is not None and "{prompt}" not in question:
         raise ConfigError("question has no {prompt}: the judge would not know what was asked for")
     try:

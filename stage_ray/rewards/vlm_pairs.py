@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Any
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any, Unpack
 
 import numpy as np
 from pydantic import Field
 
 from stage_ray.records import Prompt
-from stage_ray.registry import require_extra
-from stage_ray.rewards.chat import PACKAGES, Chat
-from stage_ray.rewards.remote import at_once, require_url
+from stage_ray.rewards.chat import Chat, Endpoint, check_endpoint
 
 QUESTION = (
     "Both images were drawn for the prompt: {prompt}\nWhich one shows what the prompt asks for, and is made, better? "
@@ -32,34 +30,19 @@ class VlmPairsReward:
     def __init__(
         self,
         model: str,
-        url: str = "http://127.0.0.1:8000/v1",
         question: str = QUESTION,
         swap: bool = True,
         max_tokens: Annotated[int, Field(ge=1)] = 2048,
-        at_once: Annotated[int, Field(ge=1)] = 8,
-        requests_per_minute: Annotated[float, Field(gt=0)] | None = None,
-        longest_side: Annotated[int, Field(ge=16)] | None = None,
-        cache: str | None = None,
-        timeout_s: Annotated[float, Field(gt=0)] = 120.0,
-        retries: Annotated[int, Field(ge=0)] = 3,
-        api_key_env: str | None = None,
-        extra_body: Mapping[str, Any] | None = None,
+        **endpoint: Unpack[Endpoint],
     ) -> None:
         """Ask nothing yet; ``swap``: in both orders. The other arguments are those of `VlmJudgeReward`."""
-        require_extra(*PACKAGES)
-        require_url(url)
-        self._chat = Chat(
-            model, url, timeout_s, retries, api_key_env, requests_per_minute, longest_side, cache, extra_body or {}
-        )
-        self._question, self._swap, self._max_tokens, self._at_once = question, swap, max_tokens, at_once
+        self._chat = Chat(model, **endpoint)
+        self._question, self._swap, self._max_tokens = question, swap, max_tokens
 
     @classmethod
-    def check(
-        cls, prompts: Sequence[Prompt], model: str, url: str = "http://127.0.0.1:8000/v1", **options: Any
-    ) -> Iterator[tuple[Prompt, str]]:
+    def check(cls, prompts: Sequence[Prompt], model: str, **options: Any) -> Iterator[tuple[Prompt, str]]:
         """Check the address without asking it; see `Reward`. It judges every prompt."""
-        require_extra(*PACKAGES)
-        require_url(url)
+        check_endpoint(options)
         return iter(())
 
     def compare(self, prompt: Prompt, images_a: np.ndarray, images_b: np.ndarray) -> Sequence[float]:
@@ -70,7 +53,7 @@ class VlmPairsReward:
         """
         question = self._question.replace("{prompt}", prompt.text)
         orders = [pair for a, b in zip(images_a, images_b, strict=True) for pair in [(a, b), (b, a)][: 1 + self._swap]]
-        said = at_once(lambda pair: self._chat.answer(question, pair, self._max_tokens), orders, self._at_once)
+        said = self._chat.each(lambda pair: self._chat.answer(question, pair, self._max_tokens), orders)
         verdicts = np.asarray([verdict(each) for each in said]).reshape(len(images_a), -1)
         verdicts[:, 1:] = 1 - verdicts[:, 1:]
         counts = (~np.isnan(verdicts)).sum(1)

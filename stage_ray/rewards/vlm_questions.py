@@ -10,16 +10,15 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Unpack
 
 import numpy as np
 from pydantic import Field
 
 from stage_ray.records import Prompt
-from stage_ray.registry import require_extra
 from stage_ray.rewards.base import RewardOutput
-from stage_ray.rewards.chat import PACKAGES, Chat
-from stage_ray.rewards.remote import at_once, finite, require_url
+from stage_ray.rewards.chat import Chat, Endpoint, check_endpoint
+from stage_ray.rewards.remote import finite
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 NUMERALS = {word: str(number) for number, word in enumerate(WORDS)}
@@ -34,17 +33,9 @@ class VlmQuestionsReward:
     def __init__(
         self,
         model: str,
-        url: str = "http://127.0.0.1:8000/v1",
         mode: Literal["words", "logprobs"] = "words",
         max_tokens: Annotated[int, Field(ge=1)] = 256,
-        at_once: Annotated[int, Field(ge=1)] = 8,
-        requests_per_minute: Annotated[float, Field(gt=0)] | None = None,
-        longest_side: Annotated[int, Field(ge=16)] | None = None,
-        cache: str | None = None,
-        timeout_s: Annotated[float, Field(gt=0)] = 120.0,
-        retries: Annotated[int, Field(ge=0)] = 3,
-        api_key_env: str | None = None,
-        extra_body: Mapping[str, Any] | None = None,
+        **endpoint: Unpack[Endpoint],
     ) -> None:
         """Ask nothing yet.
 
@@ -53,22 +44,15 @@ class VlmQuestionsReward:
                 (Soft-TIFA, arXiv 2512.16853), for which the endpoint must return log-probabilities. Points are read
                 from words in both.
             max_tokens: of an answer in words.
-            model, url, at_once, requests_per_minute, longest_side, cache, timeout_s, retries, api_key_env, extra_body:
-                as of `VlmJudgeReward`.
+            model, endpoint: as of `VlmJudgeReward`.
         """
-        require_url(url)
-        self._chat = Chat(
-            model, url, timeout_s, retries, api_key_env, requests_per_minute, longest_side, cache, extra_body or {}
-        )
-        self._soft, self._max_tokens, self._at_once = mode == "logprobs", max_tokens, at_once
+        self._chat = Chat(model, **endpoint)
+        self._soft, self._max_tokens = mode == "logprobs", max_tokens
 
     @classmethod
-    def check(
-        cls, prompts: Sequence[Prompt], model: str, url: str = "http://127.0.0.1:8000/v1", **options: Any
-    ) -> Iterator[tuple[Prompt, str]]:
+    def check(cls, prompts: Sequence[Prompt], model: str, **options: Any) -> Iterator[tuple[Prompt, str]]:
         """The prompts without questions; see `Reward`. The endpoint is not asked."""
-        require_extra(*PACKAGES)
-        require_url(url)
+        check_endpoint(options)
         for prompt in prompts:
             if wrong := fault(prompt.record):
                 yield prompt, wrong
@@ -82,7 +66,7 @@ class VlmQuestionsReward:
         wrong = [fault(prompt.record) for prompt in prompts]
         asked = [[] if wrong[row] else prompt.record["questions"] for row, prompt in enumerate(prompts)]
         every = [(row, question) for row, questions in enumerate(asked) for question in questions]
-        answers = iter(at_once(lambda one: self._ask(images[one[0]], one[1]), every, self._at_once))
+        answers = iter(self._chat.each(lambda one: self._ask(images[one[0]], one[1]), every))
         scores, details = list[float | None](), list[dict[str, Any]]()
         for row, questions in enumerate(asked):
             found = [next(answers) for _ in questions]

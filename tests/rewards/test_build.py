@@ -73,6 +73,8 @@ def test_a_number_that_yaml_reads_as_text_reaches_the_scorer_as_a_number():
         ("geneval", {"detector": "x.Y", "threshold": 1.5}, "threshold = 1.5: .*less than or equal to 1"),
         ("geneval", {"detector": "x.Y", "score": "softt"}, "score = 'softt'"),
         ("clip", {"path": "/does/not/exist"}, "does not exist"),
+        ("vlm_judge", {"model": "m", "at_onec": 2}, "at_onec is no option.*did you mean 'at_once'"),
+        ("vlm_judge", {"model": "m", "at_once": 0}, "at_once = 0: .*greater than or equal to 1"),
     ],
 )
 def test_a_mistake_is_refused_in_one_sentence(type_: str, options: dict, complaint: str):
