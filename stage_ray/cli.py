@@ -16,6 +16,7 @@ from stage_ray.commands.inference import evaluate, generate
 from stage_ray.commands.plan import plan
 from stage_ray.commands.prompts import prompts
 from stage_ray.commands.score import score
+from stage_ray.commands.study import study
 from stage_ray.commands.submit import submit
 from stage_ray.commands.tools import bench, compare, metrics, pretrain, report
 from stage_ray.commands.train import train
@@ -32,23 +33,9 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-COMMANDS = (
-    init,
-    train,
-    fetch,
-    convert,
-    prompts,
-    submit,
-    evaluate,
-    generate,
-    score,
-    pretrain,
-    bench,
-    plan,
-    report,
-    compare,
-)
-for command in COMMANDS:
+WORK = (init, train, study, evaluate, generate, score, submit, pretrain, bench)
+AROUND = (fetch, convert, prompts, plan, report, compare)
+for command in WORK + AROUND:
     app.command(no_args_is_help=True)(command)
 app.command()(configs)  # a bare command does its work
 app.command()(metrics)

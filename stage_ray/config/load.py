@@ -97,7 +97,7 @@ def validate_config(data: dict[str, Any], overrides: Sequence[str] | None = None
     try:
         return RunConfig.model_validate(data)
     except ValidationError as error:
-        raise ConfigError(f"{source}: " + "; ".join(_explain(item) for item in error.errors())) from error
+        raise ConfigError(f"{source}: " + "; ".join(explain(item) for item in error.errors())) from error
 
 
 def _apply_override(data: dict[str, Any], override: str) -> None:
@@ -127,11 +127,12 @@ def _item(node: Any, part: str, key: str) -> Any:
     return node[int(part)]
 
 
-def _explain(item: Any) -> str:
+def explain(item: Any, model: type[BaseModel] = RunConfig) -> str:
+    """One of a `ValidationError`'s errors in a sentence that names the key, and the nearest right one."""
     *parents, last = location = [str(part) for part in item["loc"] if part not in FORMS] or ["config"]
     key = ".".join(location)
     if item["type"] == "extra_forbidden":
-        nearest = suggest(last, _fields_at(parents), "".join(f"{part}." for part in parents))
+        nearest = suggest(last, _fields_at(parents, model), "".join(f"{part}." for part in parents))
         renamed = f"it is called {RENAMED[key]!r} now" if key in RENAMED else ""
         return f"unknown key {key!r}: {renamed or (REVISION if last == 'revision' else nearest)}"
     if item["type"] == "missing":
@@ -139,11 +140,10 @@ def _explain(item: Any) -> str:
     return str(item["ctx"]["error"]) if item["type"] == "value_error" else impossible(key, item)
 
 
-def _fields_at(location: list[str]) -> list[str]:
-    """Names that are allowed in the section at a location, list positions skipped."""
-    model: type[BaseModel] = RunConfig
+def _fields_at(location: list[str], model: type[BaseModel]) -> list[str]:
+    """Names that are allowed in the section at a location; positions of lists and keys of mappings are skipped."""
     for part in location:
-        if not part.isdigit():
+        if part in model.model_fields:
             model = next(_sections(model.model_fields[part].annotation))
     return list(model.model_fields)
 

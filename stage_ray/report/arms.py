@@ -70,10 +70,12 @@ class Arm:
     runs: tuple[RunRecord, ...]
 
 
-def arms_of(runs: Sequence[RunRecord]) -> tuple[list[Arm], dict[str, list[Any]]]:
+def arms_of(
+    runs: Sequence[RunRecord], names: Mapping[Path, str] | None = None
+) -> tuple[list[Arm], dict[str, list[Any]]]:
     """Arms in the order in which their first runs are given, and the keys in which they differ: values by arm.
 
-    An arm is named by the values of as few keys as tell all arms apart.
+    An arm is named by ``names`` of its first run's directory, or by the values of as few keys as tell all arms apart.
 
     Raises:
         ConfigError: two runs have the same config and seed.
@@ -92,8 +94,8 @@ def arms_of(runs: Sequence[RunRecord]) -> tuple[list[Arm], dict[str, list[Any]]]
     keys = {key for some in arms for key in some[0].config if not key.startswith(OWN)}
     values = {key: [some[0].config.get(key) for some in arms] for key in keys}
     told = {key: found for key, found in sorted(values.items()) if len({*map(str, found)}) > 1}
-    names = _names(told, len(arms))
-    return [Arm(name, tuple(some)) for name, some in zip(names, arms, strict=True)], told
+    called = [names[some[0].directory] for some in arms] if names else _names(told, len(arms))
+    return [Arm(name, tuple(some)) for name, some in zip(called, arms, strict=True)], told
 
 
 def _names(told: Mapping[str, Sequence[Any]], count: int) -> list[str]:

@@ -59,14 +59,18 @@ class SuiteTable:
     unlike: str
 
 
-def write_comparison(run_dirs: Sequence[Path], page: Path, json_file: Path | None = None) -> Path:
+def write_comparison(
+    run_dirs: Sequence[Path], page: Path, json_file: Path | None = None, names: Mapping[Path, str] | None = None
+) -> Path:
     """Write the page, and the numbers on it as JSON where that is wanted; each whole or not at all.
+
+    ``names``: of each run's arm, where they are not to be named by what differs.
 
     Raises:
         ConfigError: a directory holds no run, or two runs say the same twice.
         RunError: a file of a run is damaged; names it.
     """
-    arms, told = arms_of([RunRecord.read(directory) for directory in run_dirs])
+    arms, told = arms_of([RunRecord.read(directory) for directory in run_dirs], names)
     suites = {name: _suite(arms, name) for name in dict.fromkeys(name for arm in arms for name in _suites(arm))}
     trained = {title: [_end(arm, value) for arm in arms] for title, value in TRAINING.items()}
     trained = {title: ends for title, ends in trained.items() if any(ends)}

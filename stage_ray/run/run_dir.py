@@ -104,6 +104,19 @@ def known_commits(run_dir: Path) -> dict[str, str]:
     return _inputs(run_dir).get("commits", {})
 
 
+def is_finished(run: RunConfig) -> bool:
+    """Whether its directory holds this very run, trained, evaluated and exported.
+
+    Raises:
+        ConfigError: it holds a run whose config or prompts differ; names the first key.
+    """
+    path = Path(run.run_dir)
+    if not (path / "config.yaml").exists() or _untouched(path):
+        return False
+    _check_same(resolved(run), path / "config.yaml", "auto", digest_inputs(run, log.info))
+    return (path / "final" / "config.json").exists()
+
+
 @contextlib.contextmanager
 def run_dir_lock(run_dir: Path, wait_s: float) -> Iterator[None]:
     """Exclude other drivers, which would cut the ledger back and overwrite checkpoints, here or over shared storage.

@@ -1,0 +1,36 @@
+"""``stage-ray study``: the arms of a study file, searched, trained and compared."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from typer import Argument, Option, echo
+
+from stage_ray.config.paths import require_lasting
+
+
+def study(
+    file: Annotated[Path, Argument(metavar="STUDY", help="A YAML file: config, dir, seeds, arms, set, search")],
+    dry_run: Annotated[bool, Option("--dry-run", help="List the runs and which are done; start nothing")] = False,
+) -> None:
+    """Train arms that differ in a few keys on several seeds each, and compare them on one page.
+
+    Where the file has a search, each arm first finds its own value of a key, such as the learning rate, with the same
+    values and steps as all others, on other seeds. Runs go on side by side where there are cores. What is done is
+    skipped and what was cut off goes on, so the same command finishes a study that was stopped.
+
+    Example: stage-ray study study.yaml --dry-run
+    """
+    from stage_ray.observability.progress import Progress
+    from stage_ray.run.study import Study, read_study
+
+    config = read_study(file)
+    require_lasting(config.dir, "dir")
+    with Progress() as progress:
+        found = Study(config, progress)
+        if dry_run:
+            for run, done in found.plan():
+                echo(f"{'done' if done else 'to do'}  {run.label}  {run.directory}")
+        else:
+            progress.note(f"study: {found.run()}")

@@ -1,0 +1,237 @@
+"""A study: arms that differ in a few keys, each with its learning rate searched alike, on several seeds, compared.
+
+A run is a process of its own, ``stage-ray train``, in a directory of its own: one that is done is skipped, one that was
+cut off goes on, so a study may be stopped at any time and started again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Annotated, Any
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from stage_ray.config import RunConfig
+from stage_ray.config.hardware import usable_cpus
+from stage_ray.config.load import explain, load_config, read_mapping
+from stage_ray.config.sections import Section
+from stage_ray.errors import ConfigError, RunError
+from stage_ray.evaluation.base import read_result
+from stage_ray.evaluation.suites import EVALUATION, resolve_suites
+from stage_ray.files import atomic_write
+from stage_ray.observability.progress import Progress
+from stage_ray.report.compare import write_comparison
+from stage_ray.run.run_dir import is_finished
+from stage_ray.run.stop import StopSignal
+
+Overrides = list[str]
+Seeds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+SET = "KEY=VALUE, as of stage-ray train; "
+
+
+class ArmConfig(Section):
+    """What one arm trains."""
+
+    config: str | None = Field(None, description="A file or the name of one that ships; null: the study's")
+    set: Overrides = Field([], description=SET + "on top of the study's own")
+
+
+class SearchConfig(Section):
+    """How every arm finds the value of one key: with the same values, steps and seeds, which are not those reported."""
+
+    key: str = Field("learner.lr", description="The key whose value is searched")
+    values: list[float] = Field(min_length=2, description="Its values; the best mean headline after training is taken")
+    seeds: Seeds = Field(description="Of the runs of each value")
+    set: Overrides = Field([], description=SET + "of these runs, such as fewer steps")
+
+
+class StudyConfig(Section):
+    """A file for ``stage-ray study``."""
+
+    config: str = Field(description="Of arms that name none: a file or the name of one that ships")
+    dir: str = Field(description="Where its runs and study.html lie")
+    seeds: Seeds = Field(description="Of the runs that are compared; arms are paired by them")
+    arms: dict[str, ArmConfig] = Field(min_length=1, description="By name; the others are compared with the first")
+    set: Overrides = Field([], description=SET + "of every run")
+    search: SearchConfig | None = Field(None, description="Of a value that each arm needs its own of; null: none")
+    cpus_per_run: int = Field(2, ge=1, description="As many runs go on at once as this machine has such shares")
+
+    @model_validator(mode="after")
+    def _check(self) -> StudyConfig:
+        if self.search and (both := {*self.search.seeds} & {*self.seeds}):
+            raise ValueError(
+                f"seed {min(both)} is in search.seeds and in seeds: what a value was chosen on cannot report it; "
+                "take others for one of them"
+            )
+        places: dict[str, str] = {}
+        for name in self.arms:
+            if (other := places.setdefault(_slug(name), name)) != name or not _slug(name):
+                raise ValueError(f"arms {other!r} and {name!r} would share a directory; name one otherwise")
+        return self
+
+
+def read_study(path: Path) -> StudyConfig:
+    """Read a study's file.
+
+    Raises:
+        ConfigError: missing or unreadable file, unknown key, impossible value, or a seed both searched on and reported.
+    """
+    try:
+        return StudyConfig.model_validate(read_mapping(path, str(path), " of keys to values"))
+    except ValidationError as error:
+        said = "; ".join(explain(item, StudyConfig) for item in error.errors())
+        raise ConfigError(f"{path}: {said}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class StudyRun:
+    """One run of a study: a whole config with its own seed and directory."""
+
+    label: str
+    config: RunConfig
+
+    @property
+    def directory(self) -> Path:
+        return Path(self.config.run_dir)
+
+    def headline(self) -> float:
+        """Its first suite's headline after training; a RunError where it has none."""
+        result = read_result(self.directory / EVALUATION / "after.json")
+        if result is None or result.headline_value is None:
+            raise RunError(f"{self.directory} was not evaluated after training, so its value cannot be judged")
+        return result.headline_value
+
+
+class Study:
+    """The runs of a study file, in the order in which they are done."""
+
+    def __init__(self, study: StudyConfig, progress: Progress) -> None:
+        """Read every config.
+
+        Raises:
+            ConfigError: of `load_config`, with the arm; nothing was started.
+        """
+        self._study, self._progress = study, progress
+        self.directory = Path(study.dir)
+        self.searched = {name: self._search_runs(name) for name in study.arms} if study.search else {}
+        self.reported = {name: self._reported_runs(name, []) for name in study.arms}
+        self._room = max(1, usable_cpus() // study.cpus_per_run)
+
+    def run(self) -> Path:
+        """Do what is not done yet; the page that compares the arms.
+
+        Raises:
+            RunError: a run failed; names its log.
+            ConfigError: a directory holds a run of another config.
+            Interrupted: by a signal; runs under way have saved what they had.
+        """
+        return asyncio.run(self._run())
+
+    async def _run(self) -> Path:
+        async with StopSignal(self._progress, "the same command goes on with the study"):
+            await self._train(self._searches())
+            self._choose()
+            await self._train(self._reports())
+        arms = {run.directory: name for name, runs in self.reported.items() for run in runs}
+        return write_comparison(list(arms), self.directory / "study.html", self.directory / "study.json", arms)
+
+    def plan(self) -> list[tuple[StudyRun, bool]]:
+        """Every run in the order in which they are done, and whether it is."""
+        searched = [(run, is_finished(run.config)) for run in self._searches()]
+        if found := all(done for _, done in searched):
+            self._choose()
+        return searched + [(run, found and is_finished(run.config)) for run in self._reports()]
+
+    def _searches(self) -> list[StudyRun]:
+        return [run for values in self.searched.values() for runs in values.values() for run in runs]
+
+    def _reports(self) -> list[StudyRun]:
+        """Seed by seed, so that a study that is cut off has compared all arms on some."""
+        return [runs[i] for i in range(len(self._study.seeds)) for runs in self.reported.values()]
+
+    def _search_runs(self, name: str) -> dict[float, list[StudyRun]]:
+        search = self._study.search
+        assert search is not None
+        return {
+            value: [
+                self._run_of(name, [*search.set, f"{search.key}={value!r}"], seed, f"search/{_slug(name)}/{value:g}")
+                for seed in search.seeds
+            ]
+            for value in search.values
+        }
+
+    def _reported_runs(self, name: str, more: Overrides) -> list[StudyRun]:
+        return [self._run_of(name, more, seed, _slug(name)) for seed in self._study.seeds]
+
+    def _run_of(self, name: str, more: Overrides, seed: int, place: str) -> StudyRun:
+        arm = self._study.arms[name]
+        run_dir = self.directory / place / f"seed-{seed}"
+        overrides = [*self._study.set, *arm.set, *more, f"seed={seed}", "cluster.metrics_port=null"]
+        try:
+            config = resolve_suites(load_config(arm.config or self._study.config, overrides, run_dir))
+        except ConfigError as error:
+            raise ConfigError(f"arm {name!r}: {error}") from error
+        return StudyRun(f"{name}, {', '.join([*more, f'seed {seed}'])}", config)
+
+    def _choose(self) -> None:
+        """Give each arm the value with the highest mean headline; ``search.json`` has all that were found."""
+        chosen: dict[str, dict[str, Any]] = {}
+        for name, values in self.searched.items():
+            found = {value: fmean(run.headline() for run in runs) for value, runs in values.items()}
+            assert self._study.search is not None
+            best = max(found, key=lambda value: found[value])
+            chosen[name] = {"key": self._study.search.key, "value": best, "found": found}
+            self.reported[name] = self._reported_runs(name, [f"{self._study.search.key}={best!r}"])
+        if chosen:
+            atomic_write(self.directory / "search.json", json.dumps(chosen, indent=1))
+
+    async def _train(self, runs: Sequence[StudyRun]) -> None:
+        """Train those that are not finished, as many at once as there is room for; one that fails stops the others."""
+        left, room = [run for run in runs if not is_finished(run.config)], self._room
+        if not left:
+            return
+        with self._progress.bar(f"{len(left)} runs, {room} at a time", len(left)) as advance:
+            places = asyncio.Semaphore(room)
+            try:
+                async with asyncio.TaskGroup() as group:
+                    for run in left:
+                        group.create_task(self._train_one(run, places, advance))
+            except* RunError as failed:
+                raise failed.exceptions[0] from None
+
+    async def _train_one(self, run: StudyRun, places: asyncio.Semaphore, advance: Callable[[], None]) -> None:
+        """One run to its end, in a process of its own; its config and what it says lie below ``configs/``."""
+        config = self.directory / "configs" / f"{run.directory.relative_to(self.directory)}.yaml"
+        log = config.with_suffix(".log")
+        async with places:
+            config.parent.mkdir(parents=True, exist_ok=True)
+            atomic_write(config, yaml.safe_dump(run.config.model_dump(mode="json"), sort_keys=False))
+            command = [sys.executable, "-m", "stage_ray", "train", str(config), "--auto-resume"]
+            with log.open("ab") as output:
+                nowhere = asyncio.subprocess.DEVNULL
+                process = await asyncio.create_subprocess_exec(*command, stdin=nowhere, stdout=output, stderr=output)
+            try:
+                code = await process.wait()
+            except asyncio.CancelledError:
+                with suppress(ProcessLookupError):
+                    process.terminate()  # it saves what it has, and the next start goes on
+                await process.wait()
+                raise
+        if code:
+            last = (log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["it said nothing"])[-1]
+            raise RunError(f"the run of {run.label} ended with exit code {code}: {last} (all it said: {log})")
+        advance()
+
+
+def _slug(name: str) -> str:
+    """A name as that of a directory."""
+    return re.sub(r"\W+", "-", name.lower()).strip("-")

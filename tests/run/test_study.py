@@ -1,0 +1,117 @@
+"""A study trains what is missing, gives each arm its own best value, and ends with a page."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from stage_ray.cli import main
+from tests.runs import lines, tiny_run
+
+SEARCH = {"values": [1e-5, 1e-3], "seeds": [1], "set": ["steps=20"]}
+
+
+@pytest.fixture
+def study(tmp_path, plain, monkeypatch) -> Path:
+    """A study of two arms and two seeds, one step each on a tiny model."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]), prepend=os.pathsep)  # of runs: their scorer
+    run = tiny_run(
+        tmp_path,
+        plain,
+        steps=1,
+        evaluation={"sample_every": 1000, "images_per_prompt": 1, "benchmark": "tests.run.test_suites.LightBenchmark"},
+    )
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(run.model_dump(mode="json")))
+    return write(tmp_path / "study.yaml")
+
+
+def write(path: Path, **changes: object) -> Path:
+    arms = {"GRPO": {"set": ["recipe=grpo"]}, "STAGE": {}}
+    data = {"config": "base.yaml", "dir": "study", "seeds": [2, 3], "arms": arms} | changes
+    path.write_text(yaml.safe_dump(data, sort_keys=False))
+    return path
+
+
+@pytest.mark.slow
+def test_a_study_that_was_stopped_goes_on_gives_an_arm_the_value_that_its_search_found_and_is_done(study, capsys):
+    command = [
+        sys.executable,
+        "-m",
+        "stage_ray",
+        "study",
+        str(write(study, arms={"STAGE": {}}, seeds=[2], search=SEARCH)),
+    ]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        metrics = Path("study/search/stage/1e-05/seed-1/metrics.jsonl")
+        while not (metrics.exists() and metrics.stat().st_size):  # the first run has done a step
+            assert process.poll() is None, process.stdout.read()
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        said, _ = process.communicate()
+    assert process.returncode == 128 + signal.SIGTERM and "the same command goes on" in said
+    assert "stopped by SIGTERM after step" in Path("study/configs/search/stage/1e-05/seed-1.log").read_text()
+    assert main(["study", str(study)]) == 0
+    assert [row["step"] for row in lines(metrics)] == [*range(1, 21)]
+    found = json.loads(Path("study/search.json").read_text())["STAGE"]
+    assert found["value"] == float(max(found["found"], key=found["found"].get))
+    config = yaml.safe_load(Path("study/stage/seed-2/config.yaml").read_text())
+    assert config["learner"]["lr"] == found["value"] and config["seed"] == 2
+    assert "<h1>STAGE</h1>" in Path("study/study.html").read_text()
+    files = {path: path.stat().st_mtime_ns for path in Path("study").rglob("metrics.jsonl")}
+    assert len(files) == 2 + 1
+    capsys.readouterr()
+    assert main(["study", str(study), "--dry-run"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["done"] * 3
+    assert main(["study", str(study)]) == 0
+    assert files == {path: path.stat().st_mtime_ns for path in Path("study").rglob("metrics.jsonl")}
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_is_named_with_its_log(study, capsys):
+    write(study, seeds=[2], set=["prompts.train=nothing.txt"])
+    assert main(["study", str(study)]) == 1
+    assert not Path("study/study.html").exists()
+    said = " ".join(capsys.readouterr().err.split())
+    assert "the run of GRPO, seed 2 ended with exit code" in said and "study/configs/grpo/seed-2.log" in said
+
+
+def test_the_example_of_the_rooms_page_is_a_study(tmp_path, monkeypatch, capsys):
+    page = (Path(__file__).parents[2] / "stage_ray/run/README.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    Path("study.yaml").write_text(re.search(r"```yaml\n(.*?)```", page, re.DOTALL).group(1))
+    assert main(["study", "study.yaml", "--dry-run"]) == 0
+    rows = capsys.readouterr().out.splitlines()
+    assert len(rows) == 3 * 3 + 3 * 3 and "STAGE without KL, seed 33" in rows[-1]
+
+
+def test_a_dry_run_lists_what_is_to_do_and_starts_nothing(study, capsys):
+    assert main(["study", str(study), "--dry-run"]) == 0
+    rows = [line.split("  ") for line in capsys.readouterr().out.splitlines()]
+    assert [row[1] for row in rows] == ["GRPO, seed 2", "STAGE, seed 2", "GRPO, seed 3", "STAGE, seed 3"]
+    assert {row[0] for row in rows} == {"to do"} and not Path("study").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sedes": [1]}, "unknown key 'sedes': did you mean 'seeds'"),
+        ({"arms": {"A": {"sett": []}}}, "unknown key 'arms.A.sett': did you mean 'arms.A.set'"),
+        ({"arms": {}}, "arms"),
+        ({"arms": {"A b": {}, "a-b": {}}}, "'A b' and 'a-b' would share a directory"),
+        ({"seeds": []}, "seeds"),
+        ({"search": SEARCH | {"seeds": [2]}}, "seed 2 is in search.seeds and in seeds"),
+        ({"arms": {"A": {"set": ["recipee=grpo"]}}}, "arm 'A': .*did you mean 'recipe'"),
+        ({"config": "nowhere.yaml"}, "nowhere.yaml does not exist"),
+    ],
+)
+def test_a_mistake_in_the_file_is_refused_before_anything_starts(study, capsys, changes, message):
+    assert main(["study", str(write(study, **changes))]) == 2
+    assert re.search(message, capsys.readouterr().err) and not Path("study").exists()
