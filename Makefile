@@ -25,11 +25,11 @@ export VARIANT PYTHON TORCH_INDEX
 unexport PYTHONPATH
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test check chaos clean
+.PHONY: help install train test check chaos gpu-check clean
 
 help: ## List the tasks
 	@echo "stage_ray: make TASK"
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  \1\t\2/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 12
 	@sed -n 's/^# \([A-Z_]*=.*\)/  \1/p' $(MAKEFILE_LIST)
 
 install: .venv/installed ## Build .venv with everything in it (chooses CPU or GPU by itself)
@@ -52,6 +52,9 @@ check: install ## Format, lint, types and the fast tests, in about four minutes
 
 chaos: install ## Run the fault-injection soak for MINUTES; its ledger must show no group lost or trained twice
 	@$(BIN)/python -m tests.chaos --minutes $(MINUTES) --seed $(SEED)
+
+gpu-check: install ## Check on one GPU, in ten minutes, all that needs one; a report to paste in gpu-check.md
+	@$(BIN)/stage-ray gpu-check $(ARGS)
 
 clean: ## Remove .venv, caches and build output; runs stay
 	@rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

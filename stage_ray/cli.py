@@ -12,6 +12,7 @@ from typer.exceptions import TyperException
 from stage_ray.commands.configs import configs, fetch, init
 from stage_ray.commands.convert import convert
 from stage_ray.commands.doctor import doctor
+from stage_ray.commands.gpu_check import gpu_check
 from stage_ray.commands.inference import evaluate, generate
 from stage_ray.commands.plan import plan
 from stage_ray.commands.prompts import prompts
@@ -40,6 +41,7 @@ for command in WORK + AROUND:
 app.command()(configs)  # a bare command does its work
 app.command()(metrics)
 app.command()(doctor)
+app.command()(gpu_check)
 
 
 def main(arguments: list[str] | None = None) -> int:

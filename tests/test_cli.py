@@ -18,6 +18,7 @@ from tests.tiny import tiny_janus
 
 COMMANDS = (
     "configs",
+    "gpu-check",
     "init",
     "train",
     "fetch",

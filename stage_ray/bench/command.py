@@ -18,6 +18,9 @@ from stage_ray.observability.progress import Progress
 
 COLUMNS = ("claim", "ratio", "target", "met", "baseline", "ours", "limit", "of limit")
 
+THROUGHPUT = {"images_per_s": "images/s", "tokens_per_s": "tokens/s", "mfu": "MFU", "peak_mib": "peak MiB"}
+"""Details of a row that have columns of their own -> what stands above each; `machine.throughput` makes them."""
+
 
 def run_benches(name: str, *, device: str, quick: bool, json_file: Path | None) -> list[Row]:
     """Run one bench, or all of them; print the machine first and a table after each.
@@ -66,15 +69,32 @@ def print_rows(console: Console, rows: Sequence[Row]) -> None:
         numbers = (_number(value, row.unit) for value in (row.baseline, row.ours, row.limit))
         table.add_row(row.name, f"{row.ratio:.2f}", target, met, *numbers, share)
     console.print(table)
+    print_throughput(console, rows)
     for row in rows:
         console.print(f"\n{row.name}", style="bold", markup=False)
         lines = [f"ratio: {row.ratio_is}; baseline: {row.baseline_is}"]
         if row.limit is not None:
             lines.append(f"limit: {row.limit_is}")
-        if row.details:
-            lines.append("also measured: " + ", ".join(f"{name} {value:.4g}" for name, value in row.details.items()))
+        if others := {name: value for name, value in row.details.items() if name not in THROUGHPUT}:
+            lines.append("also measured: " + ", ".join(f"{name} {value:.4g}" for name, value in others.items()))
         for line in (*lines, *row.notes):
             console.print(f"  {line}", style="dim", markup=False, highlight=False, soft_wrap=True)
+
+
+def print_throughput(console: Console, rows: Sequence[Row]) -> None:
+    """A table of what ours does a second, where rows say so; nothing where none does."""
+    if not any(THROUGHPUT.keys() & row.details.keys() for row in rows):
+        return
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("ours", overflow="fold")
+    for column in THROUGHPUT.values():
+        table.add_column(column, justify="right")
+    for row in rows:
+        found = [row.details.get(name) for name in THROUGHPUT]
+        if any(value is not None for value in found):
+            table.add_row(row.name, *("" if value is None else f"{value:.4g}" for value in found))
+    console.print()
+    console.print(table)
 
 
 def _number(value: float | None, unit: str) -> str:

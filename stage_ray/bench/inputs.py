@@ -23,6 +23,22 @@ SHIPPED = "package:stage_ray/shapeworld/assets/janus"
 TRAIN = "package:stage_ray/shapeworld/assets/prompts/train.jsonl"
 GIGABYTE = JanusSizes(hidden=1024, layers=20, heads=16, intermediate=2688, codes=1024, side=8, prompt_tokens=128)
 FIFTY_MILLION = JanusSizes(hidden=512, layers=12, heads=8, intermediate=1536, codes=16384, side=16, prompt_tokens=128)
+JANUS_PRO_1B = JanusSizes(
+    hidden=2048,
+    layers=24,
+    heads=16,
+    intermediate=5632,
+    codes=16384,
+    side=24,
+    vocabulary=102_400,
+    prompt_tokens=1024,
+    tied=False,
+    channel_multiplier=(1, 1, 2, 2, 4),
+    latent_channels=256,
+    base_channels=128,
+    res_blocks=2,
+)
+"""The published model's shapes, but for the image encoder, which generation never runs."""
 SMALL = JanusSizes(hidden=128, layers=2, heads=2, intermediate=256, codes=1024, side=8, prompt_tokens=128)
 
 

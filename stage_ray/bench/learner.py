@@ -9,8 +9,9 @@ import numpy as np
 from stage_ray.bench.base import Bench, Row, Trials, Variant, bench_run, interleave, median
 from stage_ray.bench.baselines import PlainLearner
 from stage_ray.bench.inputs import FIFTY_MILLION, SMALL, equal_prompts, groups_of, model_of
-from stage_ray.bench.machine import PeakMemory, best, dtype_name, machine, timed, update_limit
+from stage_ray.bench.machine import PeakMemory, best, dtype_name, machine, throughput, timed, update_limit
 from stage_ray.config import RunConfig
+from stage_ray.config.flops import forward_flops, training_flops
 from stage_ray.learner.learner import Learner
 from stage_ray.policies.base import Policy
 from stage_ray.policies.devices import device_for
@@ -49,11 +50,15 @@ class LearnerBench(Bench):
         time: Any = {"ratio_is": "times as fast", "limit": limit, "limit_is": limit_is} | shared
         memory: Any = {"ratio_is": SHARE, "unit": "MiB", "better": "lower", "limit": state, "limit_is": STATE} | shared
         plain_s, plain_mib = median(plain, "seconds"), plain[-1]["rise_mib"]  # the last peak is that of all trials
+        prompt = plain[0]["positions"] // IMAGES - model.image_tokens + 1
+        flops = IMAGES * (forward_flops(model, prompt) + training_flops(model, prompt))
+        same: Any = {"images": IMAGES, "flops": flops, "device": self.device, "dtype": dtype, "speed": speed}
         rows = []
         for n in MICRO_BATCHES:
             case, ours = f"learner/{name}/micro-batch-{n}", trials[f"ours-{n}"]
             ours_s, ours_mib = median(ours, "seconds"), ours[-1]["rise_mib"]
-            rows.append(Row(f"{case}/time", 1.5, plain_s, ours_s, **time))
+            told = throughput(model, seconds=ours_s, peak_mib=ours[-1]["peak_mib"], **same)
+            rows.append(Row(f"{case}/time", 1.5, plain_s, ours_s, details=told, **time))
             rows.append(Row(f"{case}/memory", 0.5, plain_mib, ours_mib, **memory))
         return rows
 
@@ -66,7 +71,8 @@ def update(learner: type[Learner], run: RunConfig) -> Trials:
     peak = PeakMemory(device)
     while True:
         seconds, _ = timed(device, built.update, *random_groups(built.policy, built.version))
-        yield {"seconds": seconds, "rise_mib": peak.rise_mib(), "positions": positions}
+        memory = {"rise_mib": peak.rise_mib(), "peak_mib": peak.total_mib()}
+        yield {"seconds": seconds, "positions": positions} | memory
 
 
 def random_groups(policy: Policy, version: int) -> tuple[list[RolloutGroup], list[ScoredGroup]]:

@@ -12,7 +12,7 @@ import torch
 
 from stage_ray.bench.base import Measurement, Trials, Variant
 from stage_ray.config.model_sizes import ModelSizes
-from stage_ray.policies.devices import compute_dtype
+from stage_ray.policies.devices import compute_dtype, peak_flops
 
 
 def timed(device: torch.device, work: Callable[..., Any], *arguments: Any) -> tuple[float, Any]:
@@ -45,6 +45,10 @@ class PeakMemory:
         """MiB between the start and the peak so far."""
         return (self._peak() - self._start) / 2**20
 
+    def total_mib(self) -> float:
+        """MiB of the peak itself: what was loaded before counts, and of vLLM the key-value cache that it reserves."""
+        return self._peak() / 2**20
+
     def _peak(self) -> int:
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device)
@@ -62,7 +66,7 @@ def probe(device: str, dtypes: Sequence[str]) -> Trials:
     place = torch.device(device)
     edge = 8192 if place.type == "cuda" else 2048
     pairs = {name: torch.randn(2, edge, edge, device=place).to(getattr(torch, name)) for name in dtypes}
-    source = torch.ones(16 * edge * edge, dtype=torch.float32, device=place)
+    source = torch.ones((4 if place.type == "cuda" else 16) * edge * edge, dtype=torch.float32, device=place)
     target = torch.empty_like(source)
 
     def fastest(work: Callable[..., object], *tensors: torch.Tensor) -> float:
@@ -76,6 +80,29 @@ def probe(device: str, dtypes: Sequence[str]) -> Trials:
 def best(trials: Sequence[Measurement]) -> Mapping[str, float]:
     """The best over the trials of `machine`: operations a second by dtype, and ``bytes_per_s``."""
     return {name: max(float(trial[name]) for trial in trials) for name in trials[0]}
+
+
+def throughput(
+    model: ModelSizes,
+    *,
+    images: int,
+    seconds: float,
+    flops: float,
+    device: str,
+    dtype: str,
+    speed: Mapping[str, float],
+    peak_mib: float | None = None,
+) -> dict[str, float]:
+    """The columns of `stage_ray.bench.command.THROUGHPUT`, for the details of a row.
+
+    Model FLOPs utilisation is against the data sheet of a GPU that is in the table of `peak_flops`, and else against
+    the matrix products that `machine` measured, in ``speed``.
+    """
+    place = torch.device(device)
+    possible = peak_flops(place, getattr(torch, dtype)) or speed[dtype]
+    told = {"images_per_s": images / seconds, "tokens_per_s": images * model.image_tokens / seconds}
+    told["mfu"] = flops / seconds / possible
+    return told if peak_mib is None else told | {"peak_mib": peak_mib}
 
 
 def sampling_limit(

@@ -13,8 +13,9 @@ import torch
 from stage_ray.bench.base import Bench, Row, Trials, Variant, interleave, median
 from stage_ray.bench.baselines import plain_logprobs, plain_policy, plain_tokens
 from stage_ray.bench.inputs import FIFTY_MILLION, SMALL, equal_prompts, model_of
-from stage_ray.bench.machine import best, dtype_name, machine, sampling_limit, timed
+from stage_ray.bench.machine import PeakMemory, best, dtype_name, machine, sampling_limit, throughput, timed
 from stage_ray.config import PolicyConfig, RolloutConfig
+from stage_ray.config.flops import sampling_flops
 from stage_ray.config.hardware import usable_cpus
 from stage_ray.engines import build_engine
 from stage_ray.engines.base import ImageSequence
@@ -71,6 +72,7 @@ class RolloutBench(Bench):
         seconds = {variant.name: median(trials[variant.name], "seconds") for variant in (*plain, *ours)}
         baseline = min((variant.name for variant in plain), key=seconds.__getitem__)
         fastest = min(engines, key=seconds.__getitem__)
+        peaks = {name: trials[name][-1]["peak_mib"] for name in engines}  # the last peak is that of all trials
         whole, alone, seconds["best"] = seconds[baseline], median(trials[baseline], "loop_s"), seconds[fastest]
         prompt, speed = trials[fastest][0]["prompt"], best(trials["machine"])
         limit, limit_is = sampling_limit(model, sequences=2 * case.images, prompt=prompt, speed=speed, dtype=dtype)
@@ -78,6 +80,9 @@ class RolloutBench(Bench):
         note = f"{size}; pictures are not decoded by any variant; the best engine is {fastest}"
         words = ("times as fast", f"{PLAIN}, {baseline}")
         limited: Any = {"limit": limit, "limit_is": limit_is, "notes": (note,)}
+        peaks["best"] = peaks[fastest]
+        flops = 2 * case.images * sampling_flops(model, prompt)  # both branches
+        same: Any = {"images": case.images, "flops": flops, "device": self.device, "dtype": dtype, "speed": speed}
         rows = []
         for claim, target in case.targets.items():
             if ours_s := seconds.get(claim):  # an engine that is not installed has no row
@@ -86,7 +91,7 @@ class RolloutBench(Bench):
                     "loop_alone_s": alone,
                     "second_forward_s": whole - alone,
                     "ms_per_step": 1e3 * ours_s / model.image_tokens,
-                }
+                } | throughput(model, seconds=ours_s, peak_mib=peaks[claim], **same)
                 name = f"rollout/{case.name}/{claim}"
                 rows.append(Row(name, target, whole, ours_s, *words, details=details, **limited))
         return rows
@@ -102,11 +107,11 @@ def plain_loop(model: str, images: int, device: str, dtype: str) -> Trials:
     """The baseline: tokens, then their log-probabilities."""
     place = torch.device(device)
     policy = plain_policy(model, device=place, dtype=getattr(torch, dtype))
-    prompts = prompts_of(policy.codec.encode_prompt, images)
+    prompts, peak = prompts_of(policy.codec.encode_prompt, images), PeakMemory(place)
     while True:
         loop_s, tokens = timed(place, plain_tokens, policy, prompts, GUIDANCE)
         second_s, _ = timed(place, plain_logprobs, policy, prompts, tokens)
-        yield {"seconds": loop_s + second_s, "loop_s": loop_s}
+        yield {"seconds": loop_s + second_s, "loop_s": loop_s, "peak_mib": peak.total_mib()}
 
 
 def engine_loop(model: str, images: int, device: str, dtype: str, engine: str) -> Trials:
@@ -116,6 +121,7 @@ def engine_loop(model: str, images: int, device: str, dtype: str, engine: str) -
     policy = PolicyConfig.model_validate({"path": model})
     built = build_engine(policy, RolloutConfig.model_validate(settings), worker="bench")
     sequences = [ImageSequence(ids, seed) for seed, ids in enumerate(prompts_of(built.encode_prompt, images))]
+    peak, prompt = PeakMemory(torch.device(device)), len(sequences[0].prompt.conditional)
     while True:
         seconds, _ = timed(torch.device(device), built.sample, sequences, built.params)
-        yield {"seconds": seconds, "prompt": len(sequences[0].prompt.conditional)}
+        yield {"seconds": seconds, "prompt": prompt, "peak_mib": peak.total_mib()}

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import os
+import time
 from pathlib import Path
 
 from stage_ray.bench.base import Trials
+from stage_ray.bench.gpu_check.base import Figures, Setting, SkippedError, require
 
 
 def logging_variant(log: str, name: str) -> Trials:
@@ -29,3 +31,15 @@ def dying_variant(log: str, name: str) -> Trials:
     while True:
         os._exit(7)
         yield {}
+
+
+def a_check(setting: Setting, figures: Figures, how: str) -> None:
+    """A check that ends in the way it is told to."""
+    figures["legs"] = 3.0
+    if how == "skips":
+        raise SkippedError("no second leg here")
+    if how == "dies":
+        os._exit(7)
+    if how == "hangs":
+        time.sleep(1000)
+    require(how != "fails", f"lame on {setting.device}")

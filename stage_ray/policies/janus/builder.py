@@ -37,7 +37,7 @@ class JanusSizes:
         codes: V, entries of the image codebook.
         side: image tokens along one side of the square image, T = side**2.
         channel_multiplier: width of each level of the image tokenizer; every level but one halves the resolution.
-        latent_channels: of the image tokenizer.
+        latent_channels, base_channels, res_blocks: of the image tokenizer.
         aligner_layers: of the projection behind the image encoder, which generation never runs.
     """
 
@@ -54,6 +54,8 @@ class JanusSizes:
     tied: bool = True
     channel_multiplier: tuple[int, ...] = (1, 1, 2, 2)
     latent_channels: int = 64
+    base_channels: int = 32
+    res_blocks: int = 1
     aligner_layers: int = 1
 
     @property
@@ -68,9 +70,9 @@ def build_vq_config(sizes: JanusSizes) -> JanusVQVAEConfig:
         embed_dim=8,
         num_embeddings=sizes.codes,
         latent_channels=sizes.latent_channels,
-        base_channels=32,
+        base_channels=sizes.base_channels,
         channel_multiplier=list(sizes.channel_multiplier),
-        num_res_blocks=1,
+        num_res_blocks=sizes.res_blocks,
         num_patches=sizes.side,
         projection_dim=sizes.hidden,
         image_token_embed_dim=sizes.hidden,
@@ -86,6 +88,16 @@ def build_model(
         tokenizer: has ``bos``, ``eos``, ``pad``, ``image`` and ``boi`` tokens.
         seed: of the weights; None draws them from torch's global generator.
     """
+    with torch.random.fork_rng(enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
+        model = JanusForConditionalGeneration(build_config(sizes, tokenizer))
+    model.generation_config = generation_config(tokenizer, guidance_scale)
+    return model.eval()
+
+
+def build_config(sizes: JanusSizes, tokenizer: PreTrainedTokenizerFast) -> JanusConfig:
+    """The whole model's config, as `build_model` takes it."""
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     text = LlamaConfig(
         vocab_size=sizes.vocabulary,
@@ -112,13 +124,7 @@ def build_model(
     )
     image = tokenizer.convert_tokens_to_ids(tokenizer.image_token)
     vq = build_vq_config(sizes)
-    config = JanusConfig(text_config=text, vision_config=vision, vq_config=vq, image_token_id=image)
-    with torch.random.fork_rng(enabled=seed is not None):
-        if seed is not None:
-            torch.manual_seed(seed)
-        model = JanusForConditionalGeneration(config)
-    model.generation_config = generation_config(tokenizer, guidance_scale)
-    return model.eval()
+    return JanusConfig(text_config=text, vision_config=vision, vq_config=vq, image_token_id=image)
 
 
 def generation_config(tokenizer: PreTrainedTokenizerFast, guidance_scale: float) -> GenerationConfig:
