@@ -81,7 +81,7 @@ class SyncLearner(LearnerWorker):
     def __init__(self, nbytes: int, run: RunConfig) -> None:
         self._run, self._rank = run, 0
         self._learner: Any = Weights(nbytes)
-        self._chunks = iter(())
+        self._stream: Any = iter(())
 
     def setup(self, address: str = "") -> None:
         """There is nothing to load."""

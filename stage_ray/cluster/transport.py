@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import ray
-
 from stage_ray.actors.client import ArgumentsLost, Client, WorkerLost, in_time
 from stage_ray.actors.supervised import SupervisedActor
 from stage_ray.cluster.learner import ClusterLearner
@@ -91,11 +89,13 @@ class ObjectStore:
 
     async def _store(self, learner: Client) -> int:
         """Store the version of a learner whose turn it is."""
-        manifest = await learner.ask(LearnerWorker.pack, self._dtype)
-        version, chunks = learner.first.ask_objects(LearnerWorker.chunks, manifest.chunks)
-        await version  # a learner that dies before all are stored is lost here, not in every worker that loads them
-        self.published = Publication(manifest.version, ray.put(manifest), tuple(chunks))
-        return manifest.version
+        count = await learner.ask(LearnerWorker.pack, self._dtype)
+        answer, (*chunks, manifest) = learner.first.ask_objects(LearnerWorker.chunks, count + 1)
+        version = await answer
+        # A learner that dies before all are stored, or finds a version unsound, says so here, not in every worker.
+        await manifest
+        self.published = Publication(version, manifest, tuple(chunks))
+        return int(version)
 
     def _late(self, name: str, version: int) -> str:
         return f"{name} did not take version {version} within cluster.sync_timeout_s = {self._timeout_s:g} s"

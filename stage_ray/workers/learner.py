@@ -16,7 +16,7 @@ from stage_ray.observability.logs import redirect_output
 from stage_ray.observability.worker_metrics import WorkerMetrics
 from stage_ray.records import RolloutGroup, ScoredGroup, Update, WeightManifest
 from stage_ray.rewards import merge_scores
-from stage_ray.weights.manifest import DTYPES, Chunk, WeightError, describe, pack
+from stage_ray.weights.manifest import DTYPES, Chunk, WeightError, describe, stream
 from stage_ray.weights.process_groups import DEVICES, BroadcastGroup, GroupMember
 from stage_ray.workers.group_files import group_file, load_group, save_group
 from stage_ray.workers.threads import use_own_threads
@@ -33,7 +33,7 @@ class LearnerWorker(Worker):
         redirect_output(log, "learner", name)
         self._metrics = WorkerMetrics("learner", name)
         self._run, self._rank = run, rank
-        self._chunks: Iterator[Chunk] = iter(())
+        self._stream: Iterator[Chunk | WeightManifest] = iter(())
         self._batch: list[tuple[RolloutGroup, ScoredGroup]] = []
 
     @loading()
@@ -71,17 +71,17 @@ class LearnerWorker(Worker):
                 batch[-1][1].append(item)
         return [(group, merge_scores(parts, columns)) for group, parts in batch]
 
-    def pack(self, dtype: str) -> WeightManifest:
-        """Pack the current version in the dtype of the engines; `chunks` makes its chunks before the next update."""
+    def pack(self, dtype: str) -> int:
+        """In how many chunks the current version travels in the dtype of the engines; then `chunks` makes them."""
         wanted = DTYPES[dtype]
-        manifest, self._chunks = pack(self._learner.version, self._learner.weights(wanted), dtype=wanted)
-        return manifest
+        count, self._stream = stream(self._learner.version, self._learner.weights(wanted), dtype=wanted)
+        return count
 
     def chunks(self) -> Iterator[Any]:
-        """The version, then each packed chunk, once; Ray stores one before the next is made."""
-        chunks, self._chunks = self._chunks, iter(())
+        """The version, then each packed chunk, once, and their manifest; Ray stores one before the next is made."""
+        packed, self._stream = self._stream, iter(())
         yield self._learner.version
-        yield from chunks
+        yield from packed
 
     def offer(self, dtype: str) -> WeightManifest:
         """Describe the current version in the dtype of the engines; it waits for `send` before the next update."""

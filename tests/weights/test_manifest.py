@@ -2,16 +2,27 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stage_ray.records import WeightManifest
-from stage_ray.weights.manifest import DTYPES, Chunk, WeightError, describe, finite, pack, unpack, verify, weighted_sum
+from stage_ray.weights.manifest import (
+    BLOCK_BYTES,
+    DTYPES,
+    WeightError,
+    describe,
+    finite,
+    pack,
+    stream,
+    unpack,
+    verify,
+    weighted_sum,
+)
 
 TENSORS = [
     ("embed", torch.arange(12, dtype=torch.float32).view(3, 4)),
@@ -22,12 +33,6 @@ TENSORS = [
 ]
 
 
-def packed(*arguments: Any, **options: Any) -> tuple[WeightManifest, list[Chunk]]:
-    """A version with all its chunks."""
-    manifest, chunks = pack(*arguments, **options)
-    return manifest, list(chunks)
-
-
 def spoiled(manifest: WeightManifest, tensor: str, **changes: object) -> WeightManifest:
     """The manifest with one tensor's entry changed."""
     specs = tuple(dataclasses.replace(s, **changes) if s.name == tensor else s for s in manifest.tensors)
@@ -36,7 +41,7 @@ def spoiled(manifest: WeightManifest, tensor: str, **changes: object) -> WeightM
 
 @pytest.mark.parametrize("chunk_bytes", [1, 20, 64, 100, 2**20])
 def test_every_tensor_comes_back_bit_for_bit_whatever_the_size_of_chunks(chunk_bytes: int) -> None:
-    manifest, chunks = packed(3, TENSORS, chunk_bytes)
+    manifest, chunks = pack(3, TENSORS, chunk_bytes)
     back = unpack(manifest, chunks)
     assert [name for name, _ in back] == [name for name, _ in TENSORS]
     for (_, sent), (_, got) in zip(TENSORS, back, strict=True):
@@ -51,7 +56,7 @@ def test_chunks_hold_no_more_than_asked_unless_one_tensor_alone_is_larger(
     kinds: list[tuple[str, int]], chunk_bytes: int
 ) -> None:
     tensors = [(f"t{i}", torch.ones(size).to(DTYPES[dtype])) for i, (dtype, size) in enumerate(kinds)]
-    manifest, chunks = packed(0, tensors, chunk_bytes)
+    manifest, chunks = pack(0, tensors, chunk_bytes)
     for index, chunk in enumerate(chunks):
         inside = [spec for spec in manifest.tensors if spec.chunk == index]
         assert sum(data.nbytes for data in chunk) <= chunk_bytes or len([spec for spec in inside if spec.nbytes]) == 1
@@ -60,7 +65,7 @@ def test_chunks_hold_no_more_than_asked_unless_one_tensor_alone_is_larger(
 
 def test_chunks_are_views_and_are_refused_once_the_weights_have_moved_on() -> None:
     weight = torch.ones(4)
-    manifest, chunks = packed(1, [("w", weight)])
+    manifest, chunks = pack(1, [("w", weight)])
     assert chunks[0][0].ctypes.data == weight.data_ptr()
     weight.add_(1)
     with pytest.raises(WeightError, match="tensor 'w' of version 1 has checksum"):
@@ -70,7 +75,7 @@ def test_chunks_are_views_and_are_refused_once_the_weights_have_moved_on() -> No
 @pytest.mark.parametrize("chunk_bytes", [1, 100, 2**20])
 def test_a_version_travels_in_the_dtype_that_the_engines_hold_rounded_as_they_round(chunk_bytes: int) -> None:
     weights = {f"w{i}": torch.randn(37, 5, generator=torch.Generator().manual_seed(i)) for i in range(4)}
-    manifest, chunks = packed(1, weights.items(), chunk_bytes, dtype=torch.bfloat16)
+    manifest, chunks = pack(1, weights.items(), chunk_bytes, dtype=torch.bfloat16)
     assert {spec.dtype for spec in manifest.tensors} == {"bfloat16"}
     assert sum(data.nbytes for chunk in chunks for data in chunk) == 2 * 4 * 37 * 5
     assert all(torch.equal(got, weights[name].bfloat16()) for name, got in unpack(manifest, chunks))
@@ -81,25 +86,44 @@ def test_a_version_travels_in_the_dtype_that_the_engines_hold_rounded_as_they_ro
 def test_a_version_that_is_cast_is_held_a_chunk_at_a_time() -> None:
     weights = [(f"w{i}", torch.full((100,), float(i))) for i in range(6)]
     seen: list[weakref.ref[np.ndarray]] = []
-    for (data,) in pack(1, weights, 200, torch.bfloat16)[1]:
+    count, items = stream(1, weights, 200, torch.bfloat16)
+    for item in items:
         assert all(before() is None for before in seen)
-        seen.append(weakref.ref(data))
+        if isinstance(item, WeightManifest):
+            assert item.chunks == count == len(seen) == 6
+        else:
+            seen.append(weakref.ref(item[0]))
+        del item
 
 
 def test_what_is_beyond_the_range_of_the_dtype_is_never_packed() -> None:
     weight = torch.tensor([1.0, 3.4e38])  # bfloat16 rounds it to infinity
-    assert packed(1, [("w", weight)])
+    assert pack(1, [("w", weight)])
     with pytest.raises(WeightError, match="tensor 'w' of version 1 holds values that are not finite"):
         pack(1, [("w", weight)], dtype=torch.bfloat16)
 
 
-@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan, -torch.nan])
 @pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
 def test_values_that_are_not_finite_are_never_packed(value: float, dtype: str) -> None:
     weight = torch.zeros(100_000, dtype=DTYPES[dtype])
     weight[77_777] = value
     with pytest.raises(WeightError, match="tensor 'w' of version 1 holds values that are not finite"):
-        packed(1, [("w", weight)])
+        pack(1, [("w", weight)])
+
+
+@pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES.values() if dtype.is_floating_point])
+def test_the_largest_finite_values_of_every_dtype_travel(dtype: torch.dtype) -> None:
+    weight = torch.tensor([torch.finfo(dtype).max, torch.finfo(dtype).min, -0.0, torch.finfo(dtype).tiny], dtype=dtype)
+    assert torch.equal(unpack(*pack(1, [("w", weight)]))[0][1], weight)
+
+
+def test_a_value_beyond_the_first_block_is_examined_and_its_block_checksummed() -> None:
+    weight = torch.zeros(2 * BLOCK_BYTES // 4 + 5)
+    assert pack(1, [("w", weight)])[0].tensors[0].checksum == xxhash.xxh3_64_hexdigest(weight.numpy().data)
+    weight[-1] = torch.nan
+    with pytest.raises(WeightError, match="not finite"):
+        pack(1, [("w", weight)])
 
 
 def test_infinities_of_both_signs_do_not_cancel() -> None:
@@ -111,12 +135,12 @@ def test_finite_values_whose_sum_overflows_are_finite() -> None:
 
 
 def test_strided_tensors_and_parameters_travel() -> None:
-    manifest, chunks = packed(1, [("w", torch.nn.Parameter(torch.arange(6.0).view(2, 3).t()))])
+    manifest, chunks = pack(1, [("w", torch.nn.Parameter(torch.arange(6.0).view(2, 3).t()))])
     assert torch.equal(unpack(manifest, chunks)[0][1], torch.arange(6.0).view(2, 3).t())
 
 
 def test_unpacked_tensors_share_the_chunks_memory_even_when_read_only(recwarn: pytest.WarningsRecorder) -> None:
-    manifest, chunks = packed(1, TENSORS)
+    manifest, chunks = pack(1, TENSORS)
     for data in chunks[0]:
         data.flags.writeable = False
     tensor = unpack(manifest, chunks)[0][1]
@@ -125,7 +149,7 @@ def test_unpacked_tensors_share_the_chunks_memory_even_when_read_only(recwarn: p
 
 
 def test_a_flipped_bit_is_found_and_the_tensor_named() -> None:
-    manifest, chunks = packed(9, TENSORS)
+    manifest, chunks = pack(9, TENSORS)
     chunks = [tuple(data.copy() for data in chunk) for chunk in chunks]
     chunks[0][1][3] ^= 4
     with pytest.raises(WeightError, match=r"tensor 'half' of version 9 has checksum .* its bytes changed"):
@@ -133,21 +157,21 @@ def test_a_flipped_bit_is_found_and_the_tensor_named() -> None:
 
 
 def test_a_truncated_chunk_is_found_and_the_tensor_named() -> None:
-    manifest, (chunk,) = packed(9, TENSORS)
+    manifest, (chunk,) = pack(9, TENSORS)
     for short in (chunk[:-1], (*chunk[:-1], chunk[-1][:-1])):
         with pytest.raises(WeightError, match=r"tensor 'flag' of version 9 .* truncated"):
             unpack(manifest, [short])
 
 
 def test_a_missing_chunk_is_found() -> None:
-    manifest, chunks = packed(9, TENSORS, chunk_bytes=16)
+    manifest, chunks = pack(9, TENSORS, chunk_bytes=16)
     assert len(chunks) > 1
     with pytest.raises(WeightError, match=rf"version 9 has {len(chunks)} chunks, but {len(chunks) - 1} arrived"):
         unpack(manifest, chunks[:-1])
 
 
 def test_swapped_chunks_are_found() -> None:
-    manifest, chunks = packed(9, [("a", torch.zeros(8)), ("b", torch.ones(8))], chunk_bytes=32)
+    manifest, chunks = pack(9, [("a", torch.zeros(8)), ("b", torch.ones(8))], chunk_bytes=32)
     with pytest.raises(WeightError, match="tensor 'a' of version 9"):
         unpack(manifest, chunks[::-1])
 
@@ -166,32 +190,32 @@ def test_swapped_chunks_are_found() -> None:
     ],
 )
 def test_a_manifest_that_contradicts_itself_is_refused(changes: dict[str, object], message: str) -> None:
-    manifest, chunks = packed(9, TENSORS)
+    manifest, chunks = pack(9, TENSORS)
     with pytest.raises(WeightError, match=message):
         unpack(spoiled(manifest, "embed", **changes), chunks)
 
 
 def test_a_chunk_that_is_not_bytes_is_refused() -> None:
-    manifest, chunks = packed(9, TENSORS)
+    manifest, chunks = pack(9, TENSORS)
     with pytest.raises(WeightError, match="not uint8"):
         unpack(manifest, [tuple(data.astype(np.float32) for data in chunks[0])])
 
 
 def test_tensors_that_cannot_travel_are_refused_by_name() -> None:
     with pytest.raises(WeightError, match="tensor 'z' is complex64"):
-        packed(0, [("z", torch.zeros(2, dtype=torch.complex64))])
+        pack(0, [("z", torch.zeros(2, dtype=torch.complex64))])
     with pytest.raises(WeightError, match="'w' comes twice"):
-        packed(0, [("w", torch.zeros(2)), ("w", torch.ones(2))])
+        pack(0, [("w", torch.zeros(2)), ("w", torch.ones(2))])
 
 
 def test_an_empty_version_is_a_version() -> None:
-    assert unpack(*packed(0, [])) == []
+    assert unpack(*pack(0, [])) == []
 
 
 def test_a_described_version_is_refused_when_a_byte_changed_and_its_tensor_is_named() -> None:
     manifest = describe(9, TENSORS, torch.device("cpu"))
     assert manifest.chunks == 0 and [spec.checksum for spec in manifest.tensors] == [
-        spec.checksum for spec in packed(9, TENSORS)[0].tensors
+        spec.checksum for spec in pack(9, TENSORS)[0].tensors
     ]
     copies = [tensor.clone() for _, tensor in TENSORS]
     verify(manifest, copies)
