@@ -17,7 +17,7 @@ from stage_ray.bench.inputs import equal_prompts, groups_of
 from stage_ray.config import PolicyConfig, RunConfig
 from stage_ray.learner.batch import make_batch
 from stage_ray.learner.learner import Learner
-from stage_ray.policies.base import Backbone, Branch, PromptIds
+from stage_ray.policies.base import Backbone, Branch, Policy, PromptIds
 from stage_ray.policies.devices import device_for
 from stage_ray.policies.janus import JanusPolicy
 from stage_ray.policies.logprobs import TokenLogprobs
@@ -72,10 +72,10 @@ def plain_logprobs(policy: JanusPolicy, prompts: Sequence[PromptIds], tokens: Te
     return full_logprobs(policy.model.model.generation_head(states).float(), tokens)
 
 
-def plain_states(policy: JanusPolicy, prompts: Sequence[Branch], tokens: Tensor) -> Tensor:
+def plain_states(policy: Policy, prompts: Sequence[Branch], tokens: Tensor) -> Tensor:
     """States that predict image tokens [B, T], by transformers' own forward of whole sequences: [B, T, hidden]."""
-    core = Backbone(policy.model.model.language_model)
-    return core.predict(prompts, policy.embed_image_tokens(tokens[:, :-1]))
+    plain = Backbone(policy.backbone.language_model)
+    return plain.predict(prompts, policy.embed_image_tokens(tokens[:, :-1]))
 
 
 def full_logprobs(logits: Tensor, tokens: Tensor) -> TokenLogprobs:

@@ -8,11 +8,13 @@ wide states of its MLP; norms and their product are made again, which costs less
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from stage_ray.policies.base import Backbone
@@ -125,8 +127,14 @@ class PackedLayer(LlamaDecoderLayer):
 def attend(packing: Packing, query: Tensor, key: Tensor, value: Tensor, size: int, scale: float) -> Tensor:
     """Causal attention of packed states [N, heads or kv heads * size] -> [N, heads * size]."""
     heads, kv_heads = query.shape[1] // size, key.shape[1] // size
-    states = packing.spread(query, heads), packing.spread(key, kv_heads), packing.spread(value, kv_heads)
-    mixed = F.scaled_dot_product_attention(*states, is_causal=True, scale=scale, enable_gqa=heads != kv_heads)
+    sequences = [packing.spread(*each) for each in ((query, heads), (key, kv_heads), (value, kv_heads))]
+    attention: Any = partial(F.scaled_dot_product_attention, is_causal=True, scale=scale, enable_gqa=heads != kv_heads)
+    if query.device.type == "cpu":
+        # A CPU multiplies small bfloat16 matrices slower than float32 ones; its fused kernel is the fastest in float32.
+        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]), torch.autocast("cpu", enabled=False):
+            mixed = attention(*(each.float() for each in sequences)).to(query.dtype)
+    else:
+        mixed = attention(*sequences)
     return _Collect.apply(mixed.transpose(1, 2).flatten(2).flatten(0, 1), packing)
 
 
@@ -135,9 +143,7 @@ def _normed(norm: Any, hidden: Tensor, *linears: nn.Linear) -> list[Tensor]:
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else linears[0].weight.dtype
     found = _NormedProducts.apply(hidden, norm.weight, norm.variance_epsilon, dtype, *(one.weight for one in linears))
-    return [
-        out if one.bias is None else out + one.bias.to(out.dtype) for out, one in zip(found, linears, strict=True)
-    ]
+    return [out if one.bias is None else out + one.bias.to(out.dtype) for out, one in zip(found, linears, strict=True)]
 
 
 class _NormedProducts(torch.autograd.Function):

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from stage_ray.workers.rollout import RolloutWorker
 
-
 SUCCESSORS_S = 120.0
 
 
