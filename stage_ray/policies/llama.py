@@ -129,7 +129,7 @@ def attend(packing: Packing, query: Tensor, key: Tensor, value: Tensor, size: in
     heads, kv_heads = query.shape[1] // size, key.shape[1] // size
     sequences = [packing.spread(*each) for each in ((query, heads), (key, kv_heads), (value, kv_heads))]
     attention: Any = partial(F.scaled_dot_product_attention, is_causal=True, scale=scale, enable_gqa=heads != kv_heads)
-    if query.device.type == "cpu":
+    if query.device.type == "cpu" and query.dtype != torch.float32:
         # A CPU multiplies small bfloat16 matrices slower than float32 ones; its fused kernel is the fastest in float32.
         with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]), torch.autocast("cpu", enabled=False):
             mixed = attention(*(each.float() for each in sequences)).to(query.dtype)
