@@ -171,7 +171,7 @@ class _NormedProducts(torch.autograd.Function):
             normed = (scaled * weight).to(ctx.dtype)
             of_normed = gradients[0] @ matrices[0].to(ctx.dtype)
             for gradient, matrix in zip(gradients[1:], matrices[1:], strict=True):
-                of_normed.addmm_(gradient, matrix.to(ctx.dtype))
+                of_normed = torch.addmm(of_normed, gradient, matrix.to(ctx.dtype))
             of_matrices = [
                 (gradient.T @ normed).to(matrix.dtype) if wanted else None
                 for gradient, matrix, wanted in zip(gradients, matrices, ctx.needs_input_grad[4:], strict=True)
