@@ -17,7 +17,7 @@ from stage_ray.bench.inputs import equal_prompts, groups_of
 from stage_ray.config import PolicyConfig, RunConfig
 from stage_ray.learner.batch import make_batch
 from stage_ray.learner.learner import Learner
-from stage_ray.policies.base import PromptIds
+from stage_ray.policies.base import Backbone, Branch, Policy, PromptIds
 from stage_ray.policies.devices import device_for
 from stage_ray.policies.janus import JanusPolicy
 from stage_ray.policies.logprobs import TokenLogprobs
@@ -68,8 +68,14 @@ def plain_tokens(
 @torch.no_grad()
 def plain_logprobs(policy: JanusPolicy, prompts: Sequence[PromptIds], tokens: Tensor) -> TokenLogprobs:
     """Log-probabilities and entropies of sampled tokens by a second, teacher-forced forward of the conditional rows."""
-    states = policy.hidden_states([prompt.conditional for prompt in prompts], tokens)
+    states = plain_states(policy, [prompt.conditional for prompt in prompts], tokens)
     return full_logprobs(policy.model.model.generation_head(states).float(), tokens)
+
+
+def plain_states(policy: Policy, prompts: Sequence[Branch], tokens: Tensor) -> Tensor:
+    """States that predict image tokens [B, T], by transformers' own forward of whole sequences: [B, T, hidden]."""
+    plain = Backbone(policy.backbone.language_model)
+    return plain.predict(prompts, policy.embed_image_tokens(tokens[:, :-1]))
 
 
 def full_logprobs(logits: Tensor, tokens: Tensor) -> TokenLogprobs:
@@ -85,7 +91,7 @@ class PlainLearner(Learner):
 
     def update(self, groups: Sequence[RolloutGroup], scored: Sequence[ScoredGroup]) -> dict[str, float]:
         """Train on whole groups once; the loss and its parts."""
-        policy, run, device = self.policy, self._run, self._device
+        policy, base, run, device = self.policy, self._reference, self._run, self._device
         batch = make_batch(
             groups, scored, run=run, version=self.version, policy=policy, codebook=self._codebook, device=device
         )
@@ -94,9 +100,9 @@ class PlainLearner(Learner):
         prompts = [ids.conditional for ids in batch.prompts_of(images)]
         self._optimizer.zero_grad(set_to_none=True)
         with torch.autocast(device.type, torch.bfloat16, enabled=self._bfloat16):
-            found = full_logprobs(policy.image_logits(prompts, tokens), tokens)
+            found = full_logprobs(policy.head(plain_states(policy, prompts, tokens)), tokens)
             with torch.no_grad():
-                fixed = full_logprobs(self._reference.image_logits(prompts, tokens), tokens)
+                fixed = full_logprobs(base.head(plain_states(base, prompts, tokens)), tokens)
         reference = ReferenceOutputs(fixed.logprobs.view(shape), fixed.entropy.view(shape))
         batch = replace(batch, entropy=found.entropy.detach().view(shape))
         credit = self._recipe.credit(batch, reference, self.version)

@@ -145,6 +145,7 @@ class Learner:
         seconds: dict[str, float] = {}
         # In bfloat16 on a CPU torch's fused attention is the slower one: its backward took a third of an update. Policy
         # and reference, forward and backward (which may recompute the forward) do the same, so that all round alike.
+        # A backbone that casts to float32 itself chooses again.
         by_matrices = self._bfloat16 and self._device.type == "cpu"
         with (
             naming_memory(f"update {self.version}", self._run.learner, self._cut, bfloat16=self._bfloat16),

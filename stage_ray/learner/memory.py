@@ -82,18 +82,15 @@ def learner_memory(
 def layer_activations(model: ModelSizes, *, dtype: str, sharded: bool) -> int:
     """Bytes that one layer keeps for its backward pass, a token; attention by a fused kernel, so no L x L scores.
 
-    Counted in transformers' Llama: each norm keeps its input in float32 and the normed states; each matrix its input;
-    attention q, k, v and the log-sum of each head; the MLP gate, silu(gate), up and their product. Under plain autocast
-    norms work in float32, and every matrix copies its input to bfloat16; under FSDP2 the states are bfloat16.
+    Counted in `stage_ray.policies.llama`: the states before both norms with a factor each; attention's q, k, v, its
+    result and the log-sum of each head, in float32 (on a GPU narrower, which is not reckoned with); the input of the
+    output matrix; the MLP's gate and up. Under FSDP2 the states are bfloat16. A shared prompt is counted as often as
+    it is an image's.
     """
-    hidden, queries = model.hidden, model.heads * model.head_dim
-    attention_mlp = queries + 2 * model.kv_heads * model.head_dim + 4 * model.intermediate
-    small = FLOAT32 * (2 + model.heads)
-    if dtype == "float32":
-        return FLOAT32 * (6 * hidden + queries + attention_mlp) + small
-    if sharded:
-        return FLOAT32 * 2 * hidden + BFLOAT16 * (4 * hidden + queries + attention_mlp) + small
-    return FLOAT32 * 4 * hidden + BFLOAT16 * (5 * hidden + queries + attention_mlp) + small
+    queries = model.heads * model.head_dim
+    stream = BFLOAT16 if dtype == "bfloat16" and sharded else FLOAT32
+    attention = FLOAT32 * (2 * queries + 2 * model.kv_heads * model.head_dim + model.heads)
+    return 2 * (stream * model.hidden + FLOAT32) + attention + WIDTH[dtype] * (queries + 2 * model.intermediate)
 
 
 def batch_bytes(

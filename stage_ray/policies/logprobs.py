@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from stage_ray.algorithm.divergence import Divergence, exact_divergence
 
 Head = Callable[[Tensor], Tensor]
+CACHED = 2**18  # float32 logits that one operator after the other works on: 1 MiB, which a core's cache holds
 LOWEST = -1e3  # in place of minus infinity, which times a probability of 0 is NaN; exp(-1e3) is 0 in float32
 
 
@@ -124,14 +125,19 @@ class _StatesOnly(torch.autograd.Function):
             with torch.set_grad_enabled(wanted):
                 leaf = states[part].detach().float().requires_grad_(wanted)
                 logits = head(leaf)
-            chosen = tokens[part].unsqueeze(-1)
-            logp = torch.log_softmax(logits.detach().float(), dim=-1)  # [rows, V]
-            logprobs[part] = logp.gather(-1, chosen).squeeze(-1)
-            p = logp.exp()
-            entropy[part] = -logp.clamp_(min=LOWEST).mul_(p).sum(dim=-1)  # in place: p is made already
+            made, slope = logits.detach(), torch.empty_like(logits) if wanted else None
+            step = max(1, CACHED // logits.shape[-1])
+            for first in range(0, len(made), step):
+                some, those = slice(first, first + step), slice(start + first, start + min(first + step, len(made)))
+                chosen = tokens[those].unsqueeze(-1)
+                logp = torch.log_softmax(made[some].float(), dim=-1)  # [step, V]
+                logprobs[those] = logp.gather(-1, chosen).squeeze(-1)
+                p = logp.exp()
+                entropy[those] = -logp.clamp_(min=LOWEST).mul_(p).sum(dim=-1)  # in place: p is made already
+                if slope is not None:  # onehot - p
+                    slope[some] = p.neg_().scatter_add_(-1, chosen, torch.ones_like(chosen, dtype=p.dtype))
             if slopes is not None:
-                slope = p.neg_().scatter_add_(-1, chosen, torch.ones_like(chosen, dtype=p.dtype))  # onehot - p
-                (slopes[part],) = torch.autograd.grad(logits, leaf, slope.to(logits.dtype))
+                (slopes[part],) = torch.autograd.grad(logits, leaf, slope)
         if slopes is not None:
             ctx.save_for_backward(slopes)
         ctx.mark_non_differentiable(entropy)

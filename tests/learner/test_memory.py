@@ -19,6 +19,7 @@ from stage_ray.learner.learner import Learner
 from stage_ray.observability.progress import Progress
 from stage_ray.policies import base
 from stage_ray.policies.devices import hardware_has_bfloat16
+from stage_ray.policies.llama import LlamaBackbone
 from stage_ray.weights.manifest import pack
 from tests.learner.measured import peak_of_each_form, peak_of_loading
 from tests.learner_case import PROMPTS, sample_groups, score, tiny_run
@@ -113,12 +114,13 @@ def _kept(sizes, layers: int, form: str, rows: int, length: int) -> int:
             kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
         return tensor
 
-    states = torch.randn(rows, length, sizes.hidden, dtype=dtype, requires_grad=True)
+    states = torch.randn(rows, length - 1, sizes.hidden, dtype=dtype, requires_grad=True)
     with (
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
         torch.autocast("cpu", torch.bfloat16, enabled=form == "autocast"),
     ):
-        model(inputs_embeds=states, use_cache=False)
+        prompts = [[row] for row in range(rows)]  # none shared
+        LlamaBackbone(model).predict(prompts, states)
     return sum(storage.nbytes() for storage in kept.values())
 
 

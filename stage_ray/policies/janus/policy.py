@@ -9,7 +9,7 @@ from torch import Tensor
 
 from stage_ray.config import PolicyConfig
 from stage_ray.errors import ConfigError
-from stage_ray.policies.base import Backbone, ImageCodec, Policy
+from stage_ray.policies.base import ImageCodec, Policy
 from stage_ray.policies.janus.codec import MODEL_TYPE, TRAINED_PREFIX, JanusCodec, for_sampling
 from stage_ray.policies.static_decoder import StaticDecoder
 from stage_ray.pretrained import check_finite, check_tensors
@@ -31,11 +31,13 @@ class JanusPolicy(Policy):
     codec: JanusCodec
 
     def __init__(self, model: JanusForConditionalGeneration, codec: JanusCodec, *, trainable: bool = True) -> None:
+        from stage_ray.policies.llama import LlamaBackbone  # late: see `stage_ray.policies.janus.codec`
+
         model.model.generation_head.float()  # see `head`
         if not trainable:
             for_sampling(model.model.vqmodel)
         codec.vqmodel = model.model.vqmodel  # one tokenizer for both
-        super().__init__(model, Backbone(model.model.language_model), codec, trainable=trainable)
+        super().__init__(model, LlamaBackbone(model.model.language_model), codec, trainable=trainable)
         # Text and image understanding never run. Dropped only now: the base class looks for weights that are tied.
         del model.lm_head, model.model.vision_model, model.model.aligner
 
