@@ -22,7 +22,7 @@ from tests.tiny import IMAGE_TOKENS, SIZES, tiny_janus
 # tensor to the host, of which the dispatcher sees nothing where it lies there already.
 WAITING = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique"}
 WAITING |= {"cpu", "item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__"}
-A_LAYER = 60  # operators of one layer and step, views included
+A_LAYER = 45  # operators of one layer and step, views included
 OF_A_STEP = 110  # head, guidance, noise, draw, statistics and the next embedding
 
 
