@@ -40,7 +40,7 @@ class Case:
     repeats: int
 
 
-SHAPEWORLD, LARGER = {"torch": 3.0, "vllm": 1.5}, {"best": 2.5, "vllm": 2.0}
+SHAPEWORLD, LARGER = {"torch": 2.5, "vllm": 1.5}, {"best": 2.5, "vllm": 2.0}
 FULL = (Case("shapeworld", None, 64, "float32", SHAPEWORLD, 7), Case("50m", FIFTY_MILLION, 16, "auto", LARGER, 3))
 QUICK = (Case("shapeworld", None, 8, "float32", SHAPEWORLD, 2), Case("small", SMALL, 4, "auto", LARGER, 2))
 

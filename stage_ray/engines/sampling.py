@@ -70,7 +70,7 @@ def gumbel(seeds: Tensor, positions: Tensor, vocabulary: int) -> Tensor:
     """Standard Gumbel noise, float32 [B, V], a function of (seed, position, token id): the argmax of logits + noise is
     a sample of their softmax. The logarithms may differ by a rounding between CPU and GPU, the bits under them never.
     """
-    return -torch.log(-torch.log1p(-uniform(seeds, positions, vocabulary)))
+    return uniform(seeds, positions, vocabulary).neg_().log1p_().neg_().log_().neg_()  # -log(-log(1 - u))
 
 
 def uniform(seeds: Tensor, positions: Tensor, vocabulary: int) -> Tensor:
@@ -78,15 +78,16 @@ def uniform(seeds: Tensor, positions: Tensor, vocabulary: int) -> Tensor:
 
     Small values, which decide the draw, keep float32's full relative precision down to 2**-33.
     """
-    keys = _mix(_mix(seeds) + positions * GOLDEN)  # [B]
+    keys = _mix(_mix(seeds.clone()) + positions * GOLDEN)  # [B]
     steps = torch.arange(1, vocabulary + 1, dtype=torch.int64, device=seeds.device) * GOLDEN  # [V]
     bits = _mix(keys.unsqueeze(-1) + steps).bitwise_right_shift_(32).bitwise_and_(0xFFFFFFFF)  # [B, V], upper half
     return bits.float().add_(0.5).mul_(2.0**-32).clamp_(max=LARGEST_UNIFORM)  # never 0 or 1
 
 
 def _mix(state: Tensor) -> Tensor:
-    """SplitMix64's finaliser on int64, which wraps as unsigned does; the masks make shifts logical."""
-    for shift, multiplier in zip((30, 27), MULTIPLIERS, strict=True):
-        high = (state >> shift).bitwise_and_((1 << (64 - shift)) - 1)
-        state = high.bitwise_xor_(state).mul_(multiplier)
-    return (state >> 31).bitwise_and_((1 << 33) - 1).bitwise_xor_(state)
+    """SplitMix64's finaliser on int64, in place, which wraps as unsigned does; the masks make shifts logical."""
+    high = torch.empty_like(state)
+    for shift, multiplier in zip((30, 27, 31), (*MULTIPLIERS, 1), strict=True):  # the last one has no product
+        torch.bitwise_right_shift(state, shift, out=high)
+        state.bitwise_xor_(high.bitwise_and_((1 << (64 - shift)) - 1)).mul_(multiplier)
+    return state

@@ -16,6 +16,7 @@ from torch import Tensor
 from stage_ray.config import PolicyConfig
 from stage_ray.errors import ConfigError
 from stage_ray.policies.base import ImageCodec, PromptIds, VllmSpec
+from stage_ray.policies.janus.pictures import PictureDecoder
 from stage_ray.pretrained import local_checkpoint, read_object, read_tensors
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ MODEL_TYPE = "janus"
 TRAINED_PREFIX, VQ_PREFIX = "model.language_model.", "model.vqmodel."
 PAPER_ROLES = {"<|User|>": "User", "<|Assistant|>": "Assistant"}
 DECODE_CHUNK = 16  # images decoded at once: bounds the memory of full-size feature maps
+CPU_DECODE_CHUNK = 4  # whose maps stay in caches, and in memory that the allocator need not ask for anew
 # What vLLM's flat config must not inherit from the text config: names, dtypes and tokens that mean something else here.
 LEFT_OUT = ("architectures", "model_type", "dtype", "bos_token_id", "eos_token_id", "pad_token_id", "_name_or_path")
 
@@ -136,8 +138,9 @@ class JanusCodec(ImageCodec):
     def decode(self, tokens: Tensor) -> Tensor:
         """Tokens int64 [B, T] -> images uint8 [B, H, W, 3] on the CPU; the decoder speaks -1..1."""
         vqmodel = self._tokenizer()
-        device = vqmodel.quantize.embedding.weight.device
-        chunks = [vqmodel.decode(chunk.to(device)) for chunk in tokens.split(DECODE_CHUNK)]  # [chunk, 3, H, W], -1..1
+        decoder, device = PictureDecoder(vqmodel), vqmodel.quantize.embedding.weight.device
+        size = CPU_DECODE_CHUNK if device.type == "cpu" else DECODE_CHUNK
+        chunks = [decoder(chunk.to(device), self.grid) for chunk in tokens.split(size)]  # [chunk, 3, H, W], -1..1
         pixels = torch.cat([((chunk.float() + 1) * 127.5).clamp(0, 255).to(torch.uint8).cpu() for chunk in chunks])
         return pixels.permute(0, 2, 3, 1).contiguous()
 

@@ -1,0 +1,49 @@
+"""Decoded pictures against transformers' own decode: the same numbers up to rounding."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from stage_ray.config import PolicyConfig
+from stage_ray.policies import load_policy
+from stage_ray.policies.janus.codec import CPU_DECODE_CHUNK, JanusCodec
+from stage_ray.policies.janus.pictures import PictureDecoder, upsampling_kernel
+from tests.tiny import tiny_janus
+
+SHIPPED = "package:stage_ray/shapeworld/assets/janus"
+
+
+@pytest.fixture(scope="module", params=["shipped", "tiny"])
+def codec(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> JanusCodec:
+    """Trained weights with two channels a norm's group, and random ones with one."""
+    path: str | Path = SHIPPED if request.param == "shipped" else tiny_janus(tmp_path_factory.mktemp("tiny") / "janus")
+    policy = PolicyConfig.model_validate({"path": str(path)})
+    codec = load_policy(policy, device=torch.device("cpu"), trainable=False).codec
+    assert isinstance(codec, JanusCodec)
+    return codec
+
+
+@torch.no_grad()
+def test_pictures_are_those_of_transformers_up_to_one_grey_level(codec: JanusCodec) -> None:
+    generator = torch.Generator().manual_seed(2)
+    tokens = torch.randint(codec.codebook_size, (CPU_DECODE_CHUNK + 3, codec.image_tokens), generator=generator)
+    assert codec.vqmodel is not None
+    expected = codec.vqmodel.decode(tokens)
+    found = PictureDecoder(codec.vqmodel)(tokens, codec.grid)
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-4)  # a grey level is 8e-3
+    grey = ((expected + 1) * 127.5).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+    difference = (codec.decode(tokens).int() - grey.int()).abs()
+    assert int(difference.max()) <= 1
+    assert float((difference > 0).float().mean()) < 1e-3  # only where rounding crosses a level's edge
+
+
+def test_one_transposed_convolution_doubles_a_map_and_convolves_it() -> None:
+    generator = torch.Generator().manual_seed(3)
+    maps, weight = torch.randn(2, 3, 4, 5, generator=generator), torch.randn(6, 3, 3, 3, generator=generator)
+    expected = F.conv2d(F.interpolate(maps, scale_factor=2.0, mode="nearest"), weight, padding=1)
+    found = F.conv_transpose2d(maps, upsampling_kernel(weight), stride=2, padding=1)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
