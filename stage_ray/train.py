@@ -81,7 +81,8 @@ async def _train(
     run: RunConfig, run_dir: Path, state: RunState, recorder: StepRecorder, prompts: RunPrompts, progress: Progress
 ) -> tuple[float | None, float | None]:
     progress.stage("starting Ray, the rollout engine, the scorers and the learner")
-    async with StopSignal(progress) as stop, Cluster.start(run, run_dir) as cluster:  # warm, all at one version
+    fitted = prompts.reserve(run)
+    async with StopSignal(progress) as stop, Cluster.start(fitted, run_dir) as cluster:  # warm, all at one version
         suites = SuiteEvaluations(cluster, run, prompts, run_dir, progress, recorder.image)
         while True:
             try:

@@ -66,7 +66,9 @@ class RolloutConfig(PoolConfig):
     threads: int | None = Field(
         None, ge=1, description="Threads of a worker; null: its share of the cores, half if asynchronous"
     )
-    max_prompt_tokens: int = Field(256, ge=1, description="Longest prompt that is drawn; vLLM reserves memory for it")
+    max_prompt_tokens: int = Field(
+        256, ge=1, description="Longest prompt that is drawn; a run reserves memory for its own longest"
+    )
     kv_cache_gib: float | None = Field(
         None, gt=0, description="vLLM's key-value cache on a CPU, GiB; null: what images_per_batch needs"
     )

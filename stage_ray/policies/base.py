@@ -36,6 +36,11 @@ class PromptIds:
     conditional: Branch
     unconditional: Branch
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longer branch."""
+        return max(len(self.conditional), len(self.unconditional))
+
 
 @dataclass(frozen=True, slots=True)
 class VllmSpec:
@@ -78,7 +83,7 @@ class ImageCodec(ABC):
         key = "rollout.max_prompt_tokens"
         if self.positions is not None and self.positions - self.image_tokens < longest:
             room, key = self.positions - self.image_tokens, "the model's positions less its image tokens"
-        if (count := max(len(prompt.conditional), len(prompt.unconditional))) > room:
+        if (count := prompt.longest) > room:
             raise ValueError(f"prompt of {count} tokens, at most {room} fit ({key}): {text[:80]!r}")
         return prompt
 

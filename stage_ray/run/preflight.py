@@ -42,11 +42,24 @@ SHOWN = 3  # prompts that an error names
 
 
 class RunPrompts(NamedTuple):
-    """The prompts of a run: to train on, held out (for the samples the same without any), of each further suite."""
+    """The prompts of a run: to train on, held out (for the samples the same without any), of each further suite.
+
+    ``longest``: tokens of the longest of all of them; None where that is not known before they are drawn.
+    """
 
     train: list[Prompt]
     heldout: list[Prompt]
     suites: dict[str, list[Prompt]]
+    longest: int | None = None
+
+    def reserve(self, run: RunConfig) -> RunConfig:
+        """The config for the workers: memory for prompts is that of the longest one, no longer for any that may be.
+
+        They refuse a longer one by its text. A learner finds its micro-batches with it too.
+        """
+        longest = run.rollout.max_prompt_tokens if self.longest is None else self.longest
+        rollout = run.rollout.model_copy(update={"max_prompt_tokens": longest})
+        return run.model_copy(update={"rollout": rollout})
 
 
 def preflight(run: RunConfig, *, fetch: bool = True) -> RunPrompts:
@@ -89,14 +102,21 @@ def preflight(run: RunConfig, *, fetch: bool = True) -> RunPrompts:
     check_reference(run.policy)
     if starts_ray_here:
         _require_room_for_weights(run)
+    lengths: list[int] = []
     by_file = [list(prompts) for _, prompts in groupby(train, lambda prompt: prompt.source)]
-    train = [prompt for prompts in by_file for prompt in drawable_prompts(run, codec, prompts)]  # some of each are left
-    suites = {name: drawable_prompts(run, codec, prompts) for name, prompts in suites.items()}
-    return RunPrompts(train, drawable_prompts(run, codec, heldout) if heldout else train, suites)
+    # Some of each file are left.
+    train = [prompt for prompts in by_file for prompt in drawable_prompts(run, codec, prompts, lengths)]
+    suites = {name: drawable_prompts(run, codec, prompts, lengths) for name, prompts in suites.items()}
+    heldout = drawable_prompts(run, codec, heldout, lengths) if heldout else train
+    # A transform may write another text for every seed, so what it makes of one says nothing about the others.
+    known = codec is not None and run.rollout.prompt_transform is None and not left
+    return RunPrompts(train, heldout, suites, max(lengths) if known else None)
 
 
-def drawable_prompts(run: RunConfig, codec: ImageCodec | None, prompts: list[Prompt]) -> list[Prompt]:
-    """The prompts that the model (``codec``: of `Policy.check`) has room for.
+def drawable_prompts(
+    run: RunConfig, codec: ImageCodec | None, prompts: list[Prompt], lengths: list[int] | None = None
+) -> list[Prompt]:
+    """The prompts that the model (``codec``: of `Policy.check`) has room for; their tokens are added to ``lengths``.
 
     A model that is not here has none that is too long.
 
@@ -110,8 +130,10 @@ def drawable_prompts(run: RunConfig, codec: ImageCodec | None, prompts: list[Pro
     for prompt in prompts:
         try:
             drawn = prompt if transform is None else transform.apply(prompt, seed=0)
-            codec.check_prompt(drawn.drawn_text, run.rollout.max_prompt_tokens)
+            ids = codec.check_prompt(drawn.drawn_text, run.rollout.max_prompt_tokens)
             kept.append(prompt)
+            if lengths is not None:
+                lengths.append(ids.longest)
         except ValueError as error:
             made = f", which {run.rollout.prompt_transform} makes of {prompt.text[:80]!r}" if transform else ""
             problems.append(f"{prompt.where or '--prompt'}: {error}{made}")
@@ -188,7 +210,7 @@ def describe(run: RunConfig, *, strict: bool = False) -> str:
         ConfigError: of `preflight`; or, if ``strict``, something could not be checked.
     """
     run = resolve_suites(run)
-    train, heldout, suites = preflight(run, fetch=False)
+    train, heldout, suites, _ = preflight(run, fetch=False)
     left = [f"{key} = {named(uri)}" + " (newest)" * (uri.revision is None) for key, uri in unfetched(run).items()]
     if left and strict:
         raise ConfigError(f"--strict: not checked, since it would be fetched: {'; '.join(left)}")

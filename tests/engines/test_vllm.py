@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -51,6 +53,59 @@ def test_a_row_without_its_partner_stops_the_batch() -> None:
     layout = _lay_out(rows, cpu)
     assert layout.conditional.tolist() == [2] and layout.unconditional is not None
     assert layout.unconditional.tolist() == [0] and layout.images.tolist() == [4]
+
+
+def test_a_step_of_guidance_costs_the_host_the_same_for_any_number_of_images_and_fetches_nothing() -> None:
+    """Every call, of Python's functions and of C's, is counted: a loop over rows would call something for each."""
+
+    def calls(images: int) -> Counter[str]:
+        guidance, outputs = guidance_of(images)
+        logits, counted = torch.randn(2 * images, CODES), Counter[str]()
+        for step in range(3):
+            if step == 2:  # the first lays the batch out, and both fill caches
+                sys.setprofile(
+                    lambda frame, event, what: counted.update(
+                        [frame.f_code.co_name] if event == "call" else [what.__name__] if event == "c_call" else []
+                    )
+                )
+            try:
+                guidance.update_state(None)
+                guidance.apply(logits.clone())
+            finally:
+                sys.setprofile(None)
+            for output in outputs:
+                output.append(0)
+        return counted
+
+    few, many = calls(2), calls(64)
+    assert few == many and few["argmax"] == 1
+    assert not few.keys() & {"cpu", "item", "tolist", "numpy", "synchronize"}
+
+
+def test_images_of_a_batch_that_are_not_equally_far_are_recorded_where_they_are() -> None:
+    guidance, outputs = guidance_of(2)
+    outputs[2].append(1), outputs[3].append(1)  # the second image is one token ahead
+    for step in range(2):
+        guidance.apply(torch.randn(4, CODES))
+        written = guidance._records[0] != 0
+        assert written.int().tolist() == [[1, step, 0, 0], [0, 1, step, 0]]
+        for output in outputs:
+            output.append(0)
+
+
+def guidance_of(images: int) -> tuple[Any, list[list[int]]]:
+    """Guidance over a batch of pairs that has just begun, and the tokens of each row as vLLM keeps them."""
+    from vllm.v1.sample.logits_processor import BatchUpdate
+
+    from stage_ray.engines.vllm.guidance import PairedGuidance, image_params
+
+    model, scheduler = SimpleNamespace(hf_config=SimpleNamespace(image_tokens=4)), SimpleNamespace(max_num_seqs=images)
+    config: Any = SimpleNamespace(model_config=model, scheduler_config=scheduler)
+    guidance, params = PairedGuidance(config, torch.device("cpu"), False), SamplingParams(guidance_scale=2.0)
+    outputs: list[list[int]] = [[] for _ in range(2 * images)]
+    added = [(row, image_params(4, row // 2, row % 2, row // 2, params), [], outputs[row]) for row in range(2 * images)]
+    guidance.update_state(BatchUpdate(batch_size=2 * images, removed=[], added=added, moved=[]))
+    return guidance, outputs
 
 
 def test_the_exported_vocabulary_holds_image_ids_first(directory: Path) -> None:
@@ -115,7 +170,10 @@ def test_engines_draw_the_same_images_a_batch_that_does_not_fit_and_a_long_promp
     with pytest.raises(ConfigError, match="rollout.images_per_batch = 12 needs .* rollout.kv_cache_gib = 0.0002"):
         VllmEngine(*configs(directory, kv_cache_gib=0.0002), worker="w")
 
-    settings = configs(directory, prompt_transform="template")
+    drawn = "a photo of a photo of a red circle, high quality"
+    codec = JanusCodec.load(PolicyConfig.model_validate({"path": str(directory)}))
+    longest = codec.encode_prompt(drawn).longest  # and no memory for more, as preflight has it
+    settings = configs(directory, prompt_transform="template", max_prompt_tokens=longest)
     engine = VllmEngine(*settings, worker="vllm")
     (addresses,) = engine._llm.collective_rpc(watch_addresses)
     reference = TorchEngine(*settings, worker="torch")
@@ -124,15 +182,14 @@ def test_engines_draw_the_same_images_a_batch_that_does_not_fit_and_a_long_promp
     ]
     pairs = list(zip(engine.generate(requests), reference.generate(requests), strict=True))
     different = np.concatenate([(a.tokens != b.tokens).any(axis=1) for a, b in pairs])
-    drawn = "a photo of a photo of a red circle, high quality"
     assert all(a.prompt == b.prompt and a.prompt.drawn == drawn for a, b in pairs)
     assert different.mean() <= 0.05, f"{different.sum()} of {different.size} images differ"
     same = ~different
     delta = np.concatenate([np.abs(a.logprobs - b.logprobs) for a, b in pairs])[same]
     assert delta.max() < 2e-3
 
-    with pytest.raises(ValueError, match="tokens, at most"):
-        engine.generate([RolloutRequest(0, Prompt(0, "circle " * 200), (1,))])
+    with pytest.raises(ValueError, match=rf"at most {longest} fit \(rollout.max_prompt_tokens\)"):
+        engine.generate([RolloutRequest(0, Prompt(0, "a photo of a red circle and more"), (1,))])
     assert len(addresses) > 16 and len(set(addresses)) == 1, "vLLM replays graphs, which read where inputs lay at first"
     trained = {name: parameter * 1.2 for name, parameter in reference._policy.trained_parameters().items()}
     received = broadcast({name: tensor.detach().contiguous() for name, tensor in trained.items()}, tmp_path / "version")

@@ -8,6 +8,10 @@ from pathlib import Path
 import pytest
 
 from stage_ray.cli import main
+from stage_ray.config.load import load_config
+from stage_ray.evaluation.suites import resolve_suites
+from stage_ray.policies import policy_class
+from stage_ray.run.preflight import preflight
 
 CONFIG = "configs/stage_shapeworld.yaml"
 RING = {"tag": "single_object", "include": [{"class": "ring", "count": 1}], "prompt": "a photo of a ring"}
@@ -159,3 +163,29 @@ def test_what_would_be_fetched_is_listed_and_refused_only_if_that_is_wanted(monk
     command = ["train", str(root / CONFIG), "--set", "policy.path=nobody/no-such-janus", "--dry-run", "--strict"]
     assert main([*command, "--set", "rollout.engine=torch"]) == 2
     assert "--strict: not checked, since it would be fetched: policy.path = nobody" in capsys.readouterr().err
+
+
+def test_memory_is_reserved_for_the_longest_prompt_of_all_that_a_run_draws_and_for_any_where_a_transform_writes_them(
+    tmp_path,
+):
+    train, heldout, suite = (tmp_path / name for name in ("train.txt", "heldout.txt", "suite.txt"))
+    for path, rings in ((train, 1), (heldout, 3), (suite, 2)):
+        path.write_text(f"a photo of a ring\na photo of {'a ring and ' * rings}a cross\n")
+    scorer = "rewards=[{type: tests.scorers.Brightness}]"
+    overrides = [scorer, f"prompts.train={train}", f"prompts.heldout={heldout}", "rollout.engine=torch"]
+    bright, named = "rewards: [{type: tests.scorers.Brightness}]", "tests.evaluation.test_geneval.BrightnessBenchmark"
+    own = f"{{benchmark: {named}, name: own, prompts: {suite}, images_per_prompt: 1, {bright}}}"
+    root = Path(__file__).parents[2]
+
+    def reserved(*more: str) -> int:
+        run = resolve_suites(load_config(str(root / CONFIG), [*overrides, *more]))
+        return preflight(run).reserve(run).rollout.max_prompt_tokens
+
+    run = load_config(str(root / CONFIG), overrides)
+    codec = policy_class(run.policy).check(run.policy)
+    assert codec is not None
+    three, four = (codec.encode_prompt(f"a photo of {'a ring and ' * n}a cross").longest for n in (3, 4))
+    assert reserved() == three < four
+    suite.write_text(f"a photo of {'a ring and ' * 4}a cross\n")
+    assert reserved(f"evaluation.suites=[{own}]") == four
+    assert reserved("rollout.prompt_transform=template") == run.rollout.max_prompt_tokens

@@ -81,6 +81,7 @@ class VllmEngine(ImageEngine):
                 max_model_len=self._longest_prompt + self.codec.image_tokens,
                 max_num_seqs=requests,
                 max_num_batched_tokens=requests * self._longest_prompt,
+                block_size=CPU_CACHE_BLOCK if on_cpu else None,
                 enable_prefix_caching=False,
                 async_scheduling=False,
                 enforce_eager=on_cpu,

@@ -52,20 +52,26 @@ class _Row:
 
 @dataclass(frozen=True, slots=True)
 class _Layout:
-    """Where the images of the running batch lie: rows of logits by branch, images and seeds in the same order."""
+    """Where the images of the running batch lie: rows of logits by branch, images and seeds in the same order.
+
+    vLLM appends to ``first``, the tokens of the first image. ``ahead``, int64, says how many more each image has: as
+    all of them get one a step, that stays so until rows are added, moved or removed.
+    """
 
     conditional: Tensor
     unconditional: Tensor | None
     images: Tensor
     seeds: Tensor
     params: SamplingParams
-    outputs: list[list[int]]
+    first: list[int]
+    ahead: Tensor
 
 
 class PairedGuidance(LogitsProcessor):
     """Draws one token for each image of the batch and records it.
 
     Invariant: whenever logits are processed, an image's rows are all there and equally far. `apply` raises otherwise.
+    While the rows stay, a step costs the host the same however many there are, and never waits for the device.
     """
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
@@ -93,11 +99,7 @@ class PairedGuidance(LogitsProcessor):
         if self._layout is None:
             self._layout = _lay_out(self._rows, self._device)
         layout = self._layout
-        done = [len(output) for output in layout.outputs]
-        if min(done) == max(done):  # the usual case needs no copy to the device
-            positions = torch.full_like(layout.seeds, done[0])
-        else:
-            positions = torch.tensor(done, device=self._device)
+        positions = layout.ahead + len(layout.first)
         unconditional = None if layout.unconditional is None else logits[layout.unconditional]
         sequences = self._tokens[layout.images]  # a copy of int64 [images, T], small beside the logits
         drawn = sample(logits[layout.conditional], unconditional, layout.seeds, positions, layout.params, sequences)
@@ -145,6 +147,7 @@ def _lay_out(rows: dict[int, _Row], device: torch.device) -> _Layout:
     conditional, unconditional = branches
     paired = [rows[index] for index in conditional.values()]
     params = next(iter(rows.values())).params  # one batch, one way to sample: any request's
+    first = paired[0].output if paired else []
     # Images of which only one branch is in the batch.
     alone = conditional.keys() ^ unconditional.keys() if params.guided else unconditional.keys()
     if alone:
@@ -162,5 +165,6 @@ def _lay_out(rows: dict[int, _Row], device: torch.device) -> _Layout:
         images=column(list(conditional)),
         seeds=column([row.seed for row in paired]),
         params=params,
-        outputs=[row.output for row in paired],
+        first=first,
+        ahead=column([len(row.output) - len(first) for row in paired]),
     )
