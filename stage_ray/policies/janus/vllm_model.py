@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import JanusVQVAEConfig
 from transformers.models.janus.modeling_janus import JanusVQVAEAlignerMLP, JanusVQVAEHead
 from vllm.config import VllmConfig
+from vllm.model_executor.layers.linear import ReplicatedLinear
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.models.llama import LlamaModel
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, maybe_prefix
@@ -65,8 +66,9 @@ class JanusForImageGeneration(nn.Module):
         self.language_model.embed_tokens = ImageFirstEmbedding(
             vq_config, config.janus["text_vocab_size"], config.hidden_size
         )
-        # Logits rounded to bfloat16 would be the largest part of the difference to the learner's log-probabilities.
-        self.generation_head = JanusVQVAEHead(vq_config).float()
+        self.generation_head = JanusVQVAEHead(vq_config)
+        for name in ("proj_out", "vision_head"):
+            self.generation_head.set_submodule(name, _float32_linear(self.generation_head.get_submodule(name), name))
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         """Ids [N] -> embeddings [N, hidden]."""
@@ -91,6 +93,16 @@ class JanusForImageGeneration(nn.Module):
         checked = weights if self._loaded else _finite(weights)  # updates are checked before they come here
         self._loaded = True
         return AutoWeightsLoader(self).load_weights(checked, mapper=self.hf_to_vllm_mapper)
+
+
+def _float32_linear(layer: nn.Module, name: str) -> ReplicatedLinear:
+    """vLLM's layer of the same shape: on a CPU it packs weights once, where torch's packs them in every step.
+
+    Logits rounded to bfloat16 would be the largest part of the difference to the learner's log-probabilities.
+    """
+    assert isinstance(layer, nn.Linear)
+    sizes = layer.in_features, layer.out_features
+    return ReplicatedLinear(*sizes, params_dtype=torch.float32, return_bias=False, prefix=f"generation_head.{name}")
 
 
 def _finite(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
