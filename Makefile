@@ -34,7 +34,7 @@ help: ## List the tasks
 
 install: .venv/installed ## Build .venv with everything in it (chooses CPU or GPU by itself)
 
-.venv/installed: pyproject.toml deploy/locks/cpu.txt deploy/install.sh
+.venv/installed: pyproject.toml deploy/locks/cpu.txt deploy/install.sh deploy/pip_settings.py
 	@bash deploy/install.sh
 	@touch $@
 

@@ -41,23 +41,36 @@ choose_variant() {
     fi
 }
 
+with_pip() { .venv/bin/python -m pip --disable-pip-version-check install --no-compile --quiet --quiet --progress-bar off --log .venv/install.log "$@"; }
+
+install() { # What `pip install` would. uv, which fetches and unpacks many packages at once, where it can be had and can do it.
+    if [ -x .venv/bin/uv ]; then
+        .venv/bin/uv pip install --quiet --python .venv/bin/python "$@" 2>>.venv/install.log && return
+        say "uv could not do it (see .venv/install.log): pip does."
+    fi
+    with_pip "$@"
+}
+
 install_packages() {
-    local pip=(.venv/bin/python -m pip --disable-pip-version-check install --no-compile --quiet --quiet --log .venv/install.log)
+    if with_pip "$uv" 2>/dev/null; then eval "$(.venv/bin/python deploy/pip_settings.py)"; fi
     case $VARIANT in
         cpu)
-            "${pip[@]}" --no-deps ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} -r deploy/locks/cpu.txt
-            "${pip[@]}" --no-deps --no-build-isolation --editable . ;;
+            install --no-deps ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} -r deploy/locks/cpu.txt
+            install --no-deps --no-build-isolation --editable . ;;
         gpu)
-            "${pip[@]}" --editable '.[gpu,dev]'
+            install --editable '.[gpu,dev]'
             touch .venv/gpu ;;  # tells make train that this vLLM knows no CPU
-        plain) "${pip[@]}" --editable '.[dev]' ;;
+        plain) install --editable '.[dev]' ;;
         *) fail "VARIANT=$VARIANT is none of auto, cpu, gpu, plain" ;;
     esac
-    # On all cores, where pip has one; without what is hardly ever imported (half of 27,000 files), which Python compiles
-    # when it is. A few packages carry templates that are no Python: those stay as they are.
-    local seldom='/(tests?|testing|pip|onnx|anthropic|openai|sentry_sdk|rllib)/|/ray/(air|data|llm|serve|train|tune)/'
+    # On all cores, where pip has one; without what a run does not import (more than half of 27,000 files), which Python
+    # compiles when it is. A few packages carry templates that are no Python: those stay as they are.
+    local seldom='/site-packages/(_pytest|anthropic|dns|fastapi_cloud_cli|google/(?!protobuf|rpc)[a-z_]+|hypothesis|mypyc?|numba|omegaconf|onnx|onnxruntime|pip'
+    seldom+='|pyasn1_modules|rapidocr|sentry_sdk|shapely|tensorboard)/|/(tests?|pygments/(lexers|styles)|sympy/physics|numpy/distutils)/'
+    seldom+='|/ray/(air|data|llm|rllib|serve|train|tune)/|/huggingface_hub/(cli|inference)/|/fontTools/(ttLib/tables|varLib)/'
+    seldom+='|/openai/(resources|types/(?!chat|graders|responses|shared)[a-z]+/)'
     seldom+='|/transformers/(pipelines|models/(?!auto|janus|clip|llama|siglip))'
-    seldom+='|/vllm/(benchmarks|models|reasoning|tool_parsers|model_executor/models/(?!__init__|[a-z_]*(llama|utils|interfaces|registry)))'
+    seldom+='|/vllm/(benchmarks|models/(?!common|deepseek_v4)|model_executor/models/(?!__init__|[a-z_]*(llama|utils|interfaces|registry)))'
     .venv/bin/python -m compileall -q -j 0 -x "$seldom" .venv/lib >.venv/compile.log 2>&1 || true
 }
 
@@ -70,10 +83,11 @@ check_torch() {
 }
 
 SECONDS=0
+uv=uv==0.13.9
 choose_variant
 python=$(find_python)
 [ -x .venv/bin/python ] && usable .venv/bin/python || "$python" -m venv --clear .venv
-say "Building .venv with $(.venv/bin/python --version) ($python): about 200 packages, 2 to 5 minutes the first time ..."
+say "Building .venv with $(.venv/bin/python --version) ($python): about 200 packages, one to three minutes the first time ..."
 install_packages
 check_torch
 say "Installed in ${SECONDS} s. Try: .venv/bin/stage-ray doctor"

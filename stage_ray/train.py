@@ -6,6 +6,7 @@ import asyncio
 import sys
 from contextlib import closing
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
@@ -17,7 +18,6 @@ from stage_ray.evaluation.suites import resolve_suites
 from stage_ray.files import name_disk_errors
 from stage_ray.observability.progress import Progress, progress_for
 from stage_ray.pipeline.stream import NoValidRewardError
-from stage_ray.report.report import write_report
 from stage_ray.run.preflight import RunPrompts, preflight
 from stage_ray.run.recording import StepClock, StepRecorder
 from stage_ray.run.run_dir import Resume, known_commits, open_run_dir
@@ -71,6 +71,8 @@ def train(run: RunConfig, *, resume: Resume = False, progress: Progress | None =
 def _report(run_dir: Path, progress: Progress) -> Path:
     """Write the report. One that fails is no failure of the run, and hides none."""
     try:
+        from stage_ray.report.report import write_report  # late: Matplotlib, which no run waits for at its start
+
         return write_report(run_dir)
     except (OSError, RunError, ValueError, KeyError, TypeError) as error:
         progress.note(f"the report was not written ({error}); stage-ray report {run_dir} tries again")
@@ -83,6 +85,7 @@ async def _train(
     progress.stage("starting Ray, the rollout engine, the scorers and the learner")
     fitted = prompts.reserve(run)
     async with StopSignal(progress) as stop, Cluster.start(fitted, run_dir) as cluster:  # warm, all at one version
+        asyncio.get_running_loop().run_in_executor(None, import_module, "stage_ray.report.report")  # needed at the end
         suites = SuiteEvaluations(cluster, run, prompts, run_dir, progress, recorder.image)
         while True:
             try:

@@ -15,6 +15,7 @@ import secrets
 import shutil
 import socket
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 from typing import IO
 from unittest.mock import patch
@@ -36,6 +37,10 @@ from stage_ray.signals import blocked_signals
 log = logging.getLogger(__name__)
 
 ANSWER_S = 10.0  # for a connection to a cluster's head
+
+
+def _start_nothing(node: Node, **options: object) -> None:
+    """In place of a method of `Node` that starts a process."""
 
 
 # `ray.init` takes SIGTERM for itself, twice: it calls ``sys.exit`` in the middle of whatever goes on, and prints a
@@ -80,7 +85,12 @@ def start_ray(run: RunConfig, run_dir: Path, *, weights: bool = True) -> bool:
         # With 127.0.0.1 as its node's address each of Ray's servers listens there only. Ray replaces a given 127.0.0.1
         # by the machine's address in the network (`resolve_ip_for_localhost`), and then every server binds all
         # interfaces, unless clusters are off. RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 does that while Ray is imported.
-        with patch.object(ray_constants, "ENABLE_RAY_CLUSTER", False), blocked_signals():
+        # The autoscaler, a reader of logs and a dashboard without pages, which each cost a second and serve none here,
+        # are left out: Ray has no option for that.
+        unused = ["start_monitor", "start_log_monitor"] + ["start_api_server"] * (not cluster.dashboard)
+        with patch.object(ray_constants, "ENABLE_RAY_CLUSTER", False), blocked_signals(), ExitStack() as without:
+            for start in unused:
+                without.enter_context(patch.object(Node, start, _start_nothing))
             context = ray.init(
                 address="local",
                 num_cpus=cluster.num_cpus or max(usable_cpus(), math.ceil(cpus)),

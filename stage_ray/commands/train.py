@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from contextlib import closing
 from pathlib import Path
@@ -43,6 +44,9 @@ def train(
     """
     from stage_ray.config.load import load_config
 
+    gc.set_threshold(
+        100_000
+    )  # of 700 the collector takes a fifth of the imports to come: it walks what stays again and again
     run = load_config(config, overrides, run_dir)
     require_lasting(run.run_dir, "run_dir")
     if dry_run:
