@@ -103,7 +103,8 @@ class PlainDecoder:
 
     def __init__(self, backbone: Transformer, sequences: int, length: int) -> None:
         self._backbone = backbone
-        self._embeds, self._rows = torch.zeros(sequences, length, HIDDEN), torch.arange(sequences)
+        dtype = backbone.embed_tokens.weight.dtype
+        self._embeds, self._rows = torch.zeros(sequences, length, HIDDEN, dtype=dtype), torch.arange(sequences)
 
     def prefill(self, prompts: Sequence[Branch]) -> Tensor:
         """Prompts stand at the left, so that positions count from each one's first token."""

@@ -27,40 +27,45 @@ class EndToEndBench(Bench):
     """Short runs of both in turn; the first steps of each are warm-up."""
 
     def rows(self) -> list[Row]:
-        """The claim, from the seconds of all steps that count."""
+        """The config as it is and with the fastest engine, from the seconds of all steps that count."""
         steps, skipped, repeats = (4, 2, 1) if self.quick else (12, 3, 3)
         gpus = 0.5 if self.device == "cuda" else 0.0  # rollouts and learner share a GPU
         changes = [f"steps={steps}", "evaluation.enabled=false", "cluster.metrics_port=null"]
         changes += [f"rollout.gpus={gpus}", f"learner.gpus={gpus}"]
         run, options = load_config(CONFIG, changes), {"overrides": changes, "skipped": skipped}
         dtypes = [dtype_name(setting, self.device) for setting in (run.rollout.dtype, run.learner.autocast)]
-        variants = [Variant("plain", single_process, options), Variant("ours", train_command, options)]
-        variants.append(machine(self.device, *dtypes))
+        ours = {run.rollout.engine: options, "torch": {**options, "overrides": [*changes, "rollout.engine=torch"]}}
+        variants = [Variant("plain", single_process, options), machine(self.device, *dtypes)]
+        variants += [Variant(engine, train_command, its_options) for engine, its_options in ours.items()]
         trials = interleave(variants, repeats=repeats, warmups=0, progress=self.progress, title="end-to-end")
-        plain_s, ours_s = (
-            median(seconds for trial in trials[name] for seconds in trial["step_s"]) for name in ("plain", "ours")
-        )
+        step_s = {name: median(s for trial in trials[name] for s in trial["step_s"]) for name in ("plain", *ours)}
+        plain_s, default, fastest = step_s["plain"], run.rollout.engine, min(ours, key=step_s.__getitem__)
         images, model = run.rollout.group_size * run.rollout.groups_per_step, checkpoint_sizes(run.policy.path)
         # Sampling and the update one after the other at the machine's best; scoring and decoding not counted.
         prompt, speed = trials["plain"][0]["prompt"], best(trials["machine"])
         sampling, _ = sampling_limit(model, sequences=2 * images, prompt=prompt, speed=speed, dtype=dtypes[0])
         positions = images * (model.image_tokens + prompt - 1)
         update, _ = update_limit(model, positions=positions, speed=speed, dtype=dtypes[1])
-        setting = f"max_staleness = {run.pipeline.max_staleness}, rollout.engine = {run.rollout.engine}"
-        flops = 2 * sampling_flops(model, prompt) + forward_flops(model, prompt) + training_flops(model, prompt)
-        same: Any = {"device": self.device, "dtype": dtypes[1], "speed": speed}
-        told = throughput(model, images=images, seconds=ours_s, flops=images * flops, **same)
-        row = Row(
-            "end-to-end/shapeworld",
-            *(2.5, plain_s, ours_s),
-            ratio_is="times as many images trained a second",
-            baseline_is=PLAIN,
-            limit=sampling + update,
-            limit_is=f"sampling {sampling:.3g} s, then the update {update:.3g} s, at the machine's best",
-            details={"baseline_images_per_s": images / plain_s} | told,
-            notes=(f"seconds a step of {images} images; pipeline.{setting}",),
+        shared: Any = {
+            "ratio_is": "times as many images trained a second",
+            "baseline_is": PLAIN,
+            "limit": sampling + update,
+            "limit_is": f"sampling {sampling:.3g} s, then the update {update:.3g} s, at the machine's best",
+        }
+        flops = images * (
+            2 * sampling_flops(model, prompt) + forward_flops(model, prompt) + training_flops(model, prompt)
         )
-        return [row]
+        same: Any = {"device": self.device, "dtype": dtypes[1], "speed": speed}
+        rows = []
+        for claim, target, engine in (("default", 1.5, default), ("best", 1.8, fastest)):
+            ours_s, setting = step_s[engine], f"max_staleness = {run.pipeline.max_staleness}, rollout.engine = {engine}"
+            told = throughput(model, images=images, seconds=ours_s, flops=flops, **same)
+            details = {"baseline_images_per_s": images / plain_s} | told
+            notes = (f"seconds a step of {images} images; pipeline.{setting}",)
+            rows.append(
+                Row(f"end-to-end/shapeworld/{claim}", target, plain_s, ours_s, details=details, notes=notes, **shared)
+            )
+        return rows
 
 
 def single_process(overrides: list[str], skipped: int) -> Trials:

@@ -75,13 +75,13 @@ def update(learner: type[Learner], run: RunConfig) -> Trials:
         yield {"seconds": seconds, "positions": positions} | memory
 
 
-def random_groups(policy: Policy, version: int) -> tuple[list[RolloutGroup], list[ScoredGroup]]:
-    """Groups of noise with random scores, fixed by ``version``: what an update costs does not depend on pictures."""
+def random_groups(policy: Policy, version: int, count: int = GROUPS) -> tuple[list[RolloutGroup], list[ScoredGroup]]:
+    """Groups of noise with random scores, fixed by ``version``: an update costs the same whatever the pictures."""
     noise = np.random.default_rng(version)
-    prompts = [prompt for prompt, _ in equal_prompts(policy.codec.encode_prompt)[:GROUPS]]
-    tokens = noise.integers(0, policy.codebook_size, (GROUPS, GROUP_SIZE, policy.image_tokens)).astype(np.int32)
-    images = np.empty((GROUPS, GROUP_SIZE, 0, 0, 3), np.uint8)
+    prompts = [prompt for prompt, _ in equal_prompts(policy.codec.encode_prompt)[:count]]
+    tokens = noise.integers(0, policy.codebook_size, (count, GROUP_SIZE, policy.image_tokens)).astype(np.int32)
+    images = np.empty((count, GROUP_SIZE, 0, 0, 3), np.uint8)
     groups = groups_of(prompts, tokens, images, codes=policy.codebook_size, version=version)
-    scores = noise.random((GROUPS, GROUP_SIZE, 1)).astype(np.float32)
+    scores = noise.random((count, GROUP_SIZE, 1)).astype(np.float32)
     valid, details = np.ones((GROUP_SIZE, 1), bool), tuple(dict[str, Any]() for _ in range(GROUP_SIZE))
-    return groups, [ScoredGroup(i, ("geneval",), scores[i], valid, details, 0.0) for i in range(GROUPS)]
+    return groups, [ScoredGroup(i, ("geneval",), scores[i], valid, details, 0.0) for i in range(count)]

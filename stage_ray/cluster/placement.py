@@ -20,7 +20,7 @@ from stage_ray.observability.logs import worker_environment
 from stage_ray.workers.learner import LearnerWorker
 from stage_ray.workers.reward import RewardClient, RewardWorker
 from stage_ray.workers.rollout import RolloutClient, RolloutWorker
-from stage_ray.workers.threads import own_threads
+from stage_ray.workers.threads import openmp_environment
 
 Share = RolloutConfig | ScoringConfig | LearnerConfig  # what one rank of a role reserves
 Place: TypeAlias = PlacementGroupSchedulingStrategy | None  # a bundle of a placement group; None: where Ray wants
@@ -66,8 +66,9 @@ class Actors:
     ) -> list[Any]:
         """A worker's actors, one for each place; ``more``: what this role's take besides."""
         # The worker sees for itself once it is where it runs; but libraries read the variable when they are loaded.
-        threads = 1 if isinstance(share, ScoringConfig) else own_threads(self._run, share)
-        env, actors = {**env, "OMP_NUM_THREADS": str(threads)}, []
+        alone = {"OMP_NUM_THREADS": "1"}
+        openmp = alone if isinstance(share, ScoringConfig) else openmp_environment(self._run, share)
+        env, actors = {**env, **openmp}, []
         packages = share.runtime_env if isinstance(share, ScoringConfig) else RuntimeEnvConfig()
         for rank, place in enumerate(places):
             make = actor_of(role, share.cpus, share.gpus, env, share.resources, place, packages)

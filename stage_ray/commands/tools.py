@@ -32,7 +32,8 @@ def bench(
     """Measure how fast this is: ratios against plain code run in turn with ours, and the limit of each.
 
     rollout: images drawn, by each engine. learner: time and memory of an update. sync: weights to two workers.
-    pipeline: what the driver hides and costs. end-to-end: images trained a second, by a real short run.
+    pipeline: what the driver hides and costs. roles: rollout and learner on the same cores.
+    end-to-end: images trained a second, by a real short run.
 
     A missed target is a fact, not a failure: the exit code is 0 all the same. Let nothing else run meanwhile.
 
