@@ -55,7 +55,7 @@ class KillsWorker(Progress):
     def step(self, step: int, total: int, metrics) -> None:
         super().step(step, total, metrics)
         if step == self.at and not self.killed:
-            for process in psutil.Process().children(recursive=True) or psutil.process_iter():
+            for process in psutil.Process().children(recursive=True):
                 with contextlib.suppress(psutil.NoSuchProcess):  # nor is a zombie one
                     if f"ray::{self.role}" in " ".join(process.cmdline()):
                         process.send_signal(self.number)

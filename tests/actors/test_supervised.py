@@ -184,12 +184,12 @@ def test_heartbeats_that_cannot_go_on_end_what_they_watch_and_say_why(caplog):
 
         actor.check = check  # type: ignore[method-assign]
         async with heartbeats([actor], 0.01, 0.05):
-            await asyncio.wait({asyncio.create_task(asyncio.sleep(2))})
+            await asyncio.wait({asyncio.create_task(asyncio.sleep(60))})
 
     began = time.monotonic()
     with pytest.raises(KeyError, match="a mistake of ours"):
         asyncio.run(scenario())
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 30
     assert "the workers get no heartbeats any more" in caplog.text
 
 

@@ -126,6 +126,7 @@ def run_and_listen(run: RunConfig) -> tuple[str, list[dict], str]:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_ray")
 def test_an_alarm_is_in_the_log_the_metrics_and_the_report(tmp_path, plain):
     changes = {"algorithm": NO_ENTROPY_REWARD, "rewards": [{"type": "tests.scorers.Constant"}]}
     run = runs.tiny_run(tmp_path, plain, steps=1, evaluation={"enabled": False}, **changes)

@@ -192,6 +192,7 @@ def test_an_unknown_class_is_refused_by_its_name_and_line_before_anything_starts
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_ray")
 def test_a_run_through_the_command_line_is_recorded_replayed_and_resumed(checkpoint: Path, tmp_path: Path) -> None:
     run = run_of(tmp_path, checkpoint, pipeline={"record": True}, checkpoint={"every": 1})
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(run.model_dump(mode="json")))
