@@ -79,7 +79,7 @@ def work(what: str, seconds: float = 0.0) -> Callable[[Any], Any]:
     return lambda worker: worker.ask(Worker.work, what, seconds)
 
 
-async def until(what: Callable[[], bool], seconds: float = 5.0) -> None:
+async def until(what: Callable[[], bool], seconds: float = 60.0) -> None:
     async with asyncio.timeout(seconds):
         while not what():
             await asyncio.sleep(0.01)
