@@ -12,6 +12,7 @@ import pytest
 
 from stage_ray.errors import RunError
 from stage_ray.train import train
+from tests.ray_head import free_port
 from tests.rewards.services import brightness, service
 from tests.runs import lines, tiny_run
 
@@ -51,7 +52,7 @@ def test_a_run_waits_for_a_judge_that_is_down_and_loses_no_group(tmp_path, plain
 
     def keep() -> None:
         """The service: up for three calls, then down until the run says that it waits."""
-        with service(answer) as url:
+        with service(answer, free_port()) as url:
             addresses.put(url)
             third.wait()
         waits.wait()
@@ -69,9 +70,7 @@ def test_a_run_waits_for_a_judge_that_is_down_and_loses_no_group(tmp_path, plain
 
 
 def test_a_judge_that_stays_away_ends_the_run_with_its_name_and_the_fix(tmp_path, plain):
-    with service(brightness) as url:
-        pass
-    rewards = [{"type": "http", "options": {"url": url, "tries": 1}}]
+    rewards = [{"type": "http", "options": {"url": f"http://127.0.0.1:{free_port()}", "tries": 1}}]
     run = tiny_run(tmp_path, plain, rewards=rewards, scoring={"outage_s": 0.5}, evaluation={"enabled": False})
     with pytest.raises(RunError, match=r"http: 4 of 4 scores failed .*does not answer.*start the service again"):
         train(run)

@@ -74,15 +74,3 @@ def test_a_run_leaves_everything_a_user_looks_for(tmp_path, model):
     trained = JanusForConditionalGeneration.from_pretrained(run / "final").model.language_model.state_dict()
     base = JanusForConditionalGeneration.from_pretrained(model).model.language_model.state_dict()
     assert any(not torch.equal(trained[name], base[name]) for name in base)
-
-
-@pytest.mark.usefixtures("one_ray")
-def test_silent_groups_are_redrawn_in_a_real_run_and_trained_where_they_stay_so(tmp_path, plain):
-    run = tiny_run(tmp_path, plain, "Constant", steps=1, algorithm={"redraw_silent": 1}, evaluation={"enabled": False})
-    train(run)
-    events = lines(tmp_path / "run" / "ledger.jsonl")
-    dropped = [event for event in events if event["event"] == "dropped"]
-    assert {event["why"] for event in dropped} == {"no scorer told its images apart"}
-    (row,) = lines(tmp_path / "run" / "metrics.jsonl")
-    assert row["rollout/redrawn"] == len(dropped) >= 2
-    assert sum(event["event"] == "trained" for event in events) == 2

@@ -13,7 +13,6 @@ import torch.multiprocessing as processes
 import yaml
 from safetensors.torch import load_file, save_file
 
-from stage_ray.actors.client import free_address
 from stage_ray.cli import main
 from stage_ray.commands.train import replay_run
 from stage_ray.config import PolicyConfig
@@ -30,6 +29,7 @@ from stage_ray.train import train
 from tests import learner_case
 from tests.class_conditional import FAMILY, ClassModel, ClassPolicy, Sizes, class_checkpoint, rotary_2d, rotate
 from tests.engines.test_engines import assert_statistics_match, request, rollout, weights_of
+from tests.ray_head import free_port
 from tests.runs import StopsAfter, lines, tiny_run
 
 CPU = torch.device("cpu")
@@ -137,7 +137,7 @@ def test_a_learner_trains_embeddings_and_head_too_and_what_it_saves_and_exports_
 
 def _rank(number: int, address: str, path: Path, out: Path) -> None:
     torch.set_num_threads(1)
-    learner = learner_at(path, Ranks.init_process_group(number, 2, address, CPU, timeout_s=60), **SEVERAL)
+    learner = learner_at(path, Ranks.init_process_group(number, 2, address, CPU, timeout_s=120), **SEVERAL)
     assert {type(parameter).__name__ for parameter in learner.policy.trained_parameters().values()} == {"DTensor"}
     updates(learner, 2)
     found = {name: tensor.clone() for name, tensor in learner.weights()}
@@ -148,7 +148,7 @@ def _rank(number: int, address: str, path: Path, out: Path) -> None:
 
 @pytest.mark.slow
 def test_two_ranks_share_what_is_trained_outside_of_the_backbone_too(checkpoint: Path, tmp_path: Path) -> None:
-    processes.spawn(_rank, (free_address("127.0.0.1"), checkpoint, tmp_path), nprocs=2)
+    processes.spawn(_rank, (f"127.0.0.1:{free_port()}", checkpoint, tmp_path), nprocs=2)
     alone = learner_at(checkpoint, **SEVERAL)
     updates(alone, 2)
     two = load_file(tmp_path / "two.safetensors")
