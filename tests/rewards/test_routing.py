@@ -248,4 +248,5 @@ def test_a_run_with_two_routed_scorers_is_recorded_resumed_and_replayed(tmp_path
     assert main(["train", config, "--run-dir", again, "--replay", str(whole)]) == 0
     for row, straight in zip(rows, lines(Path(again) / "metrics.jsonl"), strict=True):
         found = {name: row[name] for name in straight if name.startswith(("loss", "grad_norm", "reward/"))}
-        assert len(found) > 4 and found == {name: straight[name] for name in found}
+        assert {"loss", "grad_norm", "reward/mean"} <= found.keys()
+        assert found == {name: straight[name] for name in found}

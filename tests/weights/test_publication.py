@@ -66,7 +66,6 @@ async def publish_lose_publish(cluster: SyncCluster) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("one_ray")
 def test_no_worker_serves_a_version_that_is_not_whole_and_the_next_one_reaches_all(tmp_path):
     run = run_of(BYTES, "object_store")
     start_ray(run, tmp_path)
