@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import contextlib
 import json
 import os
 import re
@@ -129,9 +128,14 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     first.send_signal(signal.SIGTERM)
     assert first.wait(100) == 143
     (home / "steps").write_text(str(metrics.read_text().count("\n")))
-    with contextlib.chdir(home):
-        assert main([*the("stage-ray train", "--run-dir runs/mine --resume"), *SHRUNK]) == 0
+    typed(home, *the("stage-ray train", "--run-dir runs/mine --resume"), *SHRUNK)
     return home
+
+
+def typed(home: Path, *words: str) -> str:
+    done = subprocess.run([str(BIN / "stage-ray"), *words], cwd=home, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 @pytest.mark.slow
