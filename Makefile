@@ -15,8 +15,8 @@ TORCH_INDEX ?=
 BIN := .venv/bin
 # Three files at a time. Idle OpenMP threads sleep instead of spinning, and Ray's workers run at normal priority: by default they yield to
 # everything else, so that a run starves while another file computes. Ray's agents look at all processes once a minute, not every 5 s,
-# and a worker may take four minutes to start, not one. Processes share what was compiled, whatever the environment says, and
-# seldom collect garbage (tests/site).
+# and a worker may take four minutes to start, not one. Processes share what was compiled, whatever the environment says,
+# seldom collect garbage, and become workers of Ray without importing Ray twice (tests/site).
 PYTEST := PYTHONPATH=$(CURDIR)/tests/site PYTHONDONTWRITEBYTECODE= OMP_WAIT_POLICY=PASSIVE REPORTER_UPDATE_INTERVAL_MS=60000 RAY_worker_register_timeout_seconds=240 \
 	RAY_worker_niceness=0 RAY_prestart_worker_first_driver=0 $(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
 ON_A_GPU := --set rollout.gpus=0.5 --set learner.gpus=0.5

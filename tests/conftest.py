@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.plain import plain_checkpoint
+
+if TYPE_CHECKING:
+    from tests.ray_head import Head
 
 
 @pytest.fixture(scope="session")
@@ -35,12 +39,21 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(scope="module")
-def one_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """One Ray for the runs of a file that say nothing about how Ray starts and ends."""
-    from tests.ray_head import joining, ray_head
+@pytest.fixture(scope="session")
+def session_head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
+    """A Ray for as long as tests run: the start of one takes as long as a tiny run."""
+    from tests.ray_head import ray_head
 
-    with ray_head(tmp_path_factory.mktemp("ray"), jobs=False) as head, joining(head):
+    with ray_head(tmp_path_factory.mktemp("ray"), jobs=False) as head:
+        yield head
+
+
+@pytest.fixture(scope="module")
+def one_ray(session_head: Head) -> Iterator[None]:
+    """One Ray for the runs of a file that say nothing about how Ray starts and ends."""
+    from tests.ray_head import joining
+
+    with joining(session_head):
         yield
 
 

@@ -56,6 +56,14 @@ class Waits(Brightness):
         return super().score(images, prompts)
 
 
+class Slow(Brightness):
+    """As a service far away: it takes its time, and leaves the machine to others meanwhile."""
+
+    def score(self, images: np.ndarray, prompts: Sequence[Prompt]) -> RewardOutput:
+        time.sleep(0.1)
+        return super().score(images, prompts)
+
+
 class CannotJudge(Brightness):
     """It never scores one prompt."""
 

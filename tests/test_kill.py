@@ -280,7 +280,7 @@ def test_rollout_workers_killed_in_every_phase_or_given_corrupt_weights_are_repl
 def test_a_scorer_with_every_fault_costs_another_attempt_and_no_group(tmp_path, plain):
     marks = tmp_path / "marks"
     marks.mkdir()
-    changes = {"steps": 8, "options": {"marks": str(marks)}, "scoring": {"timeout_s": 3.0}}
+    changes = {"steps": 8, "options": {"marks": str(marks)}, "scoring": {"timeout_s": 6.0}}
     run = kill_run(tmp_path, plain, "Faulty", **changes)
     train(run)
     rows = lines(Path(run.run_dir) / "metrics.jsonl")
@@ -341,7 +341,7 @@ def test_a_driver_killed_twice_goes_on_bit_for_bit_even_from_an_older_checkpoint
 def test_a_driver_killed_in_a_synchronous_run_goes_on_bit_for_bit(tmp_path, plain):
     # One generation batch a step: with several, the scoring of one and the drawing of the next have no order.
     one_batch = {"images_per_batch": 8}
-    changes = {"steps": STEPS // 2, "pipeline": {"max_staleness": 0, "record": True}, "rollout": one_batch}
+    changes = {"steps": 3 * EVERY, "pipeline": {"max_staleness": 0, "record": True}, "rollout": one_batch}
     whole, run = kill_run(tmp_path / "whole", plain, **changes), kill_run(tmp_path / "broken", plain, **changes)
     train(whole)
     kill_driver(run, "publishing")
@@ -356,7 +356,7 @@ def test_a_driver_killed_in_a_synchronous_run_goes_on_bit_for_bit(tmp_path, plai
 
 
 def test_a_driver_killed_in_a_run_in_order_of_arrival_loses_no_group_and_repeats_none(tmp_path, plain):
-    run = kill_run(tmp_path, plain, pipeline={"max_staleness": 2, "order": "arrival", "record": True})
+    run = kill_run(tmp_path, plain, steps=4 * EVERY, pipeline={"max_staleness": 2, "order": "arrival", "record": True})
     kill_driver(run, "generating")
     train(run, resume=True)
     sound(run)

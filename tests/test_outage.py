@@ -12,10 +12,11 @@ import pytest
 
 from stage_ray.errors import RunError
 from stage_ray.train import train
+from tests.ray_head import free_port
 from tests.rewards.services import brightness, service
 from tests.runs import lines, tiny_run
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_ray")]
 
 
 class Heard(logging.Handler):
@@ -38,7 +39,7 @@ def waits() -> Iterator[threading.Event]:
     logging.getLogger("stage_ray.cluster.scorers").removeHandler(heard)
 
 
-def test_a_run_waits_for_a_judge_that_is_down_and_loses_no_group(tmp_path, model, waits):
+def test_a_run_waits_for_a_judge_that_is_down_and_loses_no_group(tmp_path, plain, waits):
     addresses: queue.Queue[str] = queue.Queue()
     third, finished = threading.Event(), threading.Event()
     calls = []
@@ -51,7 +52,7 @@ def test_a_run_waits_for_a_judge_that_is_down_and_loses_no_group(tmp_path, model
 
     def keep() -> None:
         """The service: up for three calls, then down until the run says that it waits."""
-        with service(answer) as url:
+        with service(answer, free_port()) as url:
             addresses.put(url)
             third.wait()
         waits.wait()
@@ -61,17 +62,15 @@ def test_a_run_waits_for_a_judge_that_is_down_and_loses_no_group(tmp_path, model
     threading.Thread(target=keep, daemon=True).start()
     rewards = [{"type": "http", "options": {"url": addresses.get(), "tries": 1}}]
     try:
-        train(tiny_run(tmp_path, model, rewards=rewards, evaluation={"enabled": False}))
+        train(tiny_run(tmp_path, plain, rewards=rewards, evaluation={"enabled": False}))
     finally:
         finished.set()
     events = Counter(row["event"] for row in lines(tmp_path / "run" / "ledger.jsonl"))
     assert waits.is_set() and events == {"admitted": 8, "generated": 8, "scored": 8, "trained": 8}
 
 
-def test_a_judge_that_stays_away_ends_the_run_with_its_name_and_the_fix(tmp_path, model):
-    with service(brightness) as url:
-        pass
-    rewards = [{"type": "http", "options": {"url": url, "tries": 1}}]
-    run = tiny_run(tmp_path, model, rewards=rewards, scoring={"outage_s": 0.5}, evaluation={"enabled": False})
+def test_a_judge_that_stays_away_ends_the_run_with_its_name_and_the_fix(tmp_path, plain):
+    rewards = [{"type": "http", "options": {"url": f"http://127.0.0.1:{free_port()}", "tries": 1}}]
+    run = tiny_run(tmp_path, plain, rewards=rewards, scoring={"outage_s": 0.5}, evaluation={"enabled": False})
     with pytest.raises(RunError, match=r"http: 4 of 4 scores failed .*does not answer.*start the service again"):
         train(run)

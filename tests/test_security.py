@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import os
 import stat
@@ -31,6 +32,7 @@ CALLS = [  # one of each server of Ray's object plane: GCS, raylet, object manag
     "CoreWorkerService/GetCoreWorkerStats",
     "ReporterService/GetTraceback",
 ]
+PROGRAMS = ("gcs_server", "raylet", "dashboard.py", "DashboardAgent", "RuntimeEnvAgent", "Rollout", "Learner")
 NUMBERS_ONLY = 4
 """Listeners that answer without a token, with numbers in Prometheus' format: ours, and Ray's autoscaler monitor,
 dashboard and metrics agent. Ray has no setting that makes these demand the token, but they are on loopback."""
@@ -65,7 +67,7 @@ def run(tmp_path_factory) -> Iterator[Run]:
         process = subprocess.Popen(command, cwd=REPOSITORY, env=environment, umask=0, stdout=output, stderr=output)
     try:
         wait_for(gate.with_suffix(".reached"), process, directory / "output")
-        yield look(process, Path(config["run_dir"]), home)
+        yield standing(process, Path(config["run_dir"]), home)
         gate.touch()
         assert process.wait(120) == 0, (directory / "output").read_text()
         loose = [
@@ -83,7 +85,23 @@ def wait_for(file: Path, process: subprocess.Popen, output: Path) -> None:
         if process.poll() is not None or time.monotonic() > deadline:
             pytest.fail(f"the run did not get as far as its first score: {output.read_text()}")
         time.sleep(0.1)
-    time.sleep(3)  # agents of Ray that nothing waits for open their ports
+
+
+def standing(process: subprocess.Popen, directory: Path, home: Path) -> Run:
+    """The run once everything listens: agents of Ray that nothing waits for open their ports when they come to it."""
+    deadline = time.monotonic() + 60
+    before, now = None, look(process, directory, home)
+    while missing(now) or before is None or (before.listeners != now.listeners and time.monotonic() < deadline):
+        assert time.monotonic() < deadline, f"{missing(now)} listen nowhere, so nothing would be tested there"
+        time.sleep(1)
+        before, now = now, look(process, directory, home)
+    return now
+
+
+def missing(run: Run) -> list[str]:
+    """Programs of a run that do not listen yet."""
+    names = " ".join(name for name, _, _ in run.listeners)
+    return [part for part in PROGRAMS if part not in names]
 
 
 def look(process: subprocess.Popen, directory: Path, home: Path) -> Run:
@@ -91,10 +109,12 @@ def look(process: subprocess.Popen, directory: Path, home: Path) -> Run:
     processes = [root, *root.children(recursive=True)]
     listeners, sockets = [], []
     for one in processes:
-        name = " ".join(one.cmdline())
-        inet = [c.laddr for c in one.net_connections("inet") if not c.raddr]
-        listeners += [(name, address.ip, address.port) for address in inet]
-        sockets += [c.laddr for c in one.net_connections("unix") if c.laddr]
+        with contextlib.suppress(psutil.NoSuchProcess):  # a command of an agent is gone soon
+            name = " ".join(one.cmdline())
+            inet = [c.laddr for c in one.net_connections("inet") if not c.raddr]
+            listeners += [(name, address.ip, address.port) for address in inet]
+            sockets += [c.laddr for c in one.net_connections("unix") if c.laddr]
+    processes = [one for one in processes if one.is_running()]
     return Run(directory, home / ".ray" / "auth_token", processes, listeners, sockets)
 
 
@@ -141,9 +161,6 @@ def port_of(run: Run, part: str) -> list[int]:
 
 @pytest.mark.slow
 def test_every_socket_of_a_local_run_is_on_loopback_or_in_a_private_directory(run):
-    names = " ".join(name for name, _, _ in run.listeners)
-    for part in ("gcs_server", "raylet", "dashboard.py", "DashboardAgent", "RuntimeEnvAgent", "Rollout", "Learner"):
-        assert part in names, f"{part} listens nowhere, so this test does not look where it should"
     assert [entry for entry in run.listeners if not is_loopback(entry[1])] == []
     assert any(path.endswith("/sockets/plasma_store") for path in run.sockets)
     assert [path for path in run.sockets if not is_private(Path(path))] == []

@@ -12,7 +12,30 @@ from stage_ray.errors import ConfigError, RunError
 from stage_ray.train import train
 from tests.runs import lines, tiny_run
 
-pytestmark = pytest.mark.slow  # each starts a Ray of its own
+pytestmark = pytest.mark.slow
+
+
+def test_a_directory_that_holds_a_run_is_never_overwritten(tmp_path, model):
+    run = tiny_run(tmp_path, model)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("steps: 1\n")
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1}\n')
+    with pytest.raises(ConfigError, match="already holds a run; add --resume"):
+        train(run)
+    assert (tmp_path / "run" / "config.yaml").read_text() == "steps: 1\n"
+
+
+def test_a_broken_model_directory_is_a_config_error_that_names_it(tmp_path, model):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(ConfigError, match="empty has no config.json"):
+        train(tiny_run(tmp_path, empty))
+    assert not (tmp_path / "run").exists()
+
+
+def test_more_object_store_than_memory_is_one_sentence(tmp_path, model):
+    with pytest.raises(RunError, match="cluster.object_store_mb = 99999999 is more than"):
+        train(tiny_run(tmp_path, model, cluster={"object_store_mb": 99999999, "metrics_port": None}))
 
 
 def test_a_run_leaves_everything_a_user_looks_for(tmp_path, model):
@@ -51,37 +74,3 @@ def test_a_run_leaves_everything_a_user_looks_for(tmp_path, model):
     trained = JanusForConditionalGeneration.from_pretrained(run / "final").model.language_model.state_dict()
     base = JanusForConditionalGeneration.from_pretrained(model).model.language_model.state_dict()
     assert any(not torch.equal(trained[name], base[name]) for name in base)
-
-
-def test_a_directory_that_holds_a_run_is_never_overwritten(tmp_path, model):
-    run = tiny_run(tmp_path, model)
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.yaml").write_text("steps: 1\n")
-    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1}\n')
-    with pytest.raises(ConfigError, match="already holds a run; add --resume"):
-        train(run)
-    assert (tmp_path / "run" / "config.yaml").read_text() == "steps: 1\n"
-
-
-def test_a_broken_model_directory_is_a_config_error_that_names_it(tmp_path, model):
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    with pytest.raises(ConfigError, match="empty has no config.json"):
-        train(tiny_run(tmp_path, empty))
-    assert not (tmp_path / "run").exists()
-
-
-def test_more_object_store_than_memory_is_one_sentence(tmp_path, model):
-    with pytest.raises(RunError, match="cluster.object_store_mb = 99999999 is more than"):
-        train(tiny_run(tmp_path, model, cluster={"object_store_mb": 99999999, "metrics_port": None}))
-
-
-def test_silent_groups_are_redrawn_in_a_real_run_and_trained_where_they_stay_so(tmp_path, model):
-    run = tiny_run(tmp_path, model, "Constant", steps=1, algorithm={"redraw_silent": 1}, evaluation={"enabled": False})
-    train(run)
-    events = lines(tmp_path / "run" / "ledger.jsonl")
-    dropped = [event for event in events if event["event"] == "dropped"]
-    assert {event["why"] for event in dropped} == {"no scorer told its images apart"}
-    (row,) = lines(tmp_path / "run" / "metrics.jsonl")
-    assert row["rollout/redrawn"] == len(dropped) >= 2
-    assert sum(event["event"] == "trained" for event in events) == 2

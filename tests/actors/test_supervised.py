@@ -79,7 +79,7 @@ def work(what: str, seconds: float = 0.0) -> Callable[[Any], Any]:
     return lambda worker: worker.ask(Worker.work, what, seconds)
 
 
-async def until(what: Callable[[], bool], seconds: float = 5.0) -> None:
+async def until(what: Callable[[], bool], seconds: float = 60.0) -> None:
     async with asyncio.timeout(seconds):
         while not what():
             await asyncio.sleep(0.01)
@@ -184,12 +184,12 @@ def test_heartbeats_that_cannot_go_on_end_what_they_watch_and_say_why(caplog):
 
         actor.check = check  # type: ignore[method-assign]
         async with heartbeats([actor], 0.01, 0.05):
-            await asyncio.wait({asyncio.create_task(asyncio.sleep(2))})
+            await asyncio.wait({asyncio.create_task(asyncio.sleep(60))})
 
     began = time.monotonic()
     with pytest.raises(KeyError, match="a mistake of ours"):
         asyncio.run(scenario())
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 30
     assert "the workers get no heartbeats any more" in caplog.text
 
 

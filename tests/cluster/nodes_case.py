@@ -76,6 +76,7 @@ def test_nodes_die_with_groups_and_with_a_rank_of_the_learner_others_join_and_no
     run = tiny_run(
         tmp_path,
         plain,
+        "Slow",  # else steps take the time that nodes and workers need to start
         steps=100_000,
         rollout={
             "engine": "torch",

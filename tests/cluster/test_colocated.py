@@ -25,11 +25,11 @@ ROLES = {
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_ray")
 def test_workers_sleep_during_every_update_and_come_back_with_the_learner_after_a_rank_dies(
     tmp_path, plain, monkeypatch
 ):
     calls = tmp_path / "calls"
-    monkeypatch.setenv("STAGE_RAY_TEST_CALLS", str(calls))
     monkeypatch.setattr("stage_ray.cluster.placement.RolloutWorker", Watched)
     killer = KillsWorker("LearnerWorker", 3, signal.SIGKILL)
     run = tiny_run(tmp_path, plain, steps=5, **ROLES, **QUICK)

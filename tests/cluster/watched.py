@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 
@@ -33,16 +32,16 @@ class Watched(RolloutWorker):
         return super().load_weights(manifest, *chunks)
 
     def _note(self, what: str) -> None:
-        with _calls().open("a") as file:
+        with self._calls.open("a") as file:
             file.write(f"{self._name} {what}\n")
 
     def _wait_for_both(self) -> None:
         """A run may be over before the slower of two successors has started: it goes on while there is one."""
         deadline = time.monotonic() + SUCCESSORS_S
-        while len({line for line in _calls().read_text().splitlines() if line.endswith("-restart-1 setup")}) < 2:
+        while len({line for line in self._calls.read_text().splitlines() if line.endswith("-restart-1 setup")}) < 2:
             assert time.monotonic() < deadline, "one worker was not replaced"
             time.sleep(0.05)
 
-
-def _calls() -> Path:
-    return Path(os.environ["STAGE_RAY_TEST_CALLS"])
+    @property
+    def _calls(self) -> Path:
+        return Path(self._run.run_dir).with_name("calls")

@@ -156,7 +156,7 @@ def test_submit_sends_code_files_and_scorers_follows_the_run_and_does_not_repeat
 
 def test_what_only_the_cluster_can_find_wrong_has_the_exit_code_of_the_run(head, tmp_path, plain):
     nowhere = ["--run-dir", str(tmp_path / "a"), *settings(policy__path="/nowhere/janus")]
-    too_much = ["--run-dir", str(tmp_path / "b"), *settings(plain, rollout__cpus="1000", cluster__start_timeout_s="5")]
+    too_much = ["--run-dir", str(tmp_path / "b"), *settings(plain, rollout__cpus="1000", cluster__start_timeout_s="15")]
     wrong = submit_here(head, *nowhere, "--image-has-code")  # the code is there already
     failed = submit_here(head, *too_much, "--id", "too-much")
     assert wrong.returncode == 2 and "/nowhere/janus does not exist" in wrong.stdout, wrong.stdout + wrong.stderr

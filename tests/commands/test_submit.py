@@ -371,15 +371,15 @@ def silent_dashboard(*, log_ends: bool) -> Iterator[str]:
         await socket.prepare(request)
         await socket.send_str("step 1\n")
         if not log_ends:
-            await asyncio.sleep(0.3)
+            await asyncio.sleep(1)
             signal.pthread_kill(threading.get_ident(), signal.SIGINT)  # another thread than the one that waits
-            await asyncio.wait_for(over.wait(), 20)
+            await asyncio.wait_for(over.wait(), 120)
         return socket
 
     async def status(_: web.Request) -> web.Response:
-        await asyncio.sleep(0.3)
+        await asyncio.sleep(1)
         os.kill(os.getpid(), signal.SIGINT)
-        await asyncio.wait_for(over.wait(), 20)
+        await asyncio.wait_for(over.wait(), 120)
         return web.Response()
 
     app = web.Application()
@@ -407,7 +407,7 @@ def test_ctrl_c_ends_a_wait_for_a_cluster_that_says_nothing_at_once(log_ends, ca
         began = time.monotonic()
         with pytest.raises(Interrupted, match=f"ray job stop first --address {address}") as stopped:
             submit_job(Job("first", "/shared/first", "", {}), address)
-        assert time.monotonic() - began < 10 and stopped.value.exit_code == 130
+        assert time.monotonic() - began < 60 and stopped.value.exit_code == 130
     assert "step 1\n" in capsys.readouterr().out
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 

@@ -54,13 +54,13 @@ def driver(folder: Path, words: list[str]) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def until(folder: Path, phase: str) -> None:
-    end = time.monotonic() + 20
+    end = time.monotonic() + 60
     while not (folder / "phase").exists() or (folder / "phase").read_text() != phase:
         assert time.monotonic() < end, f"never {phase}"
         time.sleep(0.02)
 
 
-def pre_stop(process: subprocess.Popen[bytes], seconds: float = 20) -> subprocess.Popen[bytes]:
+def pre_stop(process: subprocess.Popen[bytes], seconds: float = 60) -> subprocess.Popen[bytes]:
     """The script as the head's pod runs it, looking at one process and not at every run on this machine."""
     code = "import psutil, runpy, sys; m = runpy.run_path(sys.argv[1]); "
     code += f"print(m['stop']([psutil.Process(int(sys.argv[2]))], {seconds}))"
@@ -75,8 +75,8 @@ def let(folder: Path, *phases: str) -> None:
 
 def left_in_peace(process: subprocess.Popen[bytes], done: subprocess.Popen[bytes], folder: Path) -> int:
     """How often the driver was told; it went when it was ready, and the script waited for that."""
-    assert process.wait(20) == 143, "it went by itself, and not of a signal"
-    assert done.communicate(timeout=20)[0].strip() == b"0"
+    assert process.wait(60) == 143, "it went by itself, and not of a signal"
+    assert done.communicate(timeout=60)[0].strip() == b"0"
     return int((folder / "report").read_text())
 
 
@@ -124,5 +124,5 @@ def test_a_driver_that_would_die_of_a_signal_gets_none(phase, tmp_path):
 def test_the_script_waits_no_longer_than_it_may(tmp_path):
     with driver(tmp_path, ["stage-ray", "train"]) as process:
         until(tmp_path, "starting")
-        assert pre_stop(process, seconds=1).communicate(timeout=20)[0].strip() == b"1"
+        assert pre_stop(process, seconds=1).communicate(timeout=60)[0].strip() == b"1"
         assert process.poll() is None

@@ -16,11 +16,11 @@ import xxhash
 from safetensors.torch import load_file, save_file
 from transformers import JanusForConditionalGeneration
 
-from stage_ray.actors.client import free_address
 from stage_ray.learner.batch import LearnerError
 from stage_ray.learner.learner import Learner
 from stage_ray.learner.ranks import Ranks
 from tests.learner_case import PROMPTS, sample_groups, score, tiny_run
+from tests.ray_head import free_port
 from tests.tiny import tiny_janus
 
 CPU = torch.device("cpu")
@@ -69,7 +69,7 @@ def rank(number: int, addresses: tuple[str, str], model: Path, out: Path) -> Non
     """What each of three processes does; what it finds is in ``out``. The third waits until two have trained."""
     torch.set_num_threads(1)
     if number < 2:
-        two_ranks(number, Ranks.init_process_group(number, 2, addresses[0], CPU, timeout_s=30), model, out)
+        two_ranks(number, Ranks.init_process_group(number, 2, addresses[0], CPU, timeout_s=120), model, out)
         dist.destroy_process_group()
     ranks = Ranks.init_process_group(number, 3, addresses[1], CPU, timeout_s=500)
     learner = Learner(tiny_run(model, **SETTINGS), threads=1, ranks=ranks)
@@ -153,7 +153,7 @@ def case(tmp_path_factory):
     (shard,) = (out / "cut" / "shards").iterdir()
     shard.write_bytes(shard.read_bytes()[:-100])
     metrics += updates(alone, 1)
-    addresses = (free_address("127.0.0.1"), free_address("127.0.0.1"))
+    addresses = (f"127.0.0.1:{free_port()}", f"127.0.0.1:{free_port()}")
     processes.spawn(rank, (addresses, model, out), nprocs=3)
     return out, run, alone, metrics
 

@@ -126,12 +126,18 @@ def run_and_listen(run: RunConfig) -> tuple[str, list[dict], str]:
 
 
 @pytest.mark.slow
-def test_an_alarm_is_in_the_log_the_metrics_and_the_report(tmp_path, plain):
-    changes = {"algorithm": NO_ENTROPY_REWARD, "rewards": [{"type": "tests.scorers.Constant"}]}
+@pytest.mark.usefixtures("one_ray")
+def test_silent_groups_are_redrawn_and_their_alarm_is_in_the_log_the_metrics_and_the_report(tmp_path, plain):
+    algorithm = NO_ENTROPY_REWARD | {"redraw_silent": 1}
+    changes = {"algorithm": algorithm, "rewards": [{"type": "tests.scorers.Constant"}]}
     run = runs.tiny_run(tmp_path, plain, steps=1, evaluation={"enabled": False}, **changes)
     said, written, report = run_and_listen(run)
     names = ["zero_gradient", "no_variance", "no_valid_reward"]
     (row,) = (json.loads(line) for line in (Path(run.run_dir) / "metrics.jsonl").read_text().splitlines())
     assert row["alarms"] == names == [alarm["alarm"] for alarm in written]
+    events = runs.lines(Path(run.run_dir) / "ledger.jsonl")
+    dropped = [event["why"] for event in events if event["event"] == "dropped"]
+    assert set(dropped) == {"no scorer told its images apart"} and row["rollout/redrawn"] == len(dropped) >= 2
+    assert sum(event["event"] == "trained" for event in events) == 2, "those that stay silent are trained"
     for name in names:
         assert f"ALARM {name}" in said and f">{name}<" in report

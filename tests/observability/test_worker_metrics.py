@@ -85,7 +85,10 @@ def scrape(held: list[Any]) -> Series:
             break
         known = len(series)
         time.sleep(0.5)
-        text = urllib.request.urlopen(address, timeout=10).read().decode()
+        try:
+            text = urllib.request.urlopen(address, timeout=10).read().decode()
+        except OSError:  # the agent is not up yet, or busy
+            continue
         for name, labels, value in re.findall(r"^(ray_stage_ray\w+)\{(.*)\} (\S+)$", text, flags=re.MULTILINE):
             tags = dict(re.findall(r'(\w+)="([^"]*)"', labels))
             if tags["worker"] in names:

@@ -10,10 +10,10 @@ from tests.rewards.checkpoints import save_clip, save_dino, save_head, save_imag
 from tests.rewards.services import chat, service
 from tests.runs import lines, tiny_run
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_ray")]
 
 
-def test_every_further_scorer_scores_in_a_run(tmp_path, model):
+def test_every_further_scorer_scores_in_a_run(tmp_path, plain):
     clip, dino = str(save_clip(tmp_path / "clip")), str(save_dino(tmp_path / "dino"))
     save_head(tmp_path / "head.pth")
     save_image_reward(tmp_path / "ImageReward.pt")
@@ -26,7 +26,7 @@ def test_every_further_scorer_scores_in_a_run(tmp_path, model):
             {"type": "features", "weight": 0.0, "options": {"path": dino}},
             {"type": "vlm_judge", "workers": 1, "options": {"model": "m", "url": f"{url}/v1"}},
         ]
-        train(tiny_run(tmp_path, model, steps=1, rewards=rewards, evaluation={"enabled": False}))
+        train(tiny_run(tmp_path, plain, steps=1, rewards=rewards, evaluation={"enabled": False}))
     (row,) = lines(tmp_path / "run" / "metrics.jsonl")
     found = {reward["type"]: row[f"reward/{reward['type']}"] for reward in rewards}
     assert np.isfinite(list(found.values())).all() and 0 < found["vlm_judge"] < 1

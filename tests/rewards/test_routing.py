@@ -29,7 +29,7 @@ from stage_ray.workers.reward import is_silent, score_error
 from tests.learner_case import PROMPTS, sample_groups
 from tests.learner_case import tiny_run as learner_run
 from tests.rewards.test_scoring import group
-from tests.runs import StopsAfter, lines, tiny_run, without_clocks
+from tests.runs import StopsAfter, lines, tiny_run
 
 HERE = "tests.rewards.test_routing"
 SPATIAL, COLOR = {"task_type": "spatial"}, {"task_type": "color"}
@@ -221,7 +221,7 @@ def test_an_update_is_that_of_the_scorers_that_were_asked_and_metrics_are_their_
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_ray")
-def test_a_run_with_two_routed_scorers_is_recorded_replayed_and_resumed(tmp_path: Path, plain: Path):
+def test_a_run_with_two_routed_scorers_is_recorded_resumed_and_replayed(tmp_path: Path, plain: Path):
     prompts = write_prompts(tmp_path / "prompts.jsonl", "spatial", "color", "color")
     changes = {
         "rewards": [BRIGHT, DARK],
@@ -229,7 +229,10 @@ def test_a_run_with_two_routed_scorers_is_recorded_replayed_and_resumed(tmp_path
         "pipeline": {"record": True, "max_staleness": 1},
         "evaluation": {"sample_every": 1000},
     }
-    whole = train(tiny_run(tmp_path / "whole", plain, **changes)).run_dir
+    run = tiny_run(tmp_path, plain, **changes)
+    with pytest.raises(KeyboardInterrupt):
+        train(run, progress=StopsAfter(3))  # a step after its checkpoint
+    whole = train(run, resume=True).run_dir
     rows = lines(whole / "metrics.jsonl")
     assert all({"reward/light", "reward/dark"} & row.keys() for row in rows) and not any(row["alarms"] for row in rows)
     for path in (whole / "groups").rglob("*.safetensors"):
@@ -240,12 +243,10 @@ def test_a_run_with_two_routed_scorers_is_recorded_replayed_and_resumed(tmp_path
         )
     result = json.loads((whole / "evaluation" / "after.json").read_text())
     assert [list(image["scores"]) for image in result["images"]] == [["light"]] * 2 + [["dark"]] * 4
-    broken = tiny_run(tmp_path / "broken", plain, **changes)
-    with pytest.raises(KeyboardInterrupt):
-        train(broken, progress=StopsAfter(2))
-    resumed = lines(train(broken, resume=True).run_dir / "metrics.jsonl")
-    assert without_clocks(resumed) == without_clocks(rows)
     again = str(tmp_path / "replayed")
     config = str(whole / "config.yaml")
     assert main(["train", config, "--run-dir", again, "--replay", str(whole)]) == 0
-    assert [row["loss"] for row in lines(Path(again) / "metrics.jsonl")] == [row["loss"] for row in rows]
+    for row, straight in zip(rows, lines(Path(again) / "metrics.jsonl"), strict=True):
+        found = {name: row[name] for name in straight if name.startswith(("loss", "grad_norm", "reward/"))}
+        assert {"loss", "grad_norm", "reward/mean"} <= found.keys()
+        assert found == {name: straight[name] for name in found}

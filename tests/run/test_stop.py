@@ -23,20 +23,20 @@ from stage_ray.errors import Interrupted
 from stage_ray.observability.progress import Progress
 from stage_ray.run.stop import StopSignal
 
-async def run(place):
+async def run(place, seconds):
     async with StopSignal(Progress()) as stop:
         print(subprocess.Popen(["sleep", "60"], stdout=-3).pid, flush=True)  # stands for a Ray that the run started
         if place == "start":
             await asyncio.sleep(60)
         with stop.steps():
             for step in range(1000):
-                await asyncio.sleep(1.0)  # an update, and the checkpoint after it
+                await asyncio.sleep(seconds)  # an update, and the checkpoint after it
                 print("saved", flush=True)
                 if stop.requested is not None:
                     raise stop.error(step)
 
 try:
-    asyncio.run(run(sys.argv[1]))
+    asyncio.run(run(sys.argv[1], float(sys.argv[2])))
 except Interrupted as stopped:
     print(stopped)
     sys.exit(stopped.exit_code)
@@ -48,8 +48,8 @@ def driver():
     """Starts the small driver; its process, and that of its child."""
     started = []
 
-    def start(place: str, hangup=signal.SIG_DFL) -> tuple[subprocess.Popen, psutil.Process]:
-        command = [sys.executable, "-c", DRIVER, place]
+    def start(place: str, hangup=signal.SIG_DFL, seconds: float = 0.5) -> tuple[subprocess.Popen, psutil.Process]:
+        command = [sys.executable, "-c", DRIVER, place, str(seconds)]
         process = subprocess.Popen(
             command,
             stdout=subprocess.PIPE,
@@ -68,7 +68,7 @@ def driver():
 
 def left(process: subprocess.Popen) -> list[str]:
     """What it said until it ended, but for what it tells the person who watches."""
-    said, _ = process.communicate(timeout=10)
+    said, _ = process.communicate(timeout=60)
     return [line for line in said.splitlines() if not line.startswith("[")]
 
 
@@ -108,12 +108,12 @@ def test_a_scheduler_that_repeats_itself_does_not_cut_a_save_short(driver):
 
 @pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_after_another_signal_leaves_at_once_and_takes_everything_along(driver, first):
-    process, child = driver("steps")
+    process, child = driver("steps", seconds=60)
     process.send_signal(first)
-    time.sleep(0.1)
+    assert process.stdout.readline().startswith("[")  # it says what comes: one signal at a time, else they are one
     process.send_signal(signal.SIGINT)
     assert left(process) == [] and process.returncode == 128 + signal.SIGINT
-    deadline = time.monotonic() + 10  # a killed process may take a moment to go
+    deadline = time.monotonic() + 60  # a killed process may take a moment to go
     while child.is_running() and child.status() != psutil.STATUS_ZOMBIE:
         assert time.monotonic() < deadline
         time.sleep(0.01)

@@ -183,6 +183,7 @@ def test_a_suites_name_alone_stands_for_it_with_all_that_its_benchmark_brings(tm
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_ray")
 def test_a_run_keeps_exports_and_reports_its_best_step(tmp_path, plain):
     prompts = str(tmp_path / "prompts.txt")
     suite = BRIGHT | {"name": "dark", "prompts": prompts, "rewards": [{"type": "tests.scorers.Bright"}]}
