@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaModel
 from stage_ray.bench.base import Measurement, Variant, interleave
 from stage_ray.bench.inputs import FIFTY_MILLION, write_model
 from stage_ray.commands.plan import model_sizes
-from stage_ray.config.model_sizes import BFLOAT16, FLOAT32, KNOWN, ModelSizes
+from stage_ray.config.model_sizes import FLOAT32, KNOWN, ModelSizes
 from stage_ray.learner import memory
 from stage_ray.learner.learner import Learner
 from stage_ray.observability.progress import Progress
@@ -29,8 +29,9 @@ NATIVE_BFLOAT16 = pytest.mark.skipif(
     not hardware_has_bfloat16(torch.device("cpu")), reason="this CPU has no bfloat16 products: minutes without them"
 )
 IMAGES = 6
-PEAK = {(False, False): (0.97, 1.1), (False, True): (0.97, 1.4), (True, False): (0.97, 1.1)}
-"""(bfloat16, checkpointing) -> least and most that the foreseen peak may be of the measured one."""
+PEAK = {(False, False): (0.97, 1.15), (False, True): (0.97, 1.4), (True, False): (0.97, 1.1)}
+"""(bfloat16, checkpointing) -> least and most that the foreseen peak may be of the measured one: a shared prompt is
+foreseen once an image."""
 
 
 @pytest.fixture(scope="module")
@@ -151,8 +152,6 @@ def test_the_peak_of_a_real_update_of_27_million_parameters_is_foreseen(peaks, b
     dtype = "bfloat16" if bfloat16 else "float32"
     batch = {"prompt": measured["prompt"], "dtype": dtype, "sharded": False, "checkpointing": checkpointing}
     expected = sum(memory.batch_bytes(sizes, images=IMAGES, **batch))
-    if bfloat16:
-        expected += BFLOAT16 * sizes.layers * sizes.layer  # what autocast keeps of the weights
     print(f"peak {rise / 2**20:.0f} MiB, foreseen {expected / 2**20:.0f} MiB")
     least, most = PEAK[bfloat16, checkpointing]
     assert least <= expected / rise <= most
