@@ -95,7 +95,7 @@ def trained(monkeypatch):
         return None, None
 
     monkeypatch.setattr(loop, "_train", no_steps)
-    monkeypatch.setattr(loop, "write_report", lambda run_dir: run_dir / "report.html")
+    monkeypatch.setattr("stage_ray.report.report.write_report", lambda run_dir: run_dir / "report.html")
 
     def run(config: Path, *overrides: str, resume=False):
         train(validate_config(yaml.safe_load(config.read_text()), list(overrides)), resume=resume)
