@@ -62,9 +62,7 @@ class EndToEndBench(Bench):
             told = throughput(model, images=images, seconds=ours_s, flops=flops, **same)
             details = {"baseline_images_per_s": images / plain_s} | told
             notes = (f"seconds a step of {images} images; pipeline.{setting}",)
-            rows.append(
-                Row(f"end-to-end/shapeworld/{claim}", target, plain_s, ours_s, details=details, notes=notes, **shared)
-            )
+            rows.append(Row(f"end-to-end/{claim}", target, plain_s, ours_s, details=details, notes=notes, **shared))
         return rows
 
 

@@ -26,11 +26,25 @@ class TorchEngine(ImageEngine):
         self.dtype = compute_dtype(rollout.dtype, device)
         self._policy = load_policy(policy, device=device, dtype=self.dtype, trainable=False)
         self.codec = self._policy.codec
+        self._embeds_are_trained = self._trains_image_embeds()
         self._embed_image_tokens()
+
+    def _trains_image_embeds(self) -> bool:
+        """Whether an update may change the embeddings of image tokens: a family may train what makes them."""
+        trained = list(self._policy.trained_parameters().values())
+        try:
+            for parameter in trained:
+                parameter.requires_grad_(True)
+            with torch.enable_grad():
+                one = torch.zeros(1, dtype=torch.int64, device=self._device)
+                return self._policy.embed_image_tokens(one).requires_grad
+        finally:
+            for parameter in trained:
+                parameter.requires_grad_(False)
 
     @torch.no_grad()
     def _embed_image_tokens(self) -> None:
-        """Embed every image token once a version: a family may train the modules that do it."""
+        """Embed every image token, once or, where an update may change them, once a version."""
         self._image_embeds = self._policy.embed_image_tokens(torch.arange(self.codebook_size, device=self._device))
 
     def weight_shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -45,7 +59,8 @@ class TorchEngine(ImageEngine):
                 parameter.data = tensors[name].to(parameter.dtype)  # no copy where the dtype is the same
             else:
                 parameter.copy_(tensors[name])
-        self._embed_image_tokens()
+        if self._embeds_are_trained:
+            self._embed_image_tokens()
 
     def offload(self) -> None:
         """Move the model to the machine's memory; caches live only as long as a batch."""
