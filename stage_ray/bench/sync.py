@@ -81,8 +81,8 @@ def publish(model: str, device: str, transport: str) -> Trials:
     store_mb = 200 + 3 * source.nbytes // 2**20  # room for three versions
     run = bench_run(
         model,
-        # Where all share one GPU, each vLLM takes its part of the memory.
-        rollout={"workers": workers, "gpus": gpus, "dtype": "float32", "gpu_memory_utilization": 0.5 if nccl else 0.25},
+        # The torch engine takes the weights where they lie: what vLLM does with them then is no part of the way there.
+        rollout={"workers": workers, "gpus": gpus, "dtype": "float32", "engine": "torch"},
         learner={"gpus": gpus},
         scoring={"resources": {"none": 1.0}},  # no node has it, so no scorer is started
         cluster={"object_store_mb": store_mb, "num_cpus": WORKERS + 2, "weight_transport": transport},
