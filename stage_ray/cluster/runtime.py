@@ -15,7 +15,7 @@ import secrets
 import shutil
 import socket
 import tempfile
-from contextlib import ExitStack
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 from unittest.mock import patch
@@ -37,10 +37,6 @@ from stage_ray.signals import blocked_signals
 log = logging.getLogger(__name__)
 
 ANSWER_S = 10.0  # for a connection to a cluster's head
-
-
-def _start_nothing(node: Node, **options: object) -> None:
-    """In place of a method of `Node` that starts a process."""
 
 
 # `ray.init` takes SIGTERM for itself, twice: it calls ``sys.exit`` in the middle of whatever goes on, and prints a
@@ -82,15 +78,7 @@ def start_ray(run: RunConfig, run_dir: Path, *, weights: bool = True) -> bool:
     remove_dead_sessions(directory / "ray")
     try:
         _demand_token()
-        # With 127.0.0.1 as its node's address each of Ray's servers listens there only. Ray replaces a given 127.0.0.1
-        # by the machine's address in the network (`resolve_ip_for_localhost`), and then every server binds all
-        # interfaces, unless clusters are off. RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 does that while Ray is imported.
-        # The autoscaler, a reader of logs and a dashboard without pages, which each cost a second and serve none here,
-        # are left out: Ray has no option for that.
-        unused = ["start_monitor", "start_log_monitor"] + ["start_api_server"] * (not cluster.dashboard)
-        with patch.object(ray_constants, "ENABLE_RAY_CLUSTER", False), blocked_signals(), ExitStack() as without:
-            for start in unused:
-                without.enter_context(patch.object(Node, start, _start_nothing))
+        with _on_this_machine_alone(dashboard=cluster.dashboard), blocked_signals():
             context = ray.init(
                 address="local",
                 num_cpus=cluster.num_cpus or max(usable_cpus(), math.ceil(cpus)),
@@ -112,6 +100,22 @@ def start_ray(run: RunConfig, run_dir: Path, *, weights: bool = True) -> bool:
     link.unlink(missing_ok=True)
     link.symlink_to(session / "logs")
     return True
+
+
+@contextlib.contextmanager
+def _on_this_machine_alone(*, dashboard: bool) -> Iterator[None]:
+    """A Ray that starts within listens on 127.0.0.1 only, and starts no process that serves none there."""
+    # With 127.0.0.1 as its node's address each of Ray's servers listens there only. Ray replaces a given 127.0.0.1
+    # by the machine's address in the network (`resolve_ip_for_localhost`), and then every server binds all
+    # interfaces, unless clusters are off. RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 does that while Ray is imported.
+    # The autoscaler, a reader of logs and a dashboard without pages, which each cost a second and serve none here,
+    # are left out: Ray has no option for that.
+    unused = ["start_monitor", "start_log_monitor"] + ["start_api_server"] * (not dashboard)
+    with contextlib.ExitStack() as patches:
+        patches.enter_context(patch.object(ray_constants, "ENABLE_RAY_CLUSTER", False))
+        for start in unused:
+            patches.enter_context(patch.object(Node, start, lambda node, **options: None))
+        yield
 
 
 def _tell_of_small_stores(run: RunConfig) -> None:

@@ -44,9 +44,8 @@ def train(
     """
     from stage_ray.config.load import load_config
 
-    gc.set_threshold(
-        100_000
-    )  # of 700 the collector takes a fifth of the imports to come: it walks what stays again and again
+    # At 700 the collector takes a fifth of the imports to come: it walks what stays again and again.
+    gc.set_threshold(100_000)
     run = load_config(config, overrides, run_dir)
     require_lasting(run.run_dir, "run_dir")
     if dry_run:

@@ -15,6 +15,7 @@ from stage_ray.errors import ConfigError
 from stage_ray.evaluation.base import EvaluationResult, read_result, unlike
 from stage_ray.evaluation.suites import EVALUATION, results, suite_dirs
 from stage_ray.observability.metrics_logger import METRICS_FILE, read_steps
+from stage_ray.report.page import config_of
 
 # Keys in which the runs of one arm may differ: they say which run it is, where it ran and what it kept.
 OWN = ("seed", "run_dir", "resume", "evaluation.seed", "cluster.", "logs.", "checkpoint.")
@@ -47,10 +48,7 @@ class RunRecord:
             ConfigError: it holds no run.
             RunError: a file of the run is damaged; names it.
         """
-        file = directory / "config.yaml"
-        if not file.is_file():
-            raise ConfigError(f"{directory} holds no run: there is no config.yaml in it")
-        config = dict(_flat(yaml.safe_load(file.read_text(encoding="utf-8")) or {}))
+        config = dict(_flat(yaml.safe_load(config_of(directory)) or {}))
         suites = {"" if path.name == EVALUATION else path.name: path for path in suite_dirs(directory)}
         after = {name: found for name, path in suites.items() if (found := read_result(path / "after.json"))}
         between = {name: results(path) for name, path in suites.items()}

@@ -9,6 +9,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from stage_ray.errors import ConfigError
 from stage_ray.files import atomic_write
 
 
@@ -17,6 +18,14 @@ def write_page(path: Path, template: str, **values: Any) -> None:
     loader = PackageLoader("stage_ray.report")
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     atomic_write(path, environment.get_template(template).render(**values))
+
+
+def config_of(run_dir: Path) -> str:
+    """The text of a run's config; a ConfigError where the directory holds no run."""
+    file = run_dir / "config.yaml"
+    if not file.is_file():
+        raise ConfigError(f"{run_dir} holds no run: there is no config.yaml in it")
+    return file.read_text(encoding="utf-8")
 
 
 def pictures(captions: Mapping[Path, str]) -> dict[str, str]:

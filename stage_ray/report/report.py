@@ -12,14 +12,13 @@ import yaml
 from markupsafe import Markup
 
 from stage_ray.config.hardware import machine_metadata
-from stage_ray.errors import ConfigError
 from stage_ray.evaluation.base import EvaluationResult, MetricValue, changes, read_result, unlike
 from stage_ray.evaluation.suites import BEST_FILE, EVALUATION, results, suite_dirs
 from stage_ray.files import read_json
 from stage_ray.observability.metrics_logger import ALARMS_FILE, MACHINE_FILE, METRICS_FILE, read_steps
 from stage_ray.observability.registry import find
 from stage_ray.report.charts import banded_chart, chart
-from stage_ray.report.page import pictures, write_page
+from stage_ray.report.page import config_of, pictures, write_page
 
 MOST_SAMPLES = 6
 TOTAL = "whole step"
@@ -55,9 +54,7 @@ def write_report(run_dir: Path) -> Path:
         ConfigError: the directory holds no run.
         RunError: a file of the run is damaged; names it.
     """
-    if not (run_dir / "config.yaml").is_file():
-        raise ConfigError(f"{run_dir} holds no run: there is no config.yaml in it")
-    config_text = (run_dir / "config.yaml").read_text(encoding="utf-8")
+    config_text = config_of(run_dir)
     rows = read_steps(run_dir / METRICS_FILE)
     own, *suites = [_Comparison.read(directory) for directory in suite_dirs(run_dir)]
     alarms: dict[str, list[dict[str, Any]]] = {}  # by name, in the order they first rang

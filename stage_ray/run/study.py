@@ -101,6 +101,7 @@ class StudyRun:
 
     @property
     def directory(self) -> Path:
+        """Where the run writes."""
         return Path(self.config.run_dir)
 
     def headline(self) -> float:
