@@ -6,9 +6,9 @@ import asyncio
 import gc
 import os
 import socket
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Concatenate, ParamSpec, Self, TypeVar
+from typing import Any, ClassVar, Concatenate, ParamSpec, Self, TypeVar
 
 import ray
 from ray.exceptions import RayActorError
@@ -51,7 +51,13 @@ class ArgumentsLost(Exception):
 
 
 class Worker:
-    """Base class of the actors: answers pings on a thread of its own (Ray's concurrency group ``health``)."""
+    """Base class of the actors: answers pings on a thread of its own (Ray's concurrency group ``health``).
+
+    Attributes:
+        threads: of each concurrency group of Ray that the methods of a role name.
+    """
+
+    threads: ClassVar[Mapping[str, int]] = {"health": 1}
 
     @ray.method(concurrency_group="health")
     def ping(self) -> tuple[int, str]:

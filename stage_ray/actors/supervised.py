@@ -131,10 +131,27 @@ class SupervisedActor(Generic[C]):
             return answer
         except WorkerLost as lost:
             if not (self._keep_failed and isinstance(lost, WorkerFailed)):
-                log.warning("%s; another takes its place", lost)
-                self.restart()
-                self._on_loss(self)
+                self._replace(lost)
             raise
+
+    async def finish(self, client: C, rest: Awaitable[object], timeout_s: float | None) -> None:
+        """Wait for what a ``client`` still does for a call whose turn is over, beside its next ones; raises as `call`.
+
+        What it needs is its own, so an object that is gone is its loss too.
+        """
+        try:
+            await self._answer(rest, timeout_s)
+        except (WorkerLost, ArgumentsLost) as lost:
+            if client is self.client and self.lock.locked():
+                self.kill()  # the call that has its turn fails, and replaces it
+            elif client is self.client:
+                self._replace(lost)
+            raise lost if isinstance(lost, WorkerLost) else WorkerDied(str(lost)) from lost
+
+    def _replace(self, lost: Exception) -> None:
+        log.warning("%s; another takes its place", lost)
+        self.restart()
+        self._on_loss(self)
 
     def restart(self) -> None:
         """Kill the worker, if there is one, and start another."""
@@ -246,6 +263,7 @@ class Pool(Generic[C]):
         ask: Ask[C, Result],
         timeout_s: float | None,
         *,
+        rest: Callable[[Result], Awaitable[object]] | None = None,
         turn: int | None = None,
         attempts: int = 1,
         retry: type[WorkerLost] = WorkerLost,
@@ -254,10 +272,15 @@ class Pool(Generic[C]):
         """Ask one worker, and where it is lost another one, up to ``attempts`` times in all; raises as `wait_any` too.
 
         Args:
+            rest: of an answer, what its worker still does for it once it may be asked again; waited for, too.
             turn: which of the open actors, modulo their number; None takes the one with the shortest queue.
             retry: which losses another attempt follows.
             on_retry: called before each further attempt.
         """
+
+        async def asked(client: C) -> tuple[C, Result]:
+            return client, await ask(client)
+
         while True:
             await self.wait_any()
             actors = self.open
@@ -267,7 +290,10 @@ class Pool(Generic[C]):
             else:
                 actor = actors[turn % len(actors)]
             try:
-                return await actor.call(ask, timeout_s, if_ready=True)
+                client, answer = await actor.call(asked, timeout_s, if_ready=True)
+                if rest is not None:
+                    await actor.finish(client, rest(answer), timeout_s)
+                return answer
             except ActorNotReady:
                 continue
             except WorkerLost as lost:

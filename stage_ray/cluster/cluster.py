@@ -21,7 +21,7 @@ from stage_ray.cluster.transport import Broadcast, ObjectStore
 from stage_ray.config import RunConfig
 from stage_ray.errors import RunError
 from stage_ray.records import GroupRefs, RolloutRequest
-from stage_ray.workers.rollout import RolloutClient, RolloutWorker
+from stage_ray.workers.rollout import Drawn, RolloutClient, RolloutWorker
 
 
 class InferenceCluster:
@@ -83,8 +83,10 @@ class InferenceCluster:
         turn: int | None = None,
         on_retry: Callable[[], None] = lambda: None,
     ) -> list[GroupRefs]:
-        """Sample one generation batch; a lost worker's requests go to another, and as they hold their seeds they draw
-        the same images (at the then newest version). ``turn`` and ``on_retry``: as `Pool.call`.
+        """Sample and decode one generation batch; a lost worker's requests go to another, and as they hold their seeds
+        they draw the same images (at the then newest version). ``turn`` and ``on_retry``: as `Pool.call`.
+
+        A worker decodes beside its next batch; a colocated one in its turn, after which it may have to sleep.
 
         A group whose records are not finite in the last attempt either comes with that ``error``.
 
@@ -93,14 +95,18 @@ class InferenceCluster:
         """
         timeout, attempts = self.run.rollout.timeout_s, self.run.cluster.attempts
         tries = itertools.count(1)
+
+        async def draw(worker: RolloutClient) -> Drawn:
+            drawn = await worker.generate(requests, last=next(tries) >= attempts)
+            if self.run.rollout.colocated:
+                await drawn.decoded
+            return drawn
+
         with self._fatal():
-            return await self.rollouts.call(
-                lambda worker: worker.generate(requests, last=next(tries) >= attempts),
-                timeout,
-                turn=turn,
-                attempts=attempts,
-                on_retry=on_retry,
+            drawn = await self.rollouts.call(
+                draw, timeout, rest=lambda drawn: drawn.decoded, turn=turn, attempts=attempts, on_retry=on_retry
             )
+        return drawn.groups
 
     async def score(self, groups: Sequence[GroupRefs], suite: str | None = None) -> list[GroupRefs]:
         """As `ScorerPools.score`; a RunError where no worker is left."""

@@ -111,8 +111,7 @@ def actor_of(
     # Of an actor Ray takes only what is in the cluster already.
     upload_py_modules_if_needed(packages, include_gitignore=True, scratch_dir=tempfile.gettempdir())
     variables = packages.pop("env_vars", {})
-    # Pings are answered by a thread of their own, also while the actor works.
-    return ray.remote(concurrency_groups={"health": 1})(role).options(
+    return ray.remote(concurrency_groups=dict(role.threads))(role).options(
         num_cpus=cpus,
         num_gpus=gpus,
         resources=dict(resources or {}),

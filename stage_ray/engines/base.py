@@ -85,7 +85,10 @@ class ImageEngine(ABC):
         return self.codec.encode_prompt(text)
 
     def decode(self, tokens: Tensor) -> Tensor:
-        """Tokens int64 [B, T] -> images uint8 [B, H, W, 3]."""
+        """Tokens int64 [B, T] -> images uint8 [B, H, W, 3].
+
+        Another thread may sample or take a version meanwhile: what a picture is made of is never trained.
+        """
         return self.codec.decode(tokens)
 
     def sleep(self) -> None:
@@ -99,10 +102,13 @@ class ImageEngine(ABC):
             self.onload()
             self._asleep = False
 
-    def generate(self, requests: Sequence[RolloutRequest], params: SamplingParams | None = None) -> list[RolloutGroup]:
+    def generate(
+        self, requests: Sequence[RolloutRequest], params: SamplingParams | None = None, *, pictures: bool = True
+    ) -> list[RolloutGroup]:
         """Sample every image of every request, ``images_per_batch`` at a time; groups in the order of the requests.
 
-        A group's ``prompt`` says what was drawn. ``params`` replace the config's for this call.
+        A group's ``prompt`` says what was drawn. ``params`` replace the config's for this call. Without ``pictures``
+        a group's ``images`` are [G, 0, 0, 3], for `decode` to make.
 
         Raises:
             RuntimeError: the last weight update failed half-way.
@@ -125,9 +131,10 @@ class ImageEngine(ABC):
             began = time.perf_counter()
             drawn = self.sample(sequences[start : start + self.images_per_batch], params or self.params)
             records = [getattr(drawn, name).float() for name in RECORDED]
-            arrays = (drawn.tokens.to(torch.int32), *records, self.decode(drawn.tokens))
-            batches.append(tuple(array.numpy() for array in arrays))  # tokens, records, images: each [B, ...]
             count = len(drawn.tokens)
+            images = self.decode(drawn.tokens) if pictures else torch.empty((count, 0, 0, 3), dtype=torch.uint8)
+            arrays = (drawn.tokens.to(torch.int32), *records, images)
+            batches.append(tuple(array.numpy() for array in arrays))  # tokens, records, images: each [B, ...]
             seconds += [(time.perf_counter() - began) / count] * count
         columns = tuple(np.concatenate(parts) for parts in zip(*batches, strict=True))  # the same over all batches
         return self._groups(requests, columns, seconds)

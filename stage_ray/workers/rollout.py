@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Awaitable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import ray
+import torch
 
 from stage_ray.actors.client import Client, Worker, WorkerFailed, loading
 from stage_ray.config import RunConfig
@@ -24,9 +26,11 @@ from stage_ray.workers.threads import use_own_threads
 class RolloutWorker(Worker):
     """One image engine, or one rank's share of it.
 
-    Updates its weights between generation batches only, so every image has one policy version (promise 2).
+    Updates its weights between generation batches only, so every image has one policy version (promise 2). Pictures are
+    decoded by a thread of its own, while the next batch is sampled.
     """
 
+    threads = {**Worker.threads, "pictures": 1}
     _group: BroadcastGroup | None = None
 
     def __init__(self, name: str, run: RunConfig, log: str | None, rank: int = 0) -> None:
@@ -48,7 +52,7 @@ class RolloutWorker(Worker):
         return str(self._engine.dtype).removeprefix("torch.")
 
     def generate(self, *requests: RolloutRequest) -> tuple[Any, ...]:
-        """The answer, then for each request its group (``images`` empty) and its pictures (uint8 [G, H, W, 3]).
+        """The answer, then for each request its group, whose ``images`` are empty: `decode` makes them of it.
 
         The answer: policy version, seconds, MFU, and what of each group's records is not finite, "" if nothing. The
         learner never reads pictures and the driver reads neither: each object goes only where it is used. Of several
@@ -56,7 +60,7 @@ class RolloutWorker(Worker):
         """
         start = time.perf_counter()
         self._metrics.begin(request.group_id for request in requests)
-        groups = self._engine.generate(requests)
+        groups = self._engine.generate(requests, pictures=False)
         seconds = time.perf_counter() - start
         if len(groups) != len(requests):
             raise RuntimeError(f"{len(groups)} groups where {len(requests)} were asked for")
@@ -65,11 +69,18 @@ class RolloutWorker(Worker):
                 raise RuntimeError(f"group {request.group_id} {fault}")
         self._metrics.done(groups if self._rank == 0 else (), version=self._engine.policy_version)
         mfu = self._utilisation(groups, seconds)
-        objects: list[Any] = [(self._engine.policy_version, seconds, mfu, *map(_not_finite, groups))]
-        for group in groups:
-            bare = np.empty((len(group.seeds), 0, 0, 3), np.uint8)
-            objects += [replace(group, images=bare), group.images] if self._rank == 0 else [None, None]
-        return tuple(objects)
+        answer = (self._engine.policy_version, seconds, mfu, *map(_not_finite, groups))
+        return (answer, *(group if self._rank == 0 else None for group in groups))
+
+    @ray.method(concurrency_group="pictures")
+    def decode(self, *groups: RolloutGroup) -> tuple[Any, ...]:
+        """None, then the pictures of each group that `generate` made, uint8 [G, H, W, 3]."""
+        tokens = np.concatenate([group.tokens for group in groups])
+        images = self._engine.decode(torch.from_numpy(tokens).long()).numpy()
+        if images.dtype != np.uint8 or images.ndim != 4 or (len(images), images.shape[3]) != (len(tokens), 3):
+            raise RuntimeError(f"images are {images.dtype} {list(images.shape)}, not uint8 [{len(tokens)}, H, W, 3]")
+        ends = np.cumsum([len(group.tokens) for group in groups])
+        return (None, *np.split(images, ends[:-1]))
 
     def _utilisation(self, groups: Sequence[RolloutGroup], seconds: float) -> float | None:
         """Model FLOPs utilisation of a batch that took so long, on all of this worker's GPUs; None if not known."""
@@ -103,30 +114,41 @@ class RolloutWorker(Worker):
         return ""
 
 
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """A generation batch that was sampled; awaiting ``decoded`` waits for its pictures, and raises as any call does."""
+
+    groups: list[GroupRefs]
+    decoded: Awaitable[None]
+
+
 class RolloutClient(Client):
     """A rollout worker as the driver asks it."""
 
-    async def generate(self, requests: Sequence[RolloutRequest], *, last: bool = False) -> list[GroupRefs]:
-        """Sample one generation batch.
+    async def generate(self, requests: Sequence[RolloutRequest], *, last: bool = False) -> Drawn:
+        """Sample one generation batch, and begin to decode it.
 
         Groups that are not finite raise WorkerFailed; in a ``last`` attempt they come with that ``error``.
         """
-        answer, refs = self.ask_objects(RolloutWorker.generate, 2 * len(requests), *requests)
+        answer, groups = self.ask_objects(RolloutWorker.generate, len(requests), *requests)
         version, seconds, mfu, *errors = await answer
         if not last and any(errors):
             raise WorkerFailed(f"{self._name} failed: {next(filter(None, errors))}")
-        drawn = zip(requests, refs[::2], refs[1::2], errors, strict=True)  # groups and pictures alternate
-        return [
-            GroupRefs(request.group_id, version, tokens, images, error=error, generate_s=seconds, mfu=mfu)
-            for request, tokens, images, error in drawn
+        # Only now: behind a call that waits for its arguments Ray would hold back pings too.
+        first, *_ = self._ranks
+        decoded, *pictures = first.decode.options(num_returns=1 + len(groups)).remote(*groups)
+        refs = [
+            GroupRefs(request.group_id, version, group, images, error=error, generate_s=seconds, mfu=mfu)
+            for request, group, images, error in zip(requests, groups, pictures, errors, strict=True)
         ]
+        return Drawn(refs, decoded)
 
 
 def _fault(request: RolloutRequest, group: RolloutGroup, codebook_size: int) -> str:
     """Why a group cannot be used, "" where it can (`RolloutGroup` says what is right); the driver never sees arrays."""
     if (group.group_id, group.seeds) != (request.group_id, request.seeds):
         return f"was asked for with seeds {request.seeds}, and answered is {group.group_id} with {group.seeds}"
-    count, tokens, images = len(request.seeds), group.tokens, group.images
+    count, tokens = len(request.seeds), group.tokens
     if tokens.dtype != np.int32 or tokens.ndim != 2 or len(tokens) != count or not tokens.size:
         return f"has tokens {tokens.dtype} {list(tokens.shape)}, not int32 [{count}, T]"
     if tokens.min() < 0 or tokens.max() >= codebook_size:
@@ -135,8 +157,6 @@ def _fault(request: RolloutRequest, group: RolloutGroup, codebook_size: int) -> 
         values = getattr(group, name)
         if values.dtype != np.float32 or values.shape != tokens.shape:
             return f"has {name} {values.dtype} {list(values.shape)}, not float32 {list(tokens.shape)}"
-    if images.dtype != np.uint8 or images.ndim != 4 or (len(images), images.shape[3]) != (count, 3):
-        return f"has images {images.dtype} {list(images.shape)}, not uint8 [{count}, H, W, 3]"
     return ""
 
 

@@ -60,7 +60,8 @@ class _Method:
             return 0, "another node"
         if self._name == "weight_dtype" and not hasattr(self._actor.inside, "weight_dtype"):
             return "float32"
-        work = asyncio.ensure_future(getattr(self._actor.inside, self._name)(*arguments, **named))
+        objects = [await it if isinstance(it, asyncio.Future) else it for it in arguments]
+        work = asyncio.ensure_future(getattr(self._actor.inside, self._name)(*objects, **named))
         death = asyncio.ensure_future(self._actor.killed.wait())
         await asyncio.wait({work, death}, return_when=asyncio.FIRST_COMPLETED)
         if self._actor.killed.is_set():

@@ -98,10 +98,10 @@ def test_a_rollout_worker_says_what_of_its_device_a_batch_used(model, sizes, mon
     worker = RolloutWorker("rollout-0", run, None)
     worker._engine = build_engine(run.policy, run.rollout.model_copy(update={"gpus": 0.0}), worker="rollout-0")
     request = RolloutRequest(7, Prompt(0, PROMPTS[0]), (1, 2, 3))
-    (_, _, unknown, *_), *_ = worker.generate(request)
+    (_, _, unknown, *_), _ = worker.generate(request)
     assert unknown is None
     monkeypatch.setattr("stage_ray.workers.rollout.peak_flops", lambda device, dtype: PEAK)
-    (_, seconds, mfu, *_), *_ = worker.generate(request)
+    (_, seconds, mfu, *_), _ = worker.generate(request)
     length = len(worker._engine.encode_prompt(PROMPTS[0]).conditional)
     assert mfu == pytest.approx(2 * 3 * sampling_flops(sizes, length) / seconds / PEAK)
 

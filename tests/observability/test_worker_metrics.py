@@ -63,9 +63,10 @@ def draw_score_train(run: Any, directory: Path) -> list[Any]:
     address = ray.get(ranks[0].address.remote())
     ray.get([rank.setup.remote(address) for rank in ranks] + [worker.setup.remote() for worker in (rollout, reward)])
     requests = [RolloutRequest(i, Prompt(i, PROMPTS[i]), image_seeds(20, i, 4)) for i in range(2)]
-    _, *drawn = rollout.generate.options(num_returns=5).remote(*requests)
-    _, *scored = reward.score.options(num_returns=3).remote(*drawn)
-    ray.get([rank.set_batch.remote(drawn[0], scored[0], drawn[2], scored[1]) for rank in ranks])
+    _, *drawn = rollout.generate.options(num_returns=3).remote(*requests)
+    _, *pictures = rollout.decode.options(num_returns=3).remote(*drawn)
+    _, *scored = reward.score.options(num_returns=3).remote(drawn[0], pictures[0], drawn[1], pictures[1])
+    ray.get([rank.set_batch.remote(drawn[0], scored[0], drawn[1], scored[1]) for rank in ranks])
     ray.get([rank.update.remote() for rank in ranks])
     return workers
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from stage_ray.records import Prompt, RolloutGroup, RolloutRequest, ScoredGroup
 from stage_ray.workers.reward import score_error
@@ -24,8 +25,12 @@ class Engine:
     def __init__(self, **bad: Any) -> None:
         self._bad = bad
 
-    def generate(self, requests: Sequence[RolloutRequest]) -> list[RolloutGroup]:
-        return [group_of(request, **self._bad) for request in requests]
+    def generate(self, requests: Sequence[RolloutRequest], *, pictures: bool) -> list[RolloutGroup]:
+        bad = {name: value for name, value in self._bad.items() if name != "images"}
+        return [group_of(request, **bad) for request in requests]
+
+    def decode(self, tokens: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(self._bad.get("images", np.zeros((len(tokens), 8, 8, 3), np.uint8)))
 
 
 def group_of(request: RolloutRequest, **changes: Any) -> RolloutGroup:
@@ -65,6 +70,9 @@ class InProcess:
     async def generate(self, *requests: RolloutRequest) -> tuple[Any, ...]:
         return self.worker.generate(*requests)
 
+    async def decode(self, *groups: RolloutGroup) -> tuple[Any, ...]:
+        return self.worker.decode(*groups)
+
 
 @pytest.fixture
 def worker_process(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,9 +90,6 @@ BAD = {
         {"guided_logprobs": np.zeros((3, 4), np.float32)},
         r"guided_logprobs float32 \[3, 4\], not float32 \[3, 5\]",
     ),
-    "too few pictures": ({"images": np.zeros((2, 8, 8, 3), np.uint8)}, r"images uint8 \[2, 8, 8, 3\], not uint8 \[3, "),
-    "pictures of another type": ({"images": np.zeros((3, 8, 8, 3), np.float32)}, "images float32"),
-    "grey pictures": ({"images": np.zeros((3, 8, 8, 1), np.uint8)}, r"images uint8 \[3, 8, 8, 1\]"),
     "other seeds": ({"seeds": (1, 2, 4)}, r"seeds \(1, 2, 3\), and answered is 7 with \(1, 2, 4\)"),
     "another group": ({"group_id": 9}, "answered is 9"),
 }
@@ -96,6 +101,20 @@ def test_a_worker_says_what_is_wrong_with_what_its_engine_drew(worker_process, b
         InProcess("rollout-0", Engine(**bad)).worker.generate(*REQUESTS)
 
 
+BAD_IMAGES = {
+    "too few": (np.zeros((5, 8, 8, 3), np.uint8), r"images are uint8 \[5, 8, 8, 3\], not uint8 \[6, "),
+    "of another type": (np.zeros((6, 8, 8, 3), np.float32), "images are float32"),
+    "grey": (np.zeros((6, 8, 8, 1), np.uint8), r"images are uint8 \[6, 8, 8, 1\]"),
+}
+
+
+@pytest.mark.parametrize(("images", "problem"), BAD_IMAGES.values(), ids=BAD_IMAGES)
+def test_a_worker_says_what_is_wrong_with_the_pictures_of_a_batch(worker_process, images, problem):
+    worker = InProcess("rollout-0", Engine(images=images)).worker
+    with pytest.raises(RuntimeError, match=problem):
+        worker.decode(*worker.generate(*REQUESTS)[1:])
+
+
 def test_a_worker_says_which_records_are_not_finite(worker_process):
     broken = Engine(logprobs=np.full((3, 5), np.nan, np.float32))
     answer, *_ = InProcess("rollout-0", broken).worker.generate(*REQUESTS)
@@ -105,7 +124,7 @@ def test_a_worker_says_which_records_are_not_finite(worker_process):
 def test_a_worker_says_that_its_engine_drew_too_few_groups(worker_process):
     worker = InProcess("rollout-0", Engine()).worker
     sample = worker._engine.generate
-    worker._engine.generate = lambda requests: sample(requests[1:])
+    worker._engine.generate = lambda requests, **how: sample(requests[1:], **how)
     with pytest.raises(RuntimeError, match="^1 groups where 2 were asked for$"):
         worker.generate(*REQUESTS)
 
@@ -138,8 +157,8 @@ def test_groups_that_were_drawn_badly_are_drawn_again_by_the_workers_successor(w
 class PartlyBroken(Engine):
     """Draws numbers for every group but the first."""
 
-    def generate(self, requests: Sequence[RolloutRequest]) -> list[RolloutGroup]:
-        first, *others = super().generate(requests)
+    def generate(self, requests: Sequence[RolloutRequest], *, pictures: bool) -> list[RolloutGroup]:
+        first, *others = super().generate(requests, pictures=pictures)
         return [group_of(requests[0], entropy=np.full_like(first.entropy, np.nan)), *others]
 
 

@@ -129,12 +129,6 @@ class VllmEngine(ImageEngine):
         """Both branches of a prompt; a ValueError where it is longer than memory was reserved for."""
         return self.codec.check_prompt(text, self._longest_prompt)
 
-    def decode(self, tokens: Tensor) -> Tensor:
-        """Tokens int64 [B, T] -> images uint8 [B, H, W, 3], on rank 0; [B, 0, 0, 3] on others."""
-        if self._ranks.rank > 0:
-            return torch.zeros((len(tokens), 0, 0, 3), dtype=torch.uint8)
-        return self.codec.decode(tokens)
-
     def weight_shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Names and shapes of the trained tensors in the checkpoint."""
         return self._shapes
