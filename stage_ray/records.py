@@ -167,13 +167,13 @@ class Update:
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """Where one tensor lies (chunk, number in it), and its checksum (xxh3-64 of its bytes, hexadecimal)."""
+    """Where one tensor lies (chunk, first byte in it), and its checksum (xxh3-64 of its bytes, hexadecimal)."""
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     chunk: int
-    index: int
+    start: int
     nbytes: int
     checksum: str
 

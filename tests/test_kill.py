@@ -243,8 +243,7 @@ class CorruptWeights:
         damage = flipped_array if published.version >= self._ruin else self._once.pop(published.version, None)
         chunks = list(published.chunks)
         if damage is not None:
-            first, *rest = ray.get(chunks[0])
-            chunks[0] = ray.put((damage(first), *rest))
+            chunks[0] = ray.put(damage(ray.get(chunks[0])))
         return worker.ask(RolloutWorker.load_weights, published.manifest, *chunks)
 
 

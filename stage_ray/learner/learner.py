@@ -40,6 +40,7 @@ from stage_ray.policies.reference import check_reference, naming_reference, refe
 from stage_ray.recipes import load_recipe
 from stage_ray.recipes.base import Credit, ReferenceOutputs
 from stage_ray.records import RolloutGroup, ScoredGroup
+from stage_ray.weights.adjacent import lay_out
 
 CPU = torch.device("cpu")
 log = logging.getLogger(__name__)
@@ -103,6 +104,8 @@ class Learner:
         self._keep_share(self.policy, bfloat16=self._bfloat16)
         self._reference, base = self._load_reference()
         self._parameters = self.policy.trained_parameters()
+        if self._ranks.count == 1:
+            lay_out(self._parameters.values())
         self._optimizer = torch.optim.AdamW(
             self._parameters.values(),
             lr=run.learner.lr,

@@ -1,9 +1,9 @@
 """One policy version on its way from the learner to the engines: a manifest and a few chunks, whole or not at all.
 
 Bytes move once, when Ray copies the learner's tensors into shared memory, in the dtype that the engines hold: `stream`
-makes views or casts and checks them while Ray copies, `unpack` only makes views, and every engine of a node reads the
-same bytes. Each tensor carries an xxh3-64 checksum, so a chunk that is short, swapped or damaged is found before any
-weight is touched (promise 6).
+makes views (of what was laid out for that) or casts and checks them while Ray copies, `unpack` only makes views, and
+every engine of a node reads the same bytes. Each tensor carries an xxh3-64 checksum, so a chunk that is short, swapped
+or damaged is found before any weight is touched (promise 6).
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ import xxhash
 from torch import Tensor
 
 from stage_ray.records import TensorSpec, WeightManifest
+from stage_ray.weights.adjacent import ALIGNMENT, aligned, joined
 
 CHUNK_BYTES = 256 * 2**20  # Ray needs milliseconds for each object
 BLOCK_BYTES = 2**20  # what is read once from memory and twice from a core's cache
 Part = list[tuple[str, Tensor]]
-Chunk = tuple[np.ndarray, ...]  # a few tensors' bytes, uint8 [bytes] each: one Ray object, each array 64-aligned in it
+Chunk = np.ndarray  # the bytes of a few tensors, uint8 [bytes], one Ray object: each begins at a multiple of 64
 
 DTYPES: dict[str, torch.dtype] = {
     str(dtype).removeprefix("torch."): dtype
@@ -48,8 +49,8 @@ def stream(
 
     Returns how many chunks there are, then those, made as they are asked for, and at last their manifest. Other threads
     checksum a chunk while the caller copies it. With ``dtype`` the tensors travel in that, cast a chunk at a time, so
-    that no second copy of the version is held; tensors on the CPU that have it share memory with the chunks. Take all
-    before the weights move on, or they will not verify.
+    that no second copy of the version is held; those of `lay_out` on the CPU that have it share memory with the chunks.
+    Take all before the weights move on, or they will not verify.
 
     Raises:
         WeightError: in place of what comes next, for a name that comes twice, a dtype that cannot travel, or values
@@ -84,7 +85,8 @@ def describe(
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         for chunk, part in enumerate(_parts(tensors, CHUNK_BYTES, dtype)):
             names, cast = [name for name, _ in part], [tensor.to(dtype=dtype) for _, tensor in part]
-            specs += _specs(version, chunk, names, cast, pool.map(_examine, (tensor.to(device) for tensor in cast)))
+            found = pool.map(_examine, (tensor.to(device) for tensor in cast))
+            specs += _specs(version, chunk, names, cast, [0] * len(cast), found)  # they travel one by one
             del cast  # of one chunk, forgotten before those of the next are made
     _require_unique(specs)
     return WeightManifest(version, tuple(specs), chunks=0)
@@ -152,7 +154,7 @@ def _parts(tensors: Iterable[tuple[str, Tensor]], chunk_bytes: int, dtype: torch
     parts: list[Part] = []
     room = 0
     for name, tensor in tensors:
-        nbytes = tensor.numel() * (dtype or tensor.dtype).itemsize
+        nbytes = aligned(tensor.numel() * (dtype or tensor.dtype).itemsize)
         if not parts or nbytes > room:
             parts.append([])
             room = chunk_bytes
@@ -165,11 +167,11 @@ def _stream(version: int, parts: Sequence[Part], dtype: torch.dtype | None) -> I
     specs = list[TensorSpec]()
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         for chunk, part in enumerate(parts):
-            names, cast = [name for name, _ in part], [tensor.to(dtype=dtype).cpu().contiguous() for _, tensor in part]
-            examined = [pool.submit(_examine, tensor) for tensor in cast]
-            yield tuple(_flat(tensor).numpy() for tensor in cast)
-            specs += _specs(version, chunk, names, cast, (future.result() for future in examined))
-            del cast, examined  # of one chunk, forgotten before those of the next are made
+            names, (data, sent, starts) = [name for name, _ in part], joined([tensor for _, tensor in part], dtype)
+            examined = [pool.submit(_examine, tensor) for tensor in sent]
+            yield data.numpy()
+            specs += _specs(version, chunk, names, sent, starts, (future.result() for future in examined))
+            del data, sent, examined  # of one chunk, forgotten before those of the next are made
     _require_unique(specs)
     yield WeightManifest(version, tuple(specs), len(parts))
 
@@ -197,16 +199,17 @@ def _specs(
     chunk: int,
     names: Sequence[str],
     tensors: Sequence[Tensor],
+    starts: Sequence[int],
     examined: Iterable[tuple[str, bool]],
 ) -> Iterator[TensorSpec]:
     """Entries of one chunk's tensors as they travel: a cast makes an infinity of what is beyond the dtype's range."""
-    for index, (name, tensor, (checksum, sound)) in enumerate(zip(names, tensors, examined, strict=True)):
+    for name, tensor, start, (checksum, sound) in zip(names, tensors, starts, examined, strict=True):
         known = str(tensor.dtype).removeprefix("torch.")
         if known not in DTYPES:
             raise WeightError(f"tensor {name!r} is {known}, which cannot be published; known are {', '.join(DTYPES)}")
         if not sound:
             raise WeightError(f"tensor {name!r} of version {version} holds values that are not finite")
-        yield TensorSpec(name, tuple(tensor.shape), known, chunk, index, tensor.nbytes, checksum)
+        yield TensorSpec(name, tuple(tensor.shape), known, chunk, start, tensor.nbytes, checksum)
 
 
 def _require_unique(specs: Sequence[TensorSpec]) -> None:
@@ -225,15 +228,15 @@ def _view(spec: TensorSpec, where: str, chunks: Sequence[Chunk]) -> Tensor:
     if not 0 <= spec.chunk < len(chunks):
         raise WeightError(f"{where} lies in chunk {spec.chunk}, but there are {len(chunks)} chunks")
     chunk = chunks[spec.chunk]
-    if not 0 <= spec.index < len(chunk):
-        raise WeightError(f"{where} is number {spec.index} of chunk {spec.chunk}, which is truncated to {len(chunk)}")
-    data = chunk[spec.index]
-    if data.dtype != np.uint8 or data.ndim != 1:
-        raise WeightError(f"{where} arrived as {data.dtype} {list(data.shape)}, not uint8 [bytes]")
-    if data.nbytes != spec.nbytes:
-        raise WeightError(f"{where} has {data.nbytes} bytes instead of {spec.nbytes}; truncated or another one")
+    if chunk.dtype != np.uint8 or chunk.ndim != 1:
+        raise WeightError(f"{where} arrived as {chunk.dtype} {list(chunk.shape)}, not uint8 [bytes]")
+    end = spec.start + spec.nbytes
+    if not 0 <= spec.start <= end <= len(chunk) or spec.start % ALIGNMENT:
+        raise WeightError(
+            f"{where} is bytes {spec.start} to {end} of chunk {spec.chunk}, which has {len(chunk)}: truncated or other"
+        )
     if not spec.nbytes:  # torch makes no view of an empty array
         return torch.empty(spec.shape, dtype=dtype)
     with warnings.catch_warnings():  # Ray hands out read-only arrays, and torch warns of each; none is written to
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        return torch.from_numpy(data).view(dtype).reshape(spec.shape)
+        return torch.from_numpy(chunk[spec.start : end]).view(dtype).reshape(spec.shape)
