@@ -269,7 +269,7 @@ def test_rollout_workers_killed_in_every_phase_or_given_corrupt_weights_are_repl
         train(run)
     assert faults.done == len(PHASES)
     assert "of version 28 has checksum" in caplog.text
-    assert "of version 32 has" in caplog.text and "truncated" in caplog.text
+    assert "of version 32 is bytes" in caplog.text and "truncated" in caplog.text
     found = sound(run, ended=False)
     assert found.steps >= STEPS - 5
     restarts = lines(Path(run.run_dir) / "metrics.jsonl")[-1]["workers/restarts"]
