@@ -63,11 +63,13 @@ class VllmEngine(ImageEngine):
         self._start(rollout)
         self._ranks.unlink_shared_memory()
         self._check_cache(rollout)
+        self._unfinished = False  # True while a batch is sampled, and after one that failed
 
     def _start(self, rollout: RolloutConfig) -> None:
         from vllm import LLM  # late: it takes seconds, and its environment is set only now
 
-        from stage_ray.engines.vllm.guidance import PairedGuidance, RecordsExtension
+        from stage_ray.engines.vllm.batch import BatchExtension
+        from stage_ray.engines.vllm.guidance import PairedGuidance
 
         on_cpu = self._device.type == "cpu"
         requests = 2 * rollout.images_per_batch  # conditional and unconditional
@@ -90,7 +92,7 @@ class VllmEngine(ImageEngine):
                 gpu_memory_utilization=rollout.gpu_memory_utilization,
                 kv_cache_memory_bytes=self._cache_bytes(rollout) if on_cpu else None,
                 logits_processors=[PairedGuidance],
-                worker_extension_cls=f"{RecordsExtension.__module__}.{RecordsExtension.__qualname__}",
+                worker_extension_cls=f"{BatchExtension.__module__}.{BatchExtension.__qualname__}",
             )
         except ValueError as error:  # too little memory, for the most part
             self._directory.cleanup()
@@ -156,25 +158,24 @@ class VllmEngine(ImageEngine):
 
     def sample(self, sequences: Sequence[ImageSequence], params: SamplingParams) -> Sample:
         """Sample one generation batch; a RuntimeError where vLLM or another rank has other tokens than were drawn."""
-        if self._llm.llm_engine.has_unfinished_requests():
+        if self._unfinished:
             raise RuntimeError("vLLM still holds requests of a batch that failed; start this worker again")
-        from stage_ray.engines.vllm.guidance import CONDITIONAL, UNCONDITIONAL, image_params
+        from stage_ray.engines.vllm.batch import BranchRequest
+        from stage_ray.engines.vllm.guidance import CONDITIONAL, UNCONDITIONAL
 
-        prompts, request_params = [], []
+        requests = []
         for image, sequence in enumerate(sequences):
             branches = [(CONDITIONAL, sequence.prompt.conditional)]
             if params.guided:
                 branches.append((UNCONDITIONAL, sequence.prompt.unconditional))
             for branch, ids in branches:
-                prompts.append({"prompt_token_ids": [token + self._prompt_shift for token in ids]})
-                request_params.append(image_params(self.codec.image_tokens, image, branch, sequence.seed, params))
-        outputs = self._llm.generate(prompts, request_params, use_tqdm=False)
+                shifted = [token + self._prompt_shift for token in ids]
+                requests.append(BranchRequest(image, branch, sequence.seed, shifted))
+        self._unfinished = True
         # One answer for each worker of this process, which has one.
-        drawn: Sample = self._llm.collective_rpc("recorded_batch", args=(len(sequences),))[0]
-        served = torch.tensor([output.outputs[0].token_ids for output in outputs])
-        # Every token comes back once for each branch.
-        if not torch.equal(served, drawn.tokens.repeat_interleave(len(prompts) // len(sequences), dim=0)):
-            raise RuntimeError("vLLM served tokens that were not drawn; do not trust this batch")
+        arguments = (requests, params, len(sequences), self.codec.image_tokens)
+        drawn: Sample = self._llm.collective_rpc("sample_batch", args=arguments)[0]
+        self._unfinished = False
         self._ranks.check_agreement(drawn.tokens)
         return drawn
 
