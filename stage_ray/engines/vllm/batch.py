@@ -1,8 +1,9 @@
 """One generation batch inside of vLLM's worker, without a scheduler: all requests begin together and end together.
 
 vLLM's scheduler decides in every step, request by request, what runs, allocates, stops and is answered. Here all of it
-is known when a batch begins: each request holds the blocks of its whole length, gets its prompt in the first step and
-one token in each later one, and ends after T. So its worker takes the steps in one call.
+is known when a batch begins, so the worker takes the steps in one call. The first one computes each different prompt
+once, all but its last token. The requests begin from there: they share the whole blocks of a prompt and have a copy of
+the one that it ends in. Each of the T steps that follow gives every request one token.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from vllm import SamplingParams as VllmSamplingParams
+from vllm.v1.core.kv_cache_utils import KVCacheBlockCopy
 from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
 
 from stage_ray.engines.sampling import Sample
@@ -26,12 +29,41 @@ class BranchRequest:
     image: int
     branch: int
     seed: int
-    prompt: list[int]
+    prompt: tuple[int, ...]
 
-    @property
-    def name(self) -> str:
-        """By which the worker knows it."""
-        return f"{self.image}-{self.branch}"
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """Where a batch lies in the key-value cache, in numbers of blocks.
+
+    Attributes:
+        of_prompts: of every different prompt; those of the first request that has it.
+        of_requests: of every request, for its whole length.
+        copies: what to copy before the requests begin, for prompts that end within a block.
+    """
+
+    of_prompts: dict[tuple[int, ...], list[int]]
+    of_requests: list[list[int]]
+    copies: list[KVCacheBlockCopy]
+
+
+def place_blocks(prompts: Sequence[tuple[int, ...]], tokens: int, size: int) -> Blocks:
+    """Give each prompt, and the ``tokens`` that follow it, blocks of ``size`` tokens; all but a prompt's last token are
+    shared. The blocks are no more than the requests would have without sharing."""
+    placed, free = Blocks({}, [], []), 1  # vLLM keeps the first block, which padding points to
+    for prompt in prompts:
+        whole, rest = divmod(len(prompt) - 1, size)
+        first = placed.of_prompts.get(prompt)
+        shared = first[:whole] if first else []
+        count = -(-(len(prompt) + tokens) // size) - len(shared)
+        blocks = [*shared, *range(free, free + count)]
+        free += count
+        placed.of_requests.append(blocks)
+        if first is None:
+            placed.of_prompts[prompt] = blocks
+        elif rest:
+            placed.copies.append(KVCacheBlockCopy(first[whole], blocks[whole]))
+    return placed
 
 
 class BatchExtension:
@@ -53,54 +85,81 @@ class BatchExtension:
         Raises:
             RuntimeError: vLLM fed other tokens back than were drawn.
         """
-        names = [request.name for request in requests]
-        first = SchedulerOutput.make_empty()
-        first.scheduled_new_reqs = self._new(requests, params, tokens)
-        self._step(first, [len(request.prompt) for request in requests], names)
+        placed = place_blocks([request.prompt for request in requests], tokens, self.cache_config.block_size)
+        greedy = VllmSamplingParams(temperature=0.0)  # what a prompt's own request draws is not used
+        prompts = [
+            _new(f"prompt {number}", prompt[:-1], blocks, greedy, computed=0)
+            for number, (prompt, blocks) in enumerate(placed.of_prompts.items())
+            if len(prompt) > 1
+        ]
+        if prompts:
+            self._step(prompts, [len(prompt.prompt_token_ids or ()) for prompt in prompts])
+        computed = [len(request.prompt) - 1 for request in requests]
+        new = [
+            _new(
+                f"image {request.image}, branch {request.branch}",
+                request.prompt,
+                blocks,
+                image_params(tokens, request.image, request.branch, request.seed, params),
+                computed=len(request.prompt) - 1,
+            )
+            for request, blocks in zip(requests, placed.of_requests, strict=True)
+        ]
+        names = [request.req_id for request in new]
+        ones = [1] * len(new)
+        self._step(new, ones, finished={prompt.req_id for prompt in prompts}, copies=placed.copies)
         for drawn in range(1, tokens):
-            later = SchedulerOutput.make_empty()
-            later.scheduled_cached_reqs = CachedRequestData(
+            going = CachedRequestData(
                 req_ids=names,
                 resumed_req_ids=set(),
                 new_token_ids=[],
                 all_token_ids={},
                 new_block_ids=[None] * len(names),
-                num_computed_tokens=[len(request.prompt) + drawn - 1 for request in requests],
+                num_computed_tokens=[before + drawn for before in computed],
                 num_output_tokens=[drawn] * len(names),
             )
-            self._step(later, [1] * len(names), names)
+            self._step([], ones, going=going)
         processors = self.model_runner.input_batch.logitsprocs.all
         recorded: Sample = next(p for p in processors if isinstance(p, PairedGuidance)).recorded(images)
         served = torch.tensor([self.model_runner.requests[name].output_token_ids for name in names])
-        last = SchedulerOutput.make_empty()
-        last.finished_req_ids = set(names)
-        self.execute_model(last)
+        self._step([], [], finished=set(names))
         if not torch.equal(served, recorded.tokens[[request.image for request in requests]]):
             raise RuntimeError("vLLM served tokens that were not drawn; do not trust this batch")
         return recorded
 
-    def _new(self, requests: Sequence[BranchRequest], params: SamplingParams, tokens: int) -> list[NewRequestData]:
-        block = 1  # vLLM keeps the first one, which padding points to
-        new = []
-        for request in requests:
-            blocks = -(-(len(request.prompt) + tokens) // self.cache_config.block_size)
-            new.append(
-                NewRequestData(
-                    req_id=request.name,
-                    prompt_token_ids=request.prompt,
-                    mm_features=[],
-                    sampling_params=image_params(tokens, request.image, request.branch, request.seed, params),
-                    pooling_params=None,
-                    block_ids=(list(range(block, block + blocks)),),
-                    num_computed_tokens=0,
-                    lora_request=None,
-                )
-            )
-            block += blocks
-        return new
-
-    def _step(self, step: SchedulerOutput, tokens: list[int], names: list[str]) -> None:
+    def _step(
+        self,
+        new: list[NewRequestData],
+        tokens: list[int],
+        *,
+        going: CachedRequestData | None = None,
+        finished: set[str] | None = None,
+        copies: list[KVCacheBlockCopy] | None = None,
+    ) -> None:
+        """One step of the worker: so many tokens of each request that is new or going on."""
+        step = SchedulerOutput.make_empty()
+        step.scheduled_new_reqs = new
+        step.scheduled_cached_reqs = going or step.scheduled_cached_reqs
+        names = [request.req_id for request in new] + step.scheduled_cached_reqs.req_ids
         step.num_scheduled_tokens = dict(zip(names, tokens, strict=True))
         step.total_num_scheduled_tokens = sum(tokens)
-        self.execute_model(step)  # returns None: the logits stay in the worker
-        self.sample_tokens(None)
+        step.finished_req_ids = finished or set()
+        step.kv_cache_block_copies = copies
+        self.execute_model(step)  # the logits stay in the worker
+        if tokens:
+            self.sample_tokens(None)
+
+
+def _new(
+    name: str, prompt: tuple[int, ...], blocks: list[int], params: VllmSamplingParams, *, computed: int
+) -> NewRequestData:
+    return NewRequestData(
+        req_id=name,
+        prompt_token_ids=list(prompt),
+        mm_features=[],
+        sampling_params=params,
+        pooling_params=None,
+        block_ids=(list(blocks),),
+        num_computed_tokens=computed,
+        lora_request=None,
+    )

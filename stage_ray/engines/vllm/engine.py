@@ -37,6 +37,8 @@ class VllmEngine(ImageEngine):
         self, policy: PolicyConfig, rollout: RolloutConfig, *, worker: str, rank: int = 0, address: str = ""
     ) -> None:
         require_fitting_build(rollout)
+        for name, value in vllm_environment(rollout).items():  # an actor has them already
+            os.environ.setdefault(name, value)
         super().__init__(worker, rollout)
         family = policy_class(policy)
         if not family.vllm_model:
@@ -56,8 +58,6 @@ class VllmEngine(ImageEngine):
         config = spec.config | {"architectures": [architecture(family)], "image_tokens": self.codec.image_tokens}
         (directory / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
         link_weights(self.codec.location, directory)
-        for name, value in vllm_environment(rollout).items():  # an actor has them already
-            os.environ.setdefault(name, value)
         register_family(family)
         self._ranks.init_process_group(self._device, rollout.timeout_s, self._directory.name)
         self._start(rollout)
@@ -68,6 +68,7 @@ class VllmEngine(ImageEngine):
     def _start(self, rollout: RolloutConfig) -> None:
         from vllm import LLM  # late: it takes seconds, and its environment is set only now
 
+        import stage_ray.engines.vllm.attention  # noqa: F401  registers itself
         from stage_ray.engines.vllm.batch import BatchExtension
         from stage_ray.engines.vllm.guidance import PairedGuidance
 
@@ -169,7 +170,7 @@ class VllmEngine(ImageEngine):
             if params.guided:
                 branches.append((UNCONDITIONAL, sequence.prompt.unconditional))
             for branch, ids in branches:
-                shifted = [token + self._prompt_shift for token in ids]
+                shifted = tuple(token + self._prompt_shift for token in ids)
                 requests.append(BranchRequest(image, branch, sequence.seed, shifted))
         self._unfinished = True
         # One answer for each worker of this process, which has one.
