@@ -84,7 +84,7 @@ class VllmEngine(ImageEngine):
                 max_model_len=self._longest_prompt + self.codec.image_tokens,
                 max_num_seqs=requests,
                 max_num_batched_tokens=requests * self._longest_prompt,
-                block_size=CPU_CACHE_BLOCK if on_cpu else None,
+                block_size=self._cpu_block() if on_cpu else None,
                 enable_prefix_caching=False,
                 async_scheduling=False,
                 enforce_eager=on_cpu,
@@ -110,7 +110,13 @@ class VllmEngine(ImageEngine):
         heads = config["num_key_value_heads"] // self._ranks.count or 1
         width = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
         token = 2 * config["num_hidden_layers"] * heads * width * self.dtype.itemsize  # keys and values
-        return (self._blocks(rollout, CPU_CACHE_BLOCK) + 2) * CPU_CACHE_BLOCK * token  # vLLM keeps one for itself
+        block = self._cpu_block()
+        return (self._blocks(rollout, block) + 2) * block * token  # vLLM keeps one for itself
+
+    def _cpu_block(self) -> int:
+        """Tokens of a block on a CPU: 32 for vLLM's kernel that takes bfloat16 to AMX's tiles."""
+        tiles = self.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
+        return 2 * CPU_CACHE_BLOCK if tiles else CPU_CACHE_BLOCK
 
     def _blocks(self, rollout: RolloutConfig, tokens: int) -> int:
         """Blocks of so many tokens that the sequences of a whole generation batch fill, each rounded up."""
