@@ -108,6 +108,19 @@ def guidance_of(images: int) -> tuple[Any, list[list[int]]]:
     return guidance, outputs
 
 
+def test_requests_with_one_prompt_share_its_whole_blocks_and_copy_the_one_that_it_ends_in() -> None:
+    from stage_ray.engines.vllm.batch import place_blocks
+
+    long, short = tuple(range(11)), (7,)  # of blocks of 4: all but the last token fill two blocks and a half, and none
+    placed = place_blocks([long, short, long, long, short], tokens=4, size=4)
+    assert placed.of_prompts == {long: [1, 2, 3, 4], short: [5, 6]}
+    assert placed.of_requests == [[1, 2, 3, 4], [5, 6], [1, 2, 7, 8], [1, 2, 9, 10], [11, 12]]
+    assert placed.copies == [(3, 7), (3, 9)]
+    whole = tuple(range(9))  # its last token is the first of a block
+    assert place_blocks([whole, whole], tokens=3, size=4).of_requests == [[1, 2, 3], [1, 2, 4]]
+    assert place_blocks([whole, whole], tokens=3, size=4).copies == []
+
+
 def test_the_exported_vocabulary_holds_image_ids_first(directory: Path) -> None:
     codec = JanusCodec.load(PolicyConfig.model_validate({"path": str(directory)}))
     config, flat = codec.config, codec.vllm_spec().config

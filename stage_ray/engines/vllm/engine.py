@@ -37,6 +37,8 @@ class VllmEngine(ImageEngine):
         self, policy: PolicyConfig, rollout: RolloutConfig, *, worker: str, rank: int = 0, address: str = ""
     ) -> None:
         require_fitting_build(rollout)
+        for name, value in vllm_environment(rollout).items():  # an actor has them already
+            os.environ.setdefault(name, value)
         super().__init__(worker, rollout)
         family = policy_class(policy)
         if not family.vllm_model:
@@ -56,18 +58,19 @@ class VllmEngine(ImageEngine):
         config = spec.config | {"architectures": [architecture(family)], "image_tokens": self.codec.image_tokens}
         (directory / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
         link_weights(self.codec.location, directory)
-        for name, value in vllm_environment(rollout).items():  # an actor has them already
-            os.environ.setdefault(name, value)
         register_family(family)
         self._ranks.init_process_group(self._device, rollout.timeout_s, self._directory.name)
         self._start(rollout)
         self._ranks.unlink_shared_memory()
         self._check_cache(rollout)
+        self._unfinished = False  # True while a batch is sampled, and after one that failed
 
     def _start(self, rollout: RolloutConfig) -> None:
         from vllm import LLM  # late: it takes seconds, and its environment is set only now
 
-        from stage_ray.engines.vllm.guidance import PairedGuidance, RecordsExtension
+        import stage_ray.engines.vllm.attention  # noqa: F401  registers itself
+        from stage_ray.engines.vllm.batch import BatchExtension
+        from stage_ray.engines.vllm.guidance import PairedGuidance
 
         on_cpu = self._device.type == "cpu"
         requests = 2 * rollout.images_per_batch  # conditional and unconditional
@@ -81,7 +84,7 @@ class VllmEngine(ImageEngine):
                 max_model_len=self._longest_prompt + self.codec.image_tokens,
                 max_num_seqs=requests,
                 max_num_batched_tokens=requests * self._longest_prompt,
-                block_size=CPU_CACHE_BLOCK if on_cpu else None,
+                block_size=self._cpu_block() if on_cpu else None,
                 enable_prefix_caching=False,
                 async_scheduling=False,
                 enforce_eager=on_cpu,
@@ -90,7 +93,7 @@ class VllmEngine(ImageEngine):
                 gpu_memory_utilization=rollout.gpu_memory_utilization,
                 kv_cache_memory_bytes=self._cache_bytes(rollout) if on_cpu else None,
                 logits_processors=[PairedGuidance],
-                worker_extension_cls=f"{RecordsExtension.__module__}.{RecordsExtension.__qualname__}",
+                worker_extension_cls=f"{BatchExtension.__module__}.{BatchExtension.__qualname__}",
             )
         except ValueError as error:  # too little memory, for the most part
             self._directory.cleanup()
@@ -107,7 +110,13 @@ class VllmEngine(ImageEngine):
         heads = config["num_key_value_heads"] // self._ranks.count or 1
         width = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
         token = 2 * config["num_hidden_layers"] * heads * width * self.dtype.itemsize  # keys and values
-        return (self._blocks(rollout, CPU_CACHE_BLOCK) + 2) * CPU_CACHE_BLOCK * token  # vLLM keeps one for itself
+        block = self._cpu_block()
+        return (self._blocks(rollout, block) + 2) * block * token  # vLLM keeps one for itself
+
+    def _cpu_block(self) -> int:
+        """Tokens of a block on a CPU: 32 for vLLM's kernel that takes bfloat16 to AMX's tiles."""
+        tiles = self.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
+        return 2 * CPU_CACHE_BLOCK if tiles else CPU_CACHE_BLOCK
 
     def _blocks(self, rollout: RolloutConfig, tokens: int) -> int:
         """Blocks of so many tokens that the sequences of a whole generation batch fill, each rounded up."""
@@ -150,25 +159,24 @@ class VllmEngine(ImageEngine):
 
     def sample(self, sequences: Sequence[ImageSequence], params: SamplingParams) -> Sample:
         """Sample one generation batch; a RuntimeError where vLLM or another rank has other tokens than were drawn."""
-        if self._llm.llm_engine.has_unfinished_requests():
+        if self._unfinished:
             raise RuntimeError("vLLM still holds requests of a batch that failed; start this worker again")
-        from stage_ray.engines.vllm.guidance import CONDITIONAL, UNCONDITIONAL, image_params
+        from stage_ray.engines.vllm.batch import BranchRequest
+        from stage_ray.engines.vllm.guidance import CONDITIONAL, UNCONDITIONAL
 
-        prompts, request_params = [], []
+        requests = []
         for image, sequence in enumerate(sequences):
             branches = [(CONDITIONAL, sequence.prompt.conditional)]
             if params.guided:
                 branches.append((UNCONDITIONAL, sequence.prompt.unconditional))
             for branch, ids in branches:
-                prompts.append({"prompt_token_ids": [token + self._prompt_shift for token in ids]})
-                request_params.append(image_params(self.codec.image_tokens, image, branch, sequence.seed, params))
-        outputs = self._llm.generate(prompts, request_params, use_tqdm=False)
+                shifted = tuple(token + self._prompt_shift for token in ids)
+                requests.append(BranchRequest(image, branch, sequence.seed, shifted))
+        self._unfinished = True
         # One answer for each worker of this process, which has one.
-        drawn: Sample = self._llm.collective_rpc("recorded_batch", args=(len(sequences),))[0]
-        served = torch.tensor([output.outputs[0].token_ids for output in outputs])
-        # Every token comes back once for each branch.
-        if not torch.equal(served, drawn.tokens.repeat_interleave(len(prompts) // len(sequences), dim=0)):
-            raise RuntimeError("vLLM served tokens that were not drawn; do not trust this batch")
+        arguments = (requests, params, len(sequences), self.codec.image_tokens)
+        drawn: Sample = self._llm.collective_rpc("sample_batch", args=arguments)[0]
+        self._unfinished = False
         self._ranks.check_agreement(drawn.tokens)
         return drawn
 

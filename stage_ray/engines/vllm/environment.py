@@ -32,7 +32,8 @@ def vllm_environment(rollout: RolloutConfig) -> dict[str, str]:
     """Variables for the process that holds the engine (a Ray actor's ``runtime_env``, for instance).
 
     Pairs of requests stay together only in an in-process engine, so vLLM's own subprocess is off. Guidance is written
-    against the logits processors of the V1 model runner.
+    against the logits processors of the V1 model runner. Large tensors lie in huge pages: attention over a CPU's
+    key-value cache reads a few kilobytes here and there, each from a page of its own otherwise.
     """
     return {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -42,4 +43,5 @@ def vllm_environment(rollout: RolloutConfig) -> dict[str, str]:
         "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_NO_USAGE_STATS": "1",
         "TOKENIZERS_PARALLELISM": "false",
+        "THP_MEM_ALLOC_ENABLE": "1",
     }

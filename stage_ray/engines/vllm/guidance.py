@@ -8,13 +8,11 @@ vLLM's own sampler has nothing left to decide. Without guidance an image is one 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from vllm import SamplingParams as VllmSamplingParams
 from vllm.config import VllmConfig
-from vllm.sampling_params import RequestOutputKind
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
@@ -33,8 +31,6 @@ def image_params(tokens: int, image: int, branch: int, seed: int, params: Sampli
         temperature=0.0,
         max_tokens=tokens,
         ignore_eos=True,
-        detokenize=False,
-        output_kind=RequestOutputKind.FINAL_ONLY,
         extra_args=arguments,
     )
 
@@ -114,17 +110,6 @@ class PairedGuidance(LogitsProcessor):
     def recorded(self, images: int) -> Sample:
         """What the finished batch's first ``images`` images recorded, on the CPU."""
         return Sample(self._tokens[:images].cpu().clone(), *self._records[:, :images].cpu().clone())
-
-
-class RecordsExtension:
-    """Mixed into vLLM's worker, so that the engine can fetch the records with ``collective_rpc``."""
-
-    model_runner: Any
-
-    def recorded_batch(self, images: int) -> Sample:
-        """See `PairedGuidance.recorded`."""
-        processors = self.model_runner.input_batch.logitsprocs.all
-        return next(p for p in processors if isinstance(p, PairedGuidance)).recorded(images)
 
 
 def _row(params: VllmSamplingParams, prompt_ids: list[int] | None, output: list[int]) -> _Row | None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import JanusVQVAEConfig
 from transformers.models.janus.modeling_janus import JanusVQVAEAlignerMLP, JanusVQVAEHead
 from vllm.config import VllmConfig
+from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import ReplicatedLinear
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.models.llama import LlamaModel
@@ -33,6 +34,19 @@ class ImageFirstEmbedding(nn.Module):
         image = self.aligner(self.image(ids.clamp(max=self.codes - 1)))  # of text ids too, and not used
         text = self.text((ids - self.codes).clamp(min=0))
         return torch.where((ids < self.codes).unsqueeze(-1), image, text)  # no branch: CUDA graphs take none
+
+
+class FusedNorm(RMSNorm):
+    """vLLM's norm by the kernel that it has for CPUs; by itself it runs six operators of torch there."""
+
+    def forward_cpu(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """States [N, hidden] -> normed; with a residual, in place: their sum, normed, and the sum itself."""
+        if residual is None:
+            normed = torch.empty_like(x)
+            torch.ops._C.rms_norm(normed, x, self.weight, self.variance_epsilon)
+            return normed
+        torch.ops._C.fused_add_rms_norm(x, residual, self.weight, self.variance_epsilon)
+        return x, residual
 
 
 class JanusForImageGeneration(nn.Module):
@@ -67,6 +81,10 @@ class JanusForImageGeneration(nn.Module):
             vq_config, config.janus["text_vocab_size"], config.hidden_size
         )
         self.generation_head = JanusVQVAEHead(vq_config)
+        if vllm_config.device_config.device_type == "cpu":
+            for name, module in list(self.language_model.named_modules()):
+                if isinstance(module, RMSNorm):
+                    self.language_model.set_submodule(name, FusedNorm(config.hidden_size, config.rms_norm_eps))
         for name in ("proj_out", "vision_head"):
             self.generation_head.set_submodule(name, _float32_linear(self.generation_head.get_submodule(name), name))
 
