@@ -18,7 +18,10 @@ SECTIONS: dict[str, Any] = {
     "prompts": {"train", "heldout"},
     "policy": {"path", "reference"},
     "rewards": {"__all__": {"options"}},
-    "evaluation": {"suites": {"__all__": {"prompts": True, "rewards": {"__all__": {"options"}}}}},
+    "evaluation": {
+        "suites": {"__all__": {"prompts": True, "rewards": {"__all__": {"options"}}}},
+        "measures": {"__all__": {"options"}},
+    },
 }
 
 

@@ -24,7 +24,6 @@ from stage_ray.errors import ConfigError, RunError, suggest
 from stage_ray.evaluation.base import (
     Benchmark,
     EvaluationResult,
-    MetricValue,
     changes,
     find_benchmark,
     summarise,
@@ -32,6 +31,7 @@ from stage_ray.evaluation.base import (
     write_result,
 )
 from stage_ray.evaluation.loop import conditions, requests_for
+from stage_ray.evaluation.metrics import MetricValue
 from stage_ray.evaluation.partial import PartialResult
 from stage_ray.files import atomic_write, name_disk_errors, require_writable
 from stage_ray.observability.progress import Progress

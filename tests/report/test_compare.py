@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from stage_ray.cli import main
-from stage_ray.evaluation.base import EvaluationResult, MetricValue, read_result, write_result
+from stage_ray.evaluation.base import EvaluationResult, read_result, write_result
+from stage_ray.evaluation.metrics import MetricValue
 from stage_ray.report.arms import difference, estimate
 from tests.fake_run import write_fake_run
 from tests.pages import README, command_lines
