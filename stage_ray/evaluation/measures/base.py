@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -11,12 +12,12 @@ from typing import Any
 from stage_ray.config import MeasureConfig, RewardConfig
 from stage_ray.errors import ConfigError
 from stage_ray.evaluation.metrics import MetricValue
-from stage_ray.records import Prompt, ScoredGroup
+from stage_ray.records import MEASURES, Prompt, ScoredGroup
 from stage_ray.registry import Registry
 from stage_ray.rewards.build import with_models
 
-MEASURES = Registry("stage_ray.evaluation.measures", "Measure", "measure")
-KEY = "evaluation.measures"
+KINDS = Registry("stage_ray.evaluation.measures", "Measure", "measure")
+log = logging.getLogger(__name__)
 
 
 class Measure(ABC):
@@ -42,19 +43,19 @@ class Measure(ABC):
         """
 
 
-def find_measure(name: str, key: str = KEY) -> Measure:
+def find_measure(name: str, key: str = MEASURES) -> Measure:
     """The measure of a name or dotted path; ``key`` is the config's, for messages.
 
     Raises:
         ConfigError: there is none (with the nearest name), or it is no `Measure`.
     """
-    kind = MEASURES.find(name, key)
+    kind = KINDS.find(name, key)
     if not (isinstance(kind, type) and issubclass(kind, Measure)):
         raise ConfigError(f"{key} = {name!r} is no class that derives from stage_ray.evaluation.measures.Measure")
     return kind()
 
 
-def resolve_measures(configs: Sequence[MeasureConfig], key: str = KEY) -> list[MeasureConfig]:
+def resolve_measures(configs: Sequence[MeasureConfig], key: str = MEASURES) -> list[MeasureConfig]:
     """The configs with the scorer and all its options written out.
 
     Raises:
@@ -101,5 +102,15 @@ def measured(
     for config in configs:
         if all(config.column in group.names for group in ordered):  # else the learner answers
             own = [select(group, [config.column]) for group in ordered]
+            if why := _failures(own):
+                log.warning("measure %s: %s", config.column, why)
             found |= find_measure(config.measure).aggregate(prompts, own)
     return found
+
+
+def _failures(groups: Sequence[ScoredGroup]) -> str:
+    """How many images a scorer has no answer for, and why the first; "" where it answered about all."""
+    said = [details for group in groups for details in group.details]
+    failed = [details for details in said if any("error" in it for it in details.values())]
+    why = next((str(it["error"]) for details in failed[:1] for it in details.values()), "")
+    return f"{len(failed)} of {len(said)} images are left out: {why}" if failed else ""

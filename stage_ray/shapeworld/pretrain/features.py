@@ -21,10 +21,9 @@ from stage_ray.shapeworld.scene import BACKGROUNDS, COLORS, IMAGE_SIZE, SHAPES, 
 
 CHECKPOINT = "work/training/features.safetensors"
 BATCH = 64
-CHUNK = 256  # scenes drawn at once
 MOST = 4  # objects of one kind
 WIDTH = 64  # dimensions of the features
-DAMAGED = 0.25  # share of pictures of which some tokens are others
+DAMAGED = 0.4  # share of reconstructions of which some tokens are in others' places
 PAIRS = [(shape, color) for shape in SHAPES for color in COLORS]
 
 
@@ -57,62 +56,74 @@ class PictureReader(nn.Module):
 def train_features(out: Path, budget: Budget, pictures: int, seed: int) -> None:
     """Train (or resume) the network; writes `out/features`: bfloat16 weights and an image processor.
 
-    Half of the ``pictures`` are renders, the others what the tokenizer in `out/janus` makes of these.
+    On as many renders as ``pictures`` and a third as many reconstructions by the tokenizer in `out/janus`, both as
+    often, and mirrored ones, which show the same: there is no left and right in what is asked of them.
     """
     torch.manual_seed(seed)
-    images, answers = dataset(np.random.default_rng([seed, 5]), load_exported(out / "janus"), pictures)
+    noise, tokenizer = np.random.default_rng([seed, 5]), load_exported(out / "janus")
+    sets = dataset(noise, None, pictures), dataset(noise, tokenizer, pictures // 3)
     model = PictureReader().to(device()).train()
     run = TrainingRun(out / CHECKPOINT, model, 4e-3, budget, weight_decay=0.05)
     for step, _ in run:
-        chosen = torch.randint(len(images), (BATCH,), generator=torch.Generator().manual_seed(2**20 * seed + step))
-        loss, _ = model.loss(to_pixels(images[chosen.numpy()]), {name: it[chosen] for name, it in answers.items()})
-        run.descend(loss)
+        generator = torch.Generator().manual_seed(2**20 * seed + step)
+        chosen = [torch.randint(len(images), (BATCH // 2,), generator=generator) for images, _ in sets]
+        pixels = torch.cat([to_pixels(images[some.numpy()]) for some, (images, _) in zip(chosen, sets, strict=True)])
+        asked = {
+            name: torch.cat([of[name][some] for some, (_, of) in zip(chosen, sets, strict=True)]) for name in sets[0][1]
+        }
+        run.descend(model.loss(pixels.flip(-1) if step % 2 else pixels, asked)[0])
     side, middle = {"shortest_edge": IMAGE_SIZE}, [0.5, 0.5, 0.5]
     processor = ConvNextImageProcessorPil(size=side, do_resize=False, image_mean=middle, image_std=middle)
     for part in (model.network.to("cpu", torch.bfloat16), processor):
         part.save_pretrained(out / "features")
 
 
+def write_features_card(out: Path, count: int) -> None:
+    """Write the network's README.md, with how well it reads ``count`` pictures of each kind."""
+    saved, right = read_checkpoint(out / CHECKPOINT), share_of_right_counts(out, count)
+    template = (Path(__file__).parent / "cards/features.md").read_text(encoding="utf-8")
+    card = template.format(
+        size=(out / "features/model.safetensors").stat().st_size / 1e3,
+        width=WIDTH,
+        steps=saved["step"],
+        minutes=saved["elapsed_s"] / 60,
+        count=count,
+        **right,
+    )
+    (out / "features/README.md").write_text(card, encoding="utf-8")
+
+
 @torch.no_grad()
 def share_of_right_counts(out: Path, count: int, seed: int = 11) -> dict[str, float]:
-    """How often all counts by shape and by colour are right, of fresh renders and of their reconstructions."""
-    model, codes = PictureReader(), load_exported(out / "janus")
-    model.load_state_dict(read_module(out))
-    images, answers = dataset(np.random.default_rng(seed), codes, 2 * count, damaged=0.0)
+    """How often all counts by shape and by colour are right, of fresh renders and of reconstructions."""
+    model = PictureReader()
+    model.load_state_dict(read_checkpoint(out / CHECKPOINT)["module"])
+    model.eval().to(device())
     found = {}
-    for name, part in (("rendered", slice(0, None, 2)), ("reconstructed", slice(1, None, 2))):
-        told = {key: value[part] for key, value in answers.items()}
-        found[name] = float(model.eval().to(device()).loss(to_pixels(images[part]), told)[1])
-    return found
-
-
-def read_module(out: Path) -> dict[str, Tensor]:
-    """Weights of the trained `PictureReader`."""
-    found: dict[str, Tensor] = read_checkpoint(out / CHECKPOINT)["module"]
+    for name, tokenizer in (("rendered", None), ("reconstructed", load_exported(out / "janus"))):
+        images, answers = dataset(np.random.default_rng(seed), tokenizer, count, damaged=0.0)
+        found[name] = float(model.loss(to_pixels(images), answers)[1])
     return found
 
 
 def dataset(
-    rng: np.random.Generator, tokenizer: JanusVQVAE, pictures: int, damaged: float = DAMAGED
+    rng: np.random.Generator, tokenizer: JanusVQVAE | None, pictures: int, damaged: float = DAMAGED
 ) -> tuple[np.ndarray, dict[str, Tensor]]:
-    """Pictures uint8 [n, 64, 64, 3], a render and its reconstruction in turn, and what they show.
+    """Random scenes as pictures, uint8 [n, 64, 64, 3], rendered or as a tokenizer makes them again, and what they show.
 
-    Of a share ``damaged`` of the reconstructions some tokens, up to half, are in each other's places.
+    Of a share ``damaged`` of the latter some tokens, up to half, are in each other's places.
     """
-    images, scenes, damage = list[np.ndarray](), list[Scene](), list[float]()
-    for start in range(0, pictures // 2, CHUNK):
-        some = [random_scene(rng) for _ in range(min(CHUNK, pictures // 2 - start))]
-        drawn = np.stack([render(scene) for scene in some])
-        tokens = encode(tokenizer, drawn).cpu()
-        share = np.where(rng.random(len(some)) < 2 * damaged, rng.uniform(0.05, 0.5, len(some)), 0.0)
-        for row, part in zip(tokens.numpy(), share, strict=True):  # in place
-            places = rng.permutation(len(row))[: round(part * len(row))]
-            row[places] = row[rng.permutation(places)]
-        made = decode(tokenizer, tokens)
-        images += [np.stack([drawn, made], axis=1).reshape(-1, *drawn.shape[1:])]
-        scenes += [scene for scene in some for _ in range(2)]
-        damage += [value for part in share.tolist() for value in (0.0, part)]
-    return np.concatenate(images), _answers(scenes) | {"damage": torch.tensor(damage, device=device())}
+    scenes = [random_scene(rng) for _ in range(pictures)]
+    images, damage = np.stack([render(scene) for scene in scenes]), np.zeros(pictures, np.float32)
+    if tokenizer is not None:
+        with autocast():
+            tokens = encode(tokenizer, images).cpu().clone()
+            damage = np.where(rng.random(pictures) < damaged, rng.uniform(0.05, 0.5, pictures), 0.0).astype(np.float32)
+            for row, part in zip(tokens.numpy(), damage, strict=True):  # in place
+                places = rng.permutation(len(row))[: round(part * len(row))]
+                row[places] = row[rng.permutation(places)]
+            images = decode(tokenizer, tokens)
+    return images, _answers(scenes) | {"damage": torch.from_numpy(damage).to(device())}
 
 
 def _answers(scenes: list[Scene]) -> dict[str, Tensor]:
