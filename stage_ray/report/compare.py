@@ -216,6 +216,7 @@ def _numbers(arms: Sequence[Arm], table: SuiteTable) -> dict[str, Any]:
 
     return {
         "headline": table.headline,
+        "better": {metric: {1: "larger", -1: "smaller"}[way] for metric, way in table.ways.items() if way},
         "unlike": table.unlike,
         "metrics": {metric: of(column) for metric, column in table.estimates.items()},
         f"difference to {arms[0].name}": {metric: of(column) for metric, column in table.differences.items()},

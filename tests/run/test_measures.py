@@ -13,7 +13,7 @@ from tests.rewards.checkpoints import save_dino
 from tests.runs import lines, tiny_run
 
 MEASURES = [
-    "Fréchet distance", "precision", "recall", "diversity", "light", "KL to the reference", "KL on reference images",
+    "Frechet distance", "precision", "recall", "diversity", "light", "KL to the reference", "KL on reference images",
     "entropy drift", "guided KL to the reference", "guided KL on reference images", "guided entropy drift",
 ]  # fmt: skip
 
@@ -50,5 +50,5 @@ def test_a_run_measures_its_pictures_and_how_far_the_policy_has_moved(tmp_path, 
     assert page.count("± one standard error</figcaption>") == 1 + len(MEASURES)
     write_comparison([summary.run_dir], tmp_path / "page.html", tmp_path / "numbers.json")
     found = json.loads((tmp_path / "numbers.json").read_text())["suites"][""]["metrics"]
-    assert found["Fréchet distance"]["all runs"]["low"] < found["Fréchet distance"]["all runs"]["high"]
+    assert found["Frechet distance"]["all runs"]["low"] < found["Frechet distance"]["all runs"]["high"]
     assert "Held-out: KL to the reference" in (tmp_path / "page.html").read_text()

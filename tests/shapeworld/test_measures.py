@@ -53,7 +53,7 @@ def test_real_pictures_are_near_smeared_ones_far_and_one_picture_for_all_is_with
             "alike": lambda prompt, number: draw_prompt(PROMPTS[0], 1000),
         }.items()
     }
-    name = "Fréchet distance"
+    name = "Frechet distance"
     for kind in ("smeared", "alike"):
         apart = found[kind][name].value - found["real"][name].value
         assert apart > 3 * (found[kind][name].error + found["real"][name].error), kind

@@ -13,7 +13,7 @@ from stage_ray.evaluation.metrics import MetricValue, drawn_value, mean_over_ima
 from stage_ray.records import Prompt, ScoredGroup
 
 DRAWS = 100  # of prompts, for the error of the Fréchet distance
-DIVERSITY, FRECHET, PRECISION, RECALL = "diversity", "Fréchet distance", "precision", "recall"
+DIVERSITY, FRECHET, PRECISION, RECALL = "diversity", "Frechet distance", "precision", "recall"
 
 
 class FeaturesMeasure(Measure):
