@@ -59,10 +59,9 @@ class ClusterBackend:
                     if unscored := [group for answer in answers for group in answer if not group.scores]:
                         error = first_line(unscored[0].error)
                         continue
-                    found = [
-                        await self._merged(*each) for each in zip(answers, (names for _, names in sets), strict=True)
+                    scored, *further = [
+                        await self._merged(answer, columns) for answer, (_, columns) in zip(answers, sets, strict=True)
                     ]
-                    scored, further = found[0], found[1:]
                 else:
                     scored, further = [_unscored(request) for request in requests], []
                 measured = further[0] if further else [None] * len(groups)

@@ -62,12 +62,10 @@ class Passes:
         share = -(-count // self._ranks.count)
         own = (self._ranks.rank * share + torch.arange(share)) % count
         parts = []
-        # Autocast is the policy's; the reference's, which may differ, would show as drift.
-        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bfloat16):
-            for some in own.split(micro_batch):
-                asked, drawn = [prompts[i] for i in some.tolist()], tokens[some].to(self._device)
-                drift = token_drift(self._policy_model, self._reference_model, asked, drawn, self._sampling)
-                parts.append(drift.mean(dim=1))
+        models, narrow = (self._policy_model, self._reference_model), (self._bfloat16, self._reference_bfloat16)
+        for some in own.split(micro_batch):
+            asked, drawn = [prompts[i] for i in some.tolist()], tokens[some].to(self._device)
+            parts.append(token_drift(*models, asked, drawn, self._sampling, narrow).mean(dim=1))
         return self._ranks.all_gather(torch.cat(parts))[:count].cpu()
 
     def policy(

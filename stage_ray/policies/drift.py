@@ -18,7 +18,12 @@ FORWARD, BACKWARD, ENTROPY = range(3)
 
 @torch.no_grad()
 def token_drift(
-    policy: Policy, reference: Policy, prompts: Sequence[PromptIds], tokens: Tensor, params: SamplingParams
+    policy: Policy,
+    reference: Policy,
+    prompts: Sequence[PromptIds],
+    tokens: Tensor,
+    params: SamplingParams,
+    bfloat16: tuple[bool, bool] = (False, False),
 ) -> Tensor:
     """KL(policy || reference), KL(reference || policy), and entropy of the policy less the reference's, in nats.
 
@@ -29,6 +34,8 @@ def token_drift(
         tokens: int64 [B, T].
         params: what tokens are sampled by. Where that is the conditional distribution itself, or leaves tokens out
             (top-k, top-p), which makes a KL infinite, the second three columns are missing.
+        bfloat16: whether the policy's backbone, and the reference's, compute in it. Where they differ, so do equal
+            models, by rounding.
 
     Returns:
         float32 [B, T, 3 or 6].
@@ -36,18 +43,19 @@ def token_drift(
     guided = not params.plain and not params.top_k and params.top_p == 1.0
     sides = ["conditional"] + ["unconditional"] * (guided and params.guided)
     branches = [[getattr(prompt, side) for prompt in prompts] for side in sides]
-    states = [
-        torch.stack([model.hidden_states(branch, tokens) for branch in branches], dim=2).flatten(0, 1)
-        for model in (policy, reference)
-    ]  # [B * T, K, hidden] each
+    states = []  # of each model, [B * T, K, hidden]
+    for model, narrow in zip((policy, reference), bfloat16, strict=True):
+        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=narrow):
+            found = [model.hidden_states(branch, tokens) for branch in branches]
+        states.append(torch.stack(found, dim=2).flatten(0, 1))
     rows = max(1, LOGITS_AT_ONCE // (2 * len(sides) * policy.codebook_size))
-    index, found = torch.arange(tokens.numel(), device=tokens.device), []
+    index, columns = torch.arange(tokens.numel(), device=tokens.device), []
     with torch.autocast(tokens.device.type, enabled=False):
         for which, mine, theirs in zip(index.split(rows), *(of.split(rows) for of in states), strict=True):
             context = Context(which % tokens.shape[1], tokens[which // tokens.shape[1]])
             logits = policy.head(mine.float()), reference.head(theirs.float())  # [rows, K, V] each
-            found.append(torch.stack(list(_columns(*logits, params, context, guided)), dim=-1))
-    return torch.cat(found).view(*tokens.shape, -1)
+            columns.append(torch.stack(list(_columns(*logits, params, context, guided)), dim=-1))
+    return torch.cat(columns).view(*tokens.shape, -1)
 
 
 def _columns(mine: Tensor, theirs: Tensor, params: SamplingParams, context: Context, guided: bool) -> Iterator[Tensor]:

@@ -46,10 +46,10 @@ class HeldOutEvaluation:
         choice = {"search": self.suite.search, "search_options": self.suite.search_options}
         rollout = run.rollout.model_copy(update=choice)
         self._judged_by = run.model_copy(update={"rewards": self.suite.rewards, "rollout": rollout})
-        self._plain = ClusterBackend(cluster, run, suite=None if suite is None else suite.name)
+        plain = ClusterBackend(cluster, run, suite=None if suite is None else suite.name)
         self._measuring = ClusterBackend(cluster, run, measuring=True)
         self._measures = run.evaluation.measures if suite is None else []
-        self._cluster, self._backend = cluster, searching(self._plain, self._judged_by)
+        self._cluster, self._backend = cluster, searching(plain, self._judged_by)
         self._prompts, self._dir, self._progress, self._image = list(prompts), run_dir, progress, image
         self.directory = run_dir / EVALUATION / ("" if suite is None else str(suite.name))
         self._benchmark = find_benchmark(self.suite.benchmark)
@@ -75,6 +75,7 @@ class HeldOutEvaluation:
             return None
         with self._progress.bar(title, len(self._prompts)) as advance:
             backend = self._measuring if self._measures else self._backend
+            self._measuring.drawn.clear()
             found = await evaluate(backend, self._benchmark, requests, advance, self._measures)
         drift = await self._drift(policy_version) if self._measures else {}
         result = replace(found.with_metrics(drift), conditions=now)
@@ -89,7 +90,6 @@ class HeldOutEvaluation:
     async def _drift(self, policy_version: int) -> dict[str, MetricValue]:
         """What the learner says of the groups that were just drawn, where a measure asks it."""
         groups = sorted(self._measuring.drawn, key=lambda group: group.group_id)
-        self._measuring.drawn.clear()
         if not any(find_measure(measure.measure).of_learner for measure in self._measures):
             return {}
         # Before the first update the policy is its own reference, unless another one is set.
