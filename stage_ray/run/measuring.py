@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from stage_ray.config import RewardConfig, RunConfig
-from stage_ray.config.load import validate_config
+from stage_ray.config import MeasureConfig, RunConfig
 from stage_ray.errors import ConfigError
 from stage_ray.evaluation.base import Benchmark, EvaluationResult, summarise
 from stage_ray.evaluation.loop import conditions
@@ -26,13 +26,14 @@ def with_measures(run: RunConfig, names: Sequence[str], model: str | Path, again
     reference.
 
     Raises:
-        ConfigError: a measure is unknown, or needs a reference and there is none.
+        ConfigError: a measure is unknown, has a scorer's name, or needs a reference and there is none.
     """
-    given = [measure.model_dump() for measure in run.evaluation.measures]
-    data = run.model_dump(mode="json")
-    data["evaluation"]["measures"] = given + [{"measure": name} for name in names]
-    measures, found = resolve_measures(validate_config(data).evaluation.measures), []
-    for measure in measures:
+    found: list[MeasureConfig] = []
+    scorers = [*run.rewards, *(reward for suite in run.evaluation.suites for reward in suite.rewards or [])]
+    taken = {reward.column for reward in scorers}
+    for measure in resolve_measures([*run.evaluation.measures, *(MeasureConfig(measure=name) for name in names)]):
+        if measure.column in taken:
+            raise ConfigError(f"measure {measure.column} has the name of a scorer of a suite; give it another name")
         if find_measure(measure.measure).of_learner:
             if against is None:
                 raise ConfigError(f"measure {measure.column} compares with a reference: name it with --against")
@@ -57,15 +58,12 @@ def sum_up(job: Job, benchmark: Benchmark, groups: Sequence[ScoredGroup], seed: 
     """The result of a job whose groups have the columns of the suite's scorers and of all measures'."""
     measures, prompts = job.run.evaluation.measures, [request.prompt for request in job.requests]
     further = {measure.column for measure in measures}
-    own: list[RewardConfig] = [reward for reward in job.run.rewards if reward.column not in further]
+    own = [reward for reward in job.run.rewards if reward.column not in further]
     result = summarise(benchmark, prompts, [select(group, [reward.column for reward in own]) for group in groups])
     run = job.run.model_copy(update={"rewards": own})
     image_measures = [measure for measure in measures if measure.scorer != DRIFT]
     known = conditions(run, benchmark, job.requests, seed, image_measures)
-    return EvaluationResult(
-        **{name: getattr(result, name) for name in ("benchmark", "headline", "metrics", "scores", "images", "note")},
-        conditions=known,
-    ).with_metrics(measured(image_measures, prompts, groups))
+    return replace(result, conditions=known).with_metrics(measured(image_measures, prompts, groups))
 
 
 def drift_of(own: Job, other: Job) -> dict[str, MetricValue]:
