@@ -32,7 +32,7 @@ BUDGETS = {
     "language-model": Budget(steps=4400, seconds=40 * 60),
     "detector": Budget(steps=1200),
     "clip": Budget(steps=1200, seconds=10 * 60),
-    "features": Budget(steps=1500, seconds=4 * 60),
+    "features": Budget(steps=4000, seconds=4 * 60),
 }
 STAGES = ("prompts", "tokenizer", "language-model", "detector", "clip", "features", "cards")
 RESULTS = ("work", "prompts", "janus", "detector", "clip", "features")  # the directories that it writes
