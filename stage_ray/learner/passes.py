@@ -66,6 +66,8 @@ class Passes:
         for some in own.split(micro_batch):
             asked, drawn = [prompts[i] for i in some.tolist()], tokens[some].to(self._device)
             parts.append(token_drift(*models, asked, drawn, self._sampling, narrow).mean(dim=1))
+        for model in models:
+            self._ranks.reshard(model.fsdp_modules())
         return self._ranks.all_gather(torch.cat(parts))[:count].cpu()
 
     def policy(
