@@ -19,7 +19,7 @@ from stage_ray.weights.process_groups import init_process_group
 class Ranks:
     """Which rank this process is, and of how many.
 
-    Invariant: every rank makes the same calls in the same order; all wait for the others but `shard`, `reshard`, `rows`.
+    Invariant: every rank makes the same calls in the same order; all but `shard`, `reshard`, `rows` wait for others.
     """
 
     rank: int = 0
