@@ -8,6 +8,8 @@ import torch
 from PIL import Image
 
 from stage_ray.config import MeasureConfig, PolicyConfig
+from stage_ray.config.inputs import pin
+from stage_ray.config.load import validate_config
 from stage_ray.errors import ConfigError
 from stage_ray.evaluation.base import EvaluationResult, changes
 from stage_ray.evaluation.measures.base import measured, resolve_measures, select
@@ -15,6 +17,7 @@ from stage_ray.evaluation.measures.drift import drift_metrics
 from stage_ray.evaluation.measures.frechet import frechet_distance
 from stage_ray.evaluation.measures.manifold import inside
 from stage_ray.evaluation.metrics import MetricValue
+from stage_ray.evaluation.suites import resolve_suites
 from stage_ray.policies import load_policy
 from stage_ray.policies.drift import token_drift
 from stage_ray.records import Prompt, RolloutGroup, ScoredGroup
@@ -200,6 +203,14 @@ def test_a_mean_measures_any_scorer_under_its_name():
 def test_a_wrong_measure_is_refused_by_its_key(config, said):
     with pytest.raises(ConfigError, match=said):
         resolve_measures([MeasureConfig(measure=name) for name in config])
+
+
+def test_the_network_of_a_measure_is_pinned_to_a_commit_as_all_models_of_a_run_are(tmp_path):
+    data = {"steps": 1, "prompts": {"train": "-", "heldout": "-"}, "policy": {"path": str(tmp_path)}}
+    data |= {"rewards": [{"type": "tests.scorers.Bright"}], "evaluation": {"measures": ["features"]}}
+    run, commits = pin(resolve_suites(validate_config(data)), {"facebook/dinov2-base": "0" * 40})
+    assert run.evaluation.measures[0].options["path"].endswith("@" + "0" * 40)
+    assert commits == {"facebook/dinov2-base": "0" * 40}
 
 
 def test_what_a_measure_asks_is_written_out():
