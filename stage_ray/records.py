@@ -18,6 +18,9 @@ import xxhash
 RECORDED = ("logprobs", "guided_logprobs", "entropy", "guided_entropy")
 """What an engine records of each token beside its id: fields of `RolloutGroup`, float32 [G, T] each."""
 
+MEASURES = "evaluation.measures"
+"""Stands for all scorers of a run's measures, where the name of a suite stands for that suite's."""
+
 CONSTANT_STD = 1e-6
 """A scorer whose unbiased standard deviation in a group is not above this says nothing about that group."""
 
@@ -120,11 +123,17 @@ class ScoredGroup:
 
 @dataclass(frozen=True, slots=True)
 class JudgedGroup:
-    """One group of an evaluation; ``images`` are uint8 [G, H, W, 3], or None where they were not asked for."""
+    """One group of an evaluation.
+
+    Attributes:
+        images: uint8 [G, H, W, 3], or None where they were not asked for.
+        measured: what the scorers of measures say of it; None without any.
+    """
 
     request: RolloutRequest
     scored: ScoredGroup
     images: np.ndarray | None = None
+    measured: ScoredGroup | None = None
 
     def verdict(self, image: int) -> bool | None:
         """What the first scorer with a ``verdict`` says of an image; None without one."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from ray.exceptions import ObjectLostError
@@ -13,7 +14,7 @@ from stage_ray.cluster.cluster import InferenceCluster
 from stage_ray.cluster.object_store import batches_at_once
 from stage_ray.config import RunConfig
 from stage_ray.errors import GroupsLostError, RunError
-from stage_ray.records import JudgedGroup, RolloutRequest, ScoredGroup
+from stage_ray.records import MEASURES, GroupRefs, JudgedGroup, RolloutRequest, ScoredGroup
 from stage_ray.rewards import merge_scores
 
 
@@ -24,13 +25,22 @@ class ClusterBackend:
     """
 
     def __init__(
-        self, cluster: InferenceCluster, run: RunConfig, *, scoring: bool = True, suite: str | None = None
+        self,
+        cluster: InferenceCluster,
+        run: RunConfig,
+        *,
+        scoring: bool = True,
+        suite: str | None = None,
+        measuring: bool = False,
     ) -> None:
+        """``measuring``: also with the scorers of ``evaluation.measures``; then ``drawn`` are all groups so far."""
         self._cluster, self._attempts, self._scoring, self._suite = cluster, run.cluster.attempts, scoring, suite
         self.images_per_batch = run.rollout.images_per_batch
         own = {str(one.name): one.rewards for one in run.evaluation.suites}.get(str(suite)) or run.rewards
         self._columns = [reward.column for reward in own]
         self.batches_at_once = batches_at_once(run)
+        self._measuring, self.drawn = measuring, list[GroupRefs]()
+        self._measures = [it.column for it in run.evaluation.measures if measuring and it.scorer]
 
     async def judge(self, requests: Sequence[RolloutRequest], *, images: bool) -> list[JudgedGroup]:
         """As `Backend.judge`; up to ``cluster.attempts`` times where workers or nodes are lost.
@@ -43,20 +53,30 @@ class ClusterBackend:
             try:
                 groups = await self._cluster.generate(requests)
                 if self._scoring:
-                    groups = await self._cluster.score(groups, self._suite)
-                    if unscored := [group for group in groups if not group.scores]:  # no reward worker gave an answer
+                    sets = [(self._suite, self._columns)] + [(MEASURES, self._measures)] * bool(self._measures)
+                    answers = await asyncio.gather(*(self._cluster.score(groups, name) for name, _ in sets))
+                    # A reward worker may have given no answer.
+                    if unscored := [group for answer in answers for group in answer if not group.scores]:
                         error = first_line(unscored[0].error)
                         continue
-                    parts = await asyncio.gather(*(self._cluster.fetch(group.scores) for group in groups))
-                    scored = [merge_scores(each, self._columns) for each in parts]
+                    scored, *further = [
+                        await self._merged(answer, columns) for answer, (_, columns) in zip(answers, sets, strict=True)
+                    ]
                 else:
-                    scored = [_unscored(request) for request in requests]
+                    scored, further = [_unscored(request) for request in requests], []
+                measured = further[0] if further else [None] * len(groups)
                 wanted = [group.images for group in groups] if images else []
                 pictures = await self._cluster.fetch(wanted) or [None] * len(groups)  # None where not wanted
-                return [JudgedGroup(*judged) for judged in zip(requests, scored, pictures, strict=True)]
+                self.drawn += [replace(group, images=None, scores=()) for group in groups if self._measuring]
+                return [JudgedGroup(*judged) for judged in zip(requests, scored, pictures, measured, strict=True)]
             except (GroupsLostError, ObjectLostError) as lost:
                 error = first_line(lost)
         raise RunError(f"evaluation: {error}")
+
+    async def _merged(self, groups: Sequence[GroupRefs], columns: Sequence[str]) -> list[ScoredGroup]:
+        """The scores of groups, of all pools, with these columns."""
+        parts = await asyncio.gather(*(self._cluster.fetch(group.scores) for group in groups))
+        return [merge_scores(each, columns) for each in parts]
 
 
 def _unscored(request: RolloutRequest) -> ScoredGroup:

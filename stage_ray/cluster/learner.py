@@ -16,7 +16,7 @@ from stage_ray.config import RunConfig
 from stage_ray.errors import GroupsLostError, LearnerLostError, RunError
 from stage_ray.files import FileDigest
 from stage_ray.records import GroupRefs, Update
-from stage_ray.workers.learner import LearnerWorker
+from stage_ray.workers.learner import Drift, LearnerWorker
 
 Result = TypeVar("Result")
 Alone = Callable[[], AbstractAsyncContextManager[None]]  # while it lasts, colocated workers leave their GPUs
@@ -54,6 +54,18 @@ class ClusterLearner:
         # A call of its own, so that an object that is lost keeps no rank from an update that others are in.
         await self.call(lambda client: client.ask(LearnerWorker.set_batch, *_objects(groups)), groups=groups)
         return await self.call(update)
+
+    async def drift(
+        self, groups: Sequence[GroupRefs], directory: Path, *, images: int, anchor: bool
+    ) -> tuple[Drift, Drift]:
+        """As `LearnerWorker.drift`."""
+        arguments = directory.resolve(), images, anchor, *(group.tokens for group in groups)
+
+        async def drift(client: Client) -> tuple[Drift, Drift]:
+            async with self._alone():
+                return await client.ask(LearnerWorker.drift, *arguments)
+
+        return await self.call(drift, groups=groups)
 
     async def save_state(self, directory: Path) -> dict[str, FileDigest]:
         """Write what an exact resume needs; what went into shards, by path."""

@@ -16,7 +16,7 @@ from stage_ray.actors.supervised import Pool, SupervisedActor
 from stage_ray.cluster.learner import missing
 from stage_ray.config import RunConfig, ScoringPool
 from stage_ray.errors import GroupsLostError, RunError
-from stage_ray.records import GroupRefs
+from stage_ray.records import MEASURES, GroupRefs
 from stage_ray.rewards.base import UNAVAILABLE
 from stage_ray.workers.reward import RewardClient
 
@@ -33,7 +33,7 @@ class ScorerPools:
         """
         self._attempts = run.cluster.attempts
         suites = run.evaluation.suites if run.evaluation.enabled else []
-        self._others = {str(suite.name) for suite in suites if suite.rewards != run.rewards}
+        self._others = {MEASURES} | {str(suite.name) for suite in suites if suite.rewards != run.rewards}
         self._pools = [
             (Pool(config.role, config.workers, config.max_workers, partial(start, pool=config), **limits), config)
             for config in run.scoring_pools
@@ -58,7 +58,7 @@ class ScorerPools:
 
         Where a worker is too slow or fails, its groups come back with that ``error``. One that dies says nothing about
         them: they go to others, up to ``cluster.attempts`` times in all. Of several pools each gets no more than its
-        ``groups_per_call`` in a call.
+        ``groups_per_call`` in a call. `MEASURES` stands for those of all measures.
 
         Raises:
             GroupsLostError: some of them are gone, with the node that held them; none is scored.

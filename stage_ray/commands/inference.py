@@ -22,6 +22,7 @@ ADDRESS = "Draw with workers of a Ray cluster: auto, or HOST:PORT of its head. W
 AddressOption = Annotated[str | None, Option(metavar="ADDRESS", help=ADDRESS)]
 COPY = "A copy of a suite's prompts in its format, where it ships none or others are wanted; a path or hf://"
 JUDGE = "The model behind an OpenAI-compatible endpoint that answers the questions of dpg, geneval2, unigenbench, wise"
+MEASURE = "Beside the suites: shapeworld, features, clean, drift (with --against), or package.module.Class; repeatable"
 WORKERS = "Rollout workers that share the prompts; without --address, several start a Ray on this machine"
 WorkersOption = Annotated[int | None, Option(metavar="COUNT", help=WORKERS, min=1)]
 
@@ -34,6 +35,7 @@ def evaluate(
     against: Annotated[str | None, Option(metavar="BASE", help="Another model, for the differences to it")] = None,
     prompts: Annotated[list[str] | None, Option(metavar="[SUITE=]COPY", help=COPY)] = None,
     judge: Annotated[str | None, Option(metavar="MODEL@URL", help=JUDGE)] = None,
+    measure: Annotated[list[str] | None, Option(metavar="NAME", help=MEASURE)] = None,
     images_per_prompt: Annotated[int | None, Option(metavar="COUNT", help="By default the suite's", min=1)] = None,
     engine: EngineOption = None,
     guidance: GuidanceOption = 3.0,
@@ -64,6 +66,7 @@ def evaluate(
         against=against,
         prompts=places or (prompts[-1] if prompts else None),
         judge_by=judge,
+        measures=measure or (),
         images_per_prompt=images_per_prompt,
         engine=engine,
         guidance=guidance,

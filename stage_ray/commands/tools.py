@@ -20,6 +20,7 @@ class PretrainStage(StrEnum):
     language_model = "language-model"
     detector = "detector"
     clip = "clip"
+    features = "features"
     cards = "cards"
 
 
@@ -51,7 +52,7 @@ def pretrain(
     seed: Annotated[int, Option(help="Fixes the pictures and the weights at the start", min=0)] = 0,
     smoke: Annotated[bool, Option("--smoke", help="A few steps each, to see that it works")] = False,
 ) -> None:
-    """Rebuild what ships with the package: prompts, tokenizer, policy, detector, CLIP. About 75 minutes on two cores.
+    """Rebuild what ships with the package: prompts, tokenizer, policy, detector, CLIP, features. About 80 minutes.
 
     Example: stage-ray pretrain --out world --smoke
     """

@@ -7,14 +7,15 @@ from stage_ray.config.schema import (
     PolicyConfig,
     RolloutConfig,
     RunConfig,
-    SuiteConfig,
 )
 from stage_ray.config.sections import (
     OWN_POOL,
+    MeasureConfig,
     PromptsConfig,
     RewardConfig,
     RuntimeEnvConfig,
     ScoringConfig,
     ScoringPool,
     Section,
+    SuiteConfig,
 )

@@ -18,7 +18,10 @@ SECTIONS: dict[str, Any] = {
     "prompts": {"train", "heldout"},
     "policy": {"path", "reference"},
     "rewards": {"__all__": {"options"}},
-    "evaluation": {"suites": {"__all__": {"prompts": True, "rewards": {"__all__": {"options"}}}}},
+    "evaluation": {
+        "suites": {"__all__": {"prompts": True, "rewards": {"__all__": {"options"}}}},
+        "measures": {"__all__": {"options"}},
+    },
 }
 
 
@@ -50,7 +53,8 @@ def pin(run: RunConfig, known: Mapping[str, str]) -> tuple[RunConfig, dict[str, 
     commits, pinned, config = dict[str, str](), [], leaves(run.model_dump(mode="json"))
     for key, uri in hub_inputs(run).items():
         location, (scorer, option, _) = config[key], key.partition(".options.")
-        if option and "." in config[f"{scorer}.type"] and "@" not in location:
+        kind = config.get(f"{scorer}.type") or config.get(f"{scorer}.scorer")  # of a reward, or of a measure
+        if option and "." in str(kind) and "@" not in location:
             continue
         commits[location] = known.get(location) or commits.get(location) or commit_of(uri, key)
         pinned.append(f"{key}={json.dumps(at_commit(uri, commits[location]))}")

@@ -11,7 +11,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
-from stage_ray.config.sections import PoolConfig, PromptsConfig, RewardConfig, ScoringConfig, ScoringPool, Section
+from stage_ray.config.sections import (
+    MeasureConfig,
+    PoolConfig,
+    PromptsConfig,
+    RewardConfig,
+    ScoringConfig,
+    ScoringPool,
+    Section,
+    SuiteConfig,
+)
 
 TAKEN = {"mean", "std", "informative"}  # reward/mean and its like, which no scorer may be called
 
@@ -178,24 +187,8 @@ class CheckpointConfig(Section):
     )
 
 
-class SuiteConfig(Section):
-    """A further benchmark of a run; its name alone stands for one with all defaults."""
-
-    benchmark: str = Field(description="A file of stage_ray/evaluation, or package.module.Class")
-    name: str | None = Field(
-        None, pattern=r"^\w[\w.-]*$", description="In metrics, files and checkpoint.keep_best; null: the benchmark's"
-    )
-    prompts: str | None = Field(None, description="As prompts.heldout; null: the benchmark's own")
-    images_per_prompt: int | None = Field(None, ge=1, description="Images of each prompt; null: the benchmark's own")
-    rewards: list[RewardConfig] | None = Field(
-        None, description="Its scorers, which train nothing; null: the benchmark's own, or where it has none the run's"
-    )
-    search: str | None = Field(None, description="As rollout.search, for this suite")
-    search_options: dict[str, Any] = Field({}, description="The search's own options")
-
-
-def _by_name(value: Any) -> Any:
-    return {"benchmark": value} if isinstance(value, str) else value
+def _named(key: str) -> BeforeValidator:
+    return BeforeValidator(lambda value: {key: value} if isinstance(value, str) else value)
 
 
 class EvaluationConfig(Section):
@@ -203,8 +196,11 @@ class EvaluationConfig(Section):
 
     enabled: bool = Field(True, description="Evaluate on prompts.heldout, and every suite")
     benchmark: str = Field("geneval", description="What the run's scores add up to: geneval, or package.module.Class")
-    suites: list[Annotated[SuiteConfig, BeforeValidator(_by_name)]] = Field(
+    suites: list[Annotated[SuiteConfig, _named("benchmark")]] = Field(
         [], description="Benchmarks beside that one, each with prompts and scorers of its own: names, or SuiteConfig"
+    )
+    measures: list[Annotated[MeasureConfig, _named("measure")]] = Field(
+        [], description="Beside evaluation.benchmark on the same images: names, or MeasureConfig"
     )
     every: int | None = Field(None, ge=1, description="Steps between evaluations; null: only before and after")
     images_per_prompt: int = Field(4, ge=1, description="Images of each held-out prompt")

@@ -104,6 +104,41 @@ class RewardConfig(Section):
         return {name: value for name in OWN_POOL if (value := getattr(self, name)) is not None}
 
 
+class SuiteConfig(Section):
+    """A further benchmark of a run; its name alone stands for one with all defaults."""
+
+    benchmark: str = Field(description="A file of stage_ray/evaluation, or package.module.Class")
+    name: str | None = Field(
+        None, pattern=r"^\w[\w.-]*$", description="In metrics, files and checkpoint.keep_best; null: the benchmark's"
+    )
+    prompts: str | None = Field(None, description="As prompts.heldout; null: the benchmark's own")
+    images_per_prompt: int | None = Field(None, ge=1, description="Images of each prompt; null: the benchmark's own")
+    rewards: list[RewardConfig] | None = Field(
+        None, description="Its scorers, which train nothing; null: the benchmark's own, or where it has none the run's"
+    )
+    search: str | None = Field(None, description="As rollout.search, for this suite")
+    search_options: dict[str, Any] = Field({}, description="The search's own options")
+
+
+class MeasureConfig(Section):
+    """What an evaluation measures beside its benchmark; its name alone stands for one with all defaults."""
+
+    measure: str = Field(description="A file of stage_ray/evaluation/measures, or package.module.Class")
+    options: dict[str, Any] = Field({}, description="Keyword arguments of the scorer that it asks")
+    scorer: str | None = Field(None, description="That scorer, as rewards[].type; null: the measure's own")
+    name: str | None = Field(None, description="Of the scorer's column; null: the measure's own")
+
+    @property
+    def column(self) -> str:
+        """Name of its scorer's column."""
+        return self.name or self.measure.rsplit(".", 1)[-1]
+
+    @property
+    def reward(self) -> RewardConfig:
+        """The scorer that it asks, once that is written out."""
+        return RewardConfig(type=str(self.scorer), name=self.column, weight=0.0, options=self.options)
+
+
 class ScoringConfig(PoolConfig):
     """The pool of reward actors; each holds every scorer that has no pool of its own. Defaults of those pools too."""
 

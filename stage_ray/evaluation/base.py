@@ -18,38 +18,13 @@ from pydantic import TypeAdapter, ValidationError
 
 from stage_ray.config import RewardConfig
 from stage_ray.errors import ConfigError, RunError
+from stage_ray.evaluation.metrics import MetricValue, drawn_value, mean_of_metrics, mean_over_images
 from stage_ray.files import atomic_write, read_json
-from stage_ray.records import Prompt, ScoredGroup
+from stage_ray.records import MEASURES, Prompt, ScoredGroup
 from stage_ray.registry import Registry
 from stage_ray.rewards.geneval_rules import is_nothing
 
 BENCHMARKS = Registry("stage_ray.evaluation", "Benchmark", "benchmark")
-
-
-@dataclass(frozen=True, slots=True)
-class MetricValue:
-    """One metric of a benchmark.
-
-    Attributes:
-        value: the metric itself, in the benchmark's unit.
-        error: its standard error; None where a single image says nothing about the spread.
-        images: images that count in it.
-        by_prompt: prompt index -> mean over the images of that prompt; two evaluations are compared prompt by prompt.
-        parts: the metrics of which this one is the mean, listed before it; empty where it is measured itself.
-
-    Example:
-        >>> str(MetricValue(0.5, 0.0213)), str(MetricValue(0.5))
-        ('0.500 ± 0.021', '0.500')
-    """
-
-    value: float
-    error: float | None = None
-    images: int = 0
-    by_prompt: Mapping[int, float] = field(default_factory=dict)
-    parts: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        return f"{self.value:.3f}" + (f" ± {self.error:.3f}" if self.error is not None else "")
 
 
 class Benchmark(ABC):
@@ -236,34 +211,6 @@ def answers_by_kind(kinds: Sequence[str], answers: Sequence[float]) -> dict[str,
     return dict(sorted(found.items()))
 
 
-def mean_over_images(by_prompt: Mapping[int, Sequence[float]]) -> MetricValue | None:
-    """Mean over all images; None without any.
-
-    Prompts are the independent units of its standard error, since images of one prompt are alike.
-
-    Args:
-        by_prompt: prompt index -> the values of its images; none of them empty.
-    """
-    values = [value for images in by_prompt.values() for value in images]
-    if not values:
-        return None
-    means = {prompt: float(np.mean(images)) for prompt, images in by_prompt.items()}
-    units = list(means.values()) if len(means) > 1 else values  # of a single prompt only its images spread
-    error = float(np.std(units, ddof=1) / math.sqrt(len(units))) if len(units) > 1 else None
-    return MetricValue(sum(values) / len(values), error, len(values), means)
-
-
-def mean_of_metrics(metrics: Mapping[str, MetricValue]) -> MetricValue | None:
-    """Mean of independent metrics: its variance is the sum of theirs over their number squared. None without any."""
-    if not metrics:
-        return None
-    # Without the error of one of them the mean has none either.
-    errors = [metric.error for metric in metrics.values() if metric.error is not None]
-    error = math.sqrt(sum(error * error for error in errors)) / len(metrics) if len(errors) == len(metrics) else None
-    value = sum(metric.value for metric in metrics.values()) / len(metrics)
-    return MetricValue(value, error, sum(metric.images for metric in metrics.values()), parts=tuple(metrics))
-
-
 @dataclass(frozen=True, slots=True)
 class EvaluationResult:
     """The result of one evaluation; JSON-able, see `write_result`.
@@ -294,6 +241,17 @@ class EvaluationResult:
         headline = self.metrics.get(self.headline)
         return len(self.images) - (headline.images if headline else 0)
 
+    def with_metrics(self, further: Mapping[str, MetricValue]) -> EvaluationResult:
+        """The result with further metrics, after its own, whose names they may not take."""
+        return replace(self, metrics=dict(self.metrics) | {k: v for k, v in further.items() if k not in self.metrics})
+
+    def direction(self, metric: str) -> int:
+        """1 where more of a metric is better, -1 where less is; 0 where neither is, or nothing is known."""
+        headline, found = self.metrics.get(self.headline), self.metrics.get(metric)
+        judged = (self.headline, *(headline.parts if headline else ()))
+        better = found.better if found and found.better else "larger" * (metric in judged)
+        return {"larger": 1, "smaller": -1}.get(better, 0)
+
     @property
     def headline_value(self) -> float | None:
         """Value of the headline metric; None where no image could be judged."""
@@ -309,6 +267,8 @@ def unlike(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
     """
     said = []
     for key in sorted(before.keys() | after.keys()):
+        if key == MEASURES and not (key in before and key in after):
+            continue  # that one of them measured more changes nothing in the rest
         if (was := before.get(key)) != (now := after.get(key)):
             values = f"was {was} and is {now}"
             said.append(f"{key} {values if len(values) < 100 else 'was another'}")
@@ -322,12 +282,15 @@ def changes(before: EvaluationResult, after: EvaluationResult) -> dict[str, Metr
 
     Both draw the same prompts with the same seeds, so the change is estimated prompt by prompt: its standard error is
     that of the prompts' differences, which is smaller than what the two values' errors suggest. The change of a mean
-    of metrics is the mean of their changes.
+    of metrics is the mean of their changes; that of a metric with ``draws`` spreads as those of the same prompts do.
     """
     found: dict[str, MetricValue] = {}
     for name, was in before.metrics.items():
         now = after.metrics.get(name)
         if now is None or any(part not in found for part in was.parts):
+            continue
+        if was.draws and len(was.draws) == len(now.draws):
+            found[name] = drawn_value(now.value - was.value, np.subtract(now.draws, was.draws), now.images)
             continue
         both = was.by_prompt.keys() & now.by_prompt.keys()  # prompts with a judged image in both
         differences = {prompt: [now.by_prompt[prompt] - was.by_prompt[prompt]] for prompt in sorted(both)}

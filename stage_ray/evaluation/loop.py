@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import xxhash
 
-from stage_ray.config import OWN_POOL, RewardConfig, RunConfig
+from stage_ray.config import OWN_POOL, MeasureConfig, RewardConfig, RunConfig
 from stage_ray.evaluation.base import Benchmark, EvaluationResult, summarise
-from stage_ray.records import JudgedGroup, Prompt, RolloutRequest, image_seeds
+from stage_ray.evaluation.measures.base import measured
+from stage_ray.records import MEASURES, JudgedGroup, Prompt, RolloutRequest, image_seeds
 from stage_ray.rewards import score_groups
 from stage_ray.rewards.routing import Scorer
 from stage_ray.samplers import ImageSearch, load_search, resolve_samplers
@@ -118,13 +119,25 @@ async def judge_in_batches(
 
 
 async def evaluate(
-    backend: Backend, benchmark: Benchmark, requests: Sequence[RolloutRequest], advance: Callable[[int], object]
+    backend: Backend,
+    benchmark: Benchmark,
+    requests: Sequence[RolloutRequest],
+    advance: Callable[[int], object],
+    measures: Sequence[MeasureConfig] = (),
 ) -> EvaluationResult:
     """Generate and score every prompt of `requests_for`, and sum up; ``advance`` counts the finished ones."""
-    scored = await judge_in_batches(
-        backend, requests, lambda group: group.scored, advance=advance, at_once=backend.batches_at_once
+    judged = await judge_in_batches(
+        backend,
+        requests,
+        lambda group: (group.scored, group.measured),
+        advance=advance,
+        at_once=backend.batches_at_once,
     )
-    return summarise(benchmark, [request.prompt for request in requests], scored)
+    prompts, found = [request.prompt for request in requests], [more for _, more in judged if more is not None]
+    result = summarise(benchmark, prompts, [scored for scored, _ in judged])
+    # Apart from the event loop, on which a cluster's heartbeats depend: some take seconds.
+    further = await asyncio.to_thread(measured, measures, prompts, found) if measures else {}
+    return result.with_metrics(further)
 
 
 def judge_of(reward: RewardConfig, *without: str) -> dict[str, Any]:
@@ -135,7 +148,13 @@ def judge_of(reward: RewardConfig, *without: str) -> dict[str, Any]:
     return reward.model_dump(mode="json", exclude={*without, *OWN_POOL, *([] if reward.when else ["when"])})
 
 
-def conditions(run: RunConfig, benchmark: Benchmark, requests: Sequence[RolloutRequest], seed: int) -> dict[str, Any]:
+def conditions(
+    run: RunConfig,
+    benchmark: Benchmark,
+    requests: Sequence[RolloutRequest],
+    seed: int,
+    measures: Sequence[MeasureConfig] = (),
+) -> dict[str, Any]:
     """What the result of `evaluate` depends on beside the weights, by key of a config; JSON-able.
 
     Of prompts, with all that their lines hold, the number and an xxh3-64 in hexadecimal.
@@ -157,4 +176,5 @@ def conditions(run: RunConfig, benchmark: Benchmark, requests: Sequence[RolloutR
         "policy.template": run.policy.template,
         **{f"rollout.{name}": value for name, value in sampling.items()},
         "rewards": [judge_of(reward, "weight") for reward in run.rewards],
+        **({MEASURES: [measure.model_dump(mode="json") for measure in measures]} if measures else {}),
     }

@@ -56,6 +56,8 @@ class PartialResult:
             self._file = self._file or self._begin(self._path)
             scores = {"scores": group.scores.tolist(), "details": group.details, "score_s": group.score_s}
             line = {"group_id": group.group_id, "names": group.names, "unasked": group.unasked, **scores}
+            if group.features:
+                line["features"] = {name: array.tolist() for name, array in group.features.items()}
             self._file.write(json.dumps(line, default=plain) + "\n")
             self._file.flush()
 
@@ -98,4 +100,5 @@ def _group(line: Mapping[str, Any]) -> ScoredGroup:
     scores = np.asarray(line["scores"], np.float32).reshape(len(details), len(names))
     unasked = tuple(line.get("unasked", ()))
     valid = np.isfinite(scores)  # all but those of scorers that were not asked
-    return ScoredGroup(line["group_id"], names, scores, valid, details, line["score_s"], unasked=unasked)
+    features = {name: np.asarray(rows, np.float32) for name, rows in line.get("features", {}).items()}
+    return ScoredGroup(line["group_id"], names, scores, valid, details, line["score_s"], features, unasked)

@@ -9,22 +9,28 @@ from pathlib import Path
 from stage_ray.config import RewardConfig, RunConfig, SuiteConfig
 from stage_ray.errors import ConfigError, suggest
 from stage_ray.evaluation.base import EvaluationResult, find_benchmark, read_result
+from stage_ray.evaluation.measures.base import resolve_measures
 from stage_ray.files import read_json
 from stage_ray.rewards.build import with_models
 
 EVALUATION, BEST_FILE = "evaluation", "best.json"
+REFERENCE = ".reference"  # in a run's EVALUATION: images of the reference, as tokens
 
 
 def resolve_suites(run: RunConfig) -> RunConfig:
-    """The config with every suite's name, prompts, scorers and images a prompt written out, and all scorers' models.
+    """The config with what suites and measures leave open written out, and all scorers' models.
 
     Raises:
-        ConfigError: a benchmark is unknown, a name is taken or no name of a directory, or ``checkpoint.keep_best``
-            names none.
+        ConfigError: a benchmark or measure is unknown, a name is taken or no name of a directory, or
+            ``checkpoint.keep_best`` names none.
     """
     run = run.model_copy(update={"rewards": [with_models(reward) for reward in run.rewards]})
     suites = [_resolved(run, suite, f"evaluation.suites.{i}") for i, suite in enumerate(run.evaluation.suites)]
-    run = run.model_copy(update={"evaluation": run.evaluation.model_copy(update={"suites": suites})})
+    measures = resolve_measures(run.evaluation.measures)
+    if measures and run.prompts.heldout is None:
+        raise ConfigError("evaluation.measures sees the images of prompts.heldout, which is not set; set it")
+    update = {"suites": suites, "measures": measures}
+    run = run.model_copy(update={"evaluation": run.evaluation.model_copy(update=update)})
     names = [str(suite.name) for suite in [own_suite(run)] * (run.prompts.heldout is not None) + suites]
     served: dict[str, str] = {}
     for name in names:
@@ -67,7 +73,7 @@ def is_rewarded(run: RunConfig, suite: SuiteConfig) -> bool:
 def suite_dirs(run_dir: Path) -> list[Path]:
     """Where the results of a run's suites are: those of its own prompts first, then each further one's."""
     root = run_dir / EVALUATION
-    return [root, *sorted(path for path in root.glob("*") if path.is_dir())]
+    return [root, *sorted(path for path in root.glob("[!.]*") if path.is_dir())]
 
 
 def results(directory: Path) -> dict[int, EvaluationResult]:

@@ -20,6 +20,7 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -203,6 +204,26 @@ class Learner:
                     raise NonFiniteError(str(error), {int(part[n]): why for n, why in error.blamed.items()}) from error
                 log.warning("%s; mini-batch %d is left out", error, number + 1)
         return metrics | {name: statistics.fmean(row[name] for row in told) for name in told[0]}
+
+    def drift(self, groups: Sequence[RolloutGroup], images: int) -> list[np.ndarray]:
+        """How far the policy has moved from the reference, on the first ``images`` of each group.
+
+        Means over tokens of `stage_ray.policies.drift.token_drift`, float32 [images, 3 or 6] each. Several ranks call
+        it together.
+        """
+        encode = self.policy.codec.encode_prompt
+        prompts = [
+            prompt for group in groups for prompt in [encode(group.prompt.drawn_text)] * len(group.tokens[:images])
+        ]
+        tokens = torch.as_tensor(np.concatenate([group.tokens[:images] for group in groups]), dtype=torch.int64)
+        if offload := self._run.learner.reference_offload:
+            self._reference.model.to(self._device)
+        found = self._passes.drift(prompts, tokens, self._cut[0]).numpy()
+        if offload:
+            self._reference.model.to(CPU)
+        self._release_cached_memory()
+        sizes = np.cumsum([len(group.tokens[:images]) for group in groups])
+        return np.split(found, sizes[:-1])
 
     def weights(self, dtype: torch.dtype | None = None) -> list[tuple[str, Tensor]]:
         """The trained parameters by ``state_dict`` name, detached.

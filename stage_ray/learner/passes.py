@@ -14,7 +14,8 @@ from stage_ray.config import RunConfig
 from stage_ray.learner.batch import Batch
 from stage_ray.learner.metrics import UpdateOutputs
 from stage_ray.learner.ranks import Ranks
-from stage_ray.policies.base import Policy
+from stage_ray.policies.base import Policy, PromptIds
+from stage_ray.policies.drift import token_drift
 from stage_ray.policies.logprobs import TokenLogprobs
 from stage_ray.recipes.base import Credit, PolicyOutputs, Recipe, ReferenceOutputs
 from stage_ray.samplers import SamplingParams
@@ -50,6 +51,24 @@ class Passes:
         """The reference model's log-probabilities and entropies of the whole batch."""
         run = partial(self._token_logprobs, batch, of_reference=True, guided=self._recipe.needs_guided)
         return ReferenceOutputs(**self._gather(batch, micro_batches, run, "logprobs", "entropy", "guided_logprobs"))
+
+    @torch.no_grad()
+    def drift(self, prompts: Sequence[PromptIds], tokens: Tensor, micro_batch: int) -> Tensor:
+        """Means over tokens of `token_drift`, as the models are now: tokens int64 [B, T] -> float32 [B, 3 or 6].
+
+        Ranks share the images; where they do not divide them, the first ones are done twice.
+        """
+        count = len(tokens)
+        share = -(-count // self._ranks.count)
+        own = (self._ranks.rank * share + torch.arange(share)) % count
+        parts = []
+        models, narrow = (self._policy_model, self._reference_model), (self._bfloat16, self._reference_bfloat16)
+        for some in own.split(micro_batch):
+            asked, drawn = [prompts[i] for i in some.tolist()], tokens[some].to(self._device)
+            parts.append(token_drift(*models, asked, drawn, self._sampling, narrow).mean(dim=1))
+        for model in models:
+            self._ranks.reshard(model.fsdp_modules())
+        return self._ranks.all_gather(torch.cat(parts))[:count].cpu()
 
     def policy(
         self, batch: Batch, micro_batches: Sequence[Tensor], reference: ReferenceOutputs, credit: Credit

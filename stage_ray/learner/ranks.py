@@ -19,7 +19,7 @@ from stage_ray.weights.process_groups import init_process_group
 class Ranks:
     """Which rank this process is, and of how many.
 
-    Invariant: every rank makes the same calls in the same order; all but `shard` and `rows` wait for the other ranks.
+    Invariant: every rank makes the same calls in the same order; all but `shard`, `reshard`, `rows` wait for others.
     """
 
     rank: int = 0
@@ -59,6 +59,11 @@ class Ranks:
         for module in modules:
             module.set_gradient_divide_factor(1.0)  # type: ignore[operator]
             module.set_force_sum_reduction_for_comms(True)  # type: ignore[operator]  # gloo has no other reduction
+
+    def reshard(self, modules: Sequence[nn.Module]) -> None:
+        """Keep shards alone again of what `shard` was given: a forward leaves some whole for a backward to come."""
+        for module in modules if self.mesh is not None else ():
+            module.reshard()  # type: ignore[operator]
 
     def part(self, tensor: Tensor) -> tuple[Tensor, list[int]] | None:
         """What this rank stores of a tensor, and where in the whole that begins; None where it stores nothing.

@@ -187,7 +187,7 @@ class PrometheusEndpoint:
 
     def set(self, name: str, number: float | None) -> str:
         """Serve one number; None as NaN. The name by which it is served."""
-        served = PREFIX + re.sub(r"\W", "_", name)  # Prometheus takes letters, digits and _ only
+        served = PREFIX + re.sub(r"\W", "_", name, flags=re.ASCII)  # Prometheus takes letters, digits and _ only
         if served not in self._gauges:
             self._gauges[served] = Gauge(served, _help(name), registry=self._registry)
         self._gauges[served].set(math.nan if number is None else number)

@@ -150,16 +150,38 @@ def estimate(runs: Sequence[EvaluationResult], metric: str) -> Estimate | None:
 
     Runs and prompts are both drawn anew, with replacement; prompts inside of each part that the metric is the mean of.
     """
+    if (drawn := _draws(runs, metric)) is not None:
+        return _bootstrap_draws(*drawn)
     tables = _tables(runs, metric)
     return _bootstrap(tables) if tables else None
 
 
 def difference(pairs: Sequence[tuple[EvaluationResult, EvaluationResult]], metric: str) -> Estimate | None:
     """Mean of (second - first) over pairs of runs with one seed each, prompt by prompt; drawn anew as in `estimate`."""
+    was, now = (_draws([pair[side] for pair in pairs], metric) for side in (0, 1))
+    if was is not None and now is not None and was[1].shape == now[1].shape:
+        return _bootstrap_draws(now[0] - was[0], now[1] - was[1])
     first, second = (_tables([pair[side] for pair in pairs], metric) for side in (0, 1))
     if not (first and second) or [table.shape for table in first] != [table.shape for table in second]:
         return None
     return _bootstrap([now - was for was, now in zip(first, second, strict=True)])
+
+
+def _draws(runs: Sequence[EvaluationResult], metric: str) -> tuple[np.ndarray, np.ndarray] | None:
+    """Of a metric with draws its values [R], and what it is over prompts drawn anew [R, D]; None for any other."""
+    found = [run.metrics[metric] for run in runs if metric in run.metrics]
+    if not found or len(found) < len(runs) or len({len(one.draws) for one in found}) > 1 or not found[0].draws:
+        return None
+    return np.array([one.value for one in found]), np.array([one.draws for one in found])
+
+
+def _bootstrap_draws(values: np.ndarray, drawn: np.ndarray) -> Estimate:
+    """Mean of values [R] and its interval; a draw has the same prompts in all runs."""
+    noise, (count, draws) = np.random.default_rng(0), drawn.shape
+    chosen = noise.multinomial(count, [1 / count] * count, size=DRAWS) / count  # [DRAWS, R], shares of runs
+    means = (chosen * drawn[:, noise.integers(draws, size=DRAWS)].T).sum(axis=1)
+    low, high = np.quantile(means, [(1 - COVERED) / 2, (1 + COVERED) / 2])
+    return Estimate(float(values.mean()), float(low), float(high))
 
 
 def _tables(runs: Sequence[EvaluationResult], metric: str) -> list[np.ndarray] | None:

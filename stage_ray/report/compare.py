@@ -49,6 +49,8 @@ class SuiteTable:
     Attributes:
         estimates: metric -> one of each arm; None where an arm has it not.
         differences: metric -> of each arm to the first one, over runs of the same seed; None for the first.
+        ways: metric -> 1 where more of it is better, -1 where less is, 0 where neither is.
+        measures: the metrics among them that are no benchmark's.
         unlike: why the arms cannot be compared; "" where they can.
     """
 
@@ -56,6 +58,8 @@ class SuiteTable:
     images: int
     estimates: Mapping[str, Sequence[Estimate | None]]
     differences: Mapping[str, Sequence[Estimate | None]]
+    ways: Mapping[str, int]
+    measures: Sequence[str]
     unlike: str
 
 
@@ -119,14 +123,17 @@ def _suite(arms: Sequence[Arm], suite: str) -> SuiteTable:
     first = {run.seed: run.after[suite] for run in arms[0].runs if suite in run.after}
     estimates: dict[str, list[Estimate | None]] = {}
     differences: dict[str, list[Estimate | None]] = {}
-    for metric in like.metrics:
+    known = {metric: result for some in found for result in some for metric in result.metrics}  # measures may differ
+    ways = {metric: result.direction(metric) for metric, result in known.items()}
+    measures = [metric for metric, result in known.items() if result.metrics[metric].better]
+    for metric in {**like.metrics, **known}:
         estimates[metric] = [estimate(some, metric) for some in found]
         differences[metric] = [None]
         for arm, some in zip(arms[1:], found[1:], strict=True):
             pairs = [(first[run.seed], run.after[suite]) for run in arm.runs if run.seed in first and some]
             differences[metric].append(None if unlike else difference(pairs, metric))
     images = sum(len(result.images) for result in next(some for some in found if some))
-    return SuiteTable(like.headline, images, estimates, differences, unlike)
+    return SuiteTable(like.headline, images, estimates, differences, ways, measures, unlike)
 
 
 def _end(arm: Arm, value: Value) -> tuple[float, float, float] | None:
@@ -157,18 +164,19 @@ def _training_charts(arms: Sequence[Arm]) -> dict[str, Markup]:
 
 
 def _evaluation_charts(arms: Sequence[Arm], suites: Mapping[str, SuiteTable]) -> dict[str, Markup]:
-    """A chart of each suite that was evaluated between: the headline by step."""
+    """Charts of each suite that was evaluated between, by step: of the headline and of each measure."""
     charts = {}
     for suite, table in suites.items():
-        series: dict[str, dict[int, list[float]]] = {}
-        for arm in arms:
-            points = series.setdefault(arm.name, {})
-            for run in arm.runs:
-                for step, result in run.between.get(suite, {}).items():
-                    if (value := result.headline_value) is not None:
-                        points.setdefault(step, []).append(value)
-        if not table.unlike and any(len(points) > 1 for points in series.values()):
-            charts[f"{suite or 'Held-out'}: {table.headline}"] = _banded(series)
+        for metric in dict.fromkeys([table.headline, *table.measures]):
+            series: dict[str, dict[int, list[float]]] = {}
+            for arm in arms:
+                points = series.setdefault(arm.name, {})
+                for run in arm.runs:
+                    for step, result in run.between.get(suite, {}).items():
+                        if metric in result.metrics:
+                            points.setdefault(step, []).append(result.metrics[metric].value)
+            if not table.unlike and any(len(points) > 1 for points in series.values()):
+                charts[f"{suite or 'Held-out'}: {metric}"] = _banded(series)
     return charts
 
 
@@ -208,6 +216,7 @@ def _numbers(arms: Sequence[Arm], table: SuiteTable) -> dict[str, Any]:
 
     return {
         "headline": table.headline,
+        "better": {metric: {1: "larger", -1: "smaller"}[way] for metric, way in table.ways.items() if way},
         "unlike": table.unlike,
         "metrics": {metric: of(column) for metric, column in table.estimates.items()},
         f"difference to {arms[0].name}": {metric: of(column) for metric, column in table.differences.items()},

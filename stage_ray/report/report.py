@@ -12,7 +12,8 @@ import yaml
 from markupsafe import Markup
 
 from stage_ray.config.hardware import machine_metadata
-from stage_ray.evaluation.base import EvaluationResult, MetricValue, changes, read_result, unlike
+from stage_ray.evaluation.base import EvaluationResult, changes, read_result, unlike
+from stage_ray.evaluation.metrics import MetricValue
 from stage_ray.evaluation.suites import BEST_FILE, EVALUATION, results, suite_dirs
 from stage_ray.files import read_json
 from stage_ray.observability.metrics_logger import ALARMS_FILE, MACHINE_FILE, METRICS_FILE, read_steps
@@ -118,21 +119,17 @@ class _Comparison:
 
     @property
     def tones(self) -> dict[str, str]:
-        """Colours of the changes that are more than two standard errors away from zero.
-
-        Only of the headline, of which more is better, and its parts: of another metric less may be better, or neither.
-        """
-        changed, judged = self.changed, tuple[str, ...]()
-        if self.before and self.before.headline in changed:
-            judged = (*self.before.metrics[self.before.headline].parts, self.before.headline)
-        clear = {name: changed[name] for name in judged if name in changed and changed[name].error is not None}
-        return {
-            name: "good" if c.value > 0 else "bad" for name, c in clear.items() if abs(c.value) > 2 * (c.error or 0)
-        }
+        """Colours of the changes that are more than two standard errors away from zero, where one way is better."""
+        found = {}
+        for name, change in self.changed.items():
+            way = self.after.direction(name) if self.after else 0
+            if way and change.error is not None and abs(change.value) > 2 * change.error:
+                found[name] = "good" if way * change.value > 0 else "bad"
+        return found
 
 
 def _evaluation_charts(suites: Sequence[_Comparison]) -> dict[str, Markup]:
-    """A chart of each suite that was evaluated between: the headline and its parts where they are like the newest."""
+    """Charts of each suite that was evaluated between, as the newest was: the headline with its parts, each measure."""
     charts = {}
     for suite in suites:
         newest = suite.found[max(suite.found)] if suite.found else None
@@ -145,6 +142,11 @@ def _evaluation_charts(suites: Sequence[_Comparison]) -> dict[str, Markup]:
             }
             title = f"{suite.name or 'Held-out'}: {newest.headline}, ± one standard error"
             charts[title] = Markup(banded_chart(list(found), series))
+            for name in (name for name, metric in newest.metrics.items() if metric.better):
+                points = [result.metrics.get(name) for result in found.values()]
+                line = [(it.value, it.error or 0.0) if it else None for it in points]
+                measure = f"{suite.name or 'Held-out'}: {name}, ± one standard error"
+                charts[measure] = Markup(banded_chart(list(found), {name: line}))
     return charts
 
 

@@ -8,19 +8,19 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
-from transformers import Dinov2Model
 
 from stage_ray.records import Prompt, RolloutGroup
 from stage_ray.rewards.base import RewardOutput
 from stage_ray.rewards.clip import BatchSize
-from stage_ray.rewards.models import Dtype, check_model, load_image_processor, load_model
+from stage_ray.rewards.models import Dtype
+from stage_ray.rewards.vectors import VisionNetwork
 
 
 class FeaturesReward:
     """The mean cosine distance of an image to its group's others by DINOv2 (arXiv 2304.07193): 0..2, 0 where all agree.
 
-    The features are the class token's unit vectors; recipes such as ``diverse_grpo`` read them, with a weight of 0.
+    The features are unit vectors, of a DINO those of its class token; recipes such as ``diverse_grpo`` read them, with
+    a weight of 0.
     """
 
     def __init__(
@@ -31,16 +31,14 @@ class FeaturesReward:
         device: str | None = None,
     ) -> None:
         """Load the checkpoint (Apache-2.0); path, batch_size, dtype, device: as of `ClipReward`."""
-        self._model, location = load_model(Dinov2Model, path=path, dtype=dtype, device=device)
-        self._processor, self._batch_size = load_image_processor(location), batch_size
+        self._network = VisionNetwork(path, batch_size, dtype, device)
 
     @classmethod
     def check(
         cls, prompts: Sequence[Prompt], path: str = "facebook/dinov2-base", **options: Any
     ) -> Iterator[tuple[Prompt, str]]:
         """Check a local checkpoint; see `Reward`. It judges every prompt."""
-        if (location := check_model(Dinov2Model, path=path, tensors=False)) is not None:
-            load_image_processor(location)
+        VisionNetwork.check(path)
         return iter(())
 
     def score_groups(self, groups: Sequence[RolloutGroup]) -> RewardOutput:
@@ -51,13 +49,6 @@ class FeaturesReward:
         scores = torch.cat(distances).numpy()
         return RewardOutput(scores, np.isfinite(scores), tuple({} for _ in scores), torch.cat(vectors).numpy())
 
-    @torch.inference_mode()
     def vectors(self, images: np.ndarray) -> torch.Tensor:
         """Unit vectors, float32 [B, D], of images, uint8 [B, H, W, 3]."""
-        rows = []
-        for start in range(0, len(images), self._batch_size):
-            pictures = [Image.fromarray(image) for image in images[start : start + self._batch_size]]
-            pixels = self._processor(pictures, return_tensors="pt")["pixel_values"]
-            output = self._model(pixels.to(self._model.device, self._model.dtype))
-            rows.append(F.normalize(output.last_hidden_state[:, 0].float(), dim=-1).cpu())
-        return torch.cat(rows)
+        return F.normalize(torch.from_numpy(self._network.vectors(images)), dim=-1)

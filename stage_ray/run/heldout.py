@@ -12,9 +12,13 @@ import numpy as np
 from stage_ray.cluster.backend import ClusterBackend
 from stage_ray.cluster.cluster import Cluster
 from stage_ray.config import RunConfig, SuiteConfig
+from stage_ray.errors import GroupsLostError
 from stage_ray.evaluation.base import EvaluationResult, find_benchmark, read_result, unlike, write_result
 from stage_ray.evaluation.loop import conditions, evaluate, judge_in_batches, requests_for, searching
-from stage_ray.evaluation.suites import EVALUATION, own_suite
+from stage_ray.evaluation.measures.base import find_measure
+from stage_ray.evaluation.measures.drift import IMAGES, drift_metrics
+from stage_ray.evaluation.metrics import MetricValue
+from stage_ray.evaluation.suites import EVALUATION, REFERENCE, own_suite
 from stage_ray.observability.progress import Progress
 from stage_ray.records import Prompt
 from stage_ray.report.samples import contact_sheet
@@ -42,8 +46,10 @@ class HeldOutEvaluation:
         choice = {"search": self.suite.search, "search_options": self.suite.search_options}
         rollout = run.rollout.model_copy(update=choice)
         self._judged_by = run.model_copy(update={"rewards": self.suite.rewards, "rollout": rollout})
-        backend = ClusterBackend(cluster, run, suite=None if suite is None else suite.name)
-        self._backend = searching(backend, self._judged_by)
+        plain = ClusterBackend(cluster, run, suite=None if suite is None else suite.name)
+        self._measuring = ClusterBackend(cluster, run, measuring=True)
+        self._measures = run.evaluation.measures if suite is None else []
+        self._cluster, self._backend = cluster, searching(plain, self._judged_by)
         self._prompts, self._dir, self._progress, self._image = list(prompts), run_dir, progress, image
         self.directory = run_dir / EVALUATION / ("" if suite is None else str(suite.name))
         self._benchmark = find_benchmark(self.suite.benchmark)
@@ -59,7 +65,7 @@ class HeldOutEvaluation:
             return None
         path, title = self.directory / f"{name}.json", f"evaluation {'' if self._own else f'{self.suite.name} '}{name}"
         requests = requests_for(self._prompts, self.suite.images_per_prompt or 1, self._config.seed)
-        now = conditions(self._judged_by, self._benchmark, requests, self._config.seed)
+        now = conditions(self._judged_by, self._benchmark, requests, self._config.seed, self._measures)
         if name == "before" and (kept := read_result(path)):  # the run before this one evaluated it
             if why := unlike(kept.conditions, now):
                 self._progress.note(why)
@@ -68,7 +74,11 @@ class HeldOutEvaluation:
             self._progress.note(f"no {title} training: this run began without one")
             return None
         with self._progress.bar(title, len(self._prompts)) as advance:
-            result = replace(await evaluate(self._backend, self._benchmark, requests, advance), conditions=now)
+            backend = self._measuring if self._measures else self._backend
+            self._measuring.drawn.clear()
+            found = await evaluate(backend, self._benchmark, requests, advance, self._measures)
+        drift = await self._drift(policy_version) if self._measures else {}
+        result = replace(found.with_metrics(drift), conditions=now)
         write_result(path, result, policy_version=policy_version)
         if self._own and name in ("before", "after"):
             await self._draw(f"evaluation/{name}", policy_version, path.with_suffix(".png"))
@@ -76,6 +86,21 @@ class HeldOutEvaluation:
         told = ", ".join(f"{metric} {value:.3f}" for metric, value in shown.items() if value is not None)
         self._progress.note(f"{title}: held-out {told}")
         return result
+
+    async def _drift(self, policy_version: int) -> dict[str, MetricValue]:
+        """What the learner says of the groups that were just drawn, where a measure asks it."""
+        groups = sorted(self._measuring.drawn, key=lambda group: group.group_id)
+        if not any(find_measure(measure.measure).of_learner for measure in self._measures):
+            return {}
+        # Before the first update the policy is its own reference, unless another one is set.
+        anchor = policy_version == 0 and self._run.policy.reference is None
+        directory = self.directory / REFERENCE
+        try:
+            found = await self._cluster.learner.drift(groups, directory, images=IMAGES, anchor=anchor)
+        except GroupsLostError as lost:
+            self._progress.note(f"how far the policy has moved is not known: {lost}")
+            return {}
+        return drift_metrics(*found)
 
     async def sample(self, step: int) -> None:
         """Draw the fixed sample prompts when a picture is due; only synchronous training waits for it."""

@@ -97,6 +97,8 @@ def preflight(run: RunConfig, *, fetch: bool = True) -> RunPrompts:
     if not left:
         _require_matches(run, train + heldout * run.evaluation.enabled)
     _require_scorable(run.rewards, train + heldout * run.evaluation.enabled, "rewards", here)
+    measuring = [measure.reward for measure in run.evaluation.measures if measure.scorer and run.evaluation.enabled]
+    _require_scorable(measuring, heldout, "evaluation.measures")
     suites = _suite_prompts(run, left)
     codec = policy_class(run.policy).check(run.policy)
     check_reference(run.policy)

@@ -24,14 +24,13 @@ from stage_ray.errors import ConfigError, RunError, suggest
 from stage_ray.evaluation.base import (
     Benchmark,
     EvaluationResult,
-    MetricValue,
     changes,
     find_benchmark,
-    summarise,
     write_png,
     write_result,
 )
-from stage_ray.evaluation.loop import conditions, requests_for
+from stage_ray.evaluation.loop import requests_for
+from stage_ray.evaluation.metrics import MetricValue
 from stage_ray.evaluation.partial import PartialResult
 from stage_ray.files import atomic_write, name_disk_errors, require_writable
 from stage_ray.observability.progress import Progress
@@ -41,6 +40,7 @@ from stage_ray.records import JudgedGroup, Prompt, RolloutRequest
 from stage_ray.report.samples import contact_sheet
 from stage_ray.rewards import check_rewards
 from stage_ray.run.inference import Job, inputs_of, judge
+from stage_ray.run.measuring import drift_of, sum_up, with_measures
 from stage_ray.run.preflight import SHOWN, drawable_prompts
 from stage_ray.samplers import resolve_samplers
 
@@ -86,6 +86,7 @@ def evaluate_suites(
     against: str | Path | None = None,
     prompts: str | Path | Mapping[str, str | Path] | None = None,
     judge_by: str | None = None,
+    measures: Sequence[str] = (),
     images_per_prompt: int | None = None,
     engine: str | None = None,
     guidance: float = 3.0,
@@ -117,7 +118,8 @@ def evaluate_suites(
     runs = {}
     for which, path in models.items():
         total = max(suite.images * len(suite.prompts) for suite in asked)
-        runs[which] = _run(path, engine, guidance, address, workers, overrides, images=total, suites=asked, by=judge_by)
+        run = _run(path, engine, guidance, address, workers, overrides, images=total, suites=asked, by=judge_by)
+        runs[which] = with_measures(run, measures, model, against)
     jobs = {
         (which, suite.name): _job(run, suite, seed, file, None if which else shown, which, single=len(suites) == 1)
         for which, run in runs.items()
@@ -130,9 +132,11 @@ def evaluate_suites(
             scored = judge(run, [jobs[which, suite.name] for suite in asked], progress, go_on=go_on)
             for suite, groups in zip(asked, scored, strict=True):
                 job = jobs[which, suite.name]
-                drawn = [request.prompt for request in job.requests]
-                known = conditions(job.run, suite.benchmark, job.requests, seed)
-                found[which, suite.name] = replace(summarise(suite.benchmark, drawn, groups), conditions=known)
+                found[which, suite.name] = sum_up(job, suite.benchmark, groups, seed)
+        if against is not None:
+            for suite in asked:
+                own, other = jobs["", suite.name], jobs["against", suite.name]
+                found["", suite.name] = found["", suite.name].with_metrics(drift_of(own, other))
         results = {one.name: Comparison(found["", one.name], found.get(("against", one.name))) for one in asked}
         if file is not None:
             _write(file, results, {name: str(path) for name, path in (("model", model), ("against", against))})

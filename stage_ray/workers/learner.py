@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray
 from torch import Tensor
 
@@ -20,6 +21,8 @@ from stage_ray.weights.manifest import DTYPES, Chunk, WeightError, describe, str
 from stage_ray.weights.process_groups import DEVICES, BroadcastGroup, GroupMember
 from stage_ray.workers.group_files import group_file, load_group, save_group
 from stage_ray.workers.threads import use_own_threads
+
+Drift = dict[int, np.ndarray]  # prompt index -> what `Learner.drift` gives for its images
 
 
 class LearnerWorker(Worker):
@@ -115,6 +118,25 @@ class LearnerWorker(Worker):
     def load_state(self, directory: Path) -> int:
         self._learner.load_state(directory)
         return self._learner.version
+
+    def drift(self, directory: Path, images: int, anchor: bool, *groups: RolloutGroup) -> tuple[Drift, Drift]:
+        """How far the policy has moved, by the index of each prompt: on ``groups`` of its own, and on the reference's.
+
+        The latter lie in ``directory``; with ``anchor`` they are those of ``groups``, which are written there.
+        """
+        if anchor and self._rank == 0:
+            for group in groups:
+                empty = np.empty((len(group.tokens), 0), np.float32)
+                scored = ScoredGroup(group.group_id, (), empty, empty.astype(bool), ({},) * len(empty), 0.0)
+                save_group(directory, group, scored)
+        known = [] if anchor else [load_group(path)[0] for path in sorted(directory.glob("group-*.safetensors"))]
+        sets = [list(groups)] + [known] * bool(known)
+        found = [self._learner.drift(some, images) for some in sets]
+        by_prompt = [
+            {group.prompt.index: rows for group, rows in zip(some, drift, strict=True)}
+            for some, drift in zip(sets, found, strict=True)
+        ]
+        return by_prompt[0], by_prompt[-1] if anchor or known else {}
 
     def save_groups(self, directory: Path, *objects: Any) -> None:
         """Write rollout groups, each followed by its scored groups; without any, those of the last `set_batch`."""

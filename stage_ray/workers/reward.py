@@ -12,12 +12,12 @@ from stage_ray.actors.client import Client, Worker, loading
 from stage_ray.config import RunConfig
 from stage_ray.observability.logs import redirect_output
 from stage_ray.observability.worker_metrics import WorkerMetrics
-from stage_ray.records import CONSTANT_STD, GroupRefs, RolloutGroup, ScoredGroup
+from stage_ray.records import CONSTANT_STD, MEASURES, GroupRefs, RolloutGroup, ScoredGroup
 from stage_ray.rewards import build_rewards, score_groups
 
 
 class RewardWorker(Worker):
-    """Scorers of the run that share a pool, called on whole batches of groups; in the first pool also the suites'."""
+    """Scorers of the run that share a pool, called on batches; the first pool also has those of suites and measures."""
 
     def __init__(
         self, name: str, run: RunConfig, log: str | None, rank: int = 0, columns: Sequence[str] | None = None
@@ -37,6 +37,9 @@ class RewardWorker(Worker):
             if suite.rewards != self._run.rewards:
                 found = build_rewards(suite.rewards or [], key=f"evaluation.suites.{number}.rewards")
                 self._suite_scorers[str(suite.name)] = found
+        if first and self._run.evaluation.enabled and (measures := self._run.evaluation.measures):
+            rewards = [measure.reward for measure in measures if measure.scorer]
+            self._suite_scorers[MEASURES] = build_rewards(rewards, key=MEASURES)
 
     def score(self, *objects: Any, suite: str | None = None) -> tuple[Any, ...]:
         """Groups and pictures, alternating, as a rollout worker returned them -> verdicts, then scored groups.

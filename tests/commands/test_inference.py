@@ -54,6 +54,27 @@ def test_a_wrong_setting_is_one_sentence_and_nothing_is_drawn(model, tmp_path, c
     assert sentence in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
+def test_measures_stand_beside_a_suite_and_drift_needs_a_reference(model, tmp_path, capsys):
+    (tmp_path / "prompts.jsonl").write_text(
+        "\n".join(json.dumps(RING | {"prompt": f"a {w} ring"}) for w in ("red", "blue"))
+    )
+    command = ["evaluate", str(model), "--suite", "tests.run.test_suites.LightBenchmark", "--engine", "torch"]
+    command += ["--prompts", str(tmp_path / "prompts.jsonl"), "--images-per-prompt", "2", "--measure", "drift"]
+    command += ["--set", "rewards=[{type: tests.scorers.Brightness}]"]
+    assert main(command) == 2
+    assert "measure drift compares with a reference: name it with --against" in capsys.readouterr().err
+    bright = "evaluation.measures=[{measure: mean, scorer: tests.scorers.Bright, name: bright}]"
+    out = tmp_path / "both.json"
+    assert main([*command, "--against", str(model), "--set", bright, "--json", str(out)]) == 0
+    (found,) = json.loads(out.read_text())["suites"].values()
+    metrics = found["result"]["metrics"]
+    drift = [name for name in metrics if "KL" in name or "entropy" in name]
+    assert len(drift) == 6 and all(metrics[name]["value"] == 0 for name in drift), "a model is its own reference"
+    assert set(metrics) == {"mean light", "bright", *drift} and set(found["result"]["scores"]) == {"Brightness"}
+    assert set(found["against"]["metrics"]) == {"mean light", "bright"}
+    assert metrics["bright"]["by_prompt"] == metrics["mean light"]["by_prompt"], "a suite sees its own scorer alone"
+
+
 def test_a_place_that_cannot_be_written_is_refused_before_anything_is_drawn(model, tmp_path, capsys):
     (tmp_path / "file").touch()
     assert generate(model, tmp_path / "file" / "out") == 2

@@ -16,7 +16,7 @@ import pytest
 
 from stage_ray.errors import ConfigError, RunError
 from stage_ray.evaluation import Benchmark
-from stage_ray.evaluation.base import EvaluationResult, MetricValue, find_benchmark, read_result, write_result
+from stage_ray.evaluation.base import EvaluationResult, find_benchmark, read_result, write_result
 from stage_ray.evaluation.base import summarise as summarise_with
 from stage_ray.evaluation.loop import (
     EngineBackend,
@@ -26,6 +26,7 @@ from stage_ray.evaluation.loop import (
     judge_in_batches,
     requests_for,
 )
+from stage_ray.evaluation.metrics import MetricValue
 from stage_ray.observability.progress import Progress
 from stage_ray.records import Prompt, RolloutGroup, RolloutRequest, ScoredGroup, image_seeds
 from stage_ray.rewards.base import RewardOutput

@@ -13,7 +13,8 @@ import pytest
 
 from stage_ray.cli import main
 from stage_ray.errors import ConfigError, RunError
-from stage_ray.evaluation.base import Benchmark, MetricValue, find_benchmark
+from stage_ray.evaluation.base import Benchmark, find_benchmark
+from stage_ray.evaluation.metrics import MetricValue
 from stage_ray.evaluation.wise import FirstWise
 from stage_ray.pipeline.prompt_files import load_prompts
 from stage_ray.records import Prompt, ScoredGroup

@@ -65,6 +65,11 @@ def weights(learner: Learner) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in learner.weights()}
 
 
+def drift(learner: Learner) -> torch.Tensor:
+    """How far the policy has moved, on the first image of three groups: two ranks cannot share them equally."""
+    return torch.from_numpy(np.concatenate(learner.drift(sample_groups(_frozen(learner), PROMPTS, 2), images=1)))
+
+
 def rank(number: int, addresses: tuple[str, str], model: Path, out: Path) -> None:
     """What each of three processes does; what it finds is in ``out``. The third waits until two have trained."""
     torch.set_num_threads(1)
@@ -100,6 +105,7 @@ def two_ranks(number: int, ranks: Ranks, model: Path, out: Path) -> None:
     found = weights(learner)
     assert bool(found) == (number == 0)
     learner.export(out / "exported")
+    moved = drift(learner)
     held = sum(p.to_local().numel() for p in learner.policy.trained_parameters().values())
     whole = sum(p.numel() for p in learner.policy.trained_parameters().values())
     assert held <= whole * 0.55, f"rank {number} of 2 holds {held} of {whole} trained numbers"
@@ -121,6 +127,7 @@ def two_ranks(number: int, ranks: Ranks, model: Path, out: Path) -> None:
         save_file(again, out / "again.safetensors")
         save_file(after, out / "after.safetensors")
         torch.save(metrics, out / "metrics.pt")
+        save_file({"drift": moved}, out / "drift.safetensors")
     for name, settings in OTHERS.items():
         other = Learner(tiny_run(model, **SETTINGS | settings), threads=1, ranks=ranks)
         updates(other, 1)
@@ -179,6 +186,14 @@ def test_two_ranks_train_as_one(case):
         assert two.keys() == one.keys()
         for name in one.keys() - {"time/reference_s", "time/policy_s"}:
             assert two[name] == pytest.approx(one[name], rel=2e-3, abs=1e-5), name
+
+
+@pytest.mark.slow
+def test_they_find_the_policy_as_far_from_the_reference_as_one_does(case):
+    out, _, alone, _ = case
+    found, one = load_file(out / "drift.safetensors")["drift"], drift(alone)
+    assert one.shape == (3, 6) and one[:, :2].min() > 0, "three updates have moved it"
+    torch.testing.assert_close(found, one, rtol=2e-3, atol=1e-5)
 
 
 @pytest.mark.slow

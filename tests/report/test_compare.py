@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from stage_ray.cli import main
-from stage_ray.evaluation.base import EvaluationResult, MetricValue, read_result, write_result
+from stage_ray.evaluation.base import EvaluationResult, read_result, write_result
+from stage_ray.evaluation.metrics import MetricValue
 from stage_ray.report.arms import difference, estimate
 from tests.fake_run import write_fake_run
 from tests.pages import README, command_lines
@@ -96,6 +97,39 @@ def test_a_difference_between_like_runs_is_narrower_than_their_own_intervals():
     own, paired = estimate([first for first, _ in pairs], "m"), difference(pairs, "m")
     assert paired.high - paired.low < (own.high - own.low) / 4
     assert paired.excludes_zero and paired.value == pytest.approx(0.05, abs=0.01)
+
+
+def test_a_metric_that_is_no_mean_over_prompts_is_compared_over_the_same_draws():
+    noise = np.random.default_rng(2)
+    shared = noise.normal(0, 1.0, 100)  # what the prompts of a draw add to every run
+
+    def measured(value: float, seed: int) -> EvaluationResult:
+        draws = value + shared + np.random.default_rng(seed).normal(0, 0.05, 100)
+        return EvaluationResult("b", "m", {"f": MetricValue(value, better="smaller", draws=tuple(draws))})
+
+    pairs = [(measured(5.0 + 0.1 * seed, seed), measured(4.0 + 0.1 * seed, 10 + seed)) for seed in range(3)]
+    own, paired = estimate([first for first, _ in pairs], "f"), difference(pairs, "f")
+    assert own.value == pytest.approx(5.1) and paired.value == pytest.approx(-1.0)
+    assert own.high - own.low > 3 and paired.high - paired.low < 0.3 and paired.excludes_zero
+    without = EvaluationResult("b", "m", {"m": MetricValue(0.5)})
+    assert difference([(without, pairs[0][0])], "f") is None and estimate([without], "f") is None
+
+
+def test_less_is_good_where_less_is_better_and_neither_has_no_colour(runs, tmp_path):
+    for run_dir in runs:
+        path, low = run_dir / "evaluation" / "after.json", 1.0 if "stage" in run_dir.name else 2.0
+        result = read_result(path)
+        further = {
+            name: MetricValue(low, 0.1, 4, {0: low, 1: low}, better=better)
+            for name, better in (("moved", "smaller"), ("drift", "neither"), ("spread", "larger"))
+        }
+        write_result(path, result.with_metrics(further))
+    page, numbers = compared(runs, tmp_path)
+    for name, tone in (("moved", "good"), ("drift", ""), ("spread", "bad")):
+        row = page.partition(f"<td>{name}</td>")[2].partition("</tr>")[0]
+        assert f'<td class="{tone}">-1.000 [-1.000, -1.000]</td>' in row
+    better = numbers["suites"][""]["better"]
+    assert better["moved"] == "smaller" and better["GenEval"] == "larger" and "drift" not in better
 
 
 def test_evaluations_made_otherwise_are_shown_and_not_subtracted(runs, tmp_path):

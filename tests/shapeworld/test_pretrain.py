@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from transformers import CLIPModel, JanusForConditionalGeneration, JanusProcessor
+from transformers import CLIPModel, ConvNextV2Model, JanusForConditionalGeneration, JanusProcessor
 
 from stage_ray.cli import main
 from stage_ray.shapeworld.detector import ShapeDetector
@@ -96,6 +96,8 @@ def test_a_smoke_run_builds_every_model_in_a_form_that_transformers_loads(tmp_pa
     assert JanusForConditionalGeneration.from_pretrained(tmp_path / "janus").dtype == torch.bfloat16
     assert JanusProcessor.from_pretrained(tmp_path / "janus").num_image_tokens == 64
     assert CLIPModel.from_pretrained(tmp_path / "clip").config.projection_dim == 128
+    assert ConvNextV2Model.from_pretrained(tmp_path / "features").config.hidden_sizes[-1] == 64
+    assert "2 steps" in (tmp_path / "features" / "README.md").read_text()
     assert len(ShapeDetector(tmp_path / "detector").detect(np.zeros((2, 64, 64, 3), np.uint8))) == 2
     assert "| rendered |" in (tmp_path / "detector" / "README.md").read_text()
     assert "2 steps in" in (tmp_path / "janus" / "README.md").read_text()

@@ -1,7 +1,7 @@
 """Builds everything ShapeWorld ships, from nothing but this package: about 80 minutes on two cores.
 
 `stage-ray pretrain --out DIR`. Each stage can be run alone and goes on where it stopped: its checkpoint lies in
-`DIR/work`, what ships in `DIR/{prompts,janus,detector,clip}`.
+`DIR/work`, what ships in `DIR/{prompts,janus,detector,clip,features}`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from stage_ray.shapeworld.grammar import Split, prompts
 from stage_ray.shapeworld.pretrain import tokenizer
 from stage_ray.shapeworld.pretrain.clip import train_clip
 from stage_ray.shapeworld.pretrain.detector import train_detector
+from stage_ray.shapeworld.pretrain.features import train_features, write_features_card
 from stage_ray.shapeworld.pretrain.language_model import janus_processor, load_policy, train_language_model
 from stage_ray.shapeworld.pretrain.loop import Budget, console
 from stage_ray.shapeworld.pretrain.measure import write_cards, write_detector_card
@@ -31,12 +32,18 @@ BUDGETS = {
     "language-model": Budget(steps=4400, seconds=40 * 60),
     "detector": Budget(steps=1200),
     "clip": Budget(steps=1200, seconds=10 * 60),
+    "features": Budget(steps=4000, seconds=4 * 60),
 }
-STAGES = ("prompts", "tokenizer", "language-model", "detector", "clip", "cards")
-RESULTS = ("work", "prompts", "janus", "detector", "clip")  # the directories that it writes
+STAGES = ("prompts", "tokenizer", "language-model", "detector", "clip", "features", "cards")
+RESULTS = ("work", "prompts", "janus", "detector", "clip", "features")  # the directories that it writes
 # Stage -> a file that the tokenizer's stage leaves.
-NEEDS = {"language-model": tokenizer.CHECKPOINT, "detector": "janus/model.safetensors"}
+NEEDS = {
+    "language-model": tokenizer.CHECKPOINT,
+    "detector": "janus/model.safetensors",
+    "features": "janus/model.safetensors",
+}
 PICTURES, DETECTOR_PICTURES = 56_000, 4096  # captioned scenes for the language model; pictures for the detector
+FEATURE_PICTURES = 6144
 SMOKE_STEPS, SMOKE_PICTURES = 2, 64
 
 
@@ -72,6 +79,9 @@ def pretrain(out: Path, *, stages: Sequence[str] | None = None, seed: int = 0, s
                 write_detector_card(out, seed, count=12 if smoke else 600)
             case "clip":
                 train_clip(out, budgets[stage], seed)
+            case "features":
+                train_features(out, budgets[stage], SMOKE_PICTURES if smoke else FEATURE_PICTURES, seed)
+                write_features_card(out, count=16 if smoke else 512)
             case "cards":
                 write_cards(out, count=16 if smoke else 256)
 
