@@ -30,7 +30,7 @@ def _batch(rng: np.random.Generator, tokenizer: PreTrainedTokenizerFast, count: 
     while len(records) < count:
         record = sample_record(rng, TASK_WEIGHTS, split)
         records.setdefault(record["prompt"], record)
-    images = [render(sample_scene(record, rng, avoid_held_out=split == "train")) for record in records.values()]
+    images = [render(sample_scene(record, rng)) for record in records.values()]
     text = tokenizer(list(records), padding=True, return_tensors="pt", return_token_type_ids=False).to(device())
     return {**text, "pixel_values": to_pixels(np.stack(images))}
 
