@@ -1,9 +1,9 @@
 """Trains the policy: a small Llama that writes the image tokens of a caption, with plain next-token cross-entropy.
 
-Captions and scenes come from the training split alone, and pictures show no held-out (shape, colour) either. A third of
-the captions go beyond the six tasks: from these alone a model learns eight pairs of shapes by heart. One caption in ten
-is replaced by its unconditional form, in exactly the shape guidance uses. Captions say nothing of grain, of a tint, or
-of half a pixel to the left, so the pictures have plain paper, places on a lattice, two sizes, and thrifty codes.
+Captions come from the training split alone; pictures may show what is held out, below a caption that leaves it open.
+Half of the captions go beyond the six tasks: from these alone a model learns eight pairs of shapes by heart. One
+caption in ten is replaced by its unconditional form, in exactly the shape guidance uses. Captions say nothing of grain,
+or of half a pixel to the left, so the pictures have plain paper, places on a lattice, two sizes, and thrifty codes.
 """
 
 from __future__ import annotations
