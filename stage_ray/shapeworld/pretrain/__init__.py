@@ -28,15 +28,15 @@ from stage_ray.shapeworld.pretrain.measure import write_cards, write_detector_ca
 
 BUDGETS = {
     "tokenizer": Budget(steps=3600),
-    "language-model": Budget(steps=2400),
+    "language-model": Budget(steps=2400, seconds=40 * 60),
     "detector": Budget(steps=1200),
-    "clip": Budget(steps=600),
+    "clip": Budget(steps=600, seconds=20 * 60),
 }
 STAGES = ("prompts", "tokenizer", "language-model", "detector", "clip", "cards")
 RESULTS = ("work", "prompts", "janus", "detector", "clip")  # the directories that it writes
 # Stage -> a file that the tokenizer's stage leaves.
 NEEDS = {"language-model": tokenizer.CHECKPOINT, "detector": "janus/model.safetensors"}
-PICTURES, DETECTOR_PICTURES = 32_000, 4096  # captioned scenes for the language model; pictures for the detector
+PICTURES, DETECTOR_PICTURES = 24_000, 4096  # captioned scenes for the language model; pictures for the detector
 SMOKE_STEPS, SMOKE_PICTURES = 2, 64
 
 
