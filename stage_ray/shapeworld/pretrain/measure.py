@@ -18,6 +18,7 @@ from stage_ray.shapeworld.grammar import TASKS, Record, sample_record, sample_sc
 from stage_ray.shapeworld.pretrain import clip, detector, language_model, tokenizer
 from stage_ray.shapeworld.pretrain.loop import device, read_checkpoint
 from stage_ray.shapeworld.scene import COLORS, SHAPES, Scene, coverage, random_scene, render
+from stage_ray.shapeworld.segmentation import backgrounds
 
 CONFIDENCE = 0.5  # above which a detection counts: of the ShapeWorld suite and configs, for counting too
 Case = tuple[Scene, Record]  # a picture and a prompt's record
@@ -50,13 +51,18 @@ def write_cards(out: Path, count: int) -> None:
     janus = out / "janus"
     if (janus / "config.json").exists():
         codes, rng = tokenizer.load_exported(janus), np.random.default_rng(11)
-        images = np.stack([render(random_scene(rng)) for _ in range(count)])
+        scenes = [random_scene(rng) for _ in range(count)]
+        images = np.stack([render(scene) for scene in scenes])
+        again = tokenizer.reconstruct(codes, images)
+        named = zip(backgrounds(again), scenes, strict=True)
         _write_card(
             janus,
+            count=count,
+            paper=np.mean([name == scene.background for name, scene in named]),
             size=(janus / "model.safetensors").stat().st_size / 1e6,
             tokenizer=_history(out / tokenizer.CHECKPOINT),
             language_model=_history(out / language_model.CHECKPOINT),
-            error=np.abs(tokenizer.reconstruct(codes, images).astype(np.float32) - images).mean(),
+            error=np.abs(again.astype(np.float32) - images).mean(),
         )
     if (out / "clip" / "config.json").exists():
         model = CLIPModel.from_pretrained(out / "clip", dtype=torch.float32).to(device()).eval()
