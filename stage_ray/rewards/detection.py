@@ -34,7 +34,8 @@ class Detector(Protocol):
 
     Where the class (or, once built, the object) has ``labels`` or ``colors``, the words that it knows, prompts that ask
     for others are refused before a run and never count as a failure of the model. It may have a class method
-    ``check(**options)``, which raises a `ConfigError` before a run for options such as a directory without weights.
+    ``check(**options)``, which raises a `ConfigError` before a run for options such as a directory without weights, and
+    a method ``backgrounds(images)``, which names that of each image, for the scorer ``binding``.
     """
 
     def detect(self, images: np.ndarray) -> list[list[Detection]]:

@@ -56,7 +56,7 @@ class GenEvalReward:
             max_per_class: most confident detections of a class that are looked at.
             detector_options: keyword arguments of the detector.
         """
-        kind, options = _find_detector(detector, detector_options)
+        kind, options = find_detector(detector, detector_options)
         self._detector: Detector = kind(**options)
         self._score = score
         self._threshold, self._counting_threshold = threshold, counting_threshold
@@ -81,7 +81,7 @@ class GenEvalReward:
         **others: Any,
     ) -> Iterator[tuple[Prompt, str]]:
         """The prompts that it could not judge, each with why; see `Reward`. The detector's own `check` comes first."""
-        kind, options = _find_detector(detector, detector_options)
+        kind, options = find_detector(detector, detector_options)
         if hasattr(kind, "check"):
             kind.check(**options)
         for prompt in prompts:
@@ -121,7 +121,7 @@ class GenEvalReward:
         }
 
 
-def _find_detector(name: str, options: Mapping[str, Any] | None) -> tuple[Any, dict[str, Any]]:
+def find_detector(name: str, options: Mapping[str, Any] | None) -> tuple[Any, dict[str, Any]]:
     """The class of a name or dotted path, and its options as its constructor wants them.
 
     Raises:

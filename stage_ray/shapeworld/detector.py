@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from stage_ray.config.paths import resolve_path
 from stage_ray.rewards.detection import Detection
 from stage_ray.shapeworld.scene import COLORS, SHAPES
-from stage_ray.shapeworld.segmentation import Segment, segment
+from stage_ray.shapeworld.segmentation import Segment, backgrounds, segment
 
 ASSETS = "package:stage_ray/shapeworld/assets/detector"
 WEIGHTS_FILE = "model.safetensors"
@@ -35,6 +35,7 @@ class ShapeDetector:
     """
 
     labels, colors = SHAPES, tuple(COLORS)
+    backgrounds = staticmethod(backgrounds)
 
     def __init__(self, assets: str | Path = ASSETS) -> None:
         """Load the classifier from a directory or a ``package:`` location."""
@@ -71,8 +72,8 @@ def soundness(piece: Segment) -> float:
     factors = [
         (side - 6.0) / 6.0,  # pixels: from 0 at 6 to 1 at 12
         (piece.purity - 0.3) / 0.3,
-        (100.0 - piece.off_color) / 35.0,  # grey levels: from 0 at 100 to 1 at 65
-        (opacity - 0.55) / 0.25,
+        (66.0 - piece.off_color) / 30.0,  # grey levels: from 0 at 66 to 1 at 36
+        (opacity - 0.6) / 0.25,
     ]
     return float(np.prod(np.clip(factors, 0.0, 1.0)))
 

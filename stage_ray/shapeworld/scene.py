@@ -31,16 +31,17 @@ COLORS: dict[str, tuple[int, int, int]] = {
 
 BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "white": (247, 247, 247),
-    "grey": (226, 226, 228),
-    "cream": (248, 242, 228),
-    "sky": (224, 237, 248),
-    "mint": (226, 243, 231),
+    "grey": (216, 216, 220),
+    "cream": (250, 238, 208),
+    "sky": (214, 232, 252),
+    "mint": (214, 244, 222),
 }
 
 # Diameters in pixels by the number of objects: the more objects, the smaller, and never below 16.
-SIZES_BY_COUNT: dict[int, tuple[float, float]] = {1: (22.0, 34.0), 2: (19.0, 27.0), 3: (17.0, 22.0), 4: (16.0, 20.0)}
+SIZES_BY_COUNT: dict[int, tuple[float, float]] = {1: (18.0, 36.0), 2: (16.0, 27.0), 3: (16.0, 24.0), 4: (16.0, 20.0)}
 LATTICE = 4.0  # pixels: half a token's side
-LATTICE_SIZES: dict[int, tuple[float, ...]] = {1: (24.0, 32.0), 2: (20.0, 24.0), 3: (16.0, 20.0), 4: (16.0, 20.0)}
+# On the lattice an object is small or large.
+LATTICE_SIZES: dict[int, tuple[float, float]] = {1: (20.0, 32.0), 2: (16.0, 26.0), 3: (16.0, 24.0), 4: (16.0, 20.0)}
 
 Square = tuple[float, float, float]  # cx, cy, size in pixels
 
@@ -110,24 +111,33 @@ def place_squares(sizes: Sequence[float], rng: np.random.Generator, *, lattice: 
     raise ValueError(f"squares of {[round(size, 1) for size in sizes]} pixels do not fit a {IMAGE_SIZE}-pixel picture")
 
 
-def on_random_paper(shapes: Sequence[Shape], rng: np.random.Generator) -> Scene:
-    """The scene of these shapes, with a random background and seed."""
-    return Scene(tuple(shapes), background=str(rng.choice(list(BACKGROUNDS))), seed=int(rng.integers(2**31)))
+def on_random_paper(shapes: Sequence[Shape], rng: np.random.Generator, background: str | None = None) -> Scene:
+    """The scene of these shapes with a random seed, on a background or on a random one."""
+    paper = background or str(rng.choice(list(BACKGROUNDS)))
+    return Scene(tuple(shapes), background=paper, seed=int(rng.integers(2**31)))
 
 
-def random_places(count: int, rng: np.random.Generator, *, lattice: bool = False) -> list[Square]:
-    """`place_squares` for so many objects of random sizes."""
-    sizes = rng.uniform(*SIZES_BY_COUNT[count], size=count)
+def random_places(sizes: Sequence[str | None], rng: np.random.Generator, *, lattice: bool = False) -> list[Square]:
+    """`place_squares` for one object for each of `sizes`: "small", "large" or, for None, any."""
+    low, high = SIZES_BY_COUNT[len(sizes)]
     if lattice:
-        sizes = rng.choice(LATTICE_SIZES[count], size=count)
-    return place_squares(sizes.tolist(), rng, lattice=lattice)
+        small, large = LATTICE_SIZES[len(sizes)]
+        sides = [float(rng.choice(LATTICE_SIZES[len(sizes)])) for _ in sizes]
+    else:
+        fifth = (high - low) / 5
+        small, large = low + rng.uniform(0, fifth), high - rng.uniform(0, fifth)
+        sides = rng.uniform(low, high, size=len(sizes)).tolist()
+    named = {"small": small, "large": large}
+    return place_squares(
+        [named.get(size or "", side) for size, side in zip(sizes, sides, strict=True)], rng, lattice=lattice
+    )
 
 
 def random_scene(rng: np.random.Generator) -> Scene:
     """A scene of 1 to 4 random objects, of any composition."""
     count = int(rng.integers(1, 5))
     kinds, colors = rng.choice(SHAPES, size=count).tolist(), rng.choice(list(COLORS), size=count).tolist()
-    places = random_places(count, rng)
+    places = random_places([None] * count, rng)
     return on_random_paper([Shape(k, c, *place) for k, c, place in zip(kinds, colors, places, strict=True)], rng)
 
 

@@ -96,6 +96,13 @@ def segment(images: np.ndarray) -> list[Segment]:
     return segments
 
 
+def backgrounds(images: np.ndarray) -> list[str]:
+    """The name of each picture's paper, the nearest of `scene.BACKGROUNDS`: uint8 [B, H, W, 3] -> B names."""
+    papers = np.asarray([_background(image) for image in images.astype(np.float32)]).reshape(-1, 1, 3)
+    nearest = np.square(papers - list(BACKGROUNDS.values())).sum(-1).argmin(-1)
+    return [tuple(BACKGROUNDS)[index] for index in nearest]
+
+
 def _background(pixels: np.ndarray) -> np.ndarray:
     """Median of the pale pixels [3]; white where a picture has hardly any."""
     pale = pixels[pixels.min(-1) > PALE]

@@ -220,6 +220,8 @@ def test_geneval_has_its_prompts_and_shapeworld_its_own():
     official, shapes = find_benchmark("geneval"), find_benchmark("shapeworld")
     assert len(official.load(official.prompts, load_prompts)) == 553
     assert len(shapes.load(shapes.prompts, load_prompts)) == 100
+    binding = find_benchmark("binding")
+    assert len(binding.load(binding.prompts, load_prompts)) == 96
     assert "detector" not in official.rewards[0].options and "Shape" in shapes.rewards[0].options["detector"]
 
 

@@ -47,3 +47,19 @@ def test_one_transposed_convolution_doubles_a_map_and_convolves_it() -> None:
     expected = F.conv2d(F.interpolate(maps, scale_factor=2.0, mode="nearest"), weight, padding=1)
     found = F.conv_transpose2d(maps, upsampling_kernel(weight), stride=2, padding=1)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_block_that_adds_nothing_is_not_computed(tmp_path: Path) -> None:
+    policy = PolicyConfig.model_validate({"path": str(tiny_janus(tmp_path / "janus"))})
+    codec = load_policy(policy, device=torch.device("cpu"), trainable=False).codec
+    assert isinstance(codec, JanusCodec) and codec.vqmodel is not None
+    idle = codec.vqmodel.decoder.up[-1].block[-1]
+    idle.conv2.weight.zero_()
+    idle.conv2.bias.zero_()
+    tokens = torch.randint(codec.codebook_size, (2, codec.image_tokens), generator=torch.Generator().manual_seed(4))
+    expected = codec.vqmodel.decode(tokens)
+    calls: list[int] = []
+    idle.conv1.register_forward_hook(lambda *_: calls.append(1))
+    torch.testing.assert_close(PictureDecoder(codec.vqmodel)(tokens, codec.grid), expected, rtol=0, atol=2e-4)
+    assert not calls

@@ -58,7 +58,7 @@ def test_a_number_that_yaml_reads_as_text_reaches_the_scorer_as_a_number():
     ("type_", "options", "complaint"),
     [
         ("genevall", {}, "did you mean 'geneval'"),
-        ("whatever", {}, "known here: aesthetic, clip, "),
+        ("whatever", {}, "known here: aesthetic, binding, clip, "),
         ("nowhere.Scorer", {}, "no module named"),
         ("my_scorers.Nothing", {}, "has no 'Nothing'"),
         ("my_scorers.Mute", {}, "method score"),

@@ -15,6 +15,7 @@ from stage_ray.shapeworld.grammar import (
     TASKS,
     TRAIN_REPEATS,
     Record,
+    binding_prompts,
     held_out,
     item,
     make_record,
@@ -153,11 +154,46 @@ def test_a_sampled_scene_shows_what_its_record_asks_and_nothing_else(record: Rec
     assert all(satisfies(sample_scene(record, rng), record) for _ in range(10))
 
 
-def test_training_scenes_show_no_held_out_shape_and_color_even_where_the_caption_leaves_colors_open():
+def test_training_scenes_show_every_held_out_shape_and_color_below_captions_that_leave_it_open():
     rng = np.random.default_rng(2)
+    shown: set[object] = set()
     for _ in range(500):
-        scene = sample_scene(sample_record(rng, dict.fromkeys(TASKS, 1.0)), rng)
-        assert all((shape.kind, shape.color) not in held_out() for shape in scene.shapes)
+        record = sample_mixture(rng)
+        shown |= {(shape.kind, shape.color) for shape in sample_scene(record, rng).shapes}
+        assert compositions([record]).isdisjoint(held_out_compositions())
+    assert {one for one in held_out() if isinstance(one, tuple) and one[1] in COLORS} <= shown
+
+
+def test_the_second_benchmark_mentions_what_is_held_out_only_in_other_words_than_the_first():
+    records = binding_prompts()
+    assert records == binding_prompts() and len({record["prompt"] for record in records}) == len(records) == 96
+    assert Counter(r["tag"] for r in records) == dict.fromkeys(
+        ("three_objects", "relative_size", "background", "paraphrase"), 24
+    )
+    assert all(mentions_held_out(record) == (record["tag"] == "paraphrase") for record in records)
+    known = {record["prompt"] for record in prompts("train") + prompts("heldout")}
+    assert known.isdisjoint(record["prompt"] for record in records)
+
+
+@pytest.mark.parametrize("lattice", [False, True])
+def test_a_scene_has_the_sizes_and_the_paper_that_its_record_asks_for(lattice: bool):
+    rng = np.random.default_rng(4)
+    record = make_record("mixture", [item("ring"), item("cross")], "larger than", background="mint")
+    assert record["prompt"] == "a photo of a ring larger than a cross on mint paper"
+    for _ in range(20):
+        scene = sample_scene(record, rng, lattice=lattice)
+        ring, cross = scene.shapes
+        assert ring.size > 1.2 * cross.size and scene.background == "mint"
+
+
+def test_other_words_ask_for_the_same():
+    items = [item("ring", 1, "red"), item("square", size="small")]
+    plain, reworded = (
+        make_record("mixture", items, "left of", opener="a drawing of", reworded=reworded) for reworded in (False, True)
+    )
+    assert plain["prompt"] == "a drawing of a red ring left of a small square"
+    assert reworded["prompt"] == "a drawing of a ring in red to the left of a small square"
+    assert plain | {"prompt": ""} == reworded | {"prompt": ""}
 
 
 def test_objects_keep_their_distance_from_each_other_and_from_the_border():

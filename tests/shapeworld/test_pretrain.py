@@ -93,7 +93,10 @@ def test_what_a_pretraining_would_fail_on_is_one_sentence_and_nothing_is_begun(
 @pytest.mark.slow
 def test_a_smoke_run_builds_every_model_in_a_form_that_transformers_loads(tmp_path: Path):
     pretrain(tmp_path, smoke=True)
-    assert JanusForConditionalGeneration.from_pretrained(tmp_path / "janus").dtype == torch.bfloat16
+    janus = JanusForConditionalGeneration.from_pretrained(tmp_path / "janus")
+    assert janus.dtype == torch.bfloat16
+    adding = [[bool(block.conv2.weight.any()) for block in level.block] for level in janus.model.vqmodel.decoder.up]
+    assert adding == [[True, False]] * 3 + [[False, False]]
     assert JanusProcessor.from_pretrained(tmp_path / "janus").num_image_tokens == 64
     assert CLIPModel.from_pretrained(tmp_path / "clip").config.projection_dim == 128
     assert ConvNextV2Model.from_pretrained(tmp_path / "features").config.hidden_sizes[-1] == 64
@@ -102,4 +105,5 @@ def test_a_smoke_run_builds_every_model_in_a_form_that_transformers_loads(tmp_pa
     assert "| rendered |" in (tmp_path / "detector" / "README.md").read_text()
     assert "2 steps in" in (tmp_path / "janus" / "README.md").read_text()
     assert "2 steps in" in (tmp_path / "clip" / "README.md").read_text()
-    assert len((tmp_path / "prompts" / "heldout.jsonl").read_text().splitlines()) == 100
+    for name, count in (("heldout", 100), ("binding", 96)):
+        assert len((tmp_path / "prompts" / f"{name}.jsonl").read_text().splitlines()) == count

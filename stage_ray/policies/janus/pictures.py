@@ -27,6 +27,7 @@ class PictureDecoder:
         self._table = F.linear(codes, post.weight.flatten(1), post.bias)  # [V, C]
         self._modules: Any = decoder
         levels = list(decoder.up)[:-1]  # the last one does not upsample
+        self._blocks = [[which for which, block in enumerate(level.block) if _adds(block)] for level in decoder.up]
         self._upsample = [(upsampling_kernel(level.upsample.conv.weight), level.upsample.conv.bias) for level in levels]
 
     def __call__(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -37,7 +38,7 @@ class PictureDecoder:
         maps = _residual(mid.block_2, mid.attn_1(maps))
         for index, level in enumerate(decoder.up):
             for which, block in enumerate(level.block):
-                maps = _residual(block, maps)
+                maps = _residual(block, maps) if which in self._blocks[index] else maps
                 if len(level.attn):
                     maps = level.attn[which](maps)
             if index < len(self._upsample):
@@ -53,6 +54,12 @@ def upsampling_kernel(weight: Tensor) -> Tensor:
     """
     taps = weight.new_tensor([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]])  # [4, 3], sums along a side
     return torch.einsum("oiyx,ay,bx->ioab", weight, taps, taps).contiguous(memory_format=torch.channels_last)
+
+
+def _adds(block: Any) -> bool:
+    """Whether a residual block does more than give back what it gets, as one does whose last convolution is zero."""
+    last = block.conv2
+    return block.in_channels != block.out_channels or bool(last.weight.any()) or bool(last.bias.any())
 
 
 def _residual(block: Any, maps: Tensor) -> Tensor:

@@ -13,24 +13,29 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, PreTrainedTokenizerFast
 
-from stage_ray.shapeworld.grammar import Record, Split, sample_record, sample_scene
-from stage_ray.shapeworld.pretrain.language_model import TASK_WEIGHTS, text_tokenizer
+from stage_ray.shapeworld.grammar import Record, Split, sample_mixture, sample_record, sample_scene
+from stage_ray.shapeworld.pretrain.language_model import MIXTURE, TASK_WEIGHTS, text_tokenizer
 from stage_ray.shapeworld.pretrain.loop import Budget, TrainingRun, autocast, device
 from stage_ray.shapeworld.pretrain.tokenizer import SIZES, to_pixels
 from stage_ray.shapeworld.scene import IMAGE_SIZE, render
 
 CHECKPOINT = "work/training/clip.safetensors"
 BATCH = 128
-CONTEXT = 24  # text tokens; the longest caption takes 13
+CONTEXT = 32  # text tokens; the longest caption takes 26
 
 
-def _batch(rng: np.random.Generator, tokenizer: PreTrainedTokenizerFast, count: int, split: Split) -> dict[str, Tensor]:
-    """`input_ids` and `attention_mask` int64 [B, L], `pixel_values` float32 [B, 3, 64, 64]."""
+def _batch(
+    rng: np.random.Generator, tokenizer: PreTrainedTokenizerFast, count: int, split: Split, mixture: float = 0.0
+) -> dict[str, Tensor]:
+    """`input_ids` and `attention_mask` int64 [B, L], `pixel_values` float32 [B, 3, 64, 64].
+
+    A share `mixture` of the captions goes beyond the six tasks.
+    """
     records: dict[str, Record] = {}  # by prompt: no two captions of a batch are the same
     while len(records) < count:
-        record = sample_record(rng, TASK_WEIGHTS, split)
+        record = sample_mixture(rng) if rng.random() < mixture else sample_record(rng, TASK_WEIGHTS, split)
         records.setdefault(record["prompt"], record)
-    images = [render(sample_scene(record, rng, avoid_held_out=split == "train")) for record in records.values()]
+    images = [render(sample_scene(record, rng)) for record in records.values()]
     text = tokenizer(list(records), padding=True, return_tensors="pt", return_token_type_ids=False).to(device())
     return {**text, "pixel_values": to_pixels(np.stack(images))}
 
@@ -50,7 +55,7 @@ def train_clip(out: Path, budget: Budget, seed: int) -> None:
     model.set_attn_implementation("eager")  # a CPU trains faster without fused bfloat16 attention
     run = TrainingRun(out / CHECKPOINT, model, 1.5e-3, budget, weight_decay=0.05)
     for step, _ in run:
-        batch = _batch(np.random.default_rng([seed, 3, step]), tokenizer, BATCH, "train")
+        batch = _batch(np.random.default_rng([seed, 3, step]), tokenizer, BATCH, "train", MIXTURE)
         with autocast():
             logits = model(**batch).logits_per_image.float()
         answers = torch.arange(BATCH, device=logits.device)

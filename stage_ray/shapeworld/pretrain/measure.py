@@ -17,7 +17,8 @@ from stage_ray.shapeworld.detector import CLASSES, ShapeDetector
 from stage_ray.shapeworld.grammar import TASKS, Record, sample_record, sample_scene
 from stage_ray.shapeworld.pretrain import clip, detector, language_model, tokenizer
 from stage_ray.shapeworld.pretrain.loop import device, read_checkpoint
-from stage_ray.shapeworld.scene import COLORS, SHAPES, Scene, random_scene, render
+from stage_ray.shapeworld.scene import COLORS, SHAPES, Scene, coverage, random_scene, render
+from stage_ray.shapeworld.segmentation import backgrounds
 
 CONFIDENCE = 0.5  # above which a detection counts: of the ShapeWorld suite and configs, for counting too
 Case = tuple[Scene, Record]  # a picture and a prompt's record
@@ -50,13 +51,18 @@ def write_cards(out: Path, count: int) -> None:
     janus = out / "janus"
     if (janus / "config.json").exists():
         codes, rng = tokenizer.load_exported(janus), np.random.default_rng(11)
-        images = np.stack([render(random_scene(rng)) for _ in range(count)])
+        scenes = [random_scene(rng) for _ in range(count)]
+        images = np.stack([render(scene) for scene in scenes])
+        again = tokenizer.reconstruct(codes, images)
+        named = zip(backgrounds(again), scenes, strict=True)
         _write_card(
             janus,
+            count=count,
+            paper=np.mean([name == scene.background for name, scene in named]),
             size=(janus / "model.safetensors").stat().st_size / 1e6,
             tokenizer=_history(out / tokenizer.CHECKPOINT),
             language_model=_history(out / language_model.CHECKPOINT),
-            error=np.abs(tokenizer.reconstruct(codes, images).astype(np.float32) - images).mean(),
+            error=np.abs(again.astype(np.float32) - images).mean(),
         )
     if (out / "clip" / "config.json").exists():
         model = CLIPModel.from_pretrained(out / "clip", dtype=torch.float32).to(device()).eval()
@@ -77,7 +83,7 @@ def draw_cases(count: int, seed: int) -> list[Case]:
     while len(cases) < count:
         tag, true = TASKS[len(cases) // 2 % len(TASKS)], len(cases) % 2 == 0
         record = sample_record(rng, {tag: 1.0}, "heldout" if rng.random() < 0.3 else "train")
-        scene = sample_scene(record, rng, avoid_held_out=False)
+        scene = sample_scene(record, rng)
         if not true:
             scene = _spoiled(scene, rng)
         exact = [Detection(shape.kind, 1.0, shape.box, shape.color, 1.0) for shape in scene.shapes]
@@ -120,19 +126,22 @@ def _is_correct(record: Record, detections: Sequence[Detection]) -> bool:
 def draw_non_objects(count: int, seed: int, model: JanusVQVAE) -> dict[str, np.ndarray]:
     """Pictures without a clear object, by kind, as the card names it: uint8 [count, 64, 64, 3] each."""
     rng = np.random.default_rng(seed)
-    first, second = (np.stack([render(random_scene(rng)) for _ in range(count)]) for _ in range(2))
+    scenes = [random_scene(rng) for _ in range(2 * count)]
+    first, second = np.split(np.stack([render(scene) for scene in scenes]), 2)
     noise = ndimage.gaussian_filter(rng.normal(size=first.shape), sigma=(0, 4, 4, 0))
     random = tokenizer.random_images(model, count, rng)
     shuffled = tokenizer.encode(model, first).cpu().clone()
-    for tokens in shuffled.numpy():  # in place
-        places = rng.permutation(len(tokens))[: len(tokens) // 2]
-        tokens[places] = tokens[rng.permutation(places)]
-    halves = tokenizer.decode(model, shuffled)
+    side, patch = tokenizer.SIZES.side, tokenizer.PATCH
+    for tokens, scene in zip(shuffled.numpy(), scenes, strict=False):  # in place
+        painted = np.max([coverage(shape) for shape in scene.shapes], axis=0) > 0
+        painted = painted.reshape(side, patch, side, patch).any((1, 3))
+        places = rng.permutation(np.flatnonzero(painted))
+        tokens[places] = tokens[np.roll(places, 1)]  # none stays where it was
     return {
         "smooth coloured noise": np.clip(160 + 70 * noise / noise.std(), 0, 255).astype(np.uint8),
         "two scenes at half strength each": ((first.astype(np.float32) + second) / 2).astype(np.uint8),
         "decoded from random tokens": random,
-        "a scene with half of its tokens in each other's places (an object may well survive that)": halves,
+        "a scene with its objects' tokens in each other's places": tokenizer.decode(model, shuffled),
     }
 
 

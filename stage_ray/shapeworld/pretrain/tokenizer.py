@@ -16,14 +16,16 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import JanusForConditionalGeneration, JanusVQVAE
 
 from stage_ray.policies.janus.builder import JanusSizes, build_vq_config
 from stage_ray.shapeworld.pretrain.loop import Budget, TrainingRun, autocast, device, read_checkpoint
 from stage_ray.shapeworld.scene import IMAGE_SIZE, Scene, coverage, random_scene, render
 
-SIZES = JanusSizes(hidden=192, layers=6, heads=6, intermediate=512, codes=512, side=8, vocabulary=64)  # of the policy
+SIZES = JanusSizes(
+    hidden=192, layers=6, heads=6, intermediate=512, codes=512, side=8, vocabulary=96, channel_multiplier=(1, 1, 1, 2)
+)  # of the policy
 CHECKPOINT = "work/training/tokenizer.safetensors"
 BATCH = 16  # pictures, so half as many twins
 LOCALITY = 0.25  # weight of the twins' disagreement
@@ -67,6 +69,21 @@ def _batch(rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return pixels, clean, weights / weights.mean(), apart == 0
 
 
+def lighten(model: JanusVQVAE) -> list[tuple[nn.ModuleList, int]]:
+    """Zero the residual blocks that it can do without, so that they give back what they get.
+
+    Nothing is left at the picture's own resolution, where a block costs most, and one block at each below. The blocks
+    stay in the file, whose layout is transformers'; `PictureDecoder` does not compute them. Returns where they are.
+    """
+    *levels, last = model.decoder.up  # from 8 x 8 up
+    spare = [(level.block, 1) for level in levels] + [(last.block, index) for index in range(len(last.block))]
+    spare.append((model.encoder.down[0].block, 0))
+    for blocks, index in spare:
+        nn.init.zeros_(blocks[index].conv2.weight)
+        nn.init.zeros_(blocks[index].conv2.bias)
+    return spare
+
+
 def _latents(model: JanusVQVAE, pixels: Tensor) -> Tensor:
     """Encoder outputs of unit length: [B, 3, 64, 64] to float32 [B, 8, 8, 8], dimensions second."""
     with autocast():
@@ -78,6 +95,8 @@ def train_tokenizer(out: Path, budget: Budget, seed: int) -> None:
     """Train (or resume) the tokenizer; writes the checkpoint alone."""
     torch.manual_seed(seed)
     model = JanusVQVAE(build_vq_config(SIZES)).to(device()).train()
+    for blocks, index in lighten(model):
+        blocks[index] = nn.Identity()  # not even trained
     codebook = model.quantize.embedding.weight
     codebook.data.copy_(F.normalize(torch.randn_like(codebook), dim=1))
     # The untrained encoder's outputs get mean 0 and variance 1 in every dimension. Otherwise all point nearly the same
@@ -140,7 +159,8 @@ def load_tokenizer(out: Path) -> JanusVQVAE:
     Codes have unit length, so that the nearest, which plain `JanusVQVAE.encode` picks, is that of largest cosine.
     """
     model = JanusVQVAE(build_vq_config(SIZES))
-    model.load_state_dict(read_checkpoint(out / CHECKPOINT)["module"])
+    lighten(model)
+    model.load_state_dict(read_checkpoint(out / CHECKPOINT)["module"], strict=False)  # of what was trained
     codes = model.quantize.embedding.weight.data
     codes.copy_(F.normalize(codes, dim=1))
     return model.to(device()).eval()
