@@ -15,4 +15,4 @@ def draw_prompt(prompt: Prompt, seed: int) -> np.ndarray:
     Raises:
         KeyError: its line is no record of ShapeWorld's grammar.
     """
-    return render(sample_scene(dict(prompt.record), np.random.default_rng(seed), avoid_held_out=False))
+    return render(sample_scene(dict(prompt.record), np.random.default_rng(seed)))
