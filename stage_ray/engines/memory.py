@@ -11,7 +11,7 @@ CACHE_BLOCK = 16  # tokens; vLLM's default on GPUs
 CPU_CACHE_BLOCK = 32  # and on CPUs, the least that their kernel takes whole; most of vLLM's own 128 would be empty
 CUDA_GRAPHS = int(1.5 * 2**30)  # reserved for vLLM's captured decode steps
 DECODER_MAPS = 4  # full-size feature maps alive at once: input, normed, convolved, shortcut
-DECODE_CHUNK = 16  # that of `stage_ray.policies.janus.codec`, which imports torch; a test compares them
+DECODE_CHUNK = 16  # that of `stage_ray.policies.image_tokenizer`, which imports torch; a test compares them
 
 
 def cache_bytes(model: ModelSizes, *, tokens: int, dtype: str) -> int:

@@ -162,6 +162,12 @@ class Backbone(nn.Module):
         return self.language_model(inputs_embeds=embeds, use_cache=False).last_hidden_state
 
 
+def embed_ids(embedding: nn.Module, prompts: Sequence[Branch]) -> Tensor:
+    """Prompts whose entries are ids of an embedding, one after the other: [all their entries, hidden]."""
+    device = next(embedding.parameters()).device
+    return embedding(torch.tensor([entry for prompt in prompts for entry in prompt], device=device))
+
+
 class Decoder(Protocol):
     """A forward of the backbone with a key-value cache, for one batch of B sequences."""
 

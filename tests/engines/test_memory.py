@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaModel
 from stage_ray.commands.plan import GPUS, room
 from stage_ray.config.model_sizes import KNOWN
 from stage_ray.engines import memory
-from stage_ray.policies.janus import codec
+from stage_ray.policies import image_tokenizer
 from stage_ray.policies.static_decoder import StaticDecoder
 
 
@@ -56,4 +56,4 @@ def test_the_images_in_flight_fit_and_one_more_would_not(model, gpu):
 
 
 def test_pictures_are_decoded_in_chunks_of_the_codecs_size():
-    assert memory.DECODE_CHUNK == codec.DECODE_CHUNK
+    assert memory.DECODE_CHUNK == image_tokenizer.DECODE_CHUNK
