@@ -15,6 +15,7 @@ class ModelSizes:
 
     name: str
     path: str  # what ``policy.path`` of a config takes
+    family: str = "janus"  # and ``policy.family``
     hidden: int
     intermediate: int
     layers: int
@@ -23,14 +24,16 @@ class ModelSizes:
     head_dim: int
     codes: int = 16_384
     image_tokens: int = 576
+    prompt_tokens: int | None = None  # of a prompt at most; None: as many as a config lets it have
     side_pixels: int = 384
     base_channels: int = 128  # of the image decoder's feature maps at full size, ``side_pixels`` squared
     layer: int  # from here on parameters: of one decoder layer
-    embedding: int  # of text
+    embedding: int  # of text, and what else is trained outside of the layers
     head: int  # of images
     image_embedding: int  # codebook and aligner of the image tokens
     vqmodel: int  # image tokenizer
     frozen: int  # all that are not trained, of which images need the three above
+    text_encoder: int = 0  # in other files, beside the engine and beside the learner
 
     @property
     def trained(self) -> int:
@@ -74,5 +77,6 @@ KNOWN = {
     "janus-pro-1b": _published("janus-pro-1b", "deepseek-community/Janus-Pro-1B", 2048, 5632, 24, 16),
     "janus-pro-7b": _published("janus-pro-7b", "deepseek-community/Janus-Pro-7B", 4096, 11_008, 30, 32),
 }
+FLAN_T5_XL = 1_223_527_424  # parameters of its encoder, which LlamaGen's captions pass
 FLOAT32, BFLOAT16 = 4, 2
 WIDTH = {"float32": FLOAT32, "bfloat16": BFLOAT16}  # bytes of a number

@@ -45,6 +45,12 @@ class LlamaBackbone(Backbone):
         """Different prompts, one after the other, to the layers' inputs, [all their entries, hidden]."""
         return embed_ids(self.language_model.embed_tokens, prompts)
 
+    def checkpoint_layers(self) -> None:
+        """Recompute each layer in the backward pass, as transformers does; dropout stays off."""
+        self.language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        for layer in self.language_model.layers:
+            layer.training = True  # what the layer itself looks at; the modules inside it stay in eval mode
+
     def forward(self, packing: Packing, image_embeds: Tensor) -> Tensor:  # type: ignore[override]
         """Embeddings [B, T - 1, hidden] after their prompts -> states [B, T, hidden]."""
         llama, width = self.language_model, image_embeds.shape[-1]

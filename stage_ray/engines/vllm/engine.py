@@ -20,7 +20,7 @@ from stage_ray.engines.vllm.plugin import architecture, register_family
 from stage_ray.engines.vllm.ranks import TensorRanks
 from stage_ray.errors import ConfigError
 from stage_ray.policies import policy_class
-from stage_ray.policies.base import PromptIds
+from stage_ray.policies.base import Branch, PromptIds
 from stage_ray.policies.devices import compute_dtype, device_for
 from stage_ray.pretrained import link_weights, read_tensors, tensor_shapes
 from stage_ray.samplers import SamplingParams
@@ -54,6 +54,9 @@ class VllmEngine(ImageEngine):
         self._directory = tempfile.TemporaryDirectory(prefix="stage-ray-vllm-")
         directory = Path(self._directory.name)
         config = spec.config | {"architectures": [architecture(family)], "image_tokens": self.codec.image_tokens}
+        self._features = spec.prompt_features
+        if self._features:  # a row for each token of a batch's prompts
+            config["vocab_size"] += 2 * rollout.images_per_batch * self._longest_prompt
         (directory / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
         link_weights(self.codec.location, directory)
         for name, value in vllm_environment(rollout).items():  # an actor has them already
@@ -160,13 +163,14 @@ class VllmEngine(ImageEngine):
             raise RuntimeError("vLLM still holds requests of a batch that failed; start this worker again")
         from stage_ray.engines.vllm.guidance import CONDITIONAL, UNCONDITIONAL, image_params
 
+        numbers = self._numbered(sequences)
         prompts, request_params = [], []
         for image, sequence in enumerate(sequences):
             branches = [(CONDITIONAL, sequence.prompt.conditional)]
             if params.guided:
                 branches.append((UNCONDITIONAL, sequence.prompt.unconditional))
             for branch, ids in branches:
-                prompts.append({"prompt_token_ids": [token + self._prompt_shift for token in ids]})
+                prompts.append({"prompt_token_ids": [token + self._prompt_shift for token in numbers.get(ids, ids)]})
                 request_params.append(image_params(self.codec.image_tokens, image, branch, sequence.seed, params))
         outputs = self._llm.generate(prompts, request_params, use_tqdm=False)
         # One answer for each worker of this process, which has one.
@@ -177,6 +181,20 @@ class VllmEngine(ImageEngine):
             raise RuntimeError("vLLM served tokens that were not drawn; do not trust this batch")
         self._ranks.check_agreement(drawn.tokens)
         return drawn
+
+    def _numbered(self, sequences: Sequence[ImageSequence]) -> dict[Branch, Sequence[int]]:
+        """Where prompts are features: give the model a row for each entry of the batch's prompts, and number them."""
+        if not self._features:
+            return {}
+        branches = dict.fromkeys(one for s in sequences for one in (s.prompt.conditional, s.prompt.unconditional))
+        numbers, used = dict[Branch, Sequence[int]](), 0
+        for branch in branches:
+            numbers[branch], used = range(used, used + len(branch)), used + len(branch)
+        rows = torch.zeros(used, self._features)
+        if self._ranks.rank == 0:
+            torch.cat([self.codec.prompt_features(branch).float().cpu() for branch in branches], out=rows)
+        self._llm.collective_rpc("set_prompt_features", args=(self._ranks.from_first(rows),))
+        return numbers
 
     def close(self) -> None:
         """Stop vLLM and remove the exported config."""

@@ -121,6 +121,10 @@ class RecordsExtension:
 
     model_runner: Any
 
+    def set_prompt_features(self, rows: Tensor) -> None:
+        """Write the rows of the next batch's prompts; see `VllmSpec`."""
+        self.model_runner.get_model().prompt_features[: len(rows)].copy_(rows)
+
     def recorded_batch(self, images: int) -> Sample:
         """See `PairedGuidance.recorded`."""
         processors = self.model_runner.input_batch.logitsprocs.all

@@ -6,7 +6,7 @@ Names and sizes are those of github.com/deepseek-ai/Janus, ``janus/models``. tra
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from stage_ray.config.paths import resolve_path
 from stage_ray.errors import ConfigError
 from stage_ray.policies import image_tokenizer
-from stage_ray.policies.conversion import KEY, Layout
+from stage_ray.policies.conversion import KEY, Layout, source_files
 from stage_ray.policies.janus.codec import PAPER_ROLES
 from stage_ray.pretrained import DEEPSEEK, read_object
 
@@ -98,11 +98,12 @@ class DeepSeekLayout(Layout):
     title = "DeepSeek's Janus layout"
 
     @staticmethod
-    def matches(config: Mapping[str, Any]) -> bool:
+    def matches(source: Path, config: Mapping[str, Any]) -> bool:
         """By ``model_type``, which JanusFlow has too; that is refused where its parts are missing."""
         return config.get("model_type") == DEEPSEEK
 
-    def __init__(self, source: Path, config: Mapping[str, Any], template: str) -> None:
+    def __init__(self, source: Path, config: Mapping[str, Any], template: str, files: Sequence[str] = ()) -> None:
+        self.files = [source / name for name in files] or source_files(source)
         self.tokenizer = _tokenizer(source)
         try:
             self.config = _config(source, config, self.tokenizer)

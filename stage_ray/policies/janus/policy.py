@@ -18,6 +18,8 @@ from stage_ray.pretrained import check_finite, check_tensors
 if TYPE_CHECKING:
     from transformers import JanusForConditionalGeneration
 
+    from stage_ray.policies.llama import LlamaBackbone
+
 
 class JanusPolicy(Policy):
     """A Janus model: its language model is trained, and nothing else.
@@ -30,6 +32,7 @@ class JanusPolicy(Policy):
     vllm_model = "stage_ray.policies.janus.vllm_model:JanusForImageGeneration"
     model: JanusForConditionalGeneration
     codec: JanusCodec
+    backbone: LlamaBackbone
 
     def __init__(self, model: JanusForConditionalGeneration, codec: JanusCodec, *, trainable: bool = True) -> None:
         from stage_ray.policies.llama import LlamaBackbone  # late: see `stage_ray.policies.janus.codec`
@@ -105,9 +108,4 @@ class JanusPolicy(Policy):
 
     def enable_gradient_checkpointing(self) -> None:
         """transformers' own, layer by layer; see `Policy.enable_gradient_checkpointing`."""
-        from transformers.modeling_layers import GradientCheckpointingLayer
-
-        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        for module in self.model.modules():
-            if isinstance(module, GradientCheckpointingLayer):
-                module.training = True  # what the layer itself looks at; the modules inside it stay in eval mode
+        self.backbone.checkpoint_layers()
