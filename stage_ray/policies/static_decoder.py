@@ -124,7 +124,7 @@ class StaticDecoder:
     def _forward(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
         start, self._used = self._used, self._used + hidden.shape[1]
         cos, sin = (angle[:, start : self._used, None] for angle in self._angles)  # alike for all heads
-        summed = self._summed_rows() if hidden.shape[1] == 1 and hidden.device.type == "cpu" else None
+        summed = self._summed_rows() if start > 0 and hidden.device.type == "cpu" else None  # a step, no prefill
         for layer, (keys, values) in zip(self._layers, self._cache, strict=True):
             products = layer.qkv(_rms_norm(layer.input_norm, hidden)).unflatten(-1, (-1, self._head_dim))
             # Queries, then keys, then values: [rows, positions, heads, D].
