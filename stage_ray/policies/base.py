@@ -231,6 +231,14 @@ class Policy(ABC):
         return cls.load_codec(config, device=None)
 
     @classmethod
+    def sizes(cls, directory: Path, path: str) -> ModelSizes | None:
+        """Sizes of a local checkpoint, of which ``config.json`` is enough, for plans; ``path`` is what names it.
+
+        None where the formulas of `stage_ray.learner.memory` do not hold for the family.
+        """
+        return None
+
+    @classmethod
     @abstractmethod
     def load(
         cls, config: PolicyConfig, *, device: torch.device, dtype: torch.dtype = torch.float32, trainable: bool = True

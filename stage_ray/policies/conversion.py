@@ -28,7 +28,7 @@ from torch.serialization import safe_globals
 from stage_ray.config import PolicyConfig
 from stage_ray.errors import ConfigError, RunError
 from stage_ray.files import atomic_write, digest, name_disk_errors, read_json, sync_path
-from stage_ray.policies import POLICIES, policy_class
+from stage_ray.policies import family_of, policy_class
 from stage_ray.pretrained import ADAPTER, PICKLED, WEIGHTS, WEIGHTS_INDEX, check_finite, read_object
 from stage_ray.registry import Registry
 
@@ -169,11 +169,9 @@ def find_layout(source: Path, template: str, files: Sequence[str] = ()) -> tuple
     for family, layout in known.items():
         if layout.matches(source, config):
             return family, layout(source, config, template, files)
-    found = read_object(source / "config.json", KEY).get("model_type")
-    for family in POLICIES.names():
-        if found == policy_class(PolicyConfig(family=family, path="")).model_type:
-            raise ConfigError(f"{KEY}: {source} is in transformers' layout already; name it in policy.path as it is")
-    titles = ", ".join(f"{layout.title} ({family})" for family, layout in known.items())
+    if family_of(source, KEY) is not None:
+        raise ConfigError(f"{KEY}: {source} is in transformers' layout already; name it in policy.path as it is")
+    found, titles = config.get("model_type"), ", ".join(f"{layout.title} ({name})" for name, layout in known.items())
     raise ConfigError(f"{KEY}: {source} holds a {found!r} model; layouts that are converted: {titles}")
 
 

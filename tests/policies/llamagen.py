@@ -20,8 +20,8 @@ from tests.policies.deepseek import CODES, PIXELS, SIDE, VQModel
 
 HIDDEN, HEADS, LAYERS, INNER, CLASSES, PROMPT, WIDTH = 64, 2, 2, 96, 1000, 12, 24
 TEXTS = {
-    "class": ("goldfish", "207", "a photo of a hen"),
-    "text": ("a red circle", "circle", "a photo of two blue rings"),
+    "class": ("goldfish", "207", "a photo of a hen", "999"),
+    "text": ("a red circle", "circle", "a photo of two blue rings", "two squares and a circle"),
 }
 WORDS = ["<pad>", "</s>", "<unk>", "a", "photo", "of", "red", "blue", "circle", "square", "two", "rings", "and"]
 MODEL = {"class": f"c2i_tiny_{PIXELS:03}.pt", "text": f"t2i_tiny_{PIXELS:03}.pt"}

@@ -5,25 +5,29 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+import torch.multiprocessing as processes
+from safetensors.torch import load_file, save_file
 
 from stage_ray.cli import main
 from stage_ray.config import PolicyConfig
 from stage_ray.engines import build_engine
 from stage_ray.engines.base import ImageEngine
+from stage_ray.learner.learner import Learner
+from stage_ray.learner.ranks import Ranks
 from stage_ray.policies import load_policy
 from stage_ray.policies.image_tokenizer import PictureDecoder
 from stage_ray.policies.llamagen import LlamaGenPolicy
-from stage_ray.policies.llamagen.classes import ClassNames, imagenet
 from stage_ray.policies.llamagen.model import LlamaGenModel
-from stage_ray.policies.llamagen.text import clean
 from stage_ray.samplers import SamplingParams
+from tests import learner_case
 from tests.engines.test_engines import assert_statistics_match, request, rollout, weights_of
-from tests.policies.deepseek import CODES, PIXELS, SIDE, VQ, VQModel
+from tests.policies.deepseek import CODES, PIXELS, SIDE, VQ
 from tests.policies.llamagen import CLASSES, TEXTS, Transformer, publish
+from tests.ray_head import free_port
 
 CPU = torch.device("cpu")
 CONDITIONS = ["class", "text"]
@@ -65,7 +69,7 @@ def originals_logits(original: Transformer, policy: LlamaGenPolicy, texts, token
 )
 def test_logits_and_pictures_are_those_of_the_original_architecture(condition, key, tmp_path):
     original, tokenizer = publish(tmp_path / "source", condition, key=key)
-    policy, texts, tokens = policy_at(convert(tmp_path)), TEXTS[condition], some_tokens(3)
+    policy, texts, tokens = policy_at(convert(tmp_path)), TEXTS[condition], some_tokens(len(TEXTS[condition]))
     ids = [policy.codec.encode_prompt(text) for text in texts]
     expected = originals_logits(original, policy, texts, tokens)
     for branch, logits in zip(("conditional", "unconditional"), expected, strict=True):
@@ -78,7 +82,7 @@ def test_logits_and_pictures_are_those_of_the_original_architecture(condition, k
     torch.testing.assert_close(PictureDecoder(policy.model.vq)(tokens, policy.codec.grid), pictures, rtol=0, atol=1e-4)
     greys = torch.clamp(127.5 * pictures + 128.0, 0, 255).to(torch.uint8).permute(0, 2, 3, 1)
     assert (policy.codec.decode(tokens).int() - greys.int()).abs().max() <= 1
-    assert policy.codec.decode(tokens).shape == (3, PIXELS, PIXELS, 3)
+    assert policy.codec.decode(tokens).shape == (len(tokens), PIXELS, PIXELS, 3)
 
 
 def test_five_levels_make_sixteen_pixels_of_a_token(tmp_path, monkeypatch):
@@ -146,3 +150,70 @@ def test_a_seed_gives_one_image_whatever_the_company_and_its_captions_lengths(
     alone = engine.generate([request(texts[1], (42,))])[0].tokens[0]
     mixed = engine.generate([request(texts[2], (9, 8)), request(texts[1], (7, 42, 1), group_id=1)])[1].tokens[1]
     assert alone.tolist() == mixed.tolist()
+
+
+SEVERAL = {"pipeline": {"max_staleness": 5}, "learner": {"lr": 1e-3, "autocast": "off", "micro_batch_images": 4}}
+
+
+def learner_at(path: Path, ranks: Ranks | None = None, **sections: Any) -> Learner:
+    run = learner_case.tiny_run(path, policy={"path": str(path), "family": "llamagen"}, **sections)
+    return Learner(run, threads=1, ranks=ranks or Ranks())
+
+
+def updates(learner: Learner, count: int, guidance: float = 1.0) -> list[dict[str, float]]:
+    """On groups that the checkpoint drew, so that every rank has the same."""
+    path = Path(learner._run.policy.path)
+    groups = learner_case.sample_groups(policy_at(path), texts_of(path), 4)
+    return [learner.update(groups, learner_case.score(groups)) for _ in range(count)]
+
+
+def test_a_learner_trains_all_but_what_is_frozen_and_what_it_saves_and_exports_loads(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    learner = learner_at(checkpoint, **SEVERAL)
+    first = updates(learner, 1)[0]
+    assert first["kl"] == 0 and first["mismatch/abs_logprob"] < 1e-5
+    learner.save_state(tmp_path / "state")
+    learner.export(tmp_path / "export")
+    exported, before = (LlamaGenModel.from_pretrained(path).state_dict() for path in (tmp_path / "export", checkpoint))
+    trained = dict(learner.weights())
+    for name, tensor in exported.items():
+        assert torch.equal(tensor, trained.get(name, before[name]))
+        unused = "embed_tokens.weight" in name  # of classes, only those that were asked for
+        assert torch.equal(tensor, before[name]) == (name.startswith("vq.") or name == "unconditional"), (name, unused)
+    again = learner_at(checkpoint, **SEVERAL)
+    again.load_state(tmp_path / "state")
+    assert again.version == 1 and updates(again, 1)[0]["loss"] == updates(learner, 1)[0]["loss"]
+    assert all(torch.equal(a, b) for (_, a), (_, b) in zip(again.weights(), learner.weights(), strict=True))
+
+
+def test_recomputed_activations_give_the_same_update_also_under_guided_gradients(checkpoint: Path) -> None:
+    found = []
+    for checkpointing in (False, True):
+        options = {"autocast": "off", "lr": 1e-3, "micro_batch_images": 4, "gradient_checkpointing": checkpointing}
+        learner = learner_at(checkpoint, recipe="ar_grpo", learner=options, rollout={"guidance_scale": 2.0})
+        updates(learner, 1)
+        found.append(dict(learner.weights()))
+    for name, tensor in found[0].items():
+        torch.testing.assert_close(found[1][name], tensor, rtol=1e-4, atol=1e-6)
+
+
+def _rank(number: int, address: str, path: Path, out: Path) -> None:
+    torch.set_num_threads(1)
+    learner = learner_at(path, Ranks.init_process_group(number, 2, address, CPU, timeout_s=120), **SEVERAL)
+    assert {type(parameter).__name__ for parameter in learner.policy.trained_parameters().values()} == {"DTensor"}
+    updates(learner, 2)
+    found = {name: tensor.clone() for name, tensor in learner.weights()}
+    if number == 0:
+        save_file(found, out / "two.safetensors")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_ranks_train_what_one_trains(checkpoint: Path, tmp_path: Path) -> None:
+    processes.spawn(_rank, (f"127.0.0.1:{free_port()}", checkpoint, tmp_path), nprocs=2)
+    alone = learner_at(checkpoint, **SEVERAL)
+    updates(alone, 2)
+    two = load_file(tmp_path / "two.safetensors")
+    for name, tensor in alone.weights():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-4, atol=2e-5)

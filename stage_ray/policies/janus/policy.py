@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,6 +19,7 @@ from stage_ray.pretrained import check_finite, check_tensors
 if TYPE_CHECKING:
     from transformers import JanusForConditionalGeneration
 
+    from stage_ray.config.model_sizes import ModelSizes
     from stage_ray.policies.llama import LlamaBackbone
 
 
@@ -57,6 +59,13 @@ class JanusPolicy(Policy):
             tied = model.all_tied_weights_keys
             check_tensors(codec.location, {k: v.shape for k, v in model.state_dict().items() if k not in tied})
         return codec
+
+    @classmethod
+    def sizes(cls, directory: Path, path: str) -> ModelSizes:
+        """See `Policy.sizes`."""
+        from stage_ray.policies.janus.builder import checkpoint_sizes
+
+        return checkpoint_sizes(path)
 
     @classmethod
     def load(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,6 +17,7 @@ from stage_ray.policies.static_decoder import StaticDecoder
 from stage_ray.pretrained import check_finite, check_tensors
 
 if TYPE_CHECKING:
+    from stage_ray.config.model_sizes import ModelSizes
     from stage_ray.policies.llamagen.backbone import LlamaGenBackbone
     from stage_ray.policies.llamagen.model import LlamaGenModel
 
@@ -50,6 +52,14 @@ class LlamaGenPolicy(Policy):
                 model = LlamaGenModel(codec.config)
             check_tensors(codec.location, {name: tensor.shape for name, tensor in model.state_dict().items()})
         return codec
+
+    @classmethod
+    def sizes(cls, directory: Path, path: str) -> ModelSizes:
+        """See `Policy.sizes`."""
+        from stage_ray.policies.llamagen.model import LlamaGenConfig
+        from stage_ray.policies.llamagen.sizes import config_sizes
+
+        return config_sizes(LlamaGenConfig.from_pretrained(directory), directory.name, path)
 
     @classmethod
     def load(

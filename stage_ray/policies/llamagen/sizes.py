@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 
 from stage_ray.config.model_sizes import FLAN_T5_XL, ModelSizes
 from stage_ray.policies.llamagen.model import LlamaGenConfig, LlamaGenModel
-
-
-def checkpoint_sizes(directory: Path) -> ModelSizes:
-    """Sizes of a local checkpoint, of which ``config.json`` is enough."""
-    return config_sizes(LlamaGenConfig.from_pretrained(directory), directory.name, str(directory))
 
 
 def config_sizes(config: LlamaGenConfig, name: str, path: str) -> ModelSizes:
@@ -46,4 +39,5 @@ def config_sizes(config: LlamaGenConfig, name: str, path: str) -> ModelSizes:
         vqmodel=count(model.vq),
         frozen=count(model) - count(model.gpt),
         text_encoder=FLAN_T5_XL if text else 0,
+        text_features=config.caption_width if text else 0,
     )
