@@ -31,7 +31,11 @@ CLEANED = [
         (r"\s+", " "),
     )
 ]
-"""What changes a plain caption in the clean-up that LlamaGen's captions went through, in its order."""
+"""What changes a plain caption in the clean-up that LlamaGen's captions went through, in its order.
+
+Left out are its rules against what crawled captions hold beside words: sizes, numbers of articles, names of files.
+"""
+ENDS = re.compile(r"^['_,\-:;]|['_,\-:+]$")
 _LOADED: WeakValueDictionary[tuple[Path, torch.device | None], TextEncoder] = WeakValueDictionary()
 
 
@@ -99,4 +103,4 @@ def clean(caption: str) -> str:
     text = unquote_plus(caption).strip().lower()
     for pattern, new in CLEANED:
         text = pattern.sub(new, text)
-    return html.unescape(text).strip()
+    return ENDS.sub("", html.unescape(text).strip()).strip()
