@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,12 +16,16 @@ import yaml
 from stage_ray.cli import main
 from stage_ray.commands.plan import model_sizes
 from stage_ray.config import PolicyConfig
+from stage_ray.config.load import load_config, validate_config
 from stage_ray.config.model_sizes import KNOWN
+from stage_ray.config.shipped import shipped_configs
 from stage_ray.errors import ConfigError
+from stage_ray.pipeline.prompt_files import load_prompts
 from stage_ray.policies import load_policy
 from stage_ray.policies.llamagen import LlamaGenPolicy
 from stage_ray.policies.llamagen.classes import ClassNames, imagenet
 from stage_ray.policies.llamagen.model import LlamaGenConfig, LlamaGenModel
+from stage_ray.policies.llamagen.published import MODELS, TOKENIZERS
 from stage_ray.policies.llamagen.sizes import config_sizes
 from stage_ray.policies.llamagen.text import clean
 from stage_ray.policies.reference import check_reference
@@ -230,3 +235,31 @@ def test_a_directory_can_be_planned_and_its_config_names_the_family(published, c
     assert main(["plan", "--model", "llamagen-t2i-256", "--gpus", "8", "--yaml"]) == 0
     said = yaml.safe_load(capsys.readouterr().out)
     assert said["policy"] == {"family": "llamagen", "path": "models/llamagen-t2i-256"}
+
+
+CONFIGS = {"b": "llamagen-b-256", "l": "llamagen-l-256", "xl": "llamagen-xl-384", "t2i": "llamagen-t2i-256"}
+
+
+@pytest.mark.parametrize(("config", "model"), CONFIGS.items())
+def test_the_papers_runs_have_its_numbers_and_the_split_of_gpus_that_plan_computes(config, model, capsys):
+    name, text = f"llamagen_{config}_ar_grpo", config == "t2i"
+    run = load_config(name)
+    algorithm, rollout = run.algorithm.model_dump(), run.rollout
+    paper = (600, 1.0, 4.0, 8) if text else (400, 0.1, 2.0, 4)  # arXiv 2508.06924
+    assert (run.steps, algorithm["beta"], rollout.guidance_scale, rollout.groups_per_step) == paper
+    assert (run.recipe, run.learner.lr, rollout.group_size, rollout.top_k) == ("ar_grpo", 1e-5, 8, 0)
+    groups = ["--groups-per-step", str(rollout.groups_per_step)]
+    assert main(["plan", "--model", model, "--gpu", "a100-40gb", "--gpus", "4", *groups, "--yaml"]) == 0
+    plan = validate_config(yaml.safe_load(capsys.readouterr().out))
+    assert (run.policy.family, run.policy.path) == (plan.policy.family, plan.policy.path)
+    assert (rollout.workers, run.learner.ranks) == (plan.rollout.workers, plan.learner.ranks)
+    assert (rollout.images_per_batch, rollout.gpu_memory_utilization) == (
+        plan.rollout.images_per_batch,
+        plan.rollout.gpu_memory_utilization,
+    )
+    assert run.learner.micro_batch_images == plan.learner.micro_batch_images
+    written = shipped_configs()[name].read_text()
+    files = re.findall(r"--file (\S+)", written)
+    assert [bool(kind.fullmatch(file)) for kind, file in zip((MODELS, TOKENIZERS), files, strict=True)] == [True, True]
+    if not text:
+        assert len(load_prompts(run.prompts.train)) == 1000

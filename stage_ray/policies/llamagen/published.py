@@ -137,9 +137,9 @@ def _config(file: Path, shapes: Mapping[str, tuple[int, ...]], said: Mapping[str
     from stage_ray.policies.llamagen.model import LlamaGenConfig
 
     codes, width = shapes["tok_embeddings.weight"]
-    layers = 1 + max(int(match[1]) for name in shapes if (match := LAYER.fullmatch(name)))
+    layers = 1 + max((int(match[1]) for name in shapes if (match := LAYER.fullmatch(name))), default=-1)
     heads = said.get("num_attention_heads") or HEADS.get((width, layers))
-    if not heads or width % heads:
+    if not isinstance(heads, int) or width % heads:
         raise ConfigError(
             f"{KEY}: {file} has {layers} layers of {width}, which is no published size; say num_attention_heads in a "
             "config.json beside it"
@@ -150,7 +150,7 @@ def _config(file: Path, shapes: Mapping[str, tuple[int, ...]], said: Mapping[str
     )
     named = re.search(r"_(\d{3,4})\.pt$", file.name)
     pixels = said.get("image_size") or (int(named[1]) if named else None)
-    if not pixels or pixels % 2 ** (levels - 1):
+    if not isinstance(pixels, int) or pixels % 2 ** (levels - 1):
         raise ConfigError(
             f"{KEY}: {file} does not say how large its images are; let its name end in the pixels, as c2i_B_256.pt "
             "does, or say image_size in a config.json beside it"
