@@ -209,12 +209,18 @@ def test_recomputed_activations_give_the_same_update_also_under_guided_gradients
 
 def _rank(number: int, address: str, path: Path, out: Path) -> None:
     torch.set_num_threads(1)
-    learner = learner_at(path, Ranks.init_process_group(number, 2, address, CPU, timeout_s=120), **SEVERAL)
+    ranks = Ranks.init_process_group(number, 2, address, CPU, timeout_s=120)
+    learner = learner_at(path, ranks, **SEVERAL)
     assert {type(parameter).__name__ for parameter in learner.policy.trained_parameters().values()} == {"DTensor"}
     updates(learner, 2)
     found = {name: tensor.clone() for name, tensor in learner.weights()}
     if number == 0:
         save_file(found, out / "two.safetensors")
+    narrow = learner_at(path, ranks, **SEVERAL | {"learner": SEVERAL["learner"] | {"autocast": "bfloat16"}})
+    logits: list[torch.dtype] = []
+    narrow.policy.model.gpt["head"].register_forward_hook(lambda _, __, made: logits.append(made.dtype))
+    updates(narrow, 1)
+    assert set(logits) == {torch.float32}
     torch.distributed.destroy_process_group()
 
 

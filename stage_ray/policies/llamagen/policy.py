@@ -91,12 +91,9 @@ class LlamaGenPolicy(Policy):
         return self.model.gpt["image_embedding"](tokens)
 
     def head(self, states: Tensor) -> Tensor:
-        """States [..., hidden] -> logits float32 [..., V], in float32 even where the rest runs in bfloat16.
-
-        Only shards of several ranks are gathered in bfloat16, as all that is trained is then.
-        """
+        """States [..., hidden] -> logits float32 [..., V], in float32 even where the rest runs in bfloat16."""
         with torch.autocast(states.device.type, enabled=False):
-            return self.model.gpt["head"](states.float()).float()
+            return self.model.gpt["head"](states.float())
 
     def decoder(self, sequences: int, length: int) -> StaticDecoder:
         """A Llama's, with prompts and positions of its own."""
