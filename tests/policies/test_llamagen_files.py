@@ -12,13 +12,16 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from huggingface_hub import constants, hf_api
+from transformers import T5Config, T5EncoderModel
 
 from stage_ray.cli import main
 from stage_ray.commands.plan import model_sizes
 from stage_ray.config import PolicyConfig
 from stage_ray.config.load import load_config, validate_config
-from stage_ray.config.model_sizes import KNOWN
+from stage_ray.config.model_sizes import BFLOAT16, FLAN_T5_XL, KNOWN
 from stage_ray.config.shipped import shipped_configs
+from stage_ray.engines.memory import rollout_memory
 from stage_ray.errors import ConfigError
 from stage_ray.pipeline.prompt_files import load_prompts
 from stage_ray.policies import load_policy
@@ -29,6 +32,7 @@ from stage_ray.policies.llamagen.published import MODELS, TOKENIZERS
 from stage_ray.policies.llamagen.sizes import config_sizes
 from stage_ray.policies.llamagen.text import clean
 from stage_ray.policies.reference import check_reference
+from tests.hub import served
 from tests.policies.llamagen import MODEL, TOKENIZER, publish
 from tests.runs import tiny_run
 
@@ -237,6 +241,30 @@ def test_a_directory_can_be_planned_and_its_config_names_the_family(published, c
     assert said["policy"] == {"family": "llamagen", "path": "models/llamagen-t2i-256"}
 
 
+def test_a_text_encoder_of_a_hub_is_fetched_with_the_run_and_not_by_its_dry_run(
+    published, tmp_path, capsys, monkeypatch
+):
+    model = Path(shutil.copytree(published / "text", tmp_path / "model"))
+    said = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(said | {"text_encoder": "me/t5"}))
+    run = tiny_run(tmp_path, model, policy={"family": "llamagen"})
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run.model_dump(mode="json")))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    with served() as hub:
+        hub.commit("models/me/t5", Path(said["text_encoder"]), "main")
+        monkeypatch.setattr(constants, "ENDPOINT", hub.address)
+        place = hub.address + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", place)
+        monkeypatch.setattr(hf_api.api, "endpoint", hub.address)
+        assert main(["train", str(tmp_path / "run.yaml"), "--dry-run"]) == 0
+        assert "would be fetched: policy.path: text_encoder = me/t5" in capsys.readouterr().out and not hub.asked
+        assert main(["fetch", str(tmp_path / "run.yaml")]) == 0
+        assert "policy.path: text_encoder = " in capsys.readouterr().out
+    assert main(["train", str(tmp_path / "run.yaml"), "--dry-run", "--strict"]) == 0
+    codec = LlamaGenPolicy.check(run.policy)
+    assert codec is not None and len(codec.encode_prompt("a red circle").conditional) == 4
+
+
 CONFIGS = {"b": "llamagen-b-256", "l": "llamagen-l-256", "xl": "llamagen-xl-384", "t2i": "llamagen-t2i-256"}
 
 
@@ -263,3 +291,12 @@ def test_the_papers_runs_have_its_numbers_and_the_split_of_gpus_that_plan_comput
     assert [bool(kind.fullmatch(file)) for kind, file in zip((MODELS, TOKENIZERS), files, strict=True)] == [True, True]
     if not text:
         assert len(load_prompts(run.prompts.train)) == 1000
+
+
+def test_the_text_encoder_is_as_large_as_flan_t5_xls():
+    wide = {"d_model": 2048, "d_kv": 64, "d_ff": 5120, "num_layers": 24, "num_heads": 32}  # its config.json
+    with torch.device("meta"):
+        encoder = T5EncoderModel(T5Config(**wide, vocab_size=32128, feed_forward_proj="gated-gelu"))
+    assert sum(parameter.numel() for parameter in encoder.parameters()) == FLAN_T5_XL
+    memory = rollout_memory(KNOWN["llamagen-t2i-256"], images=8, dtype="bfloat16")
+    assert memory["text encoder"] == BFLOAT16 * (FLAN_T5_XL + 2 * 8 * 120 * wide["d_model"])

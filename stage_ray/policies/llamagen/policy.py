@@ -14,7 +14,7 @@ from stage_ray.policies.base import ImageCodec, Policy
 from stage_ray.policies.image_tokenizer import for_sampling
 from stage_ray.policies.llamagen.codec import MODEL_TYPE, TRAINED_PREFIX, LlamaGenCodec
 from stage_ray.policies.static_decoder import StaticDecoder
-from stage_ray.pretrained import check_finite, check_tensors
+from stage_ray.pretrained import check_finite, check_tensors, located
 
 if TYPE_CHECKING:
     from stage_ray.config.model_sizes import ModelSizes
@@ -43,7 +43,7 @@ class LlamaGenPolicy(Policy):
 
     @classmethod
     def check(cls, config: PolicyConfig) -> ImageCodec | None:
-        """As `Policy.check`, down to the names and shapes of tensors."""
+        """As `Policy.check`, down to the names and shapes of tensors; None also while the text encoder is in a hub."""
         codec = super().check(config)
         if isinstance(codec, LlamaGenCodec):
             from stage_ray.policies.llamagen.model import LlamaGenModel
@@ -51,6 +51,9 @@ class LlamaGenPolicy(Policy):
             with torch.device("meta"):  # shapes alone, no memory
                 model = LlamaGenModel(codec.config)
             check_tensors(codec.location, {name: tensor.shape for name, tensor in model.state_dict().items()})
+            encoder = codec.config.text_encoder
+            if encoder and located(encoder) is None:
+                return None
         return codec
 
     @classmethod
