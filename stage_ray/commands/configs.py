@@ -51,11 +51,12 @@ def fetch(config: ConfigArgument, overrides: SetOption = None) -> None:
     Example: stage-ray fetch stage_shapeworld --set policy.path=deepseek-community/Janus-Pro-1B
     """
     from stage_ray.config.hub import commit_of, download, named
-    from stage_ray.config.inputs import files_of, hub_inputs
+    from stage_ray.config.inputs import checkpoint_inputs, files_of, hub_inputs
     from stage_ray.config.load import load_config
     from stage_ray.evaluation.suites import resolve_suites
 
-    found = hub_inputs(resolve_suites(load_config(config, overrides)))
+    run = resolve_suites(load_config(config, overrides))
+    found = hub_inputs(run) | checkpoint_inputs(run)
     for key, uri in found.items():
         try:
             commit = commit_of(uri, key)

@@ -7,12 +7,14 @@ import json
 import textwrap
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from typer import Option
 
 from stage_ray.config.model_sizes import FLOAT32, KNOWN, WIDTH, ModelSizes
-from stage_ray.engines.memory import LONGEST_PROMPT, images_in_flight, rollout_memory
+from stage_ray.config.paths import PACKAGE, resolve_path
+from stage_ray.engines.memory import images_in_flight, longest_prompt, rollout_memory
 from stage_ray.errors import ConfigError
 from stage_ray.learner import memory
 
@@ -96,12 +98,21 @@ class Plan:
 
 
 def model_sizes(model: str) -> ModelSizes:
-    """Sizes of a known name, or of a directory with the ``config.json`` of a Janus; a ConfigError if it is neither."""
+    """Sizes of a known name, or of a directory with a family's ``config.json``; a ConfigError if it is neither."""
     if known := KNOWN.get(model.lower()):
         return known
-    from stage_ray.policies.janus.builder import checkpoint_sizes  # late: it imports torch
+    from stage_ray.policies import POLICIES, family_of  # late: it imports torch
 
-    return checkpoint_sizes(model)
+    directory = resolve_path(model) if model.startswith(PACKAGE) else Path(model).expanduser()
+    if not (directory / "config.json").is_file():
+        raise ConfigError(
+            f"--model {model} is neither known ({', '.join(KNOWN)}) nor a local directory: no config.json is in it"
+        )
+    family = family_of(directory, "--model")
+    sizes = POLICIES.find(family, "--model").sizes(directory, model) if family else None
+    if sizes is None:
+        raise ConfigError(f"--model {model} is of no family that can be planned: {', '.join(POLICIES.names())}")
+    return sizes
 
 
 def room(gpu_gib: float) -> int:
@@ -125,7 +136,7 @@ def make_plan(
         raise ConfigError(f"--gpus {gpus} is too few: rollout, reward and learner take one each; {fix}")
     space = room(gib)
     _check_one_gpu(model, gpu, space, dtype)
-    learner = partial(memory.learner_memory, model, prompt=LONGEST_PROMPT, dtype=dtype)
+    learner = partial(memory.learner_memory, model, prompt=longest_prompt(model), dtype=dtype)
     possible = [ranks for ranks in range(1, gpus - 1) if groups % ranks == 0]
 
     def cut_for(ranks: int) -> memory.Cut | None:
@@ -185,12 +196,13 @@ def _check_one_gpu(model: ModelSizes, gpu: str, space: int, dtype: str) -> None:
 def config_of(made: Plan) -> dict[str, Any]:
     """The plan as a config that `stage-ray train` takes; prompts and rewards are to be filled in."""
     rollout = made.memory["rollout"]
-    inside_vllm = sum(rollout.values()) - rollout["image decoder"] + memory.CONTEXT  # the decoder lives beside vLLM
+    beside = rollout["image decoder"] + rollout.get("text encoder", 0)  # which are not vLLM's own
+    inside_vllm = sum(rollout.values()) - beside + memory.CONTEXT
     return {
         "steps": 1600,  # of the published runs
         "run_dir": f"/shared/runs/{made.model.name}",
         "prompts": {"train": "prompts.jsonl"},
-        "policy": {"path": made.model.path},
+        "policy": ({"family": made.model.family} if made.model.family != "janus" else {}) | {"path": made.model.path},
         "rollout": {
             "engine": "vllm",
             "workers": made.split["rollout"],

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from stage_ray.config.hub import HUB, MODEL_FILES, PROCESSOR_FILES, PROMPT_FILES, at_commit, commit_of, hub_uri
 from stage_ray.config.load import validate_config
+from stage_ray.config.paths import resolve_path
 from stage_ray.config.schema import RunConfig
+from stage_ray.errors import ConfigError
 
 if TYPE_CHECKING:
     from huggingface_hub import HfUri
@@ -39,6 +42,19 @@ def hub_inputs(run: RunConfig) -> dict[str, HfUri]:
     """Those of them that are repositories of a hub and not directories here."""
     texts = {key: text for key, text in inputs(run).items() if takes_model(key) or text.startswith(HUB)}
     return {key: uri for key, text in texts.items() if (uri := hub_uri(text)) is not None}
+
+
+def checkpoint_inputs(run: RunConfig) -> dict[str, HfUri]:
+    """Repositories that a checkpoint here names in its own config: the text encoder of its prompts."""
+    found = {}
+    for key, location in (("policy.path", run.policy.path), ("policy.reference", run.policy.reference)):
+        if location is None or hub_uri(location) is not None:
+            continue
+        with suppress(ConfigError, OSError, ValueError):  # whose names are checked where it is loaded
+            said = json.loads((resolve_path(location) / "config.json").read_text(encoding="utf-8")).get("text_encoder")
+            if isinstance(said, str) and (uri := hub_uri(said)) is not None:
+                found[f"{key}: text_encoder"] = uri
+    return found
 
 
 def pin(run: RunConfig, known: Mapping[str, str]) -> tuple[RunConfig, dict[str, str]]:

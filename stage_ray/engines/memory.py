@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from stage_ray.config import RolloutConfig
-from stage_ray.config.model_sizes import FLOAT32, WIDTH, ModelSizes
+from stage_ray.config.model_sizes import BFLOAT16, FLOAT32, WIDTH, ModelSizes
 
 # Tokens; the memory of a batch is reserved for prompts of this length.
 LONGEST_PROMPT = RolloutConfig().max_prompt_tokens
@@ -11,7 +11,7 @@ CACHE_BLOCK = 16  # tokens; vLLM's default on GPUs
 CPU_CACHE_BLOCK = 16  # and on CPUs, for the kernel that is the fastest with one query a row
 CUDA_GRAPHS = int(1.5 * 2**30)  # reserved for vLLM's captured decode steps
 DECODER_MAPS = 4  # full-size feature maps alive at once: input, normed, convolved, shortcut
-DECODE_CHUNK = 16  # that of `stage_ray.policies.janus.codec`, which imports torch; a test compares them
+DECODE_CHUNK = 16  # that of `stage_ray.policies.image_tokenizer`, which imports torch; a test compares them
 
 
 def cache_bytes(model: ModelSizes, *, tokens: int, dtype: str) -> int:
@@ -20,22 +20,29 @@ def cache_bytes(model: ModelSizes, *, tokens: int, dtype: str) -> int:
     return -(-tokens // CACHE_BLOCK) * CACHE_BLOCK * token  # whole blocks, rounded up
 
 
+def longest_prompt(model: ModelSizes) -> int:
+    """Tokens of the longest prompt: the model's own bound where it is below the config's default."""
+    return min(LONGEST_PROMPT, model.prompt_tokens or LONGEST_PROMPT)
+
+
 def rollout_memory(model: ModelSizes, *, images: int, dtype: str) -> dict[str, int]:
     """Bytes by what they hold, with ``images`` in flight, each a conditional and an unconditional sequence.
 
     As in the engine, the cache holds a whole batch, and vLLM tries out a prefill of every prompt at once (states and
     residual, MLP's gate, up and product).
     """
-    size, sequences = WIDTH[dtype], 2 * images
-    prefill = sequences * LONGEST_PROMPT * size * (4 * model.hidden + 3 * model.intermediate)
+    size, sequences, prompt = WIDTH[dtype], 2 * images, longest_prompt(model)
+    prefill = sequences * prompt * size * (4 * model.hidden + 3 * model.intermediate)
     logits = 5 * sequences * model.codes * FLOAT32  # both branches, guided, their softmax and noise
     maps = min(images, DECODE_CHUNK) * DECODER_MAPS * model.base_channels * model.side_pixels**2 * FLOAT32
+    text = BFLOAT16 * model.text_encoder + sequences * prompt * model.text_features * size
     return {
         "weights": (model.trained + model.image_embedding) * size + model.head * FLOAT32,
-        "KV cache": sequences * cache_bytes(model, tokens=LONGEST_PROMPT + model.image_tokens, dtype=dtype),
+        "KV cache": sequences * cache_bytes(model, tokens=prompt + model.image_tokens, dtype=dtype),
         "prefill, logits": max(prefill, logits),
         "CUDA graphs": CUDA_GRAPHS,
         "image decoder": model.vqmodel * FLOAT32 + maps,
+        **({"text encoder": text} if text else {}),
     }
 
 

@@ -277,7 +277,8 @@ class Learner:
     def _keep_share(self, policy: Policy, *, bfloat16: bool) -> None:
         """Move this rank's share of a whole model to its device, layer by layer; all of it where it is alone."""
         policy.drop_image_decoder()
-        self._ranks.shard(policy.fsdp_modules(), bfloat16)
+        modules, inside = policy.fsdp_modules(), set(policy.backbone.modules())
+        self._ranks.shard(modules, bfloat16, exact=set(modules) - inside)  # a head gives logits in float32
         policy.model.to(self._device)
 
     def _release_cached_memory(self) -> None:

@@ -76,6 +76,7 @@ def learner_memory(
         "gathered shards": copies + reduced if sharded else casts,
         "activations": kept,
         "backward, logits": working,
+        **({"text encoder": BFLOAT16 * model.text_encoder} if model.text_encoder else {}),
     }
 
 
@@ -118,4 +119,4 @@ def loading_bytes(model: ModelSizes) -> int:
 
     What the rank keeps goes to its GPU; on a CPU it stays beside what is loaded next.
     """
-    return model.total * (FLOAT32 + BFLOAT16)
+    return model.total * (FLOAT32 + BFLOAT16) + BFLOAT16 * model.text_encoder

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,18 +44,19 @@ class Ranks:
         share = count // self.count
         return slice(self.rank * share, (self.rank + 1) * share)
 
-    def shard(self, modules: Sequence[nn.Module], bfloat16: bool) -> None:
+    def shard(self, modules: Sequence[nn.Module], bfloat16: bool, exact: Collection[nn.Module] = ()) -> None:
         """Keep a shard of each module's parameters here; a module's are gathered while it runs.
 
         Gradients are summed over ranks, not averaged: every rank's loss is a part of the whole batch's. ``bfloat16`` is
-        of gathers, layers and the sums between layers; a single rank keeps those sums in float32 under autocast, so
-        log-probabilities differ by rounding, on average some hundredths of a nat.
+        of gathers, layers and the sums between layers, but not of ``exact`` modules; a single rank keeps those sums in
+        float32 under autocast, so log-probabilities differ by rounding, on average some hundredths of a nat.
         """
         if self.mesh is None:
             return
-        precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        rounded = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         for module in modules:
-            fully_shard(module, mesh=self.mesh, mp_policy=precision if bfloat16 else MixedPrecisionPolicy())
+            precision = rounded if bfloat16 and module not in exact else MixedPrecisionPolicy()
+            fully_shard(module, mesh=self.mesh, mp_policy=precision)
         for module in modules:
             module.set_gradient_divide_factor(1.0)  # type: ignore[operator]
             module.set_force_sum_reduction_for_comms(True)  # type: ignore[operator]  # gloo has no other reduction

@@ -22,7 +22,7 @@ from stage_ray.pipeline.geneval_prompts import SCHEME, geneval_prompts
 from stage_ray.records import Prompt
 from stage_ray.registry import require_extra
 
-TEXT_KEYS = ("prompt", "caption", "text", "prompts", "prompt_en")  # the first that a record or a header has
+TEXT_KEYS = ("prompt", "caption", "text", "prompts", "prompt_en", "class")  # the first that a record or a header has
 EXAMPLE = '{"prompt": "a photo of a circle"}'
 PARQUET = ".parquet"
 GZIP_MAGIC = b"\x1f\x8b"
@@ -34,7 +34,7 @@ def load_prompts(location: str) -> list[Prompt]:
     """Read prompts, in the order of the file (of a directory: of its files' names).
 
     ``.jsonl``, ``.ndjson``: an object or a text a line. ``.json``: the same, or one array of them. ``.csv``, ``.tsv``:
-    a header with ``prompt``, ``caption`` or ``text``. ``.parquet``: such a column (needs pyarrow). ``.txt`` or no
+    a header with ``prompt``, ``caption``, ``text`` or ``class``. ``.parquet``: such a column. ``.txt`` or no
     suffix: a prompt a line. Each may be compressed (``.gz``). A directory: each ``.txt`` in it is one prompt. ``\\n``
     and ``\\r\\n`` alone end a line; a byte order mark is no part of anything. ``geneval:test``, ``geneval:train``: see
     `geneval_prompts`.
@@ -154,7 +154,7 @@ def _table(text: str, path: Path) -> Iterator[Record]:
         column = next((name for key in TEXT_KEYS for name in header if name.lower() == key), None)
         if column is None:
             raise ConfigError(
-                f"{path}, line 1: no column is called {', '.join(TEXT_KEYS[:-1])}; its columns are {', '.join(header)}"
+                f"{path}, line 1: no column is called {', '.join(TEXT_KEYS[:-2])}; its columns are {', '.join(header)}"
             )
         for row in rows:
             where = f"{path}, line {rows.line_num}"
@@ -183,6 +183,8 @@ def _record(value: Any, where: str) -> dict[str, Any]:
         value = {"prompt": value}
     named = {str(key).lower(): item for key, item in value.items()} if isinstance(value, Mapping) else {}
     text = next((named[key] for key in TEXT_KEYS if key in named), None)
+    if isinstance(text, int) and text == named.get("class"):
+        text = str(text)  # a class by its number is a whole prompt for some models
     if not isinstance(text, str) or not text.strip():
         found = f"has {', '.join(map(str, value)) or 'nothing'}" if isinstance(value, Mapping) else f"is {value!r:.60}"
         raise ConfigError(

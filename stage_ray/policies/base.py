@@ -50,11 +50,15 @@ class VllmSpec:
         config: the ``config.json`` that vLLM reads: flat, with Llama's keys and what the model class needs.
         prompt_shift: added to prompt ids, for a vocabulary that holds the image tokens first.
         frozen: prefixes of the tensors that the model class loads beside the trained ones.
+        prompt_features: F, where prompts are rows of features (`ImageCodec.prompt_features`) and not ids; 0 is ids. The
+            engine writes a batch's rows into ``prompt_features`` of the model, float [rows, F], as many as it batches
+            tokens, and a prompt's ids are the numbers of its rows.
     """
 
     config: dict[str, Any]
     prompt_shift: int
     frozen: tuple[str, ...]
+    prompt_features: int = 0
 
 
 class ImageCodec(ABC):
@@ -90,6 +94,10 @@ class ImageCodec(ABC):
     def prompt_encoding(self) -> object:
         """What is equal in two checkpoints that encode prompts alike; the default is the encoding of `PROBE`."""
         return self.encode_prompt(PROBE)
+
+    def prompt_features(self, branch: Branch) -> Tensor:
+        """What vLLM reads of a prompt whose entries are no ids there, float [its entries, F]; see `VllmSpec`."""
+        raise NotImplementedError
 
     def sizes(self) -> ModelSizes | None:
         """What the formulas of `stage_ray.learner.memory` need; None where they do not hold for this family."""
@@ -162,6 +170,12 @@ class Backbone(nn.Module):
         return self.language_model(inputs_embeds=embeds, use_cache=False).last_hidden_state
 
 
+def embed_ids(embedding: nn.Module, prompts: Sequence[Branch]) -> Tensor:
+    """Prompts whose entries are ids of an embedding, one after the other: [all their entries, hidden]."""
+    device = next(embedding.parameters()).device
+    return embedding(torch.tensor([entry for prompt in prompts for entry in prompt], device=device))
+
+
 class Decoder(Protocol):
     """A forward of the backbone with a key-value cache, for one batch of B sequences."""
 
@@ -215,6 +229,14 @@ class Policy(ABC):
             return None
         check_directory(model, cls.model_type)
         return cls.load_codec(config, device=None)
+
+    @classmethod
+    def sizes(cls, directory: Path, path: str) -> ModelSizes | None:
+        """Sizes of a local checkpoint, of which ``config.json`` is enough, for plans; ``path`` is what names it.
+
+        None where the formulas of `stage_ray.learner.memory` do not hold for the family.
+        """
+        return None
 
     @classmethod
     @abstractmethod

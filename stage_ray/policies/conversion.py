@@ -10,6 +10,7 @@ import os
 import shutil
 import zipfile
 from abc import ABC, abstractmethod
+from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -22,11 +23,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.serialization import safe_globals
 
 from stage_ray.config import PolicyConfig
 from stage_ray.errors import ConfigError, RunError
 from stage_ray.files import atomic_write, digest, name_disk_errors, read_json, sync_path
-from stage_ray.policies import POLICIES, policy_class
+from stage_ray.policies import family_of, policy_class
 from stage_ray.pretrained import ADAPTER, PICKLED, WEIGHTS, WEIGHTS_INDEX, check_finite, read_object
 from stage_ray.registry import Registry
 
@@ -45,18 +47,24 @@ class Layout(ABC):
 
     Attributes:
         title: whose layout this is, for messages.
+        files: those that hold the weights.
     """
 
     title: ClassVar[str]
+    files: list[Path]
 
     @staticmethod
     @abstractmethod
-    def matches(config: Mapping[str, Any]) -> bool:
-        """Whether a source with this ``config.json`` is in this layout."""
+    def matches(source: Path, config: Mapping[str, Any]) -> bool:
+        """Whether a source with this ``config.json``, empty where there is none, is in this layout."""
 
     @abstractmethod
-    def __init__(self, source: Path, config: Mapping[str, Any], template: str) -> None:
-        """Read all but the weights; ``template`` is a config's ``policy.template``.
+    def __init__(self, source: Path, config: Mapping[str, Any], template: str, files: Sequence[str] = ()) -> None:
+        """Read all but the weights.
+
+        Args:
+            template: a config's ``policy.template``.
+            files: names of the files to take of a source that holds several models; none are all of them.
 
         Raises:
             ConfigError: a file or a key is missing, or says what the family cannot be.
@@ -97,6 +105,7 @@ def convert_checkpoint(
     template: str,
     dtype: torch.dtype | None,
     bar: Callable[[str, int], AbstractContextManager[Callable[[], None]]],
+    files: Sequence[str] = (),
 ) -> None:
     """Write a checkpoint that plain transformers loads, whole or not at all.
 
@@ -106,6 +115,7 @@ def convert_checkpoint(
     Args:
         dtype: of all floating-point tensors; None keeps each as it is.
         bar: makes a progress bar of a description and a total, and yields what advances it.
+        files: as `Layout` takes them.
 
     Raises:
         ConfigError: the source is incomplete, damaged or of another layout, or OUT exists.
@@ -113,7 +123,7 @@ def convert_checkpoint(
     """
     if out.exists():
         raise ConfigError(f"OUT: {out} exists already; name another directory, or remove it")
-    family, layout = find_layout(source, template)
+    family, layout = find_layout(source, template, files)
     shards, main_dtype = _planned(_verified(source, layout), dtype)
     partial = out.with_name(f".{out.name}.partial")
     identity = [f"{dtype}", *(f"{s.name} {s.source.name} {s.source.stat().st_mtime_ns} {s.bytes}" for s in shards)]
@@ -142,7 +152,7 @@ def convert_checkpoint(
         os.rename(partial, out)
 
 
-def find_layout(source: Path, template: str) -> tuple[str, Layout]:
+def find_layout(source: Path, template: str, files: Sequence[str] = ()) -> tuple[str, Layout]:
     """The family whose layout a directory is in, and the layout of its files.
 
     Raises:
@@ -152,16 +162,16 @@ def find_layout(source: Path, template: str) -> tuple[str, Layout]:
         raise ConfigError(f"{KEY}: {source} is not a directory; give one that holds config.json and weights")
     if (source / ADAPTER).is_file():
         raise ConfigError(f"{KEY}: {source} holds a LoRA adapter ({ADAPTER}); merge it into its base first")
-    config = read_object(source / "config.json", KEY)
+    if missing := [name for name in files if not (source / name).is_file()]:
+        raise ConfigError(f"{KEY}: {source} holds no {missing[0]}, which --file names")
+    config = read_object(source / "config.json", KEY) if (source / "config.json").is_file() else {}
     known = {family: LAYOUTS.find(family, KEY) for family in LAYOUTS.names()}
     for family, layout in known.items():
-        if layout.matches(config):
-            return family, layout(source, config, template)
-    found = config.get("model_type")
-    for family in POLICIES.names():
-        if found == policy_class(PolicyConfig(family=family, path="")).model_type:
-            raise ConfigError(f"{KEY}: {source} is in transformers' layout already; name it in policy.path as it is")
-    titles = ", ".join(f"{layout.title} ({family})" for family, layout in known.items())
+        if layout.matches(source, config):
+            return family, layout(source, config, template, files)
+    if family_of(source, KEY) is not None:
+        raise ConfigError(f"{KEY}: {source} is in transformers' layout already; name it in policy.path as it is")
+    found, titles = config.get("model_type"), ", ".join(f"{layout.title} ({name})" for name, layout in known.items())
     raise ConfigError(f"{KEY}: {source} holds a {found!r} model; layouts that are converted: {titles}")
 
 
@@ -193,14 +203,15 @@ def read_weights(file: Path) -> dict[str, Tensor]:
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
-        found = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+        with safe_globals([Namespace]):  # a trainer's arguments: plain values, which are not read
+            found = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except (SafetensorError, OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
         why = str(error).strip().split("\n")[0]
         raise ConfigError(f"{KEY}: {file} is cut short or damaged ({why}); download it again") from error
     except UnpicklingError as error:
         raise ConfigError(f"{KEY}: {file} holds more than tensors, which is not unpickled; save them alone") from error
     if isinstance(found, dict):
-        inner = [found[key] for key in ("state_dict", "model", "module") if isinstance(found.get(key), dict)]
+        inner = [found[key] for key in ("state_dict", "model", "module", "ema") if isinstance(found.get(key), dict)]
         tensors = inner[0] if inner else found
         if tensors and all(isinstance(tensor, Tensor) for tensor in tensors.values()):
             return dict(tensors)
@@ -215,7 +226,7 @@ def _verified(source: Path, layout: Layout) -> Iterator[tuple[Path, str, dict[st
     """
     expected, tied = layout.expected()
     found: set[str] = set()
-    for file in source_files(source):
+    for file in layout.files:
         for name, tensor in read_weights(file).items():
             where = f"{KEY}: {file}: tensor {name}"
             pieces = layout.convert(name, tensor.to("meta"))

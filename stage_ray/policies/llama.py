@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from stage_ray.policies.base import Backbone
+from stage_ray.policies.base import Backbone, Branch, embed_ids
 
 if TYPE_CHECKING:
     from transformers import LlamaModel
@@ -30,6 +30,7 @@ class LlamaBackbone(Backbone):
     """
 
     language_model: LlamaModel
+    prompt_end: int | None = None  # position after every prompt's last; None: each prompt's first is 0
 
     def __init__(self, language_model: LlamaModel) -> None:
         super().__init__(language_model)
@@ -38,18 +39,28 @@ class LlamaBackbone(Backbone):
 
     def predict(self, prompts: Sequence[Sequence[int]], image_embeds: Tensor) -> Tensor:
         """As `Backbone.predict`; a prompt that several images share is computed once, forward and backward."""
-        return self(Packing(prompts, image_embeds.shape[1], image_embeds.device), image_embeds)
+        return self(Packing(prompts, image_embeds.shape[1], image_embeds.device, self.prompt_end), image_embeds)
+
+    def embed_prompts(self, prompts: Sequence[Branch]) -> Tensor:
+        """Different prompts, one after the other, to the layers' inputs, [all their entries, hidden]."""
+        return embed_ids(self.language_model.embed_tokens, prompts)
+
+    def checkpoint_layers(self) -> None:
+        """Recompute each layer in the backward pass, as transformers does; dropout stays off."""
+        self.language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        for layer in self.language_model.layers:
+            layer.training = True  # what the layer itself looks at; the modules inside it stay in eval mode
 
     def forward(self, packing: Packing, image_embeds: Tensor) -> Tensor:  # type: ignore[override]
         """Embeddings [B, T - 1, hidden] after their prompts -> states [B, T, hidden]."""
         llama, width = self.language_model, image_embeds.shape[-1]
-        embeds = llama.embed_tokens(packing.ids)
+        embeds = self.embed_prompts(packing.prompts)
         hidden = torch.cat([embeds, image_embeds.to(embeds.dtype).flatten(0, 1)])  # [N, hidden]
         packing.angles = tuple(angle[0] for angle in llama.rotary_emb(hidden, packing.positions[None]))
         for layer in llama.layers:
             hidden = layer(hidden, packing)
         # The state at a prompt's last token predicts the first image token.
-        last, rest = hidden[packing.last][packing.owners], hidden[len(packing.ids) :]
+        last, rest = hidden[packing.last][packing.owners], hidden[len(embeds) :]
         states = torch.cat([last.unsqueeze(1), rest.view(len(packing.owners), -1, width)], dim=1)
         return F.rms_norm(states, (width,), llama.norm.weight, llama.norm.variance_epsilon)
 
@@ -60,8 +71,8 @@ class Packing:
     Not a dataclass: FSDP would look into it for tensors to cast.
 
     Attributes:
-        ids: int64, of the different prompts.
-        positions: int64 [N], within each sequence.
+        prompts: the different prompts.
+        positions: int64 [N], within each sequence; with ``end`` so that every prompt ends before it.
         owners, last: int64 [B], the prompt of each image; int64 [prompts], the place of each prompt's last token.
         rows: int64 [B * L], the place of each position of the B sequences, 0 for padding at their end.
         select: int64 [N], where in B * L a place is found again; of a shared prompt, in its first sequence.
@@ -71,7 +82,9 @@ class Packing:
 
     angles: tuple[Tensor, ...]
 
-    def __init__(self, prompts: Sequence[Sequence[int]], images: int, device: torch.device) -> None:
+    def __init__(
+        self, prompts: Sequence[Sequence[int]], images: int, device: torch.device, end: int | None = None
+    ) -> None:
         different = {prompt: index for index, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
         owners = [different[tuple(prompt)] for prompt in prompts]
         lengths = torch.tensor([len(prompt) for prompt in different])
@@ -88,14 +101,14 @@ class Packing:
             rows[row, :length] = torch.arange(start, start + length)
             rows[row, length : length + images] = torch.arange(image, image + images)
             places = torch.arange(length + images)
-            positions[rows[row, : length + images]] = places
+            positions[rows[row, : length + images]] = places if end is None else places + end - length
             if owner in seen:
                 self.repeated.append((row, start, length))
                 select[rows[row, length : length + images]] = row * self.length + places[length:]
             else:
                 select[rows[row, : length + images]] = row * self.length + places
             seen.add(owner)
-        self.ids = torch.tensor([entry for prompt in different for entry in prompt], device=device)
+        self.prompts = list(different)
         self.owners, self.last = torch.tensor(owners, device=device), (ends - 1).to(device)
         self.positions, self.rows, self.select = (each.to(device) for each in (positions, rows.flatten(), select))
 

@@ -5,14 +5,16 @@ It computes what ``LlamaModel`` computes with a quarter of the operator calls of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from stage_ray.policies.base import Branch, embed_ids
 from stage_ray.policies.packed import PackedLinear
 
 if TYPE_CHECKING:
@@ -51,11 +53,20 @@ class StaticDecoder:
     Args:
         rows: B.
         length: positions of the cache, prompt and image.
+        embed, end: `LlamaBackbone.embed_prompts` and ``prompt_end`` of a family that has its own.
     """
 
-    def __init__(self, llama: LlamaModel, rows: int, length: int) -> None:
+    def __init__(
+        self,
+        llama: LlamaModel,
+        rows: int,
+        length: int,
+        embed: Callable[[Sequence[Branch]], Tensor] | None = None,
+        end: int | None = None,
+    ) -> None:
         config = llama.config
         self._llama, self._rows, self._length = llama, rows, length
+        self._embed, self._end = embed or partial(embed_ids, llama.embed_tokens), end
         self._heads, self._kv_heads, self._head_dim = (
             config.num_attention_heads,
             config.num_key_value_heads,
@@ -68,18 +79,21 @@ class StaticDecoder:
         """Read B prompts, each different one once; the state of each sequence's last token, [B, hidden]."""
         # Index of each different prompt, in order of first appearance.
         different = {prompt: index for index, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
-        device, count = self._llama.embed_tokens.weight.device, max(map(len, different))
+        device, count = self._llama.norm.weight.device, max(map(len, different))
         owners = torch.tensor([different[tuple(prompt)] for prompt in prompts], device=device)  # [B]
         padding = torch.tensor([count - len(prompt) for prompt in different], device=device)  # [N], on the left
-        ids = torch.tensor([[0] * (count - len(prompt)) + list(prompt) for prompt in different], device=device)
-        embeds = self._llama.embed_tokens(ids)  # [N, count, hidden]
         slots = torch.arange(self._length, device=device)
         real = slots >= padding[:, None]  # [N, length]
+        found = self._embed(list(different))  # one prompt after the other
+        embeds = found.new_zeros(len(different), count, found.shape[-1])
+        embeds[real[:, :count]] = found
         # Padding attends to itself: a softmax over nothing is NaN.
         causal = slots[:count, None] >= slots[:count]  # [count, count]
         own = torch.eye(count, dtype=torch.bool, device=device)
         mask = (causal & real[:, None, :count]) | own  # [N, count, count]
-        positions = (slots - padding[:, None]).clamp(min=0)  # [N, length], 0 in the padding
+        # [N, length], 0 in the padding; with an end, all sequences have the same.
+        positions = (slots - padding[:, None]).clamp(min=0) if self._end is None else slots + self._end - count
+        positions = positions.expand(len(different), -1)
         cos, sin = self._llama.rotary_emb(embeds, positions)  # [N, length, D]
         first, second = sin.chunk(2, dim=-1)
         self._angles = cos, torch.cat((-first, second), dim=-1)  # see `_rotate`
@@ -96,7 +110,7 @@ class StaticDecoder:
 
     def _new_cache(self, rows: int, length: int) -> Tensor:
         """Unset keys and values of every layer, [layers, 2, rows, kv heads, length, D]."""
-        weight = self._llama.embed_tokens.weight
+        weight = self._llama.norm.weight
         # A CPU multiplies small bfloat16 matrices slower than float32 ones, and attention is nothing but small ones.
         dtype = torch.float32 if weight.device.type == "cpu" else weight.dtype
         shape = (len(self._llama.layers), 2, rows, self._kv_heads, length, self._head_dim)
@@ -110,7 +124,7 @@ class StaticDecoder:
     def _forward(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
         start, self._used = self._used, self._used + hidden.shape[1]
         cos, sin = (angle[:, start : self._used, None] for angle in self._angles)  # alike for all heads
-        summed = self._summed_rows() if hidden.shape[1] == 1 and hidden.device.type == "cpu" else None
+        summed = self._summed_rows() if start > 0 and hidden.device.type == "cpu" else None  # a step, no prefill
         for layer, (keys, values) in zip(self._layers, self._cache, strict=True):
             products = layer.qkv(_rms_norm(layer.input_norm, hidden)).unflatten(-1, (-1, self._head_dim))
             # Queries, then keys, then values: [rows, positions, heads, D].

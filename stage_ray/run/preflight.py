@@ -15,7 +15,7 @@ import yaml
 from stage_ray.cluster.object_store import two_versions_mb
 from stage_ray.config import RewardConfig, RunConfig
 from stage_ray.config.hub import cached, download, is_pinned, named
-from stage_ray.config.inputs import files_of, hub_inputs, takes_prompts
+from stage_ray.config.inputs import checkpoint_inputs, files_of, hub_inputs, takes_prompts
 from stage_ray.engines.vllm.environment import require_fitting_build
 from stage_ray.errors import ConfigError
 from stage_ray.evaluation.base import find_benchmark
@@ -202,7 +202,8 @@ def unfetched(run: RunConfig) -> dict[str, HfUri]:
     def in_cache(key: str, uri: HfUri) -> Path | None:
         return cached(uri, files_of(key)) if takes_prompts(key) else located(uri.to_uri())
 
-    return {key: uri for key, uri in hub_inputs(run).items() if in_cache(key, uri) is None}
+    wanted = hub_inputs(run) | checkpoint_inputs(run)
+    return {key: uri for key, uri in wanted.items() if in_cache(key, uri) is None}
 
 
 def describe(run: RunConfig, *, strict: bool = False) -> str:

@@ -35,7 +35,7 @@ from stage_ray.evaluation.partial import PartialResult
 from stage_ray.files import atomic_write, name_disk_errors, require_writable
 from stage_ray.observability.progress import Progress
 from stage_ray.pipeline.prompt_files import load_prompts
-from stage_ray.policies import policy_class
+from stage_ray.policies import family_of, policy_class
 from stage_ray.records import JudgedGroup, Prompt, RolloutRequest
 from stage_ray.report.samples import contact_sheet
 from stage_ray.rewards import check_rewards
@@ -336,10 +336,12 @@ def _run(
         {"benchmark": suite.name, "name": suite.name, "rewards": rewards}
         for suite, rewards in zip(suites[1:], others, strict=True)
     ]
+    known = (Path(model) / "config.json").is_file() and family_of(Path(model), "policy.path")
     data = {
         "steps": 1,
         # A cluster's workers are not where this command was given.
-        "policy": {"path": str(Path(model).absolute() if Path(model).exists() else model)},
+        "policy": {"path": str(Path(model).absolute() if Path(model).exists() else model)}
+        | ({"family": known} if known else {}),
         "prompts": {"train": "-"},  # those of the command line are drawn
         "rewards": first,
         "evaluation": {"enabled": bool(further), "suites": further},

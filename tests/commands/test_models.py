@@ -34,7 +34,7 @@ def same(sizes: ModelSizes, model: JanusForConditionalGeneration) -> None:
     assert sizes.frozen == sizes.total - parts["language_model"]
 
 
-@pytest.mark.parametrize("name", KNOWN)
+@pytest.mark.parametrize("name", [name for name in KNOWN if name.startswith("janus")])
 def test_a_published_model_has_as_many_parameters_as_transformers_makes_of_its_config(name):
     sizes = KNOWN[name]
     config = JanusConfig(
@@ -74,9 +74,9 @@ def test_the_shipped_model_is_as_large_as_its_file():
 @pytest.mark.parametrize(
     ("model", "why"),
     [
-        ("janus-pro-3b", "neither known (janus-pro-1b, janus-pro-7b) nor a local directory"),
+        ("janus-pro-3b", f"neither known ({', '.join(KNOWN)}) nor a local directory"),
         ("EMPTY", "no config.json"),
-        ("LLAMA", "'llama' model; plans are for Janus"),
+        ("LLAMA", "is of no family that can be planned: janus, llamagen"),
     ],
 )
 def test_a_model_that_cannot_be_planned_is_named(tmp_path: Path, model: str, why: str):

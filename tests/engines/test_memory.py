@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaModel
 from stage_ray.commands.plan import GPUS, room
 from stage_ray.config.model_sizes import KNOWN
 from stage_ray.engines import memory
-from stage_ray.policies.janus import codec
+from stage_ray.policies import image_tokenizer
 from stage_ray.policies.static_decoder import StaticDecoder
 
 
@@ -52,8 +52,8 @@ def test_the_images_in_flight_fit_and_one_more_would_not(model, gpu):
     images = memory.images_in_flight(sizes, space, dtype="bfloat16")
     used = [sum(memory.rollout_memory(sizes, images=n, dtype="bfloat16").values()) for n in (images, images + 1)]
     assert images == 0 or used[0] <= space
-    assert used[1] > space
+    assert used[1] > space or images == 1024  # the most that are looked for
 
 
 def test_pictures_are_decoded_in_chunks_of_the_codecs_size():
-    assert memory.DECODE_CHUNK == codec.DECODE_CHUNK
+    assert memory.DECODE_CHUNK == image_tokenizer.DECODE_CHUNK

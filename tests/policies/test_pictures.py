@@ -10,8 +10,8 @@ import torch.nn.functional as F
 
 from stage_ray.config import PolicyConfig
 from stage_ray.policies import load_policy
-from stage_ray.policies.janus.codec import CPU_DECODE_CHUNK, JanusCodec
-from stage_ray.policies.janus.pictures import PictureDecoder, upsampling_kernel
+from stage_ray.policies.image_tokenizer import CPU_DECODE_CHUNK, PictureDecoder, upsampling_kernel
+from stage_ray.policies.janus.codec import JanusCodec
 from tests.tiny import tiny_janus
 
 SHIPPED = "package:stage_ray/shapeworld/assets/janus"

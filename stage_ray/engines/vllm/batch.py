@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from vllm import SamplingParams as VllmSamplingParams
 from vllm.v1.core.kv_cache_utils import KVCacheBlockCopy
 from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
@@ -77,6 +78,10 @@ class BatchExtension:
     execute_model: Any
     sample_tokens: Any
 
+    def set_prompt_features(self, rows: Tensor) -> None:
+        """Write the rows of the next batch's prompts; see `VllmSpec`."""
+        self.model_runner.get_model().prompt_features[: len(rows)].copy_(rows)
+
     def sample_batch(
         self, requests: Sequence[BranchRequest], params: SamplingParams, images: int, tokens: int
     ) -> Sample:
@@ -88,12 +93,12 @@ class BatchExtension:
         placed = place_blocks([request.prompt for request in requests], tokens, self.cache_config.block_size)
         greedy = VllmSamplingParams(temperature=0.0)  # what a prompt's own request draws is not used
         prompts = [
-            _new(f"prompt {number}", prompt[:-1], blocks, greedy, computed=0)
+            _new(f"prompt {number}", prompt, blocks, greedy, computed=0)
             for number, (prompt, blocks) in enumerate(placed.of_prompts.items())
             if len(prompt) > 1
         ]
         if prompts:
-            self._step(prompts, [len(prompt.prompt_token_ids or ()) for prompt in prompts])
+            self._step(prompts, [len(prompt.prompt_token_ids or ()) - 1 for prompt in prompts])
         computed = [len(request.prompt) - 1 for request in requests]
         new = [
             _new(

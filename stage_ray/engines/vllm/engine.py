@@ -20,7 +20,7 @@ from stage_ray.engines.vllm.plugin import architecture, register_family
 from stage_ray.engines.vllm.ranks import TensorRanks
 from stage_ray.errors import ConfigError
 from stage_ray.policies import policy_class
-from stage_ray.policies.base import PromptIds
+from stage_ray.policies.base import Branch, PromptIds
 from stage_ray.policies.devices import compute_dtype, device_for
 from stage_ray.pretrained import link_weights, read_tensors, tensor_shapes
 from stage_ray.samplers import SamplingParams
@@ -56,6 +56,9 @@ class VllmEngine(ImageEngine):
         self._directory = tempfile.TemporaryDirectory(prefix="stage-ray-vllm-")
         directory = Path(self._directory.name)
         config = spec.config | {"architectures": [architecture(family)], "image_tokens": self.codec.image_tokens}
+        self._features = spec.prompt_features
+        if self._features:  # a row for each token of a batch's prompts
+            config["vocab_size"] += 2 * rollout.images_per_batch * self._longest_prompt
         (directory / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
         link_weights(self.codec.location, directory)
         register_family(family)
@@ -164,13 +167,13 @@ class VllmEngine(ImageEngine):
         from stage_ray.engines.vllm.batch import BranchRequest
         from stage_ray.engines.vllm.guidance import CONDITIONAL, UNCONDITIONAL
 
-        requests = []
+        requests, numbers = [], self._numbered(sequences)
         for image, sequence in enumerate(sequences):
             branches = [(CONDITIONAL, sequence.prompt.conditional)]
             if params.guided:
                 branches.append((UNCONDITIONAL, sequence.prompt.unconditional))
             for branch, ids in branches:
-                shifted = tuple(token + self._prompt_shift for token in ids)
+                shifted = tuple(token + self._prompt_shift for token in numbers.get(ids, ids))
                 requests.append(BranchRequest(image, branch, sequence.seed, shifted))
         self._unfinished = True
         # One answer for each worker of this process, which has one.
@@ -179,6 +182,20 @@ class VllmEngine(ImageEngine):
         self._unfinished = False
         self._ranks.check_agreement(drawn.tokens)
         return drawn
+
+    def _numbered(self, sequences: Sequence[ImageSequence]) -> dict[Branch, Sequence[int]]:
+        """Where prompts are features: give the model a row for each entry of the batch's prompts, and number them."""
+        if not self._features:
+            return {}
+        branches = dict.fromkeys(one for s in sequences for one in (s.prompt.conditional, s.prompt.unconditional))
+        numbers, used = dict[Branch, Sequence[int]](), 0
+        for branch in branches:
+            numbers[branch], used = range(used, used + len(branch)), used + len(branch)
+        rows = torch.zeros(used, self._features)
+        if self._ranks.rank == 0:
+            torch.cat([self.codec.prompt_features(branch).float().cpu() for branch in branches], out=rows)
+        self._llm.collective_rpc("set_prompt_features", args=(self._ranks.from_first(rows),))
+        return numbers
 
     def close(self) -> None:
         """Stop vLLM and remove the exported config."""

@@ -80,14 +80,19 @@ class TensorRanks:
         for segment in Path("/dev/shm").glob(f"{port}-*-cpushm_{self.rank}"):
             segment.unlink(missing_ok=True)
 
+    def from_first(self, tensor: Tensor) -> Tensor:
+        """What rank 0 has of a tensor on the CPU; others give one of its shape, which is written."""
+        if self.count > 1:
+            from vllm.distributed.parallel_state import get_tp_group
+
+            dist.broadcast(tensor, src=0, group=get_tp_group().cpu_group)
+        return tensor
+
     def check_agreement(self, tokens: Tensor) -> None:
         """Raise a RuntimeError unless rank 0 drew the same: each rank draws from logits of its own."""
         if self.count == 1:
             return
-        from vllm.distributed.parallel_state import get_tp_group
-
-        first = tokens.clone()
-        dist.broadcast(first, src=0, group=get_tp_group().cpu_group)
+        first = self.from_first(tokens.clone())
         if not torch.equal(first, tokens):
             raise RuntimeError(
                 f"rank {self.rank} of {self.count} drew other tokens than rank 0; do not trust this batch"

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 from transformers import (
-    AutoConfig,
     GenerationConfig,
     JanusConfig,
     JanusForConditionalGeneration,
@@ -19,7 +18,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from stage_ray.config.model_sizes import KNOWN, ModelSizes
+from stage_ray.config.model_sizes import ModelSizes
 from stage_ray.config.paths import PACKAGE, resolve_path
 from stage_ray.errors import ConfigError
 
@@ -158,18 +157,12 @@ def write_checkpoint(directory: Path, model: JanusForConditionalGeneration, proc
 
 
 def checkpoint_sizes(model: str) -> ModelSizes:
-    """Sizes of a local checkpoint, of which ``config.json`` is enough; a ConfigError where there is none of Janus."""
+    """Sizes of a local Janus checkpoint, of which ``config.json`` is enough; a ConfigError where that is damaged."""
     directory = resolve_path(model) if model.startswith(PACKAGE) else Path(model).expanduser()
-    if not (directory / "config.json").is_file():
-        raise ConfigError(
-            f"--model {model} is neither known ({', '.join(KNOWN)}) nor a local directory: no config.json is in it"
-        )
     try:
-        config = AutoConfig.from_pretrained(directory)
+        config = JanusConfig.from_pretrained(directory)
     except (OSError, ValueError) as error:
         raise ConfigError(f"--model {model}: its config.json is not readable: {error}") from error
-    if not isinstance(config, JanusConfig):
-        raise ConfigError(f"--model {model} is a {config.model_type!r} model; plans are for Janus models")
     return config_sizes(config, directory.name, model)
 
 

@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from stage_ray.config import PolicyConfig
 from stage_ray.errors import ConfigError
 from stage_ray.policies.base import ImageCodec, PromptIds, VllmSpec
-from stage_ray.policies.janus.pictures import PictureDecoder
-from stage_ray.pretrained import local_checkpoint, read_object, read_tensors
+from stage_ray.policies.image_tokenizer import codebook, decode, load_tokenizer
+from stage_ray.pretrained import local_checkpoint, read_object
 
 if TYPE_CHECKING:
     from transformers import JanusConfig, JanusProcessor, JanusVQVAE
@@ -27,8 +26,6 @@ if TYPE_CHECKING:
 MODEL_TYPE = "janus"
 TRAINED_PREFIX, VQ_PREFIX = "model.language_model.", "model.vqmodel."
 PAPER_ROLES = {"<|User|>": "User", "<|Assistant|>": "Assistant"}
-DECODE_CHUNK = 16  # images decoded at once: bounds the memory of full-size feature maps
-CPU_DECODE_CHUNK = 4  # whose maps stay in caches, and in memory that the allocator need not ask for anew
 # What vLLM's flat config must not inherit from the text config: names, dtypes and tokens that mean something else here.
 LEFT_OUT = ("architectures", "model_type", "dtype", "bos_token_id", "eos_token_id", "pad_token_id", "_name_or_path")
 
@@ -88,15 +85,7 @@ class JanusCodec(ImageCodec):
             raise ConfigError(f"policy.path: {location} is not a Janus model with its processor")
         codec = cls(location, config, processor, policy.template)
         if device is not None:
-            from transformers import JanusVQVAE
-
-            vqmodel = JanusVQVAE(config.vq_config)
-            tensors = {k.removeprefix(VQ_PREFIX): v for k, v in read_tensors(location, (VQ_PREFIX,)).items()}
-            missing, _ = vqmodel.load_state_dict(tensors, strict=False)  # unexpected names do no harm
-            if missing:
-                lacking = f"{len(missing)} tensors, the first is {VQ_PREFIX}{missing[0]}"
-                raise ConfigError(f"policy.path: {location} lacks {lacking}")
-            codec.vqmodel = for_sampling(vqmodel.to(device).requires_grad_(False))
+            codec.vqmodel = load_tokenizer(location, config.vq_config, VQ_PREFIX, device)
         return codec
 
     def sizes(self) -> ModelSizes:
@@ -131,18 +120,12 @@ class JanusCodec(ImageCodec):
         return PromptIds(conditional, tuple(i if i in (bos, boi) else pad for i in conditional))
 
     def codebook(self) -> Tensor:
-        """Codebook vectors as the decoder gets them, float32 [V, D]: ``get_codebook_entry`` scales each to length 1."""
-        return F.normalize(self._tokenizer().quantize.embedding.weight.detach().float(), p=2, dim=-1)
+        """Codebook vectors as the decoder gets them, float32 [V, D], of length 1."""
+        return codebook(self._tokenizer())
 
-    @torch.no_grad()
     def decode(self, tokens: Tensor) -> Tensor:
-        """Tokens int64 [B, T] -> images uint8 [B, H, W, 3] on the CPU; the decoder speaks -1..1."""
-        vqmodel = self._tokenizer()
-        decoder, device = PictureDecoder(vqmodel), vqmodel.quantize.embedding.weight.device
-        size = CPU_DECODE_CHUNK if device.type == "cpu" else DECODE_CHUNK
-        chunks = [decoder(chunk.to(device), self.grid) for chunk in tokens.split(size)]  # [chunk, 3, H, W], -1..1
-        pixels = torch.cat([((chunk.float() + 1) * 127.5).clamp(0, 255).to(torch.uint8).cpu() for chunk in chunks])
-        return pixels.permute(0, 2, 3, 1).contiguous()
+        """Tokens int64 [B, T] -> images uint8 [B, H, W, 3] on the CPU."""
+        return decode(self._tokenizer(), tokens, self.grid)
 
     def vllm_spec(self) -> VllmSpec:
         """The language model's config at the top level, and under ``janus`` what the image modules need.
@@ -182,8 +165,3 @@ def _special_ids(location: Path, processor: JanusProcessor) -> tuple[int, int, i
             )
         found.append(token)
     return found[0], found[1], found[2]
-
-
-def for_sampling(vqmodel: JanusVQVAE) -> JanusVQVAE:
-    """In float32 (pictures do not come from rounded weights), channels last: a CPU convolves faster so."""
-    return vqmodel.to(dtype=torch.float32, memory_format=torch.channels_last).eval()

@@ -6,7 +6,7 @@ Names and sizes are those of github.com/deepseek-ai/Janus, ``janus/models``. tra
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,8 @@ from torch import Tensor
 
 from stage_ray.config.paths import resolve_path
 from stage_ray.errors import ConfigError
-from stage_ray.policies.conversion import KEY, Layout
+from stage_ray.policies import image_tokenizer
+from stage_ray.policies.conversion import KEY, Layout, source_files
 from stage_ray.policies.janus.codec import PAPER_ROLES
 from stage_ray.pretrained import DEEPSEEK, read_object
 
@@ -64,6 +65,7 @@ TEXT_KEYS = (  # of ``language_config``: what describes the model; trainers save
     "tie_word_embeddings",
 )
 
+VQ = "gen_vision_model."
 UNUSED = re.compile(r"vision_model\.vision_tower\.attn_pool\.|gen_vision_model\.quantize\.codebook_used$|.*\.inv_freq$")
 RENAMED = [
     (re.compile(pattern), new)
@@ -75,14 +77,6 @@ RENAMED = [
         (r"^gen_head\.", "model.generation_head."),
         (r"^gen_aligner\.", "model.generation_aligner."),
         (r"^aligner\.", "model.aligner."),
-        (r"^gen_vision_model\.encoder\.conv_blocks\.(\d+)\.res\.", r"model.vqmodel.encoder.down.\1.block."),
-        (r"^gen_vision_model\.encoder\.conv_blocks\.", "model.vqmodel.encoder.down."),
-        (r"^gen_vision_model\.decoder\.conv_blocks\.(\d+)\.res\.", r"model.vqmodel.decoder.up.\1.block."),
-        (r"^gen_vision_model\.decoder\.conv_blocks\.", "model.vqmodel.decoder.up."),
-        (r"^gen_vision_model\.(encoder|decoder)\.mid\.0\.", r"model.vqmodel.\1.mid.block_1."),
-        (r"^gen_vision_model\.(encoder|decoder)\.mid\.1\.", r"model.vqmodel.\1.mid.attn_1."),
-        (r"^gen_vision_model\.(encoder|decoder)\.mid\.2\.", r"model.vqmodel.\1.mid.block_2."),
-        (r"^gen_vision_model\.", "model.vqmodel."),
         (r"^vision_model\.vision_tower\.pos_embed$", "model.vision_model.embeddings.position_embedding.weight"),
         (r"^vision_model\.vision_tower\.patch_embed\.proj\.", "model.vision_model.embeddings.patch_embedding."),
         (r"^vision_model\.vision_tower\.norm\.", "model.vision_model.post_layernorm."),
@@ -104,11 +98,12 @@ class DeepSeekLayout(Layout):
     title = "DeepSeek's Janus layout"
 
     @staticmethod
-    def matches(config: Mapping[str, Any]) -> bool:
+    def matches(source: Path, config: Mapping[str, Any]) -> bool:
         """By ``model_type``, which JanusFlow has too; that is refused where its parts are missing."""
         return config.get("model_type") == DEEPSEEK
 
-    def __init__(self, source: Path, config: Mapping[str, Any], template: str) -> None:
+    def __init__(self, source: Path, config: Mapping[str, Any], template: str, files: Sequence[str] = ()) -> None:
+        self.files = [source / name for name in files] or source_files(source)
         self.tokenizer = _tokenizer(source)
         try:
             self.config = _config(source, config, self.tokenizer)
@@ -132,6 +127,8 @@ class DeepSeekLayout(Layout):
         """Rename; the vision tower's fused attention becomes three, its positions lose their batch dimension."""
         if UNUSED.match(name):
             return {}
+        if name.startswith(VQ):
+            return {f"model.vqmodel.{image_tokenizer.renamed(name.removeprefix(VQ))}": tensor}
         for pattern, new in RENAMED:
             renamed, count = pattern.subn(new, name)
             if count:

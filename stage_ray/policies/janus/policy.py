@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,12 +11,16 @@ from torch import Tensor
 from stage_ray.config import PolicyConfig
 from stage_ray.errors import ConfigError
 from stage_ray.policies.base import ImageCodec, Policy
-from stage_ray.policies.janus.codec import MODEL_TYPE, TRAINED_PREFIX, JanusCodec, for_sampling
+from stage_ray.policies.image_tokenizer import for_sampling
+from stage_ray.policies.janus.codec import MODEL_TYPE, TRAINED_PREFIX, JanusCodec
 from stage_ray.policies.static_decoder import StaticDecoder
 from stage_ray.pretrained import check_finite, check_tensors
 
 if TYPE_CHECKING:
     from transformers import JanusForConditionalGeneration
+
+    from stage_ray.config.model_sizes import ModelSizes
+    from stage_ray.policies.llama import LlamaBackbone
 
 
 class JanusPolicy(Policy):
@@ -29,6 +34,7 @@ class JanusPolicy(Policy):
     vllm_model = "stage_ray.policies.janus.vllm_model:JanusForImageGeneration"
     model: JanusForConditionalGeneration
     codec: JanusCodec
+    backbone: LlamaBackbone
 
     def __init__(self, model: JanusForConditionalGeneration, codec: JanusCodec, *, trainable: bool = True) -> None:
         from stage_ray.policies.llama import LlamaBackbone  # late: see `stage_ray.policies.janus.codec`
@@ -53,6 +59,13 @@ class JanusPolicy(Policy):
             tied = model.all_tied_weights_keys
             check_tensors(codec.location, {k: v.shape for k, v in model.state_dict().items() if k not in tied})
         return codec
+
+    @classmethod
+    def sizes(cls, directory: Path, path: str) -> ModelSizes:
+        """See `Policy.sizes`."""
+        from stage_ray.policies.janus.builder import checkpoint_sizes
+
+        return checkpoint_sizes(path)
 
     @classmethod
     def load(
@@ -104,9 +117,4 @@ class JanusPolicy(Policy):
 
     def enable_gradient_checkpointing(self) -> None:
         """transformers' own, layer by layer; see `Policy.enable_gradient_checkpointing`."""
-        from transformers.modeling_layers import GradientCheckpointingLayer
-
-        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        for module in self.model.modules():
-            if isinstance(module, GradientCheckpointingLayer):
-                module.training = True  # what the layer itself looks at; the modules inside it stay in eval mode
+        self.backbone.checkpoint_layers()
