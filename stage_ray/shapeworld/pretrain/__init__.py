@@ -1,4 +1,4 @@
-"""Builds everything ShapeWorld ships, from nothing but this package: about 40 minutes on two cores.
+"""Builds everything ShapeWorld ships, from nothing but this package: about 45 minutes on two cores.
 
 `stage-ray pretrain --out DIR`. Each stage can be run alone and goes on where it stopped: its checkpoint lies in
 `DIR/work`, what ships in `DIR/{prompts,janus,detector,clip}`.
@@ -28,15 +28,15 @@ from stage_ray.shapeworld.pretrain.measure import write_cards, write_detector_ca
 
 BUDGETS = {
     "tokenizer": Budget(steps=3600),
-    "language-model": Budget(steps=2400, seconds=40 * 60),
+    "language-model": Budget(steps=3600),
     "detector": Budget(steps=1200),
-    "clip": Budget(steps=600, seconds=20 * 60),
+    "clip": Budget(steps=600),
 }
 STAGES = ("prompts", "tokenizer", "language-model", "detector", "clip", "cards")
 RESULTS = ("work", "prompts", "janus", "detector", "clip")  # the directories that it writes
 # Stage -> a file that the tokenizer's stage leaves.
 NEEDS = {"language-model": tokenizer.CHECKPOINT, "detector": "janus/model.safetensors"}
-PICTURES, DETECTOR_PICTURES = 24_000, 4096  # captioned scenes for the language model; pictures for the detector
+PICTURES, DETECTOR_PICTURES = 40_000, 4096  # captioned scenes for the language model; pictures for the detector
 SMOKE_STEPS, SMOKE_PICTURES = 2, 64
 
 
