@@ -72,7 +72,7 @@ def soundness(piece: Segment) -> float:
     factors = [
         (side - 6.0) / 6.0,  # pixels: from 0 at 6 to 1 at 12
         (piece.purity - 0.3) / 0.3,
-        (66.0 - piece.off_color) / 30.0,  # grey levels: from 0 at 66 to 1 at 36
+        (62.0 - piece.off_color) / 30.0,  # grey levels: from 0 at 62 to 1 at 32
         (opacity - 0.6) / 0.25,
     ]
     return float(np.prod(np.clip(factors, 0.0, 1.0)))

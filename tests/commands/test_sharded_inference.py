@@ -9,13 +9,12 @@ import shutil
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import ray
+import torch
 
 from stage_ray.cli import main
 from stage_ray.cluster import cluster as clusters
@@ -23,6 +22,7 @@ from stage_ray.config import RewardConfig, RunConfig
 from stage_ray.engines import build_engine
 from stage_ray.evaluation import Benchmark
 from stage_ray.evaluation.loop import EngineBackend
+from stage_ray.records import RolloutGroup
 from stage_ray.rewards import build_rewards, score_groups
 from tests.actors.local_actor import Roles, local_actors  # noqa: F401
 from tests.plain import FAMILY, plain_checkpoint
@@ -118,10 +118,11 @@ class Draws:
         self._workers.drawn.note(requests)
         self._workers.busy.add(self._name)
         await asyncio.sleep(0)  # here the driver sees a signal
-        groups = self._engine.generate(requests)
-        bare = np.empty((len(requests[0].seeds), 0, 0, 3), np.uint8)
-        answer = (0, 0.0, None, *[""] * len(groups))
-        return answer, *chain(*((replace(group, images=bare), group.images) for group in groups))
+        groups = self._engine.generate(requests, pictures=False)
+        return (0, 0.0, None, *[""] * len(groups)), *groups
+
+    async def decode(self, *groups: RolloutGroup) -> tuple[Any, ...]:
+        return None, *(self._engine.decode(torch.from_numpy(group.tokens).long()).numpy() for group in groups)
 
 
 class Scores:
@@ -136,8 +137,7 @@ class Scores:
         scorers = {None: self._run.rewards, **suites}
         self._scorers = {name: build_rewards(rewards) for name, rewards in scorers.items()}
 
-    async def score(self, *refs: Any, suite: str | None = None) -> tuple[Any, ...]:
-        objects = await asyncio.gather(*refs)
+    async def score(self, *objects: Any, suite: str | None = None) -> tuple[Any, ...]:
         groups = [replace(group, images=images) for group, images in zip(objects[::2], objects[1::2], strict=True)]
         return (("", False),) * len(groups), *score_groups(self._scorers[suite], groups)
 

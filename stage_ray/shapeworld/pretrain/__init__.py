@@ -1,4 +1,4 @@
-"""Builds everything ShapeWorld ships, from nothing but this package: about 40 minutes on two cores.
+"""Builds everything ShapeWorld ships, from nothing but this package: about 45 minutes on two cores.
 
 `stage-ray pretrain --out DIR`. Each stage can be run alone and goes on where it stopped: its checkpoint lies in
 `DIR/work`, what ships in `DIR/{prompts,janus,detector,clip,features}`.
@@ -29,10 +29,10 @@ from stage_ray.shapeworld.pretrain.measure import write_cards, write_detector_ca
 
 BUDGETS = {
     "tokenizer": Budget(steps=3600),
-    "language-model": Budget(steps=2400, seconds=40 * 60),
+    "language-model": Budget(steps=3600),
     "detector": Budget(steps=1200),
-    "clip": Budget(steps=600, seconds=20 * 60),
-    "features": Budget(steps=4000, seconds=4 * 60),
+    "clip": Budget(steps=600),
+    "features": Budget(steps=4000),
 }
 STAGES = ("prompts", "tokenizer", "language-model", "detector", "clip", "features", "cards")
 RESULTS = ("work", "prompts", "janus", "detector", "clip", "features")  # the directories that it writes
@@ -42,7 +42,7 @@ NEEDS = {
     "detector": "janus/model.safetensors",
     "features": "janus/model.safetensors",
 }
-PICTURES, DETECTOR_PICTURES = 24_000, 4096  # captioned scenes for the language model; pictures for the detector
+PICTURES, DETECTOR_PICTURES = 40_000, 4096  # captioned scenes for the language model; pictures for the detector
 FEATURE_PICTURES = 6144
 SMOKE_STEPS, SMOKE_PICTURES = 2, 64
 
