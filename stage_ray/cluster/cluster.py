@@ -86,7 +86,8 @@ class InferenceCluster:
         """Sample and decode one generation batch; a lost worker's requests go to another, and as they hold their seeds
         they draw the same images (at the then newest version). ``turn`` and ``on_retry``: as `Pool.call`.
 
-        A worker decodes beside its next batch; a colocated one in its turn, after which it may have to sleep.
+        Where roles work at once, a worker decodes beside its next batch. Where they take turns it decodes in its own,
+        with the threads that sampled: a second team of as many slows both down, and a colocated worker sleeps next.
 
         A group whose records are not finite in the last attempt either comes with that ``error``.
 
@@ -95,10 +96,11 @@ class InferenceCluster:
         """
         timeout, attempts = self.run.rollout.timeout_s, self.run.cluster.attempts
         tries = itertools.count(1)
+        beside = self.run.pipeline.max_staleness > 0
 
         async def draw(worker: RolloutClient) -> Drawn:
-            drawn = await worker.generate(requests, last=next(tries) >= attempts)
-            if self.run.rollout.colocated:
+            drawn = await worker.generate(requests, last=next(tries) >= attempts, beside=beside)
+            if not beside:
                 await drawn.decoded
             return drawn
 

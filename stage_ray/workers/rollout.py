@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import ray
 import torch
 
 from stage_ray.actors.client import Client, Worker, WorkerFailed, loading
@@ -27,7 +26,7 @@ class RolloutWorker(Worker):
     """One image engine, or one rank's share of it.
 
     Updates its weights between generation batches only, so every image has one policy version (promise 2). Pictures are
-    decoded by a thread of its own, while the next batch is sampled.
+    decoded after sampling, or by a thread of its own while the next batch is sampled.
     """
 
     threads = {**Worker.threads, "pictures": 1}
@@ -72,7 +71,6 @@ class RolloutWorker(Worker):
         answer = (self._engine.policy_version, seconds, mfu, *map(_not_finite, groups))
         return (answer, *(group if self._rank == 0 else None for group in groups))
 
-    @ray.method(concurrency_group="pictures")
     def decode(self, *groups: RolloutGroup) -> tuple[Any, ...]:
         """None, then the pictures of each group that `generate` made, uint8 [G, H, W, 3]."""
         tokens = np.concatenate([group.tokens for group in groups])
@@ -125,8 +123,8 @@ class Drawn:
 class RolloutClient(Client):
     """A rollout worker as the driver asks it."""
 
-    async def generate(self, requests: Sequence[RolloutRequest], *, last: bool = False) -> Drawn:
-        """Sample one generation batch, and begin to decode it.
+    async def generate(self, requests: Sequence[RolloutRequest], *, last: bool = False, beside: bool = True) -> Drawn:
+        """Sample one generation batch, and begin to decode it: ``beside`` what is asked for next, or before it.
 
         Groups that are not finite raise WorkerFailed; in a ``last`` attempt they come with that ``error``.
         """
@@ -136,7 +134,8 @@ class RolloutClient(Client):
             raise WorkerFailed(f"{self._name} failed: {next(filter(None, errors))}")
         # Only now: behind a call that waits for its arguments Ray would hold back pings too.
         first, *_ = self._ranks
-        decoded, *pictures = first.decode.options(num_returns=1 + len(groups)).remote(*groups)
+        thread = {"concurrency_group": "pictures"} if beside else {}
+        decoded, *pictures = first.decode.options(num_returns=1 + len(groups), **thread).remote(*groups)
         refs = [
             GroupRefs(request.group_id, version, group, images, error=error, generate_s=seconds, mfu=mfu)
             for request, group, images, error in zip(requests, groups, pictures, errors, strict=True)

@@ -43,7 +43,7 @@ class _Method:
     def __init__(self, actor: LocalActor, name: str, count: int = 1) -> None:
         self._actor, self._name, self._count = actor, name, count
 
-    def options(self, num_returns: int) -> _Method:
+    def options(self, num_returns: int, concurrency_group: str = "") -> _Method:
         return _Method(self._actor, self._name, num_returns)
 
     def remote(self, *arguments: Any, **named: Any) -> Any:

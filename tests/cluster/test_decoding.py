@@ -64,7 +64,7 @@ class Decoders(Roles):
 
 async def started(**changes: Any) -> tuple[Decoders, LocalCluster]:
     roles = Decoders()
-    cluster = LocalCluster(run_of(**changes), roles)
+    cluster = LocalCluster(run_of(**{"pipeline": {"max_staleness": 1}, **changes}), roles)
     await cluster.rollouts.ready()
     return roles, cluster
 
@@ -146,7 +146,9 @@ def test_pictures_that_no_worker_can_decode_end_the_run_with_the_reason(local_ac
 
 def test_a_colocated_worker_decodes_before_it_sleeps(local_actors):  # noqa: F811
     async def work() -> None:
-        roles, cluster = await started(rollout={"colocated": True, "gpus": 0.5}, learner={"gpus": 0.5})
+        roles, cluster = await started(
+            rollout={"colocated": True, "gpus": 0.5}, learner={"gpus": 0.5}, pipeline={"max_staleness": 0}
+        )
         decoding = asyncio.Event()
         roles.decoding = lambda name: decoding.wait()
 
