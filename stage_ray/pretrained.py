@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from stage_ray.config.hub import MODEL_FILES, cached, download, hub_uri, is_pinned
 from stage_ray.config.paths import resolve_path
@@ -164,6 +164,24 @@ def check_finite(name: str, tensor: Tensor, where: Path | str, key: str = KEY) -
         raise ConfigError(
             f"{key}: {where}: tensor {name} holds {count} values that are not finite; take another checkpoint of it"
         )
+
+
+def only_finite(tensors: Iterable[tuple[str, Tensor]], where: Path | str) -> Iterator[tuple[str, Tensor]]:
+    """The tensors as they come, each through `check_finite`."""
+    for name, tensor in tensors:
+        check_finite(name, tensor, where)
+        yield name, tensor
+
+
+def check_loaded(model: nn.Module, missing: Iterable[str], location: Path) -> None:
+    """Raise a `ConfigError` where a checkpoint lacks tensors of the model loaded from it, or has any not finite.
+
+    ``missing``: as transformers' loading report has them.
+    """
+    if lacking := sorted(missing):
+        raise ConfigError(f"{KEY}: {location} lacks {len(lacking)} tensors, the first is {lacking[0]}")
+    for _ in only_finite(model.named_parameters(), location):
+        pass
 
 
 def tensor_shapes(directory: Path, prefixes: tuple[str, ...]) -> dict[str, tuple[int, ...]]:

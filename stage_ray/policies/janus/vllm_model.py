@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmb
 from vllm.model_executor.models.llama import LlamaModel
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, maybe_prefix
 
-from stage_ray.pretrained import check_finite
+from stage_ray.pretrained import only_finite
 
 
 class ImageFirstEmbedding(nn.Module):
@@ -108,7 +108,9 @@ class JanusForImageGeneration(nn.Module):
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Load tensors by their names in a Janus checkpoint; what images do not need is skipped."""
-        checked = weights if self._loaded else _finite(weights)  # updates are checked before they come here
+        checked = (
+            weights if self._loaded else only_finite(weights, "its weights")
+        )  # updates are checked before they come here
         self._loaded = True
         return AutoWeightsLoader(self).load_weights(checked, mapper=self.hf_to_vllm_mapper)
 
@@ -121,9 +123,3 @@ def _float32_linear(layer: nn.Module, name: str) -> ReplicatedLinear:
     assert isinstance(layer, nn.Linear)
     sizes = layer.in_features, layer.out_features
     return ReplicatedLinear(*sizes, params_dtype=torch.float32, return_bias=False, prefix=f"generation_head.{name}")
-
-
-def _finite(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    for name, tensor in weights:
-        check_finite(name, tensor, "its weights")
-        yield name, tensor

@@ -14,7 +14,7 @@ from stage_ray.policies.base import ImageCodec, Policy
 from stage_ray.policies.image_tokenizer import for_sampling
 from stage_ray.policies.llamagen.codec import MODEL_TYPE, TRAINED_PREFIX, LlamaGenCodec
 from stage_ray.policies.static_decoder import StaticDecoder
-from stage_ray.pretrained import check_finite, check_tensors, located
+from stage_ray.pretrained import check_loaded, check_tensors, located
 
 if TYPE_CHECKING:
     from stage_ray.config.model_sizes import ModelSizes
@@ -77,11 +77,7 @@ class LlamaGenPolicy(Policy):
             model, report = LlamaGenModel.from_pretrained(location, dtype=dtype, output_loading_info=True)
         except (OSError, ValueError, RuntimeError) as error:
             raise ConfigError(f"policy.path: {location} does not load as a LlamaGen model: {error}") from error
-        missing = sorted(report["missing_keys"])
-        if missing:
-            raise ConfigError(f"policy.path: {location} lacks {len(missing)} tensors, the first is {missing[0]}")
-        for name, parameter in model.named_parameters():
-            check_finite(name, parameter, location)
+        check_loaded(model, report["missing_keys"], location)
         return cls(model.to(device).eval(), codec, trainable=trainable)
 
     @classmethod

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, m
 
 from stage_ray.policies.llamagen.model import CaptionProjection
 from stage_ray.policies.llamagen.rotary import angles
-from stage_ray.pretrained import check_finite
+from stage_ray.pretrained import only_finite
 
 
 class GridRotation(nn.Module):
@@ -151,12 +151,8 @@ class LlamaGenForImageGeneration(nn.Module):
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Load tensors by their names in a checkpoint; what images do not need is skipped."""
-        checked = weights if self._loaded else _finite(weights)  # updates are checked before they come here
+        checked = (
+            weights if self._loaded else only_finite(weights, "its weights")
+        )  # updates are checked before they come here
         self._loaded = True
         return AutoWeightsLoader(self).load_weights(checked, mapper=self.mapper)
-
-
-def _finite(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    for name, tensor in weights:
-        check_finite(name, tensor, "its weights")
-        yield name, tensor
