@@ -8,6 +8,7 @@ in the learner's batch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -53,11 +54,13 @@ class RolloutRequest:
     """Ask for one group: one prompt, one image per seed.
 
     ``group_id`` grows with admission and is unique in a run; ``seeds`` (each 0 <= seed < 2**63) fix every image wholly.
+    ``guided`` is False for a group without guidance, whatever the config's scale.
     """
 
     group_id: int
     prompt: Prompt
     seeds: tuple[int, ...]
+    guided: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +78,7 @@ class RolloutGroup:
         guided_entropy: float32 [G, T], entropy of the distribution each token was really sampled from.
         images: uint8 [G, H, W, 3], decoded; H = W = 0 where the pictures travel apart, to scorers only.
         policy_version: the version of the weights that sampled every token.
+        guided: as it was asked for: by the config's guidance, or without any (``rollout.unguided_share``).
     """
 
     group_id: int
@@ -89,6 +93,7 @@ class RolloutGroup:
     policy_version: int
     worker: str
     generate_s: float
+    guided: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,6 +199,16 @@ class WeightManifest:
     version: int
     tensors: tuple[TensorSpec, ...]
     chunks: int
+
+
+def drawn_unguided(group: int, share: float) -> bool:
+    """Whether a training group is drawn without guidance: of the first n groups ``floor(n share)`` are, evenly spread.
+
+    Example:
+        >>> [drawn_unguided(group, 0.5) for group in range(4)]
+        [False, True, False, True]
+    """
+    return math.floor((group + 1) * share) > math.floor(group * share)
 
 
 def image_seeds(stream: int | str, group: int, count: int) -> tuple[int, ...]:

@@ -49,6 +49,7 @@ class FlakyCluster(TimedCluster):
     def __init__(self, run: RunConfig, seed: int = 0, fails: Callable[[int], bool] = lambda group_id: False) -> None:
         super().__init__(run, (0.0005, 0.0, 0.0005))
         self.prompts: dict[int, int] = {}
+        self.guided: dict[int, bool] = {}
         self.asked: set[int] = set()
         self.gates: dict[int, asyncio.Event] = {}  # a group that has one is scored when it is open
         self.published = False
@@ -60,8 +61,9 @@ class FlakyCluster(TimedCluster):
         return self._version
 
     async def generate(self, requests: Sequence[RolloutRequest], **more: Any) -> list[GroupRefs]:
-        """Remembers which prompt a group has."""
+        """Remembers which prompt a group has, and whether it is guided."""
         self.prompts |= {request.group_id: request.prompt.index for request in requests}
+        self.guided |= {request.group_id: request.guided for request in requests}
         groups = await super().generate(requests, **more)
         return [GroupRefs(group.group_id, group.policy_version, "tokens") for group in groups]
 

@@ -23,7 +23,7 @@ class NoRepeats(TokenRule):
     def logits(
         self, conditional: Tensor, unconditional: Tensor | None, params: SamplingParams, context: Context
     ) -> Tensor:
-        logits = params.guide(conditional, unconditional) / params.temperature
+        logits = params.guide(conditional, unconditional, context) / params.temperature
         places = context.positions.unsqueeze(-1) - torch.arange(1, self.window + 1, device=logits.device)
         last = context.tokens.gather(-1, places.clamp(min=0))  # -1 where there is none
         weights = (places >= 0) * -self.penalty

@@ -11,9 +11,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
+from stage_ray.config.guidance import GuidanceConfig
 from stage_ray.config.sections import (
     MeasureConfig,
-    PoolConfig,
     PromptsConfig,
     RewardConfig,
     ScoringConfig,
@@ -43,13 +43,12 @@ class PolicyConfig(Section):
     trust_remote_code: bool = Field(False, description="Run code that comes with a checkpoint. Off unless you wrote it")
 
 
-class RolloutConfig(PoolConfig):
+class RolloutConfig(GuidanceConfig):
     """How images are sampled."""
 
     engine: Literal["vllm", "torch"] = Field("vllm", description="vllm scales; torch is best for tiny models")
     group_size: int = Field(8, ge=2, description="G, images of one prompt")
     groups_per_step: int = Field(8, ge=1, description="N, groups (prompts) of one update")
-    guidance_scale: float = Field(5.0, ge=1.0, description="w in u + w (c - u); 1 is off")
     temperature: float = Field(1.0, gt=0.0, description="Sampling temperature after guidance")
     top_k: int = Field(0, ge=0, description="Keep the k likeliest tokens; 0 is off")
     top_p: float = Field(1.0, gt=0.0, le=1.0, description="Keep the smallest set of tokens with this mass; 1 is off")

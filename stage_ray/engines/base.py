@@ -21,10 +21,11 @@ from stage_ray.weights.manifest import finite
 
 @dataclass(frozen=True, slots=True)
 class ImageSequence:
-    """One image to sample."""
+    """One image to sample; ``guided`` is False for one without guidance, which needs no unconditional branch."""
 
     prompt: PromptIds
     seed: int
+    guided: bool = True
 
 
 class ImageEngine(ABC):
@@ -122,7 +123,7 @@ class ImageEngine(ABC):
         prompts = [self.encode_prompt(request.prompt.drawn_text) for request in requests]
         # One sequence an image, request after request.
         pairs = zip(prompts, requests, strict=True)
-        sequences = [ImageSequence(prompt, seed) for prompt, request in pairs for seed in request.seeds]
+        sequences = [ImageSequence(prompt, seed, one.guided) for prompt, one in pairs for seed in one.seeds]
         if not sequences:
             return []
         batches: list[tuple[np.ndarray, ...]] = []
@@ -187,6 +188,7 @@ class ImageEngine(ABC):
                     policy_version=self.policy_version,
                     worker=self.worker,
                     generate_s=sum(seconds[own]),
+                    guided=request.guided,
                 )
             )
             start = own.stop

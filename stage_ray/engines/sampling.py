@@ -45,25 +45,27 @@ def sample(
     positions: Tensor,
     params: SamplingParams,
     sequences: Tensor | None = None,
+    guided: Tensor | None = None,
 ) -> Sample:
     """Draw the token at ``positions`` of the images with these ``seeds``, int64 [B] each.
 
     Args:
         conditional: logits [B, V], any float dtype.
         unconditional: likewise; None where ``params.guided`` is False.
-        sequences: int64 [B, T], the tokens before ``positions``, for rules that read them (`Context`).
+        sequences: int64 [B, T], the tokens before ``positions``, for rules and schedules that read them (`Context`).
+        guided: bool [B], False for images without guidance; their unconditional logits are not looked at.
 
     Raises:
         ValueError: of `process_logits`.
     """
     conditional = conditional.float()
-    context = None if sequences is None else Context(positions, sequences)
+    context = None if sequences is None else Context(positions, sequences, guided)
     logits = process_logits(conditional, unconditional, params, context)
     tokens = (logits + gumbel(seeds, positions, logits.shape[-1])).argmax(dim=-1)  # the Gumbel-max trick
     statistics = token_logprobs(conditional, tokens)
     # Plain sampling draws from the conditional branch itself.
-    guided = statistics if params.plain else token_logprobs(logits, tokens)
-    return Sample(tokens, statistics.logprobs, guided.logprobs, statistics.entropy, guided.entropy)
+    sampled = statistics if params.plain else token_logprobs(logits, tokens)
+    return Sample(tokens, statistics.logprobs, sampled.logprobs, statistics.entropy, sampled.entropy)
 
 
 def gumbel(seeds: Tensor, positions: Tensor, vocabulary: int) -> Tensor:

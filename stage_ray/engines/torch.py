@@ -82,24 +82,29 @@ class TorchEngine(ImageEngine):
 
     @torch.inference_mode()
     def sample(self, sequences: Sequence[ImageSequence], params: SamplingParams) -> Sample:
-        """Sample one generation batch: B conditional sequences, then the B unconditional ones where guidance is on."""
+        """Sample one generation batch: B conditional sequences, then an unconditional one for each guided image."""
         count, steps = len(sequences), self._policy.image_tokens
+        pairs = [image for image, sequence in enumerate(sequences) if params.guided and sequence.guided]
         prompts = [sequence.prompt.conditional for sequence in sequences]
-        if params.guided:
-            prompts += [sequence.prompt.unconditional for sequence in sequences]
+        prompts += [sequences[image].prompt.unconditional for image in pairs]
+        owners = torch.tensor([*range(count), *pairs], device=self._device)  # the image of each row
         seeds = torch.tensor([sequence.seed for sequence in sequences], device=self._device)
+        mixed, rows, guided = params.guided and len(pairs) < count, owners[:count], None
+        if mixed:  # where no unconditional row is, the conditional one stands
+            guided = torch.tensor([sequence.guided for sequence in sequences], device=self._device)
+            rows = torch.where(guided, count + guided.cumsum(0) - 1, rows)
         # The last token is drawn and never read, so it needs no position.
         decoder = self._policy.decoder(len(prompts), max(map(len, prompts)) + steps - 1)
         states = decoder.prefill(prompts)
         samples: list[Sample] = []
         tokens = torch.zeros((count, steps), dtype=torch.int64, device=self._device)
         for step in range(steps):
-            logits = self._policy.head(states)  # [B, V], or [2 B, V] with guidance
-            unconditional = logits[count:] if params.guided else None
-            samples.append(sample(logits[:count], unconditional, seeds, torch.full_like(seeds, step), params, tokens))
+            logits, positions = self._policy.head(states), torch.full_like(seeds, step)  # [B + guided images, V]
+            unconditional = (logits[rows] if mixed else logits[count:]) if params.guided else None
+            samples.append(sample(logits[:count], unconditional, seeds, positions, params, tokens, guided))
             tokens[:, step] = samples[-1].tokens
             if step + 1 < steps:
                 # Both branches of an image read the token that was drawn for it.
-                states = decoder.step(self._image_embeds[tokens[:, step]].repeat(len(prompts) // count, 1))
+                states = decoder.step(self._image_embeds[tokens[owners, step]])
         records = (torch.stack([getattr(item, name) for item in samples], dim=1).cpu() for name in RECORDED)
         return Sample(tokens.cpu(), *records)

@@ -167,6 +167,8 @@ def conditions(
     keys |= {
         f"{key}{part}" for key in ("prompt_transform", "search") if getattr(rollout, key) for part in ("", "_options")
     }
+    keys |= set() if rollout.guidance_schedule == "constant" else {"guidance_schedule", "guidance_end"}
+    keys |= set() if rollout.guidance_interval == (0.0, 1.0) else {"guidance_interval"}
     sampling = rollout.model_dump(mode="json", include=keys)
     return {
         "evaluation.benchmark": benchmark.name,

@@ -207,7 +207,7 @@ def _batches(pictures: Sequence[Picture], *, whole_prompts: bool) -> Iterator[ra
 def _group(prompt: Prompt, images: np.ndarray) -> RolloutGroup:
     """Pictures as scorers want them; nothing is known of their tokens."""
     count = len(images)
-    empty = {name: np.empty((count, 0), np.float32) for name in RECORDED}
+    empty: dict[str, Any] = {name: np.empty((count, 0), np.float32) for name in RECORDED}
     tokens = np.empty((count, 0), np.int32)
     return RolloutGroup(
         group_id=prompt.index,

@@ -36,7 +36,8 @@ class Batch(GroupBatch):
 
     def select(self, groups: Tensor) -> Batch:
         """The batch of some of its groups: ``groups`` int64 [n], in the order of the batch."""
-        rows = ("tokens", *RECORDED, "scores", "staleness", "behavior_logprobs", "guided_behavior_logprobs")
+        fixed = ("behavior_logprobs", "guided_behavior_logprobs")
+        rows = ("tokens", *RECORDED, "scores", "staleness", "guided", *fixed)
         index = groups.to(self.tokens.device)
         found: dict[str, Any] = {name: value[index] for name in rows if (value := getattr(self, name)) is not None}
         for name in ("groups", "scored", "prompts"):
@@ -58,6 +59,12 @@ class Batch(GroupBatch):
         """The prompt of each image of a micro-batch."""
         group_size = self.tokens.shape[1]
         return [self.prompts[index // group_size] for index in indices.tolist()]  # n * G + g -> n
+
+    def guided_of(self, indices: Tensor) -> Tensor | None:
+        """Which images of a micro-batch were drawn with guidance, bool [B]; None where all of the batch were."""
+        if all(group.guided for group in self.groups):
+            return None
+        return self.guided[indices.to(self.guided.device) // self.tokens.shape[1]]
 
 
 def make_batch(
@@ -109,6 +116,7 @@ def make_batch(
         scorers=columns,
         scorer_weights=torch.tensor([reward.weight for reward in run.rewards], device=device),
         staleness=torch.tensor([version - group.policy_version for group in groups], device=device),
+        guided=torch.tensor([group.guided for group in groups], device=device),
         features={name: _features(name, scored, device) for name in scored[0].features if name not in unasked},
         codebook=codebook,
         grid=policy.codec.grid,

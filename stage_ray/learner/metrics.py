@@ -61,6 +61,7 @@ def update_metrics(
         "kl/weighted": (credit.weights.kl * capped).sum().item(),
         "staleness/mean": batch.staleness.float().mean().item(),
         "staleness/max": float(batch.staleness.max().item()),
+        "rollout/unguided": 1 - batch.guided.float().mean().item(),
         "images": float(batch.tokens.shape[0] * batch.tokens.shape[1]),
         "tokens": float(batch.tokens.numel()),
     }

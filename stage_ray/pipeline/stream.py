@@ -14,7 +14,7 @@ from stage_ray.errors import GroupsLostError, LearnerLostError, RunError
 from stage_ray.pipeline.buffer import Failed, GroupBuffer, Slot, failures
 from stage_ray.pipeline.ledger import Event, Ledger
 from stage_ray.pipeline.prompts import PromptCursor
-from stage_ray.records import GroupRefs, RolloutRequest, image_seeds
+from stage_ray.records import GroupRefs, RolloutRequest, drawn_unguided, image_seeds
 
 if TYPE_CHECKING:
     from stage_ray.cluster.cluster import Cluster
@@ -208,7 +208,8 @@ class GroupStream:
     def _next_request(self) -> RolloutRequest:
         group_id, self.next_group = self.next_group, self.next_group + 1
         seeds = image_seeds(self._seed, group_id, self._rollout.group_size)
-        self._requests[group_id] = RolloutRequest(group_id, self.cursor.draw(), seeds)
+        guided = not drawn_unguided(group_id, self._rollout.unguided_share)
+        self._requests[group_id] = RolloutRequest(group_id, self.cursor.draw(), seeds, guided)
         return self._requests[group_id]
 
     def _send(self, requests: Sequence[RolloutRequest]) -> None:

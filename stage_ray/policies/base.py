@@ -347,14 +347,15 @@ class Policy(ABC):
         tokens: Tensor,
         params: SamplingParams,
         *,
+        guided: Tensor | None = None,
         entropy_grad: bool = True,
         guided_grad: bool = False,
     ) -> TokenLogprobs:
         """Conditional log-probs and entropy, bitwise those of `token_logprobs`, and each token's guided log-prob.
 
         The latter, float32 [B, T], is that of the distribution which ``params`` sample from, minus infinity for a token
-        that top-k or top-p now leaves out. With ``guided_grad`` it carries a gradient through both branches. One
-        forward of the backbone a branch.
+        that top-k or top-p now leaves out. ``guided``, bool [B], is False for images that were drawn without guidance.
+        With ``guided_grad`` it carries a gradient through both branches. One forward of the backbone a branch.
         """
         states = self.hidden_states([prompt.conditional for prompt in prompts], tokens)
         plain = chunked_logprobs(states, tokens, self.head, rows=self._rows_at_once(), entropy_grad=entropy_grad)
@@ -366,21 +367,24 @@ class Policy(ABC):
             index = torch.arange(tokens.numel(), device=tokens.device)  # of a token among those of all images
             flat = torch.stack(branches, dim=2).flatten(0, 1)  # [B * T, K, hidden]
             parts = [
-                self._guided_chunk(chunk, tokens, which, params)
+                self._guided_chunk(chunk, tokens, which, params, guided)
                 for chunk, which in zip(flat.split(rows), index.split(rows), strict=True)
             ]
         return TokenLogprobs(plain.logprobs, plain.entropy, torch.cat(parts).view(tokens.shape))
 
-    def _guided_chunk(self, states: Tensor, tokens: Tensor, which: Tensor, params: SamplingParams) -> Tensor:
+    def _guided_chunk(
+        self, states: Tensor, tokens: Tensor, which: Tensor, params: SamplingParams, guided: Tensor | None
+    ) -> Tensor:
         """Guided log-probs of tokens number ``which`` [rows] of [B, T], from states [rows, K, hidden]: [rows]."""
         images, positions = which // tokens.shape[1], which % tokens.shape[1]
 
-        def guided(chunk: Tensor) -> Tensor:
+        def processed(chunk: Tensor) -> Tensor:
             logits, rows = self.head(chunk), len(chunk)  # [rows, K, V]; `chunked_logprobs` tries one row first
-            context = Context(positions[:rows], tokens[images[:rows]])
+            with_guidance = None if guided is None else guided[images[:rows]]
+            context = Context(positions[:rows], tokens[images[:rows]], with_guidance)
             return process_logits(logits[:, 0], logits[:, 1] if params.guided else None, params, context)
 
-        return chunked_logprobs(states, tokens[images, positions], guided, rows=len(states)).logprobs
+        return chunked_logprobs(states, tokens[images, positions], processed, rows=len(states)).logprobs
 
     def _rows_at_once(self, branches: int = 1) -> int:
         return max(1, LOGITS_AT_ONCE // (branches * self.codebook_size))

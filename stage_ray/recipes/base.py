@@ -39,6 +39,7 @@ class GroupBatch:
         scorers: the R names, in column order.
         scorer_weights: float32 [R].
         staleness: int64 [N], updates between the sampling version and the learner's; 0 is fresh.
+        guided: bool [N]: drawn with the config's guidance, or without any (``rollout.unguided_share``).
         features: vectors of the images by the scorer that gave them, float32 [N, G, F] each.
         codebook: float32 [V, D], the vectors as the image decoder gets them.
         grid: (h, w) with h * w = T, image tokens along height and width.
@@ -55,6 +56,7 @@ class GroupBatch:
     scorers: tuple[str, ...]
     scorer_weights: Tensor
     staleness: Tensor
+    guided: Tensor
     features: Mapping[str, Tensor]
     codebook: Tensor
     grid: tuple[int, int]

@@ -25,10 +25,12 @@ class Context:
     Attributes:
         positions: int64 [B], 0 for an image's first token.
         sequences: int64 [B, T], the images' tokens; what stands at a token's own position and after it means nothing.
+        guided: bool [B], False for images without guidance (``rollout.unguided_share``); None: all have it.
     """
 
     positions: Tensor
     sequences: Tensor
+    guided: Tensor | None = None
 
     @property
     def tokens(self) -> Tensor:
@@ -60,7 +62,8 @@ class TokenRule(Section):
 
         Args:
             conditional: float32 [B, V].
-            unconditional: float32 [B, V]; None where ``params.guided`` is False.
+            unconditional: float32 [B, V], of an image without guidance its conditional ones; None where
+                ``params.guided`` is False.
             params: of the config; `SamplingParams.guide` and `SamplingParams.truncate` apply guidance, top-k and top-p.
             context: of the B tokens.
         """

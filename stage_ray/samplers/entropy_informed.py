@@ -35,7 +35,7 @@ class EntropyInformedRule(TokenRule):
         self, conditional: Tensor, unconditional: Tensor | None, params: SamplingParams, context: Context
     ) -> Tensor:
         """See `TokenRule.logits`."""
-        logits = params.guide(conditional, unconditional)
+        logits = params.guide(conditional, unconditional, context)
         logp = logits.log_softmax(dim=-1)
         entropy = -(logp.exp() * logp.clamp(min=LOWEST)).sum(dim=-1, keepdim=True)  # [B, 1]
         return params.truncate(logits / (params.temperature * (self.a * (-entropy / self.b).exp() + self.c)))

@@ -19,7 +19,7 @@ class GuidedRule(TokenRule):
         self, conditional: Tensor, unconditional: Tensor | None, params: SamplingParams, context: Context
     ) -> Tensor:
         """See `TokenRule.logits`."""
-        logits = params.guide(conditional, unconditional)
+        logits = params.guide(conditional, unconditional, context)
         if params.temperature != 1.0:
             logits = logits / params.temperature
         return params.truncate(logits)

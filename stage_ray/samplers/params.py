@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from stage_ray.config import RolloutConfig
 from stage_ray.registry import import_dotted
 from stage_ray.samplers.base import Context, TokenRule
+from stage_ray.samplers.guidance import GuidanceSchedule
 from stage_ray.samplers.guided import GuidedRule
 from stage_ray.samplers.load import load_rule
 
@@ -30,6 +31,7 @@ class SamplingParams:
     top_k: int = 0
     top_p: float = 1.0
     rule: TokenRule = GuidedRule()
+    schedule: GuidanceSchedule = GuidanceSchedule()
 
     @classmethod
     def of(cls, rollout: RolloutConfig) -> SamplingParams:
@@ -38,7 +40,8 @@ class SamplingParams:
         Raises:
             ConfigError: of `load_rule`.
         """
-        return cls(rollout.guidance_scale, rollout.temperature, rollout.top_k, rollout.top_p, load_rule(rollout))
+        numbers = (rollout.guidance_scale, rollout.temperature, rollout.top_k, rollout.top_p)
+        return cls(*numbers, load_rule(rollout), GuidanceSchedule.of(rollout))
 
     def dump(self) -> dict[str, Any]:
         """Plain values, from which `load` makes the same parameters in any process that can import the rule's class."""
@@ -47,6 +50,7 @@ class SamplingParams:
         return numbers | {
             "rule": f"{kind.__module__}.{kind.__qualname__}",
             "options": self.rule.model_dump(mode="json"),
+            "schedule": asdict(self.schedule),
         }
 
     @classmethod
@@ -54,20 +58,22 @@ class SamplingParams:
         """The parameters of `dump`."""
         numbers = dict(values)
         kind, options = import_dotted(numbers.pop("rule"), "rule"), numbers.pop("options")
-        return cls(**numbers, rule=kind.model_validate(options))
+        schedule = numbers.pop("schedule")
+        schedule["interval"] = tuple(schedule["interval"])
+        return cls(**numbers, rule=kind.model_validate(options), schedule=GuidanceSchedule(**schedule))
 
     @property
     def guided(self) -> bool:
         """Whether the unconditional branch is needed at all."""
-        return self.guidance_scale != 1.0
+        return self.schedule.guides(self.guidance_scale)
 
     @property
     def plain(self) -> bool:
         """Whether tokens are drawn from the conditional distribution as it is."""
         return self == SamplingParams()
 
-    def guide(self, conditional: Tensor, unconditional: Tensor | None) -> Tensor:
-        """Classifier-free guidance ``u + w (c - u)``: float32 [B, V]; ``conditional`` itself where it is off.
+    def guide(self, conditional: Tensor, unconditional: Tensor | None, context: Context) -> Tensor:
+        """Classifier-free guidance ``u + w (c - u)``, w by the schedule: float32 [B, V]; c itself where it is off.
 
         Raises:
             ValueError: guidance without unconditional logits.
@@ -76,7 +82,11 @@ class SamplingParams:
             return conditional
         if unconditional is None:
             raise ValueError(f"guidance {self.guidance_scale} needs unconditional logits")
-        return unconditional + self.guidance_scale * (conditional - unconditional)
+        if self.schedule.constant and context.guided is None:
+            return unconditional + self.guidance_scale * (conditional - unconditional)
+        scales = self.schedule.scales(self.guidance_scale, context).unsqueeze(-1)  # [B, 1]
+        guided = unconditional + scales * (conditional - unconditional)
+        return torch.where(scales == 1, conditional, guided)  # to the bit
 
     def truncate(self, logits: Tensor) -> Tensor:
         """Top-k, then top-p: logits [B, V] with minus infinity for what they leave out."""
@@ -105,8 +115,10 @@ def process_logits(
         rows, device = conditional.shape[:-1], conditional.device
         positions, none = torch.zeros(rows, dtype=torch.int64, device=device), (*rows, 0)
         context = Context(positions, torch.zeros(none, dtype=torch.int64, device=device))
-    unguided = None if unconditional is None else unconditional.float()
-    logits = params.rule.logits(conditional, unguided, params, context)
+    other = None if unconditional is None else unconditional.float()
+    if other is not None and context.guided is not None:
+        other = torch.where(context.guided.unsqueeze(-1), other, conditional)
+    logits = params.rule.logits(conditional, other, params, context)
     if logits.shape != conditional.shape:
         shapes = f"{tuple(logits.shape)} for logits {tuple(conditional.shape)}"
         raise ValueError(f"{type(params.rule).__name__} gives {shapes}; a rule keeps their shape")

@@ -49,6 +49,7 @@ def load_group(path: Path) -> tuple[RolloutGroup, ScoredGroup]:
         # An earlier version did not record it; none of its recipes reads it.
         values.setdefault("guided_entropy", np.zeros_like(values["entropy"]))
         values.setdefault("unasked", ())
+        values.setdefault("guided", True)
         values["features"] = {
             name.removeprefix(FEATURES): array for name, array in values.items() if name.startswith(FEATURES)
         }

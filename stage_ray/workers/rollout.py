@@ -89,7 +89,8 @@ class RolloutWorker(Worker):
         flops = 0
         for group in groups:
             prompt = self._engine.encode_prompt(group.prompt.drawn_text)
-            branches = (prompt.conditional, prompt.unconditional)[: 1 + self._engine.params.guided]
+            guided = self._engine.params.guided and group.guided
+            branches = (prompt.conditional, prompt.unconditional)[: 1 + guided]
             flops += len(group.seeds) * sum(sampling_flops(sizes, len(branch)) for branch in branches)
         return flops / (seconds * peak * rollout.tensor_parallel)
 

@@ -101,7 +101,8 @@ def assert_statistics_match(group: RolloutGroup, policy: JanusPolicy, params: Sa
     chosen = tokens.unsqueeze(-1)
     logprobs = conditional.log_softmax(-1).gather(-1, chosen).squeeze(-1)
     count, steps = tokens.shape
-    context = Context(torch.arange(steps).repeat(count), tokens.repeat_interleave(steps, dim=0))
+    guided = torch.full((count * steps,), group.guided)
+    context = Context(torch.arange(steps).repeat(count), tokens.repeat_interleave(steps, dim=0), guided)
     processed = process_logits(conditional.flatten(0, 1), unconditional.flatten(0, 1), params, context)
     processed = processed.view_as(conditional)
     expected = {
@@ -159,6 +160,25 @@ def test_records_match_with_another_token_rule_and_a_seed_still_gives_one_image_
     assert alone.tokens[0].tolist() == mixed[1].tokens[1].tolist()
     usual = at_version_0.generate([request(TEXTS[0], (42,))], dataclasses.replace(params, rule=GuidedRule()))[0]
     assert not np.array_equal(alone.guided_logprobs, usual.guided_logprobs)
+
+
+@pytest.mark.parametrize("kind", ["constant", "linear", "cosine"])
+def test_records_match_with_a_guidance_schedule_and_groups_without_guidance_in_one_batch(
+    at_version_0: ImageEngine, policy: JanusPolicy, kind: str
+) -> None:
+    schedule = {"guidance_schedule": kind, "guidance_end": 1.0 if kind == "constant" else 4.0}
+    settings = rollout("torch", sampler="entropy_informed", temperature=0.9, **schedule)
+    params = SamplingParams.of(settings.model_copy(update={"guidance_interval": (0.2, 0.9)}))
+    first, second = request(TEXTS[2], (9, 8)), request(TEXTS[0], (7, 42), group_id=1)
+    mixed = at_version_0.generate([first, dataclasses.replace(second, guided=False)], params)
+    assert [group.guided for group in mixed] == [True, False]
+    for group in mixed:
+        assert_statistics_match(group, policy, params)
+    alone = at_version_0.generate([dataclasses.replace(second, seeds=(42,), guided=False)], params)[0]
+    assert alone.tokens[0].tolist() == mixed[1].tokens[1].tolist()
+    without = dataclasses.replace(params, guidance_scale=1.0, schedule=SamplingParams().schedule)
+    np.testing.assert_array_equal(at_version_0.generate([second], without)[0].tokens, mixed[1].tokens)
+    assert not np.array_equal(at_version_0.generate([second], params)[0].guided_logprobs, mixed[1].guided_logprobs)
 
 
 def test_after_a_weight_update_records_match_the_new_model_and_carry_its_version(

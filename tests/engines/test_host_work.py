@@ -16,6 +16,8 @@ from stage_ray.config import PolicyConfig, RolloutConfig
 from stage_ray.engines.base import ImageSequence
 from stage_ray.engines.torch import TorchEngine
 from stage_ray.policies.static_decoder import StaticDecoder
+from stage_ray.samplers import SamplingParams
+from stage_ray.samplers.guidance import GuidanceSchedule
 from tests.tiny import IMAGE_TOKENS, SIZES, tiny_janus
 
 # What would wait for a GPU: operators that read a value, or whose result's size depends on one, and calls that bring a
@@ -66,11 +68,16 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TorchEngine]:
     engine.close()
 
 
-def operators(engine: TorchEngine, images: int, monkeypatch: pytest.MonkeyPatch) -> list[Counter[str]]:
-    """The operators of every step, from one step of the decoder to the next, while ``images`` are sampled."""
+def operators(
+    engine: TorchEngine, images: int, monkeypatch: pytest.MonkeyPatch, params: SamplingParams | None = None
+) -> list[Counter[str]]:
+    """The operators of every step, from one step of the decoder to the next, while ``images`` are sampled.
+
+    With ``params`` every third image has no guidance.
+    """
     texts = ("a photo of a red circle", "circle")  # of different lengths, so that there is padding to mask
     prompts = [engine.encode_prompt(texts[index % 2]) for index in range(images)]
-    sequences = [ImageSequence(prompt, seed) for seed, prompt in enumerate(prompts)]
+    sequences = [ImageSequence(one, seed, not params or seed % 3 > 0) for seed, one in enumerate(prompts)]
     step, steps = StaticDecoder.step, list[Counter[str]]()
 
     def counted(decoder: StaticDecoder, embeds: torch.Tensor) -> torch.Tensor:
@@ -79,7 +86,7 @@ def operators(engine: TorchEngine, images: int, monkeypatch: pytest.MonkeyPatch)
 
     with monkeypatch.context() as patch, Operators(steps), Calls(steps):
         patch.setattr(StaticDecoder, "step", counted)
-        engine.sample(sequences, engine.params)
+        engine.sample(sequences, params or engine.params)
     return steps[:-1]  # the last one goes on into the records' copy to the host
 
 
@@ -92,6 +99,16 @@ def test_a_step_never_waits_and_its_operators_do_not_grow_with_images_or_positio
         assert step == few[0]
         assert not WAITING & step.keys() and not any("to another device" in name for name in step)
     assert few[0].total() <= SIZES.layers * A_LAYER + OF_A_STEP, few[0].most_common()
+
+
+def test_a_guidance_schedule_and_images_without_guidance_never_wait_either(
+    engine: TorchEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = SamplingParams(guidance_scale=2.0, schedule=GuidanceSchedule("cosine", 1.5, (0.1, 0.9)))
+    few, many = (operators(engine, images, monkeypatch, params) for images in (2, 12))
+    for step in (*few, *many):
+        assert step == few[0]
+        assert not WAITING & step.keys() and not any("to another device" in name for name in step)
 
 
 def test_the_count_sees_an_operator_that_waits() -> None:

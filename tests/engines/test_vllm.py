@@ -52,7 +52,22 @@ def test_a_row_without_its_partner_stops_the_batch() -> None:
     del rows[1]
     layout = _lay_out(rows, cpu)
     assert layout.conditional.tolist() == [2] and layout.unconditional is not None
-    assert layout.unconditional.tolist() == [0] and layout.images.tolist() == [4]
+    assert layout.unconditional.tolist() == [0] and layout.images.tolist() == [4] and layout.guided is None
+
+
+def test_an_image_without_guidance_has_one_row_which_stands_for_both() -> None:
+    from stage_ray.engines.vllm.guidance import CONDITIONAL, UNCONDITIONAL, _lay_out, _Row
+
+    params, cpu = SamplingParams(guidance_scale=2.0), torch.device("cpu")
+    rows = {
+        0: _Row(image=3, branch=CONDITIONAL, seed=2, params=params, output=[], guided=False),
+        1: _Row(image=4, branch=CONDITIONAL, seed=1, params=params, output=[]),
+        2: _Row(image=4, branch=UNCONDITIONAL, seed=1, params=params, output=[]),
+    }
+    layout = _lay_out(rows, cpu)
+    assert layout.unconditional is not None and layout.guided is not None
+    assert (layout.conditional.tolist(), layout.unconditional.tolist()) == ([0, 1], [0, 2])
+    assert layout.guided.tolist() == [False, True]
 
 
 def test_a_step_of_guidance_costs_the_host_the_same_for_any_number_of_images_and_fetches_nothing() -> None:

@@ -45,6 +45,18 @@ def told(run: RunConfig, *clusters: FlakyCluster) -> list[tuple[int, int, int, i
     return [(group, prompts[group], version, step) for group, version, step in history(run)]
 
 
+def test_a_run_that_goes_on_draws_the_same_groups_without_guidance(tmp_path: Path) -> None:
+    run = timed_run(tmp_path)
+    run = run.model_copy(update={"rollout": run.rollout.model_copy(update={"unguided_share": 0.25})})
+    first, second = FlakyCluster(run), FlakyCluster(run, 1)
+    asyncio.run(drive(run, first, until=5))
+    asyncio.run(drive(run, second, resume=True))
+    again = first.guided.keys() & second.guided.keys()
+    assert again and set(first.guided | second.guided) == set(range(len(first.guided | second.guided)))
+    for cluster in (first, second):
+        assert cluster.guided == {group: group % 4 != 3 for group in cluster.guided}
+
+
 @pytest.mark.parametrize("staleness", [0, 1, 2])
 def test_which_groups_take_the_place_of_failed_ones_does_not_depend_on_when_they_fail(tmp_path, staleness):
     seen = []

@@ -68,6 +68,7 @@ def batch_of(groups: list[literal.Group]) -> GroupBatch:
         scores=stacked("scores"),
         scorers=tuple(f"scorer{i}" for i in range(scorers)),
         scorer_weights=torch.ones(scorers, dtype=torch.float64),
+        guided=torch.ones(len(groups), dtype=torch.bool),
         staleness=torch.zeros(len(groups), dtype=torch.int64),
         features={"scorer0": stacked("features")},
         codebook=torch.tensor(groups[0].codebook, dtype=torch.float64),

@@ -33,10 +33,10 @@ FEATURES = {"dino": np.arange(8, dtype=np.float32).reshape(2, 4)}
 
 
 def test_a_group_comes_back_with_its_records_and_features(tmp_path: Path) -> None:
-    save_group(tmp_path, GROUP, replace(SCORED, features=FEATURES))
+    save_group(tmp_path, replace(GROUP, guided=False), replace(SCORED, features=FEATURES))
     group, scored = load_group(group_file(tmp_path, 4))
     assert (group.prompt, group.prompt.where, group.seeds) == (GROUP.prompt, GROUP.prompt.where, (5, 6))
-    assert group.images.shape == (2, 0, 0, 3)
+    assert group.images.shape == (2, 0, 0, 3) and not group.guided
     for name, values in RECORDS.items():
         np.testing.assert_array_equal(getattr(group, name), values)
     np.testing.assert_array_equal(scored.scores, SCORES)
@@ -49,10 +49,12 @@ def test_a_group_of_an_earlier_version_has_no_guided_entropy_and_no_features(tmp
     path = group_file(tmp_path, 4)
     with safe_open(path, "numpy") as file:
         arrays = {name: file.get_tensor(name) for name in file.keys() if name != "guided_entropy"}  # noqa: SIM118
-        metadata = file.metadata()
-    save_file(arrays, path, metadata=metadata)
+        plain = json.loads(file.metadata()["group"])
+    del plain["guided"]
+    save_file(arrays, path, metadata={"group": json.dumps(plain)})
     group, scored = load_group(path)
     assert not group.guided_entropy.any() and group.guided_entropy.shape == (2, 3) and not scored.features
+    assert group.guided
 
 
 @pytest.mark.parametrize("metadata", [{}, {"group": json.dumps({"seeds": [1]})}])

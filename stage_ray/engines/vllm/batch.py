@@ -31,6 +31,7 @@ class BranchRequest:
     branch: int
     seed: int
     prompt: tuple[int, ...]
+    guided: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +106,7 @@ class BatchExtension:
                 f"image {request.image}, branch {request.branch}",
                 request.prompt,
                 blocks,
-                image_params(tokens, request.image, request.branch, request.seed, params),
+                image_params(tokens, request.image, request.branch, request.seed, params, request.guided),
                 computed=len(request.prompt) - 1,
             )
             for request, blocks in zip(requests, placed.of_requests, strict=True)

@@ -170,11 +170,11 @@ class VllmEngine(ImageEngine):
         requests, numbers = [], self._numbered(sequences)
         for image, sequence in enumerate(sequences):
             branches = [(CONDITIONAL, sequence.prompt.conditional)]
-            if params.guided:
+            if params.guided and sequence.guided:
                 branches.append((UNCONDITIONAL, sequence.prompt.unconditional))
             for branch, ids in branches:
                 shifted = tuple(token + self._prompt_shift for token in numbers.get(ids, ids))
-                requests.append(BranchRequest(image, branch, sequence.seed, shifted))
+                requests.append(BranchRequest(image, branch, sequence.seed, shifted, sequence.guided))
         self._unfinished = True
         # One answer for each worker of this process, which has one.
         arguments = (requests, params, len(sequences), self.codec.image_tokens)

@@ -2,7 +2,7 @@
 
 Every image is two requests, conditional and unconditional. The processor finds the two rows, draws one token for both
 (`stage_ray.engines.sampling.sample`), records what was drawn, and leaves only that token possible in both rows, so
-vLLM's own sampler has nothing left to decide. Without guidance an image is one request, and the rest is the same.
+vLLM's own sampler has nothing left to decide. An image without guidance is one request, and the rest is the same.
 """
 
 from __future__ import annotations
@@ -23,10 +23,12 @@ from stage_ray.samplers import SamplingParams
 CONDITIONAL, UNCONDITIONAL = 0, 1
 
 
-def image_params(tokens: int, image: int, branch: int, seed: int, params: SamplingParams) -> VllmSamplingParams:
+def image_params(
+    tokens: int, image: int, branch: int, seed: int, params: SamplingParams, guided: bool = True
+) -> VllmSamplingParams:
     """Sampling parameters of one request: T tokens, greedy over the one token that the processor leaves."""
     # Plain values: vLLM copies them for every request, and may send them to another process.
-    arguments = {"image": image, "branch": branch, "seed": seed, "params": params.dump()}
+    arguments = {"image": image, "branch": branch, "seed": seed, "guided": guided, "params": params.dump()}
     return VllmSamplingParams(
         temperature=0.0,
         max_tokens=tokens,
@@ -37,25 +39,32 @@ def image_params(tokens: int, image: int, branch: int, seed: int, params: Sampli
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """One running request: which image and branch it is, and its list of tokens so far, which vLLM appends to."""
+    """One running request: which image and branch it is, and its list of tokens so far, which vLLM appends to.
+
+    ``guided`` is False for an image that has no unconditional request.
+    """
 
     image: int
     branch: int
     seed: int
     params: SamplingParams
     output: list[int]
+    guided: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class _Layout:
     """Where the images of the running batch lie: rows of logits by branch, images and seeds in the same order.
 
+    Of an image without guidance the conditional row stands for the unconditional one; ``guided`` says which have it,
+    None if all.
     vLLM appends to ``first``, the tokens of the first image. ``ahead``, int64, says how many more each image has: as
     all of them get one a step, that stays so until rows are added, moved or removed.
     """
 
     conditional: Tensor
     unconditional: Tensor | None
+    guided: Tensor | None
     images: Tensor
     seeds: Tensor
     params: SamplingParams
@@ -98,7 +107,8 @@ class PairedGuidance(LogitsProcessor):
         positions = layout.ahead + len(layout.first)
         unconditional = None if layout.unconditional is None else logits[layout.unconditional]
         sequences = self._tokens[layout.images]  # a copy of int64 [images, T], small beside the logits
-        drawn = sample(logits[layout.conditional], unconditional, layout.seeds, positions, layout.params, sequences)
+        branches, images = (logits[layout.conditional], unconditional), (layout.seeds, positions)
+        drawn = sample(*branches, *images, layout.params, sequences, layout.guided)
         self._tokens[layout.images, positions] = drawn.tokens
         self._records[:, layout.images, positions] = torch.stack([getattr(drawn, name) for name in RECORDED])
         logits.fill_(-torch.inf)  # what is left to vLLM's greedy sampler is one token a row
@@ -117,7 +127,8 @@ def _row(params: VllmSamplingParams, prompt_ids: list[int] | None, output: list[
     if "image" not in arguments:  # a request that is not ours
         return None
     params_of_image = SamplingParams.load(arguments["params"])
-    return _Row(arguments["image"], arguments["branch"], arguments["seed"], params_of_image, output)
+    guided = arguments["guided"]
+    return _Row(arguments["image"], arguments["branch"], arguments["seed"], params_of_image, output, guided)
 
 
 def _lay_out(rows: dict[int, _Row], device: torch.device) -> _Layout:
@@ -133,8 +144,9 @@ def _lay_out(rows: dict[int, _Row], device: torch.device) -> _Layout:
     paired = [rows[index] for index in conditional.values()]
     params = next(iter(rows.values())).params  # one batch, one way to sample: any request's
     first = paired[0].output if paired else []
-    # Images of which only one branch is in the batch.
-    alone = conditional.keys() ^ unconditional.keys() if params.guided else unconditional.keys()
+    guided = [params.guided and row.guided for row in paired]
+    # Images of which only one branch is in the batch, and not by intent.
+    alone = {image for image, has in zip(conditional, guided, strict=True) if has} ^ unconditional.keys()
     if alone:
         raise RuntimeError(
             f"{len(alone)} images run without the other half of their guidance pair, the first is image {min(alone)}: "
@@ -146,7 +158,8 @@ def _lay_out(rows: dict[int, _Row], device: torch.device) -> _Layout:
 
     return _Layout(
         conditional=column(list(conditional.values())),
-        unconditional=column([unconditional[image] for image in conditional]) if params.guided else None,
+        unconditional=column([unconditional.get(*pair) for pair in conditional.items()]) if params.guided else None,
+        guided=torch.tensor(guided, device=device) if params.guided and not all(guided) else None,
         images=column(list(conditional)),
         seeds=column([row.seed for row in paired]),
         params=params,
