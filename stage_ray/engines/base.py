@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,19 +13,25 @@ from torch import Tensor
 
 from stage_ray.config import RolloutConfig
 from stage_ray.engines.sampling import Sample
-from stage_ray.policies.base import ImageCodec, PromptIds
+from stage_ray.policies.base import Branch, ImageCodec, PromptIds
 from stage_ray.records import RECORDED, RolloutGroup, RolloutRequest
-from stage_ray.samplers import SamplingParams, load_transform
+from stage_ray.samplers import EmbeddingTransform, SamplingParams, load_transform
 from stage_ray.weights.manifest import finite
 
 
 @dataclass(frozen=True, slots=True)
 class ImageSequence:
-    """One image to sample; ``guided`` is False for one without guidance, which needs no unconditional branch."""
+    """One image to sample.
+
+    Attributes:
+        guided: False for one without guidance, which needs no unconditional branch.
+        embeds: what is read in the place of the conditional branch, float [its entries, hidden]; None: the branch.
+    """
 
     prompt: PromptIds
     seed: int
     guided: bool = True
+    embeds: Tensor | None = None
 
 
 class ImageEngine(ABC):
@@ -76,6 +82,13 @@ class ImageEngine(ABC):
     def close(self) -> None:
         """Free what the engine holds."""
 
+    def moved(self, transform: EmbeddingTransform, branch: Branch, seeds: Sequence[int]) -> Tensor:
+        """What ``transform`` makes of a prompt's conditional branch, float [G, its entries, hidden].
+
+        An engine that has none is one that `load_transform` refuses.
+        """
+        raise NotImplementedError
+
     @property
     def codebook_size(self) -> int:
         """V: every token it draws is one of 0..V-1."""
@@ -120,10 +133,7 @@ class ImageEngine(ABC):
         self._wake()
         if (transform := self._transform) is not None:
             requests = [replace(one, prompt=transform.apply(one.prompt, one.seeds[0])) for one in requests]
-        prompts = [self.encode_prompt(request.prompt.drawn_text) for request in requests]
-        # One sequence an image, request after request.
-        pairs = zip(prompts, requests, strict=True)
-        sequences = [ImageSequence(prompt, seed, one.guided) for prompt, one in pairs for seed in one.seeds]
+        sequences = [sequence for request in requests for sequence in self._sequences(request)]
         if not sequences:
             return []
         batches: list[tuple[np.ndarray, ...]] = []
@@ -139,6 +149,14 @@ class ImageEngine(ABC):
             seconds += [(time.perf_counter() - began) / count] * count
         columns = tuple(np.concatenate(parts) for parts in zip(*batches, strict=True))  # the same over all batches
         return self._groups(requests, columns, seconds)
+
+    def _sequences(self, request: RolloutRequest) -> Iterator[ImageSequence]:
+        """One an image."""
+        prompt, embeds = self.encode_prompt(request.prompt.drawn_text), None
+        if isinstance(self._transform, EmbeddingTransform):
+            embeds = self.moved(self._transform, prompt.conditional, request.seeds)
+        for image, seed in enumerate(request.seeds):
+            yield ImageSequence(prompt, seed, request.guided, None if embeds is None else embeds[image])
 
     def load_weights(self, version: int, tensors: Iterable[tuple[str, Tensor]], *, known_finite: bool = False) -> None:
         """Take new values of the trained tensors between batches, named as in the policy's ``state_dict``.

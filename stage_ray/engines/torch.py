@@ -10,10 +10,13 @@ from torch import Tensor
 from stage_ray.config import PolicyConfig, RolloutConfig
 from stage_ray.engines.base import ImageEngine, ImageSequence
 from stage_ray.engines.sampling import Sample, sample
+from stage_ray.errors import ConfigError
 from stage_ray.policies import load_policy
+from stage_ray.policies.base import Branch
+from stage_ray.policies.decoding import EmbedsPrompts
 from stage_ray.policies.devices import compute_dtype, device_for
 from stage_ray.records import RECORDED
-from stage_ray.samplers import SamplingParams
+from stage_ray.samplers import EmbeddingTransform, SamplingParams
 
 
 class TorchEngine(ImageEngine):
@@ -26,6 +29,11 @@ class TorchEngine(ImageEngine):
         self.dtype = compute_dtype(rollout.dtype, device)
         self._policy = load_policy(policy, device=device, dtype=self.dtype, trainable=False)
         self.codec = self._policy.codec
+        if isinstance(self._transform, EmbeddingTransform) and not isinstance(self._policy.backbone, EmbedsPrompts):
+            raise ConfigError(
+                f"rollout.prompt_transform = {rollout.prompt_transform!r} moves the prompts' embeddings, and "
+                f"policy.family = {policy.family!r} has none to move; set rollout.prompt_transform=null"
+            )
         self._embeds_are_trained = self._trains_image_embeds()
         self._embed_image_tokens()
 
@@ -80,6 +88,19 @@ class TorchEngine(ImageEngine):
         """Drop the model."""
         del self._policy, self.codec, self._image_embeds
 
+    def moved(self, transform: EmbeddingTransform, branch: Branch, seeds: Sequence[int]) -> Tensor:
+        """See `ImageEngine.moved`."""
+        backbone = self._policy.backbone
+        assert isinstance(backbone, EmbedsPrompts)
+
+        def pool(embeds: Tensor) -> Tensor:
+            return backbone.prompt_states(embeds.to(self.dtype)).float().mean(dim=1)
+
+        with torch.no_grad():
+            embeds = backbone.embed_prompts([branch])
+        with torch.enable_grad():
+            return transform.move(embeds, pool, seeds).detach()
+
     @torch.inference_mode()
     def sample(self, sequences: Sequence[ImageSequence], params: SamplingParams) -> Sample:
         """Sample one generation batch: B conditional sequences, then an unconditional one for each guided image."""
@@ -95,7 +116,8 @@ class TorchEngine(ImageEngine):
             rows = torch.where(guided, count + guided.cumsum(0) - 1, rows)
         # The last token is drawn and never read, so it needs no position.
         decoder = self._policy.decoder(len(prompts), max(map(len, prompts)) + steps - 1)
-        states = decoder.prefill(prompts)
+        embeds = {row: one.embeds for row, one in enumerate(sequences) if one.embeds is not None}
+        states = decoder.prefill(prompts, embeds) if embeds else decoder.prefill(prompts)
         samples: list[Sample] = []
         tokens = torch.zeros((count, steps), dtype=torch.int64, device=self._device)
         for step in range(steps):

@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from stage_ray.algorithm.divergence import Divergence
 from stage_ray.config import PolicyConfig
 from stage_ray.config.model_sizes import ModelSizes
 from stage_ray.errors import ConfigError
+from stage_ray.policies.decoding import Decoder
 from stage_ray.policies.logprobs import TokenLogprobs, chunked_divergence, chunked_logprobs
 from stage_ray.pretrained import check_directory, export_checkpoint, located
 from stage_ray.samplers import Context, SamplingParams, process_logits
@@ -174,16 +175,6 @@ def embed_ids(embedding: nn.Module, prompts: Sequence[Branch]) -> Tensor:
     """Prompts whose entries are ids of an embedding, one after the other: [all their entries, hidden]."""
     device = next(embedding.parameters()).device
     return embedding(torch.tensor([entry for prompt in prompts for entry in prompt], device=device))
-
-
-class Decoder(Protocol):
-    """A forward of the backbone with a key-value cache, for one batch of B sequences."""
-
-    def prefill(self, prompts: Sequence[Branch]) -> Tensor:
-        """Read B prompts; the state that predicts each first image token, [B, hidden]."""
-
-    def step(self, embeds: Tensor) -> Tensor:
-        """Read the embedding of each sequence's newest token, [B, hidden]; the state that predicts the next one."""
 
 
 class Policy(ABC):

@@ -45,6 +45,13 @@ class LlamaBackbone(Backbone):
         """Different prompts, one after the other, to the layers' inputs, [all their entries, hidden]."""
         return embed_ids(self.language_model.embed_tokens, prompts)
 
+    def prompt_states(self, embeds: Tensor) -> Tensor:
+        """Last hidden states of n prompts of one length, by transformers' own forward: [n, L, hidden], the same."""
+        end = embeds.shape[1] if self.prompt_end is None else self.prompt_end
+        positions = torch.arange(end - embeds.shape[1], end, device=embeds.device)
+        found = self.language_model(inputs_embeds=embeds, position_ids=positions[None], use_cache=False)
+        return found.last_hidden_state
+
     def checkpoint_layers(self) -> None:
         """Recompute each layer in the backward pass, as transformers does; dropout stays off."""
         self.language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

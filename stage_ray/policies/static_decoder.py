@@ -5,7 +5,7 @@ It computes what ``LlamaModel`` computes with a quarter of the operator calls of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -75,18 +75,23 @@ class StaticDecoder:
         self._layers = [_Layer.of(layer, rows) for layer in llama.layers]
         self._used = 0  # positions of the cache that are set
 
-    def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """Read B prompts, each different one once; the state of each sequence's last token, [B, hidden]."""
-        # Index of each different prompt, in order of first appearance.
-        different = {prompt: index for index, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
-        device, count = self._llama.norm.weight.device, max(map(len, different))
-        owners = torch.tensor([different[tuple(prompt)] for prompt in prompts], device=device)  # [B]
-        padding = torch.tensor([count - len(prompt) for prompt in different], device=device)  # [N], on the left
+    def prefill(self, prompts: Sequence[Branch], embeds: Mapping[int, Tensor] = {}) -> Tensor:
+        """Read B prompts, each different one once; the state of each sequence's last token, [B, hidden].
+
+        ``embeds``: see `Decoder.prefill`; of such a prompt every sequence is another one.
+        """
+        # Index of each different prompt, in order of first appearance: its ids, or the number of its sequence.
+        keys = [row if row in embeds else tuple(prompt) for row, prompt in enumerate(prompts)]
+        different = {key: index for index, key in enumerate(dict.fromkeys(keys))}
+        read = [embeds[key] if isinstance(key, int) else key for key in different]  # embeddings, or ids
+        device, count = self._llama.norm.weight.device, max(map(len, read))
+        owners = torch.tensor([different[key] for key in keys], device=device)  # [B]
+        padding = torch.tensor([count - len(prompt) for prompt in read], device=device)  # [N], on the left
         slots = torch.arange(self._length, device=device)
         real = slots >= padding[:, None]  # [N, length]
-        found = self._embed(list(different))  # one prompt after the other
-        embeds = found.new_zeros(len(different), count, found.shape[-1])
-        embeds[real[:, :count]] = found
+        found = self._embedded(read)  # one prompt after the other
+        hidden = found.new_zeros(len(read), count, found.shape[-1])
+        hidden[real[:, :count]] = found
         # Padding attends to itself: a softmax over nothing is NaN.
         causal = slots[:count, None] >= slots[:count]  # [count, count]
         own = torch.eye(count, dtype=torch.bool, device=device)
@@ -94,19 +99,26 @@ class StaticDecoder:
         # [N, length], 0 in the padding; with an end, all sequences have the same.
         positions = (slots - padding[:, None]).clamp(min=0) if self._end is None else slots + self._end - count
         positions = positions.expand(len(different), -1)
-        cos, sin = self._llama.rotary_emb(embeds, positions)  # [N, length, D]
+        cos, sin = self._llama.rotary_emb(hidden, positions)  # [N, length, D]
         first, second = sin.chunk(2, dim=-1)
         self._angles = cos, torch.cat((-first, second), dim=-1)  # see `_rotate`
         self._cache = self._new_cache(len(different), count)
-        states = self._forward(embeds, mask[:, None])[:, -1]
+        states = self._forward(hidden, mask[:, None])[:, -1]
         # From one cache a prompt to one a sequence, long enough for the image.
-        read, self._cache = self._cache, self._new_cache(self._rows, self._length)
-        for of_rows, of_prompts in zip(self._cache, read, strict=True):
+        caches, self._cache = self._cache, self._new_cache(self._rows, self._length)
+        for of_rows, of_prompts in zip(self._cache, caches, strict=True):
             of_rows[:, :, :, :count] = of_prompts[:, owners]  # layer by layer, to save memory
         padded = bool(padding.any())  # else all rows have the same positions, and nothing to mask
         self._angles = (cos[owners], self._angles[1][owners]) if padded else (cos[:1], self._angles[1][:1])
         self._mask = real[owners][:, None, None] if padded else None
         return states[owners]
+
+    def _embedded(self, prompts: Sequence[Branch | Tensor]) -> Tensor:
+        """Prompts by ids or by embeddings, one after the other: [all their entries, hidden]."""
+        plain = [prompt for prompt in prompts if not isinstance(prompt, Tensor)]
+        rows = iter(self._embed(plain).split([len(prompt) for prompt in plain]) if plain else ())
+        parts = [prompt if isinstance(prompt, Tensor) else next(rows) for prompt in prompts]
+        return torch.cat([part.to(self._llama.norm.weight.dtype) for part in parts])
 
     def _new_cache(self, rows: int, length: int) -> Tensor:
         """Unset keys and values of every layer, [layers, 2, rows, kv heads, length, D]."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import yaml
 
 from stage_ray.cluster.object_store import two_versions_mb
-from stage_ray.config import RewardConfig, RunConfig
+from stage_ray.config import RewardConfig, RolloutConfig, RunConfig
 from stage_ray.config.hub import cached, download, is_pinned, named
 from stage_ray.config.inputs import checkpoint_inputs, files_of, hub_inputs, takes_prompts
 from stage_ray.engines.vllm.environment import require_fitting_build
@@ -31,7 +31,7 @@ from stage_ray.records import Prompt
 from stage_ray.rewards import check_rewards
 from stage_ray.rewards.routing import is_asked
 from stage_ray.run.run_dir import resolved
-from stage_ray.samplers import load_rule, load_search, load_transform
+from stage_ray.samplers import EmbeddingTransform, load_rule, load_search, load_transform
 
 if TYPE_CHECKING:
     from huggingface_hub import HfUri
@@ -74,12 +74,7 @@ def preflight(run: RunConfig, *, fetch: bool = True) -> RunPrompts:
     """
     load_recipe(run)
     load_rule(run.rollout)
-    if run.rollout.search is not None:
-        raise ConfigError(
-            f"rollout.search = {run.rollout.search!r} would train on images that a scorer chose, and their "
-            "log-probabilities leave the choice out; set it to null here: it is for evaluate and generate, and a suite "
-            "of evaluation.suites has a search of its own"
-        )
+    _require_trainable(run.rollout)
     check_trackers(run.logs)
     starts_ray_here = run.cluster.address is None and "RAY_ADDRESS" not in os.environ
     if starts_ray_here:
@@ -147,6 +142,22 @@ def drawable_prompts(
     if problems:
         log.warning("%d of %d prompts are dropped: %s", len(problems), len(prompts), _some(problems))
     return kept
+
+
+def _require_trainable(rollout: RolloutConfig) -> None:
+    """Raise a ConfigError where images would not be those of the distribution that the learner scores."""
+    if rollout.search is not None:
+        raise ConfigError(
+            f"rollout.search = {rollout.search!r} would train on images that a scorer chose, and their "
+            "log-probabilities leave the choice out; set it to null here: it is for evaluate and generate, and a suite "
+            "of evaluation.suites has a search of its own"
+        )
+    if isinstance(load_transform(rollout), EmbeddingTransform):
+        raise ConfigError(
+            f"rollout.prompt_transform = {rollout.prompt_transform!r} would train on images of prompts that were moved "
+            "in embedding space, and the learner scores them under the prompt itself; set it to null here, or to a "
+            "transform of text: it is for evaluate and generate"
+        )
 
 
 def _require_room_for_weights(run: RunConfig) -> None:

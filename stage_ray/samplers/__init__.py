@@ -4,7 +4,7 @@
 """
 
 # ruff: noqa: F401  they are here for other rooms
-from stage_ray.samplers.base import Context, ImageSearch, Judge, PromptTransform, TokenRule
+from stage_ray.samplers.base import Context, EmbeddingTransform, ImageSearch, Judge, PromptTransform, TokenRule
 from stage_ray.samplers.load import (
     SAMPLERS,
     SEARCHES,

@@ -99,6 +99,37 @@ class PromptTransform(Section):
         return replace(prompt, drawn=drawn)
 
 
+class EmbeddingTransform(PromptTransform):
+    """From the embeddings of a prompt to those that each image of its group is generated from; the text stays.
+
+    The torch engine alone takes one, and a run does not train through it (`stage_ray.samplers.load`).
+
+    Example: `stage_ray.samplers.tpso`.
+    """
+
+    @abstractmethod
+    def move(self, embeds: Tensor, pool: Callable[[Tensor], Tensor], seeds: Sequence[int]) -> Tensor:
+        """Embeddings for G images: float [G, L, hidden].
+
+        A pure function, so that a group is made again from its prompt and seeds: an image depends on all seeds of its
+        group, in their order, and on nothing else in the batch.
+
+        Args:
+            embeds: of the prompt's conditional branch, as the language model reads it: float [L, hidden].
+            pool: the model's view of n such prompts, differentiable: [n, L, hidden] -> float32 [n, hidden], the mean
+                over positions of its last hidden states.
+            seeds: of the G images.
+        """
+
+    def rewrite(self, prompt: Prompt, seed: int) -> str:
+        """The prompt's own text."""
+        return prompt.text
+
+    def apply(self, prompt: Prompt, seed: int) -> Prompt:
+        """The prompt as it is."""
+        return prompt
+
+
 Judge = Callable[[Sequence[RolloutRequest]], Awaitable[list["JudgedGroup"]]]
 """Draws the images of requests and scores them, wherever engines and scorers are; groups in the requests' order."""
 

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from stage_ray.config import RolloutConfig, RunConfig, Section, SuiteConfig
 from stage_ray.errors import ConfigError, impossible, suggest
 from stage_ray.registry import Registry
-from stage_ray.samplers.base import ImageSearch, PromptTransform, TokenRule
+from stage_ray.samplers.base import EmbeddingTransform, ImageSearch, PromptTransform, TokenRule
 
 SAMPLERS = Registry("stage_ray.samplers", "Rule", "sampler")
 TRANSFORMS = Registry("stage_ray.samplers", "Transform", "prompt transform")
@@ -33,9 +33,19 @@ def load_rule(rollout: RolloutConfig) -> TokenRule:
 
 
 def load_transform(rollout: RolloutConfig) -> PromptTransform | None:
-    """The prompt transform that a config names, None without one; raises as `load_rule`."""
+    """The prompt transform that a config names, None without one.
+
+    Raises:
+        ConfigError: as `load_rule`; or it moves embeddings, which only the torch engine takes.
+    """
     name, options = rollout.prompt_transform, rollout.prompt_transform_options
     transform: PromptTransform | None = _load(PromptTransform, TRANSFORMS, name, options, "rollout.prompt_transform")
+    if isinstance(transform, EmbeddingTransform) and rollout.engine != "torch":
+        raise ConfigError(
+            f"rollout.prompt_transform = {name!r} moves the prompts' embeddings, by gradients of the model, which "
+            f"rollout.engine = {rollout.engine} does not give; set rollout.engine=torch, for evaluate and generate: a "
+            "run does not train with it"
+        )
     return transform
 
 

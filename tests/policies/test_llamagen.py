@@ -19,6 +19,7 @@ from stage_ray.engines.base import ImageEngine
 from stage_ray.learner.learner import Learner
 from stage_ray.learner.ranks import Ranks
 from stage_ray.policies import load_policy
+from stage_ray.policies.decoding import EmbedsPrompts
 from stage_ray.policies.image_tokenizer import PictureDecoder
 from stage_ray.policies.llamagen import LlamaGenPolicy
 from stage_ray.policies.llamagen.model import LlamaGenModel
@@ -141,6 +142,20 @@ def test_what_is_recorded_is_what_a_full_forward_says_guided_or_not_at_every_ver
             for group in engine.generate(requests, params):
                 assert group.policy_version == version and group.images.shape == (2, PIXELS, PIXELS, 3)
                 assert_statistics_match(group, policy, params)
+
+
+def test_a_prompt_by_its_embeddings_is_the_prompt_by_its_entries(checkpoint: Path) -> None:
+    policy = policy_at(checkpoint)
+    assert isinstance(policy.backbone, EmbedsPrompts)
+    branches = [policy.codec.encode_prompt(text).conditional for text in texts_of(checkpoint)]
+    with torch.no_grad():
+        embeds = {row: policy.backbone.embed_prompts([branch]) for row, branch in enumerate(branches)}
+        by_entries = policy.decoder(len(branches), max(map(len, branches))).prefill(branches)
+        for mine in (embeds, {0: embeds[0]}):
+            by_embeds = policy.decoder(len(branches), max(map(len, branches))).prefill(branches, mine)
+            torch.testing.assert_close(by_embeds, by_entries)
+        for row, own in embeds.items():
+            torch.testing.assert_close(policy.backbone.prompt_states(own[None])[0, -1], by_entries[row])
 
 
 def test_both_engines_draw_the_same_images(engine: ImageEngine, checkpoint: Path) -> None:

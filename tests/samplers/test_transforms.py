@@ -27,7 +27,7 @@ TEMPLATE = {"prompt_transform": "template"}
 
 
 def test_the_template_frames_a_prompt_and_is_off_unless_it_is_named() -> None:
-    assert TRANSFORMS.names() == ["template"] and load_transform(RolloutConfig()) is None
+    assert TRANSFORMS.names() == ["template", "tpso"] and load_transform(RolloutConfig()) is None
     transform = load_transform(RolloutConfig(**TEMPLATE))
     assert transform is not None
     framed = transform.apply(Prompt(0, "two {rings}"), seed=1)
