@@ -50,7 +50,9 @@ def test_the_table_of_recipes_names_each_with_its_options_and_defaults() -> None
         fields = RECIPES.find(name, "recipe").Options.model_fields
         above = RECIPES.find("stage", "recipe").Options.model_fields if "those of `stage`" in rows[name] else {}
         for option, field in fields.items():
-            default = {None: "null", True: "true", 1 / 3: "1/3"}.get(field.default, field.default)
+            default = {"None": "null", "True": "true", "False": "false", str(1 / 3): "1/3"}.get(
+                str(field.default), field.default
+            )
             assert option in above or f"`{option}` {default}" in rows[name], name
 
 
