@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ from stage_ray.evaluation.suites import EVALUATION, resolve_suites
 from stage_ray.files import atomic_write
 from stage_ray.observability.progress import Progress
 from stage_ray.report.compare import write_comparison
+from stage_ray.report.export import export_runs
 from stage_ray.run.run_dir import is_finished
 from stage_ray.run.stop import StopSignal
 from stage_ray.run.study_places import ABSENT, TrainRun, places
@@ -149,6 +151,21 @@ class Study:
             await self._train(self._reports(), train, room)
         arms = {run.directory: name for name, runs in self.reported.items() for run in runs}
         return write_comparison(list(arms), self.directory / "study.html", self.directory / "study.json", arms)
+
+    def export(self, directory: Path) -> None:
+        """Write the reported runs small (`export_runs`), and what the study found, below a directory.
+
+        Raises:
+            ConfigError: a run is not there yet, or its small directory is.
+            RunError: a file of a run is damaged.
+        """
+        if self.searched:
+            self._choose()
+        runs = [run.directory for runs in self.reported.values() for run in runs]
+        export_runs({run: directory / run.relative_to(self.directory) for run in runs})
+        for name in ("study.json", "search.json"):
+            if (file := self.directory / name).is_file():
+                shutil.copyfile(file, directory / name)
 
     def plan(self) -> list[tuple[StudyRun, bool]]:
         """Every run in the order in which they are done, and whether it is."""

@@ -69,7 +69,7 @@ async def train_process(config: Path, log: Path, cpus: int, directory: Path | No
     if setpriv := shutil.which("setpriv"):  # else a run goes on, and is locked, where its parent was killed
         command = [setpriv, "--pdeathsig", "TERM", "--", *command]
     environment = {name: value for name, value in os.environ.items() if name not in OF_ANOTHER_RAY}
-    with _own_cores(cpus) as cores, log.open("ab") as output:
+    with own_cores(cpus) as cores, log.open("ab") as output:
         with _on(cores):  # until the child exists, which inherits it
             start = asyncio.create_subprocess_exec(
                 *command,
@@ -118,7 +118,7 @@ async def _train_on_a_node(config: Path, log: Path, cpus: int, gpus: float) -> i
 
 
 @contextmanager
-def _own_cores(count: int) -> Iterator[set[int]]:
+def own_cores(count: int) -> Iterator[set[int]]:
     """Cores of this machine that no other process holds; all of them where every share is taken.
 
     The share is held by a lock, which the system frees however this process ends.

@@ -137,7 +137,7 @@ def test_nodes_die_with_groups_and_with_a_rank_of_the_learner_others_join_and_no
 def test_a_study_spreads_over_nodes_and_goes_on_elsewhere_with_the_run_of_one_that_dies(tmp_path, plain, nodes):
     """Each node has room for one run: two go on at once, and the one whose node dies is resumed where the other was."""
     both = [nodes.add(), nodes.add()]
-    run = tiny_run(tmp_path, plain, steps=24, evaluation={"enabled": False})
+    run = tiny_run(tmp_path, plain, steps=60, evaluation={"enabled": False})
     (tmp_path / "base.yaml").write_text(yaml.safe_dump(run.model_dump(mode="json")))
     study = {
         "config": str(tmp_path / "base.yaml"),
@@ -160,8 +160,11 @@ def test_a_study_spreads_over_nodes_and_goes_on_elsewhere_with_the_run_of_one_th
         driver = subprocess.Popen(command, cwd=REPOSITORY, stdout=log, stderr=log)
 
     def trains(node, seed: int) -> bool:
-        started = [child for worker in workers_of(node, "NodeRun") for child in worker.children()]
-        return any(f"seed-{seed}.yaml" in " ".join(child.cmdline()) for child in started)
+        try:
+            started = [child for worker in workers_of(node, "NodeRun") for child in worker.children()]
+            return any(f"seed-{seed}.yaml" in " ".join(child.cmdline()) for child in started)
+        except psutil.Error:  # one of Ray's processes ended meanwhile
+            return False
 
     try:
         wait_until(lambda: all(any(trains(node, seed) for node in both) for seed in (2, 3)), driver, tmp_path)
@@ -172,7 +175,7 @@ def test_a_study_spreads_over_nodes_and_goes_on_elsewhere_with_the_run_of_one_th
         assert driver.wait(240) == 0, (tmp_path / "driver.log").read_text()
     finally:
         driver.kill()
-    assert [steps(one) for one in directories] == [[*range(1, 25)]] * 2
+    assert [steps(one) for one in directories] == [[*range(1, 61)]] * 2
     said = [(tmp_path / "study" / "configs" / "stage" / f"seed-{seed}.log").read_text() for seed in (2, 3)]
     assert ["going on after step" in text for text in said] == [True, False]
     assert "<h1>STAGE</h1>" in (tmp_path / "study" / "study.html").read_text()

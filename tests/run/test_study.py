@@ -13,6 +13,8 @@ import pytest
 import yaml
 
 from stage_ray.cli import main
+from stage_ray.run.study_places import own_cores
+from tests.ray_head import free_port
 from tests.runs import lines, tiny_run
 
 SEARCH = {"values": [1e-5, 1e-3], "seeds": [1], "set": ["steps=20"]}
@@ -70,6 +72,8 @@ def test_a_study_that_was_stopped_goes_on_gives_an_arm_the_value_that_its_search
     capsys.readouterr()
     assert main(["study", str(study), "--dry-run"]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["done"] * 3
+    assert main(["study", str(study), "--export", "small"]) == 0
+    assert Path("small/stage/seed-2/evaluation/after.json").is_file() and Path("small/search.json").is_file()
     assert main(["study", str(study)]) == 0
     assert files == {path: path.stat().st_mtime_ns for path in Path("study").rglob("metrics.jsonl")}
 
@@ -92,6 +96,24 @@ def test_the_example_of_the_rooms_page_is_a_study(tmp_path, monkeypatch, capsys)
     assert len(rows) == 3 * 3 + 3 * 3 and "STAGE without KL, seed 33" in rows[-1]
 
 
+def test_gpus_need_a_cluster_and_a_cluster_must_answer(study, capsys, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert main(["study", str(write(study, gpus_per_run=1))]) == 2
+    assert "gpus_per_run = 1 needs a Ray cluster" in capsys.readouterr().err
+    assert main(["study", str(write(study, address=f"127.0.0.1:{free_port()}"))]) == 1
+    assert "no Ray cluster answers at address = '127.0.0.1:" in " ".join(capsys.readouterr().err.split())
+    assert not Path("study").exists()
+
+
+def test_runs_side_by_side_have_cores_of_their_own(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(5)))
+    with own_cores(2) as first, own_cores(2) as second, own_cores(2) as third:
+        assert (first, second) == ({0, 1}, {2, 3}), "one core is left, which is no share"
+        assert third == {0, 1, 2, 3, 4}
+    with own_cores(2) as again:
+        assert again == {0, 1}
+
+
 def test_a_dry_run_lists_what_is_to_do_and_starts_nothing(study, capsys):
     assert main(["study", str(study), "--dry-run"]) == 0
     rows = [line.split("  ") for line in capsys.readouterr().out.splitlines()]
@@ -102,6 +124,7 @@ def test_a_dry_run_lists_what_is_to_do_and_starts_nothing(study, capsys):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"gpus_per_run": -1}, "gpus_per_run"),
         ({"sedes": [1]}, "unknown key 'sedes': did you mean 'seeds'"),
         ({"arms": {"A": {"sett": []}}}, "unknown key 'arms.A.sett': did you mean 'arms.A.set'"),
         ({"arms": {}}, "arms"),
