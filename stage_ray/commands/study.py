@@ -11,7 +11,9 @@ from stage_ray.config.paths import require_lasting
 
 
 def study(
-    file: Annotated[Path, Argument(metavar="STUDY", help="A YAML file: config, dir, seeds, arms, set, search")],
+    file: Annotated[
+        Path, Argument(metavar="STUDY", help="A YAML file of config, dir, seeds, arms, set, search; or one that ships")
+    ],
     dry_run: Annotated[bool, Option("--dry-run", help="List the runs and which are done; start nothing")] = False,
     export: Annotated[
         Path | None, Option(metavar="DIR", help="Of a study that is done: its runs, small, for stage-ray compare")
@@ -33,7 +35,7 @@ def study(
     require_lasting(config.dir, "dir")
     require_lasting(export, "--export")
     with Progress() as progress:
-        found = Study(config, progress)
+        found = Study(config, progress, file.stem)
         if dry_run:
             for run, done in found.plan():
                 echo(f"{'done' if done else 'to do'}  {run.label}  {run.directory}")

@@ -119,7 +119,7 @@ def _suite(arms: Sequence[Arm], suite: str) -> SuiteTable:
 
 
 def _ends(arms: Sequence[Arm], value: Value) -> tuple[list[Estimate | None], list[Estimate | None]]:
-    """A training metric's mean over the last steps, of each arm, and its difference to the first by runs of one seed."""
+    """A training metric's mean over the last steps of each arm, and its difference to the first by runs of one seed."""
     means: list[dict[Any, float]] = []
     for arm in arms:
         last = {run.seed: [one for row in run.rows[-LAST:] if (one := value(row)) is not None] for run in arm.runs}

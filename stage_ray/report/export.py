@@ -21,8 +21,8 @@ LARGE = ("by_prompt", "draws")  # of a metric: what intervals are made of, which
 def export_runs(runs: Mapping[Path, Path]) -> None:
     """Write of each run directory a small one: source -> target, which must not exist.
 
-    ``stage-ray compare`` makes of the small ones the numbers that it makes of the runs. Of the evaluation after training
-    each prompt's value in each metric is kept, of those between the metrics, of the steps `COLUMNS`.
+    ``stage-ray compare`` makes the same numbers of the small ones. Of the evaluation after training each prompt's value
+    in each metric is kept, of those between the metrics, of the steps `COLUMNS`.
 
     Raises:
         ConfigError: a source holds no run, or a target exists; nothing was written.

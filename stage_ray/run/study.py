@@ -21,12 +21,13 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from stage_ray.config import RunConfig
-from stage_ray.config.load import explain, load_config, read_mapping
+from stage_ray.config.load import config_files, explain, load_config, read_mapping
 from stage_ray.config.sections import Section
+from stage_ray.config.shipped import study_path
 from stage_ray.errors import ConfigError, RunError
 from stage_ray.evaluation.base import read_result
 from stage_ray.evaluation.suites import EVALUATION, resolve_suites
-from stage_ray.files import atomic_write
+from stage_ray.files import atomic_write, read_json
 from stage_ray.observability.progress import Progress
 from stage_ray.report.compare import write_comparison
 from stage_ray.report.export import export_runs
@@ -36,6 +37,7 @@ from stage_ray.run.study_places import ABSENT, TrainRun, places
 
 Overrides = list[str]
 Seeds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+SEARCHED = "search.json"
 SET = "KEY=VALUE, as of stage-ray train; "
 
 
@@ -56,10 +58,10 @@ class SearchConfig(Section):
 
 
 class StudyConfig(Section):
-    """A file for ``stage-ray study``."""
+    """A file for ``stage-ray study``. It may begin with ``base: FILE``, a study beside it whose keys its own replace."""
 
     config: str = Field(description="Of arms that name none: a file or the name of one that ships")
-    dir: str = Field(description="Where its runs and study.html lie")
+    dir: str = Field(description="Where runs and page lie; studies with one dir share the runs of equal arms")
     seeds: Seeds = Field(description="Of the runs that are compared; arms are paired by them")
     arms: dict[str, ArmConfig] = Field(min_length=1, description="By name; the others are compared with the first")
     set: Overrides = Field([], description=SET + "of every run")
@@ -85,14 +87,18 @@ class StudyConfig(Section):
         return self
 
 
-def read_study(path: Path) -> StudyConfig:
-    """Read a study's file.
+def read_study(study: str | Path) -> StudyConfig:
+    """Read a study's file, or the one of that name that ships.
 
     Raises:
         ConfigError: missing or unreadable file, unknown key, impossible value, or a seed both searched on and reported.
     """
+    path, data = study_path(study), dict[str, Any]()
+    for file in reversed(config_files(path)):
+        data |= read_mapping(file, str(file), " of keys to values")
+    data.pop("base", None)
     try:
-        return StudyConfig.model_validate(read_mapping(path, str(path), " of keys to values"))
+        return StudyConfig.model_validate(data)
     except ValidationError as error:
         said = "; ".join(explain(item, StudyConfig) for item in error.errors())
         raise ConfigError(f"{path}: {said}") from error
@@ -121,13 +127,13 @@ class StudyRun:
 class Study:
     """The runs of a study file, in the order in which they are done."""
 
-    def __init__(self, study: StudyConfig, progress: Progress) -> None:
-        """Read every config.
+    def __init__(self, study: StudyConfig, progress: Progress, name: str = "study") -> None:
+        """Read every config. ``name``: of the page and its numbers.
 
         Raises:
             ConfigError: of `load_config`, with the arm; nothing was started.
         """
-        self._study, self._progress = study, progress
+        self._study, self._progress, self._name = study, progress, name
         self.directory = Path(study.dir)
         self.searched = {name: self._search_runs(name) for name in study.arms} if study.search else {}
         self.reported = {name: self._reported_runs(name, []) for name in study.arms}
@@ -150,7 +156,8 @@ class Study:
             self._choose()
             await self._train(self._reports(), train, room)
         arms = {run.directory: name for name, runs in self.reported.items() for run in runs}
-        return write_comparison(list(arms), self.directory / "study.html", self.directory / "study.json", arms)
+        page = self.directory / f"{self._name}.html"
+        return write_comparison(list(arms), page, page.with_suffix(".json"), arms)
 
     def export(self, directory: Path) -> None:
         """Write the reported runs small (`export_runs`), and what the study found, below a directory.
@@ -163,7 +170,7 @@ class Study:
             self._choose()
         runs = [run.directory for runs in self.reported.values() for run in runs]
         export_runs({run: directory / run.relative_to(self.directory) for run in runs})
-        for name in ("study.json", "search.json"):
+        for name in (f"{self._name}.json", SEARCHED):
             if (file := self.directory / name).is_file():
                 shutil.copyfile(file, directory / name)
 
@@ -206,7 +213,10 @@ class Study:
         return StudyRun(f"{name}, {', '.join([*more, f'seed {seed}'])}", config)
 
     def _choose(self) -> None:
-        """Give each arm the value with the highest mean headline; ``search.json`` has all that were found."""
+        """Give each arm the value with the highest mean headline; ``search.json`` has all that were found.
+
+        Arms of other studies in the same directory keep their lines.
+        """
         chosen: dict[str, dict[str, Any]] = {}
         for name, values in self.searched.items():
             found = {value: fmean(run.headline() for run in runs) for value, runs in values.items()}
@@ -215,7 +225,10 @@ class Study:
             chosen[name] = {"key": self._study.search.key, "value": best, "found": found}
             self.reported[name] = self._reported_runs(name, [f"{self._study.search.key}={best!r}"])
         if chosen:
-            atomic_write(self.directory / "search.json", json.dumps(chosen, indent=1))
+            file = self.directory / SEARCHED
+            text = json.dumps({**(read_json(file) or {}), **chosen}, indent=1)
+            if not (file.is_file() and file.read_text(encoding="utf-8") == text):
+                atomic_write(file, text)
 
     async def _train(self, runs: Sequence[StudyRun], train: TrainRun, room: int | None) -> None:
         """Train those that are not finished, as many at once as there is room for; one that fails stops the others."""

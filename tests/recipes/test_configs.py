@@ -19,6 +19,7 @@ from stage_ray.records import RolloutRequest, image_seeds
 from stage_ray.rewards import build_rewards, score_groups
 
 CONFIGS = sorted(Path(__file__).parents[2].glob("configs/*_shapeworld.yaml"))
+CONFIGS = [path for path in CONFIGS if not path.name.startswith("study_")]
 SMALL = ["rollout.engine=torch", "rollout.groups_per_step=2", "rollout.group_size=4", "learner.micro_batch_images=8"]
 
 pytestmark = pytest.mark.usefixtures("one_thread")

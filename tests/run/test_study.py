@@ -13,6 +13,12 @@ import pytest
 import yaml
 
 from stage_ray.cli import main
+from stage_ray.config.shipped import shipped_studies
+from stage_ray.evaluation.suites import own_suite
+from stage_ray.observability.progress import Progress
+from stage_ray.pipeline.prompt_files import load_prompts
+from stage_ray.recipes import RECIPES
+from stage_ray.run.study import Study, read_study
 from stage_ray.run.study_places import own_cores
 from tests.ray_head import free_port
 from tests.runs import lines, tiny_run
@@ -96,6 +102,18 @@ def test_the_example_of_the_rooms_page_is_a_study(tmp_path, monkeypatch, capsys)
     assert len(rows) == 3 * 3 + 3 * 3 and "STAGE without KL, seed 33" in rows[-1]
 
 
+@pytest.mark.parametrize("name", shipped_studies())
+def test_a_shipped_study_shares_its_runs_of_stage_and_reports_2400_images_of_each_arm(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    study = Study(read_study(name), Progress(), name)
+    first = Study(read_study("study_shapeworld"), Progress())
+    assert study.reported["STAGE"] == first.reported["STAGE"] and study.searched["STAGE"] == first.searched["STAGE"]
+    for runs in study.reported.values():
+        suite = own_suite(runs[0].config)
+        assert len(runs) * len(load_prompts(suite.prompts)) * suite.images_per_prompt == 2400
+        assert runs[0].config.steps == 400 and runs[0].config.recipe in RECIPES.names()
+
+
 def test_gpus_need_a_cluster_and_a_cluster_must_answer(study, capsys, monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     assert main(["study", str(write(study, gpus_per_run=1))]) == 2
@@ -133,6 +151,7 @@ def test_a_dry_run_lists_what_is_to_do_and_starts_nothing(study, capsys):
         ({"search": SEARCH | {"seeds": [2]}}, "seed 2 is in search.seeds and in seeds"),
         ({"arms": {"A": {"set": ["recipee=grpo"]}}}, "arm 'A': .*did you mean 'recipe'"),
         ({"config": "nowhere.yaml"}, "nowhere.yaml does not exist"),
+        ({"base": "nowhere.yaml"}, "nowhere.yaml, the base of .*study.yaml, does not exist"),
     ],
 )
 def test_a_mistake_in_the_file_is_refused_before_anything_starts(study, capsys, changes, message):
