@@ -58,7 +58,7 @@ class SearchConfig(Section):
 
 
 class StudyConfig(Section):
-    """A file for ``stage-ray study``. It may begin with ``base: FILE``, a study beside it whose keys its own replace."""
+    """A file for ``stage-ray study``. It may name a ``base``, a study beside it whose keys its own replace."""
 
     config: str = Field(description="Of arms that name none: a file or the name of one that ships")
     dir: str = Field(description="Where runs and page lie; studies with one dir share the runs of equal arms")
@@ -70,7 +70,7 @@ class StudyConfig(Section):
     gpus_per_run: float = Field(0.0, ge=0, description="GPUs of one run, of a cluster's")
     address: str | None = Field(
         None,
-        description="Ray cluster whose nodes train the runs: auto, HOST:PORT; null: RAY_ADDRESS, else this machine",
+        description="Ray cluster whose nodes train runs: auto, HOST:PORT; null: RAY_ADDRESS, else this machine",
     )
 
     @model_validator(mode="after")

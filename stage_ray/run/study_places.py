@@ -121,18 +121,19 @@ async def _train_on_a_node(config: Path, log: Path, cpus: int, gpus: float) -> i
 def own_cores(count: int) -> Iterator[set[int]]:
     """Cores of this machine that no other process holds; all of them where every share is taken.
 
-    The share is held by a lock, which the system frees however this process ends.
+    Each is held by a lock, which the system frees however this process ends.
     """
     if not hasattr(os, "sched_getaffinity"):
         yield set()
         return
     cores = sorted(os.sched_getaffinity(0))
-    shares = [cores[i : i + count] for i in range(0, len(cores) - count + 1, count)]
-    for share in shares:
-        with (private_directory() / f"cores-{share[0]}-{share[-1]}.lock").open("w") as file:
+    for share in (cores[i : i + count] for i in range(0, len(cores) - count + 1, count)):
+        with contextlib.ExitStack() as locks:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:  # another run has it
+                for core in share:
+                    file = locks.enter_context((private_directory() / f"core-{core}.lock").open("w"))
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:  # another run has one of them
                 continue
             yield set(share)
             return

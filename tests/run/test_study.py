@@ -123,11 +123,12 @@ def test_gpus_need_a_cluster_and_a_cluster_must_answer(study, capsys, monkeypatc
     assert not Path("study").exists()
 
 
-def test_runs_side_by_side_have_cores_of_their_own(monkeypatch):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(5)))
-    with own_cores(2) as first, own_cores(2) as second, own_cores(2) as third:
-        assert (first, second) == ({0, 1}, {2, 3}), "one core is left, which is no share"
-        assert third == {0, 1, 2, 3, 4}
+def test_runs_side_by_side_have_cores_of_their_own(monkeypatch, tmp_path):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(7)))
+    monkeypatch.setattr("stage_ray.run.study_places.private_directory", lambda: tmp_path)
+    with own_cores(2) as first, own_cores(2) as second, own_cores(3) as of_another_study, own_cores(2) as third:
+        assert (first, second, third) == ({0, 1}, {2, 3}, {4, 5})
+        assert of_another_study == {*range(7)}, "cores 0 to 2 and 3 to 5 are not all free, one is left: all are shared"
     with own_cores(2) as again:
         assert again == {0, 1}
 
