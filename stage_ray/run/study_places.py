@@ -70,16 +70,17 @@ async def train_process(config: Path, log: Path, cpus: int, directory: Path | No
         command = [setpriv, "--pdeathsig", "TERM", "--", *command]
     environment = {name: value for name, value in os.environ.items() if name not in OF_ANOTHER_RAY}
     with own_cores(cpus) as cores, log.open("ab") as output:
-        with _on(cores):  # until the child exists, which inherits it
-            start = asyncio.create_subprocess_exec(
-                *command,
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                env=environment,
-                cwd=directory,
-            )
-            process = await start
+        process = await asyncio.create_subprocess_exec(
+            *command,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            env=environment,
+            cwd=directory,
+        )
+        if cores:  # it imports for seconds before it counts them, and its threads inherit them
+            with contextlib.suppress(ProcessLookupError):
+                os.sched_setaffinity(process.pid, cores)
         try:
             return await process.wait()
         except asyncio.CancelledError:
@@ -138,17 +139,3 @@ def own_cores(count: int) -> Iterator[set[int]]:
             yield set(share)
             return
     yield set(cores)
-
-
-@contextmanager
-def _on(cores: set[int]) -> Iterator[None]:
-    """Run this thread on these cores meanwhile."""
-    if not cores:
-        yield
-        return
-    before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, cores)
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, before)
