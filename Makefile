@@ -6,9 +6,11 @@
 #                  PyTorch's own CPU wheel index, see the README. Empty: pip as it is configured.
 # MINUTES=10       how long  make chaos  goes on
 # SEED=0           of its schedule: which process gets which signal when
+# STUDY=...        study_shapeworld (the default), study_shapeworld_ablations, study_shapeworld_neighbours, or a file
 ARGS ?=
 MINUTES ?= 10
 SEED ?= 0
+STUDY ?= study_shapeworld
 VARIANT ?= auto
 PYTHON ?=
 TORCH_INDEX ?=
@@ -25,7 +27,7 @@ export VARIANT PYTHON TORCH_INDEX
 unexport PYTHONPATH
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test check chaos gpu-check clean
+.PHONY: help install train study test check chaos gpu-check clean
 
 help: ## List the tasks
 	@echo "stage_ray: make TASK"
@@ -40,6 +42,9 @@ install: .venv/installed ## Build .venv with everything in it (chooses CPU or GP
 
 train: install ## Run the default job: STAGE on ShapeWorld, about ten minutes on two cores, ends with a report
 	@$(BIN)/stage-ray train configs/stage_shapeworld.yaml $$([ ! -f .venv/gpu ] || echo "$(ON_A_GPU)") $(ARGS)
+
+study: install ## Train and compare the arms of STUDY, hours to days on two cores; the same command goes on with it
+	@$(BIN)/stage-ray study $(STUDY) $(ARGS)
 
 test: install ## Run every test
 	@$(PYTEST) $(ARGS)

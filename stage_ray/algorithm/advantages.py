@@ -29,8 +29,43 @@ def informative_scorers(scores: Tensor) -> Tensor:
     return scores.std(dim=1) > CONSTANT_STD  # [N, R], unbiased
 
 
+def promising_scorers(scores: Tensor, progress: float) -> Tensor:
+    """Which scorers a group may be trained on so early: its images must not be too bad yet.
+
+    ``max_i s_ik > 0.5 (1 - 2p)`` and ``mean_i s_ik >= 0.3 (1 - 2p)`` with ``p`` the share of the training that is done.
+    Both bounds fall to 0 in its first half, so no scorer with scores from 0 on is left out after it.
+
+    Args:
+        scores: float [N, G, R].
+        progress: ``p``, 0 to 1.
+
+    Returns:
+        bool [N, R].
+
+    Example:
+        >>> scores = torch.tensor([[[0.9], [0.1]], [[0.4], [0.4]]])
+        >>> [promising_scorers(scores, progress).flatten().tolist() for progress in (0.0, 0.25)]
+        [[True, False], [True, True]]
+    """
+    remaining = 1.0 - 2.0 * progress
+    return (scores.amax(dim=1) > 0.5 * remaining) & (scores.mean(dim=1) >= 0.3 * remaining)
+
+
+def silent_groups(scores: Tensor, progress: float | None = None) -> Tensor:
+    """Groups that no scorer tells apart, bool [N]; with ``progress``, none of the `promising_scorers` does."""
+    telling = informative_scorers(scores)  # [N, R]
+    if progress is not None:
+        telling &= promising_scorers(scores, progress)
+    return ~telling.any(dim=1)
+
+
 def combine_rewards(
-    scores: Tensor, *, weights: Tensor | None = None, drop_constant: bool = False, zscore: bool = False
+    scores: Tensor,
+    *,
+    weights: Tensor | None = None,
+    drop_constant: bool = False,
+    zscore: bool = False,
+    progress: float | None = None,
 ) -> Tensor:
     """Weighted sum of scorers, image by image.
 
@@ -38,11 +73,13 @@ def combine_rewards(
     what counts, whatever a scorer's scale (Pref-GRPO, arXiv 2508.20751); a constant scorer becomes exactly 0.
 
     ``drop_constant`` leaves out, group by group, the scorers that gave every image the same score, as the published
-    code does for its GenEval and OCR runs; a group in which none is left gets 0 everywhere.
+    code does for its GenEval and OCR runs; a group in which none is left gets 0 everywhere. ``progress`` leaves out
+    those that are no `promising_scorers`.
 
     Args:
         scores: float [N, G, R], finite.
         weights: float [R]; 1 each by default.
+        progress: share of the training that is done, 0 to 1; None leaves no scorer out.
 
     Returns:
         float [N, G].
@@ -62,12 +99,15 @@ def combine_rewards(
     informative = informative_scorers(scores)
     if weights is not None and weights.shape != scores.shape[2:]:
         raise ValueError(f"weights must be [{scores.shape[2]}], one a scorer, not {list(weights.shape)}")
+    promising = None if progress is None else promising_scorers(scores, progress)  # of scores, not of z-scores
     if zscore:
         columns = scores.transpose(1, 2)  # [N, R, G]
         scores = group_advantages(columns.flatten(0, 1), eps=ZSCORE_EPS).view_as(columns).transpose(1, 2)
     weighted = scores if weights is None else scores * weights  # [N, G, R]
     if drop_constant:
         weighted = weighted.masked_fill(~informative.unsqueeze(1), 0.0)  # for the whole group at once
+    if promising is not None:
+        weighted = weighted.masked_fill(~promising.unsqueeze(1), 0.0)
     return weighted.sum(dim=-1)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from stage_ray.algorithm.advantages import combine_rewards, group_advantages, informative_scorers
+from stage_ray.algorithm.advantages import combine_rewards, group_advantages, silent_groups
 from stage_ray.algorithm.similarity import opposite_sign_similarity
 
 
@@ -64,6 +64,7 @@ def stage_credit(
     zscore: bool = False,
     entropy_weight: float = 0.4,
     entropy_best_only: bool = True,
+    progress: float | None = None,
     eps: float = 1e-4,
 ) -> tuple[Tensor, Tensor]:
     """Scores to advantages and similarities, in the order of the published training step.
@@ -76,7 +77,7 @@ def stage_credit(
         policy_entropy: float [N, G], mean token entropy of each image, nats; ``reference_entropy`` alike.
         tokens: int64 [N, G, T].
         codebook: float [V, D].
-        weights: float [R], of the scorers; ``drop_constant``, ``zscore``: as `combine_rewards` has them.
+        weights: float [R], of the scorers; ``drop_constant``, ``zscore``, ``progress``: as `combine_rewards` has them.
         entropy_weight: of the entropy reward; 0 is off.
 
     Returns:
@@ -85,13 +86,13 @@ def stage_credit(
     Raises:
         ValueError: shapes that do not fit, or a score that is not finite.
     """
-    rewards = combine_rewards(scores, weights=weights, drop_constant=drop_constant, zscore=zscore)
+    rewards = combine_rewards(scores, weights=weights, drop_constant=drop_constant, zscore=zscore, progress=progress)
     if entropy_weight > 0:
         bonus = entropy_reward(policy_entropy, reference_entropy, rewards, best_only=entropy_best_only)
         rewards = rewards + entropy_weight * bonus  # before normalising, so it changes mean and std too
     advantages = group_advantages(rewards, eps=eps)
     similarity = opposite_sign_similarity(tokens, codebook, advantages)
     if entropy_weight == 0:  # with the entropy reward such a group still has advantages
-        silent = ~informative_scorers(scores).any(dim=1)  # [N]
-        similarity = similarity.masked_fill(silent[:, None, None], 1.0)  # policy weight 0, KL weight 1
+        silent = silent_groups(scores, progress)[:, None, None]  # [N, 1, 1]
+        similarity = similarity.masked_fill(silent, 1.0)  # policy weight 0, KL weight 1
     return advantages, similarity

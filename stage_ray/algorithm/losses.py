@@ -59,21 +59,29 @@ class StageLoss:
 class TokenWeights:
     """The share of each token in the loss of a whole batch: float [N, G, T] each.
 
-    Invariants: ``policy`` sums to 1/N over a group (a little less by 1e-6; 0 where all its images agree everywhere);
-    ``kl`` is ``kappa / (N G T)``.
+    Invariants: ``policy`` sums to 1/N over a group (a little less by 1e-6; 0 where all its images agree everywhere, and
+    less where shares are capped); ``kl`` is ``kappa / (N G T)``.
     """
 
     policy: Tensor
     kl: Tensor
 
 
-def _normalised(weight: Tensor) -> Tensor:
-    """Weights [N, G, T] to their shares in the batch, in which groups count alike."""
-    return weight / (weight.sum(dim=(1, 2), keepdim=True) + WEIGHT_EPS) / weight.shape[0]
+def _normalised(weight: Tensor, most: float | None = None) -> Tensor:
+    """Weights [N, G, T] to their shares in the batch, in which groups count alike; none above ``most`` of its group."""
+    shares = weight / (weight.sum(dim=(1, 2), keepdim=True) + WEIGHT_EPS)
+    return (shares if most is None else shares.clamp(max=most)) / weight.shape[0]
 
 
 def token_weights(
-    like: Tensor, similarity: Tensor | None, *, reweight_advantage: bool = True, reweight_kl: bool = True
+    like: Tensor,
+    similarity: Tensor | None,
+    *,
+    reweight_advantage: bool = True,
+    reweight_kl: bool = True,
+    kl_floor: float = 0.5,
+    kl_slope: float = 0.5,
+    most: float | None = None,
 ) -> TokenWeights:
     """Weights of every token, normalised over whole groups, before anything is cut into micro-batches.
 
@@ -81,7 +89,8 @@ def token_weights(
         like: any float [N, G, T]; the weights take its dtype and device.
         similarity: float [N, G, T]; None is no reweighting at all.
         reweight_advantage: similarity-aware weights of the policy term, else all tokens of a group alike.
-        reweight_kl: similarity-aware weights of the KL, else 1.
+        reweight_kl: similarity-aware weights of the KL, else 1; ``kl_floor``, ``kl_slope``: as `kl_weight` has them.
+        most: greatest share of a token in its group's policy term; what is cut off goes nowhere. None is off.
 
     Raises:
         ValueError: ``similarity`` is not of that shape.
@@ -92,8 +101,8 @@ def token_weights(
     if similarity is not None and reweight_advantage:
         policy = advantage_weight(similarity.to(like))
     if similarity is not None and reweight_kl:
-        kappa = kl_weight(similarity.to(like))
-    return TokenWeights(policy=_normalised(policy), kl=kappa / like.numel())
+        kappa = kl_weight(similarity.to(like), floor=kl_floor, slope=kl_slope)
+    return TokenWeights(policy=_normalised(policy, most), kl=kappa / like.numel())
 
 
 def policy_loss(

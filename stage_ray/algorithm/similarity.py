@@ -58,11 +58,13 @@ def advantage_weight(similarity: Tensor) -> Tensor:
     return ((1.0 - similarity) / 2.0).clamp(0.0, 1.0)
 
 
-def kl_weight(similarity: Tensor) -> Tensor:
-    """Weight of a token in the KL, ``0.5 + 0.5 * clip(1 + s, 0, 1)``: tokens that should move are held less.
+def kl_weight(similarity: Tensor, *, floor: float = 0.5, slope: float = 0.5) -> Tensor:
+    """Weight of a token in the KL, ``floor + slope * clip(1 + s, 0, 1)``: tokens that should move are held less.
+
+    ``floor`` and ``slope`` are the paper's a and b.
 
     Example:
         >>> kl_weight(torch.tensor([1.0, 0.0, -1.0])).tolist()
         [1.0, 1.0, 0.5]
     """
-    return 0.5 + 0.5 * (1.0 + similarity).clamp(0.0, 1.0)
+    return floor + slope * (1.0 + similarity).clamp(0.0, 1.0)

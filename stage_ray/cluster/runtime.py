@@ -39,10 +39,38 @@ log = logging.getLogger(__name__)
 ANSWER_S = 10.0  # for a connection to a cluster's head
 
 
-# `ray.init` takes SIGTERM for itself, twice: it calls ``sys.exit`` in the middle of whatever goes on, and prints a
-# stack and aborts where its C++ hears of it.
-@patch.object(utils, "set_sigterm_handler", lambda handler: None)
-@patch.object(ray_constants, "RAY_DISABLE_FAILURE_SIGNAL_HANDLER", True)
+@contextlib.contextmanager
+def _signals_left_alone() -> Iterator[None]:
+    """Keep `ray.init` from SIGTERM: it would call ``sys.exit`` in the middle of whatever goes on, and print a stack and
+    abort where its C++ hears of the signal."""
+    with (
+        patch.object(utils, "set_sigterm_handler", lambda handler: None),
+        patch.object(ray_constants, "RAY_DISABLE_FAILURE_SIGNAL_HANDLER", True),
+    ):
+        yield
+
+
+@_signals_left_alone()
+def join_cluster(configured: str | None, key: str = "cluster.address") -> None:
+    """Join a running cluster as a driver. Signal handlers stay as they are.
+
+    Args:
+        configured: ``auto`` or HOST:PORT, as ``key`` says; None is the cluster that RAY_ADDRESS names.
+
+    Raises:
+        ConfigError: the address is none that a driver can join.
+        RunError: no cluster answers there.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing leaves the machine unasked
+    _require_answer(configured, key)
+    address = configured or "auto"
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise RunError(f"no Ray cluster answers at {key} = {address!r}: {first_line(error)}") from error
+
+
+@_signals_left_alone()
 def start_ray(run: RunConfig, run_dir: Path, *, weights: bool = True) -> bool:
     """Join a cluster or start one on this machine; True if started. Signal handlers stay as they are.
 
@@ -54,13 +82,8 @@ def start_ray(run: RunConfig, run_dir: Path, *, weights: bool = True) -> bool:
     """
     cluster, rollout, learner = run.cluster, run.rollout, run.learner
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing leaves the machine unasked
-    address = cluster.address or ("auto" if "RAY_ADDRESS" in os.environ else None)
-    if address is not None:
-        _require_answer(cluster.address)
-        try:
-            ray.init(address=address, log_to_driver=False, logging_level="ERROR")
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            raise RunError(f"no Ray cluster answers at cluster.address = {address!r}: {first_line(error)}") from error
+    if cluster.address is not None or "RAY_ADDRESS" in os.environ:
+        join_cluster(cluster.address)
         if weights:
             _tell_of_small_stores(run)
         return False
@@ -162,17 +185,18 @@ def _tell_of_little_shared_memory(wanted_mb: int) -> None:
         )
 
 
-def _require_answer(configured: str | None) -> None:
-    """Raise unless something listens where a cluster should be.
+def _require_answer(configured: str | None, key: str) -> None:
+    """Raise unless something listens where a cluster should be; ``key``: of what is ``configured``, for messages.
 
     Ray itself would wait there for minutes, deaf to signals.
     """
-    key = "the variable RAY_ADDRESS" if configured in (None, "auto") else "cluster.address"
-    address = os.environ.get("RAY_ADDRESS", "auto") if configured in (None, "auto") else str(configured)
+    of_config = configured not in (None, "auto")
+    source = key if of_config else "the variable RAY_ADDRESS"
+    address = str(configured) if of_config else os.environ.get("RAY_ADDRESS", "auto")
     host, _, port = address.rpartition(":")
     if "://" in address:
         raise ConfigError(
-            f"{key} = {address!r} is no address that a run can join; give HOST:PORT of the head, where the port is "
+            f"{source} = {address!r} is no address that a run can join; give HOST:PORT of the head, where the port is "
             "Ray's own (6379 by default), or send the run to a dashboard's http:// address with stage-ray submit"
         )
     if not port.isdigit():  # auto, local
@@ -180,8 +204,8 @@ def _require_answer(configured: str | None) -> None:
     try:
         socket.create_connection((host, int(port)), timeout=ANSWER_S).close()
     except OSError as error:
-        fix = "unset it, or start that cluster" if key != "cluster.address" else "start that cluster, or set it to null"
-        raise RunError(f"no Ray cluster answers at {key} = {address!r} ({error}); {fix}") from error
+        fix = "start that cluster, or set it to null" if of_config else "unset it, or start that cluster"
+        raise RunError(f"no Ray cluster answers at {source} = {address!r} ({error}); {fix}") from error
 
 
 def _demand_token() -> None:

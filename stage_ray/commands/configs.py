@@ -10,17 +10,17 @@ from typing import Annotated
 from typer import Argument, Option, echo
 
 from stage_ray.commands.train import ConfigArgument, SetOption
-from stage_ray.config.shipped import copy_to_edit, opening, shipped_configs
+from stage_ray.config.shipped import copy_to_edit, opening, shipped_configs, shipped_studies
 from stage_ray.errors import ConfigError, RunError
 from stage_ray.files import atomic_write, name_disk_errors, require_writable
 
 
 def configs() -> None:
-    """List the configs that ship with stage_ray: what each is for, and what it needs.
+    """List the configs that ship with stage_ray, then the studies: what each is for, and what it needs.
 
     Example: stage-ray configs
     """
-    for name, path in shipped_configs().items():
+    for name, path in {**shipped_configs(), **shipped_studies()}.items():
         echo("\n    ".join([name, *opening(path)]))
 
 

@@ -11,14 +11,20 @@ from stage_ray.config.paths import require_lasting
 
 
 def study(
-    file: Annotated[Path, Argument(metavar="STUDY", help="A YAML file: config, dir, seeds, arms, set, search")],
+    file: Annotated[
+        Path, Argument(metavar="STUDY", help="A YAML file of config, dir, seeds, arms, set, search; or one that ships")
+    ],
     dry_run: Annotated[bool, Option("--dry-run", help="List the runs and which are done; start nothing")] = False,
+    export: Annotated[
+        Path | None, Option(metavar="DIR", help="Of a study that is done: its runs, small, for stage-ray compare")
+    ] = None,
 ) -> None:
     """Train arms that differ in a few keys on several seeds each, and compare them on one page.
 
     Where the file has a search, each arm first finds its own value of a key, such as the learning rate, with the same
-    values and steps as all others, on other seeds. Runs go on side by side where there are cores. What is done is
-    skipped and what was cut off goes on, so the same command finishes a study that was stopped.
+    values and steps as all others, on other seeds. Runs go on side by side where there are cores: on this machine, or
+    on the nodes of a Ray cluster (address in the file, or RAY_ADDRESS). What is done is skipped and what was cut off
+    goes on, so the same command finishes a study that was stopped.
 
     Example: stage-ray study study.yaml --dry-run
     """
@@ -27,10 +33,14 @@ def study(
 
     config = read_study(file)
     require_lasting(config.dir, "dir")
+    require_lasting(export, "--export")
     with Progress() as progress:
-        found = Study(config, progress)
+        found = Study(config, progress, file.stem)
         if dry_run:
             for run, done in found.plan():
                 echo(f"{'done' if done else 'to do'}  {run.label}  {run.directory}")
+        elif export is not None:
+            found.export(export)
+            echo(export)
         else:
             progress.note(f"study: {found.run()}")

@@ -98,6 +98,9 @@ class AlgorithmConfig(Section):
         ge=0,
         description="Most prompts in a row whose group is dropped, not trained, as its scores are equal; 0 is off",
     )
+    reference_refresh: list[Annotated[int, Field(ge=1)]] = Field(
+        [], description="After so many updates the reference becomes the policy as it is then; empty: never"
+    )
     advantage_eps: float = Field(1e-4, gt=0, description="Added to the standard deviation of a group's rewards")
     clip: float | None = Field(None, gt=0, description="PPO clip of the importance ratio; null is off")
     correction: Literal["none", "truncate", "mask"] = Field(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from stage_ray.config import RunConfig
+from stage_ray.learner.schedule import learning_rate
 from stage_ray.policies.base import Policy, PromptIds
 from stage_ray.recipes.base import GroupBatch
 from stage_ray.records import RECORDED, RolloutGroup, ScoredGroup
@@ -20,7 +21,7 @@ class LearnerError(RuntimeError):
     """An update that must not happen: one sentence naming the cause. No weight has changed when it is raised."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Batch(GroupBatch):
     """What a recipe sees of a batch, and what the learner needs beside it.
 
@@ -120,6 +121,8 @@ def make_batch(
         features={name: _features(name, scored, device) for name in scored[0].features if name not in unasked},
         codebook=codebook,
         grid=policy.codec.grid,
+        progress=version / run.steps,
+        lr_factor=learning_rate(version, run.steps, run.learner) / run.learner.lr,
         prompts=tuple(policy.codec.encode_prompt(group.prompt.drawn_text) for group in groups),
     )
 

@@ -87,4 +87,5 @@ def without_copies(credit: Credit, copies: int) -> Credit:
     scale[count - copies :] = 0.0
     kept = (scale > 0).view(count, *[1] * (credit.advantages.dim() - 1))
     weights = TokenWeights(credit.weights.policy * scale, credit.weights.kl * scale)
-    return replace(credit, advantages=credit.advantages * kept, weights=weights)
+    images = None if credit.images is None else credit.images * scale[..., 0]
+    return replace(credit, advantages=credit.advantages * kept, weights=weights, images=images)

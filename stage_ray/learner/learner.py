@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from stage_ray.config import LearnerConfig, RunConfig
+from stage_ray.config import RunConfig
 from stage_ray.files import FileDigest
 from stage_ray.learner.batch import Batch, LearnerError, make_batch
 from stage_ray.learner.finite import NonFiniteError, blame, train_finite, without_copies
@@ -33,6 +33,7 @@ from stage_ray.learner.fitting import choose_cut, naming_memory
 from stage_ray.learner.metrics import update_flops, update_metrics
 from stage_ray.learner.passes import Passes
 from stage_ray.learner.ranks import Ranks, full_state_dict, full_tensor
+from stage_ray.learner.schedule import learning_rate
 from stage_ray.learner.state import LearnerParts, fingerprint, load_state, save_state
 from stage_ray.policies import load_policy
 from stage_ray.policies.base import Policy
@@ -45,20 +46,6 @@ from stage_ray.weights.adjacent import lay_out
 
 CPU = torch.device("cpu")
 log = logging.getLogger(__name__)
-
-
-def learning_rate(step: int, steps: int, config: LearnerConfig) -> float:
-    """Learning rate of update ``step`` (0-based) out of ``steps``: linear warm-up, then linear decay or none.
-
-    Example:
-        >>> [learning_rate(step, 4, LearnerConfig(lr=1.0)) for step in range(4)]
-        [1.0, 0.75, 0.5, 0.25]
-    """
-    if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
-    if config.schedule == "constant":
-        return config.lr
-    return config.lr * max(0.0, (steps - step) / max(1, steps - config.warmup_steps))  # 0 after the last planned step
 
 
 class Learner:
@@ -114,7 +101,10 @@ class Learner:
             weight_decay=run.learner.weight_decay,
             fused=True,
         )
-        self._state = LearnerParts(self._parameters, self._optimizer, base, self._ranks)
+        self._state = LearnerParts(
+            self._parameters, self._optimizer, base, self._reference.trained_parameters(), self._ranks
+        )
+        self._refreshed = False  # whether the reference is another one than the run began with
         self._passes = Passes(run, self._recipe, (self.policy, self._reference), self._ranks, **narrow)
         self._release_cached_memory()
 
@@ -171,6 +161,8 @@ class Learner:
                     find = partial(blame, reference, credit, outputs, self._run)
                     metrics |= self._step(outputs.sums["loss"], metrics, find)
         self.version += 1
+        if self.version in self._run.algorithm.reference_refresh:
+            self._refresh_reference()
         self._release_cached_memory()
         peak = peak_flops(self._device, torch.bfloat16 if self._bfloat16 else torch.float32)
         if peak is not None and (sizes := self.policy.codec.sizes()) is not None:
@@ -239,7 +231,7 @@ class Learner:
 
     def save_state(self, directory: Path) -> dict[str, FileDigest]:
         """Write all that a bit-exact resume needs (safetensors and JSON) into ``directory``, together; the shards."""
-        return save_state(directory, self.version, self._state)
+        return save_state(directory, self.version, self._state, refreshed=self._refreshed)
 
     def load_state(self, directory: Path) -> None:
         """Go on from what `save_state` wrote.
@@ -247,7 +239,8 @@ class Learner:
         Raises:
             LearnerError: a file is missing or damaged, or of another model. Nothing has changed then.
         """
-        self.version = load_state(directory, self._state)
+        self.version, refreshed = load_state(directory, self._state)
+        self._refreshed |= refreshed
         self._release_cached_memory()
 
     def export(self, directory: Path) -> None:
@@ -273,6 +266,14 @@ class Learner:
         if self._run.learner.reference_offload:
             reference.model.to(CPU)
         return reference, base
+
+    @torch.no_grad()
+    def _refresh_reference(self) -> None:
+        """Let the reference be the policy as it is now; it keeps its own dtype and device."""
+        self._ranks.reshard(self._reference.fsdp_modules())  # what its last pass left whole is gathered anew
+        for name, parameter in self._state.reference_parameters.items():
+            parameter.copy_(self._parameters[name])
+        self._refreshed = True
 
     def _keep_share(self, policy: Policy, *, bfloat16: bool) -> None:
         """Move this rank's share of a whole model to its device, layer by layer; all of it where it is alone."""

@@ -24,24 +24,32 @@ from stage_ray.learner.shards import read_parts, write_parts
 
 FORMAT = 2
 SHARDS, RANDOM, METADATA = "shards", "random.safetensors", "learner.json"
+REFERENCE = "reference"  # before a slash and the name of a weight, as a moment's name is
 FAILED = FileDigest(0, "0" * 16)  # of a shard that was not written: none is empty
 
 
 @dataclass(frozen=True, slots=True)
 class LearnerParts:
-    """The parts of a learner that its state is made of, whole or sharded, and its reference's `fingerprint`."""
+    """The parts of a learner that its state is made of, whole or sharded.
+
+    Attributes:
+        reference: `fingerprint` of the reference that the run began with.
+        reference_parameters: those of the reference, which are saved where it was refreshed.
+    """
 
     parameters: Mapping[str, nn.Parameter]
     optimizer: torch.optim.Optimizer
     reference: str
+    reference_parameters: Mapping[str, nn.Parameter]
     ranks: Ranks = field(default_factory=Ranks)
 
 
-def save_state(directory: Path, version: int, parts: LearnerParts) -> dict[str, FileDigest]:
+def save_state(directory: Path, version: int, parts: LearnerParts, *, refreshed: bool = False) -> dict[str, FileDigest]:
     """Write this rank's shards of weights and optimizer moments (``<moment>/<name>``); what all ranks wrote, by path.
 
     Every rank must call it. The first also writes random states, its own for all, and metadata as JSON. The learning
-    rate is a function of the version and the config, so there is no scheduler to store.
+    rate is a function of the version and the config, so there is no scheduler to store. A reference that was
+    ``refreshed`` is no longer the checkpoint it came from, so its weights are saved too (``reference/<name>``).
 
     Raises:
         LearnerError: this rank could not write (a full disk, say). The others return without an error.
@@ -50,6 +58,8 @@ def save_state(directory: Path, version: int, parts: LearnerParts) -> dict[str, 
     states = parts.optimizer.state_dict()["state"]  # by the position of a parameter
     for index, name in enumerate(parts.parameters):
         tensors |= {f"{moment}/{name}": value.detach() for moment, value in states.get(index, {}).items()}
+    if refreshed:
+        tensors |= {f"{REFERENCE}/{name}": value.detach() for name, value in parts.reference_parameters.items()}
     own = {name: part for name, tensor in tensors.items() if (part := parts.ranks.part(tensor)) is not None}
     path, failure = directory / _shard(parts.ranks.rank), None
     try:
@@ -72,16 +82,17 @@ def save_state(directory: Path, version: int, parts: LearnerParts) -> dict[str, 
         if parts.ranks.first:
             sizes = {Path(name).name: file.bytes for name, file in files.items()}
             metadata = {"format": FORMAT, "version": version, "reference": parts.reference, "shards": sizes}
+            metadata |= {"refreshed": True} if refreshed else {}
             (directory / METADATA).write_text(json.dumps(metadata, indent=1) + "\n", encoding="utf-8")
     finally:
         parts.ranks.wait()
     return files
 
 
-def load_state(directory: Path, parts: LearnerParts) -> int:
-    """Read what `save_state` wrote into a freshly built learner; returns the version. Checks all before it changes any.
+def load_state(directory: Path, parts: LearnerParts) -> tuple[int, bool]:
+    """Read what `save_state` wrote into a freshly built learner; the version, and whether the reference was refreshed.
 
-    Every rank must call it.
+    Checks all before it changes any. Every rank must call it.
 
     Raises:
         LearnerError: a file is missing or damaged, or it is the state of another model or reference.
@@ -95,19 +106,23 @@ def load_state(directory: Path, parts: LearnerParts) -> int:
     state: dict[int, dict[str, Tensor]] = {}
     for index, name in enumerate(parts.parameters):
         # Moments are saved as moment/name, the weight itself as name.
-        moments = {key.partition("/")[0]: value for key, value in tensors.items() if key.partition("/")[2] == name}
-        if moments:  # a state saved before the first update has none
+        found = {key.partition("/")[0]: value for key, value in tensors.items() if key.partition("/")[2] == name}
+        if moments := {
+            moment: value for moment, value in found.items() if moment != REFERENCE
+        }:  # a state saved before the first update has none
             state[index] = moments
     groups = parts.optimizer.state_dict()["param_groups"]
     parts.optimizer.load_state_dict({"state": state, "param_groups": groups})
     with torch.no_grad():
         for name, parameter in parts.parameters.items():
             parameter.copy_(tensors[name])
+        for name, parameter in parts.reference_parameters.items() if metadata.get("refreshed") else ():
+            parameter.copy_(tensors[f"{REFERENCE}/{name}"])
     torch.set_rng_state(random["cpu"])
     for index in range(torch.cuda.device_count()):
         if f"cuda:{index}" in random:  # the state may come from a machine with fewer GPUs
             torch.cuda.set_rng_state(random[f"cuda:{index}"], index)
-    return int(metadata["version"])
+    return int(metadata["version"]), bool(metadata.get("refreshed"))
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:

@@ -3,8 +3,8 @@
 For each update every rank of the learner calls `Recipe.credit` once, with the whole groups of all ranks, then
 `Recipe.objective` once for each micro-batch of its own images. Two rules keep any cut into micro-batches and ranks
 exact: ``credit`` normalises over whole groups, before anything is cut, and ``objective`` is a plain sum over tokens.
-Every term of it is weighed by ``credit.weights``: where groups that are not finite are left out, copies of others may
-fill the ranks' shares, and weigh 0.
+Every term of it is weighed by ``credit.weights`` or ``credit.images``: where groups that are not finite are left out,
+copies of others may fill the ranks' shares, and weigh 0.
 
 Letters are those of `stage_ray.algorithm`, and ``B`` images of one micro-batch; log-probabilities are in nats.
 """
@@ -43,6 +43,8 @@ class GroupBatch:
         features: vectors of the images by the scorer that gave them, float32 [N, G, F] each.
         codebook: float32 [V, D], the vectors as the image decoder gets them.
         grid: (h, w) with h * w = T, image tokens along height and width.
+        progress: share of the run's updates that are done, 0 in the first.
+        lr_factor: learning rate of this update over ``learner.lr``.
     """
 
     groups: tuple[RolloutGroup, ...]
@@ -60,6 +62,8 @@ class GroupBatch:
     features: Mapping[str, Tensor]
     codebook: Tensor
     grid: tuple[int, int]
+    progress: float = 0.0
+    lr_factor: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,16 +98,19 @@ class Credit:
         advantages: float [N, G], one an image, or [N, G, T]; [B] or [B, T] of a micro-batch.
         weights: of each token in the policy term and in the KL, normalised over whole groups of the whole batch.
         metrics: of the update, by their names in ``metrics.jsonl``.
+        images: float [N, G], or [B]: weight of each image in terms that are not linear in its tokens; None without any.
     """
 
     advantages: Tensor
     weights: TokenWeights
     metrics: dict[str, float] = field(default_factory=dict)
+    images: Tensor | None = None
 
     def take(self, indices: Tensor) -> Credit:
         """That of a micro-batch: ``indices`` int64 [B], each ``n * G + g``."""
         policy, kl = (weight.flatten(0, 1)[indices] for weight in (self.weights.policy, self.weights.kl))
-        return Credit(self.advantages.flatten(0, 1)[indices], TokenWeights(policy, kl), self.metrics)
+        images = None if self.images is None else self.images.flatten()[indices]
+        return Credit(self.advantages.flatten(0, 1)[indices], TokenWeights(policy, kl), self.metrics, images)
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +168,7 @@ class Recipe(ABC):
     needs_guided_grad: ClassVar[bool] = False
     bounded: ClassVar[bool] = False
     exact_divergence: Divergence | None = None
-    needs_entropy_grad: ClassVar[bool] = False
+    needs_entropy_grad: bool = False
 
     def __init__(self, options: Any, shared: AlgorithmConfig) -> None:
         """Keep the validated ``options`` (an instance of ``Options``) and the keys that all recipes share."""

@@ -65,4 +65,5 @@ class FDivergenceRecipe(StageRecipe):
             divergence = estimated_divergence(policy.logprobs, reference.logprobs, self.options.divergence)
         held = (credit.weights.kl * divergence).sum()
         told = {"policy_loss": term.detach(), "divergence": held.detach()}
-        return Objective(term + self.options.beta * held, told)
+        objective = Objective(term + self.options.beta * held, told)
+        return self._with_penalty(objective, policy, reference, credit)

@@ -129,7 +129,9 @@ class Estimate:
     high: float | None = None
 
     def __str__(self) -> str:
-        return f"{self.value:.3f}" + ("" if self.low is None else f" [{self.low:.3f}, {self.high:.3f}]")
+        small = 0 < max(abs(one) for one in (self.value, self.low, self.high) if one is not None) < 0.1
+        digits = ".2e" if small and abs(self.value) < 1e-3 else ".4f" if small else ".3f"
+        return f"{self.value:{digits}}" + ("" if self.low is None else f" [{self.low:{digits}}, {self.high:{digits}}]")
 
     @property
     def excludes_zero(self) -> bool:
@@ -165,6 +167,11 @@ def difference(pairs: Sequence[tuple[EvaluationResult, EvaluationResult]], metri
     if not (first and second) or [table.shape for table in first] != [table.shape for table in second]:
         return None
     return _bootstrap([now - was for was, now in zip(first, second, strict=True)])
+
+
+def over_runs(values: Sequence[float]) -> Estimate:
+    """Mean of one number of each run, such as its reward at the end; runs are drawn anew, with replacement."""
+    return _bootstrap([np.array(values)[:, None]])
 
 
 def _draws(runs: Sequence[EvaluationResult], metric: str) -> tuple[np.ndarray, np.ndarray] | None:

@@ -16,6 +16,7 @@ from matplotlib.ticker import MaxNLocator
 
 INK = "#010203"  # stands for the page's text colour until the SVG is written
 PALETTE = ("#3b82d0", "#e07b39", "#2f9e6e", "#a565c9", "#c94f6d", "#8a8f3c")
+DASHES = ("-", "--", ":")
 SMOOTH = 9
 STYLE = {
     "svg.fonttype": "none",
@@ -63,11 +64,13 @@ def banded_chart(steps: Sequence[int], series: Mapping[str, Sequence[tuple[float
     """Curves of values with their standard errors as bands, the first one strong. None is a gap."""
     dots = "." if len(steps) <= 20 else None
     with _figure(series) as (axes, svg):
-        for color, (label, points) in zip(PALETTE * 3, series.items(), strict=False):
+        styles = [(color, dash) for dash in DASHES for color in PALETTE]  # as many arms are told apart
+        for (color, dash), (label, points) in zip(styles, series.items(), strict=False):
             data = np.asarray([point or (np.nan, np.nan) for point in points], dtype=float)  # [n, 2]
             values, errors = data.T
             strong = label == next(iter(series))
-            axes.plot(steps, values, color=color, linewidth=1.6 if strong else 0.8, marker=dots, label=label)
+            width = 1.6 if strong else 0.8
+            axes.plot(steps, values, color=color, linestyle=dash, linewidth=width, marker=dots, label=label)
             axes.fill_between(steps, values - errors, values + errors, color=color, alpha=0.15, linewidth=0)
         if len(series) > 1:
             axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))

@@ -92,8 +92,9 @@ class HeldOutEvaluation:
         groups = sorted(self._measuring.drawn, key=lambda group: group.group_id)
         if not any(find_measure(measure.measure).of_learner for measure in self._measures):
             return {}
-        # Before the first update the policy is its own reference, unless another one is set.
-        anchor = policy_version == 0 and self._run.policy.reference is None
+        # Before the first update the policy is its own reference, unless another one is set or takes its place later.
+        fixed = self._run.policy.reference is None and not self._run.algorithm.reference_refresh
+        anchor = policy_version == 0 and fixed
         directory = self.directory / REFERENCE
         try:
             found = await self._cluster.learner.drift(groups, directory, images=IMAGES, anchor=anchor)

@@ -1,7 +1,8 @@
 """A study: arms that differ in a few keys, each with its learning rate searched alike, on several seeds, compared.
 
-A run is a process of its own, ``stage-ray train``, in a directory of its own: one that is done is skipped, one that was
-cut off goes on, so a study may be stopped at any time and started again.
+A run is a process of its own, ``stage-ray train``, in a directory of its own, on this machine or on a node of a cluster
+(`stage_ray.run.study_places`): one that is done is skipped, one that was cut off goes on, so a study may be stopped at
+any time and started again.
 """
 
 from __future__ import annotations
@@ -9,9 +10,8 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-import sys
+import shutil
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -21,20 +21,23 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from stage_ray.config import RunConfig
-from stage_ray.config.hardware import usable_cpus
-from stage_ray.config.load import explain, load_config, read_mapping
+from stage_ray.config.load import config_files, explain, load_config, read_mapping
 from stage_ray.config.sections import Section
+from stage_ray.config.shipped import study_path
 from stage_ray.errors import ConfigError, RunError
 from stage_ray.evaluation.base import read_result
 from stage_ray.evaluation.suites import EVALUATION, resolve_suites
-from stage_ray.files import atomic_write
+from stage_ray.files import atomic_write, read_json
 from stage_ray.observability.progress import Progress
 from stage_ray.report.compare import write_comparison
+from stage_ray.report.export import export_runs
 from stage_ray.run.run_dir import is_finished
 from stage_ray.run.stop import StopSignal
+from stage_ray.run.study_places import ABSENT, TrainRun, places
 
 Overrides = list[str]
 Seeds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+SEARCHED = "search.json"
 SET = "KEY=VALUE, as of stage-ray train; "
 
 
@@ -55,15 +58,20 @@ class SearchConfig(Section):
 
 
 class StudyConfig(Section):
-    """A file for ``stage-ray study``."""
+    """A file for ``stage-ray study``. It may name a ``base``, a study beside it whose keys its own replace."""
 
     config: str = Field(description="Of arms that name none: a file or the name of one that ships")
-    dir: str = Field(description="Where its runs and study.html lie")
+    dir: str = Field(description="Where runs and page lie; studies with one dir share the runs of equal arms")
     seeds: Seeds = Field(description="Of the runs that are compared; arms are paired by them")
     arms: dict[str, ArmConfig] = Field(min_length=1, description="By name; the others are compared with the first")
     set: Overrides = Field([], description=SET + "of every run")
     search: SearchConfig | None = Field(None, description="Of a value that each arm needs its own of; null: none")
-    cpus_per_run: int = Field(2, ge=1, description="As many runs go on at once as this machine has such shares")
+    cpus_per_run: int = Field(2, ge=1, description="Cores of one run; as many go on at once as there are such shares")
+    gpus_per_run: float = Field(0.0, ge=0, description="GPUs of one run, of a cluster's")
+    address: str | None = Field(
+        None,
+        description="Ray cluster whose nodes train runs: auto, HOST:PORT; null: RAY_ADDRESS, else this machine",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> StudyConfig:
@@ -79,14 +87,18 @@ class StudyConfig(Section):
         return self
 
 
-def read_study(path: Path) -> StudyConfig:
-    """Read a study's file.
+def read_study(study: str | Path) -> StudyConfig:
+    """Read a study's file, or the one of that name that ships.
 
     Raises:
         ConfigError: missing or unreadable file, unknown key, impossible value, or a seed both searched on and reported.
     """
+    path, data = study_path(study), dict[str, Any]()
+    for file in reversed(config_files(path)):
+        data |= read_mapping(file, str(file), " of keys to values")
+    data.pop("base", None)
     try:
-        return StudyConfig.model_validate(read_mapping(path, str(path), " of keys to values"))
+        return StudyConfig.model_validate(data)
     except ValidationError as error:
         said = "; ".join(explain(item, StudyConfig) for item in error.errors())
         raise ConfigError(f"{path}: {said}") from error
@@ -115,35 +127,52 @@ class StudyRun:
 class Study:
     """The runs of a study file, in the order in which they are done."""
 
-    def __init__(self, study: StudyConfig, progress: Progress) -> None:
-        """Read every config.
+    def __init__(self, study: StudyConfig, progress: Progress, name: str = "study") -> None:
+        """Read every config. ``name``: of the page and its numbers.
 
         Raises:
             ConfigError: of `load_config`, with the arm; nothing was started.
         """
-        self._study, self._progress = study, progress
+        self._study, self._progress, self._name = study, progress, name
         self.directory = Path(study.dir)
         self.searched = {name: self._search_runs(name) for name in study.arms} if study.search else {}
         self.reported = {name: self._reported_runs(name, []) for name in study.arms}
-        self._room = max(1, usable_cpus() // study.cpus_per_run)
 
     def run(self) -> Path:
         """Do what is not done yet; the page that compares the arms.
 
         Raises:
-            RunError: a run failed; names its log.
-            ConfigError: a directory holds a run of another config.
+            RunError: a run failed; names its log. Or no cluster answers.
+            ConfigError: a directory holds a run of another config, or GPUs are to be shared out without a cluster.
             Interrupted: by a signal; runs under way have saved what they had.
         """
-        return asyncio.run(self._run())
+        study = self._study
+        with places(study.address, study.cpus_per_run, study.gpus_per_run) as (train, room):
+            return asyncio.run(self._run(train, room))
 
-    async def _run(self) -> Path:
+    async def _run(self, train: TrainRun, room: int | None) -> Path:
         async with StopSignal(self._progress, "the same command goes on with the study"):
-            await self._train(self._searches())
+            await self._train(self._searches(), train, room)
             self._choose()
-            await self._train(self._reports())
+            await self._train(self._reports(), train, room)
         arms = {run.directory: name for name, runs in self.reported.items() for run in runs}
-        return write_comparison(list(arms), self.directory / "study.html", self.directory / "study.json", arms)
+        page = self.directory / f"{self._name}.html"
+        return write_comparison(list(arms), page, page.with_suffix(".json"), arms)
+
+    def export(self, directory: Path) -> None:
+        """Write the reported runs small (`export_runs`), and what the study found, below a directory.
+
+        Raises:
+            ConfigError: a run is not there yet, or its small directory is.
+            RunError: a file of a run is damaged.
+        """
+        if self.searched:
+            self._choose()
+        runs = [run.directory for runs in self.reported.values() for run in runs]
+        export_runs({run: directory / run.relative_to(self.directory) for run in runs})
+        for name in (f"{self._name}.json", SEARCHED):
+            if (file := self.directory / name).is_file():
+                shutil.copyfile(file, directory / name)
 
     def plan(self) -> list[tuple[StudyRun, bool]]:
         """Every run in the order in which they are done, and whether it is."""
@@ -184,7 +213,10 @@ class Study:
         return StudyRun(f"{name}, {', '.join([*more, f'seed {seed}'])}", config)
 
     def _choose(self) -> None:
-        """Give each arm the value with the highest mean headline; ``search.json`` has all that were found."""
+        """Give each arm the value with the highest mean headline; ``search.json`` has all that were found.
+
+        Arms of other studies in the same directory keep their lines.
+        """
         chosen: dict[str, dict[str, Any]] = {}
         for name, values in self.searched.items():
             found = {value: fmean(run.headline() for run in runs) for value, runs in values.items()}
@@ -193,42 +225,43 @@ class Study:
             chosen[name] = {"key": self._study.search.key, "value": best, "found": found}
             self.reported[name] = self._reported_runs(name, [f"{self._study.search.key}={best!r}"])
         if chosen:
-            atomic_write(self.directory / "search.json", json.dumps(chosen, indent=1))
+            file = self.directory / SEARCHED
+            text = json.dumps({**(read_json(file) or {}), **chosen}, indent=1)
+            if not (file.is_file() and file.read_text(encoding="utf-8") == text):
+                atomic_write(file, text)
 
-    async def _train(self, runs: Sequence[StudyRun]) -> None:
+    async def _train(self, runs: Sequence[StudyRun], train: TrainRun, room: int | None) -> None:
         """Train those that are not finished, as many at once as there is room for; one that fails stops the others."""
-        left, room = [run for run in runs if not is_finished(run.config)], self._room
+        left = [run for run in runs if not is_finished(run.config)]
         if not left:
             return
-        with self._progress.bar(f"{len(left)} runs, {room} at a time", len(left)) as advance:
-            places = asyncio.Semaphore(room)
+        at_once = "as a cluster has room" if room is None else f"{room} at a time"
+        with self._progress.bar(f"{len(left)} runs, {at_once}", len(left)) as advance:
+            free = asyncio.Semaphore(room or len(left))
             try:
                 async with asyncio.TaskGroup() as group:
                     for run in left:
-                        group.create_task(self._train_one(run, places, advance))
+                        group.create_task(self._train_one(run, train, free, advance))
             except* RunError as failed:
                 raise failed.exceptions[0] from None
 
-    async def _train_one(self, run: StudyRun, places: asyncio.Semaphore, advance: Callable[[], None]) -> None:
-        """One run to its end, in a process of its own; its config and what it says lie below ``configs/``."""
+    async def _train_one(
+        self, run: StudyRun, train: TrainRun, free: asyncio.Semaphore, advance: Callable[[], None]
+    ) -> None:
+        """One run to its end; its config and what it says lie below ``configs/``."""
         config = self.directory / "configs" / f"{run.directory.relative_to(self.directory)}.yaml"
         log = config.with_suffix(".log")
-        async with places:
+        async with free:
             config.parent.mkdir(parents=True, exist_ok=True)
             atomic_write(config, yaml.safe_dump(run.config.model_dump(mode="json"), sort_keys=False))
-            command = [sys.executable, "-m", "stage_ray", "train", str(config), "--auto-resume"]
-            with log.open("ab") as output:
-                nowhere = asyncio.subprocess.DEVNULL
-                process = await asyncio.create_subprocess_exec(*command, stdin=nowhere, stdout=output, stderr=output)
-            try:
-                code = await process.wait()
-            except asyncio.CancelledError:
-                with suppress(ProcessLookupError):
-                    process.terminate()  # it saves what it has, and the next start goes on
-                await process.wait()
-                raise
+            code = await train(config, log)
+        if code == ABSENT:
+            raise RunError(
+                f"the run of {run.label} found no {config} on its node: put dir on storage that all nodes share"
+            )
         if code:
-            last = (log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["it said nothing"])[-1]
+            said = log.read_text(encoding="utf-8", errors="replace").strip() if log.is_file() else ""
+            last = (said.splitlines() or ["it said nothing"])[-1]
             raise RunError(f"the run of {run.label} ended with exit code {code}: {last} (all it said: {log})")
         advance()
 

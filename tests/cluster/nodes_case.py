@@ -133,6 +133,54 @@ def test_nodes_die_with_groups_and_with_a_rank_of_the_learner_others_join_and_no
     assert len(list((newest / "shards").iterdir())) == 2
 
 
+@pytest.mark.slow
+def test_a_study_spreads_over_nodes_and_goes_on_elsewhere_with_the_run_of_one_that_dies(tmp_path, plain, nodes):
+    """Each node has room for one run: two go on at once, and the one whose node dies is resumed where the other was."""
+    both = [nodes.add(), nodes.add()]
+    run = tiny_run(tmp_path, plain, steps=60, evaluation={"enabled": False})
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(run.model_dump(mode="json")))
+    study = {
+        "config": str(tmp_path / "base.yaml"),
+        "dir": str(tmp_path / "study"),
+        "seeds": [2, 3],
+        "arms": {"STAGE": {}},
+        "cpus_per_run": 4,
+        "address": nodes.address,
+    }
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
+    directories = [tmp_path / "study" / "stage" / f"seed-{seed}" for seed in (2, 3)]
+
+    def steps(run_dir: Path) -> list[int]:
+        path = run_dir / "metrics.jsonl"
+        rows = path.read_text().splitlines(keepends=True) if path.exists() else []
+        return [json.loads(row)["step"] for row in rows if row.endswith("\n")]
+
+    command = [sys.executable, "-m", "stage_ray", "study", str(tmp_path / "study.yaml")]
+    with (tmp_path / "driver.log").open("wb") as log:
+        driver = subprocess.Popen(command, cwd=REPOSITORY, stdout=log, stderr=log)
+
+    def trains(node, seed: int) -> bool:
+        try:
+            started = [child for worker in workers_of(node, "NodeRun") for child in worker.children()]
+            return any(f"seed-{seed}.yaml" in " ".join(child.cmdline()) for child in started)
+        except psutil.Error:  # one of Ray's processes ended meanwhile
+            return False
+
+    try:
+        wait_until(lambda: all(any(trains(node, seed) for node in both) for seed in (2, 3)), driver, tmp_path)
+        (dies,) = [node for node in both if trains(node, 2)]
+        assert not trains(dies, 3), "each node has room for one"
+        wait_until(lambda: len(steps(directories[0])) > 2, driver, tmp_path)
+        nodes.remove_node(dies, allow_graceful=False)
+        assert driver.wait(240) == 0, (tmp_path / "driver.log").read_text()
+    finally:
+        driver.kill()
+    assert [steps(one) for one in directories] == [[*range(1, 61)]] * 2
+    said = [(tmp_path / "study" / "configs" / "stage" / f"seed-{seed}.log").read_text() for seed in (2, 3)]
+    assert ["going on after step" in text for text in said] == [True, False]
+    assert "<h1>STAGE</h1>" in (tmp_path / "study" / "study.html").read_text()
+
+
 def workers_of(node, role: str) -> list[psutil.Process]:
     """The processes of a role on a node: children of its raylet."""
     raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)

@@ -15,7 +15,8 @@ from transformers import JanusForConditionalGeneration
 
 from stage_ray.config import LearnerConfig
 from stage_ray.learner.batch import LearnerError
-from stage_ray.learner.learner import Learner, learning_rate
+from stage_ray.learner.learner import Learner
+from stage_ray.learner.schedule import learning_rate
 from stage_ray.policies.devices import hardware_has_bfloat16
 from stage_ray.records import RolloutGroup, ScoredGroup
 from stage_ray.samplers import SamplingParams

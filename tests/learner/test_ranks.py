@@ -37,6 +37,7 @@ OTHERS = {  # what else an update may be, by which ranks would wait for each oth
     "several updates": {"learner": SETTINGS["learner"] | STEPS, "algorithm": {"ratio_on": "guided", "clip": 0.2}},
     "exact divergence": {"recipe": "f_divergence"},
     "both branches": {"recipe": "ar_grpo", "algorithm": {"clip": 0.2}},
+    "new reference": {"algorithm": {"ratio_on": "guided", "reference_refresh": [1], "entropy_penalty": 0.01}},
 }
 
 
@@ -130,7 +131,7 @@ def two_ranks(number: int, ranks: Ranks, model: Path, out: Path) -> None:
         save_file({"drift": moved}, out / "drift.safetensors")
     for name, settings in OTHERS.items():
         other = Learner(tiny_run(model, **SETTINGS | settings), threads=1, ranks=ranks)
-        updates(other, 1)
+        updates(other, 2 if name == "new reference" else 1)
         found = weights(other)
         if number == 0:
             save_file(found, out / f"{name}.safetensors")
@@ -201,7 +202,7 @@ def test_they_find_the_policy_as_far_from_the_reference_as_one_does(case):
 def test_they_agree_on_every_kind_of_update(case, name):
     out, run, *_ = case
     alone = Learner(tiny_run(Path(run.policy.path), **SETTINGS | OTHERS[name]), threads=1)
-    updates(alone, 1)
+    updates(alone, 2 if name == "new reference" else 1)
     close(load_file(out / f"{name}.safetensors"), weights(alone))
 
 

@@ -67,6 +67,13 @@ def test_the_options_of_a_recipe_have_its_defaults_and_are_numbers_whatever_yaml
         "reweight_kl": True,
         "entropy_reward": 0.4,
         "entropy_best_only": True,
+        "kl_floor": 0.5,
+        "kl_slope": 0.5,
+        "weight_cap": None,
+        "progressive": False,
+        "drop_silent_kl": False,
+        "kl_follows_lr": False,
+        "entropy_penalty": 0.0,
     }
     assert load_recipe(run_with("grpo", beta="1e-3")).options.model_dump() == {"beta": 0.001}
 

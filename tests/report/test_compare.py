@@ -1,6 +1,7 @@
 """A comparison groups runs into arms by their configs, and its intervals are those of runs and prompts."""
 
 import json
+import re
 import shlex
 from pathlib import Path
 
@@ -9,9 +10,11 @@ import pytest
 import yaml
 
 from stage_ray.cli import main
+from stage_ray.errors import ConfigError
 from stage_ray.evaluation.base import EvaluationResult, read_result, write_result
 from stage_ray.evaluation.metrics import MetricValue
 from stage_ray.report.arms import difference, estimate
+from stage_ray.report.export import export_runs
 from tests.fake_run import write_fake_run
 from tests.pages import README, command_lines
 
@@ -56,7 +59,8 @@ def test_runs_that_differ_in_their_seed_are_one_arm_named_by_what_tells_it_apart
     assert "<h1>grpo, stage</h1>" in page and "seeds 20, 21" in page
     assert '<td class="text">algorithm.beta</td><td class="text">0.01</td><td class="text">0.03</td>' in page
     assert "learner.lr" not in page.partition("What was run")[2]  # alike in both
-    assert page.count("<img ") == 3 * 2, "three steps, two arms"
+    assert page.count("<img ") == 3 * 2 * 2, "three steps, two arms, two seeds that both have"
+    assert "After step 60, seed 21, same prompts" in page and numbers["seeds"]["stage"] == [20, 21]
     for title in ("KL to the reference", "entropy lost against the reference", "training reward"):
         assert f"<td>{title}" in page
 
@@ -70,6 +74,36 @@ def test_what_every_prompt_gained_is_the_difference_and_excludes_zero(runs, tmp_
     assert after["value"] - before["value"] == pytest.approx(0.25)
     assert before["low"] < before["value"] < before["high"]
     assert '<td class="good">+0.250 [0.250, 0.250]</td>' in page
+
+
+def test_every_number_of_the_page_is_in_its_json(runs, tmp_path):
+    for run_dir in runs[2:]:
+        rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+        raised = [row | {"kl": row["kl"] + 0.5} for row in rows]
+        (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in raised))
+    page, numbers = compared(runs, tmp_path)
+    (training,) = (found for name, found in numbers.items() if name.startswith("training"))
+    found = training["KL to the reference, nats a token"]["difference to grpo"]["stage"]
+    assert found == {"value": pytest.approx(0.5), "low": pytest.approx(0.5), "high": pytest.approx(0.5)}
+    assert "<td>+0.500 [0.500, 0.500]</td>".replace("<td>", '<td class="">') in page
+    images = numbers["suites"][""]["images"]
+    assert images == {"grpo": 2 * 36 * 4, "stage": 2 * 36 * 4} and "<td>images</td><td>288</td>" in page
+    assert numbers["configs"]["algorithm.beta"] == {"grpo": 0.01, "stage": 0.03}
+    curve = numbers["curves"]["training reward"]["stage"]
+    assert curve["step"] == [*range(1, 61)] and len(curve["mean"]) == len(curve["half"]) == 60
+    assert set(numbers["curves"]) == set(re.findall(r"<figcaption>([^<]*)</figcaption><svg", page))
+
+
+def test_exported_runs_are_small_and_say_the_same(runs, tmp_path):
+    _, whole = compared(runs, tmp_path)
+    small = [tmp_path / "small" / run_dir.name for run_dir in runs]
+    export_runs(dict(zip(runs, small, strict=True)))
+    _, numbers = compared(small, tmp_path)
+    assert {**numbers, "arms": None} == {**whole, "arms": None}
+    sizes = [sum(path.stat().st_size for path in run.rglob("*") if path.is_file()) for run in (runs[0], small[0])]
+    assert sizes[1] < min(sizes[0] / 5, 30_000)
+    with pytest.raises(ConfigError, match="grpo-20 exists"):
+        export_runs({runs[0]: small[0]})
 
 
 def evaluation(by_prompt: dict[int, float]) -> EvaluationResult:

@@ -13,6 +13,14 @@ import pytest
 import yaml
 
 from stage_ray.cli import main
+from stage_ray.config.shipped import shipped_studies
+from stage_ray.evaluation.suites import own_suite
+from stage_ray.observability.progress import Progress
+from stage_ray.pipeline.prompt_files import load_prompts
+from stage_ray.recipes import RECIPES
+from stage_ray.run.study import Study, read_study
+from stage_ray.run.study_places import own_cores
+from tests.ray_head import free_port
 from tests.runs import lines, tiny_run
 
 SEARCH = {"values": [1e-5, 1e-3], "seeds": [1], "set": ["steps=20"]}
@@ -70,6 +78,8 @@ def test_a_study_that_was_stopped_goes_on_gives_an_arm_the_value_that_its_search
     capsys.readouterr()
     assert main(["study", str(study), "--dry-run"]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["done"] * 3
+    assert main(["study", str(study), "--export", "small"]) == 0
+    assert Path("small/stage/seed-2/evaluation/after.json").is_file() and Path("small/search.json").is_file()
     assert main(["study", str(study)]) == 0
     assert files == {path: path.stat().st_mtime_ns for path in Path("study").rglob("metrics.jsonl")}
 
@@ -92,6 +102,37 @@ def test_the_example_of_the_rooms_page_is_a_study(tmp_path, monkeypatch, capsys)
     assert len(rows) == 3 * 3 + 3 * 3 and "STAGE without KL, seed 33" in rows[-1]
 
 
+@pytest.mark.parametrize("name", shipped_studies())
+def test_a_shipped_study_shares_its_runs_of_stage_and_reports_2400_images_of_each_arm(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    study = Study(read_study(name), Progress(), name)
+    first = Study(read_study("study_shapeworld"), Progress())
+    assert study.reported["STAGE"] == first.reported["STAGE"] and study.searched["STAGE"] == first.searched["STAGE"]
+    for runs in study.reported.values():
+        suite = own_suite(runs[0].config)
+        assert len(runs) * len(load_prompts(suite.prompts)) * suite.images_per_prompt == 2400
+        assert runs[0].config.steps == 400 and runs[0].config.recipe in RECIPES.names()
+
+
+def test_gpus_need_a_cluster_and_a_cluster_must_answer(study, capsys, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert main(["study", str(write(study, gpus_per_run=1))]) == 2
+    assert "gpus_per_run = 1 needs a Ray cluster" in capsys.readouterr().err
+    assert main(["study", str(write(study, address=f"127.0.0.1:{free_port()}"))]) == 1
+    assert "no Ray cluster answers at address = '127.0.0.1:" in " ".join(capsys.readouterr().err.split())
+    assert not Path("study").exists()
+
+
+def test_runs_side_by_side_have_cores_of_their_own(monkeypatch, tmp_path):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(7)))
+    monkeypatch.setattr("stage_ray.run.study_places.private_directory", lambda: tmp_path)
+    with own_cores(2) as first, own_cores(2) as second, own_cores(3) as of_another_study, own_cores(2) as third:
+        assert (first, second, third) == ({0, 1}, {2, 3}, {4, 5})
+        assert of_another_study == {*range(7)}, "cores 0 to 2 and 3 to 5 are not all free, one is left: all are shared"
+    with own_cores(2) as again:
+        assert again == {0, 1}
+
+
 def test_a_dry_run_lists_what_is_to_do_and_starts_nothing(study, capsys):
     assert main(["study", str(study), "--dry-run"]) == 0
     rows = [line.split("  ") for line in capsys.readouterr().out.splitlines()]
@@ -102,6 +143,7 @@ def test_a_dry_run_lists_what_is_to_do_and_starts_nothing(study, capsys):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"gpus_per_run": -1}, "gpus_per_run"),
         ({"sedes": [1]}, "unknown key 'sedes': did you mean 'seeds'"),
         ({"arms": {"A": {"sett": []}}}, "unknown key 'arms.A.sett': did you mean 'arms.A.set'"),
         ({"arms": {}}, "arms"),
@@ -110,6 +152,7 @@ def test_a_dry_run_lists_what_is_to_do_and_starts_nothing(study, capsys):
         ({"search": SEARCH | {"seeds": [2]}}, "seed 2 is in search.seeds and in seeds"),
         ({"arms": {"A": {"set": ["recipee=grpo"]}}}, "arm 'A': .*did you mean 'recipe'"),
         ({"config": "nowhere.yaml"}, "nowhere.yaml does not exist"),
+        ({"base": "nowhere.yaml"}, "nowhere.yaml, the base of .*study.yaml, does not exist"),
     ],
 )
 def test_a_mistake_in_the_file_is_refused_before_anything_starts(study, capsys, changes, message):
