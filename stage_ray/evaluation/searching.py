@@ -51,8 +51,17 @@ class SearchJudge:
         self._backend, self._judges, self._images, self._tokens = backend, judges, images, tokens
 
     async def __call__(self, requests: Sequence[RolloutRequest]) -> list[JudgedGroup]:
-        """As `Judge.__call__`."""
-        return await self._backend.judge(requests, images=self._images, tokens=self._tokens)
+        """As `Judge.__call__`.
+
+        Raises:
+            RunError: the model has no room for a text that the search wrote.
+        """
+        try:
+            return await self._backend.judge(requests, images=self._images, tokens=self._tokens)
+        except ValueError as error:  # an engine's, of a prompt that is too long
+            if any(request.prompt.drawn for request in requests):
+                raise RunError(f"{error}; a search wrote that: let it write fewer words") from error
+            raise
 
     async def ask(self, name: str, images: Sequence[Image], shown: float = 1.0) -> list[Answer]:
         """As `Judge.ask`.

@@ -61,7 +61,7 @@ class ParmSearch(ImageSearch):
     looks: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field(
         (0.25, 0.5, 0.75, 1.0), min_length=1, description="Shares of the rows after which candidates are judged"
     )
-    yes: float = Field(0.5, description="Score from which these two have said yes")
+    enough: float = Field(0.5, description="Score from which these two have said yes")
 
     @field_validator("looks")
     @classmethod
@@ -90,7 +90,7 @@ class ParmSearch(ImageSearch):
             clear = [one for one in candidates if one.clear_at is None]
             if self.clarity is not None:
                 answers = await judge.ask("clarity", [one.image for one in clear], shown)
-                clear = [one for one, (score, _) in zip(clear, answers, strict=True) if score >= self.yes]
+                clear = [one for one, (score, _) in zip(clear, answers, strict=True) if score >= self.enough]
             answers = await judge.ask("potential", [one.image for one in clear], shown)
             for one, (score, _) in zip(clear, answers, strict=True):
                 one.clear_at, one.potential = shown, score
@@ -106,7 +106,7 @@ class ParmSearch(ImageSearch):
                     "clear_at": best.clear_at,
                     "potential": None if math.isnan(best.potential) else best.potential,
                     "candidates": self.candidates,
-                    "promise": sum(one.potential >= self.yes for one in own),
+                    "promise": sum(one.potential >= self.enough for one in own),
                     "failed": sum(math.isnan(one.outcome) for one in own),
                 }
             )
@@ -115,7 +115,7 @@ class ParmSearch(ImageSearch):
     def _rank(self, one: Candidate) -> tuple[bool, int, float]:
         """What decides, first things first: `max` takes the first of equals."""
         valid = not math.isnan(one.outcome)
-        if one.potential >= self.yes:
+        if one.potential >= self.enough:
             return valid, 2, one.outcome if valid else 0.0
         return (valid, 0, 0.0) if math.isnan(one.potential) else (valid, 1, one.potential)
 

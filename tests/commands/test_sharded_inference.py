@@ -170,7 +170,9 @@ def workers(local_actors: None, drawn: Drawn, monkeypatch: pytest.MonkeyPatch) -
 
 
 SEARCH = ("--set", "rollout.search=best_of", "--set", "rollout.search_options.candidates=3")
-LOOKS = "rollout.search_options={candidates: 3, potential: {type: tests.scorers.Brightness}, looks: [0.5], yes: 0.53}"
+LOOKS = (
+    "rollout.search_options={candidates: 3, potential: {type: tests.scorers.Brightness}, looks: [0.5], enough: 0.53}"
+)
 
 
 @pytest.mark.parametrize("search", [(), SEARCH, ("--set", "rollout.search=parm", "--set", LOOKS)])

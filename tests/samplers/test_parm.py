@@ -61,12 +61,12 @@ def score(scorer: Any, image: np.ndarray) -> float:
     return float(scorer.score(image[None], []).scores[0])
 
 
-@pytest.mark.parametrize(("over", "yes"), [(0.5, 0.5), (0.5, 0.55), (2.0, 0.5), (-1.0, 0.9)])
+@pytest.mark.parametrize(("over", "enough"), [(0.5, 0.5), (0.5, 0.55), (2.0, 0.5), (-1.0, 0.9)])
 def test_kept_is_the_best_of_those_with_potential_else_the_one_with_most(
-    engine: ImageEngine, over: float, yes: float
+    engine: ImageEngine, over: float, enough: float
 ) -> None:
     clarity = judge("ShowsMuch", over=over, rows=16)
-    search = ParmSearch(candidates=4, clarity=clarity, potential=judge("Brightness"), looks=LOOKS, yes=yes)
+    search = ParmSearch(candidates=4, clarity=clarity, potential=judge("Brightness"), looks=LOOKS, enough=enough)
     for group in searched(engine, search):
         for place, seed in enumerate(group.request.seeds):
             images = [picture(engine, group.request.prompt.text, one) for one in search.candidate_seeds(seed)]
@@ -75,10 +75,10 @@ def test_kept_is_the_best_of_those_with_potential_else_the_one_with_most(
                 for shown in LOOKS:
                     seen = image.copy()
                     seen[int(32 * shown) :] = GREY
-                    if clear_at[number] is None and score(ShowsMuch(over, 16), seen) >= yes:
+                    if clear_at[number] is None and score(ShowsMuch(over, 16), seen) >= enough:
                         clear_at[number], potential[number] = shown, score(Brightness(), seen)  # type: ignore[call-overload]
             outcome = [score(Brightness(), image) for image in images]
-            promise = [number for number in range(4) if potential[number] >= yes]
+            promise = [number for number in range(4) if potential[number] >= enough]
             asked = [number for number in range(4) if not math.isnan(potential[number])]
             if promise:
                 best = max(promise, key=outcome.__getitem__)
@@ -93,7 +93,7 @@ def test_kept_is_the_best_of_those_with_potential_else_the_one_with_most(
 
 
 def test_what_is_kept_for_an_image_depends_on_no_other_and_looks_are_asked_in_vain_of_none(engine: ImageEngine) -> None:
-    search = ParmSearch(candidates=3, potential=judge("Brightness"), looks=(0.5,), yes=0.5)
+    search = ParmSearch(candidates=3, potential=judge("Brightness"), looks=(0.5,), enough=0.5)
     both, (alone,) = searched(engine, search), searched(engine, search, REQUESTS[1:])
     assert both[1].scored.details == alone.scored.details
     assert all(said["search"]["clear_at"] == 0.5 for said in alone.scored.details), "without clarity all are clear"
@@ -112,7 +112,7 @@ def test_a_judge_that_fails_says_no_and_one_that_is_down_ends_the_search(engine:
 def test_an_image_that_is_not_right_is_drawn_again_with_what_is_wrong_and_never_becomes_worse(
     engine: ImageEngine,
 ) -> None:
-    options: dict[str, Any] = {"candidates": 2, "potential": judge("Brightness"), "looks": (0.5,), "yes": 0.0}
+    options: dict[str, Any] = {"candidates": 2, "potential": judge("Brightness"), "looks": (0.5,), "enough": 0.0}
     first = searched(engine, ParmSearch(**options))
     right = float(np.median([1 - group.scored.scores[place, 0] for group in first for place in range(2)]))
     search = ParmPlusSearch(**options, reflection=judge("Dims"), right=right, rounds=2, words=4)
@@ -159,8 +159,8 @@ def test_a_vlm_judge_is_asked_the_papers_questions_unless_it_has_its_own() -> No
         ({}, "rollout.search_options.potential is missing: search over images parm needs it"),
         ({"potential": {"type": "clop"}}, "rollout.search_options.potential.type = 'clop' is no known scorer; did you"),
         (
-            {"potential": {"type": "clip", "options": {"pth": 1}}},
-            "rollout.search_options.potential.options.pth is no option",
+            {"potential": {"type": "tests.scorers.ShowsMuch", "options": {"ovr": 1}}},
+            "rollout.search_options.potential.options.ovr is no option",
         ),
         ({"potential": {"typ": 1}}, "rollout.search_options.potential.type is missing"),
         ({"potential": {"type": "none"}, "looks": [0.5, 0.5]}, "looks must grow"),
@@ -179,7 +179,7 @@ def test_judges_and_options_that_cannot_be_are_named(options: dict[str, object],
 def test_evaluate_and_suites_take_both_and_their_details_are_kept(plain: Path, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a ring")
     dark = "{type: tests.scorers.Dims}"
-    looks = "candidates: 2, potential: {type: tests.scorers.Brightness}, looks: [0.5], yes: 0"
+    looks = "candidates: 2, potential: {type: tests.scorers.Brightness}, looks: [0.5], enough: 0"
     settings = [f"policy.family={FAMILY}", "rewards=[{type: tests.scorers.Bright}]", "rollout.search=parm_plus"]
     settings.append(f"rollout.search_options={{{looks}, reflection: {dark}, rounds: 1}}")
     words = ["evaluate", str(plain), "--engine", "torch", "--prompts", str(tmp_path / "prompts.txt")]
