@@ -13,6 +13,7 @@ from stage_ray.commands.configs import configs, fetch, init
 from stage_ray.commands.convert import convert
 from stage_ray.commands.doctor import doctor
 from stage_ray.commands.gpu_check import gpu_check
+from stage_ray.commands.index import index
 from stage_ray.commands.inference import evaluate, generate
 from stage_ray.commands.plan import plan
 from stage_ray.commands.prompts import prompts
@@ -35,7 +36,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 WORK = (init, train, study, evaluate, generate, score, submit, pretrain, bench)
-AROUND = (fetch, convert, prompts, plan, report, compare)
+AROUND = (fetch, convert, index, prompts, plan, report, compare)
 for command in WORK + AROUND:
     app.command(no_args_is_help=True)(command)
 app.command()(configs)  # a bare command does its work

@@ -133,12 +133,14 @@ class JudgedGroup:
     Attributes:
         images: uint8 [G, H, W, 3], or None where they were not asked for.
         measured: what the scorers of measures say of it; None without any.
+        tokens: int32 [G, T], of which a search shows parts; None where they were not asked for.
     """
 
     request: RolloutRequest
     scored: ScoredGroup
     images: np.ndarray | None = None
     measured: ScoredGroup | None = None
+    tokens: np.ndarray | None = None
 
     def verdict(self, image: int) -> bool | None:
         """What the first scorer with a ``verdict`` says of an image; None without one."""

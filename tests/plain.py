@@ -93,6 +93,11 @@ class PlainCodec(ImageCodec):
         pixels = (self.codebook().cpu()[tokens.cpu()] * 255).to(torch.uint8).unflatten(1, self.grid)
         return pixels.repeat_interleave(PATCH, 1).repeat_interleave(PATCH, 2)
 
+    def encode(self, images: Tensor) -> Tensor:
+        """The nearest colour of each square's middle."""
+        seen = images[:, PATCH // 2 :: PATCH, PATCH // 2 :: PATCH].flatten(1, 2) / 255  # [B, T, 3]
+        return torch.cdist(seen, self.codebook().cpu().expand(len(seen), -1, -1)).argmin(dim=-1)
+
     def vllm_spec(self) -> VllmSpec:
         """None."""
         raise ConfigError("the plain family has no model class for vLLM; set rollout.engine to torch")

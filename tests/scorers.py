@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from stage_ray.records import Prompt
-from stage_ray.rewards.base import RewardOutput
+from stage_ray.rewards.base import RewardOutput, ServiceUnavailableError
 from stage_ray.rewards.detection import Detection
 
 
@@ -34,6 +34,32 @@ class Bright(Brightness):
         scores = super().score(images, prompts).scores
         details = tuple({"verdict": score > 0.5, "soft": float(score)} for score in scores)  # NumPy's bool
         return RewardOutput(scores, np.ones(len(scores), bool), details)
+
+
+class Dims(Brightness):
+    """A critic: how dark a picture is, and what is wrong with one that is bright."""
+
+    def score(self, images: np.ndarray, prompts: Sequence[Prompt]) -> RewardOutput:
+        scores = 1 - super().score(images, prompts).scores
+        details = tuple({"reason": "much too bright, use night colours please"} for _ in scores)
+        return RewardOutput(scores, np.ones(len(scores), bool), details)
+
+
+class ShowsMuch(Brightness):
+    """Whether the first row of patches is brighter than a number: clear from the start or never."""
+
+    def __init__(self, over: float, rows: int = 8) -> None:
+        self.over, self.rows = over, rows
+
+    def score(self, images: np.ndarray, prompts: Sequence[Prompt]) -> RewardOutput:
+        return _output(images[:, : self.rows].mean(axis=(1, 2, 3)) / 255 > self.over)
+
+
+class Down(Brightness):
+    """A judge whose service does not answer."""
+
+    def score(self, images: np.ndarray, prompts: Sequence[Prompt]) -> RewardOutput:
+        raise ServiceUnavailableError("nobody is at home")
 
 
 class Constant(Brightness):

@@ -42,7 +42,9 @@ class ClusterBackend:
         self._measuring, self.drawn = measuring, list[GroupRefs]()
         self._measures = [it.column for it in run.evaluation.measures if measuring and it.scorer]
 
-    async def judge(self, requests: Sequence[RolloutRequest], *, images: bool) -> list[JudgedGroup]:
+    async def judge(
+        self, requests: Sequence[RolloutRequest], *, images: bool, tokens: bool = False
+    ) -> list[JudgedGroup]:
         """As `Backend.judge`; up to ``cluster.attempts`` times where workers or nodes are lost.
 
         Raises:
@@ -68,10 +70,17 @@ class ClusterBackend:
                 wanted = [group.images for group in groups] if images else []
                 pictures = await self._cluster.fetch(wanted) or [None] * len(groups)  # None where not wanted
                 self.drawn += [replace(group, images=None, scores=()) for group in groups if self._measuring]
-                return [JudgedGroup(*judged) for judged in zip(requests, scored, pictures, measured, strict=True)]
+                drawn = await self._cluster.fetch([group.tokens for group in groups]) if tokens else []
+                ids = [group.tokens for group in drawn] or [None] * len(groups)
+                columns = zip(requests, scored, pictures, measured, ids, strict=True)
+                return [JudgedGroup(*judged) for judged in columns]
             except (GroupsLostError, ObjectLostError) as lost:
                 error = first_line(lost)
         raise RunError(f"evaluation: {error}")
+
+    async def show(self, tokens: np.ndarray, shown: float) -> np.ndarray:
+        """As `Backend.show`."""
+        return await self._cluster.show(tokens, shown)
 
     async def _merged(self, groups: Sequence[GroupRefs], columns: Sequence[str]) -> list[ScoredGroup]:
         """The scores of groups, of all pools, with these columns."""

@@ -9,6 +9,7 @@ from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, supp
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 import ray
 
 from stage_ray.actors.client import WorkerLost
@@ -109,6 +110,16 @@ class InferenceCluster:
                 draw, timeout, rest=lambda drawn: drawn.decoded, turn=turn, attempts=attempts, on_retry=on_retry
             )
         return drawn.groups
+
+    async def show(self, tokens: np.ndarray, shown: float) -> np.ndarray:
+        """As `stage_ray.evaluation.loop.Backend.show`, by any rollout worker; raises as `generate`."""
+        run = self.run
+        with self._fatal():
+            return await self.rollouts.call(
+                lambda worker: worker.first.ask(RolloutWorker.show, tokens, shown),
+                run.rollout.timeout_s,
+                attempts=run.cluster.attempts,
+            )
 
     async def score(self, groups: Sequence[GroupRefs], suite: str | None = None) -> list[GroupRefs]:
         """As `ScorerPools.score`; a RunError where no worker is left."""

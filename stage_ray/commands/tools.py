@@ -35,6 +35,7 @@ def bench(
     rollout: images drawn, by each engine. learner: time and memory of an update. sync: weights to two workers.
     pipeline: what the driver hides and costs. roles: rollout and learner on the same cores.
     end-to-end: images trained a second, by a real short run.
+    samplers: seconds, held-out score and diversity of ways to decode.
 
     A missed target is a fact, not a failure: the exit code is 0 all the same. Let nothing else run meanwhile.
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 SECTIONS: dict[str, Any] = {
     "prompts": {"train", "heldout"},
     "policy": {"path", "reference"},
+    "rollout": {"sampler_options"},
     "rewards": {"__all__": {"options"}},
     "evaluation": {
         "suites": {"__all__": {"prompts": True, "rewards": {"__all__": {"options"}}}},

@@ -53,7 +53,8 @@ class RolloutConfig(GuidanceConfig):
     top_k: int = Field(0, ge=0, description="Keep the k likeliest tokens; 0 is off")
     top_p: float = Field(1.0, gt=0.0, le=1.0, description="Keep the smallest set of tokens with this mass; 1 is off")
     sampler: str = Field(
-        "guided", description="Token rule: guided, entropy_informed, or package.module.Class; gets the four keys above"
+        "guided",
+        description="Token rule: guided, entropy_informed, retrieval or package.module.Class; gets the four keys above",
     )
     sampler_options: dict[str, Any] = Field({}, description="The token rule's own options")
     prompt_transform: str | None = Field(
@@ -61,7 +62,8 @@ class RolloutConfig(GuidanceConfig):
     )
     prompt_transform_options: dict[str, Any] = Field({}, description="The prompt transform's own options")
     search: str | None = Field(
-        None, description="Which images evaluate and generate keep: best_of, or package.module.Class; null: all"
+        None,
+        description="Images that evaluate and generate keep: best_of, parm, parm_plus, or package.module.Class; null: all",
     )
     search_options: dict[str, Any] = Field({}, description="The search's own options")
     images_per_batch: int = Field(64, ge=1, description="Images in flight at once on one worker")

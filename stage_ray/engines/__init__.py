@@ -22,8 +22,20 @@ def build_engine(
         rank, address: with ``rollout.tensor_parallel`` over 1, which of its ranks this is and where they meet.
 
     Raises:
-        ConfigError: the checkpoint does not load, vLLM is not installed, or a generation batch does not fit memory.
+        ConfigError: the checkpoint does not load, vLLM is not installed, a generation batch does not fit memory, or the
+            token rule does not fit the model.
     """
+    engine = _build(policy, rollout, worker, rank, address)
+    try:
+        if rank == 0:  # others have no codebook
+            engine.params.rule.check(engine.codec, loaded=True)
+    except ConfigError:
+        engine.close()
+        raise
+    return engine
+
+
+def _build(policy: PolicyConfig, rollout: RolloutConfig, worker: str, rank: int, address: str) -> ImageEngine:
     if rollout.engine == "torch":
         from stage_ray.engines.torch import TorchEngine
 

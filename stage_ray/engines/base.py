@@ -18,6 +18,8 @@ from stage_ray.records import RECORDED, RolloutGroup, RolloutRequest
 from stage_ray.samplers import EmbeddingTransform, SamplingParams, load_transform
 from stage_ray.weights.manifest import finite
 
+GREY = 128  # of rows that are not shown
+
 
 @dataclass(frozen=True, slots=True)
 class ImageSequence:
@@ -98,12 +100,20 @@ class ImageEngine(ABC):
         """Both branches of a prompt."""
         return self.codec.encode_prompt(text)
 
-    def decode(self, tokens: Tensor) -> Tensor:
-        """Tokens int64 [B, T] -> images uint8 [B, H, W, 3].
+    def decode(self, tokens: Tensor, shown: float = 1.0) -> Tensor:
+        """Tokens int64 [B, T] -> images uint8 [B, H, W, 3], grey below the ``shown`` share of their rows.
 
         Another thread may sample or take a version meanwhile: what a picture is made of is never trained.
         """
-        return self.codec.decode(tokens)
+        if shown >= 1:
+            return self.codec.decode(tokens)
+        rows, _ = self.codec.grid
+        kept = max(1, round(shown * rows))
+        raster = tokens.unflatten(1, self.codec.grid).clone()
+        raster[:, kept:] = raster[:, kept - 1 : kept]  # the last row goes on, so that its pixels see no edge
+        images = self.codec.decode(raster.flatten(1))
+        images[:, images.shape[1] * kept // rows :] = GREY
+        return images
 
     def sleep(self) -> None:
         """Leave a GPU's memory to others until the next batch or version; nothing is lost."""
@@ -132,7 +142,11 @@ class ImageEngine(ABC):
             raise RuntimeError(f"{self.worker} holds half of a weight update; load a whole version before generating")
         self._wake()
         if (transform := self._transform) is not None:
-            requests = [replace(one, prompt=transform.apply(one.prompt, one.seeds[0])) for one in requests]
+            # What a search has written is drawn as it is.
+            requests = [
+                one if one.prompt.drawn else replace(one, prompt=transform.apply(one.prompt, one.seeds[0]))
+                for one in requests
+            ]
         sequences = [sequence for request in requests for sequence in self._sequences(request)]
         if not sequences:
             return []

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+import numpy as np
+import torch
 import xxhash
 
 from stage_ray.config import OWN_POOL, MeasureConfig, RewardConfig, RunConfig
@@ -16,7 +17,7 @@ from stage_ray.evaluation.measures.base import measured
 from stage_ray.records import MEASURES, JudgedGroup, Prompt, RolloutRequest, image_seeds
 from stage_ray.rewards import score_groups
 from stage_ray.rewards.routing import Scorer
-from stage_ray.samplers import ImageSearch, load_search, resolve_samplers
+from stage_ray.samplers import resolve_samplers
 
 if TYPE_CHECKING:
     from stage_ray.engines.base import ImageEngine
@@ -35,8 +36,14 @@ class Backend(Protocol):
     images_per_batch: int
     batches_at_once: int
 
-    async def judge(self, requests: Sequence[RolloutRequest], *, images: bool) -> list[JudgedGroup]:
-        """Generate and score one batch, in the order of the requests; ``images``: with the images themselves."""
+    async def judge(
+        self, requests: Sequence[RolloutRequest], *, images: bool, tokens: bool = False
+    ) -> list[JudgedGroup]:
+        """Generate and score one batch, in the order of the requests; ``images``, ``tokens``: with these themselves."""
+        ...
+
+    async def show(self, tokens: np.ndarray, shown: float) -> np.ndarray:
+        """Pictures uint8 [B, H, W, 3] of tokens int32 [B, T], grey below this share of their rows."""
         ...
 
 
@@ -50,31 +57,21 @@ class EngineBackend:
     ) -> None:
         self._engine, self._scorers, self.images_per_batch = engine, scorers, images_per_batch
 
-    async def judge(self, requests: Sequence[RolloutRequest], *, images: bool) -> list[JudgedGroup]:
+    async def judge(
+        self, requests: Sequence[RolloutRequest], *, images: bool, tokens: bool = False
+    ) -> list[JudgedGroup]:
         """As `Backend.judge`; batches follow each other, and an interrupt takes effect between two of them."""
         await asyncio.sleep(0)  # here the event loop sees a signal
         groups = self._engine.generate(requests)
         judged = zip(requests, score_groups(self._scorers, groups), groups, strict=True)
-        return [JudgedGroup(request, scored, group.images if images else None) for request, scored, group in judged]
+        return [
+            JudgedGroup(request, scored, group.images if images else None, tokens=group.tokens if tokens else None)
+            for request, scored, group in judged
+        ]
 
-
-class SearchBackend:
-    """A backend of whose images a search keeps some: for each that is asked for it draws and scores candidates."""
-
-    def __init__(self, backend: Backend, search: ImageSearch) -> None:
-        self._backend, self._search = backend, search
-        self.images_per_batch = max(1, backend.images_per_batch // search.candidates)
-        self.batches_at_once = backend.batches_at_once
-
-    async def judge(self, requests: Sequence[RolloutRequest], *, images: bool) -> list[JudgedGroup]:
-        """As `Backend.judge`."""
-        return await self._search.search(requests, partial(self._backend.judge, images=images))
-
-
-def searching(backend: Backend, run: RunConfig) -> Backend:
-    """The backend with the search that ``rollout.search`` names around it; without one the same."""
-    search = load_search(run.rollout, [reward.column for reward in run.rewards])
-    return backend if search is None else SearchBackend(backend, search)
+    async def show(self, tokens: np.ndarray, shown: float) -> np.ndarray:
+        """As `Backend.show`."""
+        return self._engine.decode(torch.from_numpy(tokens).long(), shown).numpy()
 
 
 def requests_for(prompts: Sequence[Prompt], images_per_prompt: int, seed: int) -> list[RolloutRequest]:

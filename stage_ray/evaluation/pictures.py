@@ -171,7 +171,7 @@ def score_pictures(
             groups.setdefault(key, []).append((place, image))
         for size in dict.fromkeys(key[1:] for key in groups):  # one call scores images of one size
             members = [group for key, group in groups.items() if key[1:] == size]
-            asking = [_group(pictures[own[0][0]].prompt, np.stack([image for _, image in own])) for own in members]
+            asking = [as_group(pictures[own[0][0]].prompt, np.stack([image for _, image in own])) for own in members]
             for own, group in zip(members, score_groups(scorers, asking), strict=True):
                 for number, (place, _) in enumerate(own):
                     scores[place], asked[place] = group.scores[number], group.asked
@@ -204,7 +204,7 @@ def _batches(pictures: Sequence[Picture], *, whole_prompts: bool) -> Iterator[ra
     yield range(first, len(pictures))
 
 
-def _group(prompt: Prompt, images: np.ndarray) -> RolloutGroup:
+def as_group(prompt: Prompt, images: np.ndarray) -> RolloutGroup:
     """Pictures as scorers want them; nothing is known of their tokens."""
     count = len(images)
     empty: dict[str, Any] = {name: np.empty((count, 0), np.float32) for name in RECORDED}

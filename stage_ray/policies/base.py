@@ -124,6 +124,14 @@ class ImageCodec(ABC):
     def decode(self, tokens: Tensor) -> Tensor:
         """Tokens int64 [B, T] -> images uint8 [B, H, W, 3] on the CPU."""
 
+    def encode(self, images: Tensor) -> Tensor:
+        """Images uint8 [B, H, W, 3], of the size that `decode` gives -> tokens int64 [B, T] on the CPU.
+
+        Raises:
+            ConfigError: the family cannot.
+        """
+        raise ConfigError(f"{type(self).__name__} has no encode, so this policy.family cannot read pictures")
+
     @abstractmethod
     def vllm_spec(self) -> VllmSpec:
         """How vLLM serves this checkpoint.

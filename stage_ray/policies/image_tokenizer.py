@@ -1,6 +1,7 @@
 """The image tokenizer that LlamaGen published and Janus uses too: transformers' ``JanusVQVAE``, loaded and decoded.
 
-Pictures are what ``JanusVQVAE.decode`` computes, up to rounding, in fewer operations.
+Pictures are what ``JanusVQVAE.decode`` computes, up to rounding, in fewer operations. Tokens are what LlamaGen's own
+code gives: it scales latents to unit length before it looks for the nearest code, which ``JanusVQVAE.encode`` omits.
 """
 
 from __future__ import annotations
@@ -81,6 +82,21 @@ def decode(vqmodel: JanusVQVAE, tokens: Tensor, grid: tuple[int, int], *, rounde
     chunks = [decoder(chunk.to(device), grid) for chunk in tokens.split(size)]  # [chunk, 3, H, W], -1..1
     greys = [((chunk.float() + 1) * 127.5 + shift).clamp(0, 255).to(torch.uint8).cpu() for chunk in chunks]
     return torch.cat(greys).permute(0, 2, 3, 1).contiguous()
+
+
+@torch.no_grad()
+def encode(vqmodel: JanusVQVAE, images: Tensor) -> Tensor:
+    """Images uint8 [B, H, W, 3] -> tokens int64 [B, T] on the CPU; the encoder reads -1..1.
+
+    A token is the code of largest cosine, which of vectors of unit length is the nearest.
+    """
+    device, codes = vqmodel.quantize.embedding.weight.device, codebook(vqmodel)
+    found = []
+    for chunk in images.split(CPU_DECODE_CHUNK if device.type == "cpu" else DECODE_CHUNK):
+        pixels = chunk.to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+        latents = vqmodel.quant_conv(vqmodel.encoder(pixels))  # [chunk, D, rows, columns]; their length says nothing
+        found.append((latents.permute(0, 2, 3, 1).flatten(1, 2) @ codes.T).argmax(dim=-1).cpu())
+    return torch.cat(found)
 
 
 class PictureDecoder:

@@ -14,10 +14,11 @@ from stage_ray.cluster.cluster import Cluster
 from stage_ray.config import RunConfig, SuiteConfig
 from stage_ray.errors import GroupsLostError
 from stage_ray.evaluation.base import EvaluationResult, find_benchmark, read_result, unlike, write_result
-from stage_ray.evaluation.loop import conditions, evaluate, judge_in_batches, requests_for, searching
+from stage_ray.evaluation.loop import conditions, evaluate, judge_in_batches, requests_for
 from stage_ray.evaluation.measures.base import find_measure
 from stage_ray.evaluation.measures.drift import IMAGES, drift_metrics
 from stage_ray.evaluation.metrics import MetricValue
+from stage_ray.evaluation.searching import searching
 from stage_ray.evaluation.suites import EVALUATION, REFERENCE, own_suite
 from stage_ray.observability.progress import Progress
 from stage_ray.records import Prompt

@@ -18,8 +18,9 @@ from stage_ray.config import RunConfig
 from stage_ray.engines import build_engine
 from stage_ray.engines.base import ImageEngine
 from stage_ray.errors import Interrupted
-from stage_ray.evaluation.loop import Backend, EngineBackend, judge_in_batches, judge_of, searching
+from stage_ray.evaluation.loop import Backend, EngineBackend, judge_in_batches, judge_of
 from stage_ray.evaluation.partial import PartialResult
+from stage_ray.evaluation.searching import searching
 from stage_ray.files import digest
 from stage_ray.observability.progress import Progress
 from stage_ray.pretrained import located

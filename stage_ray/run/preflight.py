@@ -19,6 +19,7 @@ from stage_ray.config.inputs import checkpoint_inputs, files_of, hub_inputs, tak
 from stage_ray.engines.vllm.environment import require_fitting_build
 from stage_ray.errors import ConfigError
 from stage_ray.evaluation.base import find_benchmark
+from stage_ray.evaluation.searching import check_search
 from stage_ray.evaluation.suites import resolve_suites
 from stage_ray.observability.trackers import check_trackers
 from stage_ray.pipeline.prompt_files import load_mix, load_prompts
@@ -73,7 +74,7 @@ def preflight(run: RunConfig, *, fetch: bool = True) -> RunPrompts:
         ConfigError: the first thing that is unknown, missing, malformed or too small.
     """
     load_recipe(run)
-    load_rule(run.rollout)
+    rule = load_rule(run.rollout)
     _require_trainable(run.rollout)
     check_trackers(run.logs)
     starts_ray_here = run.cluster.address is None and "RAY_ADDRESS" not in os.environ
@@ -96,6 +97,8 @@ def preflight(run: RunConfig, *, fetch: bool = True) -> RunPrompts:
     _require_scorable(measuring, heldout, "evaluation.measures")
     suites = _suite_prompts(run, left)
     codec = policy_class(run.policy).check(run.policy)
+    if codec is not None:
+        rule.check(codec)
     check_reference(run.policy)
     if starts_ray_here:
         _require_room_for_weights(run)
@@ -106,7 +109,7 @@ def preflight(run: RunConfig, *, fetch: bool = True) -> RunPrompts:
     suites = {name: drawable_prompts(run, codec, prompts, lengths) for name, prompts in suites.items()}
     heldout = drawable_prompts(run, codec, heldout, lengths) if heldout else train
     # A transform may write another text for every seed, so what it makes of one says nothing about the others.
-    known = codec is not None and run.rollout.prompt_transform is None and not left
+    known = codec is not None and run.rollout.prompt_transform is None and not left and not _rewrites(run)
     return RunPrompts(train, heldout, suites, max(lengths) if known else None)
 
 
@@ -178,9 +181,17 @@ def _suite_prompts(run: RunConfig, left: Collection[str]) -> dict[str, list[Prom
         benchmark, left_out = find_benchmark(suite.benchmark), f"{key}.prompts" in left
         prompts = [] if left_out else benchmark.load(suite.prompts or "", load_prompts)
         _require_scorable(suite.rewards or [], prompts, f"{key}.rewards")
-        load_search(suite, [reward.column for reward in suite.rewards or []], key)
+        check_search(suite, suite.rewards or [], prompts, key)
         found[str(suite.name)] = prompts
     return found
+
+
+def _rewrites(run: RunConfig) -> bool:
+    """Whether the search of a suite draws other texts than the prompts."""
+    searches = (
+        load_search(suite, [reward.column for reward in suite.rewards or []]) for suite in run.evaluation.suites
+    )
+    return any(search.rewrites for search in searches if search is not None)
 
 
 def _require_scorable(

@@ -32,6 +32,7 @@ from stage_ray.evaluation.base import (
 from stage_ray.evaluation.loop import requests_for
 from stage_ray.evaluation.metrics import MetricValue
 from stage_ray.evaluation.partial import PartialResult
+from stage_ray.evaluation.searching import check_search
 from stage_ray.files import atomic_write, name_disk_errors, require_writable
 from stage_ray.observability.progress import Progress
 from stage_ray.pipeline.prompt_files import load_prompts
@@ -377,6 +378,7 @@ def _scorers(benchmark: Benchmark, by: str | None) -> list[dict[str, Any]]:
 
 def _require_judgeable(run: RunConfig, prompts: Sequence[Prompt]) -> None:
     """Say which prompts the scorers cannot judge, the first of them; a RunError where they can judge none."""
+    check_search(run.rollout, run.rewards, prompts, "rollout")
     unjudged = check_rewards(run.rewards, prompts)
     for prompt, why in unjudged[:SHOWN]:
         print(f"{prompt.where}: {why}", file=sys.stderr)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from stage_ray.config import Section
-from stage_ray.records import JudgedGroup, Prompt, RolloutRequest, image_seeds
+from stage_ray.config import RewardConfig, Section
+from stage_ray.records import JudgedGroup, Prompt, RolloutRequest, ScoredGroup, image_seeds
 
 if TYPE_CHECKING:
+    from stage_ray.policies.base import ImageCodec
     from stage_ray.samplers.params import SamplingParams
 
 
@@ -66,6 +68,13 @@ class TokenRule(Section):
                 ``params.guided`` is False.
             params: of the config; `SamplingParams.guide` and `SamplingParams.truncate` apply guidance, top-k and top-p.
             context: of the B tokens.
+        """
+
+    def check(self, codec: ImageCodec, *, loaded: bool = False) -> None:  # noqa: B027  not abstract: most fit all
+        """Raise a `ConfigError` where it does not fit a model.
+
+        Asked before anything starts, and by each engine once its model is there: only then is the codec ``loaded``,
+        so that it has a codebook.
         """
 
 
@@ -130,8 +139,26 @@ class EmbeddingTransform(PromptTransform):
         return prompt
 
 
-Judge = Callable[[Sequence[RolloutRequest]], Awaitable[list["JudgedGroup"]]]
-"""Draws the images of requests and scores them, wherever engines and scorers are; groups in the requests' order."""
+Image: TypeAlias = tuple[JudgedGroup, int]
+"""A group that a `Judge` gave, and the place of one image in it."""
+
+Answer: TypeAlias = tuple[float, Mapping[str, Any]]
+"""A scorer's score of an image, NaN where it failed, and what else it says (its details)."""
+
+
+class Judge(Protocol):
+    """Draws images and has them scored, wherever engines and scorers are."""
+
+    async def __call__(self, requests: Sequence[RolloutRequest]) -> list[JudgedGroup]:
+        """The images of requests with the scores of all scorers; groups in the requests' order."""
+
+    async def ask(self, name: str, images: Sequence[Image], shown: float = 1.0) -> list[Answer]:
+        """What one of the search's own judges says of images; answers in the images' order.
+
+        Args:
+            name: the option that holds the judge, of `ImageSearch.judges`.
+            shown: share of an image's rows that it sees, from the top; the rest is grey.
+        """
 
 
 class ImageSearch(Section):
@@ -140,8 +167,13 @@ class ImageSearch(Section):
     It works in `generate`, `evaluate` and suites. A run does not train on its images: which one is kept depends on the
     scorers, so their log-probabilities are not those of the choice.
 
+    Attributes:
+        rewrites: it draws other texts than the prompts, whose lengths are not known before.
+
     Example: `stage_ray.samplers.best_of`.
     """
+
+    rewrites: ClassVar[bool] = False
 
     candidates: int = Field(4, ge=1, description="Images drawn for each that is kept")
     scorer: str | None = Field(None, description="Column of the scorer that chooses; null: the first")
@@ -155,6 +187,48 @@ class ImageSearch(Section):
         ``valid`` False.
         """
 
+    def judges(self) -> dict[str, RewardConfig]:
+        """Judges of its own beside the scorers, by the option that holds each."""
+        return {}
+
     def candidate_seeds(self, seed: int) -> tuple[int, ...]:
         """Seeds of an image's candidates: its own, then a hash of it and a counter; fewer candidates have the first."""
         return (seed, *image_seeds(f"search:{seed}", 0, self.candidates - 1))
+
+    def widen(self, request: RolloutRequest) -> RolloutRequest:
+        """A request for the candidates of all images of a request, image after image."""
+        return replace(request, seeds=tuple(one for seed in request.seeds for one in self.candidate_seeds(seed)))
+
+    def outcome(self, scored: ScoredGroup) -> np.ndarray:
+        """What the scorer that chooses says of each image, float32 [G]; NaN where it failed."""
+        # Without a name the first scorer that was asked.
+        column = int(scored.asked.argmax()) if self.scorer is None else scored.names.index(self.scorer)
+        return np.where(scored.valid[:, column], scored.scores[:, column], np.nan)
+
+
+def keep(
+    request: RolloutRequest, group: JudgedGroup, places: Sequence[int], said: Sequence[Mapping[str, Any]]
+) -> JudgedGroup:
+    """The images at ``places`` of a group, as the answer to a request.
+
+    ``details`` of each have, beside what scorers said, ``said`` of it under ``search``.
+    """
+    scored, best = group.scored, list(places)
+    details = (
+        {**scored.details[place], "search": {"seed": group.request.seeds[place], **more}}
+        for place, more in zip(best, said, strict=True)
+    )
+    kept = replace(
+        scored,
+        scores=scored.scores[best],
+        valid=scored.valid[best],
+        details=tuple(details),
+        features={name: features[best] for name, features in scored.features.items()},
+    )
+    return replace(
+        group,
+        request=request,
+        scored=kept,
+        images=None if group.images is None else group.images[best],
+        tokens=None if group.tokens is None else group.tokens[best],
+    )

@@ -95,5 +95,15 @@ def _load(base: type[Section], registry: Registry, name: str | None, options: Ma
     try:
         return kind.model_validate(options)
     except ValidationError as error:
-        problems = [impossible(f"{key}_options." + ".".join(map(str, item["loc"])), item) for item in error.errors()]
-        raise ConfigError("; ".join(problems)) from error
+        raise ConfigError(
+            "; ".join(_problem(f"{key}_options", registry, name, item) for item in error.errors())
+        ) from error
+
+
+def _problem(key: str, registry: Registry, name: str, error: Mapping[str, Any]) -> str:
+    option = ".".join([key, *map(str, error["loc"])])
+    return (
+        f"{option} is missing: {registry.what} {name} needs it"
+        if error["type"] == "missing"
+        else impossible(option, error)
+    )

@@ -80,6 +80,10 @@ class RolloutWorker(Worker):
         ends = np.cumsum([len(group.tokens) for group in groups])
         return (None, *np.split(images, ends[:-1]))
 
+    def show(self, tokens: np.ndarray, shown: float) -> np.ndarray:
+        """Pictures uint8 [B, H, W, 3] of tokens int32 [B, T], grey below this share of their rows."""
+        return self._engine.decode(torch.from_numpy(tokens).long(), shown).numpy()
+
     def _utilisation(self, groups: Sequence[RolloutGroup], seconds: float) -> float | None:
         """Model FLOPs utilisation of a batch that took so long, on all of this worker's GPUs; None if not known."""
         rollout = self._run.rollout

@@ -354,7 +354,7 @@ def test_json_holds_what_is_printed_and_a_missed_target_is_no_failure(
         assert one.keys() >= KEYS | {"machine", "device", "quick"}
         assert one["machine"]["torch"] in printed and one["machine"]["cpu"] in printed
         assert one["name"] in printed and f"{one['ratio']:.2f}" in printed and one["limit_is"] in printed
-    assert "123.4" in printed and "6 of 12 targets met" in printed
+    assert "123.4" in printed and "7 of 14 targets met" in printed
 
 
 def test_bench_help_names_every_bench_and_each_can_be_loaded(capsys: pytest.CaptureFixture[str]) -> None:
@@ -364,7 +364,16 @@ def test_bench_help_names_every_bench_and_each_can_be_loaded(capsys: pytest.Capt
         assert name in shown
     assert "Example: stage-ray bench" in shown
     found = [bench.BENCHES.find(name, "bench") for name in bench.BENCHES.names()]
-    assert len(found) == 6 and all(issubclass(one, Bench) for one in found)
+    assert len(found) == 7 and all(issubclass(one, Bench) for one in found)
+
+
+def test_a_way_to_decode_is_evaluated_with_its_score_diversity_and_seconds(tmp_path: Path) -> None:
+    from stage_ray.bench.samplers import evaluations, means, write_index
+
+    index = {"sampler": "retrieval", "sampler_options": {"index": str(write_index(tmp_path, 3))}}
+    plain, retrieved = (next(evaluations(it, prompts=2, images=2, gpus=0.0)) for it in ({}, index))
+    assert plain.keys() == retrieved.keys() == {"seconds", "GenEval", "error", "diversity"}
+    assert plain["seconds"] > 0 and means([plain]) != means([retrieved]) and 0 <= plain["diversity"] <= 2
 
 
 @pytest.mark.parametrize("arguments", [["rollouts"], ["rollout", "--device", "tpu"], []])

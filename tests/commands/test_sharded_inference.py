@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import ray
 import torch
@@ -93,9 +94,9 @@ class Drawn:
 def drawn(monkeypatch: pytest.MonkeyPatch) -> Drawn:
     drawn, judge = Drawn(), EngineBackend.judge
 
-    async def judge_and_note(self: EngineBackend, requests: Any, *, images: bool) -> Any:
+    async def judge_and_note(self: EngineBackend, requests: Any, **wanted: bool) -> Any:
         drawn.note(requests)
-        return await judge(self, requests, images=images)
+        return await judge(self, requests, **wanted)
 
     monkeypatch.setattr(EngineBackend, "judge", judge_and_note)
     return drawn
@@ -120,6 +121,9 @@ class Draws:
         await asyncio.sleep(0)  # here the driver sees a signal
         groups = self._engine.generate(requests, pictures=False)
         return (0, 0.0, None, *[""] * len(groups)), *groups
+
+    async def show(self, tokens: np.ndarray, shown: float) -> np.ndarray:
+        return self._engine.decode(torch.from_numpy(tokens).long(), shown).numpy()
 
     async def decode(self, *groups: RolloutGroup) -> tuple[Any, ...]:
         return None, *(self._engine.decode(torch.from_numpy(group.tokens).long()).numpy() for group in groups)
@@ -166,9 +170,12 @@ def workers(local_actors: None, drawn: Drawn, monkeypatch: pytest.MonkeyPatch) -
 
 
 SEARCH = ("--set", "rollout.search=best_of", "--set", "rollout.search_options.candidates=3")
+LOOKS = (
+    "rollout.search_options={candidates: 3, potential: {type: tests.scorers.Brightness}, looks: [0.5], enough: 0.53}"
+)
 
 
-@pytest.mark.parametrize("search", [(), SEARCH])
+@pytest.mark.parametrize("search", [(), SEARCH, ("--set", "rollout.search=parm", "--set", LOOKS)])
 @pytest.mark.parametrize("command", ["evaluate", "generate"])
 def test_workers_that_share_the_prompts_make_what_one_process_makes(call, drawn, workers, tmp_path, command, search):
     assert call(command, "alone", "--set", "rollout.images_per_batch=64", *search) == 0 and not workers.busy

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from stage_ray.config import PolicyConfig
+from stage_ray.engines.base import GREY, ImageEngine
 from stage_ray.policies import load_policy
 from stage_ray.policies.image_tokenizer import CPU_DECODE_CHUNK, PictureDecoder, upsampling_kernel
 from stage_ray.policies.janus.codec import JanusCodec
@@ -39,6 +41,37 @@ def test_pictures_are_those_of_transformers_up_to_one_grey_level(codec: JanusCod
     difference = (codec.decode(tokens).int() - grey.int()).abs()
     assert int(difference.max()) <= 1
     assert float((difference > 0).float().mean()) < 1e-3  # only where rounding crosses a level's edge
+
+
+@torch.no_grad()
+def test_tokens_of_pictures_are_those_of_the_published_quantiser(codec: JanusCodec) -> None:
+    generator = torch.Generator().manual_seed(3)
+    tokens = torch.randint(codec.codebook_size, (CPU_DECODE_CHUNK + 1, codec.image_tokens), generator=generator)
+    images, vqmodel = codec.decode(tokens), codec.vqmodel
+    assert vqmodel is not None
+    vqmodel.quantize.embedding.weight *= 1 + torch.rand(codec.codebook_size, 1, generator=generator)  # of any length
+    pixels = images.permute(0, 3, 1, 2).float() / 127.5 - 1
+    # As in LlamaGen's VectorQuantizer: latents and codes of unit length, then |z|^2 + |e|^2 - 2 z e.
+    z = F.normalize(vqmodel.quant_conv(vqmodel.encoder(pixels)).permute(0, 2, 3, 1).flatten(0, 2), p=2, dim=-1)
+    e = F.normalize(vqmodel.quantize.embedding.weight, p=2, dim=-1)
+    distances = z.square().sum(1, keepdim=True) + e.square().sum(1) - 2 * z @ e.T
+    found = codec.encode(images)
+    assert found.shape == tokens.shape and torch.equal(found.flatten(), distances.argmin(dim=1))
+    plainly = vqmodel.encode(pixels).image_tokens.view(found.shape)
+    assert not torch.equal(found, plainly), "transformers compares latents of any length with codes of any length"
+
+
+def test_of_an_image_under_way_the_rows_below_do_not_show(codec: JanusCodec) -> None:
+    generator = torch.Generator().manual_seed(4)
+    tokens = torch.randint(codec.codebook_size, (2, codec.image_tokens), generator=generator)
+    half = codec.image_tokens // 2
+    tokens[1, :half] = tokens[0, :half]
+    images = ImageEngine.decode(SimpleNamespace(codec=codec), tokens, 0.5)  # type: ignore[arg-type]
+    middle = images.shape[1] // 2
+    assert torch.equal(images[0], images[1]) and bool((images[:, middle:] == GREY).all())
+    whole = ImageEngine.decode(SimpleNamespace(codec=codec), tokens)  # type: ignore[arg-type]
+    assert not torch.equal(whole[0], whole[1]) and images.shape == whole.shape
+    assert bool((images[:, :middle] != GREY).any())
 
 
 def test_one_transposed_convolution_doubles_a_map_and_convolves_it() -> None:

@@ -30,7 +30,7 @@ def rollout(sampler: str, **options: object) -> RolloutConfig:
 
 
 def test_the_rooms_files_are_the_names_and_guided_changes_no_bit_of_the_published_formula() -> None:
-    assert SAMPLERS.names() == ["entropy_informed", "guided"]
+    assert SAMPLERS.names() == ["entropy_informed", "guided", "retrieval"]
     assert SamplingParams.of(RolloutConfig()) == SamplingParams(guidance_scale=5.0)
     found = process_logits(LOGITS, OTHER, SamplingParams(guidance_scale=5.0, temperature=0.7))
     assert torch.equal(found, (OTHER + 5.0 * (LOGITS - OTHER)) / 0.7)

@@ -109,7 +109,7 @@ def test_a_candidate_whose_score_failed_is_not_kept_and_an_image_without_another
     ],
 )
 def test_a_search_or_option_that_cannot_be_is_named(rollout: dict[str, object], sentence: str) -> None:
-    assert SEARCHES.names() == ["best_of"] and load_search(RolloutConfig(), ["clip"]) is None
+    assert SEARCHES.names() == ["best_of", "parm", "parm_plus"] and load_search(RolloutConfig(), ["clip"]) is None
     with pytest.raises(ConfigError) as error:
         load_search(RolloutConfig(**rollout), ["clip"])
     assert sentence in str(error.value)

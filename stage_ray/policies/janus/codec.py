@@ -15,7 +15,7 @@ from torch import Tensor
 from stage_ray.config import PolicyConfig
 from stage_ray.errors import ConfigError
 from stage_ray.policies.base import ImageCodec, PromptIds, VllmSpec
-from stage_ray.policies.image_tokenizer import codebook, decode, load_tokenizer
+from stage_ray.policies.image_tokenizer import codebook, decode, encode, load_tokenizer
 from stage_ray.pretrained import local_checkpoint, read_object
 
 if TYPE_CHECKING:
@@ -126,6 +126,10 @@ class JanusCodec(ImageCodec):
     def decode(self, tokens: Tensor) -> Tensor:
         """Tokens int64 [B, T] -> images uint8 [B, H, W, 3] on the CPU."""
         return decode(self._tokenizer(), tokens, self.grid)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Images uint8 [B, H, W, 3] -> tokens int64 [B, T] on the CPU, as LlamaGen's own code finds them."""
+        return encode(self._tokenizer(), images)
 
     def vllm_spec(self) -> VllmSpec:
         """The language model's config at the top level, and under ``janus`` what the image modules need.

@@ -12,7 +12,7 @@ from torch import Tensor
 from stage_ray.config import PolicyConfig
 from stage_ray.errors import ConfigError
 from stage_ray.policies.base import Branch, ImageCodec, PromptIds, VllmSpec
-from stage_ray.policies.image_tokenizer import codebook, decode, load_tokenizer
+from stage_ray.policies.image_tokenizer import codebook, decode, encode, load_tokenizer
 from stage_ray.policies.llamagen.classes import ClassNames, imagenet
 from stage_ray.policies.llamagen.text import TextEncoder, text_encoder
 from stage_ray.pretrained import local_checkpoint, read_tensors
@@ -117,6 +117,10 @@ class LlamaGenCodec(ImageCodec):
     def decode(self, tokens: Tensor) -> Tensor:
         """Tokens int64 [B, T] -> images uint8 [B, H, W, 3] on the CPU."""
         return decode(self._tokenizer(), tokens, self.grid, rounded=True)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Images uint8 [B, H, W, 3] -> tokens int64 [B, T] on the CPU, as LlamaGen's own code finds them."""
+        return encode(self._tokenizer(), images)
 
     def vllm_spec(self) -> VllmSpec:
         """A Llama's config, and under ``llamagen`` what is not a Llama's.
