@@ -28,8 +28,8 @@ from stage_ray.shapeworld.pretrain.loop import Budget, console
 from stage_ray.shapeworld.pretrain.measure import write_cards, write_detector_card
 
 BUDGETS = {
-    "tokenizer": Budget(steps=3600),
-    "language-model": Budget(steps=3600),
+    "tokenizer": Budget(steps=6000),
+    "language-model": Budget(steps=6000),
     "detector": Budget(steps=1200),
     "clip": Budget(steps=600),
     "features": Budget(steps=4000),
@@ -42,7 +42,7 @@ NEEDS = {
     "detector": "janus/model.safetensors",
     "features": "janus/model.safetensors",
 }
-PICTURES, DETECTOR_PICTURES = 40_000, 4096  # captioned scenes for the language model; pictures for the detector
+PICTURES, DETECTOR_PICTURES = 64_000, 4096  # captioned scenes for the language model; pictures for the detector
 FEATURE_PICTURES = 6144
 SMOKE_STEPS, SMOKE_PICTURES = 2, 64
 
@@ -84,7 +84,7 @@ def pretrain(out: Path, *, stages: Sequence[str] | None = None, seed: int = 0, s
                 train_features(out, budgets[stage], SMOKE_PICTURES if smoke else FEATURE_PICTURES, seed)
                 write_features_card(out, count=16 if smoke else 512)
             case "cards":
-                write_cards(out, count=16 if smoke else 256)
+                write_cards(out, *(16, 1, 16) if smoke else (256, 16, 1))
 
 
 def check(out: Path, stages: Sequence[str]) -> None:

@@ -13,9 +13,9 @@ from transformers import CLIPModel, JanusVQVAE
 
 from stage_ray.rewards.detection import Detection, Detector
 from stage_ray.rewards.geneval_rules import requirements, strict_verdict
-from stage_ray.shapeworld.detector import CLASSES, ShapeDetector
+from stage_ray.shapeworld.detector import CLASSES, WEIGHTS_FILE, ShapeDetector
 from stage_ray.shapeworld.grammar import TASKS, Record, sample_record, sample_scene
-from stage_ray.shapeworld.pretrain import clip, detector, language_model, tokenizer
+from stage_ray.shapeworld.pretrain import clip, detector, heldout, language_model, tokenizer
 from stage_ray.shapeworld.pretrain.loop import device, read_checkpoint
 from stage_ray.shapeworld.scene import COLORS, SHAPES, Scene, coverage, random_scene, render
 from stage_ray.shapeworld.segmentation import backgrounds
@@ -46,15 +46,19 @@ def write_detector_card(out: Path, seed: int, count: int) -> None:
     )
 
 
-def write_cards(out: Path, count: int) -> None:
-    """Measure the image model and CLIP on `count` pictures, where `out` holds them, and write their README.md."""
+def write_cards(out: Path, count: int, images: int, every: int) -> None:
+    """Measure the image model and CLIP on `count` pictures, where `out` holds them, and write their README.md.
+
+    The image model is evaluated on every `every`-th prompt, with `images` each, if there is a detector to judge it.
+    """
     janus = out / "janus"
     if (janus / "config.json").exists():
         codes, rng = tokenizer.load_exported(janus), np.random.default_rng(11)
         scenes = [random_scene(rng) for _ in range(count)]
-        images = np.stack([render(scene) for scene in scenes])
-        again = tokenizer.reconstruct(codes, images)
+        pictures = np.stack([render(scene) for scene in scenes])
+        again = tokenizer.reconstruct(codes, pictures)
         named = zip(backgrounds(again), scenes, strict=True)
+        judged = (out / "detector" / WEIGHTS_FILE).exists() and (out / "prompts").exists()
         _write_card(
             janus,
             count=count,
@@ -62,7 +66,9 @@ def write_cards(out: Path, count: int) -> None:
             size=(janus / "model.safetensors").stat().st_size / 1e6,
             tokenizer=_history(out / tokenizer.CHECKPOINT),
             language_model=_history(out / language_model.CHECKPOINT),
-            error=np.abs(again.astype(np.float32) - images).mean(),
+            error=np.abs(again.astype(np.float32) - pictures).mean(),
+            images=images,
+            heldout=heldout.evaluate_base(out, images, every) if judged else "| not evaluated | | |",
         )
     if (out / "clip" / "config.json").exists():
         model = CLIPModel.from_pretrained(out / "clip", dtype=torch.float32).to(device()).eval()

@@ -38,6 +38,7 @@ BATCH_IMAGES = 64  # encoded or decoded at once
 WARMUP = 0.04  # fraction of the training before codes come in: quantising untrained outputs collapses them onto one
 RESTART_EVERY, RESTART_UNTIL = 50, 0.6  # steps; fraction of the training
 OBJECT_WEIGHT, EDGE_WEIGHT = 2.0, 2.0  # on top of 1 for every pixel
+COLOR_WEIGHT = 2.0  # of the error of a patch's mean colour: without it mint paper turns grey
 
 
 def to_pixels(images: np.ndarray | Tensor) -> Tensor:
@@ -126,6 +127,7 @@ def train_tokenizer(out: Path, budget: Budget, seed: int) -> None:
             decoded = model.decoder(model.post_quant_conv(shown))
         error = decoded.float() - clean
         reconstruction = (weights * (error.abs() + error.square())).mean()
+        reconstruction = reconstruction + COLOR_WEIGHT * F.avg_pool2d(error, PATCH).abs().mean()
         first, second = outputs.view(2, -1, outputs.shape[-1])  # the twins'
         disagreement = 1 - (first * second).sum(dim=-1)[alike.flatten()].mean()
         run.descend(reconstruction + quantiser_loss + LOCALITY * disagreement, report=reconstruction)
