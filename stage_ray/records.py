@@ -22,6 +22,9 @@ RECORDED = ("logprobs", "guided_logprobs", "entropy", "guided_entropy")
 MEASURES = "evaluation.measures"
 """Stands for all scorers of a run's measures, where the name of a suite stands for that suite's."""
 
+SEARCH = "search"
+"""Stands beside the scorers' names in the details of an image that a search kept."""
+
 CONSTANT_STD = 1e-6
 """A scorer whose unbiased standard deviation in a group is not above this says nothing about that group."""
 

@@ -63,7 +63,7 @@ class RolloutConfig(GuidanceConfig):
     prompt_transform_options: dict[str, Any] = Field({}, description="The prompt transform's own options")
     search: str | None = Field(
         None,
-        description="What evaluate and generate keep: best_of, parm, parm_plus, or package.module.Class; null: all",
+        description="What evaluate and generate keep: best_of, parm, parm_plus or package.module.Class; null: all",
     )
     search_options: dict[str, Any] = Field({}, description="The search's own options")
     images_per_batch: int = Field(64, ge=1, description="Images in flight at once on one worker")

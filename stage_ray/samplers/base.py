@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from stage_ray.config import RewardConfig, Section
-from stage_ray.records import JudgedGroup, Prompt, RolloutRequest, ScoredGroup, image_seeds
+from stage_ray.records import SEARCH, JudgedGroup, Prompt, RolloutRequest, ScoredGroup, image_seeds
 
 if TYPE_CHECKING:
     from stage_ray.policies.base import ImageCodec
@@ -211,11 +211,11 @@ def keep(
 ) -> JudgedGroup:
     """The images at ``places`` of a group, as the answer to a request.
 
-    ``details`` of each have, beside what scorers said, ``said`` of it under ``search``.
+    ``details`` of each have, beside what scorers said, ``said`` of it under `SEARCH`.
     """
     scored, best = group.scored, list(places)
     details = (
-        {**scored.details[place], "search": {"seed": group.request.seeds[place], **more}}
+        {**scored.details[place], SEARCH: {"seed": group.request.seeds[place], **more}}
         for place, more in zip(best, said, strict=True)
     )
     kept = replace(

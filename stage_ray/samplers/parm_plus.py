@@ -16,7 +16,7 @@ import numpy as np
 from pydantic import Field
 
 from stage_ray.config import RewardConfig
-from stage_ray.records import JudgedGroup, RolloutRequest, image_seeds
+from stage_ray.records import SEARCH, JudgedGroup, RolloutRequest, image_seeds
 from stage_ray.samplers.base import Answer, Judge
 from stage_ray.samplers.parm import ParmSearch, asking
 
@@ -90,7 +90,7 @@ def _again(request: RolloutRequest, image: int, text: str, number: int) -> Rollo
 def _noted(group: JudgedGroup, number: int) -> JudgedGroup:
     """The group, its details with the round and the text that was drawn."""
     more = {"round": number, "drawn": group.request.prompt.drawn_text}
-    details = tuple({**said, "search": {**said["search"], **more}} for said in group.scored.details)
+    details = tuple({**said, SEARCH: {**said[SEARCH], **more}} for said in group.scored.details)
     return replace(group, scored=replace(group.scored, details=details))
 
 

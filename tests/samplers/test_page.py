@@ -37,7 +37,7 @@ def test_every_line_is_one_that_the_program_takes_with_samplers_that_are_there(l
     context = get_command(app).commands[name].make_context(name, rest)  # type: ignore[attr-defined]
     settings = [one for one in context.params.get("overrides") or [] if one.startswith("rollout.")]
     data: dict[str, Any] = {"steps": 1, "policy": {"path": "-", "family": FAMILY}, "prompts": {"train": "-"}}
-    run = validate_config(data | {"rewards": [{"type": "none"}]}, settings)
+    run = validate_config(data | {"rewards": [{"type": "none"}], "evaluation": {"enabled": False}}, settings)
     load_rule(run.rollout)
     assert (load_search(run.rollout, ["none"]) is None) == ("rollout.search" not in line)
 

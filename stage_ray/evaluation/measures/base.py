@@ -12,7 +12,7 @@ from typing import Any
 from stage_ray.config import MeasureConfig, RewardConfig
 from stage_ray.errors import ConfigError
 from stage_ray.evaluation.metrics import MetricValue
-from stage_ray.records import MEASURES, Prompt, ScoredGroup
+from stage_ray.records import MEASURES, SEARCH, Prompt, ScoredGroup
 from stage_ray.registry import Registry
 from stage_ray.rewards.build import with_models
 
@@ -79,7 +79,7 @@ def resolve_measures(configs: Sequence[MeasureConfig], key: str = MEASURES) -> l
 
 
 def select(group: ScoredGroup, names: Sequence[str]) -> ScoredGroup:
-    """What some scorers said of a group, in its order of columns."""
+    """What some scorers said of a group, in its order of columns, and what a search did."""
     columns = [index for index, name in enumerate(group.names) if name in names]
     kept = tuple(group.names[index] for index in columns)
     return replace(
@@ -87,7 +87,7 @@ def select(group: ScoredGroup, names: Sequence[str]) -> ScoredGroup:
         names=kept,
         scores=group.scores[:, columns],
         valid=group.valid[:, columns],
-        details=tuple({name: said[name] for name in kept if name in said} for said in group.details),
+        details=tuple({name: said[name] for name in (*kept, SEARCH) if name in said} for said in group.details),
         features={name: array for name, array in group.features.items() if name in kept},
         unasked=tuple(name for name in group.unasked if name in kept),
     )
