@@ -172,7 +172,7 @@ def test_a_study_spreads_over_nodes_and_goes_on_elsewhere_with_the_run_of_one_th
         assert not trains(dies, 3), "each node has room for one"
         wait_until(lambda: len(steps(directories[0])) > 2, driver, tmp_path)
         nodes.remove_node(dies, allow_graceful=False)
-        assert driver.wait(240) == 0, (tmp_path / "driver.log").read_text()
+        assert driver.wait(600) == 0, (tmp_path / "driver.log").read_text()
     finally:
         driver.kill()
     assert [steps(one) for one in directories] == [[*range(1, 61)]] * 2
