@@ -21,6 +21,8 @@ from stage_ray.errors import ConfigError
 from stage_ray.policies.janus.codec import JanusCodec
 from stage_ray.records import Prompt, RolloutRequest
 from stage_ray.samplers import SamplingParams
+from stage_ray.samplers.patch_index import PatchIndex
+from stage_ray.samplers.retrieval import RetrievalRule
 from stage_ray.weights.manifest import describe
 from stage_ray.weights.process_groups import BroadcastGroup, GroupMember
 from tests.tiny import CODES, tiny_janus
@@ -191,7 +193,7 @@ def broadcast(tensors: dict[str, torch.Tensor], file: Path) -> list[tuple[str, t
 def test_engines_draw_the_same_images_a_batch_that_does_not_fit_and_a_long_prompt_are_named(
     directory: Path, tmp_path: Path
 ) -> None:
-    """One start of vLLM for five statements: also that a captured CUDA graph would find every input in its place, and
+    """One start of vLLM for six statements: also that a captured CUDA graph would find every input in its place, and
     that a version which comes by broadcast is the one that is served."""
     from stage_ray.engines.vllm.engine import VllmEngine
 
@@ -215,6 +217,15 @@ def test_engines_draw_the_same_images_a_batch_that_does_not_fit_and_a_long_promp
     same = ~different
     delta = np.concatenate([np.abs(a.logprobs - b.logprobs) for a, b in pairs])[same]
     assert delta.max() < 2e-3
+
+    codes = torch.randint(CODES, (8, *reference.codec.grid), generator=torch.Generator().manual_seed(0)).int()
+    PatchIndex(codes, reference.codec.codebook()).save(tmp_path / "patches.safetensors")
+    rule = RetrievalRule(index=str(tmp_path / "patches.safetensors"), lam=0.5, k=8)
+    retrieving = SamplingParams(guidance_scale=2.0, rule=rule)
+    (served,), (wanted,) = (one.generate(requests[:1], retrieving) for one in (engine, reference))
+    equal = (served.tokens == wanted.tokens).all(axis=1)
+    assert equal.mean() >= 0.75 and np.abs(served.guided_logprobs - wanted.guided_logprobs)[equal].max() < 2e-3
+    assert (served.tokens != pairs[0][0].tokens).any(), "a rule that reads a file and the neighbours, in vLLM too"
 
     with pytest.raises(ValueError, match=rf"at most {longest} fit \(rollout.max_prompt_tokens\)"):
         engine.generate([RolloutRequest(0, Prompt(0, "a photo of a red circle and more"), (1,))])
