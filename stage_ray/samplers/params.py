@@ -59,8 +59,8 @@ class SamplingParams:
         numbers = dict(values)
         kind, options = import_dotted(numbers.pop("rule"), "rule"), numbers.pop("options")
         schedule = numbers.pop("schedule")
-        schedule["interval"] = tuple(schedule["interval"])
-        return cls(**numbers, rule=kind.model_validate(options), schedule=GuidanceSchedule(**schedule))
+        schedule = GuidanceSchedule(**schedule | {"interval": tuple(schedule["interval"])})
+        return cls(**numbers, rule=kind.model_validate(options), schedule=schedule)
 
     @property
     def guided(self) -> bool:
@@ -76,7 +76,7 @@ class SamplingParams:
         """Classifier-free guidance ``u + w (c - u)``, w by the schedule: float32 [B, V]; c itself where it is off.
 
         Raises:
-            ValueError: guidance without unconditional logits.
+            ValueError: guidance without unconditional logits, or a schedule without the images' tokens.
         """
         if not self.guided:
             return conditional
@@ -108,7 +108,7 @@ def process_logits(
         context: of the B tokens; None: they are the first of their images.
 
     Raises:
-        ValueError: guidance without unconditional logits, or a rule whose logits have another shape.
+        ValueError: of `SamplingParams.guide`, or a rule whose logits have another shape.
     """
     conditional = conditional.float()
     if context is None:

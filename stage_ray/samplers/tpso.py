@@ -8,10 +8,10 @@ where ``L = (|sum_i z_i|^2 - n) / (n (n - 1)) - 1``, z_i is ``pool(e + D_i)`` at
 ``pool(e)``: each moves until it is as like the prompt as the band ``kappa +- tau`` says, and away from the others. One
 that is inside the band stops; L of those that go on, a of them, is that of their own z_i times n / a.
 
-Derived from the paper; its code was not read. It moves a diffusion model's prompts and fades the offsets out over the
-first 40 % of the steps, which a prompt in a key-value cache cannot: here the share ``mix`` of them stays. The pooled
-state is the mean of the language model's last hidden states over the prompt. An image that is not inside the band after
-all steps has, unlike the paper's, the offsets that came nearest to it.
+Derived from the paper; its code was not read. It moves a diffusion model's prompts and fades the offsets out, linearly
+over the first 40 % of the steps, which a prompt in a key-value cache cannot: here the share ``mix`` of them stays, by
+default what the fade leaves on average over all steps. The pooled state is the mean of the language model's last hidden
+states over the prompt. An image that is not inside the band after all steps has the offsets that came nearest to it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class TpsoTransform(EmbeddingTransform):
     diversity: float = Field(1.0, ge=0, description="Weight of the images' mean cosine to each other")
     lr: float = Field(0.01, gt=0, description="Learning rate of RMSprop")
     steps: int = Field(50, ge=1, description="Steps of RMSprop at most")
-    mix: float = Field(1.0, ge=0, le=1, description="Share of the offsets that images are generated from")
+    mix: float = Field(0.2, ge=0, le=1, description="Share of the offsets that images are generated from")
 
     def move(self, embeds: Tensor, pool: Callable[[Tensor], Tensor], seeds: Sequence[int]) -> Tensor:
         """See `EmbeddingTransform.move`."""

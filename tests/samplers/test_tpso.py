@@ -26,11 +26,12 @@ from tests.runs import tiny_run as whole_run
 TEXTS = ("a photo of a red circle", "a photo of two green squares and a blue ring")
 SEEDS = (3, 1, 4, 15)
 BAND = {"kappa": 0.8, "tau": 0.02}
+OPTIONS = {**BAND, "mix": 1.0}
 
 
 def rollout(**settings: object) -> RolloutConfig:
     chosen = {"engine": "torch", "dtype": "float32", "guidance_scale": 2.0, "prompt_transform": "tpso"}
-    return RolloutConfig.model_validate(chosen | {"prompt_transform_options": BAND} | settings)
+    return RolloutConfig.model_validate(chosen | {"prompt_transform_options": OPTIONS} | settings)
 
 
 def requests(*numbers: int) -> list[RolloutRequest]:
@@ -64,7 +65,7 @@ def groups(engine: TorchEngine) -> list[RolloutGroup]:
 
 
 def moved(engine: TorchEngine, text: str, seeds: Sequence[int] = SEEDS, **options: float) -> Tensor:
-    return engine.moved(TpsoTransform(**(BAND | options)), engine.encode_prompt(text).conditional, seeds)
+    return engine.moved(TpsoTransform(**(OPTIONS | options)), engine.encode_prompt(text).conditional, seeds)
 
 
 @torch.no_grad()
