@@ -45,15 +45,17 @@ def hub_inputs(run: RunConfig) -> dict[str, HfUri]:
 
 
 def checkpoint_inputs(run: RunConfig) -> dict[str, HfUri]:
-    """Repositories that a checkpoint here names in its own config: the text encoder of its prompts."""
+    """Repositories that a checkpoint here names in its own config: its prompts' text encoder, an adapter's base."""
     found = {}
+    named = {"config.json": "text_encoder", "adapter_config.json": "base_model_name_or_path"}
     for key, location in (("policy.path", run.policy.path), ("policy.reference", run.policy.reference)):
         if location is None or hub_uri(location) is not None:
             continue
-        with suppress(ConfigError, OSError, ValueError):  # whose names are checked where it is loaded
-            said = json.loads((resolve_path(location) / "config.json").read_text(encoding="utf-8")).get("text_encoder")
-            if isinstance(said, str) and (uri := hub_uri(said)) is not None:
-                found[f"{key}: text_encoder"] = uri
+        for file, field in named.items():
+            with suppress(ConfigError, OSError, ValueError):  # whose names are checked where it is loaded
+                said = json.loads((resolve_path(location) / file).read_text(encoding="utf-8")).get(field)
+                if isinstance(said, str) and (uri := hub_uri(said)) is not None:
+                    found[f"{key}: {field}"] = uri
     return found
 
 
