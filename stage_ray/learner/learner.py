@@ -179,7 +179,7 @@ class Learner:
         self._release_cached_memory()
         peak = peak_flops(self._device, torch.bfloat16 if self._bfloat16 else torch.float32)
         if peak is not None and (sizes := self.policy.codec.sizes()) is not None:
-            flops = update_flops(batch, sizes, self._run.learner)
+            flops = update_flops(batch, sizes, self._run.learner, adapters=self.policy.adapters is not None)
             metrics["mfu/learner"] = flops / (sum(seconds.values()) * peak * self._ranks.count)  # over all ranks
         return metrics | seconds
 
@@ -231,7 +231,7 @@ class Learner:
         return np.split(found, sizes[:-1])
 
     def weights(self, dtype: torch.dtype | None = None) -> list[tuple[str, Tensor]]:
-        """The trained parameters by ``state_dict`` name, detached; adapters merged into the weights that they stand for.
+        """The trained parameters by ``state_dict`` name, detached; adapters merged into the weights beside them.
 
         A single rank's are float32 and share memory with the live ones: pack or copy them before the next update.
         Several ranks gather them together on the CPU, cast to ``dtype``; all but the first then return nothing. What is
@@ -374,7 +374,7 @@ class Learner:
 
 
 def _round_frozen(policy: Policy) -> None:
-    """Keep frozen matrices of layers in bfloat16, to which autocast rounds them anyway; norms and embeddings it does not."""
+    """Keep frozen matrices of layers in bfloat16: autocast rounds them anyway, but neither norms nor embeddings."""
     for module in nn.ModuleList(policy.backbone.layers).modules():
         if isinstance(module, nn.Linear) and not module.weight.requires_grad:
             module.weight.data = module.weight.data.to(torch.bfloat16)

@@ -53,6 +53,13 @@ class SavedAdapter:
         down, up = self.pairs[module]
         return self.scale * (up.float() @ down.float())
 
+    def merged(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors of the base by name, with the adapter merged in float32 where it has a pair."""
+        found = dict(tensors)
+        for name in self.pairs:
+            found[f"{name}.weight"] = found[f"{name}.weight"].float() + self.delta(name)
+        return found
+
     def check_fits(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Check that each pair belongs to a matrix of the base, whose trained tensors have these shapes by name.
 
@@ -85,12 +92,10 @@ class SavedAdapter:
                     "or policy.lora to null to train all weights of the merged model"
                 )
         if other := sorted(self.pairs.keys() ^ set(modules)):
-            which = "and the config does not" if other[0] in self.pairs else "lacks one that the config has"
+            has = "an adapter" if other[0] in self.pairs else "no adapter"
             raise ConfigError(
-                f"policy.lora.target_modules: {self.directory} has an adapter of {other[0]} {which}; give those that "
-                "it was trained with" if other[0] in self.pairs else
-                f"policy.lora.target_modules: {self.directory} has no adapter of {other[0]}; give those that it was "
-                "trained with"
+                f"policy.lora.target_modules = {list(config.target_modules)}, but {self.directory} has {has} of "
+                f"{other[0]}; give the modules that it was trained with"
             )
 
 

@@ -38,9 +38,10 @@ class LowRank(NamedTuple):
     scale: float
 
 
-def base_linear(linear: nn.Module) -> nn.Linear:
+def base_linear(linear: Any) -> nn.Linear:
     """The frozen map under an adapter, or the map itself."""
-    return getattr(linear, "base_layer", linear)  # type: ignore[return-value]
+    base: Any = getattr(linear, "base_layer", None)
+    return linear if base is None else base
 
 
 def low_rank(linear: nn.Module) -> LowRank | None:
@@ -72,9 +73,8 @@ class Adapters:
         # By whole names: a list of last parts, as users give it, would also match modules that `policy` has dropped.
         parents = "|".join(sorted({re.escape(prefix.rpartition(".")[0]) for _, prefix in layers}))
         names = "|".join(map(re.escape, config.target_modules))
-        self._peft = PeftConfig(
-            r=config.rank, lora_alpha=config.alpha, target_modules=rf"({parents})\.\d+\.(.+\.)?({names})"
-        )
+        alpha: Any = int(config.alpha) if config.alpha.is_integer() else config.alpha  # peft's type is int
+        self._peft = PeftConfig(r=config.rank, lora_alpha=alpha, target_modules=rf"({parents})\.\d+\.(.+\.)?({names})")
         inject_adapter_in_model(self._peft, policy.model)
         for name, parameter in policy.model.named_parameters():
             parameter.requires_grad_(".lora_" in name)
@@ -161,7 +161,7 @@ class Adapters:
     def _switch(self, *, off: bool) -> None:
         # peft's `enable_adapters` would also set `requires_grad`, of which copies that FSDP gathered know nothing.
         for layer in self._layers.values():
-            layer._disable_adapters = off  # type: ignore[assignment]
+            layer._disable_adapters = off
 
 
 class _WithoutAdapters:

@@ -194,7 +194,10 @@ def _check_same(run: RunConfig, config_file: Path, resume: Resume, digests: Mapp
         new[key] = old[key]  # wherever they lie now
     for key in sorted(old.keys() | new.keys()):
         section, *names = key.split(".")
-        free = not FREE_KEYS.isdisjoint((section, key)) or next((name for name in names if not name.isdigit()), "") in FREE_NAMES
+        free = (
+            not FREE_KEYS.isdisjoint((section, key))
+            or next((name for name in names if not name.isdigit()), "") in FREE_NAMES
+        )
         if free or (resume == "extend" and key in EXTENDED and _extends(key, old.get(key), new.get(key))):
             continue
         if old.get(key) != new.get(key) and not _same_place(old.get(key), new.get(key)):

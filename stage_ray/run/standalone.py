@@ -337,7 +337,7 @@ def _run(
         {"benchmark": suite.name, "name": suite.name, "rewards": rewards}
         for suite, rewards in zip(suites[1:], others, strict=True)
     ]
-    base = Path(base_location(model)) if Path(model).exists() else Path(model)  # of an adapter
+    base = Path(base_location(str(model)) if Path(model).exists() else model)  # of an adapter
     known = (base / "config.json").is_file() and family_of(base, "policy.path")
     data = {
         "steps": 1,
