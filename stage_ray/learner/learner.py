@@ -273,10 +273,10 @@ class Learner:
         self._ranks.wait()
 
     def _export_adapters(self, adapters: Adapters, directory: Path) -> None:
-        codec, path = self.policy.codec, base_location(self._run.policy.path)
+        codec, uri = self.policy.codec, hub_uri(base_location(self._run.policy.path))
         if adapters.config.export == "adapters":
-            base = str(codec.location) if hub_uri(path) is None else path
-            adapters.save(directory, base, full_tensor, keep=self._ranks.first)
+            base, revision = (str(codec.location.absolute()), None) if uri is None else (uri.id, uri.revision)
+            adapters.save(directory, base, revision, full_tensor, keep=self._ranks.first)
             return
         # Added to the checkpoint's own numbers, which the base here may have rounded.
         deltas = full_state_dict(adapters.deltas(full_tensor), keep=self._ranks.first)

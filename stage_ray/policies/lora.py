@@ -140,8 +140,11 @@ class Adapters:
         base.backbone = _WithoutAdapters(self._policy.backbone, self)  # type: ignore[assignment]
         return base
 
-    def save(self, directory: Path, base: str, gather: Gather, *, keep: bool) -> None:
-        """Write them in peft's layout, of a model that ``base`` names; every rank must call it, one is to ``keep``."""
+    def save(self, directory: Path, base: str, revision: str | None, gather: Gather, *, keep: bool) -> None:
+        """Write them in peft's layout; every rank must call it, one is to ``keep``.
+
+        ``base`` is the directory of their model, or its id in a hub, where it has a ``revision``.
+        """
         pairs = {}
         for name, layer in self._layers.items():
             adapter = low_rank(layer)
@@ -150,7 +153,7 @@ class Adapters:
             if keep:
                 pairs[name] = found
         if keep:
-            self._peft.base_model_name_or_path = base
+            self._peft.base_model_name_or_path, self._peft.revision = base, revision
             write_adapter(directory, self._peft, pairs, self._policy.codec.texts())
 
     def _delta(self, layer: nn.Module, gather: Gather) -> Tensor:

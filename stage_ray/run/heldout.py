@@ -20,6 +20,7 @@ from stage_ray.evaluation.measures.drift import IMAGES, drift_metrics
 from stage_ray.evaluation.metrics import MetricValue
 from stage_ray.evaluation.suites import EVALUATION, REFERENCE, own_suite
 from stage_ray.observability.progress import Progress
+from stage_ray.policies.reference import reference_location
 from stage_ray.records import Prompt
 from stage_ray.report.samples import contact_sheet
 
@@ -93,7 +94,8 @@ class HeldOutEvaluation:
         if not any(find_measure(measure.measure).of_learner for measure in self._measures):
             return {}
         # Before the first update the policy is its own reference, unless another one is set.
-        anchor = policy_version == 0 and self._run.policy.reference is None
+        policy = self._run.policy
+        anchor = policy_version == 0 and reference_location(policy) == policy.path
         directory = self.directory / REFERENCE
         try:
             found = await self._cluster.learner.drift(groups, directory, images=IMAGES, anchor=anchor)

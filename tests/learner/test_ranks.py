@@ -42,6 +42,9 @@ OTHERS = {  # what else an update may be, by which ranks would wait for each oth
 }
 
 
+EXACT = OTHERS["exact divergence"]  # the reference between the policy's forward and backward
+
+
 def with_adapters(export: str, **learner: Any) -> dict[str, Any]:
     """The settings with adapters, and some of the learner's changed."""
     return with_learner(**learner) | {"policy": {"lora": {"rank": 4, "alpha": 8, "export": export}}}
@@ -163,6 +166,11 @@ def train_adapters(number: int, ranks: Ranks, model: Path, out: Path) -> None:
     narrow = Learner(tiny_run(model, **with_adapters("merged", autocast="bfloat16")), threads=1, ranks=ranks)
     assert updates(narrow, 1)[0]["kl"] == 0
     narrow.export(out / "merged")
+    exact = Learner(tiny_run(model, **with_adapters("merged"), **EXACT), threads=1, ranks=ranks)
+    updates(exact, 1)
+    moved, found = drift(exact), weights(exact)
+    if number == 0:
+        save_file(found | {"drift": moved}, out / "exact.safetensors")
 
 
 def store_text_head(model: Path) -> Path:
@@ -307,6 +315,9 @@ def test_they_train_save_and_export_adapters_as_one_does(case):
     found = load_file(out / "adapters.safetensors")
     close(found, weights(alone))
     close(found, weights(reader))
+    exact = Learner(tiny_run(model, **with_adapters("merged"), **EXACT), threads=1)
+    updates(exact, 1)
+    close(load_file(out / "exact.safetensors"), weights(exact) | {"drift": drift(exact)})
     loaded = load_policy(PolicyConfig(path=str(out / "adapters")), device=CPU)
     close({name: parameter.detach() for name, parameter in loaded.trained_parameters().items()}, found)
 

@@ -17,6 +17,7 @@ from transformers import JanusForConditionalGeneration
 
 from stage_ray.cli import main
 from stage_ray.config import PolicyConfig
+from stage_ray.config.inputs import checkpoint_inputs
 from stage_ray.engines.torch import TorchEngine
 from stage_ray.errors import ConfigError
 from stage_ray.learner.learner import Learner
@@ -160,6 +161,19 @@ def change(key: str, value: Any) -> Callable[[Path], None]:
         (directory / CONFIG).write_text(json.dumps(said | {key: value}))
 
     return changed
+
+
+def test_a_base_in_a_hub_is_fetched_in_the_revision_that_the_adapter_names(exported, tmp_path: Path) -> None:
+    shutil.copytree(exported[0] / "apart", tmp_path / "apart")
+    change("base_model_name_or_path", "someone/base")(tmp_path / "apart")
+    change("revision", "v2")(tmp_path / "apart")
+    assert base_location(str(tmp_path / "apart")) == "someone/base@v2"
+    (wanted,) = checkpoint_inputs(tiny_run(tmp_path / "apart")).items()
+    assert (wanted[0], wanted[1].id, wanted[1].revision) == (
+        "policy.path: base_model_name_or_path",
+        "someone/base",
+        "v2",
+    )
 
 
 def edit(tensors: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> Callable[[Path], None]:
