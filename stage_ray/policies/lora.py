@@ -52,6 +52,17 @@ def low_rank(linear: nn.Module) -> LowRank | None:
     return LowRank(layer.lora_A[NAME], layer.lora_B[NAME], layer.scaling[NAME])
 
 
+def merged_weight(linear: nn.Module) -> Tensor:
+    """The matrix of a linear map with its adapter, if there is one, merged in float32: [out, in] in its own dtype."""
+    weight, adapter = base_linear(linear).weight, low_rank(linear)
+    return weight if adapter is None else (weight.float() + _product(adapter)).to(weight.dtype)
+
+
+def _product(adapter: LowRank, gather: Gather = lambda tensor: tensor) -> Tensor:
+    """What merging adds to a matrix, s B A, float32 [out, in]."""
+    return adapter.scale * (gather(adapter.up.weight).float() @ gather(adapter.down.weight).float())
+
+
 class Adapters:
     """The adapters of a policy, in its modules already; its other parameters are frozen.
 
@@ -100,8 +111,7 @@ class Adapters:
         """
         saved.check_same(self.config, self._layers)
         for name, layer in self._layers.items():
-            adapter = low_rank(layer)
-            assert adapter is not None
+            adapter = _adapter(layer)
             for parameter, tensor in zip((adapter.down.weight, adapter.up.weight), saved.pairs[name], strict=True):
                 parameter.copy_(tensor)
 
@@ -112,7 +122,7 @@ class Adapters:
         Every rank must take all.
         """
         for name, layer in self._layers.items():
-            yield f"{name}.weight", self._delta(layer, gather)
+            yield f"{name}.weight", _product(_adapter(layer), gather)
 
     @torch.no_grad()
     def merged(self, gather: Gather) -> Iterator[tuple[str, Tensor]]:
@@ -123,7 +133,7 @@ class Adapters:
         for name, parameter in self.base_parameters():
             value = gather(parameter.detach()).float()
             layer = self._layers.get(name.removesuffix(".weight"))
-            yield name, value if layer is None else value + self._delta(layer, gather)
+            yield name, value if layer is None else value + _product(_adapter(layer), gather)
 
     @contextmanager
     def off(self) -> Iterator[None]:
@@ -147,8 +157,7 @@ class Adapters:
         """
         pairs = {}
         for name, layer in self._layers.items():
-            adapter = low_rank(layer)
-            assert adapter is not None
+            adapter = _adapter(layer)
             found = gather(adapter.down.weight.detach()).cpu(), gather(adapter.up.weight.detach()).cpu()
             if keep:
                 pairs[name] = found
@@ -156,15 +165,17 @@ class Adapters:
             self._peft.base_model_name_or_path, self._peft.revision = base, revision
             write_adapter(directory, self._peft, pairs, self._policy.codec.texts())
 
-    def _delta(self, layer: nn.Module, gather: Gather) -> Tensor:
-        adapter = low_rank(layer)
-        assert adapter is not None, "adapters are on but while the reference runs"
-        return adapter.scale * (gather(adapter.up.weight).float() @ gather(adapter.down.weight).float())
-
     def _switch(self, *, off: bool) -> None:
         # peft's `enable_adapters` would also set `requires_grad`, of which copies that FSDP gathered know nothing.
         for layer in self._layers.values():
             layer._disable_adapters = off
+
+
+def _adapter(layer: nn.Module) -> LowRank:
+    """What is on a layer of peft."""
+    adapter = low_rank(layer)
+    assert adapter is not None, "adapters are off only while the reference runs"
+    return adapter
 
 
 class _WithoutAdapters:

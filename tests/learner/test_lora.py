@@ -100,6 +100,15 @@ def test_gradients_are_those_of_the_dense_matrix_that_an_adapter_makes(models, f
     assert trained == adapted.trained_parameters().keys()
 
 
+@torch.no_grad()
+def test_a_decoder_draws_with_the_adapters_that_a_forward_has(models) -> None:
+    _, adapted = policies(*models["janus"])
+    prompts = [adapted.codec.encode_prompt(text).conditional for text in PROMPTS]
+    states = adapted.hidden_states(prompts, torch.zeros(len(prompts), adapted.image_tokens, dtype=torch.int64))
+    first = adapted.decoder(len(prompts), 100).prefill(prompts)
+    torch.testing.assert_close(first, states[:, 0], rtol=1e-4, atol=1e-5)
+
+
 def lora_run(model: Path, lora: dict[str, Any] | None = None, **sections: Any):
     policy = {"path": str(model), "lora": LORA | (lora or {})}
     return tiny_run(model, **{"policy": policy, "pipeline": {"max_staleness": 9}, **sections})
