@@ -59,7 +59,7 @@ def choose_cut(
         f"learner does not fit: micro-batches of {cuts[-1][0]} image(s) need {sum(lines.values()) / GIB:.1f} GiB, most "
         f"of it {max(lines, key=lambda name: lines[name])}, and {free / GIB:.1f} are free on {device}; "
         + _fix(learner, cuts[-1], bfloat16=bfloat16)
-        + ("" if run.policy.lora else "; or train adapters, policy.lora={rank: 32}")
+        + ("" if run.policy.lora else ", or train adapters with policy.lora.rank=32")
     )
 
 
