@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +34,14 @@ DEEPSEEK = "multi_modality"  # the layout of DeepSeek's own code, which transfor
 def local_checkpoint(path: str, model_type: str | Sequence[str], key: str = KEY) -> Path:
     """The directory that holds a checkpoint, checked; a hub id is downloaded to (or found in) the hub's cache first.
 
-    ``path`` is a directory, ``package:MODULE/DIR``, or ``OWNER/NAME[@REVISION]`` of a hub.
+    ``path`` is a directory, ``package:MODULE/DIR``, or ``OWNER/NAME[@REVISION]`` of a hub. A policy's may be an
+    adapter of peft, and then it is the base's directory that is given.
 
     Raises:
         ConfigError: a file is missing, unreadable or cut short, the checkpoint is of another model type, or the hub
             has no such model or cannot be reached.
     """
+    path = base_location(path) if key == KEY else path
     uri = hub_uri(path)
     if uri is None:
         directory = resolve_path(path)
@@ -65,6 +67,35 @@ def located(path: str) -> Path | None:
     return None
 
 
+def adapter_directory(path: str) -> Path | None:
+    """The directory that a location means, where an adapter of peft lies there in place of a model; else None."""
+    directory = None if hub_uri(path) is not None else resolve_path(path)
+    return directory if directory is not None and (directory / ADAPTER).is_file() else None
+
+
+def base_location(path: str) -> str:
+    """What holds the whole model that a location means: itself, or the base that an adapter there names.
+
+    Raises:
+        ConfigError: nothing is there, or the adapter names no base, or one that is not there.
+    """
+    directory = adapter_directory(path)
+    if directory is None:
+        return path
+    config = read_object(directory / ADAPTER)
+    base, revision = config.get("base_model_name_or_path"), config.get("revision")
+    where = f"{KEY}: {directory / ADAPTER}: base_model_name_or_path = {base!r}"
+    fix = "set it to the directory or the hub id of the model that the adapter was trained on"
+    if not isinstance(base, str) or not base:
+        raise ConfigError(f"{where} names no base; {fix}")
+    try:
+        if adapter_directory(base) is not None:
+            raise ConfigError("it holds an adapter itself")
+        return f"{base}@{revision}" if revision and hub_uri(base) is not None and "@" not in base else base
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}; {fix}") from error
+
+
 def check_directory(directory: Path, model_type: str | Sequence[str], key: str = KEY) -> None:
     """Check ``config.json`` and every weight file of a local checkpoint (headers and sizes only, nothing is loaded).
 
@@ -76,8 +107,8 @@ def check_directory(directory: Path, model_type: str | Sequence[str], key: str =
     if (directory / ADAPTER).is_file():
         base = read_object(directory / ADAPTER, key).get("base_model_name_or_path")
         raise ConfigError(
-            f"{key}: {directory} holds a LoRA adapter ({ADAPTER}), which is not applied here; merge it into its base "
-            f"({base}) with peft's merge_and_unload, save that, and give its directory"
+            f"{key}: {directory} holds a LoRA adapter ({ADAPTER}), which is applied from a directory of policy.path "
+            f"alone; merge it into its base ({base}) with peft's merge_and_unload, save that, and give its directory"
         )
     found = read_object(directory / "config.json", key).get("model_type")
     allowed = [model_type] if isinstance(model_type, str) else model_type
@@ -201,6 +232,7 @@ def export_checkpoint(
     directory: Path,
     state: Mapping[str, Tensor],
     *,
+    added: bool = False,
     tied: Mapping[str, str] | None = None,
     texts: Mapping[str, str] | None = None,
     dtype: torch.dtype | None = None,
@@ -212,6 +244,7 @@ def export_checkpoint(
 
     Args:
         state: new values by name.
+        added: they are added to what ``source`` has, in float32.
         tied: further names of tensors in ``state``, to theirs. ``source`` stores a tied tensor under any of its names,
             or under several, and so does what is written.
         texts: new texts of files, by name.
@@ -221,27 +254,35 @@ def export_checkpoint(
         ValueError: ``source`` has no tensor of such a name and size.
     """
     new = dict(state) | {other: state[name] for other, name in (tied or {}).items() if name in state}
+    weights, left = weight_files(source), set(state)
+    with whole_directory(directory) as partial:
+        for file in source.iterdir():
+            if file.is_file() and file.suffix not in NOT_EXPORTED and (file.name != WEIGHTS_INDEX or len(weights) > 1):
+                shutil.copyfile(file, partial / file.name)
+        for file in weights:
+            with safe_open(file, framework="pt") as opened:
+                tensors, metadata = {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata()  # noqa: SIM118
+            for name in tensors.keys() & new.keys():
+                value, stored = new[name].detach(), tensors[name]
+                if value.shape != stored.shape:
+                    raise ValueError(f"{name} is {list(value.shape)}, and {list(stored.shape)} in {file}")
+                value = stored.float() + value.cpu().float() if added else value
+                tensors[name] = value.to("cpu", dtype or stored.dtype, copy=name not in state).contiguous()
+                left.discard((tied or {}).get(name, name))
+            save_file(tensors, partial / file.name, metadata=metadata)
+        if left:
+            raise ValueError(f"{source} has no tensor {min(left)!r}")
+        for name, text in (texts or {}).items():
+            (partial / name).write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def whole_directory(directory: Path) -> Iterator[Path]:
+    """A new directory to write files into; it takes the place of ``directory`` once they are on disk, or not at all."""
     partial = directory.with_name(f".{directory.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    weights, left = weight_files(source), set(state)
-    for file in source.iterdir():
-        if file.is_file() and file.suffix not in NOT_EXPORTED and (file.name != WEIGHTS_INDEX or len(weights) > 1):
-            shutil.copyfile(file, partial / file.name)
-    for file in weights:
-        with safe_open(file, framework="pt") as opened:
-            tensors, metadata = {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata()  # noqa: SIM118
-        for name in tensors.keys() & new.keys():
-            value, stored = new[name].detach(), tensors[name]
-            if value.shape != stored.shape:
-                raise ValueError(f"{name} is {list(value.shape)}, and {list(stored.shape)} in {file}")
-            tensors[name] = value.to("cpu", dtype or stored.dtype, copy=name not in state).contiguous()
-            left.discard((tied or {}).get(name, name))
-        save_file(tensors, partial / file.name, metadata=metadata)
-    if left:
-        raise ValueError(f"{source} has no tensor {min(left)!r}")
-    for name, text in (texts or {}).items():
-        (partial / name).write_text(text, encoding="utf-8")
+    yield partial
     for path in (*partial.iterdir(), partial):
         sync_path(path)  # before it replaces another
     old = directory.with_name(f".{directory.name}.replaced")

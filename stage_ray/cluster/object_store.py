@@ -10,7 +10,7 @@ from stage_ray.config import RunConfig
 from stage_ray.config.model_sizes import BFLOAT16, KNOWN
 from stage_ray.policies import policy_class
 from stage_ray.policies.devices import compute_dtype
-from stage_ray.pretrained import located, tensor_shapes
+from stage_ray.pretrained import base_location, located, tensor_shapes
 
 MB = 2**20
 LEAST_MB = 512
@@ -23,9 +23,10 @@ def two_versions_mb(run: RunConfig) -> int | None:
 
     None of a model that is not on this machine, and of no published size.
     """
-    directory = located(run.policy.path)
+    path = base_location(run.policy.path)
+    directory = located(path)
     if directory is None:
-        name = run.policy.path.partition("@")[0]  # of the repository, without its revision
+        name = path.partition("@")[0]  # of the repository, without its revision
         trained = next((known.trained for known in KNOWN.values() if known.path == name), None)
     else:
         shapes = tensor_shapes(directory, (policy_class(run.policy).trained_prefix,))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from typer import Option
 
+from stage_ray.config.lora import LoraConfig
 from stage_ray.config.model_sizes import FLOAT32, KNOWN, WIDTH, ModelSizes
 from stage_ray.config.paths import PACKAGE, resolve_path
 from stage_ray.engines.memory import images_in_flight, longest_prompt, rollout_memory
@@ -40,6 +41,7 @@ def plan(
     group_size: Annotated[int, Option(help="Images of one prompt", min=2)] = 8,
     groups_per_step: Annotated[int, Option(help="Prompts of one update", min=1)] = 16,
     dtype: Annotated[Literal["bfloat16", "float32"], Option(help="What rollout and learner compute in")] = "bfloat16",
+    lora_rank: Annotated[int, Option(help="Train adapters of this rank (policy.lora); 0: all weights", min=0)] = 0,
     as_yaml: Annotated[bool, Option("--yaml", help="Print the config alone, for stage-ray train")] = False,
     as_json: Annotated[bool, Option("--json", help="Print every number, for a program; memory in bytes")] = False,
 ) -> None:
@@ -49,11 +51,16 @@ def plan(
 
     Example: stage-ray plan --model janus-pro-7b --gpu h100 --gpus 64
     """
-    made = make_plan(model_sizes(model), gpu, gpus, group_size=group_size, groups=groups_per_step, dtype=dtype)
+    batch = {"group_size": group_size, "groups": groups_per_step}
+    made = make_plan(model_sizes(model), gpu, gpus, **batch, dtype=dtype, lora_rank=lora_rank)
     if as_json:
         derived = {"used": made.used, "memory_room": room(made.gpu_gib), "config": config_of(made), "measured": False}
         loading = {"learner_loading": memory.loading_bytes(made.model)}
-        print(json.dumps(asdict(made) | derived | loading, indent=1))
+        print(
+            json.dumps(
+                asdict(made) | {"lora": made.lora and made.lora.model_dump(mode="json")} | derived | loading, indent=1
+            )
+        )
     elif as_yaml:
         import yaml
 
@@ -73,6 +80,7 @@ class Plan:
         split: GPUs of each role, one process each.
         in_flight: images that fit on one rollout GPU at once, at most; ``images_per_batch`` are planned.
         micro_batch: images of one micro-batch of the learner.
+        lora: the adapters that are trained, None where all weights are.
         memory: by role and what holds it, bytes on one GPU.
     """
 
@@ -83,6 +91,7 @@ class Plan:
     group_size: int
     groups: int
     dtype: str
+    lora: LoraConfig | None
     least: dict[str, int]
     split: dict[str, int]
     in_flight: int
@@ -121,7 +130,14 @@ def room(gpu_gib: float) -> int:
 
 
 def make_plan(
-    model: ModelSizes, gpu: str, gpus: int, *, group_size: int = 8, groups: int = 16, dtype: str = "bfloat16"
+    model: ModelSizes,
+    gpu: str,
+    gpus: int,
+    *,
+    group_size: int = 8,
+    groups: int = 16,
+    dtype: str = "bfloat16",
+    lora_rank: int = 0,
 ) -> Plan:
     """Split GPUs by memory alone: about half to the learner, the others to rollout, while there is a group for each.
 
@@ -136,7 +152,8 @@ def make_plan(
         raise ConfigError(f"--gpus {gpus} is too few: rollout, reward and learner take one each; {fix}")
     space = room(gib)
     _check_one_gpu(model, gpu, space, dtype)
-    learner = partial(memory.learner_memory, model, prompt=longest_prompt(model), dtype=dtype)
+    lora = LoraConfig(rank=lora_rank) if lora_rank else None
+    learner = partial(memory.learner_memory, model, prompt=longest_prompt(model), dtype=dtype, lora=lora)
     possible = [ranks for ranks in range(1, gpus - 1) if groups % ranks == 0]
 
     def cut_for(ranks: int) -> memory.Cut | None:
@@ -149,7 +166,7 @@ def make_plan(
             f"learner does not fit: at {possible[-1]} rank(s), one image a micro-batch and checkpointing each still "
             f"needs {sum(lines.values()) / GIB:.1f} GiB (most of it {max(lines, key=lambda name: lines[name])}) and "
             f"{gpu} has {space / GIB:.1f} GiB to fill; give more --gpus, a GPU with more memory, or a "
-            "--groups-per-step that more ranks divide"
+            "--groups-per-step that more ranks divide" + ("" if lora else ", or train adapters with --lora-rank 32")
         )
     ranks = max((count for count in fitting if count <= gpus // 2), default=min(fitting))
     images, checkpointing = fitting[ranks]
@@ -165,6 +182,7 @@ def make_plan(
         group_size=group_size,
         groups=groups,
         dtype=dtype,
+        lora=lora,
         least={"rollout": 1, "reward": 1, "learner": least},
         split={"rollout": rollouts, "reward": 1, "learner": ranks},
         in_flight=in_flight,
@@ -202,7 +220,9 @@ def config_of(made: Plan) -> dict[str, Any]:
         "steps": 1600,  # of the published runs
         "run_dir": f"/shared/runs/{made.model.name}",
         "prompts": {"train": "prompts.jsonl"},
-        "policy": ({"family": made.model.family} if made.model.family != "janus" else {}) | {"path": made.model.path},
+        "policy": ({"family": made.model.family} if made.model.family != "janus" else {})
+        | {"path": made.model.path}
+        | ({"lora": {"rank": made.lora.rank, "alpha": made.lora.alpha}} if made.lora else {}),
         "rollout": {
             "engine": "vllm",
             "workers": made.split["rollout"],
@@ -252,7 +272,8 @@ def print_plan(made: Plan) -> None:
     rows.append(["in all", *(gib(sum(lines.values())) for lines in roles)])
     rows.append([f"of {made.gpu_gib:g}, to fill", *[gib(room(made.gpu_gib))] * len(roles)])
     console.print(" ", _table(["GiB on one GPU", *made.memory], rows), " ", sep="\n")
-    trained, whole = made.model.trained * FLOAT32 / 1e9, made.model.total * FLOAT32 / 1e9
+    adapters = made.model.layers * memory.adapter_parameters(made.model, made.lora)
+    trained, whole = (adapters or made.model.trained) * FLOAT32 / 1e9, made.model.total * FLOAT32 / 1e9
     stored = made.model.trained * WIDTH[made.dtype] / 1e9
     images = "a whole group" if made.micro_batch == made.group_size else "part of a group"
     sentences = [
@@ -260,7 +281,8 @@ def print_plan(made: Plan) -> None:
         f"{made.images_per_batch} are planned.",
         f"learner: micro-batches of {made.micro_batch} images, {images}, with {'' if made.checkpointing else 'no '}"
         f"checkpointing; the ranks divide the {made.groups} groups of a step.",
-        f"on disk: {3 * trained:.0f} GB a checkpoint (weights and two moments), {whole:.0f} GB the final model.",
+        f"on disk: {3 * trained:.{1 if made.lora else 0}f} GB a checkpoint ({'adapters' if made.lora else 'weights'} "
+        f"and two moments), {whole:.0f} GB the final model.",
         f"in a node's own memory: {2 * stored:.0f} GB of Ray's object store for two versions of the weights; "
         f"{memory.loading_bytes(made.model) / 1e9:.0f} GB for each rank while it loads.",
         f"kept free, both guesses: {memory.FRAGMENTS:.0%} of a GPU for fragments, {memory.CONTEXT / GIB:g} GiB for "

@@ -1,8 +1,9 @@
 """Floating-point operations of a model's work, and of a device's second: model FLOPs utilisation (MFU).
 
 After PaLM (arXiv 2204.02311, appendix B): a forward pass costs two operations a parameter and token, and 4 a pair of
-positions, layer and unit of width (scores and values); a backward pass twice that, but for the frozen image head, where
-it makes the gradient of the input alone. What is recomputed to save memory does not count.
+positions, layer and unit of width (scores and values); a backward pass twice that, but for a frozen image head, and
+frozen matrices of layers beside adapters, where it makes the gradient of the input alone. The adapters' own operations
+do not count, nor does what is recomputed to save memory.
 """
 
 from __future__ import annotations
@@ -31,10 +32,11 @@ def forward_flops(model: ModelSizes, prompt: int) -> int:
     return _layers(model, positions, positions**2) + _head(model)
 
 
-def training_flops(model: ModelSizes, prompt: int) -> int:
-    """The forward and backward pass of one image."""
+def training_flops(model: ModelSizes, prompt: int, *, adapters: bool = False) -> int:
+    """The forward and backward pass of one image, which trains all weights or adapters alone."""
     positions = _positions(model, prompt)
-    return 3 * _layers(model, positions, positions**2) + 2 * _head(model)
+    unmade = _layers(model, positions, 0) if adapters else 0  # gradients of matrices
+    return 3 * _layers(model, positions, positions**2) - unmade + 2 * _head(model)
 
 
 def sampling_flops(model: ModelSizes, prompt: int) -> int:

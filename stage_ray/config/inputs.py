@@ -46,16 +46,27 @@ def hub_inputs(run: RunConfig) -> dict[str, HfUri]:
 
 
 def checkpoint_inputs(run: RunConfig) -> dict[str, HfUri]:
-    """Repositories that a checkpoint here names in its own config: the text encoder of its prompts."""
+    """Repositories that a checkpoint here names in its own config: its prompts' text encoder, an adapter's base."""
     found = {}
     for key, location in (("policy.path", run.policy.path), ("policy.reference", run.policy.reference)):
         if location is None or hub_uri(location) is not None:
             continue
-        with suppress(ConfigError, OSError, ValueError):  # whose names are checked where it is loaded
-            said = json.loads((resolve_path(location) / "config.json").read_text(encoding="utf-8")).get("text_encoder")
+        adapter = _said(location, "adapter_config.json")
+        base, revision = adapter.get("base_model_name_or_path"), adapter.get("revision")
+        encoder = _said(str(base or location), "config.json").get("text_encoder")
+        named = {"base_model_name_or_path": f"{base}@{revision}" if revision else base, "text_encoder": encoder}
+        for field, said in named.items():
             if isinstance(said, str) and (uri := hub_uri(said)) is not None:
-                found[f"{key}: text_encoder"] = uri
+                found[f"{key}: {field}"] = uri
     return found
+
+
+def _said(location: str, file: str) -> dict[str, Any]:
+    """A JSON object of a directory; empty where there is none to read, which is said where it is loaded."""
+    with suppress(ConfigError, OSError, ValueError):
+        said = json.loads((resolve_path(location) / file).read_text(encoding="utf-8"))
+        return said if isinstance(said, dict) else {}
+    return {}
 
 
 def pin(run: RunConfig, known: Mapping[str, str]) -> tuple[RunConfig, dict[str, str]]:

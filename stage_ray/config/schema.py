@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from stage_ray.config.guidance import GuidanceConfig
+from stage_ray.config.lora import LoraConfig, check_lora
 from stage_ray.config.sections import (
     MeasureConfig,
     PromptsConfig,
@@ -40,6 +41,7 @@ class PolicyConfig(Section):
     export_dtype: Literal["checkpoint", "float32", "bfloat16"] = Field(
         "checkpoint", description="Type of the trained weights in final/; checkpoint: as they came"
     )
+    lora: LoraConfig | None = Field(None, description="Train adapters (LoRA) and not the weights; null: all weights")
     trust_remote_code: bool = Field(False, description="Run code that comes with a checkpoint. Off unless you wrote it")
 
 
@@ -150,7 +152,7 @@ class LearnerConfig(Section):
     )
     gradient_checkpointing: bool | None = Field(None, description="Recompute activations; null: where they do not fit")
     reference_dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="What the reference is kept and computed in; auto: what the policy is computed in"
+        "auto", description="Kept and computed in, with policy.lora kept in; auto: what the policy is computed in"
     )
     reference_offload: bool = Field(False, description="Keep the reference off the GPU but while it runs")
     max_mismatch: float | None = Field(
@@ -320,6 +322,7 @@ class RunConfig(Section):
             raise ValueError(f"rollout.tensor_parallel = {rollout.tensor_parallel} needs rollout.engine = vllm")
         if rollout.colocated:
             self._check_colocated()
+        check_lora(self)
         if transport != "object_store" and (rollout.tensor_parallel > 1 or rollout.colocated):
             raise ValueError(
                 f"cluster.weight_transport = {transport} reaches workers of one process each, on "

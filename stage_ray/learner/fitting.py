@@ -48,6 +48,7 @@ def choose_cut(
         dtype="bfloat16" if bfloat16 else "float32",
         reference_dtype="bfloat16" if reference_bfloat16 else "float32",
         offload=learner.reference_offload and device.type == "cuda",
+        lora=run.policy.lora,
     )
     # The least of all ranks: one that ran other micro-batches than the others would wait for them for ever.
     free = int(ranks.all_gather(torch.tensor([free_memory(run, device)], device=device)).min())
@@ -58,6 +59,7 @@ def choose_cut(
         f"learner does not fit: micro-batches of {cuts[-1][0]} image(s) need {sum(lines.values()) / GIB:.1f} GiB, most "
         f"of it {max(lines, key=lambda name: lines[name])}, and {free / GIB:.1f} are free on {device}; "
         + _fix(learner, cuts[-1], bfloat16=bfloat16)
+        + ("" if run.policy.lora else ", or train adapters with policy.lora.rank=32")
     )
 
 

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from stage_ray.config import RunConfig
+from stage_ray.config.hub import hub_uri
 from stage_ray.files import FileDigest
 from stage_ray.learner.batch import Batch, LearnerError, make_batch
 from stage_ray.learner.finite import NonFiniteError, blame, train_finite, without_copies
@@ -38,7 +39,9 @@ from stage_ray.learner.state import LearnerParts, fingerprint, load_state, save_
 from stage_ray.policies import load_policy
 from stage_ray.policies.base import Policy
 from stage_ray.policies.devices import compute_dtype, device_for, peak_flops
+from stage_ray.policies.lora import Adapters
 from stage_ray.policies.reference import check_reference, naming_reference, reference_config
+from stage_ray.pretrained import base_location, export_checkpoint
 from stage_ray.recipes import load_recipe
 from stage_ray.recipes.base import Credit, ReferenceOutputs
 from stage_ray.records import RolloutGroup, ScoredGroup
@@ -81,6 +84,9 @@ class Learner:
         autocast, wanted = run.learner.autocast, run.learner.reference_dtype
         self._bfloat16 = autocast != "off" and compute_dtype(autocast, self._device) is torch.bfloat16
         self._reference_bfloat16 = self._bfloat16 if wanted == "auto" else wanted == "bfloat16"
+        self._base_bfloat16 = self._bfloat16 and wanted != "float32"  # what adapters stand beside
+        if run.policy.lora is not None:  # the reference is the policy itself, and computed alike
+            self._reference_bfloat16 = self._bfloat16
         check_reference(run.policy, fetch=True)
         # One is cut before the other is loaded, each from the machine's memory: no GPU ever holds a whole one.
         self.policy = load_policy(run.policy, device=CPU)
@@ -89,8 +95,7 @@ class Learner:
         self._cut = choose_cut(run, self.policy.codec, self._ranks, self._device, **narrow)
         if self._cut[1]:
             self.policy.enable_gradient_checkpointing()
-        self._keep_share(self.policy, bfloat16=self._bfloat16)
-        self._reference, base = self._load_reference()
+        self._reference, base = self._load_models()
         self._parameters = self.policy.trained_parameters()
         if self._ranks.count == 1:
             lay_out(self._parameters.values())
@@ -166,7 +171,7 @@ class Learner:
         self._release_cached_memory()
         peak = peak_flops(self._device, torch.bfloat16 if self._bfloat16 else torch.float32)
         if peak is not None and (sizes := self.policy.codec.sizes()) is not None:
-            flops = update_flops(batch, sizes, self._run.learner)
+            flops = update_flops(batch, sizes, self._run.learner, adapters=self.policy.adapters is not None)
             metrics["mfu/learner"] = flops / (sum(seconds.values()) * peak * self._ranks.count)  # over all ranks
         return metrics | seconds
 
@@ -218,14 +223,17 @@ class Learner:
         return np.split(found, sizes[:-1])
 
     def weights(self, dtype: torch.dtype | None = None) -> list[tuple[str, Tensor]]:
-        """The trained parameters by ``state_dict`` name, detached.
+        """The trained parameters by ``state_dict`` name, detached; adapters merged into the weights beside them.
 
         A single rank's are float32 and share memory with the live ones: pack or copy them before the next update.
-        Several ranks gather them together on the CPU, cast to ``dtype``; all but the first then return nothing.
+        Several ranks gather them together on the CPU, cast to ``dtype``; all but the first then return nothing. What is
+        merged is also new, on the CPU, and cast.
         """
-        if self._ranks.count == 1:
+        adapters = self.policy.adapters
+        if self._ranks.count == 1 and adapters is None:
             return [(name, parameter.detach()) for name, parameter in self._parameters.items()]
-        weights = list(full_state_dict(self._parameters, keep=self._ranks.first, dtype=dtype).items())
+        whole = self._parameters.items() if adapters is None else adapters.merged(full_tensor)
+        weights = list(full_state_dict(whole, keep=self._ranks.first, dtype=dtype).items())
         self._release_cached_memory()
         return weights
 
@@ -244,13 +252,48 @@ class Learner:
         self._release_cached_memory()
 
     def export(self, directory: Path) -> None:
-        """Write a Hugging Face checkpoint that plain transformers loads; the first rank does, the others take part."""
-        wanted = self._run.policy.export_dtype
-        dtype = None if wanted == "checkpoint" else getattr(torch, wanted)
-        state = None if self._ranks.count == 1 else full_state_dict(self._parameters, keep=self._ranks.first)
-        if self._ranks.first:
-            self.policy.save(directory, state, dtype)
+        """Write a Hugging Face checkpoint that plain transformers loads; the first rank does, the others take part.
+
+        Of adapters, as ``policy.lora.export`` says, what merges them or what peft loads.
+        """
+        if self.policy.adapters is not None:
+            self._export_adapters(self.policy.adapters, directory)
+        else:
+            parameters = self._parameters.items()
+            state = None if self._ranks.count == 1 else full_state_dict(parameters, keep=self._ranks.first)
+            if self._ranks.first:
+                self.policy.save(directory, state, self._export_dtype)
         self._ranks.wait()
+
+    def _export_adapters(self, adapters: Adapters, directory: Path) -> None:
+        codec, uri = self.policy.codec, hub_uri(base_location(self._run.policy.path))
+        if adapters.config.export == "adapters":
+            base, revision = (str(codec.location.absolute()), None) if uri is None else (uri.id, uri.revision)
+            adapters.save(directory, base, revision, full_tensor, keep=self._ranks.first)
+            return
+        # Added to the checkpoint's own numbers, which the base here may have rounded.
+        deltas = full_state_dict(adapters.deltas(full_tensor), keep=self._ranks.first)
+        if self._ranks.first:
+            texts, dtype = codec.texts(), self._export_dtype
+            export_checkpoint(codec.location, directory, deltas, added=True, texts=texts, dtype=dtype)
+
+    @property
+    def _export_dtype(self) -> torch.dtype | None:
+        wanted = self._run.policy.export_dtype
+        return None if wanted == "checkpoint" else getattr(torch, wanted)
+
+    def _load_models(self) -> tuple[Policy, str]:
+        """Keep this rank's share of the policy, then of the reference; the latter, and `_load_reference`'s fingerprint.
+
+        With adapters the reference is the policy without them: no parameter is there twice.
+        """
+        adapters, base = self.policy.adapters, ""
+        if adapters is not None:
+            base = fingerprint(dict(adapters.base_parameters()))
+            if self._base_bfloat16:
+                _round_frozen(self.policy)
+        self._keep_share(self.policy, bfloat16=self._bfloat16)
+        return self._load_reference() if adapters is None else (adapters.without(), base)
 
     def _load_reference(self) -> tuple[Policy, str]:
         """The reference, of which this rank keeps its share, and its `fingerprint` from while it is whole."""
@@ -258,10 +301,8 @@ class Learner:
             reference = load_policy(reference_config(self._run.policy), device=CPU)
         base = fingerprint(reference.trained_parameters())
         reference.model.requires_grad_(False)
-        if self._reference_bfloat16:  # the matrices, which autocast rounds anyway; norms and embeddings it does not
-            for module in nn.ModuleList(reference.backbone.layers).modules():
-                if isinstance(module, nn.Linear):
-                    module.weight.data = module.weight.data.to(torch.bfloat16)
+        if self._reference_bfloat16:
+            _round_frozen(reference)
         self._keep_share(reference, bfloat16=self._reference_bfloat16)
         if self._run.learner.reference_offload:
             reference.model.to(CPU)
@@ -331,3 +372,10 @@ class Learner:
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         return {"lr": lr, "grad_norm": norm.item()}
+
+
+def _round_frozen(policy: Policy) -> None:
+    """Keep frozen matrices of layers in bfloat16: autocast rounds them anyway, but neither norms nor embeddings."""
+    for module in nn.ModuleList(policy.backbone.layers).modules():
+        if isinstance(module, nn.Linear) and not module.weight.requires_grad:
+            module.weight.data = module.weight.data.to(torch.bfloat16)

@@ -74,15 +74,16 @@ def update_metrics(
     return metrics | _ratios(batch, outputs, correction_of(run.algorithm)) | credit.metrics | outputs.sums
 
 
-def update_flops(batch: Batch, model: ModelSizes, learner: LearnerConfig) -> int:
+def update_flops(batch: Batch, model: ModelSizes, learner: LearnerConfig, *, adapters: bool = False) -> int:
     """Model FLOPs of one update: the reference forward, the policy forward and backward, as every recipe needs them.
 
     What a recipe wants besides, such as the unconditional branch, does not count.
     """
     lengths = [len(prompt.conditional) for prompt in batch.prompts]
     forwards = 1 + learner.several_updates  # several updates begin with a forward pass of the policy
+    updates = learner.updates_per_batch
     passes = [
-        forwards * forward_flops(model, n) + learner.updates_per_batch * training_flops(model, n) for n in lengths
+        forwards * forward_flops(model, n) + updates * training_flops(model, n, adapters=adapters) for n in lengths
     ]
     return batch.tokens.shape[1] * sum(passes)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -102,10 +102,12 @@ def full_tensor(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def full_state_dict(state: Mapping[str, Tensor], *, keep: bool, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+def full_state_dict(
+    state: Iterable[tuple[str, Tensor]], *, keep: bool, dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
     """A state with all shards on the CPU, gathered one by one and cast to ``dtype``; empty unless it is to ``keep``."""
     found = {}
-    for name, tensor in state.items():
+    for name, tensor in state:
         full = full_tensor(tensor.detach())  # a collective call: also where it is not kept
         if keep:
             found[name] = full.to(dtype=dtype).cpu()

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import torch
 
 from stage_ray.config import PolicyConfig
 from stage_ray.errors import ConfigError
+from stage_ray.policies.adapter_files import read_adapter
 from stage_ray.policies.base import Policy
-from stage_ray.pretrained import read_object
+from stage_ray.policies.lora import Adapters, check_targets, merge
+from stage_ray.pretrained import base_location, located, read_object, tensor_shapes
 from stage_ray.registry import Registry
 
 POLICIES = Registry("stage_ray.policies", "Policy", "family")
@@ -43,7 +46,42 @@ def load_policy(
 ) -> Policy:
     """Load the policy that a config names, every parameter outside the trained ones frozen; all where not trainable.
 
+    Where it is ``trainable``, ``policy.lora`` puts adapters in. An adapter that ``policy.path`` names goes on in these,
+    and without them it is merged into the weights.
+
     Raises:
-        ConfigError: the checkpoint is missing, incomplete, or of another architecture.
+        ConfigError: the checkpoint is missing, incomplete, or of another architecture; or the adapter is of another
+            model, or not as ``policy.lora`` has it.
     """
-    return policy_class(config).load(config, device=device, dtype=dtype, trainable=trainable)
+    saved = read_adapter(config.path)
+    policy = policy_class(config).load(config, device=device, dtype=dtype, trainable=trainable)
+    if config.lora is not None and trainable:
+        policy.adapters = Adapters(policy, config.lora)
+        if saved is not None:
+            policy.adapters.load(saved)
+    elif saved is not None:
+        merge(policy, saved)
+    return policy
+
+
+def check_adapters(config: PolicyConfig) -> None:
+    """Check ``policy.lora``, and an adapter that ``policy.path`` names, against the headers of their base.
+
+    Nothing is checked of a base that would come from a hub.
+
+    Raises:
+        ConfigError: as `load_policy`.
+    """
+    saved, base = read_adapter(config.path), located(base_location(config.path))
+    if base is None or (saved is None and config.lora is None):
+        return
+    shapes = tensor_shapes(base, (policy_class(config).trained_prefix,))
+    if saved is not None:
+        saved.check_fits(shapes)
+    if config.lora is not None:
+        # Matrices of layers, which are numbered.
+        maps = [name.removesuffix(".weight") for name, shape in shapes.items() if len(shape) == 2]
+        maps = [name for name in maps if re.search(r"\.\d+\.", name)]
+        check_targets(config.lora, maps)
+        if saved is not None:
+            saved.check_same(config.lora, [m for m in maps if m.rpartition(".")[2] in config.lora.target_modules])

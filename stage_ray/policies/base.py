@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +20,11 @@ from stage_ray.config.model_sizes import ModelSizes
 from stage_ray.errors import ConfigError
 from stage_ray.policies.decoding import Decoder
 from stage_ray.policies.logprobs import TokenLogprobs, chunked_divergence, chunked_logprobs
-from stage_ray.pretrained import check_directory, export_checkpoint, located
+from stage_ray.pretrained import base_location, check_directory, export_checkpoint, located
 from stage_ray.samplers import Context, SamplingParams, process_logits
+
+if TYPE_CHECKING:
+    from stage_ray.policies.lora import Adapters
 
 PROBE = "a photo of two green squares and 3 red rings, left of a 猫"  # any text: tokenizers differ on it or nowhere
 LOGITS_AT_ONCE = 2**22  # float32 logits made at once by `token_logprobs`: 16 MiB, and a few temporaries of that size
@@ -195,11 +198,13 @@ class Policy(ABC):
         model: all modules, frozen but for `trained_parameters`.
         backbone: the part that is trained and sharded.
         codec: the part without the backbone: prompts, codebook and pictures.
+        adapters: with ``policy.lora`` what is trained in place of the parameters of `trained_prefix`.
     """
 
     model_type: ClassVar[str]
     trained_prefix: ClassVar[str]
     vllm_model: ClassVar[str] = ""
+    adapters: Adapters | None = None
 
     def __init__(self, model: nn.Module, backbone: Backbone, codec: ImageCodec, *, trainable: bool = True) -> None:
         self.model = model
@@ -223,7 +228,7 @@ class Policy(ABC):
         Raises:
             ConfigError: files are missing or damaged, or it is of another architecture.
         """
-        model = located(config.path)
+        model = located(base_location(config.path))
         if model is None:
             return None
         check_directory(model, cls.model_type)
@@ -289,6 +294,8 @@ class Policy(ABC):
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that are trained by ``state_dict`` name, each once."""
+        if self.adapters is not None:
+            return self.adapters.parameters()
         parameters = self.model.named_parameters()
         return {name: parameter for name, parameter in parameters if name.startswith(self.trained_prefix)}
 
@@ -297,7 +304,8 @@ class Policy(ABC):
 
         Before these stand trained modules outside of it, such as a head: call them, do not read their weights.
         """
-        trained, inside = set(self.trained_parameters().values()), set(self.backbone.modules())
+        parameters, inside = self.model.named_parameters(), set(self.backbone.modules())
+        trained = {parameter for name, parameter in parameters if name.startswith(self.trained_prefix)}
         others = [module for module in self.model.modules() if module not in inside]
         outside = [module for module in others if not trained.isdisjoint(module.parameters(recurse=False))]
         return [*outside, *self.backbone.layers, self.backbone]

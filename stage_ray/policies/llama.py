@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from stage_ray.policies.base import Backbone, Branch, embed_ids
+from stage_ray.policies.lora import base_linear, low_rank
 
 if TYPE_CHECKING:
     from transformers import LlamaModel
@@ -140,8 +141,8 @@ class PackedLayer(LlamaDecoderLayer):
         mixed = attend(packing, query.flatten(1), key.flatten(1), value, size, attention.scaling)
         hidden = hidden_states + attention.o_proj(mixed)
         gate, up = _normed(self.post_attention_layernorm, hidden, mlp.gate_proj, mlp.up_proj)
-        down = _GatedDown.apply(gate, up, mlp.down_proj.weight)
-        return hidden + (down if mlp.down_proj.bias is None else down + mlp.down_proj.bias)
+        (down,) = _adapted(_GatedDown.apply(gate, up, *_matrices(mlp.down_proj)), mlp.down_proj)
+        return hidden + down
 
 
 def attend(packing: Packing, query: Tensor, key: Tensor, value: Tensor, size: int, scale: float) -> Tensor:
@@ -158,12 +159,30 @@ def attend(packing: Packing, query: Tensor, key: Tensor, value: Tensor, size: in
     return _Collect.apply(mixed.transpose(1, 2).flatten(2).flatten(0, 1), packing)
 
 
-def _normed(norm: Any, hidden: Tensor, *linears: nn.Linear) -> list[Tensor]:
+def _normed(norm: Any, hidden: Tensor, *linears: nn.Module) -> list[Tensor]:
     """Each linear map of ``norm(hidden)``, in the dtype of autocast if it is on."""
-    device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else linears[0].weight.dtype
-    found = _NormedProducts.apply(hidden, norm.weight, norm.variance_epsilon, dtype, *(one.weight for one in linears))
-    return [out if one.bias is None else out + one.bias.to(out.dtype) for out, one in zip(found, linears, strict=True)]
+    device, matrices = hidden.device.type, _matrices(*linears)
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else matrices[0].dtype
+    return _adapted(_NormedProducts.apply(hidden, norm.weight, norm.variance_epsilon, dtype, *matrices), *linears)
+
+
+def _matrices(*linears: nn.Module) -> list[Tensor]:
+    """All that reads the input of some linear maps: their matrices, then the first ones of their adapters."""
+    adapters = [adapter for one in linears if (adapter := low_rank(one)) is not None]
+    return [base_linear(one).weight for one in linears] + [adapter.down.weight for adapter in adapters]
+
+
+def _adapted(products: Sequence[Tensor], *linears: nn.Module) -> list[Tensor]:
+    """Each linear map's result from the products of `_matrices`: bias and adapter added."""
+    narrow, results = iter(products[len(linears) :]), []
+    for product, one in zip(products, linears, strict=False):  # behind those of the maps stand the adapters'
+        bias = base_linear(one).bias
+        result = product if bias is None else product + bias.to(product.dtype)
+        if (adapter := low_rank(one)) is not None:
+            up = adapter.up.weight.to(product.dtype)
+            result = torch.addmm(result, next(narrow), up.T, alpha=adapter.scale)
+        results.append(result)
+    return results
 
 
 class _NormedProducts(torch.autograd.Function):
@@ -204,26 +223,34 @@ class _NormedProducts(torch.autograd.Function):
 
 
 class _GatedDown(torch.autograd.Function):
-    """``(silu(gate) * up) @ matrix.T``, which keeps gate and up and makes their product again."""
+    """``(silu(gate) * up) @ matrix.T`` for several matrices, which keeps gate and up and makes their product again."""
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, matrix: Tensor) -> Tensor:
-        ctx.save_for_backward(gate, up, matrix)
+    def forward(ctx: Any, gate: Tensor, up: Tensor, *matrices: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(gate, up, *matrices)
         with torch.autocast(gate.device.type, enabled=False):
-            return F.silu(gate).mul_(up) @ matrix.to(gate.dtype).T
+            gated = F.silu(gate).mul_(up)
+            return tuple(gated @ matrix.to(gate.dtype).T for matrix in matrices)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        gate, up, matrix = ctx.saved_tensors
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        gate, up, *matrices = ctx.saved_tensors
         with torch.autocast(gate.device.type, enabled=False):
-            gradient = gradient.to(gate.dtype)
+            gradients = tuple(gradient.to(gate.dtype) for gradient in gradients)
             gated = F.silu(gate)
-            of_matrix = (gradient.T @ (gated * up)).to(matrix.dtype) if ctx.needs_input_grad[2] else None
-            of_product = gradient @ matrix.to(gate.dtype)
+            product = gated * up if any(ctx.needs_input_grad[2:]) else gated
+            of_matrices = [
+                (gradient.T @ product).to(matrix.dtype) if wanted else None
+                for gradient, matrix, wanted in zip(gradients, matrices, ctx.needs_input_grad[2:], strict=True)
+            ]
+            del product
+            of_product = gradients[0] @ matrices[0].to(gate.dtype)
+            for gradient, matrix in zip(gradients[1:], matrices[1:], strict=True):
+                of_product = torch.addmm(of_product, gradient, matrix.to(gate.dtype))
             of_up = gated.mul_(of_product)
             of_gate = torch.ops.aten.silu_backward(of_product.mul_(up), gate)
-        return of_gate, of_up, of_matrix
+        return of_gate, of_up, *of_matrices
 
 
 class _Rotate(torch.autograd.Function):

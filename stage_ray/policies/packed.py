@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stage_ray.policies.lora import merged_weight
+
 
 class PackedLinear:
     """Linear modules that read the same ``x``, side by side: float [..., in] -> [..., sum of their outputs].
@@ -17,7 +19,7 @@ class PackedLinear:
 
     def __init__(self, modules: Sequence[nn.Module], rows: int) -> None:
         """Of ``nn.Linear`` modules; ``rows``: of the products that it will see most."""
-        self._parts: list[tuple[Tensor, Tensor | None]] = [(one.weight, one.bias) for one in modules]  # type: ignore[misc]
+        self._parts: list[tuple[Tensor, Tensor | None]] = [(merged_weight(one), one.bias) for one in modules]  # type: ignore[misc]
         first, biases = self._parts[0][0], [bias for _, bias in self._parts if bias is not None]
         cpu = first.device.type == "cpu" and first.dtype == torch.float32 and torch.backends.mkldnn.is_available()
         self._packed = cpu and len(biases) in (0, len(modules))

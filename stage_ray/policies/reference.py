@@ -13,12 +13,17 @@ from stage_ray.config.model_sizes import ModelSizes
 from stage_ray.errors import ConfigError
 from stage_ray.policies import policy_class
 from stage_ray.policies.base import ImageCodec
-from stage_ray.pretrained import located, tensor_shapes
+from stage_ray.pretrained import base_location, located, tensor_shapes
 
 
 def reference_config(config: PolicyConfig) -> PolicyConfig:
     """The reference's own config."""
     return config.model_copy(update={"path": config.reference or config.path, "reference": None})
+
+
+def reference_location(config: PolicyConfig) -> str:
+    """Where the reference's weights come from: with ``policy.lora`` from the base of an adapter that goes on."""
+    return config.reference or (base_location(config.path) if config.lora is not None else config.path)
 
 
 @contextmanager

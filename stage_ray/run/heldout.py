@@ -21,6 +21,7 @@ from stage_ray.evaluation.metrics import MetricValue
 from stage_ray.evaluation.searching import searching
 from stage_ray.evaluation.suites import EVALUATION, REFERENCE, own_suite
 from stage_ray.observability.progress import Progress
+from stage_ray.policies.reference import reference_location
 from stage_ray.records import Prompt
 from stage_ray.report.samples import contact_sheet
 
@@ -94,7 +95,8 @@ class HeldOutEvaluation:
         if not any(find_measure(measure.measure).of_learner for measure in self._measures):
             return {}
         # Before the first update the policy is its own reference, unless another one is set or takes its place later.
-        fixed = self._run.policy.reference is None and not self._run.algorithm.reference_refresh
+        policy = self._run.policy
+        fixed = reference_location(policy) == policy.path and not self._run.algorithm.reference_refresh
         anchor = policy_version == 0 and fixed
         directory = self.directory / REFERENCE
         try:

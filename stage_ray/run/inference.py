@@ -23,14 +23,14 @@ from stage_ray.evaluation.partial import PartialResult
 from stage_ray.evaluation.searching import searching
 from stage_ray.files import digest
 from stage_ray.observability.progress import Progress
-from stage_ray.pretrained import located
+from stage_ray.pretrained import base_location, located
 from stage_ray.records import JudgedGroup, Prompt, RolloutRequest, ScoredGroup
 from stage_ray.rewards import build_rewards
 from stage_ray.run.run_dir import FREE_NAMES
 from stage_ray.run.stop import StopSignal, stops_at_once
 
 # Keys of `policy` and `rollout` that change neither pictures nor scores: they say where and how fast.
-FREE = FREE_NAMES | {"path", "images_per_batch", "threads", "kv_cache_gib", "group_size", "groups_per_step"}
+FREE = FREE_NAMES | {"path", "lora", "images_per_batch", "threads", "kv_cache_gib", "group_size", "groups_per_step"}
 
 
 def inputs_of(
@@ -42,8 +42,9 @@ def inputs_of(
     """
     sections = {"policy": run.policy.model_dump(mode="json"), "rollout": run.rollout.model_dump(mode="json")}
     inputs = {f"{name}.{key}": it for name, keys in sections.items() for key, it in keys.items() if key not in FREE}
-    directory = located(run.policy.path)
-    inputs["policy.path"] = f"files of xxh3 {digest(directory)}" if directory else run.policy.path
+    for path in dict.fromkeys((run.policy.path, base_location(run.policy.path))):  # an adapter and its base, or one
+        key, directory = "policy.path" if path == run.policy.path else "policy.path: base", located(path)
+        inputs[key] = f"files of xxh3 {digest(directory)}" if directory else path
     rewards = run.rewards if scoring else []
     inputs["rewards"] = [judge_of(reward) for reward in rewards]
     texts = json.dumps([[prompt.index, prompt.text, dict(prompt.record)] for prompt in prompts], default=str)

@@ -23,9 +23,9 @@ from stage_ray.evaluation.searching import check_search
 from stage_ray.evaluation.suites import resolve_suites
 from stage_ray.observability.trackers import check_trackers
 from stage_ray.pipeline.prompt_files import load_mix, load_prompts
-from stage_ray.policies import policy_class
+from stage_ray.policies import check_adapters, policy_class
 from stage_ray.policies.base import ImageCodec
-from stage_ray.policies.reference import check_reference
+from stage_ray.policies.reference import check_reference, reference_location
 from stage_ray.pretrained import located
 from stage_ray.recipes import load_recipe
 from stage_ray.records import Prompt
@@ -100,6 +100,7 @@ def preflight(run: RunConfig, *, fetch: bool = True) -> RunPrompts:
     if codec is not None:
         rule.check(codec)
     check_reference(run.policy)
+    check_adapters(run.policy)
     if starts_ray_here:
         _require_room_for_weights(run)
     lengths: list[int] = []
@@ -243,7 +244,7 @@ def describe(run: RunConfig, *, strict: bool = False) -> str:
     images = rollout.groups_per_step * rollout.group_size
     where = "; on the GPUs of the rollout workers" * rollout.colocated  # "" where not
     config = yaml.safe_dump(resolved(run).model_dump(mode="json"), sort_keys=False).rstrip()
-    anchor = run.policy.reference or run.policy.path
+    anchor = reference_location(run.policy)
     plan = [
         f"model: {located(run.policy.path) or run.policy.path}",
         f"reference: {located(anchor) or anchor}",

@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 LOCK, INPUTS = ".lock", "inputs.json"
 
 # Keys that a resumed run may change: placement, speed and logging, never what is computed.
-FREE_KEYS = {"run_dir", "cluster", "checkpoint", "evaluation", "scoring", "logs"}
+FREE_KEYS = {"run_dir", "cluster", "checkpoint", "evaluation", "scoring", "logs", "policy.lora.export"}
 FREE_NAMES = {"workers", "max_workers", "ranks", "tensor_parallel", "cpus", "gpus", "gpu_memory_utilization"}
 FREE_NAMES |= {
     "resources",
@@ -194,7 +194,10 @@ def _check_same(run: RunConfig, config_file: Path, resume: Resume, digests: Mapp
         new[key] = old[key]  # wherever they lie now
     for key in sorted(old.keys() | new.keys()):
         section, *names = key.split(".")
-        free = section in FREE_KEYS or next((name for name in names if not name.isdigit()), "") in FREE_NAMES
+        free = (
+            not FREE_KEYS.isdisjoint((section, key))
+            or next((name for name in names if not name.isdigit()), "") in FREE_NAMES
+        )
         if free or (resume == "extend" and key in EXTENDED and _extends(key, old.get(key), new.get(key))):
             continue
         if old.get(key) != new.get(key) and not _same_place(old.get(key), new.get(key)):

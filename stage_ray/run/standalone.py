@@ -37,6 +37,7 @@ from stage_ray.files import atomic_write, name_disk_errors, require_writable
 from stage_ray.observability.progress import Progress
 from stage_ray.pipeline.prompt_files import load_prompts
 from stage_ray.policies import family_of, policy_class
+from stage_ray.pretrained import base_location
 from stage_ray.records import JudgedGroup, Prompt, RolloutRequest
 from stage_ray.report.samples import contact_sheet
 from stage_ray.rewards import check_rewards
@@ -337,7 +338,8 @@ def _run(
         {"benchmark": suite.name, "name": suite.name, "rewards": rewards}
         for suite, rewards in zip(suites[1:], others, strict=True)
     ]
-    known = (Path(model) / "config.json").is_file() and family_of(Path(model), "policy.path")
+    base = Path(base_location(str(model)) if Path(model).exists() else model)  # of an adapter
+    known = (base / "config.json").is_file() and family_of(base, "policy.path")
     data = {
         "steps": 1,
         # A cluster's workers are not where this command was given.

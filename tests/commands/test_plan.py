@@ -43,6 +43,16 @@ def test_the_7b_model_trains_on_gpus_that_hold_no_model_whole_in_float32(gpu):
     assert plan.split["learner"] == 16 and not plan.checkpointing
 
 
+def test_adapters_need_one_gpu_where_all_weights_need_two():
+    full, lora = (make_plan(KNOWN["janus-pro-7b"], "h100", 8, lora_rank=rank) for rank in (0, 32))
+    assert (full.least["learner"], lora.least["learner"]) == (2, 1)
+    assert "reference" in full.memory["learner"] and "reference" not in lora.memory["learner"]
+    numbers = (
+        30 * 32 * (4 * (4096 + 4096) + 3 * (4096 + 11_008))
+    )  # layers, rank, sides of attention's and MLP's matrices
+    assert lora.memory["learner"]["optimizer"] == pytest.approx(2 * 4 * numbers / lora.split["learner"], rel=1e-6)
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -63,7 +73,7 @@ def test_what_does_not_fit_is_one_sentence_with_the_fix(capsys, arguments, said)
     assert "Traceback" not in error and re.search(r"take a|give|known \(", error)
 
 
-@pytest.mark.parametrize("options", [[], ["--group-size", "16", "--groups-per-step", "24"]])
+@pytest.mark.parametrize("options", [[], ["--group-size", "16", "--groups-per-step", "24"], ["--lora-rank", "8"]])
 def test_the_config_of_a_plan_is_one_that_train_takes(capsys, tmp_path, options):
     assert main(["plan", "--gpus", "64", "--yaml", *options]) == 0
     file = tmp_path / "run.yaml"
@@ -74,7 +84,9 @@ def test_the_config_of_a_plan_is_one_that_train_takes(capsys, tmp_path, options)
     assert run == validate_config(plan["config"]) and run.rollout.gpu_memory_utilization < 1
     assert [run.rollout.workers, run.scoring.workers, run.learner.ranks] == list(plan["split"].values())
     assert plan["measured"] is False
-    if options:
+    lora = "--lora-rank" in options
+    assert (run.policy.lora and run.policy.lora.rank) == (8 if lora else None)
+    if options and not lora:
         assert (run.rollout.group_size, run.rollout.groups_per_step) == (16, 24)
 
 

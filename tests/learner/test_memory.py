@@ -7,12 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig as PeftConfig
+from peft import inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaModel
 
 from stage_ray.bench.base import Measurement, Variant, interleave
 from stage_ray.bench.inputs import FIFTY_MILLION, write_model
 from stage_ray.commands.plan import model_sizes
+from stage_ray.config.lora import LoraConfig
 from stage_ray.config.model_sizes import FLOAT32, KNOWN, ModelSizes
 from stage_ray.learner import memory
 from stage_ray.learner.learner import Learner
@@ -79,18 +82,24 @@ def test_ranks_share_what_is_trained_and_nothing_else():
 
 
 @pytest.mark.parametrize(
-    ("form", "dtype", "sharded"),
-    [("float32", "float32", False), ("autocast", "bfloat16", False), ("bfloat16 parameters", "bfloat16", True)],
+    ("form", "dtype", "sharded", "lora"),
+    [
+        ("float32", "float32", False, None),
+        ("autocast", "bfloat16", False, None),
+        ("bfloat16 parameters", "bfloat16", True, None),
+        ("float32", "float32", False, LoraConfig(rank=24)),
+        ("autocast", "bfloat16", False, LoraConfig(rank=24)),
+    ],
 )
-def test_a_layer_keeps_what_the_formula_says_for_its_backward_pass(form, dtype, sharded):
+def test_a_layer_keeps_what_the_formula_says_for_its_backward_pass(form, dtype, sharded, lora):
     sizes = replace(KNOWN["janus-pro-1b"], hidden=64, intermediate=160, layers=1, heads=4, kv_heads=2, head_dim=16)
     rows, length = 2, 48
-    one, two = (_kept(sizes, layers, form, rows, length) for layers in (1, 2))
-    layer = memory.layer_activations(sizes, dtype=dtype, sharded=sharded)
+    one, two = (_kept(sizes, layers, form, rows, length, lora) for layers in (1, 2))
+    layer = memory.layer_activations(sizes, dtype=dtype, sharded=sharded, lora=lora)
     assert (two - one) / (rows * length) == pytest.approx(layer, rel=0.02)
 
 
-def _kept(sizes, layers: int, form: str, rows: int, length: int) -> int:
+def _kept(sizes, layers: int, form: str, rows: int, length: int, lora: LoraConfig | None) -> int:
     """Bytes that autograd keeps of a Llama model's forward pass, each storage once, parameters left out."""
     model = LlamaModel(
         LlamaConfig(
@@ -104,6 +113,8 @@ def _kept(sizes, layers: int, form: str, rows: int, length: int) -> int:
     )
     if form == "bfloat16 parameters":
         model = model.bfloat16()
+    if lora is not None:
+        inject_adapter_in_model(PeftConfig(r=lora.rank, target_modules=list(lora.target_modules)), model)
     dtype = next(model.parameters()).dtype
     shapes = {tuple(p.shape) for p in model.parameters()} | {
         tuple(p.T.shape) for p in model.parameters() if p.dim() == 2

@@ -16,9 +16,11 @@ import xxhash
 from safetensors.torch import load_file, save_file
 from transformers import JanusForConditionalGeneration
 
+from stage_ray.config import PolicyConfig
 from stage_ray.learner.batch import LearnerError
 from stage_ray.learner.learner import Learner
 from stage_ray.learner.ranks import Ranks
+from stage_ray.policies import load_policy
 from tests.learner_case import PROMPTS, sample_groups, score, tiny_run
 from tests.ray_head import free_port
 from tests.tiny import tiny_janus
@@ -41,6 +43,14 @@ OTHERS = {  # what else an update may be, by which ranks would wait for each oth
 }
 
 
+EXACT = OTHERS["exact divergence"]  # the reference between the policy's forward and backward
+
+
+def with_adapters(export: str, **learner: Any) -> dict[str, Any]:
+    """The settings with adapters, and some of the learner's changed."""
+    return with_learner(**learner) | {"policy": {"lora": {"rank": 4, "alpha": 8, "export": export}}}
+
+
 def with_learner(**changes: Any) -> dict[str, Any]:
     """The settings with some of the learner's changed."""
     return {**SETTINGS, "learner": SETTINGS["learner"] | changes}
@@ -57,8 +67,6 @@ def updates(learner: Learner, count: int) -> list[dict[str, float]]:
 
 
 def _frozen(learner: Learner):
-    from stage_ray.policies import load_policy
-
     return load_policy(learner._run.policy, device=CPU, dtype=torch.float32)
 
 
@@ -135,9 +143,35 @@ def two_ranks(number: int, ranks: Ranks, model: Path, out: Path) -> None:
         found = weights(other)
         if number == 0:
             save_file(found, out / f"{name}.safetensors")
+    train_adapters(number, ranks, model, out)
     rounded = updates(Learner(tiny_run(model, **with_learner(autocast="bfloat16")), threads=1, ranks=ranks), 1)
     if number == 0:
         torch.save(rounded, out / "rounded.pt")
+
+
+def train_adapters(number: int, ranks: Ranks, model: Path, out: Path) -> None:
+    """Train adapters, save, export them apart, and go on from what was saved; then in bfloat16, exported merged."""
+    learner = Learner(tiny_run(model, **with_adapters("adapters")), threads=1, ranks=ranks)
+    assert {type(parameter).__name__ for parameter in learner.policy.trained_parameters().values()} == {"DTensor"}
+    updates(learner, 1)
+    learner.save_state(out / "adapters-state")
+    updates(learner, 1)
+    learner.export(out / "adapters")
+    found = weights(learner)
+    learner.load_state(out / "adapters-state")
+    updates(learner, 1)
+    again = weights(learner)
+    if number == 0:
+        save_file(found, out / "adapters.safetensors")
+        assert all(torch.equal(tensor, again[name]) for name, tensor in found.items()), "resumed, it is another update"
+    narrow = Learner(tiny_run(model, **with_adapters("merged", autocast="bfloat16")), threads=1, ranks=ranks)
+    assert updates(narrow, 1)[0]["kl"] == 0
+    narrow.export(out / "merged")
+    exact = Learner(tiny_run(model, **with_adapters("merged"), **EXACT), threads=1, ranks=ranks)
+    updates(exact, 1)
+    moved, found = drift(exact), weights(exact)
+    if number == 0:
+        save_file(found | {"drift": moved}, out / "exact.safetensors")
 
 
 def store_text_head(model: Path) -> Path:
@@ -268,3 +302,31 @@ def test_a_tied_text_head_is_exported_by_two_ranks_as_by_one(case):
     for exported in (one, two):
         assert torch.equal(exported[TEXT_HEAD], exported[EMBEDDING])
         assert not torch.equal(exported[TEXT_HEAD], base[TEXT_HEAD])
+
+
+@pytest.mark.slow
+def test_they_train_save_and_export_adapters_as_one_does(case):
+    out, run, *_ = case
+    model = Path(run.policy.path)
+    settings = tiny_run(model, **with_adapters("adapters"))
+    alone, reader = Learner(settings, threads=1), Learner(settings, threads=1)
+    updates(alone, 2)
+    reader.load_state(out / "adapters-state")
+    updates(reader, 1)
+    found = load_file(out / "adapters.safetensors")
+    close(found, weights(alone))
+    close(found, weights(reader))
+    exact = Learner(tiny_run(model, **with_adapters("merged"), **EXACT), threads=1)
+    updates(exact, 1)
+    close(load_file(out / "exact.safetensors"), weights(exact) | {"drift": drift(exact)})
+    loaded = load_policy(PolicyConfig(path=str(out / "adapters")), device=CPU)
+    close({name: parameter.detach() for name, parameter in loaded.trained_parameters().items()}, found)
+
+
+@pytest.mark.slow
+def test_what_they_merge_in_bfloat16_is_the_checkpoint_but_where_adapters_are(case):
+    out, run, *_ = case
+    exported, base = (load_file(path / "model.safetensors") for path in (out / "merged", Path(run.policy.path)))
+    moved = {name for name, tensor in base.items() if not torch.equal(exported[name], tensor)}
+    assert len(moved) == 14 and all("_proj.weight" in name for name in moved)
+    assert max(float((exported[name] - base[name]).abs().max()) for name in moved) < 1e-3, "the base was not rounded"

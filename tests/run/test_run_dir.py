@@ -73,6 +73,16 @@ def test_a_run_may_go_on_with_other_workers_of_a_scorer_and_not_with_another_wei
         opened(tiny_run(tmp_path, tmp_path / "janus", rewards=[more | {"weight": 2}]), resume=True)
 
 
+def test_adapters_may_be_exported_otherwise_in_the_end_and_have_the_rank_that_they_began_with(tmp_path):
+    def began(resume, **lora) -> Path:
+        return opened(tiny_run(tmp_path, tmp_path / "janus", policy={"lora": lora}), resume)
+
+    (began(False, rank=4) / "metrics.jsonl").write_text('{"step": 1}\n')
+    assert began(True, rank=4, export="adapters") == began(True, rank=4)
+    with pytest.raises(ConfigError, match=r"--resume: policy.lora.rank was 4 in .* and is 8 now"):
+        began(True, rank=8)
+
+
 def test_resuming_with_another_learning_rate_names_the_key(tmp_path, trained):
     with pytest.raises(ConfigError, match=r"--resume: learner.lr was 0.0001 in .* and is 1.0 now"):
         opened(tiny_run(tmp_path, tmp_path / "janus", learner={"lr": 1.0}), resume=True)

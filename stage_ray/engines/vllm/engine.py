@@ -20,6 +20,7 @@ from stage_ray.engines.vllm.plugin import architecture, register_family
 from stage_ray.engines.vllm.ranks import TensorRanks
 from stage_ray.errors import ConfigError
 from stage_ray.policies import policy_class
+from stage_ray.policies.adapter_files import read_adapter
 from stage_ray.policies.base import Branch, PromptIds
 from stage_ray.policies.devices import compute_dtype, device_for
 from stage_ray.pretrained import link_weights, read_tensors, tensor_shapes
@@ -51,6 +52,8 @@ class VllmEngine(ImageEngine):
         self._prompt_shift = spec.prompt_shift
         self._shapes = tensor_shapes(self.codec.location, (family.trained_prefix,))
         self._frozen = read_tensors(self.codec.location, spec.frozen)
+        if (adapter := read_adapter(policy.path)) is not None:
+            adapter.check_fits(self._shapes)
         room = spec.config["max_position_embeddings"] - self.codec.image_tokens
         self._longest_prompt = min(rollout.max_prompt_tokens, room)
         self._directory = tempfile.TemporaryDirectory(prefix="stage-ray-vllm-")
@@ -66,6 +69,8 @@ class VllmEngine(ImageEngine):
         self._start(rollout)
         self._ranks.unlink_shared_memory()
         self._check_cache(rollout)
+        if adapter is not None:  # vLLM has read the base
+            self.install(adapter.merged(read_tensors(self.codec.location, (family.trained_prefix,))))
         self._unfinished = False  # True while a batch is sampled, and after one that failed
 
     def _start(self, rollout: RolloutConfig) -> None:

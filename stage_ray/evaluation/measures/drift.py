@@ -19,7 +19,7 @@ class DriftMeasure(Measure):
 
     Nats a token, of the conditional distribution and, where sampling is guided, of the guided one. The learner runs
     both models over `IMAGES` images of each prompt. The reference's images are those that were drawn before training,
-    so there are none where ``policy.reference`` is another model than the policy began as.
+    so there are none where the reference is another model than the policy began as.
     """
 
     of_learner = True
