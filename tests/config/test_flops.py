@@ -55,6 +55,19 @@ def test_a_forward_and_a_training_pass_are_what_torch_counts(policy, sizes):
     assert training_flops(sizes, len(PROMPT)) == pytest.approx(both - embedding, rel=BIASES)
 
 
+def test_beside_adapters_no_gradient_of_a_matrix_is_made(model, policy, sizes):
+    tokens = torch.arange(policy.image_tokens).unsqueeze(0)
+
+    def both(rank: int) -> int:
+        config = PolicyConfig.model_validate({"path": str(model), "lora": {"rank": rank}})
+        adapted = load_policy(config, device=torch.device("cpu"))
+        return counted(lambda: adapted.image_logits([PROMPT], tokens).sum().backward())
+
+    one, two = both(1), both(2)  # the adapters' own operations, which do not count, grow with the rank
+    embedding = counted(lambda: policy.embed_image_tokens(tokens[:, :-1]))
+    assert training_flops(sizes, len(PROMPT), adapters=True) == pytest.approx(2 * one - two - embedding, rel=BIASES)
+
+
 @torch.no_grad()
 def test_a_sequence_that_is_drawn_with_a_cache_is_what_torch_counts(policy, sizes):
     llama, cache = policy.model.model.language_model, DynamicCache()
