@@ -31,7 +31,7 @@ BUDGETS = {
     "tokenizer": Budget(steps=6000),
     "language-model": Budget(steps=6000),
     "detector": Budget(steps=1200),
-    "clip": Budget(steps=600),
+    "clip": Budget(steps=1200),
     "features": Budget(steps=4000),
 }
 STAGES = ("prompts", "tokenizer", "language-model", "detector", "clip", "features", "cards")
