@@ -78,6 +78,7 @@ def write_report(run_dir: Path) -> Path:
         name=run_dir.resolve().name,
         state=state,
         cards=_cards(rows),
+        overview=_overview(rows, evaluated),
         evaluated=evaluated,
         shown=evaluated[0] if evaluated else own,
         own=own,
@@ -128,6 +129,41 @@ class _Comparison:
         return found
 
 
+@dataclass(frozen=True, slots=True)
+class _Line:
+    """A quantity before and after training, as text; ``tone`` as of `_Comparison.tones`."""
+
+    name: str
+    before: str
+    after: str
+    change: str = ""
+    tone: str = ""
+
+
+def _overview(rows: Sequence[dict[str, Any]], suites: Sequence[_Comparison]) -> list[_Line]:
+    """What a reader wants first: the training reward, each suite's headline, and whatever was measured beside it."""
+    lines = []
+    rewards = [row["reward/mean"] for row in rows if row.get("reward/mean") is not None]
+    if rewards:
+        window = max(1, min(20, len(rewards) // 2))  # the two do not overlap
+        first, last = fmean(rewards[:window]), fmean(rewards[-window:])
+        name = f"training reward, first and last {window} steps"
+        lines.append(_Line(name, f"{first:.3f}", f"{last:.3f}", f"{last - first:+.3f}"))
+    for suite in suites:
+        shown = suite.after or suite.before
+        if shown is None or not (suite.before and suite.after):
+            continue
+        measures = [name for name, metric in shown.metrics.items() if metric.better and name != shown.headline]
+        for name in (shown.headline, *measures):
+            was, now = (found.metrics.get(name) for found in (suite.before, suite.after))
+            if was or now:
+                changed = suite.changed.get(name)
+                change = f"{'+' * (changed.value >= 0)}{changed}" if changed else ""
+                label = f"{suite.name or 'held-out'}: {name}"
+                lines.append(_Line(label, str(was or ""), str(now or ""), change, suite.tones.get(name, "")))
+    return lines
+
+
 def _evaluation_charts(suites: Sequence[_Comparison]) -> dict[str, Markup]:
     """Charts of each suite that was evaluated between, as the newest was: the headline with its parts, each measure."""
     charts = {}
@@ -152,13 +188,8 @@ def _evaluation_charts(suites: Sequence[_Comparison]) -> dict[str, Markup]:
 
 def _cards(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
     """Label -> number in large type, of the training."""
-    names, cards = ("time/step_s", "images_per_s", "reward/mean"), {}
-    seconds, speeds, rewards = ([row[name] for row in rows if row.get(name) is not None] for name in names)
-    if rewards:
-        window = max(1, min(10, len(rewards) // 2))  # the two do not overlap
-        cards[f"training reward, first and last {window} steps"] = (
-            f"{fmean(rewards[:window]):.2f} → {fmean(rewards[-window:]):.2f}"
-        )
+    names, cards = ("time/step_s", "images_per_s"), {}
+    seconds, speeds = ([row[name] for row in rows if row.get(name) is not None] for name in names)
     if speeds:
         cards["images a second, median"] = f"{median_high(speeds):.1f}"
     if seconds:
