@@ -1,4 +1,4 @@
-"""Builds everything ShapeWorld ships, from nothing but this package: about 45 minutes on two cores.
+"""Builds everything ShapeWorld ships, from nothing but this package: about 80 minutes on two cores.
 
 `stage-ray pretrain --out DIR`. Each stage can be run alone and goes on where it stopped: its checkpoint lies in
 `DIR/work`, what ships in `DIR/{prompts,janus,detector,clip,features}`.
