@@ -53,12 +53,14 @@ class VllmSpec:
         prompt_features: F, where prompts are rows of features (`ImageCodec.prompt_features`) and not ids; 0 is ids. The
             engine writes a batch's rows into ``prompt_features`` of the model, float [rows, F], as many as it batches
             tokens, and a prompt's ids are the numbers of its rows.
+        row_end: an id that is read after each row of the grid but the last (`ImageCodec.forced`); None is none.
     """
 
     config: dict[str, Any]
     prompt_shift: int
     frozen: tuple[str, ...]
     prompt_features: int = 0
+    row_end: int | None = None
 
 
 class ImageCodec(ABC):
@@ -68,25 +70,32 @@ class ImageCodec(ABC):
         location: the checkpoint's directory.
         grid: image tokens along height and width.
         codebook_size: V, entries of the image codebook.
-        positions: tokens that prompt and image may have together; None is any number.
+        positions: that prompt and image may have together; None is any number.
+        forced: positions of an image beside its tokens, whose ids are read and never drawn, such as ends of rows.
     """
 
     location: Path
     grid: tuple[int, int]
     codebook_size: int
     positions: int | None = None
+    forced: int = 0
 
     @property
     def image_tokens(self) -> int:
-        """T, tokens of one image."""
+        """T, tokens of one image that are drawn."""
         return self.grid[0] * self.grid[1]
+
+    @property
+    def image_positions(self) -> int:
+        """Positions of one image, forced ones among them."""
+        return self.image_tokens + self.forced
 
     def check_prompt(self, text: str, longest: int) -> PromptIds:
         """`encode_prompt`; a ValueError where that is over ``longest`` tokens, or more than the model has room for."""
         prompt, room = self.encode_prompt(text), longest
         key = "rollout.max_prompt_tokens"
-        if self.positions is not None and self.positions - self.image_tokens < longest:
-            room, key = self.positions - self.image_tokens, "the model's positions less its image tokens"
+        if self.positions is not None and self.positions - self.image_positions < longest:
+            room, key = self.positions - self.image_positions, "the model's positions less its image tokens"
         if (count := prompt.longest) > room:
             raise ValueError(f"prompt of {count} tokens, at most {room} fit ({key}): {text[:80]!r}")
         return prompt
