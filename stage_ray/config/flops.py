@@ -46,7 +46,7 @@ def sampling_flops(model: ModelSizes, prompt: int) -> int:
 
 
 def _positions(model: ModelSizes, prompt: int) -> int:
-    return prompt + model.image_tokens - 1  # nothing reads the last token
+    return prompt + model.image_positions - 1  # nothing reads the last token
 
 
 def _layers(model: ModelSizes, positions: int, pairs: int) -> int:

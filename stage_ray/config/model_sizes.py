@@ -27,6 +27,7 @@ class ModelSizes:
     head_dim: int
     codes: int = 16_384
     image_tokens: int = 576
+    forced: int = 0  # positions of an image beside its tokens, such as ends of rows
     prompt_tokens: int | None = None  # of a prompt at most; None: as many as a config lets it have
     side_pixels: int = 384
     base_channels: int = 128  # of the image decoder's feature maps at full size, ``side_pixels`` squared
@@ -38,6 +39,11 @@ class ModelSizes:
     frozen: int  # all that are not trained, of which images need the three above
     text_encoder: int = 0  # in other files, beside the engine and beside the learner, in bfloat16
     text_features: int = 0  # of a token, which the engine keeps for a batch's prompts
+
+    @property
+    def image_positions(self) -> int:
+        """Positions of one image, forced ones among them."""
+        return self.image_tokens + self.forced
 
     @property
     def trained(self) -> int:

@@ -38,7 +38,7 @@ def rollout_memory(model: ModelSizes, *, images: int, dtype: str) -> dict[str, i
     text = BFLOAT16 * model.text_encoder + sequences * prompt * model.text_features * size
     return {
         "weights": (model.trained + model.image_embedding) * size + model.head * FLOAT32,
-        "KV cache": sequences * cache_bytes(model, tokens=prompt + model.image_tokens, dtype=dtype),
+        "KV cache": sequences * cache_bytes(model, tokens=prompt + model.image_positions, dtype=dtype),
         "prefill, logits": max(prefill, logits),
         "CUDA graphs": CUDA_GRAPHS,
         "image decoder": model.vqmodel * FLOAT32 + maps,

@@ -39,7 +39,7 @@ def choose_cut(
         return cuts[0]
     prompt = run.rollout.max_prompt_tokens
     if codec.positions is not None:
-        prompt = min(prompt, codec.positions - codec.image_tokens)
+        prompt = min(prompt, codec.positions - codec.image_positions)
     memory = partial(
         learner_memory,
         sizes,

@@ -139,7 +139,7 @@ def batch_bytes(
     (logits, log-softmax, softmax, slope, gradient), and a layer's backward (gradients of the MLP's three wide states
     and of two narrow ones; with checkpointing, its activations once more).
     """
-    tokens = images * (prompt + model.image_tokens - 1)
+    tokens = images * (prompt + model.image_positions - 1)
     activations = layer_activations(model, dtype=dtype, sharded=sharded, lora=lora)
     stream = BFLOAT16 if dtype == "bfloat16" and sharded else FLOAT32
     layer, ends = stream * model.hidden if checkpointing else activations, 3 * FLOAT32 * model.hidden

@@ -18,6 +18,7 @@ from stage_ray.algorithm.divergence import Divergence
 from stage_ray.config import PolicyConfig
 from stage_ray.config.model_sizes import ModelSizes
 from stage_ray.errors import ConfigError
+from stage_ray.policies.backbone import Backbone
 from stage_ray.policies.decoding import Decoder
 from stage_ray.policies.logprobs import TokenLogprobs, chunked_divergence, chunked_logprobs
 from stage_ray.pretrained import base_location, check_directory, export_checkpoint, located
@@ -57,12 +58,14 @@ class VllmSpec:
         prompt_features: F, where prompts are rows of features (`ImageCodec.prompt_features`) and not ids; 0 is ids. The
             engine writes a batch's rows into ``prompt_features`` of the model, float [rows, F], as many as it batches
             tokens, and a prompt's ids are the numbers of its rows.
+        row_end: an id that is read after each row of the grid but the last (`ImageCodec.forced`); None is none.
     """
 
     config: dict[str, Any]
     prompt_shift: int
     frozen: tuple[str, ...]
     prompt_features: int = 0
+    row_end: int | None = None
 
 
 class ImageCodec(ABC):
@@ -72,25 +75,32 @@ class ImageCodec(ABC):
         location: the checkpoint's directory.
         grid: image tokens along height and width.
         codebook_size: V, entries of the image codebook.
-        positions: tokens that prompt and image may have together; None is any number.
+        positions: that prompt and image may have together; None is any number.
+        forced: positions of an image beside its tokens, whose ids are read and never drawn, such as ends of rows.
     """
 
     location: Path
     grid: tuple[int, int]
     codebook_size: int
     positions: int | None = None
+    forced: int = 0
 
     @property
     def image_tokens(self) -> int:
-        """T, tokens of one image."""
+        """T, tokens of one image that are drawn."""
         return self.grid[0] * self.grid[1]
+
+    @property
+    def image_positions(self) -> int:
+        """Positions of one image, forced ones among them."""
+        return self.image_tokens + self.forced
 
     def check_prompt(self, text: str, longest: int) -> PromptIds:
         """`encode_prompt`; a ValueError where that is over ``longest`` tokens, or more than the model has room for."""
         prompt, room = self.encode_prompt(text), longest
         key = "rollout.max_prompt_tokens"
-        if self.positions is not None and self.positions - self.image_tokens < longest:
-            room, key = self.positions - self.image_tokens, "the model's positions less its image tokens"
+        if self.positions is not None and self.positions - self.image_positions < longest:
+            room, key = self.positions - self.image_positions, "the model's positions less its image tokens"
         if (count := prompt.longest) > room:
             raise ValueError(f"prompt of {count} tokens, at most {room} fit ({key}): {text[:80]!r}")
         return prompt
@@ -142,50 +152,6 @@ class ImageCodec(ABC):
         Raises:
             ConfigError: it cannot.
         """
-
-
-class Backbone(nn.Module):
-    """Embeds prompt ids, puts image embeddings in their places, and runs the language model, a decoder of transformers.
-
-    For any other model a family overrides `layers` and `forward`.
-    """
-
-    def __init__(self, language_model: nn.Module) -> None:
-        super().__init__()
-        self.language_model = language_model
-
-    @property
-    def layers(self) -> list[nn.Module]:
-        """The language model's layers, in order."""
-        return list(self.language_model.layers)  # type: ignore[arg-type]
-
-    def predict(self, prompts: Sequence[Sequence[int]], image_embeds: Tensor) -> Tensor:
-        """States that predict each image token: B prompts, embeddings [B, T - 1, hidden] -> [B, T, hidden].
-
-        Each row is its prompt, its image tokens but the last, and padding, which causal attention needs no mask for.
-        """
-        device, length = image_embeds.device, image_embeds.shape[1] + 1
-        longest = max(map(len, prompts))
-        ids = [[*prompt, *[0] * (longest + length - 1 - len(prompt))] for prompt in prompts]
-        starts = torch.tensor([len(prompt) for prompt in prompts], device=device)
-        positions = starts[:, None] + torch.arange(length - 1, device=device)  # [B, T - 1], of the image tokens
-        states = self(torch.tensor(ids, device=device), image_embeds, positions)
-        # The state at a prompt's last token predicts the first image token.
-        predicting = (starts[:, None] - 1 + torch.arange(length, device=device)).unsqueeze(-1)
-        return states.gather(1, predicting.expand(-1, -1, states.shape[-1]))  # [B, T, hidden]
-
-    def forward(self, ids: Tensor, image_embeds: Tensor, positions: Tensor) -> Tensor:
-        """Ids int64 [B, L], embeddings [B, T - 1, hidden] and where they belong int64 [B, T - 1] -> [B, L, hidden]."""
-        embeds = self.language_model.embed_tokens(ids)  # type: ignore[operator]
-        places = positions.unsqueeze(-1).expand_as(image_embeds)
-        embeds = embeds.scatter(1, places, image_embeds.to(embeds.dtype))  # out of place: embeds may need a gradient
-        return self.language_model(inputs_embeds=embeds, use_cache=False).last_hidden_state
-
-
-def embed_ids(embedding: nn.Module, prompts: Sequence[Branch]) -> Tensor:
-    """Prompts whose entries are ids of an embedding, one after the other: [all their entries, hidden]."""
-    device = next(embedding.parameters()).device
-    return embedding(torch.tensor([entry for prompt in prompts for entry in prompt], device=device))
 
 
 class Policy(ABC):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from stage_ray.errors import ConfigError
 from stage_ray.pretrained import read_tensors
@@ -53,12 +53,22 @@ def load_tokenizer(location: Path, config: JanusVQVAEConfig, prefix: str, device
     from transformers import JanusVQVAE  # late: it takes seconds
 
     vqmodel = JanusVQVAE(config)
+    fill(vqmodel, location, prefix)
+    return for_sampling(vqmodel.to(device))
+
+
+def fill(module: nn.Module, location: Path, prefix: str) -> None:
+    """Put a checkpoint's tensors whose names begin with ``prefix`` into a module, which is frozen then.
+
+    Raises:
+        ConfigError: a tensor is missing.
+    """
     tensors = {k.removeprefix(prefix): v for k, v in read_tensors(location, (prefix,)).items()}
-    missing, _ = vqmodel.load_state_dict(tensors, strict=False)  # unexpected names do no harm
+    missing, _ = module.load_state_dict(tensors, strict=False)  # unexpected names do no harm
     if missing:
         lacking = f"{len(missing)} tensors, the first is {prefix}{missing[0]}"
         raise ConfigError(f"policy.path: {location} lacks {lacking}")
-    return for_sampling(vqmodel.to(device).requires_grad_(False))
+    module.requires_grad_(False)
 
 
 def for_sampling(vqmodel: JanusVQVAE) -> JanusVQVAE:

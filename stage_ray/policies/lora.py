@@ -21,7 +21,8 @@ from stage_ray.errors import ConfigError
 from stage_ray.policies.adapter_files import SavedAdapter, write_adapter
 
 if TYPE_CHECKING:
-    from stage_ray.policies.base import Backbone, Policy
+    from stage_ray.policies.backbone import Backbone
+    from stage_ray.policies.base import Policy
 
 KEY = "policy.lora.target_modules"
 NAME = "default"  # of the one adapter that each of peft's layers has, and in names of its parameters

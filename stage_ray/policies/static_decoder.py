@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stage_ray.policies.base import Branch, embed_ids
+from stage_ray.policies.backbone import embed_ids
+from stage_ray.policies.base import Branch
 from stage_ray.policies.packed import PackedLinear
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ class StaticDecoder:
         self._heads, self._kv_heads, self._head_dim = (
             config.num_attention_heads,
             config.num_key_value_heads,
-            config.head_dim,
+            llama.layers[0].self_attn.head_dim,
         )
         self._layers = [_Layer.of(layer, rows) for layer in llama.layers]
         self._used = 0  # positions of the cache that are set

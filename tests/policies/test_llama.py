@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaModel
 
-from stage_ray.policies.base import Backbone
+from stage_ray.policies.backbone import Backbone
 from stage_ray.policies.llama import LlamaBackbone
 
 HIDDEN, IMAGE = 32, 5

@@ -3,7 +3,8 @@
 vLLM's scheduler decides in every step, request by request, what runs, allocates, stops and is answered. Here all of it
 is known when a batch begins, so the worker takes the steps in one call. The first one computes each different prompt
 once, all but its last token. The requests begin from there: they share the whole blocks of a prompt and have a copy of
-the one that it ends in. Each of the T steps that follow gives every request one token.
+the one that it ends in. Each of the T steps that follow gives every request one token. A forced id that ends a row of
+the grid is read in one step with the token before it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from vllm.v1.core.kv_cache_utils import KVCacheBlockCopy
 from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
 
 from stage_ray.engines.sampling import Sample
-from stage_ray.engines.vllm.guidance import PairedGuidance, image_params
+from stage_ray.engines.vllm.guidance import PairedGuidance, RowEnds, image_params
 from stage_ray.samplers import SamplingParams
 
 
@@ -75,6 +76,7 @@ class BatchExtension:
     """
 
     model_runner: Any
+    vllm_config: Any
     cache_config: Any
     execute_model: Any
     sample_tokens: Any
@@ -91,7 +93,9 @@ class BatchExtension:
         Raises:
             RuntimeError: vLLM fed other tokens back than were drawn.
         """
-        placed = place_blocks([request.prompt for request in requests], tokens, self.cache_config.block_size)
+        ends = RowEnds.of(self.vllm_config)
+        prompts_of = [request.prompt for request in requests]
+        placed = place_blocks(prompts_of, ends.place(tokens - 1) + 1, self.cache_config.block_size)
         greedy = VllmSamplingParams(temperature=0.0)  # what a prompt's own request draws is not used
         prompts = [
             _new(f"prompt {number}", prompt, blocks, greedy, computed=0)
@@ -115,23 +119,38 @@ class BatchExtension:
         ones = [1] * len(new)
         self._step(new, ones, finished={prompt.req_id for prompt in prompts}, copies=placed.copies)
         for drawn in range(1, tokens):
+            forced = int(ends.before(drawn))
+            if forced:
+                self._append(names, ends.id)
+            before_it = ends.place(drawn)  # tokens and forced ids
             going = CachedRequestData(
                 req_ids=names,
                 resumed_req_ids=set(),
                 new_token_ids=[],
                 all_token_ids={},
                 new_block_ids=[None] * len(names),
-                num_computed_tokens=[before + drawn for before in computed],
-                num_output_tokens=[drawn] * len(names),
+                num_computed_tokens=[before + before_it - forced for before in computed],
+                num_output_tokens=[before_it] * len(names),
             )
-            self._step([], ones, going=going)
+            self._step([], [1 + forced] * len(names), going=going)
         processors = self.model_runner.input_batch.logitsprocs.all
         recorded: Sample = next(p for p in processors if isinstance(p, PairedGuidance)).recorded(images)
         served = torch.tensor([self.model_runner.requests[name].output_token_ids for name in names])
         self._step([], [], finished=set(names))
+        served = served[:, ends.place(torch.arange(tokens))]
         if not torch.equal(served, recorded.tokens[[request.image for request in requests]]):
             raise RuntimeError("vLLM served tokens that were not drawn; do not trust this batch")
         return recorded
+
+    def _append(self, names: list[str], token: int) -> None:
+        """Add a token to each request's output, as vLLM does with what it sampled."""
+        batch = self.model_runner.input_batch
+        for name in names:
+            row = batch.req_id_to_index[name]
+            end = batch.num_tokens_no_spec[row]
+            batch.token_ids_cpu[row, end], batch.is_token_ids[row, end] = token, True
+            batch.num_tokens_no_spec[row] += 1
+            self.model_runner.requests[name].output_token_ids.append(token)
 
     def _step(
         self,

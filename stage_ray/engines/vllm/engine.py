@@ -54,11 +54,15 @@ class VllmEngine(ImageEngine):
         self._frozen = read_tensors(self.codec.location, spec.frozen)
         if (adapter := read_adapter(policy.path)) is not None:
             adapter.check_fits(self._shapes)
-        room = spec.config["max_position_embeddings"] - self.codec.image_tokens
+        room = spec.config["max_position_embeddings"] - self.codec.image_positions
         self._longest_prompt = min(rollout.max_prompt_tokens, room)
         self._directory = tempfile.TemporaryDirectory(prefix="stage-ray-vllm-")
         directory = Path(self._directory.name)
-        config = spec.config | {"architectures": [architecture(family)], "image_tokens": self.codec.image_tokens}
+        config = spec.config | {
+            "architectures": [architecture(family)],
+            "image_tokens": self.codec.image_tokens,
+            "row_end": None if spec.row_end is None else [self.codec.grid[1], spec.row_end],  # see `RowEnds`
+        }
         self._features = spec.prompt_features
         if self._features:  # a row for each token of a batch's prompts
             config["vocab_size"] += 2 * rollout.images_per_batch * self._longest_prompt
@@ -89,7 +93,7 @@ class VllmEngine(ImageEngine):
                 skip_tokenizer_init=True,
                 generation_config="vllm",
                 dtype=str(self.dtype).removeprefix("torch."),
-                max_model_len=self._longest_prompt + self.codec.image_tokens,
+                max_model_len=self._longest_prompt + self.codec.image_positions,
                 max_num_seqs=requests,
                 max_num_batched_tokens=requests * self._longest_prompt,
                 block_size=self._cpu_block() if on_cpu else None,
@@ -128,7 +132,7 @@ class VllmEngine(ImageEngine):
 
     def _blocks(self, rollout: RolloutConfig, tokens: int) -> int:
         """Blocks of so many tokens that the sequences of a whole generation batch fill, each rounded up."""
-        return 2 * rollout.images_per_batch * -(-(self._longest_prompt + self.codec.image_tokens) // tokens)
+        return 2 * rollout.images_per_batch * -(-(self._longest_prompt + self.codec.image_positions) // tokens)
 
     def _check_cache(self, rollout: RolloutConfig) -> None:
         """Raise a `ConfigError` unless the key-value cache holds a whole generation batch."""

@@ -8,6 +8,7 @@ vLLM's own sampler has nothing left to decide. An image without guidance is one 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,34 @@ from stage_ray.records import RECORDED
 from stage_ray.samplers import SamplingParams
 
 CONDITIONAL, UNCONDITIONAL = 0, 1
+
+
+@dataclass(frozen=True, slots=True)
+class RowEnds:
+    """An ``id`` that is read after every ``columns`` tokens of an image and never drawn; 0 columns: there is none.
+
+    What vLLM takes for an image's output are its tokens with these ids among them.
+    """
+
+    columns: int = 0
+    id: int = 0
+
+    @classmethod
+    def of(cls, vllm_config: VllmConfig) -> RowEnds:
+        """What the engine wrote into the config that vLLM reads."""
+        return cls(*(vllm_config.model_config.hf_config.row_end or ()))
+
+    def before(self, token: int) -> bool:
+        """Whether the id stands right before token number ``token``."""
+        return token > 0 and self.columns > 0 and token % self.columns == 0
+
+    def place(self, tokens: Tensor | int) -> Any:
+        """Places among the output of tokens by their numbers."""
+        return tokens + tokens // self.columns if self.columns else tokens
+
+    def token(self, places: Tensor) -> Tensor:
+        """Numbers of tokens by their places among the output."""
+        return places - places // (self.columns + 1) if self.columns else places
 
 
 def image_params(
@@ -82,7 +111,7 @@ class PairedGuidance(LogitsProcessor):
     def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
         tokens = vllm_config.model_config.hf_config.image_tokens
         images = vllm_config.scheduler_config.max_num_seqs
-        self._device = device
+        self._device, self._row_ends = device, RowEnds.of(vllm_config)
         self._rows: dict[int, _Row] = {}
         self._layout: _Layout | None = None
         self._tokens = torch.zeros((images, tokens), dtype=torch.int64, device=device)
@@ -104,7 +133,7 @@ class PairedGuidance(LogitsProcessor):
         if self._layout is None:
             self._layout = _lay_out(self._rows, self._device)
         layout = self._layout
-        positions = layout.ahead + len(layout.first)
+        positions = self._row_ends.token(layout.ahead + len(layout.first))
         unconditional = None if layout.unconditional is None else logits[layout.unconditional]
         sequences = self._tokens[layout.images]  # a copy of int64 [images, T], small beside the logits
         branches, images = (logits[layout.conditional], unconditional), (layout.seeds, positions)
