@@ -254,7 +254,8 @@ def publish(directory: Path, weights: dict[str, Tensor], form: str = "model.safe
     tokenizer = json.loads((SHIPPED / "tokenizer.json").read_text(encoding="utf-8"))
     tokenizer["normalizer"] = None  # it writes all in small letters
     tokenizer["post_processor"] = None  # ``LlamaTokenizerFast`` makes one as it loads
-    tokenizer["model"]["vocab"] |= {"User": 60, "Assistant": 61}
+    words = {word: index for word, index in tokenizer["model"]["vocab"].items() if index < 60}  # TEXT needs none after
+    tokenizer["model"]["vocab"] = words | {"User": 60, "Assistant": 61}
     (directory / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
     token = {"__type": "AddedToken", "content": "<｜begin▁of▁sentence｜>"}
     settings = {"add_bos_token": True, "bos_token": token, "tokenizer_class": "LlamaTokenizer", "model_max_length": 100}

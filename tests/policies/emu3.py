@@ -107,7 +107,7 @@ class Original:
     def logits(self, text: str, tokens: Tensor) -> Tensor:
         """Of image tokens [T] after a prompt: [T, V], from one forward over all ids, row ends among them."""
         prompt, mapping = self.prompt(text), self.model.vocabulary_mapping
-        image = mapping.convert_img2bpe(tokens.view(1, ROWS, COLUMNS)).flatten(1)
+        image = mapping.convert_img2bpe(tokens.view(ROWS, COLUMNS)).view(1, -1)
         logits = self.model(input_ids=torch.cat([prompt, image], dim=1)).logits[0]
         image_logits = logits[prompt.shape[1] - 1 : -1, mapping.image_tokens].view(ROWS, COLUMNS + 1, CODES)
         return image_logits[:, :-1].flatten(0, 1)

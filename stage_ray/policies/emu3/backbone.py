@@ -15,6 +15,7 @@ from stage_ray.policies.llama import LlamaBackbone
 from stage_ray.policies.static_decoder import StaticDecoder
 
 if TYPE_CHECKING:
+    from transformers import Emu3ForConditionalGeneration, Emu3VQVAE
     from transformers.models.emu3.modeling_emu3 import Emu3TextModel
 
 
@@ -57,7 +58,7 @@ class RowEndDecoder(StaticDecoder):
 
     def __init__(self, text_model: Emu3TextModel, backbone: Emu3Backbone, rows: int, length: int, columns: int) -> None:
         """For so many sequences of at most ``length`` positions, those of row ends included."""
-        super().__init__(text_model, rows, length, backbone.embed_prompts)  # type: ignore[arg-type]  # as a Llama's
+        super().__init__(text_model, rows, length, backbone.embed_prompts)  # as a Llama's
         self._row_end, self._columns, self._read = backbone.embed_row_end(), columns, 0
 
     def step(self, embeds: Tensor) -> Tensor:
@@ -65,6 +66,15 @@ class RowEndDecoder(StaticDecoder):
         self._read += 1
         state = super().step(embeds)
         return state if self._read % self._columns else super().step(self._row_end.expand_as(embeds))
+
+
+class Emu3Parts(nn.Module):
+    """The parts of transformers' model under the names that `save_pretrained` gives them in a checkpoint."""
+
+    def __init__(self, model: Emu3ForConditionalGeneration) -> None:
+        super().__init__()
+        self.text_model = nn.ModuleDict({"model": model.model.text_model, "lm_head": model.lm_head})
+        self.vqmodel: Emu3VQVAE | None = model.model.vqmodel
 
 
 def image_head(lm_head: nn.Linear, first: int, codes: int) -> nn.Linear:

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from stage_ray.config.model_sizes import ModelSizes
 
 MODEL_TYPE = "emu3"
-TRAINED_PREFIX, VQ_PREFIX = "model.text_model.", "model.vqmodel."
+# Names of tensors in a checkpoint. transformers has other ones for the model that it loads: see `Emu3Parts`.
+TRAINED_PREFIX, VQ_PREFIX, HEAD = "text_model.model.", "vqmodel.", "text_model.lm_head."
 IMAGE_AREA, RATIO = 518_400, "1:1"  # pixels, and width to height, of the published model: 90 x 90 tokens
 NEGATIVE_PROMPT = (
     "lowres, bad anatomy, bad hands, text, error, missing fingers, extra digit, fewer digits, cropped, worst quality, "
@@ -150,7 +151,7 @@ class Emu3Codec(ImageCodec):
             "tie_word_embeddings": False,
             "emu3": {"codes": codes, "first": self.first, "vocabulary": text.vocab_size},
         }
-        return VllmSpec(config=flat, prompt_shift=codes, frozen=("lm_head.",), row_end=codes + self.row_end)
+        return VllmSpec(config=flat, prompt_shift=codes, frozen=(HEAD,), row_end=codes + self.row_end)
 
     def _tokenizer(self) -> Emu3VQVAE:
         if self.vqmodel is None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import Emu3ForConditionalGeneration
 
     from stage_ray.config.model_sizes import ModelSizes
-    from stage_ray.policies.emu3.backbone import Emu3Backbone, RowEndDecoder
+    from stage_ray.policies.emu3.backbone import Emu3Backbone, Emu3Parts, RowEndDecoder
 
 
 class Emu3Policy(Policy):
@@ -30,19 +30,23 @@ class Emu3Policy(Policy):
     model_type = MODEL_TYPE
     trained_prefix = TRAINED_PREFIX
     vllm_model = "stage_ray.policies.emu3.vllm_model:Emu3ForImageGeneration"
-    model: Emu3ForConditionalGeneration
+    model: Emu3Parts
     codec: Emu3Codec
     backbone: Emu3Backbone
 
     def __init__(self, model: Emu3ForConditionalGeneration, codec: Emu3Codec, *, trainable: bool = True) -> None:
-        from stage_ray.policies.emu3.backbone import Emu3Backbone, image_head  # late: see `stage_ray.policies.janus`
+        from stage_ray.policies.emu3.backbone import (
+            Emu3Backbone,
+            Emu3Parts,
+            image_head,
+        )  # late: see `stage_ray.policies.janus`
 
         model.lm_head = image_head(model.lm_head, codec.first, codec.codebook_size)
         if not trainable:
             model.model.vqmodel.float().eval()  # pictures do not come from rounded weights
         codec.vqmodel = model.model.vqmodel  # one tokenizer for both
         backbone = Emu3Backbone(model.model.text_model, codec.grid, codec.row_end)
-        super().__init__(model, backbone, codec, trainable=trainable)
+        super().__init__(Emu3Parts(model), backbone, codec, trainable=trainable)
 
     @classmethod
     def check(cls, config: PolicyConfig) -> ImageCodec | None:
@@ -51,9 +55,12 @@ class Emu3Policy(Policy):
         if isinstance(codec, Emu3Codec):
             from transformers import Emu3ForConditionalGeneration
 
+            from stage_ray.policies.emu3.backbone import Emu3Parts
+
             with torch.device("meta"):  # shapes alone, no memory
                 model = Emu3ForConditionalGeneration(codec.config)
-            check_tensors(codec.location, {name: tensor.shape for name, tensor in model.state_dict().items()})
+            parts = Emu3Parts(model).state_dict()
+            check_tensors(codec.location, {name: tensor.shape for name, tensor in parts.items()})
         return codec
 
     @classmethod
@@ -88,23 +95,23 @@ class Emu3Policy(Policy):
 
     def embed_image_tokens(self, tokens: Tensor) -> Tensor:
         """Image tokens int64 [...] -> float [..., hidden], by the one table of all tokens, which is trained."""
-        return self.model.model.text_model.embed_tokens(self.codec.first + tokens)
+        return self.model.text_model["model"].embed_tokens(self.codec.first + tokens)  # type: ignore[operator]
 
     def head(self, states: Tensor) -> Tensor:
         """States [..., hidden] -> logits float32 [..., V], in float32 even where the rest runs in bfloat16."""
         with torch.autocast(states.device.type, enabled=False):
-            return self.model.lm_head(states.float())
+            return self.model.text_model["lm_head"](states.float())
 
     def decoder(self, sequences: int, length: int) -> RowEndDecoder:
         """A Llama's, which reads what closes a row by itself: ``length`` counts prompt and image tokens alone."""
         from stage_ray.policies.emu3.backbone import RowEndDecoder
 
-        text, codec = self.model.model.text_model, self.codec
+        text, codec = self.model.text_model["model"], self.codec
         return RowEndDecoder(text, self.backbone, sequences, length + codec.forced, codec.grid[1])
 
     def drop_image_decoder(self) -> None:
         """The image tokenizer; see `Policy.drop_image_decoder`."""
-        del self.model.model.vqmodel
+        self.model.vqmodel = None
         self.codec.vqmodel = None
 
     def enable_gradient_checkpointing(self) -> None:

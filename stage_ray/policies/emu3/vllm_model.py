@@ -38,9 +38,10 @@ class Emu3ForImageGeneration(nn.Module):
 
     mapper = WeightsMapper(
         orig_to_new_prefix={
-            "model.vqmodel.": None,
-            "model.text_model.embed_tokens.": "text_model.embed_tokens.table.",
-            "model.": "",
+            "vqmodel.": None,
+            "text_model.model.embed_tokens.": "text_model.embed_tokens.table.",
+            "text_model.model.": "text_model.",
+            "text_model.lm_head.": "lm_head.",
         }
     )
 
@@ -82,5 +83,7 @@ class Emu3ForImageGeneration(nn.Module):
             weights if self._loaded else only_finite(weights, "its weights")
         )  # updates are checked before they come here
         self._loaded = True
-        wanted = ((name, one[self._image_rows] if name == "lm_head.weight" else one) for name, one in checked)
+        wanted = (
+            (name, one[self._image_rows] if name == "text_model.lm_head.weight" else one) for name, one in checked
+        )
         return AutoWeightsLoader(self).load_weights(wanted, mapper=self.mapper)
