@@ -149,18 +149,17 @@ def _overview(rows: Sequence[dict[str, Any]], suites: Sequence[_Comparison]) -> 
         first, last = fmean(rewards[:window]), fmean(rewards[-window:])
         name = f"training reward, first and last {window} steps"
         lines.append(_Line(name, f"{first:.3f}", f"{last:.3f}", f"{last - first:+.3f}"))
-    for suite in suites:
-        shown = suite.after or suite.before
-        if shown is None or not (suite.before and suite.after):
-            continue
-        measures = [name for name, metric in shown.metrics.items() if metric.better and name != shown.headline]
-        for name in (shown.headline, *measures):
-            was, now = (found.metrics.get(name) for found in (suite.before, suite.after))
-            if was or now:
-                changed = suite.changed.get(name)
-                change = f"{'+' * (changed.value >= 0)}{changed}" if changed else ""
-                label = f"{suite.name or 'held-out'}: {name}"
-                lines.append(_Line(label, str(was or ""), str(now or ""), change, suite.tones.get(name, "")))
+    compared = [(suite, suite.after) for suite in suites if suite.before and suite.after]
+    shown = [(suite, after.headline) for suite, after in compared if after.headline in after.metrics]
+    for suite, after in compared:  # of what is measured beside the headline, that of which one way is better
+        ways = {name: metric.better in ("larger", "smaller") for name, metric in after.metrics.items()}
+        shown += [(suite, name) for name, known in ways.items() if known and name != after.headline]
+    for suite, name in shown:
+        assert suite.before and suite.after
+        was, now, changed = (found.get(name) for found in (suite.before.metrics, suite.after.metrics, suite.changed))
+        change = f"{'+' * (changed.value >= 0)}{changed}" if changed else ""
+        label = f"{suite.name or 'held-out'}: {name}"
+        lines.append(_Line(label, str(was or ""), str(now or ""), change, suite.tones.get(name, "")))
     return lines
 
 

@@ -42,6 +42,8 @@ def test_nothing_in_it_is_fetched_from_anywhere(finished: str) -> None:
 
 def test_it_shows_score_tasks_pictures_alarms_curves_and_config(finished: str) -> None:
     assert "Held-out GenEval 0." in finished and " → 0." in finished
+    overview = finished.split("Before and after training")[1].split("</table>")[0]
+    assert "training reward, first and last" in overview and "<td>held-out: GenEval</td>" in overview
     for metric in (*TASKS, "GenEval", "soft score"):
         assert f"<td>{metric.replace('_', ' ')}</td>" in finished
     assert finished.count("<img ") == 2 + 6
