@@ -76,7 +76,7 @@ def test_the_shipped_model_is_as_large_as_its_file():
     [
         ("janus-pro-3b", f"neither known ({', '.join(KNOWN)}) nor a local directory"),
         ("EMPTY", "no config.json"),
-        ("LLAMA", "is of no family that can be planned: janus, llamagen"),
+        ("LLAMA", "is of no family that can be planned: emu3, janus, llamagen"),
     ],
 )
 def test_a_model_that_cannot_be_planned_is_named(tmp_path: Path, model: str, why: str):

@@ -23,7 +23,7 @@ def family(name: str) -> type[Policy]:
 
 
 def test_a_family_is_a_folder_or_the_dotted_path_of_a_users_own_policy() -> None:
-    assert POLICIES.names() == ["janus", "llamagen"]
+    assert POLICIES.names() == ["emu3", "janus", "llamagen"]
     assert family("janus") is family("stage_ray.policies.janus.JanusPolicy") is JanusPolicy
 
 
@@ -46,6 +46,7 @@ def test_a_class_that_is_no_policy_is_refused() -> None:
         ("import stage_ray.engines, stage_ray.engines.vllm.environment", "torch"),
         ("import stage_ray.policies as p; p.POLICIES.find('janus', 'policy.family')", "transformers.models.janus"),
         ("import stage_ray.policies as p; p.POLICIES.find('llamagen', 'policy.family')", "transformers.models."),
+        ("import stage_ray.policies as p; p.POLICIES.find('emu3', 'policy.family')", "transformers.models."),
     ],
 )
 def test_what_the_driver_asks_before_a_run_imports_no_models(imports: str, unwanted: str) -> None:
