@@ -116,8 +116,8 @@ def guidance_of(images: int) -> tuple[Any, list[list[int]]]:
 
     from stage_ray.engines.vllm.guidance import PairedGuidance, image_params
 
-    config = SimpleNamespace(image_tokens=4, row_end=None)
-    model, scheduler = SimpleNamespace(hf_config=config), SimpleNamespace(max_num_seqs=images)
+    said = SimpleNamespace(image_tokens=4, row_end=None)
+    model, scheduler = SimpleNamespace(hf_config=said), SimpleNamespace(max_num_seqs=images)
     config: Any = SimpleNamespace(model_config=model, scheduler_config=scheduler)
     guidance, params = PairedGuidance(config, torch.device("cpu"), False), SamplingParams(guidance_scale=2.0)
     outputs: list[list[int]] = [[] for _ in range(2 * images)]
