@@ -2,6 +2,7 @@
 
 Janus-Pro: from arXiv 2501.17811, table 1, and ``config.json`` of deepseek-ai/Janus-Pro-1B and -7B. Both draw 24 x 24
 tokens of 16384 codes in 8 dimensions, 384 x 384 pixels. LlamaGen: from ``autoregressive/models/gpt.py`` of its code.
+Emu3-Gen: transformers' defaults, which are its ``config.json``.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ class ModelSizes:
     prompt_tokens: int | None = None  # of a prompt at most; None: as many as a config lets it have
     side_pixels: int = 384
     base_channels: int = 128  # of the image decoder's feature maps at full size, ``side_pixels`` squared
+    decoded_at_once: int | None = None  # images; None: as many as `stage_ray.policies.image_tokenizer` takes
     layer: int  # from here on parameters: of one decoder layer
     embedding: int  # of text, and what else is trained outside of the layers
     head: int  # of images
@@ -111,6 +113,29 @@ def _llamagen(name: str, hidden: int, layers: int, pixels: int, *, text: bool = 
     )
 
 
+EMU3_GEN = ModelSizes(
+    name="emu3-gen",
+    path="BAAI/Emu3-Gen-hf",
+    family="emu3",
+    hidden=4096,
+    intermediate=14_336,
+    layers=32,
+    heads=32,
+    kv_heads=8,
+    head_dim=128,
+    codes=32_768,
+    image_tokens=90**2,
+    forced=89,
+    side_pixels=720,
+    base_channels=4 * 256,  # of four frames
+    decoded_at_once=1,
+    layer=4096 * (2 * 4096 + 2 * 1024 + 3 * 14_336 + 2),  # attention, MLP, two norms
+    embedding=184_622 * 4096,
+    head=32_768 * 4096,  # the rows of image tokens
+    image_embedding=0,
+    vqmodel=270_740_287,  # counted in transformers' own classes
+    frozen=270_740_287 + 184_622 * 4096,
+)
 KNOWN = {
     "janus-pro-1b": _published("janus-pro-1b", "deepseek-community/Janus-Pro-1B", 2048, 5632, 24, 16),
     "janus-pro-7b": _published("janus-pro-7b", "deepseek-community/Janus-Pro-7B", 4096, 11_008, 30, 32),
@@ -120,6 +145,7 @@ KNOWN = {
     "llamagen-xl-384": _llamagen("llamagen-xl-384", 1280, 36, 384),
     "llamagen-t2i-256": _llamagen("llamagen-t2i-256", 1280, 36, 256, text=True),
     "llamagen-t2i-512": _llamagen("llamagen-t2i-512", 1280, 36, 512, text=True),
+    "emu3-gen": EMU3_GEN,
 }
 FLOAT32, BFLOAT16 = 4, 2
 WIDTH = {"float32": FLOAT32, "bfloat16": BFLOAT16}  # bytes of a number

@@ -34,7 +34,13 @@ def rollout_memory(model: ModelSizes, *, images: int, dtype: str) -> dict[str, i
     size, sequences, prompt = WIDTH[dtype], 2 * images, longest_prompt(model)
     prefill = sequences * prompt * size * (4 * model.hidden + 3 * model.intermediate)
     logits = 5 * sequences * model.codes * FLOAT32  # both branches, guided, their softmax and noise
-    maps = min(images, DECODE_CHUNK) * DECODER_MAPS * model.base_channels * model.side_pixels**2 * FLOAT32
+    maps = (
+        min(images, model.decoded_at_once or DECODE_CHUNK)
+        * DECODER_MAPS
+        * model.base_channels
+        * model.side_pixels**2
+        * FLOAT32
+    )
     text = BFLOAT16 * model.text_encoder + sequences * prompt * model.text_features * size
     return {
         "weights": (model.trained + model.image_embedding) * size + model.head * FLOAT32,

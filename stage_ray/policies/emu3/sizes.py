@@ -45,6 +45,7 @@ def config_sizes(config: Emu3Config, grid: tuple[int, int], name: str, path: str
         forced=rows - 1,
         side_pixels=round((rows * columns) ** 0.5 * vq.spatial_scale_factor),
         base_channels=config.vq_config.base_channels * config.vq_config.temporal_downsample_factor,  # frames
+        decoded_at_once=1,
         layer=count(layers[0]),
         embedding=text.vocab_size * text.hidden_size,
         head=codes * text.hidden_size,
