@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -11,9 +10,9 @@ from vllm.config import VllmConfig
 from vllm.model_executor.layers.linear import ReplicatedLinear
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.models.llama import LlamaModel
-from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, maybe_prefix
+from vllm.model_executor.models.utils import WeightsMapper, maybe_prefix
 
-from stage_ray.pretrained import only_finite
+from stage_ray.policies.vllm_llama import LlamaImageModel
 
 
 class ImageFirstEmbedding(nn.Module):
@@ -30,12 +29,13 @@ class ImageFirstEmbedding(nn.Module):
         return self.table(torch.where(ids < self._codes, ids + self._first, ids - self._codes))
 
 
-class Emu3ForImageGeneration(nn.Module):
+class Emu3ForImageGeneration(LlamaImageModel):
     """Prompt and image ids in (`Emu3Codec.vllm_spec` numbers them), logits over the V image tokens out.
 
     Ids are embedded inside of `LlamaModel`, as in `stage_ray.policies.janus.vllm_model`, where it says why.
     """
 
+    llama = "text_model"
     mapper = WeightsMapper(
         orig_to_new_prefix={
             "vqmodel.": None,
@@ -47,7 +47,6 @@ class Emu3ForImageGeneration(nn.Module):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
-        self._loaded = False
         config = vllm_config.model_config.hf_config  # of `Emu3Codec.vllm_spec`
         self.config = config
         self._image_rows = slice(config.emu3["first"], config.emu3["first"] + config.emu3["codes"])
@@ -59,31 +58,10 @@ class Emu3ForImageGeneration(nn.Module):
             *sizes, bias=False, params_dtype=torch.float32, return_bias=False, prefix="lm_head"
         )
 
-    def embed_input_ids(self, input_ids: Tensor) -> Tensor:
-        """Ids [N] -> embeddings [N, hidden]."""
-        return self.text_model.embed_input_ids(input_ids)
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        positions: Tensor,
-        intermediate_tensors: Any = None,
-        inputs_embeds: Tensor | None = None,
-    ) -> Tensor:
-        """Ids and positions [N] of all running requests -> states [N, hidden]."""
-        return self.text_model(input_ids, positions, intermediate_tensors, inputs_embeds)
-
     def compute_logits(self, hidden_states: Tensor) -> Tensor:
         """States [R, hidden] -> logits [R, V], float32."""
         return self.lm_head(hidden_states.float())
 
-    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Load tensors by their names in a checkpoint, of the head the rows of image tokens; the rest is skipped."""
-        checked = (
-            weights if self._loaded else only_finite(weights, "its weights")
-        )  # updates are checked before they come here
-        self._loaded = True
-        wanted = (
-            (name, one[self._image_rows] if name == "text_model.lm_head.weight" else one) for name, one in checked
-        )
-        return AutoWeightsLoader(self).load_weights(wanted, mapper=self.mapper)
+    def take(self, name: str, tensor: Tensor) -> Tensor:
+        """Of the head the rows of image tokens."""
+        return tensor[self._image_rows] if name == "text_model.lm_head.weight" else tensor

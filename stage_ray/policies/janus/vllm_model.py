@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from transformers import JanusVQVAEConfig
@@ -14,9 +11,9 @@ from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import ReplicatedLinear
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.models.llama import LlamaModel
-from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, maybe_prefix
+from vllm.model_executor.models.utils import WeightsMapper, maybe_prefix
 
-from stage_ray.pretrained import only_finite
+from stage_ray.policies.vllm_llama import LlamaImageModel
 
 
 class ImageFirstEmbedding(nn.Module):
@@ -49,7 +46,7 @@ class FusedNorm(RMSNorm):
         return x, residual
 
 
-class JanusForImageGeneration(nn.Module):
+class JanusForImageGeneration(LlamaImageModel):
     """Prompt and image ids in (`JanusCodec.vllm_spec` numbers them), logits over the V image tokens out.
 
     Ids are embedded inside of `LlamaModel`, which vLLM compiles and on a GPU cuts into CUDA graphs. A graph reads its
@@ -57,7 +54,8 @@ class JanusForImageGeneration(nn.Module):
     lie elsewhere in every step, and a prompt's graph (``FULL_AND_PIECEWISE``, the default) would read old ones.
     """
 
-    hf_to_vllm_mapper = WeightsMapper(
+    llama = "language_model"
+    mapper = hf_to_vllm_mapper = WeightsMapper(
         orig_to_new_prefix={
             "lm_head.": None,
             "model.vision_model.": None,
@@ -72,7 +70,6 @@ class JanusForImageGeneration(nn.Module):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
-        self._loaded = False
         config = vllm_config.model_config.hf_config  # of `JanusCodec.vllm_spec`
         vq_config = JanusVQVAEConfig(**config.janus["vq_config"])
         self.config = config
@@ -88,31 +85,9 @@ class JanusForImageGeneration(nn.Module):
         for name in ("proj_out", "vision_head"):
             self.generation_head.set_submodule(name, _float32_linear(self.generation_head.get_submodule(name), name))
 
-    def embed_input_ids(self, input_ids: Tensor) -> Tensor:
-        """Ids [N] -> embeddings [N, hidden]."""
-        return self.language_model.embed_input_ids(input_ids)
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        positions: Tensor,
-        intermediate_tensors: Any = None,
-        inputs_embeds: Tensor | None = None,
-    ) -> Tensor:
-        """Ids and positions [N] of all running requests -> states [N, hidden]."""
-        return self.language_model(input_ids, positions, intermediate_tensors, inputs_embeds)
-
     def compute_logits(self, hidden_states: Tensor) -> Tensor:
         """States [R, hidden] -> logits [R, V], float32."""
         return self.generation_head(hidden_states.float())
-
-    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Load tensors by their names in a Janus checkpoint; what images do not need is skipped."""
-        checked = (
-            weights if self._loaded else only_finite(weights, "its weights")
-        )  # updates are checked before they come here
-        self._loaded = True
-        return AutoWeightsLoader(self).load_weights(checked, mapper=self.hf_to_vllm_mapper)
 
 
 def _float32_linear(layer: nn.Module, name: str) -> ReplicatedLinear:

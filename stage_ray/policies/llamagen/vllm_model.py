@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -10,11 +9,11 @@ from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.linear import ReplicatedLinear
 from vllm.model_executor.models.llama import LlamaAttention, LlamaDecoderLayer, LlamaModel
-from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, maybe_prefix
+from vllm.model_executor.models.utils import WeightsMapper, maybe_prefix
 
 from stage_ray.policies.llamagen.model import CaptionProjection
 from stage_ray.policies.llamagen.rotary import angles
-from stage_ray.pretrained import only_finite
+from stage_ray.policies.vllm_llama import LlamaImageModel
 
 
 class GridRotation(nn.Module):
@@ -89,13 +88,14 @@ class ImageFirstEmbedding(nn.Module):
         return torch.where((ids < self.codes).unsqueeze(-1), image, prompt)  # no branch: CUDA graphs take none
 
 
-class LlamaGenForImageGeneration(nn.Module):
+class LlamaGenForImageGeneration(LlamaImageModel):
     """Prompt and image ids in (`LlamaGenCodec.vllm_spec` numbers them), logits over the V image tokens out.
 
     Ids are embedded inside of `LlamaModel`, as in `stage_ray.policies.janus.vllm_model`, where it says why.
     """
 
     supports_mrope = True  # used where captions are: see `get_mrope_input_positions`
+    llama = "transformer"
     mapper = WeightsMapper(
         orig_to_new_prefix={
             "vq.": None,
@@ -108,7 +108,6 @@ class LlamaGenForImageGeneration(nn.Module):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
-        self._loaded = False
         config = vllm_config.model_config.hf_config  # of `LlamaGenCodec.vllm_spec`
         self.config, said = config, config.llamagen
         self._prompt_tokens: int = said["prompt_tokens"]
@@ -130,10 +129,6 @@ class LlamaGenForImageGeneration(nn.Module):
         moved = self._prompt_tokens - len(input_tokens)
         return (torch.arange(len(input_tokens)) + moved).expand(3, -1), moved
 
-    def embed_input_ids(self, input_ids: Tensor) -> Tensor:
-        """Ids [N] -> embeddings [N, hidden]."""
-        return self.transformer.embed_input_ids(input_ids)
-
     def forward(
         self,
         input_ids: Tensor,
@@ -143,16 +138,8 @@ class LlamaGenForImageGeneration(nn.Module):
     ) -> Tensor:
         """Ids [N] and positions [N], or three equal rows of them, of all running requests -> states [N, hidden]."""
         places = positions[0] if positions.dim() == 2 else positions
-        return self.transformer(input_ids, places, intermediate_tensors, inputs_embeds)
+        return super().forward(input_ids, places, intermediate_tensors, inputs_embeds)
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor:
         """States [R, hidden] -> logits [R, V], float32."""
         return self.head(hidden_states.float())
-
-    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Load tensors by their names in a checkpoint; what images do not need is skipped."""
-        checked = (
-            weights if self._loaded else only_finite(weights, "its weights")
-        )  # updates are checked before they come here
-        self._loaded = True
-        return AutoWeightsLoader(self).load_weights(checked, mapper=self.mapper)
