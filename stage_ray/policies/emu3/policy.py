@@ -35,11 +35,8 @@ class Emu3Policy(Policy):
     backbone: Emu3Backbone
 
     def __init__(self, model: Emu3ForConditionalGeneration, codec: Emu3Codec, *, trainable: bool = True) -> None:
-        from stage_ray.policies.emu3.backbone import (
-            Emu3Backbone,
-            Emu3Parts,
-            image_head,
-        )  # late: see `stage_ray.policies.janus`
+        # Late: see `stage_ray.policies.janus.codec`.
+        from stage_ray.policies.emu3.backbone import Emu3Backbone, Emu3Parts, image_head
 
         model.lm_head = image_head(model.lm_head, codec.first, codec.codebook_size)
         if not trainable:
