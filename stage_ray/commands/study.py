@@ -16,7 +16,11 @@ def study(
     ],
     dry_run: Annotated[bool, Option("--dry-run", help="List the runs and which are done; start nothing")] = False,
     export: Annotated[
-        Path | None, Option(metavar="DIR", help="Of a study that is done: its runs, small, for stage-ray compare")
+        Path | None,
+        Option(metavar="DIR", help="Write the runs that are done, small, for --kept and stage-ray compare; train none"),
+    ] = None,
+    kept: Annotated[
+        Path | None, Option(metavar="DIR", help="Runs that --export wrote: they count as done, and are not trained")
     ] = None,
 ) -> None:
     """Train arms that differ in a few keys on several seeds each, and compare them on one page.
@@ -36,11 +40,12 @@ def study(
     require_lasting(export, "--export")
     with Progress() as progress:
         found = Study(config, progress, file.stem)
+        if kept is not None:
+            found.keep(kept)
         if dry_run:
             for run, done in found.plan():
                 echo(f"{'done' if done else 'to do'}  {run.label}  {run.directory}")
         elif export is not None:
-            found.export(export)
-            echo(export)
+            echo(f"{found.export(export)} runs: {export}")
         else:
             progress.note(f"study: {found.run()}")

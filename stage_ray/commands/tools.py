@@ -81,6 +81,7 @@ def compare(
     ],
     page: Annotated[Path, Option(help="Where to write the page")] = Path("compare.html"),
     json_file: Annotated[Path | None, Option("--json", help="Also write the numbers on it here")] = None,
+    figure: Annotated[Path | None, Option(help="Also draw its curves as one picture: .svg, .pdf, .png")] = None,
 ) -> None:
     """Compare runs on one page: intervals of what they reached, curves, pictures at equal steps, configs.
 
@@ -92,9 +93,10 @@ def compare(
     """
     require_lasting(page, "--page")
     require_lasting(json_file, "--json")
+    require_lasting(figure, "--figure")
     from stage_ray.report.compare import write_comparison
 
-    echo(write_comparison(run_dirs, page, json_file))
+    echo(write_comparison(run_dirs, page, json_file, figure=figure))
 
 
 def metrics(

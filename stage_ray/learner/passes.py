@@ -153,7 +153,7 @@ class Passes:
         entropy_grad = self._recipe.needs_entropy_grad and not of_reference
         with torch.autocast(self._device.type, torch.bfloat16, enabled=bfloat16):
             if guided:
-                grads = {"entropy_grad": entropy_grad, "guided_grad": self._recipe.needs_guided_grad}
+                grads = {"entropy_grad": entropy_grad, "guided_grad": self._recipe.guided_grad}
                 with_guidance = batch.guided_of(indices)
                 return policy.guided_token_logprobs(prompts, tokens, self._sampling, guided=with_guidance, **grads)
             conditional = [prompt.conditional for prompt in prompts]

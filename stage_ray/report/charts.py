@@ -7,17 +7,25 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
+
+from stage_ray.errors import ConfigError
+
+Bands = Mapping[str, Sequence[tuple[float, float] | None]]
+"""Label -> value and half width of its band at each step; None is a gap."""
 
 INK = "#010203"  # stands for the page's text colour until the SVG is written
 PALETTE = ("#3b82d0", "#e07b39", "#2f9e6e", "#a565c9", "#c94f6d", "#8a8f3c")
 DASHES = ("-", "--", ":")
 SMOOTH = 9
+COLUMNS = 3  # of the charts of a figure
 STYLE = {
     "svg.fonttype": "none",
     "text.parse_math": False,  # a scorer's name may hold dollars
@@ -60,21 +68,53 @@ def chart(steps: Sequence[int], series: Mapping[str, Sequence[float | None]], to
     return svg[0]
 
 
-def banded_chart(steps: Sequence[int], series: Mapping[str, Sequence[tuple[float, float] | None]]) -> str:
+def banded_chart(steps: Sequence[int], series: Bands) -> str:
     """Curves of values with their standard errors as bands, the first one strong. None is a gap."""
-    dots = "." if len(steps) <= 20 else None
     with _figure(series) as (axes, svg):
-        styles = [(color, dash) for dash in DASHES for color in PALETTE]  # as many arms are told apart
-        for (color, dash), (label, points) in zip(styles, series.items(), strict=False):
-            data = np.asarray([point or (np.nan, np.nan) for point in points], dtype=float)  # [n, 2]
-            values, errors = data.T
-            strong = label == next(iter(series))
-            width = 1.6 if strong else 0.8
-            axes.plot(steps, values, color=color, linestyle=dash, linewidth=width, marker=dots, label=label)
-            axes.fill_between(steps, values - errors, values + errors, color=color, alpha=0.15, linewidth=0)
+        _draw_bands(axes, steps, series)
         if len(series) > 1:
             axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return svg[0]
+
+
+def banded_figure(path: Path, charts: Mapping[str, tuple[Sequence[int], Bands]]) -> None:
+    """All of these charts, by their titles, as one picture for a paper or a page: the suffix is its format.
+
+    Each as `banded_chart` has it; one legend for all. Written whole or not at all.
+
+    Raises:
+        ConfigError: a format that matplotlib does not write.
+    """
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": "-".join(charts)}):
+        rows = -(-len(charts) // COLUMNS)
+        figure = Figure(figsize=(3.3 * COLUMNS, 2.1 * rows + 0.4), layout="constrained")
+        kind = path.suffix[1:].lower()
+        if kind not in (known := figure.canvas.get_supported_filetypes()):
+            raise ConfigError(f"{path} is in no format that can be written; end its name in one of {', '.join(known)}")
+        lines: dict[str, Line2D] = {}
+        for place, (title, (steps, series)) in enumerate(charts.items(), start=1):
+            axes = figure.add_subplot(rows, COLUMNS, place, title=title)
+            axes.grid(axis="y")
+            axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+            _draw_bands(axes, steps, series)
+            lines |= {str(line.get_label()): line for line in axes.lines}
+        figure.legend([*lines.values()], [*lines], loc="outside lower center", ncols=len(lines))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = path.with_name(path.name + ".tmp")
+        figure.savefig(scratch, format=kind, dpi=160, metadata={"Date": None} if kind == "svg" else None)
+        scratch.replace(path)
+
+
+def _draw_bands(axes: Axes, steps: Sequence[int], series: Bands) -> None:
+    dots = "." if len(steps) <= 20 else None
+    styles = [(color, dash) for dash in DASHES for color in PALETTE]  # as many arms are told apart
+    for (color, dash), (label, points) in zip(styles, series.items(), strict=False):
+        data = np.asarray([point or (np.nan, np.nan) for point in points], dtype=float)  # [n, 2]
+        values, errors = data.T
+        strong = label == next(iter(series))
+        width = 1.6 if strong else 0.8
+        axes.plot(steps, values, color=color, linestyle=dash, linewidth=width, marker=dots, label=label)
+        axes.fill_between(steps, values - errors, values + errors, color=color, alpha=0.15, linewidth=0)
 
 
 @contextmanager

@@ -12,7 +12,15 @@ from typing import Any
 from stage_ray.config.hardware import machine_metadata
 from stage_ray.files import atomic_write
 from stage_ray.report.arms import Arm, Estimate, RunRecord, arms_of, difference, estimate, incomparable, over_runs
-from stage_ray.report.curves import TRAINING, Value, chart_of, evaluation_curves, numbers_of, training_curves
+from stage_ray.report.curves import (
+    TRAINING,
+    Value,
+    chart_of,
+    evaluation_curves,
+    numbers_of,
+    training_curves,
+    write_figure,
+)
 from stage_ray.report.page import pictures, write_page
 
 LAST = 40  # steps whose mean stands for the end of a training
@@ -42,14 +50,18 @@ class SuiteTable:
 
 
 def write_comparison(
-    run_dirs: Sequence[Path], page: Path, json_file: Path | None = None, names: Mapping[Path, str] | None = None
+    run_dirs: Sequence[Path],
+    page: Path,
+    json_file: Path | None = None,
+    names: Mapping[Path, str] | None = None,
+    figure: Path | None = None,
 ) -> Path:
-    """Write the page, and the numbers on it as JSON where that is wanted; each whole or not at all.
+    """Write the page; where wanted its numbers as JSON and its curves as one picture; each whole or not at all.
 
     ``names``: of each run's arm, where they are not to be named by what differs.
 
     Raises:
-        ConfigError: a directory holds no run, or two runs say the same twice.
+        ConfigError: a directory holds no run, two runs say the same twice, or no such picture can be written.
         RunError: a file of a run is damaged; names it.
     """
     arms, told = arms_of([RunRecord.read(directory) for directory in run_dirs], names)
@@ -74,6 +86,8 @@ def write_comparison(
             "curves": {title: numbers_of(found) for title, found in curves.items()},
         }
         atomic_write(json_file, json.dumps(numbers, indent=1, default=str))
+    if figure is not None:
+        write_figure(figure, curves)
     write_page(
         page,
         "compare.html.j2",

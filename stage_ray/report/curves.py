@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from markupsafe import Markup
 
 from stage_ray.report.arms import Arm
-from stage_ray.report.charts import banded_chart, running_mean
+from stage_ray.report.charts import Bands, banded_chart, banded_figure, running_mean
 
 Value = Callable[[Mapping[str, Any]], float | None]
 Curves = Mapping[str, Mapping[int, tuple[float, float]]]
@@ -76,8 +77,17 @@ def evaluation_curves(arms: Sequence[Arm], suite: str, metrics: Sequence[str]) -
 
 def chart_of(curves: Curves) -> Markup:
     """The arms' curves, each with its band."""
+    return Markup(banded_chart(*_bands(curves)))
+
+
+def write_figure(path: Path, curves: Mapping[str, Curves]) -> None:
+    """Curves by title as one picture; errors of `banded_figure`."""
+    banded_figure(path, {title: _bands(found) for title, found in curves.items()})
+
+
+def _bands(curves: Curves) -> tuple[list[int], Bands]:
     steps = sorted({step for points in curves.values() for step in points})
-    return Markup(banded_chart(steps, {name: [points.get(step) for step in steps] for name, points in curves.items()}))
+    return steps, {name: [points.get(step) for step in steps] for name, points in curves.items()}
 
 
 def numbers_of(curves: Curves) -> dict[str, dict[str, list[float]]]:

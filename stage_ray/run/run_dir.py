@@ -28,6 +28,7 @@ from stage_ray.samplers import resolve_samplers
 log = logging.getLogger(__name__)
 
 LOCK, INPUTS = ".lock", "inputs.json"
+SMALL = "small.txt"  # marks a small copy of a finished run (`small_copy.py`), which has no weights to go on with
 
 # Keys that a resumed run may change: placement, speed and logging, never what is computed.
 FREE_KEYS = {"run_dir", "cluster", "checkpoint", "evaluation", "scoring", "logs", "policy.lora.export"}
@@ -105,7 +106,7 @@ def known_commits(run_dir: Path) -> dict[str, str]:
 
 
 def is_finished(run: RunConfig) -> bool:
-    """Whether its directory holds this very run, trained, evaluated and exported.
+    """Whether its directory holds this very run, trained, evaluated and exported, or a small copy of it.
 
     Raises:
         ConfigError: it holds a run whose config or prompts differ; names the first key.
@@ -114,7 +115,7 @@ def is_finished(run: RunConfig) -> bool:
     if not (path / "config.yaml").exists() or _untouched(path):
         return False
     _check_same(resolved(run), path / "config.yaml", "auto", digest_inputs(run, log.info))
-    return (path / "final" / "config.json").exists()
+    return (path / "final" / "config.json").exists() or (path / SMALL).exists()
 
 
 @contextlib.contextmanager
@@ -150,6 +151,8 @@ def _check_ours(path: Path, resume: Resume) -> None:
         raise ConfigError(f"run_dir {path} is a file; name a directory")
     if path.is_symlink() and not path.exists():
         raise ConfigError(f"run_dir {path} is a link to nothing ({path.readlink()}); name another --run-dir")
+    if (path / SMALL).exists():
+        raise ConfigError(f"run_dir {path} holds a small copy of a run, without weights; name another --run-dir")
     if (path / "config.yaml").exists():
         if not resume and not _untouched(path):
             raise ConfigError(

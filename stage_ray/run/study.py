@@ -30,8 +30,8 @@ from stage_ray.evaluation.suites import EVALUATION, resolve_suites
 from stage_ray.files import atomic_write, read_json
 from stage_ray.observability.progress import Progress
 from stage_ray.report.compare import write_comparison
-from stage_ray.report.export import export_runs
-from stage_ray.run.run_dir import is_finished
+from stage_ray.run.run_dir import SMALL, is_finished
+from stage_ray.run.small_copy import export_runs
 from stage_ray.run.stop import StopSignal
 from stage_ray.run.study_places import ABSENT, TrainRun, places
 
@@ -159,20 +159,42 @@ class Study:
         page = self.directory / f"{self._name}.html"
         return write_comparison(list(arms), page, page.with_suffix(".json"), arms)
 
-    def export(self, directory: Path) -> None:
-        """Write the reported runs small (`export_runs`), and what the study found, below a directory.
+    def export(self, directory: Path) -> int:
+        """Write every run that is done small (`export_runs`), and what the study found, below a directory.
+
+        Returns:
+            How many runs; those that lie there already stay as they are.
 
         Raises:
-            ConfigError: a run is not there yet, or its small directory is.
+            ConfigError: no run is done.
             RunError: a file of a run is damaged.
         """
-        if self.searched:
-            self._choose()
-        runs = [run.directory for runs in self.reported.values() for run in runs]
-        export_runs({run: directory / run.relative_to(self.directory) for run in runs})
+        done = [run.directory for run, done in self.plan() if done]
+        if not done:
+            raise ConfigError(f"{self.directory} holds no run that is done, so there is nothing to export")
+        small = {run: directory / run.relative_to(self.directory) for run in done}
+        export_runs({run: target for run, target in small.items() if not target.exists()})
         for name in (f"{self._name}.json", SEARCHED):
             if (file := self.directory / name).is_file():
                 shutil.copyfile(file, directory / name)
+        return len(done)
+
+    def keep(self, small: Path) -> None:
+        """Take in what `export` wrote: small copies of runs that ``dir`` has not, which then count as done.
+
+        Raises:
+            ConfigError: the directory holds none.
+        """
+        found = sorted(path.parent for path in small.rglob(SMALL))
+        if not found:
+            raise ConfigError(f"--kept {small} holds no small copy of a run; name what --export wrote")
+        for run in found:
+            target = self.directory / run.relative_to(small)
+            if not target.exists():
+                scratch = target.with_name(target.name + ".tmp")
+                shutil.rmtree(scratch, ignore_errors=True)
+                shutil.copytree(run, scratch)
+                scratch.replace(target)
 
     def plan(self) -> list[tuple[StudyRun, bool]]:
         """Every run in the order in which they are done, and whether it is."""

@@ -112,10 +112,41 @@ def test_ar_grpo_clips_the_ratio_of_the_guided_distribution(stale: float) -> Non
     assert_literal(load_recipe(run), groups, [literal.ar_grpo(group, 0.2, 0.2) for group in groups])
 
 
+@pytest.mark.parametrize("recipe", ["ar_grpo", "guided_stage"])
 @pytest.mark.parametrize(("key", "value"), [("top_k", 5), ("top_p", 0.9)])
-def test_ar_grpo_refuses_samplers_that_leave_tokens_out(key: str, value: float) -> None:
-    with pytest.raises(ConfigError, match=f"rollout.{key} = {value} must be .* with recipe ar_grpo"):
-        load_recipe(run_with("ar_grpo", rollout={key: value}))
+def test_guided_ratios_refuse_samplers_that_leave_tokens_out(key: str, value: float, recipe: str) -> None:
+    with pytest.raises(ConfigError, match=f"rollout.{key} = {value} must be .* with recipe {recipe}"):
+        load_recipe(run_with(recipe, rollout={key: value}))
+
+
+def test_guided_stage_is_stage_on_the_distribution_that_was_sampled() -> None:
+    ours, stage = (load_recipe(run_with(recipe, algorithm={"beta": 0.2})) for recipe in ("guided_stage", "stage"))
+    assert (ours.needs_guided, ours.guided_grad, stage.needs_guided) == (True, "conditional", False)
+    batch = batch_of([a_group(seed, stale=0.5) for seed in (5, 6)])
+    guided, behavior = (torch.rand(2, G, T, dtype=torch.float64).log() for _ in range(2))
+    reference = guided - 0.3 * torch.rand_like(guided)
+    seen = ReferenceOutputs(
+        torch.rand_like(guided), torch.rand_like(guided), reference
+    )  # its own branch is not looked at
+    credit, every = ours.credit(batch, seen, 0), torch.arange(2 * G)
+    assert (credit.weights.policy == stage.credit(batch, seen, 0).weights.policy).all()
+    rows, conditional = (
+        guided.flatten(0, 1).requires_grad_(),
+        torch.rand(2 * G, T, dtype=torch.float64, requires_grad=True),
+    )
+    found = ours.objective(
+        PolicyOutputs(conditional, conditional.detach(), conditional.detach(), rows, behavior.flatten(0, 1)),
+        seen.take(every),
+        credit.take(every),
+    ).loss
+    slope, untouched = torch.autograd.grad(found, [rows, conditional], allow_unused=True)
+    plain = stage.objective(
+        PolicyOutputs(rows, behavior.flatten(0, 1), conditional.detach()),
+        ReferenceOutputs(reference.flatten(0, 1), seen.entropy.flatten(0, 1)),
+        credit.take(every),
+    ).loss
+    assert untouched is None and found.item() == pytest.approx(plain.item())
+    torch.testing.assert_close(slope, torch.autograd.grad(plain, rows)[0])
 
 
 def test_gcpo_trains_its_critical_tokens_with_dynamic_weights() -> None:
@@ -238,7 +269,7 @@ def test_f_divergence_is_its_base_recipe_with_another_distance(base: str, exact:
     assert found.item() == pytest.approx((plain + 0.1 * (credits[0].weights.kl.flatten(0, 1) * held).sum()).item())
 
 
-@pytest.mark.parametrize("recipe", ["grpo", "stage", "ar_grpo", "gcpo", "eg_grpo", "pcpo"])
+@pytest.mark.parametrize("recipe", ["grpo", "stage", "ar_grpo", "guided_stage", "gcpo", "eg_grpo", "pcpo"])
 def test_every_recipe_caps_the_kl_of_a_token_that_the_reference_likes_far_better(recipe: str) -> None:
     group = a_group(16)
     group.reference[0][0] = group.logp[0][0] + 95.0  # the first token is one that every recipe trains on

@@ -14,7 +14,7 @@ from stage_ray.errors import ConfigError
 from stage_ray.evaluation.base import EvaluationResult, read_result, write_result
 from stage_ray.evaluation.metrics import MetricValue
 from stage_ray.report.arms import difference, estimate
-from stage_ray.report.export import export_runs
+from stage_ray.run.small_copy import export_runs
 from tests.fake_run import write_fake_run
 from tests.pages import README, command_lines
 
@@ -104,6 +104,20 @@ def test_exported_runs_are_small_and_say_the_same(runs, tmp_path):
     assert sizes[1] < min(sizes[0] / 5, 30_000)
     with pytest.raises(ConfigError, match="grpo-20 exists"):
         export_runs({runs[0]: small[0]})
+
+
+def test_the_curves_are_one_picture_in_the_format_that_its_name_says(runs, tmp_path, capsys):
+    command, drawn = ["compare", *map(str, runs), "--page", str(tmp_path / "page.html")], tmp_path / "new" / "curves"
+    for suffix, head in ((".svg", b"<?xml"), (".png", b"\x89PNG"), (".pdf", b"%PDF")):
+        assert main([*command, "--figure", f"{drawn}{suffix}"]) == 0
+        assert Path(f"{drawn}{suffix}").read_bytes().startswith(head)
+    titles = re.findall(r"<figcaption>([^<]*)</figcaption><svg", (tmp_path / "page.html").read_text())
+    svg = Path(f"{drawn}.svg").read_text()
+    assert len(titles) > 3 and all(f">{title}</text>" in svg for title in [*titles, "grpo", "stage"])
+    assert len([*drawn.parent.iterdir()]) == 3
+    capsys.readouterr()
+    assert main([*command, "--figure", f"{drawn}.jpgg"]) == 2
+    assert "is in no format that can be written; end its name in one of " in " ".join(capsys.readouterr().err.split())
 
 
 def evaluation(by_prompt: dict[int, float]) -> EvaluationResult:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -82,6 +83,15 @@ def test_a_study_that_was_stopped_goes_on_gives_an_arm_the_value_that_its_search
     assert Path("small/stage/seed-2/evaluation/after.json").is_file() and Path("small/search.json").is_file()
     assert main(["study", str(study)]) == 0
     assert files == {path: path.stat().st_mtime_ns for path in Path("study").rglob("metrics.jsonl")}
+    numbers = Path("study/study.json").read_text()
+    shutil.rmtree("study")
+    assert main(["study", str(study), "--kept", "small"]) == 0  # trains nothing, and finds the same
+    assert Path("study/study.json").read_text() == numbers and not [*Path("study").rglob("final")]
+    capsys.readouterr()
+    assert main(["train", "base.yaml", "--run-dir", "study/stage/seed-2", "--auto-resume"]) == 2
+    assert "holds a small copy of a run, without weights" in " ".join(capsys.readouterr().err.split())
+    assert main(["study", str(study), "--kept", "study/configs"]) == 2
+    assert "holds no small copy of a run; name what --export wrote" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.slow

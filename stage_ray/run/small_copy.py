@@ -13,6 +13,7 @@ from stage_ray.files import atomic_write, read_json
 from stage_ray.observability.metrics_logger import METRICS_FILE, read_steps
 from stage_ray.report.curves import COLUMNS
 from stage_ray.report.page import config_of
+from stage_ray.run.run_dir import INPUTS, SMALL
 
 AFTER = "after.json"
 LARGE = ("by_prompt", "draws")  # of a metric: what intervals are made of, which only the end has
@@ -34,7 +35,9 @@ def export_runs(runs: Mapping[Path, Path]) -> None:
             raise ConfigError(f"{target} exists; remove it, or export to another directory")
     for source, target in runs.items():
         target.mkdir(parents=True)
-        shutil.copyfile(source / "config.yaml", target / "config.yaml")
+        for name in ("config.yaml", INPUTS, "machine.json"):
+            if (source / name).is_file():
+                shutil.copyfile(source / name, target / name)
         rows = [{name: row[name] for name in COLUMNS if name in row} for row in read_steps(source / METRICS_FILE)]
         atomic_write(target / METRICS_FILE, "".join(json.dumps(row) + "\n" for row in rows))
         for directory in suite_dirs(source):
@@ -47,3 +50,4 @@ def export_runs(runs: Mapping[Path, Path]) -> None:
                             for name, metric in result["metrics"].items()
                         }
                     atomic_write(target / path.relative_to(source), json.dumps(slim, separators=(",", ":")))
+        atomic_write(target / SMALL, "A small copy of a finished run: no weights, no pictures, nothing by image.\n")
