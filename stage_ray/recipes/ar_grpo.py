@@ -33,15 +33,25 @@ class ArGrpoRecipe(GrpoRecipe):
 
     @classmethod
     def check(cls, run: RunConfig) -> None:
-        """Refuse top-k and top-p: a token that they leave out has no finite log-probability, nor a KL."""
-        for name, value, off in (("top_k", run.rollout.top_k, 0), ("top_p", run.rollout.top_p, 1.0)):
-            if value != off:
-                why = "a token that it leaves out has no finite log-probability to train on"
-                raise ConfigError(f"rollout.{name} = {value:g} must be {off:g} with recipe {run.recipe}: {why}")
+        """Refuse top-k and top-p."""
+        refuse_cut_distributions(run)
 
     def objective(self, policy: PolicyOutputs, reference: ReferenceOutputs, credit: Credit) -> Objective:
         """``-sum(w A ratio) + beta * sum(v k3)`` over tokens, all of the guided distribution."""
-        assert policy.guided_logprobs is not None and policy.guided_behavior_logprobs is not None
-        assert reference.guided_logprobs is not None
-        guided = PolicyOutputs(policy.guided_logprobs, policy.guided_behavior_logprobs, policy.entropy)
-        return super().objective(guided, ReferenceOutputs(reference.guided_logprobs, reference.entropy), credit)
+        return super().objective(*of_guided(policy, reference), credit)
+
+
+def refuse_cut_distributions(run: RunConfig) -> None:
+    """Raise a ConfigError for top-k or top-p: a token that they leave out has no finite log-probability, nor a KL."""
+    for name, value, off in (("top_k", run.rollout.top_k, 0), ("top_p", run.rollout.top_p, 1.0)):
+        if value != off:
+            why = "a token that it leaves out has no finite log-probability to train on"
+            raise ConfigError(f"rollout.{name} = {value:g} must be {off:g} with recipe {run.recipe}: {why}")
+
+
+def of_guided(policy: PolicyOutputs, reference: ReferenceOutputs) -> tuple[PolicyOutputs, ReferenceOutputs]:
+    """Both with the guided log-probabilities in the place of the conditional branch's."""
+    assert policy.guided_logprobs is not None and policy.guided_behavior_logprobs is not None
+    assert reference.guided_logprobs is not None
+    guided = PolicyOutputs(policy.guided_logprobs, policy.guided_behavior_logprobs, policy.entropy)
+    return guided, ReferenceOutputs(reference.guided_logprobs, reference.entropy)

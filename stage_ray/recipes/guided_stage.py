@@ -10,30 +10,40 @@ Costs a second forward and backward of the policy and a second forward of the re
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
-from stage_ray.config import AlgorithmConfig
-from stage_ray.recipes.ar_grpo import ArGrpoRecipe
-from stage_ray.recipes.base import GuidedGrad
+from stage_ray.config import AlgorithmConfig, RunConfig
+from stage_ray.recipes.ar_grpo import of_guided, refuse_cut_distributions
+from stage_ray.recipes.base import Credit, Objective, PolicyOutputs, ReferenceOutputs
 from stage_ray.recipes.stage import StageOptions, StageRecipe
 
 
 class GuidedStageOptions(StageOptions):
     """Options of ``recipe: guided_stage``: STAGE's; ``beta`` weighs the KL between the guided distributions."""
 
-    branches: GuidedGrad = Field(
+    branches: Literal["conditional", "both"] = Field(
         "conditional", description="Branches through which the guided probabilities are trained"
     )
 
 
-class GuidedStageRecipe(ArGrpoRecipe, StageRecipe):
-    """The credit of STAGE, the objective of AR-GRPO."""
+class GuidedStageRecipe(StageRecipe):
+    """The credit of STAGE; ratio and KL of the guided distribution."""
 
     Options = GuidedStageOptions
     options: GuidedStageOptions
+    needs_guided = True
 
     def __init__(self, options: Any, shared: AlgorithmConfig) -> None:
         super().__init__(options, shared)
         self.guided_grad = options.branches
+
+    @classmethod
+    def check(cls, run: RunConfig) -> None:
+        """Refuse top-k and top-p."""
+        refuse_cut_distributions(run)
+
+    def objective(self, policy: PolicyOutputs, reference: ReferenceOutputs, credit: Credit) -> Objective:
+        """STAGE's, with guided log-probabilities."""
+        return super().objective(*of_guided(policy, reference), credit)
