@@ -153,14 +153,9 @@ class Passes:
         entropy_grad = self._recipe.needs_entropy_grad and not of_reference
         with torch.autocast(self._device.type, torch.bfloat16, enabled=bfloat16):
             if guided:
-                return policy.guided_token_logprobs(
-                    prompts,
-                    tokens,
-                    self._sampling,
-                    guided=batch.guided_of(indices),
-                    entropy_grad=entropy_grad,
-                    guided_grad=self._recipe.guided_grad,
-                )
+                grads = {"entropy_grad": entropy_grad, "guided_grad": self._recipe.needs_guided_grad}
+                with_guidance = batch.guided_of(indices)
+                return policy.guided_token_logprobs(prompts, tokens, self._sampling, guided=with_guidance, **grads)
             conditional = [prompt.conditional for prompt in prompts]
             kind = None if of_reference else self._recipe.exact_divergence
             divergence = None if kind is None else (self._reference_model, kind)

@@ -22,7 +22,6 @@ from stage_ray.policies.backbone import Backbone
 from stage_ray.policies.decoding import Decoder
 from stage_ray.policies.logprobs import TokenLogprobs, chunked_divergence, chunked_logprobs
 from stage_ray.pretrained import base_location, check_directory, export_checkpoint, located
-from stage_ray.recipes.base import GuidedGrad
 from stage_ray.samplers import Context, SamplingParams, process_logits
 
 if TYPE_CHECKING:
@@ -323,21 +322,20 @@ class Policy(ABC):
         *,
         guided: Tensor | None = None,
         entropy_grad: bool = True,
-        guided_grad: GuidedGrad = "none",
+        guided_grad: bool = False,
     ) -> TokenLogprobs:
         """Conditional log-probs and entropy, bitwise those of `token_logprobs`, and each token's guided log-prob.
 
         The latter, float32 [B, T], is that of the distribution which ``params`` sample from, minus infinity for a token
         that top-k or top-p now leaves out. ``guided``, bool [B], is False for images that were drawn without guidance.
-        ``guided_grad``: the branches through which it carries a gradient. One forward of the backbone a branch.
+        With ``guided_grad`` it carries a gradient through both branches. One forward of the backbone a branch.
         """
         states = self.hidden_states([prompt.conditional for prompt in prompts], tokens)
         plain = chunked_logprobs(states, tokens, self.head, rows=self._rows_at_once(), entropy_grad=entropy_grad)
-        with torch.set_grad_enabled(guided_grad != "none" and torch.is_grad_enabled()):
+        with torch.set_grad_enabled(guided_grad and torch.is_grad_enabled()):
             branches = [states]  # those of the conditional branch serve again
             if params.guided:
-                with torch.set_grad_enabled(guided_grad == "both" and torch.is_grad_enabled()):
-                    branches.append(self.hidden_states([prompt.unconditional for prompt in prompts], tokens))
+                branches.append(self.hidden_states([prompt.unconditional for prompt in prompts], tokens))
             rows = self._rows_at_once(len(branches))
             index = torch.arange(tokens.numel(), device=tokens.device)  # of a token among those of all images
             flat = torch.stack(branches, dim=2).flatten(0, 1)  # [B * T, K, hidden]

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from stage_ray.config import RunConfig
 from stage_ray.errors import ConfigError
-from stage_ray.recipes.base import Credit, GuidedGrad, Objective, PolicyOutputs, ReferenceOutputs
+from stage_ray.recipes.base import Credit, Objective, PolicyOutputs, ReferenceOutputs
 from stage_ray.recipes.grpo import GrpoOptions, GrpoRecipe
 
 
@@ -29,7 +29,7 @@ class ArGrpoRecipe(GrpoRecipe):
     Options = ArGrpoOptions
     options: ArGrpoOptions
     needs_guided = True
-    guided_grad: GuidedGrad = "both"
+    needs_guided_grad = True
 
     @classmethod
     def check(cls, run: RunConfig) -> None:

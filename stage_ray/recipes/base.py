@@ -14,7 +14,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -23,8 +23,6 @@ from stage_ray.algorithm.losses import TokenWeights
 from stage_ray.algorithm.off_policy import Correction
 from stage_ray.config import AlgorithmConfig, RunConfig, Section
 from stage_ray.records import RolloutGroup, ScoredGroup
-
-GuidedGrad = Literal["none", "conditional", "both"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +155,7 @@ class Recipe(ABC):
     Attributes:
         Options: its own keys of ``algorithm``, checked before a run starts.
         needs_guided: `objective` reads ``guided_logprobs``, at one more forward pass of policy and reference.
-        guided_grad: the branches through which `objective` differentiates ``guided_logprobs``.
+        needs_guided_grad: `objective` differentiates ``guided_logprobs``, through both branches.
         needs_entropy_grad: `objective` differentiates the entropy, at a second run of the policy's head.
         bounded: `objective` bounds by itself how far a token's ratio moves, so several updates a batch need no clip.
         exact_divergence: `objective` reads ``divergence`` of this kind, at one more forward pass of the reference.
@@ -167,7 +165,7 @@ class Recipe(ABC):
 
     Options: ClassVar[type[Section]]
     needs_guided: ClassVar[bool] = False
-    guided_grad: GuidedGrad = "none"
+    needs_guided_grad: ClassVar[bool] = False
     bounded: ClassVar[bool] = False
     exact_divergence: Divergence | None = None
     needs_entropy_grad: bool = False

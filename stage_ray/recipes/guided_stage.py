@@ -1,20 +1,17 @@
 """STAGE on the distribution that is sampled, guidance included: ours.
 
 STAGE draws tokens from ``softmax((u + w (c - u)) / temperature)`` and trains the conditional branch c as if they had
-come from it. Its k3 then estimates no KL, and tokens that guidance alone made likely are pushed as hard as any. Here
-ratio and k3 are those of the guided distribution, as in `stage_ray.recipes.ar_grpo`: the policy gradient of what is
-sampled, and an unbiased KL of it. Reward, similarity and token weights are STAGE's (`stage_ray.recipes.stage`).
+come from it. Its k3 then estimates no KL, and a token that guidance had all but decided is pushed as hard as one that
+was open: what such pushes do to c is noise for what is sampled. Here ratio and k3 are those of the guided distribution,
+as in `stage_ray.recipes.ar_grpo`: the policy gradient of what is sampled, and an unbiased KL of it. Reward, similarity
+and token weights are STAGE's (`stage_ray.recipes.stage`).
 
 Costs a second forward and backward of the policy and a second forward of the reference.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
-
-from pydantic import Field
-
-from stage_ray.config import AlgorithmConfig, RunConfig
+from stage_ray.config import RunConfig
 from stage_ray.recipes.ar_grpo import of_guided, refuse_cut_distributions
 from stage_ray.recipes.base import Credit, Objective, PolicyOutputs, ReferenceOutputs
 from stage_ray.recipes.stage import StageOptions, StageRecipe
@@ -23,10 +20,6 @@ from stage_ray.recipes.stage import StageOptions, StageRecipe
 class GuidedStageOptions(StageOptions):
     """Options of ``recipe: guided_stage``: STAGE's; ``beta`` weighs the KL between the guided distributions."""
 
-    branches: Literal["conditional", "both"] = Field(
-        "conditional", description="Branches through which the guided probabilities are trained"
-    )
-
 
 class GuidedStageRecipe(StageRecipe):
     """The credit of STAGE; ratio and KL of the guided distribution."""
@@ -34,10 +27,7 @@ class GuidedStageRecipe(StageRecipe):
     Options = GuidedStageOptions
     options: GuidedStageOptions
     needs_guided = True
-
-    def __init__(self, options: Any, shared: AlgorithmConfig) -> None:
-        super().__init__(options, shared)
-        self.guided_grad = options.branches
+    needs_guided_grad = True
 
     @classmethod
     def check(cls, run: RunConfig) -> None:

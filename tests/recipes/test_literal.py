@@ -121,7 +121,7 @@ def test_guided_ratios_refuse_samplers_that_leave_tokens_out(key: str, value: fl
 
 def test_guided_stage_is_stage_on_the_distribution_that_was_sampled() -> None:
     ours, stage = (load_recipe(run_with(recipe, algorithm={"beta": 0.2})) for recipe in ("guided_stage", "stage"))
-    assert (ours.needs_guided, ours.guided_grad, stage.needs_guided) == (True, "conditional", False)
+    assert (ours.needs_guided, ours.needs_guided_grad, stage.needs_guided) == (True, True, False)
     batch = batch_of([a_group(seed, stale=0.5) for seed in (5, 6)])
     guided, behavior = (torch.rand(2, G, T, dtype=torch.float64).log() for _ in range(2))
     reference = guided - 0.3 * torch.rand_like(guided)

@@ -286,7 +286,7 @@ def test_the_engine_records_what_a_teacher_forced_forward_gives(plain: Path, ind
     assert (alone.tokens[0] == group.tokens[1]).all(), "a seed's image depends on nothing else"
     model, tokens = load_policy(policy, device=torch.device("cpu")), torch.from_numpy(group.tokens).long()
     prompts = [model.codec.encode_prompt("a red ring")] * 3
-    found = model.guided_token_logprobs(prompts, tokens, SamplingParams.of(config), guided_grad="both")
+    found = model.guided_token_logprobs(prompts, tokens, SamplingParams.of(config), guided_grad=True)
     assert found.guided_logprobs is not None
     np.testing.assert_allclose(found.guided_logprobs.detach().numpy(), group.guided_logprobs, atol=1e-4)
     found.guided_logprobs.sum().backward()
