@@ -11,6 +11,7 @@ from stage_ray.config.model_sizes import BFLOAT16, KNOWN
 from stage_ray.policies import policy_class
 from stage_ray.policies.devices import compute_dtype
 from stage_ray.pretrained import base_location, located, tensor_shapes
+from stage_ray.samplers import load_search
 
 MB = 2**20
 LEAST_MB = 512
@@ -45,7 +46,9 @@ def store_mb(run: RunConfig, *, weights: bool = True) -> int:
     if run.cluster.object_store_mb is not None:
         return run.cluster.object_store_mb
     rollout = run.rollout
-    waiting = rollout.groups_per_step * rollout.group_size * (run.pipeline.max_staleness + 1)
+    search = load_search(rollout, [reward.column for reward in run.rewards])
+    drawn = rollout.group_size * (1 if search is None else search.candidates)
+    waiting = rollout.groups_per_step * drawn * (run.pipeline.max_staleness + 1)
     # An evaluation's are not there while images to train on wait.
     images = max(waiting, batches_at_once(run) * rollout.images_per_batch * run.evaluation.enabled)
     versions = (two_versions_mb(run) or 0) if weights else 0

@@ -45,6 +45,7 @@ from stage_ray.pretrained import base_location, export_checkpoint
 from stage_ray.recipes import load_recipe
 from stage_ray.recipes.base import Credit, ReferenceOutputs
 from stage_ray.records import RolloutGroup, ScoredGroup
+from stage_ray.samplers import training_search
 from stage_ray.weights.adjacent import lay_out
 
 CPU = torch.device("cpu")
@@ -77,7 +78,7 @@ class Learner:
         torch.manual_seed(run.seed)
         self.version = 0
         self._run = run
-        self._recipe = load_recipe(run)
+        self._recipe, self._search = load_recipe(run), training_search(run)
         self._ranks = ranks or Ranks()
         self._device = device_for(run.learner.gpus, "learner.gpus")
         # Where the hardware does not compute in bfloat16 it is emulated and slow, so auto is float32 there.
@@ -116,6 +117,8 @@ class Learner:
     def update(self, groups: Sequence[RolloutGroup], scored: Sequence[ScoredGroup]) -> dict[str, float]:
         """Train on whole groups once, with their scores in the same order, and move to the next version.
 
+        Where a run trains through a search, groups are of candidates, and those that it keeps are trained on.
+
         Returns:
             The metrics of `update_metrics`, gradient norm, learning rate, seconds, and how many groups were left out
             because of a value that is not finite.
@@ -125,7 +128,11 @@ class Learner:
                 are left out), too little memory, or a mismatch between engine and learner beyond
                 ``learner.max_mismatch``. No weight has changed then.
         """
-        return train_finite(self._train, groups, scored, self._ranks.count)
+        if self._search is None:
+            return train_finite(self._train, groups, scored, self._ranks.count)
+        kept = [self._search.kept(group, scores) for group, scores in zip(groups, scored, strict=True)]
+        gain = np.mean([self._search.gain(scores, few) for scores, (_, few) in zip(scored, kept, strict=True)])
+        return train_finite(self._train, *zip(*kept, strict=True), self._ranks.count) | {"search/gain": float(gain)}
 
     def _train(self, groups: Sequence[RolloutGroup], scored: Sequence[ScoredGroup], copies: int) -> dict[str, float]:
         """Train on all these groups; the last of them may be ``copies`` which count in metrics alone."""

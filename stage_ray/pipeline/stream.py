@@ -15,6 +15,7 @@ from stage_ray.pipeline.buffer import Failed, GroupBuffer, Slot, failures
 from stage_ray.pipeline.ledger import Event, Ledger
 from stage_ray.pipeline.prompts import PromptCursor
 from stage_ray.records import GroupRefs, RolloutRequest, drawn_unguided, image_seeds
+from stage_ray.samplers import training_search
 
 if TYPE_CHECKING:
     from stage_ray.cluster.cluster import Cluster
@@ -70,6 +71,7 @@ class GroupStream:
         self._seed, self._rollout, self._attempts = run.seed, run.rollout, run.scoring.attempts
         self._groups_per_call = max(pool.groups_per_call for pool in run.scoring_pools)  # a pool may take fewer
         self._redraw_silent = run.algorithm.redraw_silent
+        self._search = training_search(run)  # whose candidates are drawn and scored; the learner keeps the chosen ones
         self._max_staleness, self._strict = run.pipeline.max_staleness, run.pipeline.order == "strict"
         self._buffer: GroupBuffer[GroupRefs] = GroupBuffer(
             run.rollout.groups_per_step, run.pipeline.max_staleness, run.pipeline.order
@@ -209,7 +211,8 @@ class GroupStream:
         group_id, self.next_group = self.next_group, self.next_group + 1
         seeds = image_seeds(self._seed, group_id, self._rollout.group_size)
         guided = not drawn_unguided(group_id, self._rollout.unguided_share)
-        self._requests[group_id] = RolloutRequest(group_id, self.cursor.draw(), seeds, guided)
+        request = RolloutRequest(group_id, self.cursor.draw(), seeds, guided)
+        self._requests[group_id] = request if self._search is None else self._search.widen(request)
         return self._requests[group_id]
 
     def _send(self, requests: Sequence[RolloutRequest]) -> None:
@@ -217,7 +220,7 @@ class GroupStream:
         self._note("admitted", [request.group_id for request in requests])
         # Bits depend on the cut; so in strict order it must not depend on which workers are alive.
         workers = self._rollout.workers if self._strict else self._cluster.workers()["rollout"]
-        largest = max(1, self._rollout.images_per_batch // self._rollout.group_size)
+        largest = max(1, self._rollout.images_per_batch // len(requests[0].seeds))
         size = min(largest, math.ceil(len(requests) / max(1, workers)))
         for start in range(0, len(requests), size):
             self._spawn(self._generate(requests[start : start + size]))

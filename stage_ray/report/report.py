@@ -71,6 +71,8 @@ def write_report(run_dir: Path) -> Path:
     last_missing = all(one.after is None for one in (own, *suites))
     if done >= wanted and last_missing and config.get("evaluation", {}).get("enabled", True):
         state += ", not evaluated afterwards"
+    if search := config.get("rollout", {}).get("search"):
+        state += f"; trained on images that {search} chose, which biases the update"
     path = run_dir / "report.html"
     write_page(
         path,

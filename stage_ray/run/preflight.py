@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import yaml
 
 from stage_ray.cluster.object_store import two_versions_mb
-from stage_ray.config import RewardConfig, RolloutConfig, RunConfig
+from stage_ray.config import RewardConfig, RunConfig
 from stage_ray.config.hub import cached, download, is_pinned, named
 from stage_ray.config.inputs import checkpoint_inputs, files_of, hub_inputs, takes_prompts
 from stage_ray.engines.vllm.environment import require_fitting_build
@@ -32,7 +32,7 @@ from stage_ray.records import Prompt
 from stage_ray.rewards import check_rewards
 from stage_ray.rewards.routing import is_asked
 from stage_ray.run.run_dir import resolved
-from stage_ray.samplers import EmbeddingTransform, load_rule, load_search, load_transform
+from stage_ray.samplers import EmbeddingTransform, load_rule, load_search, load_transform, training_search
 
 if TYPE_CHECKING:
     from huggingface_hub import HfUri
@@ -75,7 +75,7 @@ def preflight(run: RunConfig, *, fetch: bool = True) -> RunPrompts:
     """
     load_recipe(run)
     rule = load_rule(run.rollout)
-    _require_trainable(run.rollout)
+    _require_trainable(run)
     check_trackers(run.logs)
     starts_ray_here = run.cluster.address is None and "RAY_ADDRESS" not in os.environ
     if starts_ray_here:
@@ -148,14 +148,10 @@ def drawable_prompts(
     return kept
 
 
-def _require_trainable(rollout: RolloutConfig) -> None:
+def _require_trainable(run: RunConfig) -> None:
     """Raise a ConfigError where images would not be those of the distribution that the learner scores."""
-    if rollout.search is not None:
-        raise ConfigError(
-            f"rollout.search = {rollout.search!r} would train on images that a scorer chose, and their "
-            "log-probabilities leave the choice out; set it to null here: it is for evaluate and generate, and a suite "
-            "of evaluation.suites has a search of its own"
-        )
+    training_search(run)
+    rollout = run.rollout
     if isinstance(load_transform(rollout), EmbeddingTransform):
         raise ConfigError(
             f"rollout.prompt_transform = {rollout.prompt_transform!r} would train on images of prompts that were moved "
@@ -241,7 +237,8 @@ def describe(run: RunConfig, *, strict: bool = False) -> str:
     if left and strict:
         raise ConfigError(f"--strict: not checked, since it would be fetched: {'; '.join(left)}")
     rollout, learner = run.rollout, run.learner
-    images = rollout.groups_per_step * rollout.group_size
+    images, search = rollout.groups_per_step * rollout.group_size, training_search(run)
+    chosen = "" if search is None else f", each the {rollout.search} of {search.candidates} drawn"
     where = "; on the GPUs of the rollout workers" * rollout.colocated  # "" where not
     config = yaml.safe_dump(resolved(run).model_dump(mode="json"), sort_keys=False).rstrip()
     anchor = reference_location(run.policy)
@@ -250,7 +247,8 @@ def describe(run: RunConfig, *, strict: bool = False) -> str:
         f"reference: {located(anchor) or anchor}",
         f"prompts: {_counted(run, train)} to train on, {len(heldout) if run.prompts.heldout else 0} held out",
         *(f"suite {name}: {len(prompts)} prompts" for name, prompts in suites.items()),
-        f"{run.steps} steps of {rollout.groups_per_step} groups x {rollout.group_size} images = {images} images a step",
+        f"{run.steps} steps of {rollout.groups_per_step} groups x {rollout.group_size} images = {images} images a step"
+        + chosen,
         f"rollout: {rollout.workers * rollout.tensor_parallel} x {rollout.cpus:g} CPU, {rollout.gpus:g} GPU; "
         f"engine {rollout.engine}",
         *(

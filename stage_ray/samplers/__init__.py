@@ -4,7 +4,15 @@
 """
 
 # ruff: noqa: F401  they are here for other rooms
-from stage_ray.samplers.base import Context, EmbeddingTransform, ImageSearch, Judge, PromptTransform, TokenRule
+from stage_ray.samplers.base import (
+    ChoosingSearch,
+    Context,
+    EmbeddingTransform,
+    ImageSearch,
+    Judge,
+    PromptTransform,
+    TokenRule,
+)
 from stage_ray.samplers.load import (
     SAMPLERS,
     SEARCHES,
@@ -13,5 +21,6 @@ from stage_ray.samplers.load import (
     load_search,
     load_transform,
     resolve_samplers,
+    training_search,
 )
 from stage_ray.samplers.params import SamplingParams, keep_top_k, keep_top_p, process_logits

@@ -13,7 +13,16 @@ from pydantic import Field
 from torch import Tensor
 
 from stage_ray.config import RewardConfig, Section
-from stage_ray.records import SEARCH, JudgedGroup, Prompt, RolloutRequest, ScoredGroup, image_seeds
+from stage_ray.records import (
+    RECORDED,
+    SEARCH,
+    JudgedGroup,
+    Prompt,
+    RolloutGroup,
+    RolloutRequest,
+    ScoredGroup,
+    image_seeds,
+)
 
 if TYPE_CHECKING:
     from stage_ray.policies.base import ImageCodec
@@ -164,8 +173,7 @@ class Judge(Protocol):
 class ImageSearch(Section):
     """Which images stand for a prompt, out of more that are drawn and scored. Its fields are its options.
 
-    It works in `generate`, `evaluate` and suites. A run does not train on its images: which one is kept depends on the
-    scorers, so their log-probabilities are not those of the choice.
+    It works in `generate`, `evaluate` and suites. A run trains on the images of a `ChoosingSearch` alone.
 
     Attributes:
         rewrites: it draws other texts than the prompts, whose lengths are not known before.
@@ -206,6 +214,48 @@ class ImageSearch(Section):
         return np.where(scored.valid[:, column], scored.scores[:, column], np.nan)
 
 
+class ChoosingSearch(ImageSearch):
+    """A search that chooses once, by the candidates' scores alone; so a run can train on what it keeps.
+
+    An image's log-probabilities are those of its tokens and leave the choice out: the gradient is that of another
+    distribution than images are drawn from. That is for the config to accept, by ``biased``.
+
+    Example: `stage_ray.samplers.best_of`.
+    """
+
+    biased: bool = Field(
+        False, description="Let a run train on kept images, whose choice their probabilities leave out"
+    )
+
+    @abstractmethod
+    def choose(self, scored: ScoredGroup) -> list[int]:
+        """The place of each kept image in a group of candidates: the first is one of the first ``candidates``, ..."""
+
+    def kept(self, group: RolloutGroup, scored: ScoredGroup) -> tuple[RolloutGroup, ScoredGroup]:
+        """What a run trains on of a group of candidates, all of whose scores are valid."""
+        best = self.choose(scored)
+        arrays = {name: getattr(group, name)[best] for name in ("tokens", "images", *RECORDED)}
+        seeds = tuple(group.seeds[place] for place in best)
+        return replace(group, seeds=seeds, **arrays), take(scored, best)
+
+    def gain(self, candidates: ScoredGroup, kept: ScoredGroup) -> float:
+        """By how much the mean score of what was kept is above that of all candidates; 0 where none was asked for."""
+        few, all_of_them = self.outcome(kept), self.outcome(candidates)
+        return 0.0 if np.isnan(few).any() else float(few.mean() - np.nanmean(all_of_them))
+
+
+def take(scored: ScoredGroup, places: Sequence[int]) -> ScoredGroup:
+    """The scores of some images of a group."""
+    chosen = list(places)
+    return replace(
+        scored,
+        scores=scored.scores[chosen],
+        valid=scored.valid[chosen],
+        details=tuple(scored.details[place] for place in chosen),
+        features={name: features[chosen] for name, features in scored.features.items()},
+    )
+
+
 def keep(
     request: RolloutRequest, group: JudgedGroup, places: Sequence[int], said: Sequence[Mapping[str, Any]]
 ) -> JudgedGroup:
@@ -213,22 +263,15 @@ def keep(
 
     ``details`` of each have, beside what scorers said, ``said`` of it under `SEARCH`.
     """
-    scored, best = group.scored, list(places)
+    kept, best = take(group.scored, places), list(places)
     details = (
-        {**scored.details[place], SEARCH: {"seed": group.request.seeds[place], **more}}
-        for place, more in zip(best, said, strict=True)
-    )
-    kept = replace(
-        scored,
-        scores=scored.scores[best],
-        valid=scored.valid[best],
-        details=tuple(details),
-        features={name: features[best] for name, features in scored.features.items()},
+        {**of_image, SEARCH: {"seed": group.request.seeds[place], **more}}
+        for of_image, place, more in zip(kept.details, best, said, strict=True)
     )
     return replace(
         group,
         request=request,
-        scored=kept,
+        scored=replace(kept, details=tuple(details)),
         images=None if group.images is None else group.images[best],
         tokens=None if group.tokens is None else group.tokens[best],
     )

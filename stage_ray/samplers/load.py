@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from stage_ray.config import RolloutConfig, RunConfig, Section, SuiteConfig
 from stage_ray.errors import ConfigError, impossible, suggest
 from stage_ray.registry import Registry
-from stage_ray.samplers.base import EmbeddingTransform, ImageSearch, PromptTransform, TokenRule
+from stage_ray.samplers.base import ChoosingSearch, EmbeddingTransform, ImageSearch, PromptTransform, TokenRule
 
 SAMPLERS = Registry("stage_ray.samplers", "Rule", "sampler")
 TRANSFORMS = Registry("stage_ray.samplers", "Transform", "prompt transform")
@@ -64,6 +64,29 @@ def load_search(
     search: ImageSearch | None = _load(ImageSearch, SEARCHES, config.search, config.search_options, f"{key}.search")
     if search is not None and (needed := search.scorer) is not None and needed not in scorers:
         raise ConfigError(f"{key}.search_options.scorer = {needed!r} is no scorer here; {suggest(needed, scorers)}")
+    return search
+
+
+def training_search(run: RunConfig) -> ChoosingSearch | None:
+    """The search through which a run trains, None without one.
+
+    Raises:
+        ConfigError: as `load_search`; or a run cannot train through it, or its bias was not accepted.
+    """
+    name, search = run.rollout.search, load_search(run.rollout, [reward.column for reward in run.rewards])
+    if search is None:
+        return None
+    apart = "it is for evaluate and generate, and a suite of evaluation.suites has a search of its own"
+    if not isinstance(search, ChoosingSearch):
+        raise ConfigError(
+            f"rollout.search = {name!r} asks more than the scores of candidates, which a run cannot train through; "
+            f"set it to best_of or null here: {apart}"
+        )
+    if not search.biased:
+        raise ConfigError(
+            f"rollout.search = {name!r} would train on images that a scorer chose, and their log-probabilities leave "
+            f"the choice out; set it to null here ({apart}), or accept the bias with rollout.search_options.biased=true"
+        )
     return search
 
 

@@ -29,7 +29,8 @@ def unknown(names) -> list[str]:
 
 
 def test_the_registry_names_the_metrics_of_a_real_learners_update(model):
-    learner = Learner(tiny_run(model, pipeline={"max_staleness": 1}), threads=1)
+    searching = {"search": "best_of", "search_options": {"candidates": 2, "biased": True}}
+    learner = Learner(tiny_run(model, pipeline={"max_staleness": 1}, rollout=searching), threads=1)
     older = sample_groups(learner.policy, PROMPTS, 4)
     (fresh,) = train_learner(learner, 1)
     updates = fresh | learner.update(older, score(older))

@@ -116,7 +116,7 @@ def test_a_suite_keeps_what_its_search_chooses_of_more_images(tmp_path):
     own, dark = (json.loads((tmp_path / "run/evaluation" / f"{at}before.json").read_text()) for at in ("", "dark/"))
     assert len(own["images"]) == len(dark["images"]) == 2 * len(NAMES)
     assert dark["images"][0]["details"]["search"]["candidates"] == 4 and "search" not in own["images"][0]["details"]
-    assert dark["conditions"]["rollout.search_options"] == {"candidates": 4, "scorer": None}
+    assert dark["conditions"]["rollout.search_options"] == {"candidates": 4, "scorer": None, "biased": False}
     assert "rollout.search" not in own["conditions"]
 
 
