@@ -131,8 +131,10 @@ class Learner:
         if self._search is None:
             return train_finite(self._train, groups, scored, self._ranks.count)
         kept = [self._search.kept(group, scores) for group, scores in zip(groups, scored, strict=True)]
-        gain = np.mean([self._search.gain(scores, few) for scores, (_, few) in zip(scored, kept, strict=True)])
-        return train_finite(self._train, *zip(*kept, strict=True), self._ranks.count) | {"search/gain": float(gain)}
+        few = [scores for _, scores in kept]
+        gain = statistics.fmean(map(self._search.gain, scored, few))
+        metrics = train_finite(self._train, [group for group, _ in kept], few, self._ranks.count)
+        return metrics | {"search/gain": gain}
 
     def _train(self, groups: Sequence[RolloutGroup], scored: Sequence[ScoredGroup], copies: int) -> dict[str, float]:
         """Train on all these groups; the last of them may be ``copies`` which count in metrics alone."""

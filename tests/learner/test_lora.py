@@ -23,8 +23,10 @@ from stage_ray.learner.learner import Learner
 from stage_ray.policies import load_policy
 from stage_ray.policies.base import Policy
 from stage_ray.policies.lora import low_rank
+from stage_ray.pretrained import export_checkpoint
 from tests.class_conditional import FAMILY, class_checkpoint
 from tests.learner_case import PROMPTS, sample_groups, score, tiny_run
+from tests.policies.emu3 import tiny_emu3
 from tests.policies.llamagen import publish
 
 CPU = torch.device("cpu")
@@ -44,6 +46,7 @@ def models(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, t
     return {
         "janus": (model, {"lora": LORA}),
         "llamagen": (directory / "llamagen", {"family": "llamagen", "lora": LORA}),
+        "emu3": (tiny_emu3(directory / "emu3"), {"family": "emu3", "lora": LORA}),
         "any transformer": (
             class_checkpoint(directory / "classes"),
             {"family": FAMILY, "lora": LORA | {"target_modules": ["qkv", "out", "down"]}},
@@ -72,7 +75,7 @@ def loss(policy: Policy, texts: tuple[str, ...] = (PROMPTS[0], PROMPTS[0], PROMP
     return (found.logprobs * torch.linspace(0.5, 1.5, policy.image_tokens)).sum()
 
 
-@pytest.mark.parametrize("family", ["janus", "llamagen", "any transformer"])
+@pytest.mark.parametrize("family", ["janus", "llamagen", "emu3", "any transformer"])
 def test_gradients_are_those_of_the_dense_matrix_that_an_adapter_makes(models, family: str) -> None:
     plain, adapted = policies(*models[family])
     assert adapted.adapters is not None
@@ -85,7 +88,7 @@ def test_gradients_are_those_of_the_dense_matrix_that_an_adapter_makes(models, f
         assert layer.scale == 2.0
         with torch.no_grad():
             plain.model.get_parameter(f"{name}.weight").add_(pairs[name][2])
-    texts = (PROMPTS[0], PROMPTS[0], PROMPTS[2]) if family == "janus" else ("2", "2", "1")  # or classes
+    texts = (PROMPTS[0], PROMPTS[0], PROMPTS[2]) if family in ("janus", "emu3") else ("2", "2", "1")  # or classes
     dense, low = loss(plain, texts), loss(adapted, texts)
     torch.testing.assert_close(low, dense, rtol=1e-5, atol=1e-4)
     dense.backward()
@@ -98,6 +101,21 @@ def test_gradients_are_those_of_the_dense_matrix_that_an_adapter_makes(models, f
         torch.testing.assert_close(layer.up.weight.grad, b.grad, rtol=1e-3, atol=1e-4)
     trained = {name for name, parameter in adapted.model.named_parameters() if parameter.grad is not None}
     assert trained == adapted.trained_parameters().keys()
+
+
+@pytest.mark.parametrize("family", ["janus", "llamagen", "emu3"])
+def test_a_merged_export_loads_as_what_was_trained(models, family: str, tmp_path: Path) -> None:
+    path, options = models[family]
+    _, adapted = policies(path, options)
+    assert adapted.adapters is not None
+    deltas, texts = dict(adapted.adapters.deltas(lambda tensor: tensor)), adapted.codec.texts()
+    export_checkpoint(adapted.codec.location, tmp_path / "merged", deltas, added=True, texts=texts)
+    config = PolicyConfig.model_validate(options | {"path": str(tmp_path / "merged"), "lora": None})
+    merged, said = load_policy(config, device=CPU), ("2", "2", "1") if family == "llamagen" else PROMPTS
+    with torch.no_grad():
+        torch.testing.assert_close(loss(merged, said), loss(adapted, said), rtol=1e-5, atol=1e-3)
+        plain = load_policy(config.model_copy(update={"path": str(path)}), device=CPU)
+        assert (loss(plain, said) - loss(adapted, said)).abs() > 0.1
 
 
 @torch.no_grad()

@@ -30,7 +30,7 @@ def test_a_model_is_trained_evaluated_and_loaded_again(tmp_path: Path) -> None:
         steps=2,
         policy={"family": "emu3"},
         prompts={"train": str(tmp_path / "mine.txt"), "heldout": str(tmp_path / "mine.txt")},
-        rollout={"engine": "vllm", "guidance_scale": 2.0, "images_per_batch": 8},
+        rollout={"engine": "vllm", "tensor_parallel": 2, "guidance_scale": 2.0, "images_per_batch": 8},
     )
     train(run)
     evaluated = [read_result(tmp_path / "run" / "evaluation" / f"{when}.json") for when in ("before", "after")]
