@@ -98,6 +98,22 @@ def test_guided_drawing_and_pictures_are_those_of_transformers_generate(checkpoi
     engine.close()
 
 
+@torch.no_grad()
+def test_pictures_are_encoded_as_transformers_encodes_them(checkpoint: Path) -> None:
+    original, codec = Original(checkpoint), policy_at(checkpoint).codec
+    patches = np.random.default_rng(0).choice([0, 255], (2, ROWS, COLUMNS, 3)).astype(np.uint8)
+    pictures = patches.repeat(8, axis=1).repeat(8, axis=2)
+    assert codec.vqmodel is not None
+    for model in (original.model.model.vqmodel, codec.vqmodel):  # a new encoder tells no patches apart
+        for parameter in model.encoder.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())))
+    read = original.processor.image_processor(list(pictures), do_resize=False, return_tensors="pt")
+    expected = original.model.model.vqmodel.encode(read["pixel_values"], read["image_sizes"]).image_tokens
+    found = codec.encode(torch.from_numpy(pictures))
+    assert found.tolist() == [tokens.flatten().tolist() for tokens in expected]
+    assert len(found.unique()) > 1 and 0 <= found.min() and found.max() < CODES
+
+
 @pytest.fixture(scope="module", params=["torch", pytest.param("vllm", marks=pytest.mark.slow)])
 def engine(request: pytest.FixtureRequest, checkpoint: Path) -> Iterator[ImageEngine]:
     if request.param == "vllm":

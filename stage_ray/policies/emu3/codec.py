@@ -137,6 +137,17 @@ class Emu3Codec(ImageCodec):
         pictures = self.processor.postprocess(list(torch.cat(maps)), return_tensors="PIL.Image.Image")
         return torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures["pixel_values"]]))
 
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Images uint8 [B, H, W, 3] -> tokens int64 [B, T] on the CPU, by transformers' encoder, one at a time."""
+        vqmodel, norm = self._tokenizer(), self.processor.image_processor
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (norm.image_mean, norm.image_std))
+        pixels = (images.permute(0, 3, 1, 2).float() * norm.rescale_factor - mean) / std
+        size = torch.tensor([images.shape[1:3]])
+        device = vqmodel.quantize.embedding.weight.device
+        found = [vqmodel.encode(one.to(device), size).image_tokens[0].cpu() for one in pixels.split(1)]
+        return torch.stack(found).flatten(1)
+
     def vllm_spec(self) -> VllmSpec:
         """The language model's config at the top level, and under ``emu3`` what is not a Llama's.
 
