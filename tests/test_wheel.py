@@ -33,7 +33,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_file_of_the_package_is_in_the_wheel(installed: Path) -> None:
     files = [file for file in (ROOT / "stage_ray").rglob("*") if file.is_file() and "__pycache__" not in file.parts]
     names = [file.relative_to(ROOT) for file in files]
-    names += [Path("stage_ray") / file.relative_to(ROOT) for file in (ROOT / "configs").iterdir()]
+    names += [Path("stage_ray") / file.relative_to(ROOT) for file in (ROOT / "configs").glob("*.yaml")]
     assert not [name for name in names if not (installed / name).is_file()]
 
 
