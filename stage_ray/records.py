@@ -82,6 +82,8 @@ class RolloutGroup:
         images: uint8 [G, H, W, 3], decoded; H = W = 0 where the pictures travel apart, to scorers only.
         policy_version: the version of the weights that sampled every token.
         guided: as it was asked for: by the config's guidance, or without any (``rollout.unguided_share``).
+        embeds: float32 [G, its entries, hidden], what was read in the place of the prompt's conditional branch, where a
+            prompt transform moved it apart for each image; None: the branch itself.
     """
 
     group_id: int
@@ -97,6 +99,7 @@ class RolloutGroup:
     worker: str
     generate_s: float
     guided: bool = True
+    embeds: np.ndarray | None = None
 
 
 @dataclass(frozen=True, slots=True)

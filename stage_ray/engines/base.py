@@ -162,7 +162,8 @@ class ImageEngine(ABC):
             batches.append(tuple(array.numpy() for array in arrays))  # tokens, records, images: each [B, ...]
             seconds += [(time.perf_counter() - began) / count] * count
         columns = tuple(np.concatenate(parts) for parts in zip(*batches, strict=True))  # the same over all batches
-        return self._groups(requests, columns, seconds)
+        moved = [sequence.embeds for sequence in sequences]
+        return self._groups(requests, columns, seconds, moved)
 
     def _sequences(self, request: RolloutRequest) -> Iterator[ImageSequence]:
         """One an image."""
@@ -203,11 +204,16 @@ class ImageEngine(ABC):
         self.policy_version = version
 
     def _groups(
-        self, requests: Sequence[RolloutRequest], columns: tuple[np.ndarray, ...], seconds: Sequence[float]
+        self,
+        requests: Sequence[RolloutRequest],
+        columns: tuple[np.ndarray, ...],
+        seconds: Sequence[float],
+        moved: Sequence[Tensor | None],
     ) -> list[RolloutGroup]:
         groups, start = [], 0
         for request in requests:
             own = slice(start, start + len(request.seeds))  # the request's images
+            embeds = [one.float().cpu() for one in moved[own] if one is not None]  # of all of them, or of none
             tokens, *records, images = (column[own] for column in columns)
             groups.append(
                 RolloutGroup(
@@ -221,6 +227,7 @@ class ImageEngine(ABC):
                     worker=self.worker,
                     generate_s=sum(seconds[own]),
                     guided=request.guided,
+                    embeds=torch.stack(embeds).numpy() if embeds else None,
                 )
             )
             start = own.stop

@@ -40,7 +40,8 @@ def update_metrics(
     """Metrics of one update: those of every recipe, then the recipe's own (`Credit.metrics` and `Objective.parts`).
 
     ``mismatch/abs_logprob`` is absent where every group is older than the learner, ``mismatch/with_drift_abs_logprob``
-    where every group is fresh, ``reward/<scorer>`` where the scorer was asked about no group.
+    where none is, ``mismatch/moved_abs_logprob`` without moved prompts, ``reward/<scorer>`` where the scorer was asked
+    about no group.
     """
     asked = torch.as_tensor(np.stack([scored.asked for scored in batch.scored]), device=batch.scores.device)  # [N, R]
     rewards = combine_rewards(batch.scores, weights=batch.scorer_weights)  # as given: no scorer dropped, nothing added
@@ -89,19 +90,21 @@ def update_flops(batch: Batch, model: ModelSizes, learner: LearnerConfig, *, ada
 
 
 def _mismatch(batch: GroupBatch, outputs: UpdateOutputs) -> dict[str, float]:
-    fresh = batch.staleness == 0
+    fresh, older = ~batch.off_policy, (batch.staleness > 0) & ~batch.moved
     difference = (outputs.logprobs - batch.logprobs).abs()
     metrics = {}
     if bool(fresh.any()):  # only there the engine had the learner's weights
         metrics["mismatch/abs_logprob"] = difference[fresh].mean().item()
         metrics["mismatch/max_abs_logprob"] = difference[fresh].max().item()
-    if not bool(fresh.all()):
-        metrics["mismatch/with_drift_abs_logprob"] = difference[~fresh].mean().item()
+    if bool(older.any()):
+        metrics["mismatch/with_drift_abs_logprob"] = difference[older].mean().item()
+    if bool(batch.moved.any()):
+        metrics["mismatch/moved_abs_logprob"] = difference[batch.moved].mean().item()
     return metrics
 
 
 def _ratios(batch: GroupBatch, outputs: UpdateOutputs, correction: Correction) -> dict[str, float]:
-    stale = batch.staleness > 0  # [N]
+    stale = batch.off_policy  # [N]
     if not bool(stale.any()):  # a fresh group's ratio is 1 by construction
         return {"ratio/mean": 1.0, "ratio/max": 1.0, "ratio/clipped": 0.0, "ess": 1.0}
     logprobs, behavior = outputs.logprobs[stale], outputs.behavior[stale]

@@ -116,7 +116,7 @@ class Passes:
 
     def _needs_guided(self, batch: Batch) -> bool:
         """One answer for the whole batch: ranks that run different forwards wait for each other's gathers for ever."""
-        return self._recipe.needs_guided or (self._guided_ratio and bool((batch.staleness > 0).any()))
+        return self._recipe.needs_guided or (self._guided_ratio and bool(batch.off_policy.any()))
 
     def _outputs(self, batch: Batch, indices: Tensor, *, guided: bool) -> PolicyOutputs:
         """The policy on some images, with gradient, and what its ratios are taken against.
@@ -129,7 +129,7 @@ class Passes:
             behavior = behavior.flatten(0, 1)[indices]
             guided_behaviors = None if guided_behaviors is None else guided_behaviors.flatten(0, 1)[indices]
         else:
-            stale = (batch.staleness > 0).repeat_interleave(batch.tokens.shape[1])[indices].unsqueeze(-1)  # [B, 1]
+            stale = batch.off_policy.repeat_interleave(batch.tokens.shape[1])[indices].unsqueeze(-1)  # [B, 1]
             recorded, current = batch.logprobs.flatten(0, 1)[indices], found.logprobs.detach()
             if found.guided_logprobs is not None:  # the recipe or the ratio needs them
                 recorded_guided = batch.guided_logprobs.flatten(0, 1)[indices]

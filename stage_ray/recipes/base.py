@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from stage_ray.algorithm.divergence import Divergence
@@ -64,6 +65,17 @@ class GroupBatch:
     grid: tuple[int, int]
     progress: float = 0.0
     lr_factor: float = 1.0
+
+    @property
+    def moved(self) -> Tensor:
+        """Groups that were drawn from a prompt's embeddings moved apart: bool [N]."""
+        found = [group.embeds is not None for group in self.groups] or [False] * len(self.staleness)
+        return torch.tensor(found, device=self.staleness.device)
+
+    @property
+    def off_policy(self) -> Tensor:
+        """Groups that another distribution drew than the learner's, of an older version or a moved prompt: bool [N]."""
+        return (self.staleness > 0) | self.moved
 
 
 @dataclass(frozen=True, slots=True)

@@ -151,12 +151,12 @@ def drawable_prompts(
 def _require_trainable(run: RunConfig) -> None:
     """Raise a ConfigError where images would not be those of the distribution that the learner scores."""
     training_search(run)
-    rollout = run.rollout
-    if isinstance(load_transform(rollout), EmbeddingTransform):
+    transform = load_transform(run.rollout)
+    if isinstance(transform, EmbeddingTransform) and not transform.off_policy:
         raise ConfigError(
-            f"rollout.prompt_transform = {rollout.prompt_transform!r} would train on images of prompts that were moved "
-            "in embedding space, and the learner scores them under the prompt itself; set it to null here, or to a "
-            "transform of text: it is for evaluate and generate"
+            f"rollout.prompt_transform = {run.rollout.prompt_transform!r} would train on images of prompts that were "
+            "moved in embedding space, and the learner scores them under the prompt itself; set it to null here, or to "
+            "a transform of text, or accept that with rollout.prompt_transform_options.off_policy=true"
         )
 
 

@@ -120,10 +120,13 @@ class PromptTransform(Section):
 class EmbeddingTransform(PromptTransform):
     """From the embeddings of a prompt to those that each image of its group is generated from; the text stays.
 
-    The torch engine alone takes one, and a run does not train through it (`stage_ray.samplers.load`).
+    The torch engine alone takes one. A run that trains through it keeps the embeddings with the group and scores its
+    tokens under the prompt itself, with ratios against what they were drawn with: off-policy, for the config to accept.
 
     Example: `stage_ray.samplers.tpso`.
     """
+
+    off_policy: bool = Field(False, description="Let a run train on the images, scored under the prompt as it was")
 
     @abstractmethod
     def move(self, embeds: Tensor, pool: Callable[[Tensor], Tensor], seeds: Sequence[int]) -> Tensor:
@@ -234,7 +237,8 @@ class ChoosingSearch(ImageSearch):
     def kept(self, group: RolloutGroup, scored: ScoredGroup) -> tuple[RolloutGroup, ScoredGroup]:
         """What a run trains on of a group of candidates, all of whose scores are valid."""
         best = self.choose(scored)
-        arrays = {name: getattr(group, name)[best] for name in ("tokens", "images", *RECORDED)}
+        names = ("tokens", "images", *RECORDED, *(["embeds"] if group.embeds is not None else []))
+        arrays = {name: getattr(group, name)[best] for name in names}
         seeds = tuple(group.seeds[place] for place in best)
         return replace(group, seeds=seeds, **arrays), take(scored, best)
 

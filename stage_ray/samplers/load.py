@@ -43,8 +43,7 @@ def load_transform(rollout: RolloutConfig) -> PromptTransform | None:
     if isinstance(transform, EmbeddingTransform) and rollout.engine != "torch":
         raise ConfigError(
             f"rollout.prompt_transform = {name!r} moves the prompts' embeddings, by gradients of the model, which "
-            f"rollout.engine = {rollout.engine} does not give; set rollout.engine=torch, for evaluate and generate: a "
-            "run does not train with it"
+            f"rollout.engine = {rollout.engine} does not give; set rollout.engine=torch"
         )
     return transform
 

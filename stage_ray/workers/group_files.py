@@ -50,6 +50,7 @@ def load_group(path: Path) -> tuple[RolloutGroup, ScoredGroup]:
         values.setdefault("guided_entropy", np.zeros_like(values["entropy"]))
         values.setdefault("unasked", ())
         values.setdefault("guided", True)
+        values.setdefault("embeds", None)
         values["features"] = {
             name.removeprefix(FEATURES): array for name, array in values.items() if name.startswith(FEATURES)
         }

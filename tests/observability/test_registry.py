@@ -6,7 +6,10 @@ import ast
 import inspect
 import re
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
+
+import numpy as np
 
 from stage_ray.cli import main
 from stage_ray.learner.learner import Learner
@@ -31,7 +34,8 @@ def unknown(names) -> list[str]:
 def test_the_registry_names_the_metrics_of_a_real_learners_update(model):
     searching = {"search": "best_of", "search_options": {"candidates": 2, "biased": True}}
     learner = Learner(tiny_run(model, pipeline={"max_staleness": 1}, rollout=searching), threads=1)
-    older = sample_groups(learner.policy, PROMPTS, 4)
+    first, *others = sample_groups(learner.policy, PROMPTS, 4)
+    older = [replace(first, embeds=np.zeros((4, 1, 1), np.float32)), *others]
     (fresh,) = train_learner(learner, 1)
     updates = fresh | learner.update(older, score(older))
     assert unknown(updates) == []

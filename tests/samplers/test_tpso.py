@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -15,12 +16,15 @@ from stage_ray.config import PolicyConfig, RolloutConfig
 from stage_ray.engines import build_engine
 from stage_ray.engines.torch import TorchEngine
 from stage_ray.errors import ConfigError
+from stage_ray.learner.batch import LearnerError
+from stage_ray.learner.learner import Learner
 from stage_ray.policies import load_policy
 from stage_ray.policies.janus import JanusPolicy
 from stage_ray.records import Prompt, RolloutGroup, RolloutRequest
 from stage_ray.run.preflight import preflight
 from stage_ray.samplers import TRANSFORMS, EmbeddingTransform, load_transform
 from stage_ray.samplers.tpso import TpsoTransform, likeness
+from tests import learner_case
 from tests.runs import tiny_run as whole_run
 
 TEXTS = ("a photo of a red circle", "a photo of two green squares and a blue ring")
@@ -154,12 +158,41 @@ def test_offsets_that_are_not_mixed_in_change_nothing(model: Path, groups: list[
         assert (one.tokens != far.tokens).any(axis=1).all()
 
 
-def test_it_is_for_the_torch_engine_families_that_embed_prompts_and_no_training(plain: Path, tmp_path: Path) -> None:
+def test_a_learner_scores_the_images_under_the_prompt_itself_with_ratios_against_what_drew_them(
+    model: Path, policy: JanusPolicy, engine: TorchEngine, groups: list[RolloutGroup]
+) -> None:
+    run = learner_case.tiny_run(model, algorithm={"correction": "none"}, rollout={"guidance_scale": 2.0})
+    for group in groups:
+        prompt = policy.codec.encode_prompt(group.prompt.text)
+        moved = engine.moved(engine._transform, prompt.conditional, SEEDS)  # type: ignore[arg-type]
+        assert group.embeds is not None and group.embeds.dtype == np.float32
+        np.testing.assert_allclose(group.embeds, moved.numpy(), atol=1e-6)
+    ratios = []
+    for group in groups:
+        prompts = [policy.codec.encode_prompt(group.prompt.text).conditional] * len(SEEDS)
+        with torch.no_grad():
+            now = policy.token_logprobs(prompts, torch.from_numpy(group.tokens).long()).logprobs
+        ratios.append((now - torch.from_numpy(group.logprobs)).exp())
+    metrics = Learner(run).update(groups, learner_case.score(groups))
+    assert "mismatch/abs_logprob" not in metrics and "mismatch/with_drift_abs_logprob" not in metrics
+    logs = torch.stack(ratios).log().abs()
+    assert metrics["mismatch/moved_abs_logprob"] == pytest.approx(logs.mean().item(), rel=1e-3) and logs.mean() > 0.05
+    assert metrics["ratio/mean"] == pytest.approx(torch.stack(ratios).mean().item(), rel=1e-3)
+    as_drawn = [dataclasses.replace(group, embeds=None) for group in groups]
+    with pytest.raises(LearnerError, match="rollout and learner differ by"):
+        Learner(run).update(as_drawn, learner_case.score(groups))
+
+
+def test_it_is_for_the_torch_engine_families_that_embed_prompts_and_trains_where_that_is_accepted(
+    plain: Path, tmp_path: Path
+) -> None:
     assert "tpso" in TRANSFORMS.names() and isinstance(load_transform(rollout()), EmbeddingTransform)
     with pytest.raises(ConfigError, match=r"rollout.prompt_transform = 'tpso' .* set rollout.engine=torch"):
         load_transform(rollout(engine="vllm"))
     run = whole_run(tmp_path, plain, rollout={"prompt_transform": "tpso"})
     with pytest.raises(ConfigError, match=r"policy.family = 'tests.plain.Plain.*' .* rollout.prompt_transform=null"):
         build_engine(run.policy, run.rollout, worker="test")
-    with pytest.raises(ConfigError, match=r"rollout.prompt_transform = 'tpso' would train on .* set it to null"):
+    with pytest.raises(ConfigError, match=r"'tpso' would train on .* set it to null .*_options.off_policy=true"):
         preflight(run)
+    accepted = {"prompt_transform": "tpso", "prompt_transform_options": {"off_policy": True}}
+    assert preflight(whole_run(tmp_path, plain, rollout=accepted)).train

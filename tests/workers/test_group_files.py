@@ -33,10 +33,12 @@ FEATURES = {"dino": np.arange(8, dtype=np.float32).reshape(2, 4)}
 
 
 def test_a_group_comes_back_with_its_records_and_features(tmp_path: Path) -> None:
-    save_group(tmp_path, replace(GROUP, guided=False), replace(SCORED, features=FEATURES))
+    embeds = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
+    save_group(tmp_path, replace(GROUP, guided=False, embeds=embeds), replace(SCORED, features=FEATURES))
     group, scored = load_group(group_file(tmp_path, 4))
     assert (group.prompt, group.prompt.where, group.seeds) == (GROUP.prompt, GROUP.prompt.where, (5, 6))
     assert group.images.shape == (2, 0, 0, 3) and not group.guided
+    np.testing.assert_array_equal(group.embeds, embeds)
     for name, values in RECORDS.items():
         np.testing.assert_array_equal(getattr(group, name), values)
     np.testing.assert_array_equal(scored.scores, SCORES)
