@@ -93,7 +93,8 @@ def banded_figure(path: Path, charts: Mapping[str, tuple[Sequence[int], Bands]])
             raise ConfigError(f"{path} is in no format that can be written; end its name in one of {', '.join(known)}")
         lines: dict[str, Line2D] = {}
         for place, (title, (steps, series)) in enumerate(charts.items(), start=1):
-            axes = figure.add_subplot(rows, COLUMNS, place, title=title)
+            axes = figure.add_subplot(rows, COLUMNS, place)
+            axes.set_title(title, fontsize=STYLE["font.size"])
             axes.grid(axis="y")
             axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
             _draw_bands(axes, steps, series)
