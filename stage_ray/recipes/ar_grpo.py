@@ -23,35 +23,33 @@ class ArGrpoOptions(GrpoOptions):
     beta: float = Field(0.1, ge=0, description="Weight of the KL between the guided distributions")
 
 
-class ArGrpoRecipe(GrpoRecipe):
-    """GRPO's credit; ratio and KL of the guided distribution."""
+class GuidedObjective(GrpoRecipe):
+    """What makes a recipe one of the guided distribution: its ratio and its KL, through both branches.
 
-    Options = ArGrpoOptions
-    options: ArGrpoOptions
+    It stands before the recipe whose credit is taken, GRPO's where it stands alone.
+    """
+
     needs_guided = True
     needs_guided_grad = True
 
     @classmethod
     def check(cls, run: RunConfig) -> None:
-        """Refuse top-k and top-p."""
-        refuse_cut_distributions(run)
+        """Refuse top-k and top-p: a token that they leave out has no finite log-probability, nor a KL."""
+        for name, value, off in (("top_k", run.rollout.top_k, 0), ("top_p", run.rollout.top_p, 1.0)):
+            if value != off:
+                why = "a token that it leaves out has no finite log-probability to train on"
+                raise ConfigError(f"rollout.{name} = {value:g} must be {off:g} with recipe {run.recipe}: {why}")
 
     def objective(self, policy: PolicyOutputs, reference: ReferenceOutputs, credit: Credit) -> Objective:
         """``-sum(w A ratio) + beta * sum(v k3)`` over tokens, all of the guided distribution."""
-        return super().objective(*of_guided(policy, reference), credit)
+        assert policy.guided_logprobs is not None and policy.guided_behavior_logprobs is not None
+        assert reference.guided_logprobs is not None
+        guided = PolicyOutputs(policy.guided_logprobs, policy.guided_behavior_logprobs, policy.entropy)
+        return super().objective(guided, ReferenceOutputs(reference.guided_logprobs, reference.entropy), credit)
 
 
-def refuse_cut_distributions(run: RunConfig) -> None:
-    """Raise a ConfigError for top-k or top-p: a token that they leave out has no finite log-probability, nor a KL."""
-    for name, value, off in (("top_k", run.rollout.top_k, 0), ("top_p", run.rollout.top_p, 1.0)):
-        if value != off:
-            why = "a token that it leaves out has no finite log-probability to train on"
-            raise ConfigError(f"rollout.{name} = {value:g} must be {off:g} with recipe {run.recipe}: {why}")
+class ArGrpoRecipe(GuidedObjective):
+    """GRPO's credit; ratio and KL of the guided distribution."""
 
-
-def of_guided(policy: PolicyOutputs, reference: ReferenceOutputs) -> tuple[PolicyOutputs, ReferenceOutputs]:
-    """Both with the guided log-probabilities in the place of the conditional branch's."""
-    assert policy.guided_logprobs is not None and policy.guided_behavior_logprobs is not None
-    assert reference.guided_logprobs is not None
-    guided = PolicyOutputs(policy.guided_logprobs, policy.guided_behavior_logprobs, policy.entropy)
-    return guided, ReferenceOutputs(reference.guided_logprobs, reference.entropy)
+    Options = ArGrpoOptions
+    options: ArGrpoOptions

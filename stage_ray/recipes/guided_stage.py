@@ -11,9 +11,7 @@ Costs a second forward and backward of the policy and a second forward of the re
 
 from __future__ import annotations
 
-from stage_ray.config import RunConfig
-from stage_ray.recipes.ar_grpo import of_guided, refuse_cut_distributions
-from stage_ray.recipes.base import Credit, Objective, PolicyOutputs, ReferenceOutputs
+from stage_ray.recipes.ar_grpo import GuidedObjective
 from stage_ray.recipes.stage import StageOptions, StageRecipe
 
 
@@ -21,19 +19,8 @@ class GuidedStageOptions(StageOptions):
     """Options of ``recipe: guided_stage``: STAGE's; ``beta`` weighs the KL between the guided distributions."""
 
 
-class GuidedStageRecipe(StageRecipe):
+class GuidedStageRecipe(GuidedObjective, StageRecipe):
     """The credit of STAGE; ratio and KL of the guided distribution."""
 
     Options = GuidedStageOptions
     options: GuidedStageOptions
-    needs_guided = True
-    needs_guided_grad = True
-
-    @classmethod
-    def check(cls, run: RunConfig) -> None:
-        """Refuse top-k and top-p."""
-        refuse_cut_distributions(run)
-
-    def objective(self, policy: PolicyOutputs, reference: ReferenceOutputs, credit: Credit) -> Objective:
-        """STAGE's, with guided log-probabilities."""
-        return super().objective(*of_guided(policy, reference), credit)

@@ -95,8 +95,7 @@ def banded_figure(path: Path, charts: Mapping[str, tuple[Sequence[int], Bands]])
         for place, (title, (steps, series)) in enumerate(charts.items(), start=1):
             axes = figure.add_subplot(rows, COLUMNS, place)
             axes.set_title(title, fontsize=STYLE["font.size"])
-            axes.grid(axis="y")
-            axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+            _rule(axes)
             _draw_bands(axes, steps, series)
             lines |= {str(line.get_label()): line for line in axes.lines}
         figure.legend([*lines.values()], [*lines], loc="outside lower center", ncols=len(lines))
@@ -124,9 +123,7 @@ def _figure(series: Iterable[str]) -> Iterator[tuple[Axes, list[str]]]:
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": "-".join(series)}):
         figure, buffer, svg = Figure(figsize=(4.6, 2.3), layout="constrained"), io.StringIO(), list[str]()
         axes = figure.add_subplot()
-        axes.grid(axis="y")
-        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        axes.yaxis.set_major_locator(MaxNLocator(5))
+        _rule(axes)
         yield axes, svg
         unnamed = dict.fromkeys(("Creator", "Date", "Format", "Type"))  # without any of them there is no <metadata>
         figure.savefig(buffer, format="svg", transparent=True, metadata=unnamed)
@@ -134,6 +131,13 @@ def _figure(series: Iterable[str]) -> Iterator[tuple[Axes, list[str]]]:
     # The page decides size and font; namespaces are for XML, not for SVG inside HTML.
     head = re.sub(r' (width|height|xmlns(:xlink)?)="[^"]*"', "", head)
     svg.append(re.sub(r" font-family: [^;\"]*;", "", f"<svg{head}>{body}".replace(INK, "currentColor")))
+
+
+def _rule(axes: Axes) -> None:
+    """Ticks and lines of every chart over steps."""
+    axes.grid(axis="y")
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(5))
 
 
 def running_mean(values: Sequence[float | None] | np.ndarray) -> np.ndarray:
