@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from stage_ray.errors import ConfigError
 
@@ -25,6 +25,7 @@ INK = "#010203"  # stands for the page's text colour until the SVG is written
 PALETTE = ("#3b82d0", "#e07b39", "#2f9e6e", "#a565c9", "#c94f6d", "#8a8f3c")
 DASHES = ("-", "--", ":")
 SMOOTH = 9
+SPIKE = 30.0  # times the median: a curve with such a value is drawn on a logarithmic scale, lest it look flat
 COLUMNS = 3  # of the charts of a figure
 STYLE = {
     "svg.fonttype": "none",
@@ -115,6 +116,17 @@ def _draw_bands(axes: Axes, steps: Sequence[int], series: Bands) -> None:
         width = 1.6 if strong else 0.8
         axes.plot(steps, values, color=color, linestyle=dash, linewidth=width, marker=dots, label=label)
         axes.fill_between(steps, values - errors, values + errors, color=color, alpha=0.15, linewidth=0)
+    _tame(axes, [point[0] for points in series.values() for point in points if point])
+
+
+def _tame(axes: Axes, values: Sequence[float]) -> None:
+    """A logarithmic scale where single values tower over the rest, as k3 of one unlikely token does."""
+    usual = float(np.nanmedian(values)) if values else 0.0
+    if usual > 0 and np.nanmax(values) > SPIKE * usual:
+        axes.set_yscale("log")
+        axes.set_ylim(bottom=usual / SPIKE)
+        axes.yaxis.set_major_formatter("{x:g}")  # powers would be written as formulas
+        axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from stage_ray.errors import ConfigError
 from stage_ray.evaluation.base import EvaluationResult, read_result, write_result
 from stage_ray.evaluation.metrics import MetricValue
 from stage_ray.report.arms import difference, estimate
+from stage_ray.report.charts import banded_chart
 from stage_ray.run.small_copy import export_runs
 from tests.fake_run import write_fake_run
 from tests.pages import README, command_lines
@@ -220,3 +221,15 @@ def test_a_single_run_that_was_never_evaluated_has_a_page(tmp_path):
     write_fake_run(tmp_path / "run", steps=3, examined=())
     page, numbers = compared([tmp_path / "run"], tmp_path)
     assert numbers["suites"] == {} and "<h1>all runs</h1>" in page
+
+
+def test_a_curve_with_a_spike_is_drawn_on_a_logarithmic_scale():
+    """One token's k3 can be thousands of times the usual KL, which would be a flat line beside it."""
+    calm, spike = [(0.1, 0.01)] * 9, [(0.1, 0.01)] * 8 + [(100.0, 0.0)]
+    assert set(labels(banded_chart(range(9), {"kl": spike}))) >= {"0.01", "0.1", "1", "10", "100"}
+    assert "10" not in labels(banded_chart(range(9), {"kl": calm}))
+    assert banded_chart(range(9), {"kl": [None] * 9}).startswith("<svg")
+
+
+def labels(svg: str) -> list[str]:
+    return re.findall(r"<text[^>]*>([^<]*)</text>", svg)
