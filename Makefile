@@ -6,7 +6,7 @@
 #                  PyTorch's own CPU wheel index, see the README. Empty: pip as it is configured.
 # MINUTES=10       how long  make chaos  goes on
 # SEED=0           of its schedule: which process gets which signal when
-# STUDY=...        study_shapeworld (the default), study_shapeworld_turn, study_shapeworld_clip, study_shapeworld_ablations, study_shapeworld_neighbours, or a file
+# STUDY=...        study_shapeworld (the default), another that  stage-ray configs  lists, or a file
 ARGS ?=
 MINUTES ?= 10
 SEED ?= 0

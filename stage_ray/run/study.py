@@ -58,7 +58,7 @@ class SearchConfig(Section):
 
 
 class StudyConfig(Section):
-    """A file for ``stage-ray study``. It may name a ``base``, a study beside it whose keys its own replace."""
+    """A file for ``stage-ray study``. Its keys replace those of its ``base``, another study; its ``set`` adds."""
 
     config: str = Field(description="Of arms that name none: a file or the name of one that ships")
     dir: str = Field(description="Where runs and page lie; studies with one dir share the runs of equal arms")
@@ -95,7 +95,10 @@ def read_study(study: str | Path) -> StudyConfig:
     """
     path, data = study_path(study), dict[str, Any]()
     for file in reversed(config_files(path)):
-        data |= read_mapping(file, str(file), " of keys to values")
+        above = read_mapping(file, str(file), " of keys to values")
+        if isinstance(above.get("set"), list) and isinstance(data.get("set"), list):
+            above["set"] = data["set"] + above["set"]
+        data |= above
     data.pop("base", None)
     try:
         return StudyConfig.model_validate(data)

@@ -152,6 +152,15 @@ def test_a_dry_run_lists_what_is_to_do_and_starts_nothing(study, capsys):
     assert {row[0] for row in rows} == {"to do"} and not Path("study").exists()
 
 
+def test_a_study_replaces_the_keys_of_its_base_and_adds_to_its_set(study, tmp_path):
+    write(study, set=["steps=5", "learner.lr=0.5"], search=SEARCH)
+    other = tmp_path / "other.yaml"
+    other.write_text("{base: study.yaml, seeds: [4], search: null, set: [steps=7], arms: {GCPO: {}}}")
+    (run,) = Study(read_study(other), Progress()).reported["GCPO"]
+    assert (run.config.seed, run.config.steps, run.config.learner.lr) == (4, 7, 0.5)
+    assert read_study(other).search is None
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
