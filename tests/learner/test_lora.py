@@ -13,7 +13,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from stage_ray.cli import main
 from stage_ray.commands.plan import model_sizes
 from stage_ray.config import PolicyConfig
 from stage_ray.config.lora import LINEAR, LoraConfig
@@ -24,10 +23,8 @@ from stage_ray.policies import load_policy
 from stage_ray.policies.base import Policy
 from stage_ray.policies.lora import low_rank
 from stage_ray.pretrained import export_checkpoint
-from tests.class_conditional import FAMILY, class_checkpoint
 from tests.learner_case import PROMPTS, sample_groups, score, tiny_run
-from tests.policies.emu3 import tiny_emu3
-from tests.policies.llamagen import publish
+from tests.policies.families import FAMILIES, Family
 
 CPU = torch.device("cpu")
 LORA = {"rank": 4, "alpha": 8}
@@ -38,46 +35,36 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
-def models(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, dict[str, Any]]]:
-    """A checkpoint of each kind of backbone, and what a config says of it beside its path."""
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A checkpoint of each family."""
     directory = tmp_path_factory.mktemp("families")
-    publish(directory / "source", "class")
-    assert main(["convert", str(directory / "source"), str(directory / "llamagen")]) == 0
-    return {
-        "janus": (model, {"lora": LORA}),
-        "llamagen": (directory / "llamagen", {"family": "llamagen", "lora": LORA}),
-        "emu3": (tiny_emu3(directory / "emu3"), {"family": "emu3", "lora": LORA}),
-        "any transformer": (
-            class_checkpoint(directory / "classes"),
-            {"family": FAMILY, "lora": LORA | {"target_modules": ["qkv", "out", "down"]}},
-        ),
-    }
+    return {name: family.write(directory / name) for name, family in FAMILIES.items()}
 
 
-def policies(path: Path, options: dict[str, Any]) -> tuple[Policy, Policy]:
-    """The plain policy, and one with adapters that do something."""
-    config = PolicyConfig.model_validate({"path": str(path), **options})
-    plain = load_policy(config.model_copy(update={"lora": None}), device=CPU)
-    adapted = load_policy(config, device=CPU)
+def adapted_at(path: Path, family: Family) -> Policy:
+    """The policy with adapters that do something."""
+    adapted = family.policy(path, lora=LORA | {"target_modules": family.linear})
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in adapted.trained_parameters().values():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    return plain, adapted
+    return adapted
 
 
-def loss(policy: Policy, texts: tuple[str, ...] = (PROMPTS[0], PROMPTS[0], PROMPTS[2])) -> torch.Tensor:
+def loss(policy: Policy, family: Family = FAMILIES["janus"]) -> torch.Tensor:
     """Some number that depends on every log-probability of three images, two of them of one prompt."""
-    prompts = [policy.codec.encode_prompt(text).conditional for text in texts]
+    first, _, last = family.texts[:3]
+    prompts = [policy.codec.encode_prompt(text).conditional for text in (first, first, last)]
     generator = torch.Generator().manual_seed(2)
     tokens = torch.randint(policy.codebook_size, (3, policy.image_tokens), generator=generator)
     found = policy.token_logprobs(prompts, tokens)
     return (found.logprobs * torch.linspace(0.5, 1.5, policy.image_tokens)).sum()
 
 
-@pytest.mark.parametrize("family", ["janus", "llamagen", "emu3", "any transformer"])
-def test_gradients_are_those_of_the_dense_matrix_that_an_adapter_makes(models, family: str) -> None:
-    plain, adapted = policies(*models[family])
+@pytest.mark.parametrize("row", FAMILIES)
+def test_gradients_are_those_of_the_dense_matrix_that_an_adapter_makes(models, row: str) -> None:
+    family = FAMILIES[row]
+    plain, adapted = family.policy(models[row]), adapted_at(models[row], family)
     assert adapted.adapters is not None
     layers = {name: low_rank(layer) for name, layer in adapted.model.named_modules() if hasattr(layer, "lora_A")}
     pairs = {}
@@ -88,8 +75,7 @@ def test_gradients_are_those_of_the_dense_matrix_that_an_adapter_makes(models, f
         assert layer.scale == 2.0
         with torch.no_grad():
             plain.model.get_parameter(f"{name}.weight").add_(pairs[name][2])
-    texts = (PROMPTS[0], PROMPTS[0], PROMPTS[2]) if family in ("janus", "emu3") else ("2", "2", "1")  # or classes
-    dense, low = loss(plain, texts), loss(adapted, texts)
+    dense, low = loss(plain, family), loss(adapted, family)
     torch.testing.assert_close(low, dense, rtol=1e-5, atol=1e-4)
     dense.backward()
     low.backward()
@@ -103,24 +89,22 @@ def test_gradients_are_those_of_the_dense_matrix_that_an_adapter_makes(models, f
     assert trained == adapted.trained_parameters().keys()
 
 
-@pytest.mark.parametrize("family", ["janus", "llamagen", "emu3"])
-def test_a_merged_export_loads_as_what_was_trained(models, family: str, tmp_path: Path) -> None:
-    path, options = models[family]
-    _, adapted = policies(path, options)
+@torch.no_grad()
+@pytest.mark.parametrize("row", FAMILIES)
+def test_a_merged_export_loads_as_what_was_trained(models, row: str, tmp_path: Path) -> None:
+    family = FAMILIES[row]
+    plain, adapted = family.policy(models[row]), adapted_at(models[row], family)
     assert adapted.adapters is not None
     deltas, texts = dict(adapted.adapters.deltas(lambda tensor: tensor)), adapted.codec.texts()
     export_checkpoint(adapted.codec.location, tmp_path / "merged", deltas, added=True, texts=texts)
-    config = PolicyConfig.model_validate(options | {"path": str(tmp_path / "merged"), "lora": None})
-    merged, said = load_policy(config, device=CPU), ("2", "2", "1") if family == "llamagen" else PROMPTS
-    with torch.no_grad():
-        torch.testing.assert_close(loss(merged, said), loss(adapted, said), rtol=1e-5, atol=1e-3)
-        plain = load_policy(config.model_copy(update={"path": str(path)}), device=CPU)
-        assert (loss(plain, said) - loss(adapted, said)).abs() > 0.1
+    merged = family.policy(tmp_path / "merged")
+    torch.testing.assert_close(loss(merged, family), loss(adapted, family), rtol=1e-5, atol=1e-3)
+    assert (loss(plain, family) - loss(adapted, family)).abs() > 0.1
 
 
 @torch.no_grad()
 def test_a_decoder_draws_with_the_adapters_that_a_forward_has(models) -> None:
-    _, adapted = policies(*models["janus"])
+    adapted = adapted_at(models["janus"], FAMILIES["janus"])
     prompts = [adapted.codec.encode_prompt(text).conditional for text in PROMPTS]
     states = adapted.hidden_states(prompts, torch.zeros(len(prompts), adapted.image_tokens, dtype=torch.int64))
     first = adapted.decoder(len(prompts), 100).prefill(prompts)
