@@ -10,6 +10,7 @@ from typer import Argument, Option, echo
 
 from stage_ray.bench import bench_names
 from stage_ray.config.paths import require_lasting
+from stage_ray.errors import ConfigError
 
 
 class PretrainStage(StrEnum):
@@ -82,6 +83,9 @@ def compare(
     page: Annotated[Path, Option(help="Where to write the page")] = Path("compare.html"),
     json_file: Annotated[Path | None, Option("--json", help="Also write the numbers on it here")] = None,
     figure: Annotated[Path | None, Option(help="Also draw its curves as one picture: .svg, .pdf, .png")] = None,
+    curve: Annotated[
+        list[str] | None, Option(metavar="TITLE", help="What --figure draws of them, if not all; may be repeated")
+    ] = None,
 ) -> None:
     """Compare runs on one page: intervals of what they reached, curves, pictures at equal steps, configs.
 
@@ -94,9 +98,11 @@ def compare(
     require_lasting(page, "--page")
     require_lasting(json_file, "--json")
     require_lasting(figure, "--figure")
+    if curve and figure is None:
+        raise ConfigError("--curve says what --figure draws; give --figure FILE too")
     from stage_ray.report.compare import write_comparison
 
-    echo(write_comparison(run_dirs, page, json_file, figure=figure))
+    echo(write_comparison(run_dirs, page, json_file, figure=figure, drawn=curve or ()))
 
 
 def metrics(

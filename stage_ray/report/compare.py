@@ -55,13 +55,15 @@ def write_comparison(
     json_file: Path | None = None,
     names: Mapping[Path, str] | None = None,
     figure: Path | None = None,
+    drawn: Sequence[str] = (),
 ) -> Path:
     """Write the page; where wanted its numbers as JSON and its curves as one picture; each whole or not at all.
 
-    ``names``: of each run's arm, where they are not to be named by what differs.
+    ``names``: of each run's arm, where they are not to be named by what differs. ``drawn``: titles of the picture's
+    curves; empty: all.
 
     Raises:
-        ConfigError: a directory holds no run, two runs say the same twice, or no such picture can be written.
+        ConfigError: a directory holds no run, two runs say the same twice, or no such picture or curve can be drawn.
         RunError: a file of a run is damaged; names it.
     """
     arms, told = arms_of([RunRecord.read(directory) for directory in run_dirs], names)
@@ -87,7 +89,7 @@ def write_comparison(
         }
         atomic_write(json_file, json.dumps(numbers, indent=1, default=str))
     if figure is not None:
-        write_figure(figure, curves)
+        write_figure(figure, curves, drawn)
     write_page(
         page,
         "compare.html.j2",

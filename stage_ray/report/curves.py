@@ -9,6 +9,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from stage_ray.errors import ConfigError, suggest
 from stage_ray.report.arms import Arm
 from stage_ray.report.charts import Bands, banded_chart, banded_figure, running_mean
 
@@ -80,9 +81,15 @@ def chart_of(curves: Curves) -> Markup:
     return Markup(banded_chart(*_bands(curves)))
 
 
-def write_figure(path: Path, curves: Mapping[str, Curves]) -> None:
-    """Curves by title as one picture; errors of `banded_figure`."""
-    banded_figure(path, {title: _bands(found) for title, found in curves.items()})
+def write_figure(path: Path, curves: Mapping[str, Curves], titles: Sequence[str] = ()) -> None:
+    """Curves as one picture: those with these titles, in their order, or all; errors of `banded_figure` as well.
+
+    Raises:
+        ConfigError: no curve has such a title; with the nearest.
+    """
+    if unknown := next((title for title in titles if title not in curves), None):
+        raise ConfigError(f"{unknown!r} is the title of no curve of these runs; {suggest(unknown, curves)}")
+    banded_figure(path, {title: _bands(curves[title]) for title in titles or curves})
 
 
 def _bands(curves: Curves) -> tuple[list[int], Bands]:

@@ -116,7 +116,14 @@ def test_the_curves_are_one_picture_in_the_format_that_its_name_says(runs, tmp_p
     svg = Path(f"{drawn}.svg").read_text()
     assert len(titles) > 3 and all(f">{title}</text>" in svg for title in [*titles, "grpo", "stage"])
     assert len([*drawn.parent.iterdir()]) == 3
+    chosen = ["--curve", titles[2], "--curve", titles[0]]
+    assert main([*command, "--figure", f"{drawn}.svg", *chosen]) == 0
+    places = [Path(f"{drawn}.svg").read_text().find(f">{title}</text>") for title in titles]
+    assert -1 < places[2] < places[0] and places.count(-1) == len(titles) - 2
     capsys.readouterr()
+    assert main([*command, *chosen]) == 2 and "give --figure FILE too" in capsys.readouterr().err
+    assert main([*command, "--figure", f"{drawn}.svg", "--curve", titles[0][:-1]]) == 2
+    assert f"title of no curve of these runs; did you mean '{titles[0]}'?" in " ".join(capsys.readouterr().err.split())
     assert main([*command, "--figure", f"{drawn}.jpgg"]) == 2
     assert "is in no format that can be written; end its name in one of " in " ".join(capsys.readouterr().err.split())
 
