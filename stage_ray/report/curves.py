@@ -72,7 +72,7 @@ def evaluation_curves(arms: Sequence[Arm], suite: str, metrics: Sequence[str]) -
                     if metric in result.metrics:
                         points.setdefault(step, []).append(result.metrics[metric].value)
         if any(len(points) > 1 for points in series.values()):
-            curves[f"{suite or 'Held-out'}: {metric}"] = _spread(series)
+            curves[metric if metric == suite else f"{suite or 'Held-out'}: {metric}"] = _spread(series)
     return curves
 
 
