@@ -249,6 +249,7 @@ def config_of(made: Plan) -> dict[str, Any]:
 
 
 def print_plan(made: Plan) -> None:
+    """To the terminal: the GPUs of each role and what fills one of them, as tables, then what goes with them."""
     from rich.console import Console
 
     def gib(size: int) -> str:

@@ -112,6 +112,7 @@ def make_record(
 
 
 def plural(kind: str) -> str:
+    """Of a shape: "crosses", "rings"."""
     return kind + ("es" if kind.endswith("s") else "s")
 
 

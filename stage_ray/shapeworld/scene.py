@@ -85,6 +85,7 @@ class Scene:
 
 
 def boxes_apart(a: Square, b: Square, gap: float = MIN_GAP) -> bool:
+    """Whether at least ``gap`` pixels lie between two squares (centre x, centre y, side), along x or along y."""
     reach = (a[2] + b[2]) / 2 + gap
     return abs(a[0] - b[0]) >= reach or abs(a[1] - b[1]) >= reach
 
