@@ -87,7 +87,7 @@ def write_figure(path: Path, curves: Mapping[str, Curves], titles: Sequence[str]
     Raises:
         ConfigError: no curve has such a title; with the nearest.
     """
-    if unknown := next((title for title in titles if title not in curves), None):
+    if (unknown := next((title for title in titles if title not in curves), None)) is not None:
         raise ConfigError(f"{unknown!r} is the title of no curve of these runs; {suggest(unknown, curves)}")
     banded_figure(path, {title: _bands(curves[title]) for title in titles or curves})
 
