@@ -35,6 +35,14 @@ def tiny_run(model: Path, **sections: Any) -> RunConfig:
 
 
 @torch.no_grad()
+def move_weights(policy: Policy) -> None:
+    """Give trained tensors other values, the same at each call."""
+    generator = torch.Generator().manual_seed(1)
+    for parameter in policy.trained_parameters().values():
+        parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+
+
+@torch.no_grad()
 def sample_groups(
     policy: Policy, prompts: Sequence[str], group_size: int, *, version: int = 0, seed: int = 0
 ) -> list[RolloutGroup]:

@@ -25,6 +25,7 @@ from stage_ray.policies.janus import JanusPolicy
 from stage_ray.records import RECORDED, Prompt, RolloutGroup, RolloutRequest
 from stage_ray.samplers import Context, SamplingParams, process_logits
 from stage_ray.samplers.guided import GuidedRule
+from tests.learner_case import move_weights
 from tests.tiny import CODES, IMAGE_SIZE, IMAGE_TOKENS, tiny_janus
 
 BATCH, GUIDANCE = 6, 2.0
@@ -61,10 +62,7 @@ def policy(directory: Path) -> JanusPolicy:
 def updated(directory: Path) -> JanusPolicy:
     """The same model with other values in its trained tensors: what the engines are updated to."""
     policy = policy_at(directory)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in policy.trained_parameters().values():
-            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    move_weights(policy)
     return policy
 
 

@@ -71,10 +71,8 @@ BUT_JANUS = [name for name in FAMILIES if name != "janus"]  # tests/engines and 
 
 def moved(path: Path, to: Path, family: Family) -> Path:
     """The same model at other trained weights."""
-    policy, generator = family.policy(path), torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in policy.trained_parameters().values():
-            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    policy = family.policy(path)
+    learner_case.move_weights(policy)
     policy.save(to)
     return to
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from stage_ray.cli import main
 from stage_ray.commands.train import replay_run
+from stage_ray.engines import build_engine
 from stage_ray.errors import ConfigError
 from stage_ray.learner.learner import Learner
 from stage_ray.observability.progress import Progress
@@ -20,6 +21,7 @@ from stage_ray.policies.reference import check_reference
 from stage_ray.train import train
 from tests import learner_case
 from tests.class_conditional import FAMILY, Sizes, class_checkpoint, rotary_2d, rotate
+from tests.engines.test_engines import request, rollout
 from tests.policies.families import FAMILIES, drawn, moved
 from tests.runs import StopsAfter, lines, tiny_run
 
@@ -59,8 +61,10 @@ def test_a_reference_is_the_model_at_other_weights_and_with_the_same_classes(che
 
 
 def test_a_prompt_that_is_no_class_is_refused(checkpoint: Path) -> None:
+    engine = build_engine(CLASSES.config(checkpoint), rollout("torch"), worker="test")
     with pytest.raises(ValueError, match="'ostrik' is no class"):
-        CLASSES.policy(checkpoint).codec.encode_prompt("ostrik")
+        engine.generate([request("ostrik", (1,))])
+    engine.close()
 
 
 def run_of(directory: Path, model: Path, classes: list[str] | None = None, **changes: Any):

@@ -16,6 +16,7 @@ from stage_ray.policies.emu3 import Emu3Policy
 from stage_ray.samplers import Context, SamplingParams, process_logits
 from tests.engines.test_engines import request, rollout
 from tests.policies.emu3 import CODES, COLUMNS, ROWS, TEXTS, Original, tiny_emu3
+from tests.policies.families import FAMILIES, moved
 
 CPU = torch.device("cpu")
 NEGATIVE = "lowres, bad"
@@ -91,6 +92,19 @@ def test_pictures_are_encoded_as_transformers_encodes_them(checkpoint: Path) -> 
     found = codec.encode(torch.from_numpy(pictures))
     assert found.tolist() == [tokens.flatten().tolist() for tokens in expected]
     assert len(found.unique()) > 1 and found.min() >= 0 and found.max() < CODES
+
+
+def test_what_is_saved_loads_in_plain_transformers_with_nothing_missing_or_unknown(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    trained = load_policy(config(moved(checkpoint, tmp_path / "saved", FAMILIES["emu3"])), device=CPU)
+    saved, report = Emu3ForConditionalGeneration.from_pretrained(tmp_path / "saved", output_loading_info=True)
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    before = Emu3ForConditionalGeneration.from_pretrained(checkpoint).state_dict()
+    expected = {in_memory(name): tensor for name, tensor in trained.trained_parameters().items()}
+    for name, tensor in saved.state_dict().items():
+        assert torch.equal(tensor, expected.get(name, before[name]))
+        assert torch.equal(tensor, before[name]) == (not name.startswith("model.text_model.")), name
 
 
 def test_gradients_are_those_of_transformers_also_recomputed(checkpoint: Path) -> None:
