@@ -19,6 +19,7 @@ from stage_ray.policies.image_tokenizer import PictureDecoder
 from stage_ray.policies.llamagen import LlamaGenPolicy
 from tests import learner_case
 from tests.policies.deepseek import CODES, PIXELS, SIDE, VQ
+from tests.policies.families import FAMILIES, drawn
 from tests.policies.llamagen import CLASSES, TEXTS, Transformer, publish
 from tests.ray_head import free_port
 
@@ -122,8 +123,7 @@ def _rank(number: int, address: str, path: Path) -> None:
     )
     learner, logits = Learner(run, threads=1, ranks=ranks), list[torch.dtype]()
     learner.policy.model.gpt["head"].register_forward_hook(lambda _, __, made: logits.append(made.dtype))
-    groups = learner_case.sample_groups(policy_at(path), texts_of(path)[:2], 4)
-    learner.update(groups, learner_case.score(groups))
+    learner.update(*drawn(FAMILIES["llamagen, classes"], path))
     assert set(logits) == {torch.float32}
     torch.distributed.destroy_process_group()
 
