@@ -17,6 +17,7 @@ from torch import Tensor
 from stage_ray.config import PolicyConfig
 from stage_ray.errors import ConfigError
 from stage_ray.policies.base import Branch, ImageCodec, PromptIds, VllmSpec
+from stage_ray.policies.emu3.grid import grid_of, picture_size
 from stage_ray.policies.image_tokenizer import fill
 from stage_ray.pretrained import local_checkpoint
 
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 MODEL_TYPE = "emu3"
 # Names of tensors in a checkpoint. transformers has other ones for the model that it loads: see `Emu3Parts`.
 TRAINED_PREFIX, VQ_PREFIX, HEAD = "text_model.model.", "vqmodel.", "text_model.lm_head."
-IMAGE_AREA, RATIO = 518_400, "1:1"  # pixels, and width to height, of the published model: 90 x 90 tokens
 NEGATIVE_PROMPT = (
     "lowres, bad anatomy, bad hands, text, error, missing fingers, extra digit, fewer digits, cropped, worst quality, "
     "low quality, normal quality, jpeg artifacts, signature, watermark, username, blurry."
@@ -63,8 +63,8 @@ class Emu3Codec(ImageCodec):
         self.codebook_size = int(config.vq_config.codebook_size)
         self.positions = int(config.text_config.max_position_embeddings)
         self.first, self.row_end = _image_ids(location, config)
-        self._area, self._ratio = getattr(config, "image_area", IMAGE_AREA), getattr(config, "ratio", RATIO)
-        self.grid = grid_of(processor, location, self._area, self._ratio)
+        self._area, self._ratio = picture_size(config)
+        self.grid = grid_of(processor, config, location)
         self.forced = self.grid[0] - 1  # nothing reads what closes the last row
         if self.image_positions >= self.positions:
             raise ConfigError(
@@ -168,24 +168,6 @@ class Emu3Codec(ImageCodec):
         if self.vqmodel is None:
             raise RuntimeError("this process has no image decoder: its codec was loaded without one")
         return self.vqmodel
-
-
-def grid_of(processor: Emu3Processor, location: Path, area: Any, ratio: Any) -> tuple[int, int]:
-    """Rows and columns of an image of so many pixels, as the processor writes them into a prompt.
-
-    Raises:
-        ConfigError: they are no numbers, or no image.
-    """
-    try:
-        rows, columns = processor.calculate_generate_size(ratio, area, processor.downsample_ratio)
-    except (TypeError, ValueError, AttributeError, ZeroDivisionError):
-        rows = columns = 0
-    if rows < 1 or columns < 1:
-        raise ConfigError(
-            f"policy.path: {location / 'config.json'}: image_area = {area!r} and ratio = {ratio!r} are no picture; "
-            f"give pixels and width:height, such as {IMAGE_AREA} and {RATIO!r}, or leave them out"
-        )
-    return rows, columns
 
 
 def _image_ids(location: Path, config: Emu3Config) -> tuple[int, int]:

@@ -8,16 +8,14 @@ import torch
 from transformers import Emu3Config, Emu3ForConditionalGeneration, Emu3Processor
 
 from stage_ray.config.model_sizes import ModelSizes
-from stage_ray.policies.emu3.codec import IMAGE_AREA, RATIO, grid_of
+from stage_ray.policies.emu3.grid import grid_of
 
 
 def checkpoint_sizes(directory: Path, path: str) -> ModelSizes:
     """Sizes of a local checkpoint; see `stage_ray.policies.base.Policy.sizes`."""
     config = Emu3Config.from_pretrained(directory)
-    area, ratio = getattr(config, "image_area", IMAGE_AREA), getattr(config, "ratio", RATIO)
-    return config_sizes(
-        config, grid_of(Emu3Processor.from_pretrained(directory), directory, area, ratio), directory.name, path
-    )
+    grid = grid_of(Emu3Processor.from_pretrained(directory), config, directory)
+    return config_sizes(config, grid, directory.name, path)
 
 
 def config_sizes(config: Emu3Config, grid: tuple[int, int], name: str, path: str) -> ModelSizes:
