@@ -25,6 +25,7 @@ from stage_ray.observability.logs import bind_context, start_logs
 log = logging.getLogger(__name__)
 PLAIN_EVERY_S = 10.0
 PLAIN_EVERY_STEPS = 10
+PLAIN_EVERY_SHARE = 0.05  # of the time a bar has taken: hours of work are a few dozen lines
 SHOWN = {  # metric -> how a person reads it
     "reward/mean": "reward {:.3f}",
     "kl": "KL {:.4f}",
@@ -103,9 +104,12 @@ class Progress:
             nonlocal done, printed
             done += units
             self._bars.advance(task, units)
-            if not self.console.is_terminal and done < total and time.monotonic() - printed >= PLAIN_EVERY_S:
-                printed = time.monotonic()
-                self.note(f"{description}: {done} of {total}")
+            now = time.monotonic()
+            due = now - printed >= max(PLAIN_EVERY_S, PLAIN_EVERY_SHARE * (now - started))
+            if not self.console.is_terminal and done < total and due:
+                printed = now
+                seconds = self._bars.tasks[self._bars.task_ids.index(task)].time_remaining
+                self.note(f"{description}: {done} of {total}" + (f"  ETA {_clock(seconds)}" if seconds else ""))
 
         if self.console.is_terminal:
             self._live.start()

@@ -28,6 +28,7 @@ from stage_ray.errors import ConfigError, RunError
 from stage_ray.evaluation.base import read_result
 from stage_ray.evaluation.suites import EVALUATION, resolve_suites
 from stage_ray.files import atomic_write, read_json
+from stage_ray.observability.metrics_logger import METRICS_FILE
 from stage_ray.observability.progress import Progress
 from stage_ray.report.compare import write_comparison
 from stage_ray.run.run_dir import SMALL, is_finished
@@ -38,6 +39,7 @@ from stage_ray.run.study_places import ABSENT, TrainRun, places
 Overrides = list[str]
 Seeds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 SEARCHED = "search.json"
+LOOK_EVERY_S = 5.0  # at how far the runs are
 SET = "KEY=VALUE, as of stage-ray train; "
 
 
@@ -118,6 +120,11 @@ class StudyRun:
     def directory(self) -> Path:
         """Where the run writes."""
         return Path(self.config.run_dir)
+
+    def steps_done(self) -> int:
+        """How many updates it has recorded: its metrics have a line for each."""
+        metrics = self.directory / METRICS_FILE
+        return metrics.read_bytes().count(b"\n") if metrics.is_file() else 0
 
     def headline(self) -> float:
         """Its first suite's headline after training; a RunError where it has none."""
@@ -261,22 +268,25 @@ class Study:
         if not left:
             return
         at_once = "as a cluster has room" if room is None else f"{room} at a time"
-        with self._progress.bar(f"{len(left)} runs, {at_once}", len(left)) as advance:
+        steps = sum(run.config.steps for run in left)
+        with self._progress.bar(f"steps of {len(left)} runs, {at_once}", steps) as advance:
             free = asyncio.Semaphore(room or len(left))
+            looking = asyncio.create_task(follow(left, advance))
             try:
                 async with asyncio.TaskGroup() as group:
                     for run in left:
-                        group.create_task(self._train_one(run, train, free, advance))
+                        group.create_task(self._train_one(run, train, free))
             except* RunError as failed:
                 raise failed.exceptions[0] from None
+            finally:
+                looking.cancel()
 
-    async def _train_one(
-        self, run: StudyRun, train: TrainRun, free: asyncio.Semaphore, advance: Callable[[], None]
-    ) -> None:
+    async def _train_one(self, run: StudyRun, train: TrainRun, free: asyncio.Semaphore) -> None:
         """One run to its end; its config and what it says lie below ``configs/``."""
         config = self.directory / "configs" / f"{run.directory.relative_to(self.directory)}.yaml"
         log = config.with_suffix(".log")
         async with free:
+            self._progress.note(f"{run.label}: what it says is in {log}")
             config.parent.mkdir(parents=True, exist_ok=True)
             atomic_write(config, yaml.safe_dump(run.config.model_dump(mode="json"), sort_keys=False))
             code = await train(config, log)
@@ -288,7 +298,17 @@ class Study:
             said = log.read_text(encoding="utf-8", errors="replace").strip() if log.is_file() else ""
             last = (said.splitlines() or ["it said nothing"])[-1]
             raise RunError(f"the run of {run.label} ended with exit code {code}: {last} (all it said: {log})")
-        advance()
+        self._progress.note(f"{run.label}: done")
+
+
+async def follow(runs: Sequence[StudyRun], advance: Callable[[int], None]) -> None:
+    """Move a bar by the steps of runs, wherever on shared storage they train, until cancelled."""
+    seen = 0
+    while True:
+        done = sum(run.steps_done() for run in runs)
+        advance(done - seen)
+        seen = done
+        await asyncio.sleep(LOOK_EVERY_S)
 
 
 def _slug(name: str) -> str:

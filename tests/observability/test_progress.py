@@ -35,6 +35,20 @@ def test_a_bar_yields_a_counter_and_says_when_it_is_done() -> None:
     assert "evaluating (4) ..." in out.getvalue() and "evaluating: done in 0:00" in out.getvalue()
 
 
+def test_without_a_terminal_hours_of_work_are_a_few_dozen_lines_and_each_says_how_long_is_left(monkeypatch) -> None:
+    out, clock = io.StringIO(), [0.0]
+    monkeypatch.setattr("stage_ray.observability.progress.time.monotonic", lambda: clock[0])
+    console = Console(file=out, force_terminal=False, width=200, highlight=False, get_time=lambda: clock[0])
+    progress = Progress(console)
+    with progress.bar("training", total=1000) as advance:
+        for _ in range(1000):
+            clock[0] += 5
+            advance()
+    lines = [line for line in out.getvalue().splitlines() if " of 1000" in line]
+    assert lines[:2] == ["[0:10] training: 2 of 1000  ETA 1:23:10", "[0:20] training: 4 of 1000  ETA 1:23:00"]
+    assert 60 < len(lines) < 90, lines
+
+
 def test_brackets_in_a_prompt_are_text_not_markup() -> None:
     progress, out = plain()
     progress.note("drew [bold]a [red circle]")

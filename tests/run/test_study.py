@@ -1,5 +1,6 @@
 """A study trains what is missing, gives each arm its own best value, and ends with a page."""
 
+import asyncio
 import json
 import os
 import re
@@ -16,10 +17,11 @@ import yaml
 from stage_ray.cli import main
 from stage_ray.config.shipped import shipped_studies
 from stage_ray.evaluation.suites import own_suite
+from stage_ray.observability.metrics_logger import METRICS_FILE
 from stage_ray.observability.progress import Progress
 from stage_ray.pipeline.prompt_files import load_prompts
 from stage_ray.recipes import RECIPES
-from stage_ray.run.study import Study, read_study
+from stage_ray.run.study import Study, follow, read_study
 from stage_ray.run.study_places import own_cores
 from tests.ray_head import free_port
 from tests.runs import lines, tiny_run
@@ -67,7 +69,11 @@ def test_a_study_that_was_stopped_goes_on_gives_an_arm_the_value_that_its_search
         said, _ = process.communicate()
     assert process.returncode == 128 + signal.SIGTERM and "the same command goes on" in said
     assert "stopped by SIGTERM after step" in Path("study/configs/search/stage/1e-05/seed-1.log").read_text()
+    assert "steps of 2 runs, 1 at a time (40) ..." in said
+    assert "STAGE, steps=20, learner.lr=1e-05, seed 1: what it says is in study/configs/" in said
+    capsys.readouterr()
     assert main(["study", str(study)]) == 0
+    assert "STAGE, steps=20, learner.lr=0.001, seed 1: done\n" in capsys.readouterr().out
     assert [row["step"] for row in lines(metrics)] == [*range(1, 21)]
     found = json.loads(Path("study/search.json").read_text())["STAGE"]
     assert found["value"] == float(max(found["found"], key=found["found"].get))
@@ -92,6 +98,24 @@ def test_a_study_that_was_stopped_goes_on_gives_an_arm_the_value_that_its_search
     assert "holds a small copy of a run, without weights" in " ".join(capsys.readouterr().err.split())
     assert main(["study", str(study), "--kept", "study/configs"]) == 2
     assert "holds no small copy of a run; name what --export wrote" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_bar_follows_the_steps_of_runs_and_back_where_one_goes_on_after_a_checkpoint(study, monkeypatch):
+    monkeypatch.setattr("stage_ray.run.study.LOOK_EVERY_S", 0)
+    runs = Study(read_study(study), Progress()).reported["STAGE"]
+    moves, recorded = [], [(3, 0), (3, 2), (1, 2)]  # steps of the first and second run, at each look but the first
+
+    def advance(steps: int) -> None:
+        moves.append(steps)
+        if not recorded:
+            raise asyncio.CancelledError
+        for run, count in zip(runs, recorded.pop(0), strict=True):
+            run.directory.mkdir(parents=True, exist_ok=True)
+            (run.directory / METRICS_FILE).write_text('{"step": 1}\n' * count)
+
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(follow(runs, advance))
+    assert moves == [0, 3, 2, -2]
 
 
 @pytest.mark.slow
