@@ -17,15 +17,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from stage_ray.config.load import load_config
-    from stage_ray.run.standalone import evaluate, evaluate_suites, generate
+    from stage_ray.inference.evaluate import evaluate, evaluate_suites
+    from stage_ray.inference.generate import generate
     from stage_ray.train import train
 
 __all__ = ["evaluate", "evaluate_suites", "generate", "load_config", "train"]
 __version__ = "0.2.0"
 
-_HOMES = {"load_config": "config.load", "train": "train"} | dict.fromkeys(
-    ("evaluate", "evaluate_suites", "generate"), "run.standalone"
-)
+_HOMES = {
+    "evaluate": "inference.evaluate",
+    "evaluate_suites": "inference.evaluate",
+    "generate": "inference.generate",
+    "load_config": "config.load",
+    "train": "train",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -12,7 +12,8 @@ import pytest
 
 import stage_ray
 from stage_ray.errors import ConfigError
-from stage_ray.run.standalone import evaluate, generate
+from stage_ray.inference.evaluate import evaluate
+from stage_ray.inference.generate import generate
 
 
 def test_importing_the_package_and_reading_a_config_is_light() -> None:

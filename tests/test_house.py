@@ -23,6 +23,7 @@ LEVELS = (
     "cluster report",
     "pipeline",
     "run",
+    "inference study",
     "train bench",
     "commands",
     "cli",

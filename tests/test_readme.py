@@ -21,7 +21,7 @@ from typer.main import get_command
 
 from stage_ray import train as loop
 from stage_ray.cli import app, main
-from stage_ray.run import standalone
+from stage_ray.inference import evaluate, generate
 from stage_ray.train import RunSummary
 from tests.pages import DEPLOY, README, REASONS, ROOT, TABLE, TRAIN, command_lines, named_tests, text
 from tests.ray_head import BIN
@@ -195,8 +195,8 @@ def test_the_functions_do_what_the_page_shows(model, tmp_path, monkeypatch, caps
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(loop, "train", trained)
-    monkeypatch.setattr(standalone, "evaluate", partial(standalone.evaluate, engine="torch", prompts="some.jsonl"))
-    monkeypatch.setattr(standalone, "generate", partial(standalone.generate, engine="torch"))
+    monkeypatch.setattr(evaluate, "evaluate", partial(evaluate.evaluate, engine="torch", prompts="some.jsonl"))
+    monkeypatch.setattr(generate, "generate", partial(generate.generate, engine="torch"))
     exec(script, {})
     said = capsys.readouterr().out
     assert "0.25 before, 0.5 after, runs/python/report.html\n" in said and "\nGenEval 0.0" in said

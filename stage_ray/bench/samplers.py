@@ -16,9 +16,9 @@ from PIL import Image
 from stage_ray.bench.base import Bench, Measurement, Row, Trials, Variant, interleave, median
 from stage_ray.bench.inputs import SHIPPED
 from stage_ray.evaluation.shapeworld import JUDGE, ShapeWorldBenchmark
+from stage_ray.inference.evaluate import evaluate
+from stage_ray.inference.picture_index import index_pictures
 from stage_ray.pipeline.prompt_files import load_prompts
-from stage_ray.run.picture_index import index_pictures
-from stage_ray.run.standalone import evaluate
 from stage_ray.shapeworld.scene import random_scene, render
 
 CLIP = {"type": "clip", "options": {"path": "package:stage_ray/shapeworld/assets/clip"}}

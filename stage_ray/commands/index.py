@@ -28,7 +28,7 @@ def index(
     Example: stage-ray index runs/stage_shapeworld/final photos --out patches.safetensors
     """
     require_lasting(out, "--out")
-    from stage_ray.run.picture_index import index_pictures
+    from stage_ray.inference.picture_index import index_pictures
 
     index_pictures(model, pictures, out, kind=kind, family=family)
     echo(f"--set rollout.sampler=retrieval --set rollout.sampler_options.index={out}")

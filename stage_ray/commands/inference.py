@@ -11,7 +11,7 @@ from stage_ray.commands.train import SetOption
 from stage_ray.errors import RunError
 
 if TYPE_CHECKING:
-    from stage_ray.run.standalone import Comparison
+    from stage_ray.inference.evaluate import Comparison
 
 MODEL = "A Hugging Face directory (such as RUN_DIR/final), package:MODULE/DIR, or a hub id"
 ModelArgument = Annotated[str, Argument(metavar="MODEL", help=MODEL)]
@@ -56,11 +56,11 @@ def evaluate(
 
     Example: stage-ray evaluate runs/stage_shapeworld/final --suite shapeworld --json after.json
     """
-    from stage_ray.run import standalone
+    from stage_ray.inference.evaluate import evaluate_suites
 
     suites = [name.strip() for name in suite.split(",")]
     places = dict(place.split("=", 1) for place in prompts or () if "=" in place)
-    results = standalone.evaluate_suites(
+    results = evaluate_suites(
         model,
         suites,
         against=against,
@@ -121,9 +121,9 @@ def generate(
 
     Example: stage-ray generate runs/stage_shapeworld/final --prompt "a photo of a red ring" --out pictures
     """
-    from stage_ray.run import standalone
+    from stage_ray.inference import generate as drawing
 
-    standalone.generate(
+    drawing.generate(
         model,
         prompt or [],
         out,

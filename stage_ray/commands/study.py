@@ -33,7 +33,8 @@ def study(
     Example: stage-ray study study.yaml --dry-run
     """
     from stage_ray.observability.progress import Progress
-    from stage_ray.run.study import Study, read_study
+    from stage_ray.study.config import read_study
+    from stage_ray.study.study import Study
 
     config = read_study(file)
     require_lasting(config.dir, "dir")

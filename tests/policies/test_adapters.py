@@ -20,10 +20,10 @@ from stage_ray.config import PolicyConfig
 from stage_ray.config.inputs import checkpoint_inputs
 from stage_ray.engines.torch import TorchEngine
 from stage_ray.errors import ConfigError
+from stage_ray.inference.jobs import inputs_of
 from stage_ray.learner.learner import Learner
 from stage_ray.policies import check_adapters, load_policy
 from stage_ray.pretrained import base_location, local_checkpoint
-from stage_ray.run.inference import inputs_of
 from stage_ray.train import train
 from tests.learner_case import PROMPTS, sample_groups, score, tiny_run
 from tests.runs import lines

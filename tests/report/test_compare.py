@@ -15,7 +15,7 @@ from stage_ray.evaluation.base import EvaluationResult, read_result, write_resul
 from stage_ray.evaluation.metrics import MetricValue
 from stage_ray.report.arms import difference, estimate
 from stage_ray.report.charts import banded_chart
-from stage_ray.run.small_copy import export_runs
+from stage_ray.study.small_copy import export_runs
 from tests.fake_run import write_fake_run
 from tests.pages import README, command_lines
 

@@ -222,7 +222,7 @@ def test_the_command_encodes_what_it_can_read_and_says_what_it_left_out(
 def test_a_command_that_was_stopped_goes_on_after_what_is_done(
     plain: Path, pictures: Path, index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("stage_ray.run.picture_index.PART", 2)
+    monkeypatch.setattr("stage_ray.inference.picture_index.PART", 2)
     out, encode, calls = tmp_path / "parts.safetensors", PlainCodec.encode, list[int]()
 
     def failing(stop_at: int) -> Callable[[PlainCodec, Tensor], Tensor]:

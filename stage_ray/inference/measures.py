@@ -13,8 +13,8 @@ from stage_ray.evaluation.loop import conditions
 from stage_ray.evaluation.measures.base import find_measure, measured, resolve_measures, select
 from stage_ray.evaluation.measures.drift import IMAGES, drift_metrics
 from stage_ray.evaluation.metrics import MetricValue
+from stage_ray.inference.jobs import Job
 from stage_ray.records import ScoredGroup
-from stage_ray.run.inference import Job
 
 DRIFT = "stage_ray.evaluation.measures.drift_scorer.DriftScorer"
 

@@ -21,8 +21,9 @@ from stage_ray.observability.metrics_logger import METRICS_FILE
 from stage_ray.observability.progress import Progress
 from stage_ray.pipeline.prompt_files import load_prompts
 from stage_ray.recipes import RECIPES
-from stage_ray.run.study import Study, follow, read_study
-from stage_ray.run.study_places import own_cores
+from stage_ray.study.config import read_study
+from stage_ray.study.places import own_cores
+from stage_ray.study.study import Study, follow
 from tests.ray_head import free_port
 from tests.runs import lines, tiny_run
 
@@ -101,7 +102,7 @@ def test_a_study_that_was_stopped_goes_on_gives_an_arm_the_value_that_its_search
 
 
 def test_a_bar_follows_the_steps_of_runs_and_back_where_one_goes_on_after_a_checkpoint(study, monkeypatch):
-    monkeypatch.setattr("stage_ray.run.study.LOOK_EVERY_S", 0)
+    monkeypatch.setattr("stage_ray.study.study.LOOK_EVERY_S", 0)
     runs = Study(read_study(study), Progress()).reported["STAGE"]
     moves, recorded = [], [(3, 0), (3, 2), (1, 2)]  # steps of the first and second run, at each look but the first
 
@@ -128,7 +129,7 @@ def test_a_run_that_fails_is_named_with_its_log(study, capsys):
 
 
 def test_the_example_of_the_rooms_page_is_a_study(tmp_path, monkeypatch, capsys):
-    page = (Path(__file__).parents[2] / "stage_ray/run/README.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "stage_ray/study/README.md").read_text(encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     Path("study.yaml").write_text(re.search(r"```yaml\n(.*?)```", page, re.DOTALL).group(1))
     assert main(["study", "study.yaml", "--dry-run"]) == 0
@@ -161,7 +162,7 @@ def test_gpus_need_a_cluster_and_a_cluster_must_answer(study, capsys, monkeypatc
 
 def test_runs_side_by_side_have_cores_of_their_own(monkeypatch, tmp_path):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(7)))
-    monkeypatch.setattr("stage_ray.run.study_places.private_directory", lambda: tmp_path)
+    monkeypatch.setattr("stage_ray.study.places.private_directory", lambda: tmp_path)
     with own_cores(2) as first, own_cores(2) as second, own_cores(3) as of_another_study, own_cores(2) as third:
         assert (first, second, third) == ({0, 1}, {2, 3}, {4, 5})
         assert of_another_study == {*range(7)}, "cores 0 to 2 and 3 to 5 are not all free, one is left: all are shared"

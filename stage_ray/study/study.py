@@ -1,7 +1,7 @@
 """A study: arms that differ in a few keys, each with its learning rate searched alike, on several seeds, compared.
 
 A run is a process of its own, ``stage-ray train``, in a directory of its own, on this machine or on a node of a cluster
-(`stage_ray.run.study_places`): one that is done is skipped, one that was cut off goes on, so a study may be stopped at
+(`stage_ray.study.places`): one that is done is skipped, one that was cut off goes on, so a study may be stopped at
 any time and started again.
 """
 
@@ -9,21 +9,17 @@ from __future__ import annotations
 
 import asyncio
 import json
-import re
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Annotated, Any
+from typing import Any
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
 
 from stage_ray.config import RunConfig
-from stage_ray.config.load import config_files, explain, load_config, read_mapping
-from stage_ray.config.sections import Section
-from stage_ray.config.shipped import study_path
+from stage_ray.config.load import load_config
 from stage_ray.errors import ConfigError, RunError
 from stage_ray.evaluation.base import read_result
 from stage_ray.evaluation.suites import EVALUATION, resolve_suites
@@ -32,81 +28,13 @@ from stage_ray.observability.metrics_logger import METRICS_FILE
 from stage_ray.observability.progress import Progress
 from stage_ray.report.compare import write_comparison
 from stage_ray.run.run_dir import SMALL, is_finished
-from stage_ray.run.small_copy import export_runs
 from stage_ray.run.stop import StopSignal
-from stage_ray.run.study_places import ABSENT, TrainRun, places
+from stage_ray.study.config import Overrides, StudyConfig, slug
+from stage_ray.study.places import ABSENT, TrainRun, places
+from stage_ray.study.small_copy import export_runs
 
-Overrides = list[str]
-Seeds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 SEARCHED = "search.json"
 LOOK_EVERY_S = 5.0  # at how far the runs are
-SET = "KEY=VALUE, as of stage-ray train; "
-
-
-class ArmConfig(Section):
-    """What one arm trains."""
-
-    config: str | None = Field(None, description="A file or the name of one that ships; null: the study's")
-    set: Overrides = Field([], description=SET + "on top of the study's own")
-
-
-class SearchConfig(Section):
-    """How every arm finds the value of one key: with the same values, steps and seeds, which are not those reported."""
-
-    key: str = Field("learner.lr", description="The key whose value is searched")
-    values: list[float] = Field(min_length=2, description="Its values; the best mean headline after training is taken")
-    seeds: Seeds = Field(description="Of the runs of each value")
-    set: Overrides = Field([], description=SET + "of these runs, such as fewer steps")
-
-
-class StudyConfig(Section):
-    """A file for ``stage-ray study``. Its keys replace those of its ``base``, another study; its ``set`` adds."""
-
-    config: str = Field(description="Of arms that name none: a file or the name of one that ships")
-    dir: str = Field(description="Where runs and page lie; studies with one dir share the runs of equal arms")
-    seeds: Seeds = Field(description="Of the runs that are compared; arms are paired by them")
-    arms: dict[str, ArmConfig] = Field(min_length=1, description="By name; the others are compared with the first")
-    set: Overrides = Field([], description=SET + "of every run")
-    search: SearchConfig | None = Field(None, description="Of a value that each arm needs its own of; null: none")
-    cpus_per_run: int = Field(2, ge=1, description="Cores of one run; as many go on at once as there are such shares")
-    gpus_per_run: float = Field(0.0, ge=0, description="GPUs of one run, of a cluster's")
-    address: str | None = Field(
-        None,
-        description="Ray cluster whose nodes train runs: auto, HOST:PORT; null: RAY_ADDRESS, else this machine",
-    )
-
-    @model_validator(mode="after")
-    def _check(self) -> StudyConfig:
-        if self.search and (both := {*self.search.seeds} & {*self.seeds}):
-            raise ValueError(
-                f"seed {min(both)} is in search.seeds and in seeds: what a value was chosen on cannot report it; "
-                "take others for one of them"
-            )
-        places: dict[str, str] = {}
-        for name in self.arms:
-            if (other := places.setdefault(_slug(name), name)) != name or not _slug(name):
-                raise ValueError(f"arms {other!r} and {name!r} would share a directory; name one otherwise")
-        return self
-
-
-def read_study(study: str | Path) -> StudyConfig:
-    """Read a study's file, or the one of that name that ships.
-
-    Raises:
-        ConfigError: missing or unreadable file, unknown key, impossible value, or a seed both searched on and reported.
-    """
-    path, data = study_path(study), dict[str, Any]()
-    for file in reversed(config_files(path)):
-        above = read_mapping(file, str(file), " of keys to values")
-        if isinstance(above.get("set"), list) and isinstance(data.get("set"), list):
-            above["set"] = data["set"] + above["set"]
-        data |= above
-    data.pop("base", None)
-    try:
-        return StudyConfig.model_validate(data)
-    except ValidationError as error:
-        said = "; ".join(explain(item, StudyConfig) for item in error.errors())
-        raise ConfigError(f"{path}: {said}") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,14 +153,14 @@ class Study:
         assert search is not None
         return {
             value: [
-                self._run_of(name, [*search.set, f"{search.key}={value!r}"], seed, f"search/{_slug(name)}/{value:g}")
+                self._run_of(name, [*search.set, f"{search.key}={value!r}"], seed, f"search/{slug(name)}/{value:g}")
                 for seed in search.seeds
             ]
             for value in search.values
         }
 
     def _reported_runs(self, name: str, more: Overrides) -> list[StudyRun]:
-        return [self._run_of(name, more, seed, _slug(name)) for seed in self._study.seeds]
+        return [self._run_of(name, more, seed, slug(name)) for seed in self._study.seeds]
 
     def _run_of(self, name: str, more: Overrides, seed: int, place: str) -> StudyRun:
         arm = self._study.arms[name]
@@ -309,8 +237,3 @@ async def follow(runs: Sequence[StudyRun], advance: Callable[[int], None]) -> No
         advance(done - seen)
         seen = done
         await asyncio.sleep(LOOK_EVERY_S)
-
-
-def _slug(name: str) -> str:
-    """A name as that of a directory."""
-    return re.sub(r"\W+", "-", name.lower()).strip("-")

@@ -29,6 +29,7 @@ from stage_ray.rewards import build_rewards
 from stage_ray.run.run_dir import FREE_NAMES
 from stage_ray.run.stop import StopSignal, stops_at_once
 
+GO_ON = "go on with the same command"
 # Keys of `policy` and `rollout` that change neither pictures nor scores: they say where and how fast.
 FREE = FREE_NAMES | {"path", "lora", "images_per_batch", "threads", "kv_cache_gib", "group_size", "groups_per_step"}
 
