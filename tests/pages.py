@@ -63,7 +63,7 @@ TABLE: dict[str, dict[str, str]] = {
         "stage-ray init stage_shapeworld --out mine.yaml": CONFIGS + "test_the_lines_of_the_readme_do_what_they_say",
         "stage-ray train mine.yaml --dry-run": CONFIGS + "test_the_lines_of_the_readme_do_what_they_say",
         "stage-ray report runs/mine": HERE + "test_a_run_is_reported_anew",
-        "stage-ray study study.yaml": "tests/run/test_study.py::"
+        "stage-ray study study.yaml": "tests/study/test_study.py::"
         "test_a_study_that_was_stopped_goes_on_gives_an_arm_the_value_that_its_search_found_and_is_done",
         "stage-ray compare runs/grpo_shapeworld runs/stage_shapeworld": "tests/report/test_compare.py::"
         "test_the_line_of_the_readme_writes_a_page",
