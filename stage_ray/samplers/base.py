@@ -25,7 +25,6 @@ from stage_ray.records import (
 )
 
 if TYPE_CHECKING:
-    from stage_ray.policies.base import ImageCodec
     from stage_ray.samplers.params import SamplingParams
 
 
@@ -55,6 +54,21 @@ class Context:
         return self.sequences.masked_fill(columns >= self.positions.unsqueeze(-1), -1)
 
 
+class ImageTokens(Protocol):
+    """What a token rule may ask of a model: its image tokens. A `stage_ray.policies.base.ImageCodec` is one.
+
+    Attributes:
+        grid: image tokens along height and width.
+        codebook_size: V, entries of the image codebook.
+    """
+
+    grid: tuple[int, int]
+    codebook_size: int
+
+    def codebook(self) -> Tensor:
+        """Vectors of the image tokens, float32 [V, D], of a model whose image tokenizer is loaded."""
+
+
 class TokenRule(Section):
     """From logits to the distribution that tokens are drawn from. Its fields are its options, checked by pydantic.
 
@@ -79,7 +93,7 @@ class TokenRule(Section):
             context: of the B tokens.
         """
 
-    def check(self, codec: ImageCodec, *, loaded: bool = False) -> None:  # noqa: B027  not abstract: most fit all
+    def check(self, codec: ImageTokens, *, loaded: bool = False) -> None:  # noqa: B027  not abstract: most fit all
         """Raise a `ConfigError` where it does not fit a model.
 
         Asked before anything starts, and by each engine once its model is there: only then is the codec ``loaded``,

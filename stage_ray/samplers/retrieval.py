@@ -18,13 +18,12 @@ from pydantic import Field
 from torch import Tensor
 
 from stage_ray.errors import ConfigError
-from stage_ray.samplers.base import Context, TokenRule
+from stage_ray.samplers.base import Context, ImageTokens, TokenRule
 from stage_ray.samplers.entropy_informed import LOWEST
 from stage_ray.samplers.guided import GuidedRule
 from stage_ray.samplers.patch_index import cached_index, load_index
 
 if TYPE_CHECKING:
-    from stage_ray.policies.base import ImageCodec
     from stage_ray.samplers.params import SamplingParams
 
 KEY = "rollout.sampler_options.index"
@@ -58,7 +57,7 @@ class RetrievalRule(TokenRule):
         mixed = mixed.masked_fill(logits.isneginf() & retrieved.isneginf(), -torch.inf)
         return torch.where(inside.unsqueeze(-1), mixed, logits)
 
-    def check(self, codec: ImageCodec, *, loaded: bool = False) -> None:
+    def check(self, codec: ImageTokens, *, loaded: bool = False) -> None:
         """See `TokenRule.check`: the index must be of the model's own image tokenizer."""
         index, fix = load_index(self.index, KEY), "make one with stage-ray index of this model"
         has, wants = (*index.grid, len(index.codebook)), (*codec.grid, codec.codebook_size)
