@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from stage_ray.config import PolicyConfig
 from stage_ray.errors import ConfigError
 from stage_ray.policies.backbone import Backbone
-from stage_ray.policies.base import Branch, ImageCodec, Policy, PromptIds, VllmSpec
+from stage_ray.policies.base import Policy
+from stage_ray.policies.codec import Branch, ImageCodec, PromptIds, VllmSpec
 from stage_ray.pretrained import local_checkpoint, read_tensors
 
 FAMILY = "tests.plain.PlainPolicy"

@@ -18,7 +18,8 @@ from stage_ray.config import PolicyConfig, RunConfig
 from stage_ray.learner.batch import make_batch
 from stage_ray.learner.learner import Learner
 from stage_ray.policies.backbone import Backbone
-from stage_ray.policies.base import Branch, Policy, PromptIds
+from stage_ray.policies.base import Policy
+from stage_ray.policies.codec import Branch, PromptIds
 from stage_ray.policies.devices import device_for
 from stage_ray.policies.janus import JanusPolicy
 from stage_ray.policies.logprobs import TokenLogprobs

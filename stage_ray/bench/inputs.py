@@ -15,7 +15,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from stage_ray.config.paths import resolve_path
 from stage_ray.pipeline.prompt_files import load_prompts
-from stage_ray.policies.base import PromptIds
+from stage_ray.policies.codec import PromptIds
 from stage_ray.policies.janus.builder import JanusSizes, build_model, write_checkpoint
 from stage_ray.records import Prompt, RolloutGroup
 

@@ -19,7 +19,7 @@ from stage_ray.config.flops import sampling_flops
 from stage_ray.config.hardware import usable_cpus
 from stage_ray.engines import build_engine
 from stage_ray.engines.base import ImageSequence
-from stage_ray.policies.base import PromptIds
+from stage_ray.policies.codec import PromptIds
 from stage_ray.policies.janus.builder import JanusSizes, checkpoint_sizes
 
 GUIDANCE, GROUP = 2.0, 8

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from stage_ray.config import RolloutConfig
 from stage_ray.engines.sampling import Sample
-from stage_ray.policies.base import Branch, ImageCodec, PromptIds
+from stage_ray.policies.codec import Branch, ImageCodec, PromptIds
 from stage_ray.records import RECORDED, RolloutGroup, RolloutRequest
 from stage_ray.samplers import EmbeddingTransform, SamplingParams, load_transform
 from stage_ray.weights.manifest import finite

@@ -12,7 +12,7 @@ from stage_ray.engines.base import ImageEngine, ImageSequence
 from stage_ray.engines.sampling import Sample, sample
 from stage_ray.errors import ConfigError
 from stage_ray.policies import load_policy
-from stage_ray.policies.base import Branch
+from stage_ray.policies.codec import Branch
 from stage_ray.policies.decoding import EmbedsPrompts
 from stage_ray.policies.devices import compute_dtype, device_for
 from stage_ray.records import RECORDED

@@ -23,7 +23,7 @@ from stage_ray.evaluation.pictures import SUFFIXES, read_picture
 from stage_ray.files import name_disk_errors, require_writable, sync_path
 from stage_ray.observability.progress import Progress
 from stage_ray.policies import family_of, policy_class
-from stage_ray.policies.base import ImageCodec
+from stage_ray.policies.codec import ImageCodec
 from stage_ray.pretrained import located
 from stage_ray.registry import require_extra
 from stage_ray.run.stop import stops_at_once

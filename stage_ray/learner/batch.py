@@ -12,7 +12,8 @@ from torch import Tensor
 
 from stage_ray.config import RunConfig
 from stage_ray.learner.schedule import learning_rate
-from stage_ray.policies.base import Policy, PromptIds
+from stage_ray.policies.base import Policy
+from stage_ray.policies.codec import PromptIds
 from stage_ray.recipes.base import GroupBatch
 from stage_ray.records import RECORDED, RolloutGroup, ScoredGroup
 

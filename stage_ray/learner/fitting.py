@@ -14,7 +14,7 @@ from stage_ray.errors import ConfigError
 from stage_ray.learner.batch import LearnerError
 from stage_ray.learner.memory import MOST_IMAGES, Cut, fillable, first_fit, learner_memory, possible_cuts
 from stage_ray.learner.ranks import Ranks
-from stage_ray.policies.base import ImageCodec
+from stage_ray.policies.codec import ImageCodec
 
 GIB = 2**30
 

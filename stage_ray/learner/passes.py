@@ -14,7 +14,8 @@ from stage_ray.config import RunConfig
 from stage_ray.learner.batch import Batch
 from stage_ray.learner.metrics import UpdateOutputs
 from stage_ray.learner.ranks import Ranks
-from stage_ray.policies.base import Policy, PromptIds
+from stage_ray.policies.base import Policy
+from stage_ray.policies.codec import PromptIds
 from stage_ray.policies.drift import token_drift
 from stage_ray.policies.logprobs import TokenLogprobs
 from stage_ray.recipes.base import Credit, PolicyOutputs, Recipe, ReferenceOutputs

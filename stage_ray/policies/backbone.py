@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from stage_ray.policies.base import Branch
+    from stage_ray.policies.codec import Branch
 
 
 class Backbone(nn.Module):

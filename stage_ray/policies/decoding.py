@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from stage_ray.policies.base import Branch
+    from stage_ray.policies.codec import Branch
 
 
 class Decoder(Protocol):

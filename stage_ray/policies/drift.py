@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from stage_ray.algorithm.divergence import exact_divergence
-from stage_ray.policies.base import LOGITS_AT_ONCE, Policy, PromptIds
+from stage_ray.policies.base import LOGITS_AT_ONCE, Policy
+from stage_ray.policies.codec import PromptIds
 from stage_ray.policies.logprobs import LOWEST
 from stage_ray.samplers import Context, SamplingParams, process_logits
 

@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from stage_ray.policies.backbone import Backbone, embed_ids
-from stage_ray.policies.base import Branch
+from stage_ray.policies.codec import Branch
 from stage_ray.policies.lora import base_linear, low_rank
 
 if TYPE_CHECKING:

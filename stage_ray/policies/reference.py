@@ -12,7 +12,7 @@ from stage_ray.config import PolicyConfig
 from stage_ray.config.model_sizes import ModelSizes
 from stage_ray.errors import ConfigError
 from stage_ray.policies import policy_class
-from stage_ray.policies.base import ImageCodec
+from stage_ray.policies.codec import ImageCodec
 from stage_ray.pretrained import base_location, located, tensor_shapes
 
 

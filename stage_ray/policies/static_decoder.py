@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stage_ray.policies.backbone import embed_ids
-from stage_ray.policies.base import Branch
+from stage_ray.policies.codec import Branch
 from stage_ray.policies.packed import PackedLinear
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ from stage_ray.evaluation.suites import resolve_suites
 from stage_ray.observability.trackers import check_trackers
 from stage_ray.pipeline.prompt_files import load_mix, load_prompts
 from stage_ray.policies import check_adapters, policy_class
-from stage_ray.policies.base import ImageCodec
+from stage_ray.policies.codec import ImageCodec
 from stage_ray.policies.reference import check_reference, reference_location
 from stage_ray.pretrained import located
 from stage_ray.recipes import load_recipe

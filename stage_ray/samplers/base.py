@@ -55,7 +55,7 @@ class Context:
 
 
 class ImageTokens(Protocol):
-    """What a token rule may ask of a model: its image tokens. A `stage_ray.policies.base.ImageCodec` is one.
+    """What a token rule may ask of a model: its image tokens. A `stage_ray.policies.codec.ImageCodec` is one.
 
     Attributes:
         grid: image tokens along height and width.

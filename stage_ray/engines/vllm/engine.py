@@ -21,7 +21,7 @@ from stage_ray.engines.vllm.ranks import TensorRanks
 from stage_ray.errors import ConfigError
 from stage_ray.policies import policy_class
 from stage_ray.policies.adapter_files import read_adapter
-from stage_ray.policies.base import Branch, PromptIds
+from stage_ray.policies.codec import Branch, PromptIds
 from stage_ray.policies.devices import compute_dtype, device_for
 from stage_ray.pretrained import link_weights, read_tensors, tensor_shapes
 from stage_ray.samplers import SamplingParams

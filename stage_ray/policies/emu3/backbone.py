@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from stage_ray.policies.backbone import embed_ids
-from stage_ray.policies.base import Branch
+from stage_ray.policies.codec import Branch
 from stage_ray.policies.llama import LlamaBackbone
 from stage_ray.policies.static_decoder import StaticDecoder
 

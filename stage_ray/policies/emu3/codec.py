@@ -16,7 +16,7 @@ from torch import Tensor
 
 from stage_ray.config import PolicyConfig
 from stage_ray.errors import ConfigError
-from stage_ray.policies.base import Branch, ImageCodec, PromptIds, VllmSpec
+from stage_ray.policies.codec import Branch, ImageCodec, PromptIds, VllmSpec
 from stage_ray.policies.emu3.grid import grid_of, picture_size
 from stage_ray.policies.image_tokenizer import fill
 from stage_ray.pretrained import local_checkpoint

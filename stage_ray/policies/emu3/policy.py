@@ -10,7 +10,8 @@ from torch import Tensor
 
 from stage_ray.config import PolicyConfig
 from stage_ray.errors import ConfigError
-from stage_ray.policies.base import ImageCodec, Policy
+from stage_ray.policies.base import Policy
+from stage_ray.policies.codec import ImageCodec
 from stage_ray.policies.emu3.codec import MODEL_TYPE, TRAINED_PREFIX, Emu3Codec
 from stage_ray.pretrained import check_loaded, check_tensors
 

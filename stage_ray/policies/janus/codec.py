@@ -14,7 +14,7 @@ from torch import Tensor
 
 from stage_ray.config import PolicyConfig
 from stage_ray.errors import ConfigError
-from stage_ray.policies.base import ImageCodec, PromptIds, VllmSpec
+from stage_ray.policies.codec import ImageCodec, PromptIds, VllmSpec
 from stage_ray.policies.image_tokenizer import codebook, decode, encode, load_tokenizer
 from stage_ray.pretrained import local_checkpoint, read_object
 

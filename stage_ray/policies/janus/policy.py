@@ -10,7 +10,8 @@ from torch import Tensor
 
 from stage_ray.config import PolicyConfig
 from stage_ray.errors import ConfigError
-from stage_ray.policies.base import ImageCodec, Policy
+from stage_ray.policies.base import Policy
+from stage_ray.policies.codec import ImageCodec
 from stage_ray.policies.image_tokenizer import for_sampling
 from stage_ray.policies.janus.codec import MODEL_TYPE, TRAINED_PREFIX, JanusCodec
 from stage_ray.policies.static_decoder import StaticDecoder

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from stage_ray.policies.base import Branch
+from stage_ray.policies.codec import Branch
 from stage_ray.policies.llama import LlamaBackbone
 from stage_ray.policies.llamagen.codec import LlamaGenCodec
 from stage_ray.policies.llamagen.model import LlamaGenModel

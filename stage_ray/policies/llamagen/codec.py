@@ -11,7 +11,7 @@ from torch import Tensor
 
 from stage_ray.config import PolicyConfig
 from stage_ray.errors import ConfigError
-from stage_ray.policies.base import Branch, ImageCodec, PromptIds, VllmSpec
+from stage_ray.policies.codec import Branch, ImageCodec, PromptIds, VllmSpec
 from stage_ray.policies.image_tokenizer import codebook, decode, encode, load_tokenizer
 from stage_ray.policies.llamagen.classes import ClassNames, imagenet
 from stage_ray.policies.llamagen.text import TextEncoder, text_encoder
