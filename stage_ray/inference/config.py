@@ -57,14 +57,15 @@ def inference_config(
         {"benchmark": benchmark.name, "name": benchmark.name, "rewards": rewards}
         for benchmark, rewards in zip(benchmarks[1:], others, strict=True)
     ]
-    rollout = {"engine": engine or ("vllm" if importlib.util.find_spec("vllm") else "torch")}
+    engine = engine or ("vllm" if importlib.util.find_spec("vllm") else "torch")
+    shares = _shares(images, workers or 1, here=address is None)
     data = {
         "steps": 1,
         "policy": _policy(model),
         "prompts": {"train": "-"},  # those of the command line are drawn
         "rewards": first,
         "evaluation": {"enabled": bool(further), "suites": further},
-        "rollout": rollout | {"guidance_scale": guidance} | _shares(images, workers or 1, here=address is None),
+        "rollout": {"engine": engine, "guidance_scale": guidance, **shares},
         "cluster": {"address": address},
     }
     run = validate_config(data, overrides, source="--set")

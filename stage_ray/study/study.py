@@ -51,8 +51,10 @@ class StudyRun:
 
     def steps_done(self) -> int:
         """How many updates it has recorded: its metrics have a line for each."""
-        metrics = self.directory / METRICS_FILE
-        return metrics.read_bytes().count(b"\n") if metrics.is_file() else 0
+        try:
+            return (self.directory / METRICS_FILE).read_bytes().count(b"\n")
+        except OSError:  # it has not begun, or its storage is away
+            return 0
 
     def headline(self) -> float:
         """Its first suite's headline after training; a RunError where it has none."""
