@@ -1,7 +1,10 @@
 """A run directory as a run leaves it, made of invented numbers: for tests of what reads one, and for nothing else."""
 
 import math
+import shutil
+import tempfile
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -17,15 +20,31 @@ PROMPTS = [
     Prompt(i, f"a photo of a <{task.replace('_', ' ')}> & more, number {i}", {"tag": task})
     for i, task in enumerate(TASKS * 6)
 ]
+KEPT = tempfile.TemporaryDirectory(prefix="stage-ray-fake-runs-")  # removed when this process ends
 
 
 def write_fake_run(
     run_dir: Path, steps: int = 60, planned: int = 60, examined: tuple[str, ...] = ("before", "after"), **after: object
 ) -> None:
     """``steps`` of ``planned`` updates, and the evaluations named in ``examined``; ``after`` are fields of that one."""
-    run_dir.mkdir(parents=True)
+    if after:
+        write_files(run_dir, steps, examined, after)
+    else:
+        shutil.copytree(written(steps, examined), run_dir)
     config = {"steps": planned, "seed": 20, "run_dir": str(run_dir), "evaluation": {"enabled": True}}
     (run_dir / "config.yaml").write_text(yaml.safe_dump(config))
+
+
+@cache
+def written(steps: int, examined: tuple[str, ...]) -> Path:
+    """A run to copy from: its pictures take seconds."""
+    directory = Path(KEPT.name) / f"{steps}-{'-'.join(examined)}"
+    write_files(directory, steps, examined, {})
+    return directory
+
+
+def write_files(run_dir: Path, steps: int, examined: tuple[str, ...], after: dict[str, object]) -> None:
+    run_dir.mkdir(parents=True, exist_ok=True)
     noise = np.random.default_rng(0)
     recorder = MetricsLogger(run_dir, port=None, host="127.0.0.1")
     for step in range(1, steps + 1):
