@@ -10,11 +10,12 @@ from stage_ray.records import CONSTANT_STD
 ZSCORE_EPS = 1e-8  # of Pref-GRPO's z-scores
 
 
-def informative_scorers(scores: Tensor) -> Tensor:
+def informative_scorers(scores: Tensor, weights: Tensor | None = None) -> Tensor:
     """Which scorers tell a group's images apart.
 
     Args:
         scores: float [N, G, R], G >= 2, finite.
+        weights: float [R]; a scorer of weight 0 is only watched and tells nothing.
 
     Returns:
         bool [N, R], True where the unbiased standard deviation over the group exceeds 1e-6.
@@ -26,7 +27,8 @@ def informative_scorers(scores: Tensor) -> Tensor:
         raise ValueError(f"scores must be [N, G, R] with at least 2 images a group, not {list(scores.shape)}")
     if not bool(torch.isfinite(scores).all()):
         raise ValueError("scores hold a value that is not finite; a failed score must be made again, not trained on")
-    return scores.std(dim=1) > CONSTANT_STD  # [N, R], unbiased
+    telling = scores.std(dim=1) > CONSTANT_STD  # [N, R], unbiased
+    return telling if weights is None else telling & (weights != 0)
 
 
 def promising_scorers(scores: Tensor, progress: float) -> Tensor:
@@ -51,9 +53,17 @@ def promising_scorers(scores: Tensor, progress: float) -> Tensor:
     return (scores.amax(dim=1) > 0.5 * remaining) & (scores.mean(dim=1) >= 0.3 * remaining)
 
 
-def silent_groups(scores: Tensor, progress: float | None = None) -> Tensor:
-    """Groups that no scorer tells apart, bool [N]; with ``progress``, none of the `promising_scorers` does."""
-    telling = informative_scorers(scores)  # [N, R]
+def silent_groups(scores: Tensor, weights: Tensor | None = None, progress: float | None = None) -> Tensor:
+    """Groups that no scorer tells apart, bool [N]; with ``progress``, none of the `promising_scorers` does.
+
+    ``weights``: as `informative_scorers` has them.
+
+    Example:
+        >>> scores = torch.tensor([[[0.5, 1.0], [0.5, 0.0]]])
+        >>> [silent_groups(scores, weights).item() for weights in (None, torch.tensor([1.0, 0.0]))]
+        [False, True]
+    """
+    telling = informative_scorers(scores, weights)  # [N, R]
     if progress is not None:
         telling &= promising_scorers(scores, progress)
     return ~telling.any(dim=1)

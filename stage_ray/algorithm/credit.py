@@ -93,6 +93,6 @@ def stage_credit(
     advantages = group_advantages(rewards, eps=eps)
     similarity = opposite_sign_similarity(tokens, codebook, advantages)
     if entropy_weight == 0:  # with the entropy reward such a group still has advantages
-        silent = silent_groups(scores, progress)[:, None, None]  # [N, 1, 1]
+        silent = silent_groups(scores, weights, progress)[:, None, None]  # [N, 1, 1]
         similarity = similarity.masked_fill(silent, 1.0)  # policy weight 0, KL weight 1
     return advantages, similarity

@@ -78,7 +78,7 @@ class RewardConfig(Section):
 
     type: str = Field(description="A scorer of stage_ray/rewards: geneval, clip, hps, ...; or package.module.Class")
     name: str | None = Field(None, description="Column name in metrics; the type by default")
-    weight: float = Field(1.0, description="Weight in the sum of scorers")
+    weight: float = Field(1.0, description="Weight in the sum of scorers; 0: it is watched, not trained on")
     options: dict[str, Any] = Field({}, description="Keyword arguments of the scorer")
     when: Annotated[dict[str, Value | Annotated[list[Value], Field(min_length=1)]], Field(min_length=1)] | None = Field(
         None,

@@ -18,7 +18,7 @@ from scipy.cluster.vq import kmeans2
 from torch import Tensor
 from torch.nn import functional as F
 
-from stage_ray.algorithm.advantages import informative_scorers
+from stage_ray.algorithm.advantages import silent_groups
 from stage_ray.algorithm.losses import TokenWeights, token_weights
 from stage_ray.config import RunConfig
 from stage_ray.errors import ConfigError, RunError
@@ -59,7 +59,7 @@ class DiverseGrpoRecipe(GrpoRecipe):
         sizes = torch.as_tensor(np.stack([np.bincount(row)[row] for row in labels])).to(
             rewards
         )  # [N, G], of its cluster
-        told = informative_scorers(batch.scores).any(dim=1, keepdim=True)  # [N, 1]
+        told = ~silent_groups(batch.scores, batch.scorer_weights).unsqueeze(1)  # [N, 1]
         return rewards + options.bonus * (rewards.shape[1] / sizes).sqrt() * told
 
     def credit(self, batch: GroupBatch, reference: ReferenceOutputs, step: int) -> Credit:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from pydantic import Field
 from torch import Tensor
 
-from stage_ray.algorithm.advantages import combine_rewards, group_advantages, informative_scorers
+from stage_ray.algorithm.advantages import combine_rewards, group_advantages, silent_groups
 from stage_ray.algorithm.losses import token_weights, weighted_loss
 from stage_ray.algorithm.similarity import opposite_sign_similarity
 from stage_ray.config import Section
@@ -49,7 +49,7 @@ class GrpoRecipe(Recipe):
         """
         advantages = self.advantages(batch)
         similarity = opposite_sign_similarity(batch.tokens, batch.codebook, advantages)
-        silent = ~informative_scorers(batch.scores).any(dim=1)  # [N], no scorer tells the group's images apart
+        silent = silent_groups(batch.scores, batch.scorer_weights)  # [N]
         similarity = similarity.masked_fill(silent[:, None, None], 1.0)  # as STAGE has it
         metrics = {"similarity/mean": similarity.mean().item(), "weight/mean": 1.0}
         return Credit(advantages, token_weights(reference.logprobs, None), metrics)  # None: no reweighting

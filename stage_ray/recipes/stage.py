@@ -102,7 +102,8 @@ class StageRecipe(GrpoRecipe):
         """The weights of the KL as the learning rate and groups without a telling scorer change them."""
         kl = weights.kl * batch.lr_factor if self.options.kl_follows_lr else weights.kl
         if self.options.drop_silent_kl:
-            kl = kl.masked_fill(silent_groups(batch.scores, progress)[:, None, None], 0.0)
+            silent = silent_groups(batch.scores, batch.scorer_weights, progress)
+            kl = kl.masked_fill(silent[:, None, None], 0.0)
         return replace(weights, kl=kl)
 
     def _with_penalty(

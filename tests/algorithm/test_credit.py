@@ -16,6 +16,14 @@ def test_a_group_in_which_no_scorer_speaks_has_similarity_one_when_the_entropy_r
     assert torch.equal(similarity, torch.ones(1, 3, 2))
 
 
+def test_a_scorer_of_weight_0_breaks_no_silence() -> None:
+    watched = torch.tensor([[[1.0, 0.0], [1.0, 1.0], [1.0, 0.0]]])
+    weights = torch.tensor([1.0, 0.0])
+    advantages, similarity = stage_credit(watched, EVEN, EVEN, TOKENS, BOOK, weights=weights, entropy_weight=0.0)
+    assert torch.equal(advantages, torch.zeros(1, 3))
+    assert torch.equal(similarity, torch.ones(1, 3, 2))
+
+
 def test_in_such_a_group_the_entropy_alone_decides_when_its_reward_is_on() -> None:
     policy = torch.tensor([[2.0, 3.0, 2.0]])
     advantages, similarity = stage_credit(torch.ones(1, 3, 1), policy, EVEN, TOKENS, BOOK, entropy_weight=0.4)

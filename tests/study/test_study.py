@@ -16,6 +16,7 @@ import yaml
 
 from stage_ray.cli import main
 from stage_ray.config.shipped import shipped_studies
+from stage_ray.evaluation.base import find_benchmark
 from stage_ray.evaluation.suites import own_suite
 from stage_ray.observability.metrics_logger import METRICS_FILE
 from stage_ray.observability.progress import Progress
@@ -149,6 +150,7 @@ def test_a_shipped_study_reports_2400_images_of_each_arm_and_shares_its_runs_of_
         suite = own_suite(runs[0].config)
         assert len(runs) * len(load_prompts(suite.prompts)) * suite.images_per_prompt == 2400
         assert runs[0].config.steps == 400 and runs[0].config.recipe in RECIPES.names()
+        assert {judge.type for judge in find_benchmark(suite.benchmark).rewards} <= {it.type for it in suite.rewards}
 
 
 def test_gpus_need_a_cluster_and_a_cluster_must_answer(study, capsys, monkeypatch):
