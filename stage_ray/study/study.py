@@ -49,6 +49,16 @@ class StudyRun:
         """Where the run writes."""
         return Path(self.config.run_dir)
 
+    def is_done(self) -> bool:
+        """Whether its directory holds it finished; a ConfigError where another run is there."""
+        try:
+            return is_finished(self.config)
+        except ConfigError as error:
+            raise ConfigError(
+                f"{self.directory} holds another run than {self.label} of this study; move it away, or give the study "
+                f"another dir ({error})"
+            ) from error
+
     def steps_done(self) -> int:
         """How many updates it has recorded: its metrics have a line for each."""
         try:
@@ -138,10 +148,10 @@ class Study:
 
     def plan(self) -> list[tuple[StudyRun, bool]]:
         """Every run in the order in which they are done, and whether it is."""
-        searched = [(run, is_finished(run.config)) for run in self._searches()]
+        searched = [(run, run.is_done()) for run in self._searches()]
         if found := all(done for _, done in searched):
             self._choose()
-        return searched + [(run, found and is_finished(run.config)) for run in self._reports()]
+        return searched + [(run, found and run.is_done()) for run in self._reports()]
 
     def _searches(self) -> list[StudyRun]:
         return [run for values in self.searched.values() for runs in values.values() for run in runs]
@@ -194,7 +204,7 @@ class Study:
 
     async def _train(self, runs: Sequence[StudyRun], train: TrainRun, room: int | None) -> None:
         """Train those that are not finished, as many at once as there is room for; one that fails stops the others."""
-        left = [run for run in runs if not is_finished(run.config)]
+        left = [run for run in runs if not run.is_done()]
         if not left:
             return
         at_once = "as a cluster has room" if room is None else f"{room} at a time"

@@ -179,6 +179,17 @@ def test_a_dry_run_lists_what_is_to_do_and_starts_nothing(study, capsys):
     assert {row[0] for row in rows} == {"to do"} and not Path("study").exists()
 
 
+def test_a_directory_with_another_run_is_refused_by_its_name_and_the_key(study, capsys):
+    run = Study(read_study(study), Progress()).reported["STAGE"][0]
+    run.directory.mkdir(parents=True)
+    (run.directory / "config.yaml").write_text(yaml.safe_dump(run.config.model_dump(mode="json")))
+    (run.directory / METRICS_FILE).write_text('{"step": 1}\n')
+    assert main(["study", str(write(study, set=["learner.lr=0.5"])), "--dry-run"]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "study/stage/seed-2 holds another run than STAGE, seed 2 of this study; move it away" in said
+    assert f"learner.lr was {run.config.learner.lr!r} in" in said
+
+
 def test_a_study_replaces_the_keys_of_its_base_and_adds_to_its_set(study, tmp_path):
     write(study, set=["steps=5", "learner.lr=0.5"], search=SEARCH)
     other = tmp_path / "other.yaml"
