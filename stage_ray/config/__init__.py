@@ -4,6 +4,7 @@
 from stage_ray.config.lora import LoraConfig
 from stage_ray.config.schema import (
     AlgorithmConfig,
+    EvaluationConfig,
     LearnerConfig,
     PolicyConfig,
     RolloutConfig,

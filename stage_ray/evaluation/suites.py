@@ -6,7 +6,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from stage_ray.config import RewardConfig, RunConfig, SuiteConfig
+from stage_ray.config import EvaluationConfig, RewardConfig, RunConfig, SuiteConfig
 from stage_ray.errors import ConfigError, suggest
 from stage_ray.evaluation.base import EvaluationResult, find_benchmark, read_result
 from stage_ray.evaluation.measures.base import resolve_measures
@@ -21,9 +21,10 @@ def resolve_suites(run: RunConfig) -> RunConfig:
     """The config with what suites and measures leave open written out, and all scorers' models.
 
     Raises:
-        ConfigError: a benchmark or measure is unknown, a name is taken or no name of a directory, or
-            ``checkpoint.keep_best`` names none.
+        ConfigError: a benchmark or measure is unknown, a name is taken or no name of a directory, no scorer of the
+            run judges ``evaluation.benchmark``, or ``checkpoint.keep_best`` names none.
     """
+    _check_judged(run)
     run = run.model_copy(update={"rewards": [with_models(reward) for reward in run.rewards]})
     suites = [_resolved(run, suite, f"evaluation.suites.{i}") for i, suite in enumerate(run.evaluation.suites)]
     measures = resolve_measures(run.evaluation.measures)
@@ -87,6 +88,20 @@ def results(directory: Path) -> dict[int, EvaluationResult]:
         if (result := read_result(path)) is not None:
             found[int((read_json(path) or {}).get("policy_version", -1))] = replace(result, images=())
     return dict(sorted((step, result) for step, result in found.items() if step >= 0))  # an early version gave none
+
+
+def _check_judged(run: RunConfig) -> None:
+    """Refuse a benchmark that a config names and none of the run's scorers judges: it would give no number."""
+    name, scorers = run.evaluation.benchmark, {reward.type for reward in run.rewards}
+    judges = {reward.type for reward in find_benchmark(name).rewards}
+    theirs = judges | {scorer for scorer in scorers if "." in scorer}  # one of your own may give the verdicts, too
+    default = EvaluationConfig().benchmark  # of runs with any scorers: without GenEval's, these add up to their means
+    evaluated = run.evaluation.enabled and run.prompts.heldout is not None
+    if evaluated and name != default and judges and theirs.isdisjoint(scorers):
+        raise ConfigError(
+            f"evaluation.benchmark = {name!r} is judged by {' or '.join(sorted(judges))}, none of the rewards: "
+            "add it, with weight: 0 if it is not to be trained on, or name the benchmark in evaluation.suites"
+        )
 
 
 def _resolved(run: RunConfig, suite: SuiteConfig, key: str) -> SuiteConfig:

@@ -166,6 +166,7 @@ def test_a_suite_is_rewarded_where_the_run_trains_on_what_judges_it(tmp_path):
         ({"suites": [BRIGHT | {"name": "drak"}]}, "keep_best = 'dark' is no suite of this run; did you mean 'drak'"),
         ({"suites": [BRIGHT | {"name": "../dark"}]}, "evaluation.suites.0.name = '../dark'"),
         ({"suites": [BRIGHT | {"rewards": [{"type": "clip"}] * 2}]}, "suites.0.rewards: the name 'clip' is used twice"),
+        ({"benchmark": "dpg"}, "evaluation.benchmark = 'dpg' is judged by vlm_questions, none of the rewards"),
         ({"every": None}, "checkpoint.keep_best = 'dark' needs evaluation.every"),
         ({"enabled": False}, "evaluation.every = 2 needs evaluation.enabled = true"),
     ],
