@@ -166,7 +166,6 @@ def test_a_suite_is_rewarded_where_the_run_trains_on_what_judges_it(tmp_path):
         ({"suites": [BRIGHT | {"name": "drak"}]}, "keep_best = 'dark' is no suite of this run; did you mean 'drak'"),
         ({"suites": [BRIGHT | {"name": "../dark"}]}, "evaluation.suites.0.name = '../dark'"),
         ({"suites": [BRIGHT | {"rewards": [{"type": "clip"}] * 2}]}, "suites.0.rewards: the name 'clip' is used twice"),
-        ({"benchmark": "dpg"}, "evaluation.benchmark = 'dpg' is judged by vlm_questions, none of the rewards"),
         ({"every": None}, "checkpoint.keep_best = 'dark' needs evaluation.every"),
         ({"enabled": False}, "evaluation.every = 2 needs evaluation.enabled = true"),
     ],
@@ -174,6 +173,17 @@ def test_a_suite_is_rewarded_where_the_run_trains_on_what_judges_it(tmp_path):
 def test_what_cannot_be_evaluated_is_refused_by_its_key(changes, said, tmp_path):
     with pytest.raises(ConfigError, match=said):
         suites_run(tmp_path, **changes)
+
+
+def test_a_named_benchmark_needs_one_of_its_judges_among_the_scorers(tmp_path):
+    def resolve(benchmark: str, *scorers: str) -> RunConfig:
+        run = tiny_run(tmp_path, tmp_path / "plain", evaluation={"benchmark": benchmark})
+        return resolve_suites(validate_config(run.model_dump() | {"rewards": [{"type": scorer} for scorer in scorers]}))
+
+    with pytest.raises(ConfigError, match="evaluation.benchmark = .dpg. is judged by vlm_questions, none of the re"):
+        resolve("dpg", "clip")
+    for benchmark, *scorers in [("dpg", "clip", "vlm_questions"), ("dpg", "tests.scorers.Bright"), ("geneval", "clip")]:
+        assert resolve(benchmark, *scorers).evaluation.benchmark == benchmark
 
 
 def test_a_suites_name_alone_stands_for_it_with_all_that_its_benchmark_brings(tmp_path):
