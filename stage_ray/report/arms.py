@@ -97,7 +97,7 @@ def arms_of(
 
 
 def _names(told: Mapping[str, Sequence[Any]], count: int) -> list[str]:
-    """A name for each arm: values of keys, taken in until no two arms are alike."""
+    """A name for each arm: values of keys, taken in until no two arms are alike; what an arm lacks is left out."""
 
     def rank(key: str) -> int:
         return next((i for i, start in enumerate(NAMING) if key.startswith(start)), len(NAMING))
@@ -105,11 +105,12 @@ def _names(told: Mapping[str, Sequence[Any]], count: int) -> list[str]:
     labels: list[list[str]] = [[] for _ in range(count)]
     for key in sorted(told, key=lambda key: (rank(key), key)):
         before = len({*map(tuple, labels)})
-        added = [str(value) if key == "recipe" else f"{key}={value}" for value in told[key]]
+        name = "" if key == "recipe" else f"{key.removeprefix('algorithm.')}="
+        added = ["" if value is None else f"{name}{value}" for value in told[key]]
         longer = [[*label, one] for label, one in zip(labels, added, strict=True)]
         if len({*map(tuple, longer)}) > before:
             labels = longer
-    return [", ".join(label) or "all runs" for label in labels]
+    return [", ".join(filter(None, label)) or "all runs" for label in labels]
 
 
 def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:

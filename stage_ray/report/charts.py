@@ -27,6 +27,7 @@ DASHES = ("-", "--", ":")
 SMOOTH = 9
 SPIKE = 30.0  # times the median: a curve with such a value is drawn on a logarithmic scale, lest it look flat
 COLUMNS = 3  # of the charts of a figure
+LETTERS = 14  # of a legend that an inch holds, about
 STYLE = {
     "svg.fonttype": "none",
     "text.parse_math": False,  # a scorer's name may hold dollars
@@ -71,9 +72,12 @@ def chart(steps: Sequence[int], series: Mapping[str, Sequence[float | None]], to
 
 def banded_chart(steps: Sequence[int], series: Bands) -> str:
     """Curves of values with their standard errors as bands, the first one strong. None is a gap."""
-    with _figure(series) as (axes, svg):
+    long = max(map(len, series)) > LETTERS  # beside the curves, such names would leave them no room
+    with _figure(series, below=len(series) * long) as (axes, svg):
         _draw_bands(axes, steps, series)
-        if len(series) > 1:
+        if long:
+            axes.figure.legend(loc="outside lower left")
+        elif len(series) > 1:
             axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return svg[0]
 
@@ -87,8 +91,10 @@ def banded_figure(path: Path, charts: Mapping[str, tuple[Sequence[int], Bands]])
         ConfigError: a format that matplotlib does not write.
     """
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": "-".join(charts)}):
-        rows = -(-len(charts) // COLUMNS)
-        figure = Figure(figsize=(3.3 * COLUMNS, 2.1 * rows + 0.4), layout="constrained")
+        rows, width = -(-len(charts) // COLUMNS), 3.3 * COLUMNS
+        names = {name: None for _, series in charts.values() for name in series}
+        beside = max(1, min(len(names), int(width * LETTERS / (6 + max(map(len, names), default=0)))))  # of the legend
+        figure = Figure(figsize=(width, 2.1 * rows + 0.2 + 0.2 * -(-len(names) // beside)), layout="constrained")
         kind = path.suffix[1:].lower()
         if kind not in (known := figure.canvas.get_supported_filetypes()):
             raise ConfigError(f"{path} is in no format that can be written; end its name in one of {', '.join(known)}")
@@ -99,7 +105,7 @@ def banded_figure(path: Path, charts: Mapping[str, tuple[Sequence[int], Bands]])
             _rule(axes)
             _draw_bands(axes, steps, series)
             lines |= {str(line.get_label()): line for line in axes.lines}
-        figure.legend([*lines.values()], [*lines], loc="outside lower center", ncols=len(lines))
+        figure.legend([*lines.values()], [*lines], loc="outside lower center", ncols=beside)
         path.parent.mkdir(parents=True, exist_ok=True)
         scratch = path.with_name(path.name + ".tmp")
         figure.savefig(scratch, format=kind, dpi=160, metadata={"Date": None} if kind == "svg" else None)
@@ -130,10 +136,17 @@ def _tame(axes: Axes, values: Sequence[float]) -> None:
 
 
 @contextmanager
-def _figure(series: Iterable[str]) -> Iterator[tuple[Axes, list[str]]]:
-    """The axes of a chart to draw into, and a list that holds its ``<svg>`` when the context ends."""
+def _figure(series: Iterable[str], below: int = 0) -> Iterator[tuple[Axes, list[str]]]:
+    """The axes of a chart to draw into, and a list that holds its ``<svg>`` when the context ends.
+
+    ``below``: lines of a legend that is under the curves.
+    """
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": "-".join(series)}):
-        figure, buffer, svg = Figure(figsize=(4.6, 2.3), layout="constrained"), io.StringIO(), list[str]()
+        figure, buffer, svg = (
+            Figure(figsize=(4.6, 2.3 + 0.17 * below), layout="constrained"),
+            io.StringIO(),
+            list[str](),
+        )
         axes = figure.add_subplot()
         _rule(axes)
         yield axes, svg

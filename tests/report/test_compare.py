@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from stage_ray.errors import ConfigError
 from stage_ray.evaluation.base import EvaluationResult, read_result, write_result
 from stage_ray.evaluation.metrics import MetricValue
 from stage_ray.report.arms import difference, estimate
-from stage_ray.report.charts import banded_chart
+from stage_ray.report.charts import banded_chart, banded_figure
 from stage_ray.study.small_copy import export_runs
 from tests.fake_run import write_fake_run
 from tests.pages import README, command_lines
@@ -236,6 +237,24 @@ def test_a_curve_with_a_spike_is_drawn_on_a_logarithmic_scale():
     assert set(labels(banded_chart(range(9), {"kl": spike}))) >= {"0.01", "0.1", "1", "10", "100"}
     assert "10" not in labels(banded_chart(range(9), {"kl": calm}))
     assert banded_chart(range(9), {"kl": [None] * 9}).startswith("<svg")
+
+
+def test_long_names_of_arms_leave_the_curves_their_room(tmp_path):
+    names = [f"stage, entropy_reward=0.4, reweight_advantage=True, reweight_kl={i}" for i in range(7)]
+    curves = {name: [(0.1, 0.01)] * 3 for name in names}
+    with warnings.catch_warnings(action="error"):  # matplotlib's, of axes that have shrunk to nothing
+        svg = banded_chart(range(3), curves)
+        banded_figure(tmp_path / "figure.svg", {"kl": (range(3), curves)})
+    assert set(names) <= {*labels(svg)} & {*labels((tmp_path / "figure.svg").read_text())}
+
+
+def test_an_arm_is_not_named_by_what_it_lacks(tmp_path):
+    runs = [tmp_path / name for name in ("with", "without", "grpo")]
+    for run_dir, options in zip(runs, ({"entropy_reward": 0.4}, {"entropy_reward": 0.0}, {}), strict=True):
+        write_fake_run(run_dir, steps=3)
+        configure(run_dir, recipe="stage" if options else "grpo", algorithm=options)
+    _, numbers = compared(runs, tmp_path)
+    assert [*numbers["arms"]] == ["stage, entropy_reward=0.4", "stage, entropy_reward=0.0", "grpo"]
 
 
 def labels(svg: str) -> list[str]:
