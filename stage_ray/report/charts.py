@@ -72,7 +72,7 @@ def chart(steps: Sequence[int], series: Mapping[str, Sequence[float | None]], to
 
 def banded_chart(steps: Sequence[int], series: Bands) -> str:
     """Curves of values with their standard errors as bands, the first one strong. None is a gap."""
-    long = max(map(len, series)) > LETTERS  # beside the curves, such names would leave them no room
+    long = len(series) > 1 and max(map(len, series)) > LETTERS  # beside the curves, such names would leave them no room
     with _figure(series, below=len(series) * long) as (axes, svg):
         _draw_bands(axes, steps, series)
         if long:
@@ -142,11 +142,8 @@ def _figure(series: Iterable[str], below: int = 0) -> Iterator[tuple[Axes, list[
     ``below``: lines of a legend that is under the curves.
     """
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": "-".join(series)}):
-        figure, buffer, svg = (
-            Figure(figsize=(4.6, 2.3 + 0.17 * below), layout="constrained"),
-            io.StringIO(),
-            list[str](),
-        )
+        figure, buffer = Figure(figsize=(4.6, 2.3 + 0.17 * below), layout="constrained"), io.StringIO()
+        svg = list[str]()
         axes = figure.add_subplot()
         _rule(axes)
         yield axes, svg

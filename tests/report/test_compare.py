@@ -245,6 +245,7 @@ def test_long_names_of_arms_leave_the_curves_their_room(tmp_path):
     with warnings.catch_warnings(action="error"):  # matplotlib's, of axes that have shrunk to nothing
         svg = banded_chart(range(3), curves)
         banded_figure(tmp_path / "figure.svg", {"kl": (range(3), curves)})
+    assert names[0] not in labels(banded_chart(range(3), {names[0]: curves[names[0]]})), "a curve alone needs no legend"
     assert set(names) <= {*labels(svg)} & {*labels((tmp_path / "figure.svg").read_text())}
 
 
