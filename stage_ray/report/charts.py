@@ -26,6 +26,7 @@ PALETTE = ("#3b82d0", "#e07b39", "#2f9e6e", "#a565c9", "#c94f6d", "#8a8f3c")
 DASHES = ("-", "--", ":")
 SMOOTH = 9
 SPIKE = 30.0  # times the median: a curve with such a value is drawn on a logarithmic scale, lest it look flat
+SIZE = (4.6, 2.3)  # inches, of one chart on a page
 COLUMNS = 3  # of the charts of a figure
 LETTERS = 14  # of a legend that an inch holds, about
 STYLE = {
@@ -72,11 +73,13 @@ def chart(steps: Sequence[int], series: Mapping[str, Sequence[float | None]], to
 
 def banded_chart(steps: Sequence[int], series: Bands) -> str:
     """Curves of values with their standard errors as bands, the first one strong. None is a gap."""
-    long = len(series) > 1 and max(map(len, series)) > LETTERS  # beside the curves, such names would leave them no room
-    with _figure(series, below=len(series) * long) as (axes, svg):
+    with _figure(series) as (axes, svg):
         _draw_bands(axes, steps, series)
-        if long:
-            axes.figure.legend(loc="outside lower left")
+        if len(series) > 1 and max(map(len, series)) > LETTERS:  # beside the curves, they would leave these no room
+            figure = axes.get_figure(root=True)
+            assert figure is not None
+            figure.set_size_inches(SIZE[0], SIZE[1] + 0.17 * len(series))
+            figure.legend(loc="outside lower left")
         elif len(series) > 1:
             axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return svg[0]
@@ -92,9 +95,7 @@ def banded_figure(path: Path, charts: Mapping[str, tuple[Sequence[int], Bands]])
     """
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": "-".join(charts)}):
         rows, width = -(-len(charts) // COLUMNS), 3.3 * COLUMNS
-        names = {name: None for _, series in charts.values() for name in series}
-        beside = max(1, min(len(names), int(width * LETTERS / (6 + max(map(len, names), default=0)))))  # of the legend
-        figure = Figure(figsize=(width, 2.1 * rows + 0.2 + 0.2 * -(-len(names) // beside)), layout="constrained")
+        figure = Figure(layout="constrained")
         kind = path.suffix[1:].lower()
         if kind not in (known := figure.canvas.get_supported_filetypes()):
             raise ConfigError(f"{path} is in no format that can be written; end its name in one of {', '.join(known)}")
@@ -105,6 +106,8 @@ def banded_figure(path: Path, charts: Mapping[str, tuple[Sequence[int], Bands]])
             _rule(axes)
             _draw_bands(axes, steps, series)
             lines |= {str(line.get_label()): line for line in axes.lines}
+        beside = max(1, min(len(lines), int(width * LETTERS / (6 + max(map(len, lines), default=0)))))
+        figure.set_size_inches(width, 2.1 * rows + 0.2 + 0.2 * -(-len(lines) // beside))
         figure.legend([*lines.values()], [*lines], loc="outside lower center", ncols=beside)
         path.parent.mkdir(parents=True, exist_ok=True)
         scratch = path.with_name(path.name + ".tmp")
@@ -136,14 +139,10 @@ def _tame(axes: Axes, values: Sequence[float]) -> None:
 
 
 @contextmanager
-def _figure(series: Iterable[str], below: int = 0) -> Iterator[tuple[Axes, list[str]]]:
-    """The axes of a chart to draw into, and a list that holds its ``<svg>`` when the context ends.
-
-    ``below``: lines of a legend that is under the curves.
-    """
+def _figure(series: Iterable[str]) -> Iterator[tuple[Axes, list[str]]]:
+    """The axes of a chart to draw into, and a list that holds its ``<svg>`` when the context ends."""
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": "-".join(series)}):
-        figure, buffer = Figure(figsize=(4.6, 2.3 + 0.17 * below), layout="constrained"), io.StringIO()
-        svg = list[str]()
+        figure, buffer, svg = Figure(figsize=SIZE, layout="constrained"), io.StringIO(), list[str]()
         axes = figure.add_subplot()
         _rule(axes)
         yield axes, svg
