@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +12,7 @@ from pydantic import Field, ValidationError, model_validator
 from stage_ray.config.load import config_files, explain, read_mapping
 from stage_ray.config.sections import Section
 from stage_ray.config.shipped import study_path
-from stage_ray.errors import ConfigError
+from stage_ray.errors import ConfigError, suggest
 
 Overrides = list[str]
 Seeds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
@@ -62,6 +63,25 @@ class StudyConfig(Section):
             if (other := places.setdefault(slug(name), name)) != name or not slug(name):
                 raise ValueError(f"arms {other!r} and {name!r} would share a directory; name one otherwise")
         return self
+
+    def part(self, arms: Sequence[str], seeds: Sequence[int]) -> tuple[StudyConfig, list[str]]:
+        """Some of its arms and seeds, in its own order, and their names for a file; all of them where none is named.
+
+        An arm is named as in the file or as its directory is.
+
+        Raises:
+            ConfigError: the study has no such arm or seed.
+        """
+        known = {slug(name) for name in self.arms}
+        if unknown := [name for name in arms if slug(name) not in known]:
+            raise ConfigError(f"--arm {unknown[0]!r} is no arm of this study; {suggest(unknown[0], self.arms)}")
+        if foreign := [seed for seed in seeds if seed not in self.seeds]:
+            raise ConfigError(f"--seed {foreign[0]} is none of this study, whose seeds are {self.seeds}")
+        named = {slug(name) for name in arms}
+        chosen = {name: arm for name, arm in self.arms.items() if slug(name) in named}
+        those = [seed for seed in self.seeds if seed in seeds]
+        part = self.model_copy(update={"arms": chosen or self.arms, "seeds": those or self.seeds})
+        return part, [*map(slug, chosen), *(f"seed-{seed}" for seed in those)]
 
 
 def read_study(study: str | Path) -> StudyConfig:

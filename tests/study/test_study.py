@@ -95,6 +95,8 @@ def test_a_study_that_was_stopped_goes_on_gives_an_arm_the_value_that_its_search
     shutil.rmtree("study")
     assert main(["study", str(study), "--kept", "small"]) == 0  # trains nothing, and finds the same
     assert Path("study/study.json").read_text() == numbers and not [*Path("study").rglob("final")]
+    assert main(["study", str(study), "--arm", "STAGE", "--seed", "2"]) == 0  # a part has a page of its own
+    assert Path("study/study-stage-seed-2.json").read_text() == numbers
     capsys.readouterr()
     assert main(["train", "base.yaml", "--run-dir", "study/stage/seed-2", "--auto-resume"]) == 2
     assert "holds a small copy of a run, without weights" in " ".join(capsys.readouterr().err.split())
@@ -177,6 +179,32 @@ def test_a_dry_run_lists_what_is_to_do_and_starts_nothing(study, capsys):
     rows = [line.split("  ") for line in capsys.readouterr().out.splitlines()]
     assert [row[1] for row in rows] == ["GRPO, seed 2", "STAGE, seed 2", "GRPO, seed 3", "STAGE, seed 3"]
     assert {row[0] for row in rows} == {"to do"} and not Path("study").exists()
+
+
+@pytest.mark.parametrize(
+    ("chosen", "runs"),
+    [
+        (["--seed", "3"], ["GRPO, seed 3", "STAGE, seed 3"]),
+        (["--arm", "STAGE"], ["STAGE, seed 2", "STAGE, seed 3"]),
+        (["--arm", "stage", "--arm", "GRPO", "--seed", "2"], ["GRPO, seed 2", "STAGE, seed 2"]),
+    ],
+)
+def test_a_part_of_a_study_has_the_runs_of_its_arms_and_seeds_in_the_order_of_the_file(study, capsys, chosen, runs):
+    assert main(["study", str(study), *chosen, "--dry-run"]) == 0
+    assert [line.split("  ")[1] for line in capsys.readouterr().out.splitlines()] == runs
+
+
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [
+        (["--seed", "4"], "--seed 4 is none of this study, whose seeds are [2, 3]"),
+        (["--arm", "STAG"], "--arm 'STAG' is no arm of this study; did you mean 'STAGE'?"),
+        (["--arm", "else"], "--arm 'else' is no arm of this study; known here: GRPO, STAGE"),
+    ],
+)
+def test_an_arm_or_seed_that_a_study_lacks_is_refused(study, capsys, chosen, message):
+    assert main(["study", str(study), *chosen]) == 2
+    assert message in " ".join(capsys.readouterr().err.split()) and not Path("study").exists()
 
 
 def test_a_directory_with_another_run_is_refused_by_its_name_and_the_key(study, capsys):
