@@ -58,7 +58,7 @@ def compared(runs: list[Path], tmp_path: Path) -> tuple[str, dict]:
 def test_runs_that_differ_in_their_seed_are_one_arm_named_by_what_tells_it_apart(runs, tmp_path):
     page, numbers = compared(runs, tmp_path)
     assert numbers["arms"] == {"grpo": [*map(str, runs[:2])], "stage": [*map(str, runs[2:])]}
-    assert "<h1>grpo, stage</h1>" in page and "seeds 20, 21" in page
+    assert "<h1>grpo · stage</h1>" in page and "seeds 20, 21" in page
     assert '<td class="text">algorithm.beta</td><td class="text">0.01</td><td class="text">0.03</td>' in page
     assert "learner.lr" not in page.partition("What was run")[2]  # alike in both
     assert page.count("<img ") == 3 * 2 * 2, "three steps, two arms, two seeds that both have"
@@ -222,7 +222,7 @@ def test_the_line_of_the_readme_writes_a_page(tmp_path, monkeypatch):
         configure(tmp_path / "runs" / f"{recipe}_shapeworld", recipe=recipe)
     (line,) = [line for line in command_lines(README) if line.startswith("stage-ray compare ")]
     assert main(shlex.split(line)[1:]) == 0
-    assert "<h1>grpo, stage</h1>" in Path("compare.html").read_text()
+    assert "<h1>grpo · stage</h1>" in Path("compare.html").read_text()
 
 
 def test_a_single_run_that_was_never_evaluated_has_a_page(tmp_path):
