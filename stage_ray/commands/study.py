@@ -26,7 +26,8 @@ def study(
         list[str] | None, Option("--arm", metavar="NAME", help="Only this arm of the study; again for more")
     ] = None,
     seeds: Annotated[
-        list[int] | None, Option("--seed", metavar="N", help="Only the runs of this seed; again for more")
+        list[int] | None,
+        Option("--seed", metavar="N", help="Report this seed alone; a search keeps its own; again for more"),
     ] = None,
 ) -> None:
     """Train arms that differ in a few keys on several seeds each, and compare them on one page.
