@@ -6,8 +6,8 @@ was open: what such pushes do to c is noise for what is sampled. Here ratio and 
 as in `stage_ray.recipes.ar_grpo`: the policy gradient of what is sampled, and an unbiased KL of it. Reward, similarity
 and token weights are STAGE's (`stage_ray.recipes.stage`).
 
-Costs a second forward and backward of the policy and a second forward of the reference. What it gains over STAGE and
-GCPO on ShapeWorld, three seeds of each at one learning rate, stands in the project's README.
+Costs a second forward and backward of the policy and a second forward of the reference. What it gains over GRPO,
+STAGE, GCPO and AR-GRPO on ShapeWorld, and what it costs, stands in `configs/STUDIES.md`.
 """
 
 from __future__ import annotations
